@@ -1,0 +1,40 @@
+SHELL := /bin/bash
+python := .venv/bin/python
+ready := .venv/.ready
+
+# MLX's Linux wheel brings a slow float32 BLAS; OpenBLAS, where it is installed, is some 30 times faster.
+export LD_PRELOAD ?= $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
+
+.PHONY: help setup demo test docs lab bench readme fill clean
+help:           ## list these targets
+	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 10
+
+setup: $(ready)  ## make .venv; every other target does it too
+$(ready): settings.ini setup.py constraints.txt
+	@tools/venv.sh
+	@touch $@
+
+demo: $(ready)   ## convert the model that comes with the project and print the result
+	$(python) models/demo/run.py
+
+test: $(ready)   ## run all notebooks, then all tests
+	tools/test.sh
+
+docs: $(ready)   ## build the site into _docs
+	$(python) tools/site.py
+
+lab: $(ready)    ## open the notebooks in JupyterLab
+	.venv/bin/jupyter lab --notebook-dir=nbs
+
+bench: $(ready)  ## measure speed and memory on this machine
+	bench/run.sh
+
+readme: $(ready) ## make README.md from nbs/index.ipynb
+	$(python) tools/readme.py
+
+fill: $(ready)   ## re-run notebooks and keep their outputs: all, or NB="nbs/00_formats.ipynb …"
+	$(python) tools/fill.py $(NB)
+
+clean:          ## remove what was built; .venv stays
+	rm -rf _docs _proc build dist nbs/nbdev.yml .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -print | xargs rm -rf

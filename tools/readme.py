@@ -1,0 +1,36 @@
+"README.md from nbs/index.ipynb, without Quarto"
+import json, re
+from pathlib import Path
+
+root = Path(__file__).parents[1]
+
+def output(out):
+    if out['output_type'] == 'stream': return out['text'] if out['name'] == 'stdout' else []
+    data = out.get('data', {})
+    if 'text/markdown' in data: return data['text/markdown']
+    return data.get('text/plain', [])
+
+def fenced(text, language=''): return f'```{language}\n{text.strip(chr(10))}\n```'
+
+def from_root(match):
+    "A link relative to nbs/, seen from the top folder"
+    target = match[1]
+    return f'](nbs/{target})' if (root/'nbs'/target.split('#')[0]).is_file() else match[0]
+
+def render(cell):
+    source = ''.join(cell['source'])
+    if cell['cell_type'] == 'markdown': return [re.sub(r'\]\(([^)\s:]+)\)', from_root, source)]
+    if cell['cell_type'] != 'code' or re.search(r'^#\|\s*hide\s*$', source, re.M): return []
+    shown = '\n'.join(line for line in source.splitlines() if not line.startswith('#|'))
+    hidden = re.search(r'^#\|\s*echo:\s*false', source, re.M)
+    parts = [] if hidden else [fenced(shown, 'python')]
+    for out in cell['outputs']:
+        text = ''.join(output(out))
+        if not text.strip(): continue
+        parts.append(text if 'text/markdown' in out.get('data', {}) else fenced(text))
+    return parts
+
+if __name__ == '__main__':
+    cells = json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']
+    note = '<!-- Made from nbs/index.ipynb by `make readme`; edit there. -->'
+    (root/'README.md').write_text('\n\n'.join([note, *sum(map(render, cells), [])]) + '\n', encoding='utf-8')

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# All notebooks, then all tests; pytest's count comes last.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+nbdev_test --timing --n_workers 2 | tee "$log"
+count=$(grep -c '\.ipynb: [0-9]* secs$' "$log" || true)
+[ "$count" -gt 0 ] || { echo "nbdev_test found no notebook" >&2; exit 1; }
+echo "$count notebooks passed"
+pytest -q tests

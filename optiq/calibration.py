@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MIN_CHARS', 'SOURCES', 'is_test', 'read_file', 'passages', 'token_batch', 'encode', 'fingerprint']
 
-# %% ../nbs/01_calibration.ipynb #fc34fc07
+# %% ../nbs/01_calibration.ipynb #edd05170
 import hashlib
 import json
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,10 @@ def read_file(path: 'str | Path') -> list[str]:
         return [_record_text(r, path) for r in pq.read_table(path).to_pylist()]
     return path.read_text(encoding='utf-8').splitlines()
 
-# %% ../nbs/01_calibration.ipynb #881f66af
+# %% ../nbs/01_calibration.ipynb #3fbcad83
 def _bundled(split: str) -> list[str]:
     from optiq.tasks import mixture
-    return mixture(2000, split=split)
+    return [f"{d['prompt']} {d['answer']}".strip() for d in islice(mixture(split=split), 2000)]
 
 def _wikitext2(split: str) -> list[str]:
     try:

@@ -95,7 +95,7 @@ class Unit:
 
     def bits(self, fmt: Format) -> int: return fmt.bits or 8*self.itemsize
 
-# %% ../nbs/02_models.ipynb #672eedf9
+# %% ../nbs/02_models.ipynb #98b9a649
 ROUTERS = ('gate', 'router', 'shared_expert_gate')
 
 def blocks_path(
@@ -103,7 +103,8 @@ def blocks_path(
 ) -> str:
     "Path of the list that holds the model's blocks"
     for path, module in model.named_modules():
-        if module.get('layers') is model.layers: return f'{path}.layers'.lstrip('.')
+        found = module.get('layers') or []
+        if len(found) == len(model.layers) and found[0] is model.layers[0]: return f'{path}.layers'.lstrip('.')
     raise ValueError(f'{type(model).__module__} keeps its blocks where they cannot be replayed')
 
 def find_units(

@@ -41,7 +41,7 @@ def kl_divergence(
     log = [z-xp.logsumexp(z, axis=-1, keepdims=True) for z in (z_p, z_q)] # far apart: nothing cancels, exp would overflow
     return (p*(log[0]-log[1])).sum(-1)
 
-# %% ../nbs/03_sensitivity.ipynb #1f46a266
+# %% ../nbs/03_sensitivity.ipynb #ada8ac7b
 def probes(
     units: list[Unit],
     formats: list[Format],
@@ -49,11 +49,11 @@ def probes(
     "Every unit with every format it can take; raises ValueError where a smaller group is needed"
     found = []
     for u in units:
-        if not any(u.shape[-1] % g == 0 for g in (16, 32)): continue
+        if u.shape[-1] % 32: continue
         for f in formats:
             if not divides(f, u.shape): raise ValueError(
-                f'{u.path} is {u.shape[-1]} wide, which groups of {f.group_size} do not divide; use --group-size '
-                f'{max(g for g in (32, 64) if u.shape[-1] % g == 0) if u.shape[-1] % 32 == 0 else 16}')
+                f'{u.path} is {u.shape[-1]} wide, which groups of {f.group_size} do not divide; '
+                f'use --group-size {32 if u.shape[-1] % 64 else 64}')
             found.append((u, f))
     return found
 
@@ -312,14 +312,19 @@ def refuse_other(path: Path, theirs: dict, ours: dict):
     odd = [f'{k} ({theirs.get(k)} there, {v} here)' for k, v in ours.items() if theirs.get(k) != v]
     if odd: raise ValueError(f'{path} was measured on something else: {", ".join(odd)}; give another file, or remove it')
 
-# %% ../nbs/03_sensitivity.ipynb #5d7cffd2
+# %% ../nbs/03_sensitivity.ipynb #369bbab8
 def read_log(path: Path) -> tuple[dict, dict, int]: # header, (path, format, start) ▸ values, bytes that are whole
     "What a sweep file holds; a last line that was cut short is left out"
     data = path.read_bytes()
     whole = data[:data.rfind(b'\n')+1]
-    lines = [json.loads(line) for line in whole.decode().splitlines()]
+    try: lines = [json.loads(line) for line in whole.decode().splitlines()] if path.suffix != '.json' else _document(data)
+    except ValueError: lines = []
     if not lines or lines[0].get('optiq') != 'sweep': raise ValueError(f'{path} is no sweep file')
     return lines[0], {(r['unit'], r['format'], r['start']): r['kl'] for r in lines[1:]}, len(whole)
+
+def _document(data):
+    d = json.loads(data)
+    return [d, *d.pop('records')]
 
 def load_sweep(
     path: 'str | Path', # what `optiq sweep -o` or `Sweep.save` wrote
@@ -343,9 +348,11 @@ def to_sweep(header: dict, records: dict) -> Sweep:
     return Sweep(units, formats, {k: np.array(values[k]) for k in order}, header)
 
 def save_sweep(sweep: Sweep, path: 'str | Path'):
-    "Write a sweep as JSON lines: the header, then a line per unit and format"
-    lines = [sweep.header]+[dict(unit=p, format=str(f), start=0, kl=v.tolist()) for (p, f), v in sweep.values.items()]
-    Path(path).write_text(''.join(json.dumps(line)+'\n' for line in lines))
+    "Write a sweep as one JSON document with a line per unit and format, or as JSON lines if `path` ends in .jsonl"
+    records = [json.dumps(dict(unit=p, format=str(f), start=0, kl=v.tolist())) for (p, f), v in sweep.values.items()]
+    head = json.dumps(sweep.header)
+    text = '\n'.join([head, *records]) if str(path).endswith('.jsonl') else f'{head[:-1]}, "records": [\n'+',\n'.join(records)+'\n]}'
+    Path(path).write_text(text+'\n')
 
 # %% ../nbs/03_sensitivity.ipynb #09d39a32
 class SweepLog:

@@ -46,39 +46,42 @@ class Score:
 
 def _se(x): return float(x.std(ddof=1)/np.sqrt(len(x))) if len(x) > 1 else float('nan')
 
-# %% ../../nbs/10_evals.perplexity.ipynb #5f27f59b
+# %% ../../nbs/10_evals.perplexity.ipynb #9585f4a3
 def evaluate(
-    model: 'str | Checkpoint | Backend', # the full-precision model
+    model: 'str | Checkpoint | Backend', # the reference
     tokens: np.ndarray, # (n, T)
-    variants: dict = {}, # name ▸ overrides, see `overrides_of`
+    variants: dict = {}, # name ▸ overrides (see `overrides_of`), or another Backend
     batch: int | None = None, # sequences at a time; about 4,096 tokens by default
 ) -> dict: # name ▸ Score, with 'reference' first
-    "Score the model and any number of perturbed variants of it on the same tokens"
+    "Score the model, and any number of variants of it, on the same tokens"
     b = open_backend(model)
-    batch, blocks = batch or max(1, 4096//tokens.shape[1]), {u.path: u.block for u in b.checkpoint.units}
-    parts = {name: [] for name in ('reference', *variants)}
-    for k in range(0, len(tokens), batch):
-        ids, everyone = tokens[k:k+batch], {'reference': {}} | variants
-        inside = {n: {i: {p: f for p, f in v.items() if blocks[p] == i} for i in (None, *range(b.n_blocks))}
-                  for n, v in everyone.items()}
-        states = {n: b.embed(ids, v[None]) for n, v in inside.items()}
-        for i in range(b.n_blocks): states = {n: b.run_block(i, s, inside[n][i]) for n, s in states.items()}
-        for n, rows in _score(b, ids, states, {n: v[None] for n, v in inside.items()}).items(): parts[n].append(rows)
+    everyone = {n: (v, {}) if isinstance(v, Backend) else (b, v) for n, v in ({'reference': {}} | variants).items()}
+    batch, parts = batch or max(1, 4096//tokens.shape[1]), {n: [] for n in everyone}
+    for ids in (tokens[k:k+batch] for k in range(0, len(tokens), batch)):
+        states = {n: m.embed(ids, _at(m, v, None)) for n, (m, v) in everyone.items()}
+        for i in range(max(m.n_blocks for m, _ in everyone.values())):
+            for n, (m, v) in everyone.items():
+                if i < m.n_blocks: states[n] = m.run_block(i, states[n], _at(m, v, i))
+        for n, rows in _score(ids, states, everyone).items(): parts[n].append(rows)
     return {n: Score(*np.concatenate(rows, 1)) for n, rows in parts.items()}
 
-# %% ../../nbs/10_evals.perplexity.ipynb #60cbd408
-def _score(b, ids, states, heads):
+def _at(b, overrides, block):
+    "The overrides of one block, or of what lies outside the blocks"
+    return {p: f for p, f in overrides.items() if b.checkpoint.unit[p].block == block}
+
+# %% ../../nbs/10_evals.perplexity.ipynb #9aeb7a09
+def _score(ids, states, everyone):
     "name ▸ (3, B): nll, kl and agreement of each variant, in slices of tokens"
-    B, T = ids.shape
-    step, out = min(logit_slices(b, B, T)[0], max(1, T-1)), {n: np.zeros((3, B, T)) for n in states}
+    b, (B, T) = everyone['reference'][0], ids.shape
+    step, out = min(logit_slices(b, B, T)[0], T), {n: np.zeros((3, B, T)) for n in states}
     for t in range(0, T, step):
         s, nexts = slice(t, min(t+step, T)), ids[:, t+1:t+step+1]
-        for n, x in states.items():
-            with b.swapped(heads[n]): z = b.head(x[:, s])
+        for n, (m, v) in everyone.items():
+            with m.swapped(_at(m, v, None)): z = m.head(states[n][:, s])
             if n == 'reference': z_p, best = z, b.numpy(z.argmax(-1))
-            out[n][1, :, s] = kl_rows(b, z_p, z).reshape(B, -1) if n != 'reference' else 0
-            out[n][2, :, s] = b.numpy(z.argmax(-1)) == best
-            out[n][0, :, t:t+nexts.shape[1]] = _nll(b, z[:, :nexts.shape[1]], nexts)
+            out[n][0, :, t:t+nexts.shape[1]] = _nll(m, z[:, :nexts.shape[1]], nexts)
+            out[n][1, :, s] = kl_rows(b, z_p, z).reshape(B, -1)
+            out[n][2, :, s] = m.numpy(z.argmax(-1)) == best
     return {n: np.stack([o[0].sum(1)/(T-1), o[1].mean(1), o[2].mean(1)]) for n, o in out.items()}
 
 def _nll(b, z, nexts):

@@ -1,0 +1,173 @@
+"""How fast is the sweep, and how good are its shortcuts? Ratios are measured side by side in one run.
+
+    python bench/sweep.py --model MODEL --text FILE [--only replay,shortcuts,mlx,memory,peer] [--peer FOLDER] -o results.json
+
+`replay`     all probes by block replay, against one full forward pass per probe and sequence (PyTorch)
+`shortcuts`  gradient and screened sweeps against the exact one
+`mlx`        replay against full passes, MLX, random weights in the shape of Qwen3-0.6B
+`memory`     peak memory of the streaming sweep, random weights in the shape of Qwen3-1.7B
+`peer`       mlx-optiq's own sweep on the same checkpoint, tokens and widths; FOLDER holds its unpacked wheel
+
+Where a baseline would take long, a part of its probes is timed and the total scaled up; `of` says how many were timed.
+"""
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from optiq.backends import MLXBackend, TorchBackend
+from optiq.calibration import passages, token_batch
+from optiq.evals.perplexity import evaluate, overrides_of
+from optiq.evals.report import machine
+from optiq.formats import Format
+from optiq.gradient import agreement, gradient_sweep, screened_sweep
+from optiq.knapsack import allocate
+from optiq.models import Checkpoint
+from optiq.sensitivity import kl_divergence, kl_sweep, measure, on_gpu, perturb, probes
+from optiq.tiny import tiny
+
+WIDTHS = [Format(3), Format(4), Format(8)]
+
+def sync(b):
+    if b.name == 'torch' and b.device == 'cuda': b.xp.cuda.synchronize()
+
+def seconds(b, f):
+    start = time.perf_counter()
+    out = f()
+    sync(b)
+    return time.perf_counter()-start, out
+
+def plain(b, tokens, todo):
+    "One forward pass per probe and sequence, as a tool without replay does it"
+    out, reference = [], [b.logits(t[None]) for t in tokens]
+    for p in todo:
+        with b.swapped(perturb(p)):
+            out.append([float(kl_divergence(b.xp, z, b.forward(t[None])).mean()) for t, z in zip(tokens, reference)])
+    return np.array(out)
+
+def against_plain(b, tokens, part):
+    "Time of replay for all probes, of plain passes for every part-th, and how far they differ"
+    todo = probes(b.checkpoint.units, WIDTHS)
+    plain(b, tokens, todo[:2]), measure(b, tokens, todo[:8])
+    if on_gpu(b): measure(b, tokens, todo)
+    fast, kl = seconds(b, lambda: measure(b, tokens, todo))
+    slow, want = seconds(b, lambda: plain(b, tokens, todo[::part]))
+    got, large = kl[::part], want > 1e-6
+    return dict(probes=len(todo), tokens=list(tokens.shape), replay_s=fast, plain_s=slow*len(todo)/len(todo[::part]),
+                of=len(todo[::part]), ratio=slow*len(todo)/len(todo[::part])/fast,
+                largest_relative_difference=float(abs(got/want-1)[large].max()))
+
+def replay(args, c, tokens):
+    b = TorchBackend(c)
+    return against_plain(b, tokens[:2], 1 if on_gpu(b) else 9)
+
+def shortcuts(args, c, tokens):
+    b = TorchBackend(c)
+    gradient_sweep(b, tokens[:2], [Format(4)])
+    exact_s, exact = seconds(b, lambda: kl_sweep(b, tokens, [4, 8], progress=False))
+    one_s, one = seconds(b, lambda: kl_sweep(b, tokens, [4], progress=False))
+    fast_s, fast = seconds(b, lambda: gradient_sweep(b, tokens, [4]))
+    screened_s, screened = seconds(b, lambda: screened_sweep(b, tokens, [4, 8], [4.5], progress=False))
+    plans = {n: allocate(s, target_bits=4.5) for n, s in dict(exact=exact, screened=screened).items()}
+    joint = evaluate(b, tokens, {n: overrides_of(p) for n, p in plans.items()})
+    kl = {n: float(joint[n].kl.mean()) for n in plans}
+    return dict(tokens=list(tokens.shape), exact_4_bits_s=one_s, gradient_s=fast_s, gradient_cost=fast_s/one_s,
+                gradient_4_bits=agreement(fast, one, Format(4)), exact_s=exact_s, screened_s=screened_s,
+                screened_cost=screened_s/exact_s, screened_units=len(screened.header['exact']), units=len(exact.units),
+                screened_spread=screened.header['spread'], kl=kl, screened_excess=kl['screened']/kl['exact']-1)
+
+def mlx(args, c, tokens):
+    with tempfile.TemporaryDirectory() as d:
+        b = MLXBackend(Checkpoint(tiny('qwen3', f'{d}/model', shape='0.6B')))
+        ids = np.random.default_rng(0).integers(0, b.checkpoint.vocabulary, (2, 128)).astype(np.int32)
+        return against_plain(b, ids, 10 if on_gpu(b) else 100)|dict(tf32=os.environ.get('MLX_ENABLE_TF32'))
+
+STREAM = """
+import sys, resource, numpy as np
+from optiq.backends import StreamingBackend
+from optiq.models import Checkpoint
+from optiq.sensitivity import kl_sweep
+c = Checkpoint(sys.argv[1])
+ids = np.random.default_rng(0).integers(0, c.vocabulary, (1, 32)).astype(np.int32)
+import time; start = time.time()
+kl_sweep(StreamingBackend(c), ids, [4], progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024, time.time()-start)
+"""
+
+def memory(args, c, tokens):
+    with tempfile.TemporaryDirectory() as d:
+        folder = tiny('qwen3', f'{d}/model', shape='1.7B')
+        size = sum(f.stat().st_size for f in Path(folder).glob('*.safetensors'))
+        out = subprocess.run([sys.executable, '-c', STREAM, str(folder)], capture_output=True, text=True)
+        if out.returncode: raise RuntimeError(out.stderr[-2000:])
+        peak, took = map(float, out.stdout.split()[-2:])
+        return dict(bytes_on_disk=size, peak_bytes=peak, seconds=took, tokens=[1, 32], probes=197)
+
+PEER = """
+import sys, time, json, numpy as np
+sys.path.insert(0, sys.argv[1])
+import mlx.core as mx, mlx_lm.utils
+from pathlib import Path
+import optiq.core.sensitivity as s
+model = mlx_lm.utils.load_model(Path(sys.argv[2]))[0]
+tokens = [mx.array(t)[None] for t in json.loads(sys.argv[3])]
+every, all_units = int(sys.argv[4]), s._quantizable_linears
+def warm(*a): return all_units(*a)[:1]
+def part(*a): return all_units(*a)[::every]
+run = lambda: s.analyze_sensitivity_exact(model, lambda: [((t,), {}) for t in tokens], candidate_bits=[3, 4, 8], n_calibration=len(tokens))
+s._quantizable_linears = warm; run()
+s._quantizable_linears = part; start = time.time(); done = len(run())
+print(json.dumps(dict(seconds=time.time()-start, units=done, of=len(all_units(model, 64)))))
+"""
+
+def peer(args, c, tokens):
+    b = TorchBackend(c)
+    todo = probes(c.units, WIDTHS)
+    if on_gpu(b): measure(b, tokens[:2], todo)
+    ours, _ = seconds(b, lambda: measure(b, tokens[:2], todo))
+    del b
+    every = 1 if os.environ.get('CUDA_VISIBLE_DEVICES') else args.every
+    theirs = {}
+    for name, preload in dict(default='', openblas=os.environ.get('OPENBLAS', '')).items():
+        if name == 'openblas' and not preload: continue
+        r = subprocess.run([sys.executable, '-c', PEER, args.peer, str(c.folder), json.dumps(tokens[:2].tolist()), str(every)],
+                           env=os.environ | dict(LD_PRELOAD=preload), capture_output=True, text=True)
+        if r.returncode: raise RuntimeError(r.stderr[-2000:])
+        d = json.loads(r.stdout.strip().splitlines()[-1])
+        per_unit = d['seconds']/d['units']
+        theirs[name] = dict(seconds_for_our_units=per_unit*len(c.units), units_timed=d['units'], units_it_scores=d['of'],
+                            ratio=per_unit*len(c.units)/ours)
+    return dict(ours_s=ours, theirs=theirs, tokens=[2, tokens.shape[1]])
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--model', default='demo')
+    p.add_argument('--text', default='bundled')
+    p.add_argument('--only', default='replay,shortcuts,mlx,memory')
+    p.add_argument('--n', type=int, default=8)
+    p.add_argument('--every', type=int, default=50)
+    p.add_argument('--peer')
+    p.add_argument('-o', default='nbs/results/sweep.json')
+    args = p.parse_args()
+    c = Checkpoint(args.model)
+    tokens = token_batch(passages(args.text, 'all' if Path(args.text).is_file() else 'train'), c.tokenizer, args.n, 128)
+    out = Path(args.o)
+    done = json.loads(out.read_text()) if out.exists() else {}
+    gpu = __import__('torch').cuda
+    about = machine()|dict(gpu=gpu.get_device_name() if gpu.is_available() else None, command=' '.join(sys.argv))
+    for name in args.only.split(','):
+        try: done[name] = globals()[name](args, c, tokens)|dict(about=about)
+        except Exception as e:
+            if os.environ.get('OPTIQ_DEBUG'): raise
+            print(f'{name} failed: {type(e).__name__}: {e}', file=sys.stderr)
+            continue
+        print(name, json.dumps({k: v for k, v in done[name].items() if k != 'about'}, indent=1), flush=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(done, indent=1)+'\n')

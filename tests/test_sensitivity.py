@@ -1,0 +1,184 @@
+"The sweep: exact on every architecture and backend, survives anything, refuses what is stale"
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from optiq.backends import MLXBackend, StreamingBackend, TorchBackend
+from optiq.calibration import fingerprint
+from optiq.formats import Format, parse_format, quantize_dequantize
+from optiq.models import Checkpoint
+from optiq.sensitivity import Sweep, estimate, kl_divergence, kl_sweep, measure, perturb, probes, read_log
+from optiq.tiny import tiny
+
+TEXT = ['qwen3', 'qwen3_moe', 'qwen3_5', 'llama', 'gemma3', 'mistral', 'phi3']
+BACKENDS = dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend)
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp('models')
+    return {a: Checkpoint(tiny(a, root/a)) for a in TEXT}
+
+def tokens_for(c, n=2, T=24, seed=0): return np.random.default_rng(seed).integers(0, c.vocabulary, (n, T)).astype(np.int32)
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('architecture', TEXT)
+def test_replay_equals_one_forward_per_probe(models, architecture, backend):
+    c = models[architecture]
+    b, tokens = BACKENDS[backend](c), tokens_for(c)
+    plain = b if backend != 'stream' else MLXBackend(c)
+    todo = probes(c.units, [Format(3), Format(8)])[::3]
+    got = measure(b, tokens, todo)
+    z = plain.logits(tokens)
+    want = np.array([plain.numpy(kl_divergence(plain.xp, z, plain.logits(tokens, perturb(p)))).mean(1) for p in todo])
+    large = want > 1e-6
+    assert large.any()
+    np.testing.assert_allclose(got[large], want[large], rtol=1e-4)
+    np.testing.assert_allclose(got[~large], want[~large], atol=1e-9)
+
+@pytest.mark.parametrize('architecture', TEXT)
+def test_torch_and_mlx_agree(models, architecture):
+    c = models[architecture]
+    tokens, todo = tokens_for(c), probes(c.units, [Format(4)])[::4]
+    a, b = (measure(B(c), tokens, todo) for B in (TorchBackend, MLXBackend))
+    np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-8) # two libraries' float32, on random weights
+
+def test_every_kind_of_unit_is_measured(models):
+    kinds = {a: {u.kind for u in c.units} for a, c in models.items()}
+    assert {'experts.gate_proj', 'experts.up_proj', 'experts.down_proj'} <= kinds['qwen3_moe']
+    assert not any(k in ('gate', 'router') for k in kinds['qwen3_moe'])
+    assert {'in_proj_qkv', 'in_proj_z', 'out_proj'} <= kinds['qwen3_5']
+    assert 'qkv_proj' in kinds['phi3'] and 'gate_up_proj' in kinds['phi3']
+
+def test_chunks_change_nothing(models):
+    c = models['qwen3']
+    b, tokens = TorchBackend(c), tokens_for(c, n=4)
+    whole = kl_sweep(b, tokens, [4], progress=False)
+    small = kl_sweep(b, tokens, [4], progress=False, max_memory=8*24*c.units[0].shape[-1]*6)
+    for k, v in whole.values.items(): np.testing.assert_allclose(small.values[k], v, rtol=1e-4, atol=1e-9)
+
+def test_noise_is_far_below_the_smallest_value(models):
+    s = kl_sweep(TorchBackend(models['llama']), tokens_for(models['llama']), [8], progress=False)
+    assert s.header['noise'] < 1e-10 < min(v.mean() for v in s.values.values())
+
+def test_kl_against_float64():
+    rng = np.random.default_rng(0)
+    import torch
+    for scale in (1e-3, 1e-2, 1., 50.):
+        p, q = rng.normal(size=(2, 20, 5000))*3
+        q = p+scale*q
+        want = (np.exp(lp := p-np.logaddexp.reduce(p, -1, keepdims=True))*(lp-(q-np.logaddexp.reduce(q, -1, keepdims=True)))).sum(-1)
+        got = kl_divergence(torch, torch.tensor(p, dtype=torch.float32), torch.tensor(q, dtype=torch.float32)).numpy()
+        np.testing.assert_allclose(got, want, rtol=2e-3)
+
+def test_weights_that_do_not_matter_are_refused(models, tmp_path):
+    c = models['llama']
+    class Flat(TorchBackend):
+        def head(self, states, overrides={}): return super().head(states*0, overrides)
+    with pytest.raises(ValueError, match='1e-06|1e-6'): kl_sweep(Flat(c), tokens_for(c), [8], progress=False)
+
+def test_stale_files_are_refused_by_name(models, tmp_path):
+    c, out = models['llama'], tmp_path/'s.jsonl'
+    b, tokens = TorchBackend(c), tokens_for(c)
+    kl_sweep(b, tokens, [4], out=out, progress=False)
+    with pytest.raises(ValueError, match='tokens'): kl_sweep(b, tokens_for(c, seed=1), [4], out=out, progress=False)
+    with pytest.raises(ValueError, match='formats'): kl_sweep(b, tokens, [8], out=out, progress=False)
+    with pytest.raises(ValueError, match='backend'): kl_sweep(MLXBackend(c), tokens, [4], out=out, progress=False)
+    with pytest.raises(ValueError, match='model'): kl_sweep(TorchBackend(models['mistral']), tokens, [4], out=out, progress=False)
+    (tmp_path/'x.jsonl').write_text('{"a": 1}\n')
+    with pytest.raises(ValueError, match='no sweep'): Sweep.load(tmp_path/'x.jsonl')
+
+def test_save_and_load(models, tmp_path):
+    s = kl_sweep(TorchBackend(models['phi3']), tokens_for(models['phi3']), [4, 'mxfp4'], progress=False)
+    for name in ('a.json', 'a.jsonl'):
+        s.save(tmp_path/name)
+        r = Sweep.load(tmp_path/name)
+        assert r.units == s.units and r.formats == s.formats and all((r.values[k] == v).all() for k, v in s.values.items())
+    json.loads((tmp_path/'a.json').read_text())
+    d = s.to_frame(sequences=True)
+    assert list(d.columns[:7]) == ['unit', 'kind', 'block', 'format', 'params', 'kl', 'se'] and 'kl_1' in d
+    assert '<table' in s._repr_html_()
+
+SLOW_SWEEP = '''
+import sys, time, numpy as np
+import optiq.sensitivity as s
+from optiq.backends import TorchBackend
+from optiq.models import Checkpoint
+s.plan_passes = lambda *a: (1, 5)
+add = s.SweepLog.add
+def slow(self, *a):
+    add(self, *a)
+    time.sleep(.02)
+s.SweepLog.add = slow
+b = TorchBackend(Checkpoint(sys.argv[1]))
+tokens = np.random.default_rng(0).integers(0, b.checkpoint.vocabulary, (3, 16)).astype(np.int32)
+print('ready', flush=True)
+s.kl_sweep(b, tokens, [3, 4], out=sys.argv[2], progress=False)
+'''
+
+def test_killed_at_any_moment(models, tmp_path):
+    "Three here, twenty in `make bench`: kill -9, go on, same file"
+    run = lambda out: subprocess.Popen([sys.executable, '-c', SLOW_SWEEP, str(models['llama'].folder), str(out)],
+                                       stdout=subprocess.PIPE, text=True)
+    p = run(tmp_path/'whole.jsonl')
+    p.stdout.readline()
+    start = time.time()
+    assert p.wait() == 0
+    took, killed = time.time()-start, 0
+    for k in range(int(os.environ.get('OPTIQ_KILLS', 3))):
+        out = tmp_path/f'{k}.jsonl'
+        p = run(out)
+        p.stdout.readline()
+        time.sleep(random.Random(k).random()*took*.8)
+        p.send_signal(signal.SIGKILL)
+        killed += p.wait() != 0
+        assert run(out).wait() == 0
+        a, b = (read_log(f) for f in (out, tmp_path/'whole.jsonl'))
+        assert a[1] == b[1]
+    assert killed
+
+RANKS = '''
+import sys, numpy as np
+import optiq.sensitivity as s
+from optiq.backends import TorchBackend
+from optiq.models import Checkpoint
+s.plan_passes = lambda *a: (1, 7)
+b = TorchBackend(Checkpoint(sys.argv[1]))
+tokens = np.random.default_rng(0).integers(0, b.checkpoint.vocabulary, (2, 16)).astype(np.int32)
+s.kl_sweep(b, tokens, [4], out=sys.argv[2], progress=False)
+'''
+
+@pytest.mark.parametrize('launch', [['mlx.launch', '-n', '2', '--backend', 'ring', '--'],
+                                    ['torchrun', '--nproc-per-node', '2', '--master-port', '29517']])
+def test_two_ranks_write_what_one_writes(models, tmp_path, launch):
+    script = tmp_path/'ranks.py'
+    script.write_text(RANKS)
+    command = [os.path.join(os.path.dirname(sys.executable), launch[0]), *launch[1:]]
+    python = [sys.executable] if launch[0] == 'mlx.launch' else []
+    env = os.environ | dict(OMP_NUM_THREADS='1')
+    model = str(models['mistral'].folder)
+    subprocess.run([sys.executable, script, model, tmp_path/'one.jsonl'], check=True, env=env)
+    r = subprocess.run([*command, *python, script, model, tmp_path/'two.jsonl'], env=env, capture_output=True, text=True, timeout=300)
+    assert (tmp_path/'two.jsonl').exists(), r.stderr[-2000:]
+    assert (tmp_path/'one.jsonl').read_text() == (tmp_path/'two.jsonl').read_text()
+    assert not list(tmp_path.glob('*.rank*'))
+
+def test_estimate_names_time_and_memory(models):
+    e = estimate(TorchBackend(models['qwen3']), ['4g64'], (4, 32))
+    assert e['seconds'] > 0 and e['bytes'] > 0 and e['probes'] == len(probes(models['qwen3'].units, [Format(4)]))
+
+def test_experts_are_quantized_as_one_tensor(models):
+    c = models['qwen3_moe']
+    unit = next(u for u in c.units if u.kind == 'experts.up_proj')
+    for B in (TorchBackend, MLXBackend):
+        b = B(c)
+        w = np.array(b.numpy(b.cast(b.unit_weight(unit.path))))
+        assert w.shape == unit.shape and len(fingerprint(tokens_for(c))) == 12
+        q = b.numpy(b.cast(quantize_dequantize(b.unit_weight(unit.path), parse_format('4g32'))))
+        assert 0 < abs(q-w).max() < abs(w).max()

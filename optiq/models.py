@@ -6,7 +6,8 @@
 __all__ = ['HUB_FILES', 'ROUTERS', 'demo', 'find_model', 'read_header', 'weight_files', 'Unit', 'blocks_path', 'find_units',
            'Checkpoint', 'stored_format']
 
-# %% ../nbs/02_models.ipynb #8a6991c7
+# %% ../nbs/02_models.ipynb #50ffd3a7
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def _kind(path, module):
     if 'SwitchLinear' in type(module).__name__: return f'experts.{name}'
     return 'embed' if 'Embedding' in type(module).__name__ else name
 
-# %% ../nbs/02_models.ipynb #dcfe38a5
+# %% ../nbs/02_models.ipynb #2ea4861c
 class Checkpoint:
     "A model folder, checked and listed; none of its weights are loaded"
     def __init__(self,
@@ -161,6 +162,15 @@ class Checkpoint:
         "The tokenizer that comes with the model"
         from transformers import AutoTokenizer
         return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True)
+
+    @cached_property
+    def fingerprint(self):
+        "Sixteen hex digits that stand for the config and every byte of the weights"
+        h = hashlib.sha256((self.folder/'config.json').read_bytes())
+        for file in self.files:
+            with open(file, 'rb') as f:
+                while chunk := f.read(2**24): h.update(chunk)
+        return h.hexdigest()[:16]
 
     def __repr__(self):
         size = sum(map(os.path.getsize, self.files))/2**20

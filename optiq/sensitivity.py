@@ -8,8 +8,7 @@ __all__ = ['kl_divergence', 'probes', 'walk', 'perturb', 'on_gpu', 'kl_of_stream
            'fingerprint_of', 'refuse_other', 'read_log', 'load_sweep', 'to_sweep', 'save_sweep', 'SweepLog', 'Ranks',
            'kl_sweep', 'settled']
 
-# %% ../nbs/03_sensitivity.ipynb #9190faa7
-import hashlib
+# %% ../nbs/03_sensitivity.ipynb #9ab68c4e
 import json
 import os
 import sys
@@ -296,16 +295,11 @@ def plot_sweep(
     ax.set(xlabel='block', ylabel='', title=f'{sweep.header["model"]} at {fmt}')
     return ax
 
-# %% ../nbs/03_sensitivity.ipynb #8ec1463e
+# %% ../nbs/03_sensitivity.ipynb #e52b143f
 def fingerprint_of(b: Backend, tokens: np.ndarray, formats: list, quantizer: str = 'minmax') -> dict:
     "What the numbers of a sweep depend on"
-    h = hashlib.sha256((b.checkpoint.folder/'config.json').read_bytes())
-    for file in b.checkpoint.files:
-        with open(file, 'rb') as f:
-            while chunk := f.read(2**24): h.update(chunk)
-    backend = 'mlx' if b.name == 'mlx' else b.name
-    return dict(model=h.hexdigest()[:16], tokens=fingerprint(tokens), formats=[str(f) for f in formats],
-                quantizer=quantizer, dtype=str(b.dtype).split('.')[-1], backend=backend)
+    return dict(model=b.checkpoint.fingerprint, tokens=fingerprint(tokens), formats=[str(f) for f in formats],
+                quantizer=quantizer, dtype=str(b.dtype).split('.')[-1], backend=b.name)
 
 def refuse_other(path: Path, theirs: dict, ours: dict):
     "Raise ValueError, naming the fields that differ, unless two fingerprints agree"
@@ -354,7 +348,7 @@ def save_sweep(sweep: Sweep, path: 'str | Path'):
     text = '\n'.join([head, *records]) if str(path).endswith('.jsonl') else f'{head[:-1]}, "records": [\n'+',\n'.join(records)+'\n]}'
     Path(path).write_text(text+'\n')
 
-# %% ../nbs/03_sensitivity.ipynb #09d39a32
+# %% ../nbs/03_sensitivity.ipynb #cdde7172
 class SweepLog:
     "The passes of a sweep, and the file to which they are written as they finish"
     def __init__(self, b: Backend, tokens: np.ndarray, formats: list, out=None, max_memory=None):
@@ -369,7 +363,8 @@ class SweepLog:
 
     def _open(self):
         "Start the file, or go on where it ends"
-        if not self.path.exists() or not self.path.stat().st_size:
+        if not self.path.exists() or _no_line(self.path.read_bytes()):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.header)+'\n')
         header, self.records, whole = read_log(self.path)
         refuse_other(self.path, header['fingerprint'], self.header['fingerprint'])
@@ -406,6 +401,11 @@ class SweepLog:
         if all(v.mean() < 1e-6 for v in sweep.values.values()): raise ValueError(
             'every KL is under 1e-6: quantizing changed nothing, so these weights were quantized before, or never used')
         return sweep
+
+def _no_line(data: bytes) -> bool:
+    "Whether not even the header of a sweep file was finished"
+    begin = b'{"optiq": "sweep"'
+    return b'\n' not in data and (data.startswith(begin) or begin.startswith(data))
 
 def _line(unit, fmt, start, kl): return json.dumps(dict(unit=unit.path, format=str(fmt), start=start, kl=kl))+'\n'
 

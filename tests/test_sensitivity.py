@@ -47,7 +47,8 @@ def test_torch_and_mlx_agree(models, architecture):
     c = models[architecture]
     tokens, todo = tokens_for(c), probes(c.units, [Format(4)])[::4]
     a, b = (measure(B(c), tokens, todo) for B in (TorchBackend, MLXBackend))
-    np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-8) # two libraries' float32, on random weights
+    loose = 5e-2 if architecture == 'qwen3_5' else 2e-2 # mlx-lm adds 1 to its norms in bfloat16, which rounds them
+    np.testing.assert_allclose(a, b, rtol=loose, atol=1e-8)
 
 def test_every_kind_of_unit_is_measured(models):
     kinds = {a: {u.kind for u in c.units} for a, c in models.items()}

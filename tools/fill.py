@@ -23,8 +23,16 @@ def fill(path):
                 or found.get('eval:', [''])[0] == 'false' or skip_flags & found.keys())
     nb = read_nb(path)
     with working_directory(path.parent): CaptureShell(path).run_all(nb, exc_stop=True, preproc=skipped)
+    for cell in nb.cells: drop_bars(cell)
     clean_nb(nb)
     write_nb(nb, path)
+
+def drop_bars(cell):
+    "Progress bars are for those who wait, not for those who read"
+    for o in cell.get('outputs', []):
+        if o.get('name') == 'stderr':
+            o['text'] = [line for line in ''.join(o['text']).splitlines(True) if '\r' not in line and '[INFO]' not in line and line.strip()]
+    if cell.cell_type == 'code': cell['outputs'] = [o for o in cell.get('outputs', []) if o.get('name') != 'stderr' or o['text']]
 
 if __name__ == '__main__':
     for path in sys.argv[1:] or nbglob(as_path=True): fill(path)

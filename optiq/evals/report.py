@@ -30,11 +30,11 @@ def _cpu():
     if info.exists(): return next((line.split(': ')[1] for line in info.read_text().splitlines() if 'model name' in line), 'unknown')
     return platform.processor() or 'unknown'
 
-# %% ../../nbs/10_evals.report.ipynb #e31f98ae
+# %% ../../nbs/10_evals.report.ipynb #b1016fa8
 COLUMNS = dict(name='model', nominal_bpw='nominal', true_bpw='true bits', size_mb='MB', kl='KL', perplexity='perplexity',
                agreement='agreement', word_problems='problems', recall='recall')
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     "Measured size and quality of models, side by side"
     rows: list # of dicts: name, nominal_bpw, true_bpw, size_mb, and metrics, each with its standard error as <metric>_se
@@ -44,7 +44,7 @@ class Report:
         import pandas as pd
         return pd.DataFrame(self.rows)
 
-    def __str__(self): return text_table(self.rows)
+    def __repr__(self): return text_table(self.rows)
     def _repr_html_(self): return html_table(self.rows)+f'<p><small>{_note(self.about)}</small></p>'
     def plot(self, ax=None, metric: str = 'kl'): return plot_report(self, ax, metric)
     def save(self, path): Path(path).write_text(json.dumps(dict(optiq='report', rows=self.rows, about=self.about), indent=1)+'\n')

@@ -69,13 +69,13 @@ def divides(fmt: Format, shape: tuple) -> bool:
     "Whether the last axis of `shape` splits into whole groups"
     return fmt.mode == 'as-is' or shape[-1] % fmt.group_size == 0
 
-# %% ../nbs/00_formats.ipynb #995b3f60
+# %% ../nbs/00_formats.ipynb #d58a0259
 def _affine(xp, g, bits, cast): # g (…, groups, group_size) in float32
     "MLX's min-max rule: codes, scale and bias of each group"
     n = 2**bits-1
     lo, hi = xp.amin(g, axis=-1, keepdims=True), xp.amax(g, axis=-1, keepdims=True)
     low_edge = abs(lo) > abs(hi)
-    scale = xp.clip((hi-lo)/n, 1e-7, None)
+    scale = xp.clip((hi-lo)/xp.full_like(hi, n), 1e-7, None) # by an array: CUDA divides by a number as times its inverse
     scale = xp.where(low_edge, scale, -scale)
     edge = xp.where(low_edge, lo, hi)
     steps = xp.round(edge/scale)
@@ -93,12 +93,12 @@ def _round_float(xp, x, mantissa, min_exp, largest, half_to_zero=False): # x flo
     codes = xp.sign(x)*xp.ceil(abs(x)/step-.5) if half_to_zero else xp.round(x/step)
     return xp.clip(codes*step, -largest, largest)
 
-# %% ../nbs/00_formats.ipynb #9940585f
+# %% ../nbs/00_formats.ipynb #2bcd0483
 def _block_float(xp, g, mode, cast): # g (…, groups, group_size) in float32
     "mxfp4, mxfp8 (power-of-two scale, rounded up) and nvfp4 (E4M3 scale)"
     code = (3, -6, 448.) if mode == 'mxfp8' else (1, 0, 6., True)
     one = xp.ones_like(g[..., :1])
-    scale = cast(xp.amax(abs(g), axis=-1, keepdims=True)/code[2])*one
+    scale = cast(xp.amax(abs(g), axis=-1, keepdims=True)/(code[2]*one))*one
     if mode == 'nvfp4': scale = _round_float(xp, scale, 3, -6, 448.)
     else:
         m, e = xp.frexp(scale)

@@ -1,6 +1,6 @@
 """`make demo`: convert the demo model at both published profiles, compare, print one table, draw one figure.
 
-    python models/demo/run.py [-o optiq_output/demo] [--problems 100] [--recall 100]
+    python models/demo/run.py [-o optiq_output/demo] [--problems 60]
 """
 import argparse
 import json
@@ -22,7 +22,7 @@ from optiq.sensitivity import kl_sweep
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('-o', type=Path, default=Path('optiq_output/demo'))
-    p.add_argument('--problems', type=int, default=100)
+    p.add_argument('--problems', type=int, default=60)
     args = p.parse_args()
     start, b = time.time(), open_backend('demo')
     c = b.checkpoint

@@ -2,9 +2,6 @@ SHELL := /bin/bash
 python := .venv/bin/python
 ready := .venv/.ready
 
-# MLX's Linux wheel brings a slow float32 BLAS; OpenBLAS, where it is installed, is some 30 times faster.
-export LD_PRELOAD ?= $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
-
 .PHONY: help setup demo test docs lab bench readme fill clean
 help:           ## list these targets
 	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 10

@@ -43,7 +43,7 @@ def feasible(c: Checkpoint, formats: list, **caps):
     values = {(u.path, f): np.array([1/f.bits]) for u, f in probes(c.units, formats)}
     allocate(Sweep(c.units, formats, values, dict(model=c.name, params=c.params, other_bytes=c.other_bytes)), **caps)
 
-# %% ../nbs/11_pipeline.ipynb #649e0052
+# %% ../nbs/11_pipeline.ipynb #dd45f966
 def optimize(
     model: str, # 'demo', a folder, or a Hub id
     out: 'str | Path | None' = None, # folder to write; nothing is written without it
@@ -93,6 +93,7 @@ def optimize(
     figures = summary(report, plan, scores['joint'], out, time.perf_counter()-start)
     return dict(report=report, plan=plan, sweep=measured, figures=figures)
 
+# %% ../nbs/11_pipeline.ipynb #eb23f1c3
 def summary(report: Report, plan, joint, out, seconds: float) -> dict:
     "The figures of a conversion, as `optiq convert --json` prints them"
     rows = {r['name']: r for r in report.rows}

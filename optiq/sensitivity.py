@@ -188,7 +188,7 @@ def free_on_device(b: Backend) -> int:
     "Bytes free where a backend keeps its states"
     return b.xp.cuda.mem_get_info()[0] if b.name == 'torch' and b.device == 'cuda' else free_memory()
 
-# %% ../nbs/03_sensitivity.ipynb #323fdd85
+# %% ../nbs/03_sensitivity.ipynb #c0dbd0ab
 def block_passes(todo: list, n_blocks: int) -> int:
     "How often one block is run on one batch, summed over the blocks"
     return n_blocks+sum(n_blocks-(u.block or 0) for u, _ in todo if u.kind != 'lm_head')
@@ -217,6 +217,7 @@ def cost(b: Backend, passes: list[Pass], T: int) -> dict:
     return dict(seconds=seconds, bytes=8*B*T*(many+1)*b.checkpoint.units[0].shape[-1],
                 probes=sum(len(p.todo) for p in passes if p.start == passes[0].start), passes=len(passes))
 
+# %% ../nbs/03_sensitivity.ipynb #c7f561fa
 def _timings(b, batch):
     "Seconds of one block on a batch, of its head and KL, and of quantizing one weight"
     states, u = b.embed(batch), max((u for u in b.checkpoint.units if u.block == 0), key=lambda u: u.params)
@@ -306,7 +307,7 @@ def refuse_other(path: Path, theirs: dict, ours: dict):
     odd = [f'{k} ({theirs.get(k)} there, {v} here)' for k, v in ours.items() if theirs.get(k) != v]
     if odd: raise ValueError(f'{path} was measured on something else: {", ".join(odd)}; give another file, or remove it')
 
-# %% ../nbs/03_sensitivity.ipynb #369bbab8
+# %% ../nbs/03_sensitivity.ipynb #d7d59487
 def read_log(path: Path) -> tuple[dict, dict, int]: # header, (path, format, start) ▸ values, bytes that are whole
     "What a sweep file holds; a last line that was cut short is left out"
     data = path.read_bytes()
@@ -320,6 +321,7 @@ def _document(data):
     d = json.loads(data)
     return [d, *d.pop('records')]
 
+# %% ../nbs/03_sensitivity.ipynb #d4237f2e
 def load_sweep(
     path: 'str | Path', # what `optiq sweep -o` or `Sweep.save` wrote
 ) -> Sweep:
@@ -348,7 +350,22 @@ def save_sweep(sweep: Sweep, path: 'str | Path'):
     text = '\n'.join([head, *records]) if str(path).endswith('.jsonl') else f'{head[:-1]}, "records": [\n'+',\n'.join(records)+'\n]}'
     Path(path).write_text(text+'\n')
 
-# %% ../nbs/03_sensitivity.ipynb #cdde7172
+# %% ../nbs/03_sensitivity.ipynb #502db709
+def _no_line(data: bytes) -> bool:
+    "Whether not even the header of a sweep file was finished"
+    begin = b'{"optiq": "sweep"'
+    return b'\n' not in data and (data.startswith(begin) or begin.startswith(data))
+
+def _line(unit, fmt, start, kl): return json.dumps(dict(unit=unit.path, format=str(fmt), start=start, kl=kl))+'\n'
+
+def _announce(c, shape, ranks):
+    "Tell the time and memory of a sweep on stderr"
+    s = c['seconds']/ranks
+    took = f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:.1f} h'
+    print(f'{c["probes"]} probes on {shape[0]} × {shape[1]} tokens: about {took}, {c["bytes"]/2**30:.1f} GB for states, '
+          f'{c["passes"]} passes', file=sys.stderr, flush=True)
+
+# %% ../nbs/03_sensitivity.ipynb #8946296f
 class SweepLog:
     "The passes of a sweep, and the file to which they are written as they finish"
     def __init__(self, b: Backend, tokens: np.ndarray, formats: list, out=None, max_memory=None):
@@ -401,20 +418,6 @@ class SweepLog:
         if all(v.mean() < 1e-6 for v in sweep.values.values()): raise ValueError(
             'every KL is under 1e-6: quantizing changed nothing, so these weights were quantized before, or never used')
         return sweep
-
-def _no_line(data: bytes) -> bool:
-    "Whether not even the header of a sweep file was finished"
-    begin = b'{"optiq": "sweep"'
-    return b'\n' not in data and (data.startswith(begin) or begin.startswith(data))
-
-def _line(unit, fmt, start, kl): return json.dumps(dict(unit=unit.path, format=str(fmt), start=start, kl=kl))+'\n'
-
-def _announce(c, shape, ranks):
-    "Tell the time and memory of a sweep on stderr"
-    s = c['seconds']/ranks
-    took = f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:.1f} h'
-    print(f'{c["probes"]} probes on {shape[0]} × {shape[1]} tokens: about {took}, {c["bytes"]/2**30:.1f} GB for states, '
-          f'{c["passes"]} passes', file=sys.stderr, flush=True)
 
 # %% ../nbs/03_sensitivity.ipynb #6699ead2
 class Ranks:

@@ -69,7 +69,7 @@ def check_finite(xp, weight, path: str):
     if not bool(xp.isfinite(weight).all()): raise ValueError(
         f'{path} holds NaN or infinity: the checkpoint is damaged; fetch or make it again')
 
-# %% ../nbs/02b_backends.ipynb #b3f6b816
+# %% ../nbs/02b_backends.ipynb #7ece959b
 class TorchBackend(Backend):
     "Replays a transformers model"
     name = 'torch'
@@ -94,6 +94,16 @@ class TorchBackend(Backend):
     def unit_weight(self, path: str): # in the checkpoint's type
         param, part = self.slots[path]
         return param.data[part].to(getattr(self.xp, self.checkpoint.unit[path].dtype))
+
+    @contextmanager
+    def routed(self, i: int): # list that fills with the experts that tokens of block `i` go to, arrays of indices
+        seen, experts = [], [m for name, m in self.blocks[i].named_modules() if name.endswith('experts')]
+        def listen(module, args, kwargs):
+            seen.append(next(self.numpy(a) for a in (*args, *kwargs.values()) if not a.is_floating_point()))
+        hooks = [m.register_forward_pre_hook(listen, with_kwargs=True) for m in experts]
+        try: yield seen
+        finally:
+            for h in hooks: h.remove()
 
     @contextmanager
     def stand_ins(self, stand_in):
@@ -169,7 +179,7 @@ def _dequantized_torch(checkpoint):
     from mlx.utils import tree_flatten
     return {k: torch.from_numpy(np.array(v)) for k, v in tree_flatten(_of_type(checkpoint, mx.float32).parameters())}
 
-# %% ../nbs/02b_backends.ipynb #cda1eefa
+# %% ../nbs/02b_backends.ipynb #f972419d
 class MLXBackend(Backend):
     "Replays an mlx-lm model"
     name = 'mlx'
@@ -184,7 +194,7 @@ class MLXBackend(Backend):
     def cast(self, x): return x.astype(self.dtype)
     def numpy(self, x): return np.array(x.astype(self.xp.float32))
     def done(self, x):
-        self.xp.eval(x)
+        self.xp.async_eval(x) # the next block is prepared while this one runs
         return x
 
     def forward(self, batch): return self.model(self.xp.array(np.asarray(batch)))
@@ -199,6 +209,17 @@ class MLXBackend(Backend):
         parent.layers = [_StandIn(b, stand_in, i) for i, b in enumerate(before)]
         try: yield
         finally: parent.layers = before
+
+    @contextmanager
+    def routed(self, i: int): # list that fills with the experts that tokens of block `i` go to, arrays of indices
+        from mlx_lm.models.switch_layers import SwitchLinear
+        seen, call = [], SwitchLinear.__call__
+        def listen(module, x, indices, **kwargs):
+            if module is next(m for m in self.block(i).modules() if isinstance(m, SwitchLinear)): seen.append(np.array(indices))
+            return call(module, x, indices, **kwargs)
+        SwitchLinear.__call__ = listen
+        try: yield seen
+        finally: SwitchLinear.__call__ = call
 
     @contextmanager
     def swapped(self, overrides: dict):
@@ -231,7 +252,7 @@ def _of_type(checkpoint, dtype):
     model.update(tree_map(lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters()))
     return model
 
-# %% ../nbs/02b_backends.ipynb #162f1bef
+# %% ../nbs/02b_backends.ipynb #edd8ea9e
 class StreamingBackend(MLXBackend):
     "Replays an mlx-lm model with one block at a time in memory"
     rows = 16384 # rows of the vocabulary in memory at once
@@ -249,6 +270,10 @@ class StreamingBackend(MLXBackend):
             for u in self.checkpoint.units:
                 if u.block == i: check_finite(self.xp, self.module(u.path).weight, u.path)
         return self.model.layers[i]
+
+    def done(self, x):
+        self.xp.eval(x) # before the block's weights go
+        return x
 
     def vocabulary(self, unit: Unit, rows): # rows of an embedding or head, perturbed if it is to be
         w = read_rows(self.checkpoint, unit, rows)

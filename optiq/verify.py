@@ -160,7 +160,7 @@ def improve(b, tokens, q, tried, kl, best, tolerance, rounds):
         if kl[name].mean() >= joint: return best, history
         best, forecast = name, guess
 
-# %% ../nbs/04a_verify.ipynb #6c403f92
+# %% ../nbs/04a_verify.ipynb #9c8d15f8
 def verified(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: np.ndarray, # (n, T) calibration tokens
@@ -179,7 +179,7 @@ def verified(
     plan = q.solve(method)
     if set(plan) != set(b.checkpoint.unit): raise ValueError(f'the sweep is of another model, {sweep.header.get("model")}')
     ours, flats = {'allocated': plan} | alternatives(q, plan, n, seed=seed), within(q, plan)
-    if progress: print(f'verifying {len(ours)+len(flats)} plans on {tokens.shape[0]} × {tokens.shape[1]} tokens', file=sys.stderr)
+    if progress: print(f'verifying {len(ours)+len(flats)} plans on {tokens.size:,} tokens', file=sys.stderr)
     kl = joint_kl(b, tokens, ours | flats)
     best, history = improve(b, tokens, q, ours, kl, min(ours, key=lambda x: kl[x].mean()), tolerance, rounds)
     tried = ours | flats

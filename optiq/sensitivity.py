@@ -8,7 +8,7 @@ __all__ = ['kl_divergence', 'probes', 'walk', 'perturb', 'on_gpu', 'kl_of_stream
            'fingerprint_of', 'refuse_other', 'read_log', 'load_sweep', 'to_sweep', 'save_sweep', 'SweepLog', 'Ranks',
            'kl_sweep', 'settled']
 
-# %% ../nbs/03_sensitivity.ipynb #9ab68c4e
+# %% ../nbs/03_sensitivity.ipynb #84648644
 import json
 import os
 import sys
@@ -21,7 +21,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .backends import Backend, free_memory, open_backend
-from .calibration import fingerprint, passages, token_batch
+from .calibration import block_hashes, fingerprint, passages, token_batch
 from .formats import AS_IS, Format, divides, parse_format, quantize_dequantize
 from .models import Checkpoint, Unit
 
@@ -365,7 +365,7 @@ def _announce(c, shape, ranks):
     print(f'{c["probes"]} probes on {shape[0]} × {shape[1]} tokens: about {took}, {c["bytes"]/2**30:.1f} GB for states, '
           f'{c["passes"]} passes', file=sys.stderr, flush=True)
 
-# %% ../nbs/03_sensitivity.ipynb #8946296f
+# %% ../nbs/03_sensitivity.ipynb #241a285b
 class SweepLog:
     "The passes of a sweep, and the file to which they are written as they finish"
     def __init__(self, b: Backend, tokens: np.ndarray, formats: list, out=None, max_memory=None):
@@ -373,7 +373,7 @@ class SweepLog:
         self.todo = [(c.units[0], AS_IS), *probes(c.units, formats)] # the first one changes nothing: it shows the noise
         self.header = dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes, shape=list(tokens.shape),
                            fingerprint=fingerprint_of(b, tokens, formats), units=[asdict(u) for u in c.units],
-                           passes=plan_passes(b, self.todo, tokens.shape, max_memory))
+                           passes=plan_passes(b, self.todo, tokens.shape, max_memory), blocks=block_hashes(tokens))
         self.records, self.path = {}, self.ranks.own(out)
         if self.path: self._open()
         self.passes = passes_of(self.todo, len(tokens), *self.header['passes'])

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['baselines', 'feasible', 'optimize', 'summary', 'find_sweep', 'compare']
 
-# %% ../nbs/11_pipeline.ipynb #2c0fc509
+# %% ../nbs/11_pipeline.ipynb #8c1b42f4
 import time
 from pathlib import Path
 
 import numpy as np
 
 from .backends import open_backend
-from .calibration import fingerprint, passages, token_batch
+from .calibration import block_hashes, fingerprint, overlap, passages, token_batch
 from .convert import convert, overrides_of_saved, whole_folder
-from .evals.perplexity import evaluate, evaluation_tokens, overrides_of
+from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_calibration, refuse_overlap
 from .evals.report import Report, machine, score_row
+from .evals.run import same_words, text_tokens
 from .formats import ALL_FORMATS, Format, divides, parse_format
 from .knapsack import allocate, make_plan, recipe, uniform
 from .models import Checkpoint
@@ -43,7 +44,7 @@ def feasible(c: Checkpoint, formats: list, **caps):
     values = {(u.path, f): np.array([1/f.bits]) for u, f in probes(c.units, formats)}
     allocate(Sweep(c.units, formats, values, dict(model=c.name, params=c.params, other_bytes=c.other_bytes)), **caps)
 
-# %% ../nbs/11_pipeline.ipynb #dd45f966
+# %% ../nbs/11_pipeline.ipynb #e9b5264b
 def optimize(
     model: str, # 'demo', a folder, or a Hub id
     out: 'str | Path | None' = None, # folder to write; nothing is written without it
@@ -74,6 +75,7 @@ def optimize(
     split = 'all' if evaluation and evaluation != calibration else 'train'
     tokens = token_batch(passages(calibration, split), c.tokenizer, n, seq_len)
     scored = evaluation_tokens(evaluation or calibration, c.tokenizer, eval_n, eval_len, 'test' if split == 'train' else split)
+    refuse_overlap(overlap(block_hashes(tokens), scored))
     measured = find_sweep(b, tokens, formats, sweep, out)
     plan = allocate(measured, **caps)
     others = baselines(c, plan, min(formats)) if compare else {}
@@ -89,7 +91,7 @@ def optimize(
     about = dict(model=c.name, calibration=f'{calibration}, {n} × {seq_len} tokens, {fingerprint(tokens)}',
                  evaluation=f'{evaluation or calibration}, {eval_n} × {eval_len} tokens, {fingerprint(scored)}', **machine())
     sizes = dict(reference=make_plan(c, c.formats), optiq=plan, **others)
-    report = Report([score_row(name, sizes[name], scores[name]) for name in sizes], about)
+    report = Report([score_row(name, sizes[name], scores[name], fingerprint(scored)) for name in sizes], about)
     figures = summary(report, plan, scores['joint'], out, time.perf_counter()-start)
     return dict(report=report, plan=plan, sweep=measured, figures=figures)
 
@@ -119,7 +121,7 @@ def find_sweep(b, tokens, formats, sweep, out) -> Sweep:
     if lacking: raise ValueError(f'{sweep} has no {", ".join(lacking)}; it has {", ".join(map(str, found.formats))}')
     return found
 
-# %% ../nbs/11_pipeline.ipynb #34b0f2d1
+# %% ../nbs/11_pipeline.ipynb #4dc5078e
 def compare(
     model: str, # a model, quantized or not
     baseline: str | None = None, # what to measure KL and agreement against
@@ -132,12 +134,10 @@ def compare(
     "Score a model by itself, or against another one with the same vocabulary"
     opened = {m: open_backend(Checkpoint(m, trust_remote_code), backend) for m in (baseline or model, model)}
     reference = opened[baseline or model]
-    if len({b.checkpoint.vocabulary for b in opened.values()}) > 1: raise ValueError(
-        f'{model} and {baseline} have vocabularies of different size, so no KL between them exists')
-    split = 'test' if evaluation in ('bundled', 'wikitext2') else 'all'
-    text = passages(evaluation, split, min_chars=-1)
-    tokens = token_batch(text, reference.checkpoint.tokenizer, n, seq_len, seed=None)
+    same_words(reference.checkpoint, opened[model].checkpoint)
+    tokens = text_tokens(reference.checkpoint, evaluation, n, seq_len)
+    for b in opened.values(): refuse_calibration(b.checkpoint, tokens)
     scores = evaluate(reference, tokens, {model: opened[model]} if baseline and baseline != model else {})
     names = {'reference': baseline or model, model: model}
-    rows = [score_row(names[k], make_plan(c := opened[names[k]].checkpoint, c.formats), s) for k, s in scores.items()]
+    rows = [score_row(names[k], make_plan(c := opened[names[k]].checkpoint, c.formats), s, fingerprint(tokens)) for k, s in scores.items()]
     return Report(rows, dict(evaluation=f'{evaluation}, {len(tokens)} × {seq_len} tokens, {fingerprint(tokens)}', **machine()))

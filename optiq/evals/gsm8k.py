@@ -133,7 +133,7 @@ def _from_hub():
         raise ConnectionError(f'openai/gsm8k cannot be fetched ({type(e).__name__}); give --questions a local .jsonl file with question '
                               'and answer, or word-problems, which the project makes itself') from e
 
-# %% ../../nbs/10_evals.gsm8k.ipynb #78e1ec89
+# %% ../../nbs/10_evals.gsm8k.ipynb #21d5148e
 STOP = '\nQuestion:', '\n\nQuestion', '\nQ:', '\n\n\n'
 
 def gsm8k(
@@ -146,6 +146,7 @@ def gsm8k(
     make_cache = None, # mlx-lm model ▸ caches; its `label` goes into the file
     overrides: dict = {}, # of a plan
     name: str | None = None, # of the row
+    size = None, # Plan that the overrides stand for
     figure: str = 'gsm8k', # metric; 'word_problems' for those
 ) -> Report: # one row; about['responses'] holds the answers
     "Accuracy on word problems, with Wilson's interval"
@@ -160,7 +161,7 @@ def gsm8k(
         else: texts = compose(b, [r['prompt'] for r in asked], new_tokens, STOP, make_cache, overrides)
         done += [judged(r | dict(response=text)) for r, text in zip(asked, texts)]
         if out is not None: _append(Path(out), done[-len(part):])
-    size = size_of(settings['name'], make_plan(b.checkpoint, b.checkpoint.formats))
+    size = size_of(settings['name'], size or make_plan(b.checkpoint, b.checkpoint.formats))
     return _report(done, figure, size, settings)
 
 def label_of(make_cache) -> str:

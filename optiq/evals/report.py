@@ -233,7 +233,7 @@ def plot_report(report: Report, ax=None, metric: str = 'kl'):
     ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../../nbs/10_evals.report.ipynb #91c42d1a
+# %% ../../nbs/10_evals.report.ipynb #8f64564a
 def compare_reports(
     *reports, # Report
 ) -> Report: # with about['verdicts']
@@ -247,17 +247,17 @@ def compare_reports(
     return Report(rows, about | dict(verdicts=said))
 
 def _merged(a, b):
-    odd = [k for k in a.keys() & b.keys() if k in METRICS and (a[k], a['on'].get(k)) != (b[k], b['on'].get(k))]
+    odd = [k for k in a.keys() & b.keys() if k in METRICS and (a[k], a.get('on', {}).get(k)) != (b[k], b.get('on', {}).get(k))]
     if odd: raise ValueError(f'two reports give {metric(min(odd)).title} of {a["name"]} differently; compare reports made on the same data')
     return joined(a, b)
 
-# %% ../../nbs/10_evals.report.ipynb #802eac4a
+# %% ../../nbs/10_evals.report.ipynb #972045b9
 def plot_panels(report: Report): # ▸ matplotlib axes
     "A panel for the size and one for each metric, models from top to bottom, with 95 % intervals"
     import matplotlib.pyplot as plt
     keys, rows = report.metrics, report.rows
     fig, axes = plt.subplots(1, 1+len(keys), figsize=(1.6+1.9*(1+len(keys)), 1+.32*len(rows)), sharey=True, layout='constrained')
-    axes[0].barh(range(len(rows)), [r['true_bpw'] for r in rows], color='.75', height=.6)
+    axes[0].barh(range(len(rows)), [r.get('true_bpw', 0) for r in rows], color='.75', height=.6)
     axes[0].set(yticks=range(len(rows)), yticklabels=[r['name'] for r in rows], title='true bits')
     axes[0].invert_yaxis()
     for ax, k in zip(axes[1:], keys):

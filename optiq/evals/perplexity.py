@@ -46,7 +46,7 @@ class Score:
 
 def _se(x): return float(x.std(ddof=1)/np.sqrt(len(x))) if len(x) > 1 else float('nan')
 
-# %% ../../nbs/10_evals.perplexity.ipynb #9585f4a3
+# %% ../../nbs/10_evals.perplexity.ipynb #f881c0d2
 def evaluate(
     model: 'str | Checkpoint | Backend', # the reference
     tokens: np.ndarray, # (n, T)
@@ -67,7 +67,7 @@ def evaluate(
 
 def _at(b, overrides, block):
     "The overrides of one block, or of what lies outside the blocks"
-    return {p: f for p, f in overrides.items() if b.checkpoint.unit[p].block == block}
+    return {p: f for p, f in overrides.items() if b.checkpoint.find(p).block == block}
 
 # %% ../../nbs/10_evals.perplexity.ipynb #9aeb7a09
 def _score(ids, states, everyone):

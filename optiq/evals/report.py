@@ -30,8 +30,9 @@ def _cpu():
     if info.exists(): return next((line.split(': ')[1] for line in info.read_text().splitlines() if 'model name' in line), 'unknown')
     return platform.processor() or 'unknown'
 
-# %% ../../nbs/10_evals.report.ipynb #b1016fa8
-COLUMNS = dict(name='model', nominal_bpw='nominal', true_bpw='true bits', size_mb='MB', kl='KL', perplexity='perplexity',
+# %% ../../nbs/10_evals.report.ipynb #785db3ae
+COLUMNS = dict(name='model', nominal_bpw='nominal', true_bpw='true bits', size_mb='MB', weight_mb='weights MB',
+               cache_mb='cache MB', kl='KL', perplexity='perplexity',
                agreement='agreement', word_problems='problems', recall='recall')
 
 @dataclass(repr=False)

@@ -137,7 +137,7 @@ def kv_layout(
         f'{what} ({n} layers)' for what, n in Counter(layout.left.values()).items()))
     return layout
 
-# %% ../nbs/06_kv_cache.ipynb #258aef91
+# %% ../nbs/06_kv_cache.ipynb #6a30060e
 def kv_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend; quantized or not
     tokens: np.ndarray | None = None, # (n, T) calibration tokens
@@ -150,7 +150,9 @@ def kv_sweep(
 ) -> Sweep:
     "Measure the KL that quantizing each layer's keys, and each layer's values, costs"
     b = open_backend(model, backend)
-    layout = kv_layout(b.checkpoint, context, weights)
+    layout, formats = kv_layout(b.checkpoint, context, weights), [parse_format(f) for f in formats]
+    if not any(divides(f, u.shape) for u in layout.units for f in formats): raise ValueError(
+        f'no candidate fits heads of {layout.units[0].shape[-1]}; affine formats need a multiple of 32')
     with b.swapped(overrides_of(weights or {})): sweep = kl_sweep(b, tokens, formats, of=layout, **options)
     dead = [p for (p, _), v in sweep.values.items() if not v.any()]
     if dead: raise ValueError(f'{dead[0]} at {len(dead)} formats changed nothing: attention of this model does not pass '
@@ -699,7 +701,7 @@ def configurations(
             for k, (p, q) in pairs.items()]
     return Report(rows, about), list(mixed['full'].diff(mixed['quantized']))
 
-# %% ../nbs/06_kv_cache.ipynb #11f2f05a
+# %% ../nbs/06_kv_cache.ipynb #df29c9de
 def optimize_with_kv(
     model: str, # 'demo', a folder, or a Hub id
     out: 'str | Path | None', # folder to write; nothing is written without it
@@ -737,5 +739,6 @@ def optimize_with_kv(
     total = joint['weights'].nbytes+joint['cache'].nbytes
     return dict(report=report, weights=joint['weights'], cache=joint['cache'], config=config, figures=dict(
         output=out and str(out), context=context, bytes=total, weight_mb=joint['weights'].size_mb,
-        cache_mb=joint['cache'].size_mb, predicted_kl=joint['weights'].predicted_kl+joint['cache'].predicted_kl, changed=changed, rows=report.rows,
+        cache_mb=joint['cache'].size_mb, predicted_kl=joint['weights'].predicted_kl+joint['cache'].predicted_kl,
+        changed=changed, rows=report.rows,
         layers=config['layers'], left={str(i): why for i, why in layout.left.items()}, about=report.about))

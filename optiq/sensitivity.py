@@ -49,7 +49,7 @@ def _fused(xp):
         return xp.log1p((p*(xp.expm1(-u)+u)).sum(-1))
     return xp.compile(kl) if xp.__name__.startswith('mlx') else kl
 
-# %% ../nbs/03_sensitivity.ipynb #ada8ac7b
+# %% ../nbs/03_sensitivity.ipynb #a358ee66
 def probes(
     units: list[Unit],
     formats: list[Format],
@@ -57,12 +57,11 @@ def probes(
     "Every unit with every format it can take; raises ValueError where a smaller group is needed"
     found = []
     for u in units:
-        if u.shape[-1] % 32: continue
         for f in formats:
-            if not divides(f, u.shape): raise ValueError(
+            if divides(f, u.shape): found.append((u, f))
+            elif u.shape[-1] % 32 == 0: raise ValueError(
                 f'{u.path} is {u.shape[-1]} wide, which groups of {f.group_size} do not divide; '
                 f'use --group-size {32 if u.shape[-1] % 64 else 64}')
-            found.append((u, f))
     return found
 
 # %% ../nbs/03_sensitivity.ipynb #2ab02b29
@@ -295,7 +294,7 @@ class Sweep:
     @classmethod
     def load(cls, path): return load_sweep(path)
 
-# %% ../nbs/03_sensitivity.ipynb #6e651769
+# %% ../nbs/03_sensitivity.ipynb #8e659053
 def plot_sweep(
     sweep: Sweep,
     ax = None, # matplotlib axes
@@ -304,7 +303,7 @@ def plot_sweep(
     "Heat map of KL, kinds × blocks; units outside the blocks stand at the left and right edge"
     import matplotlib.pyplot as plt
     import seaborn as sns
-    fmt = parse_format(fmt) if fmt else min(sweep.formats)
+    fmt = parse_format(fmt) if fmt else min(sweep.formats, key=lambda f: f.bits)
     d = sweep.to_frame().query('format == @name', local_dict=dict(name=str(fmt)))
     d['column'] = [str(b) if b is not None and b == b else 'before' if k == 'embed' else 'after' for b, k in
                    zip(d.block.astype(object).where(d.block.notna(), None), d.kind)]
@@ -315,7 +314,7 @@ def plot_sweep(
     ax.set(xlabel='block', ylabel='', title=f'{sweep.header["model"]} at {fmt}')
     return ax
 
-# %% ../nbs/03_sensitivity.ipynb #e52b143f
+# %% ../nbs/03_sensitivity.ipynb #e15b234f
 def fingerprint_of(b: Backend, tokens: np.ndarray, formats: list, quantizer: str = 'minmax') -> dict:
     "What the numbers of a sweep depend on"
     return dict(model=b.checkpoint.fingerprint, tokens=fingerprint(tokens), formats=[str(f) for f in formats],
@@ -323,7 +322,7 @@ def fingerprint_of(b: Backend, tokens: np.ndarray, formats: list, quantizer: str
 
 def refuse_other(path: Path, theirs: dict, ours: dict):
     "Raise ValueError, naming the fields that differ, unless two fingerprints agree"
-    odd = [f'{k} ({theirs.get(k)} there, {v} here)' for k, v in ours.items() if theirs.get(k) != v]
+    odd = [f'{k} ({theirs.get(k)} there, {ours.get(k)} here)' for k in ours | theirs if theirs.get(k) != ours.get(k)]
     if odd: raise ValueError(f'{path} was measured on something else: {", ".join(odd)}; give another file, or remove it')
 
 # %% ../nbs/03_sensitivity.ipynb #d7d59487
@@ -405,14 +404,15 @@ def warn_of_idle(counts: dict):
     if idle: warnings.warn(f'{len(idle)} of {sum(map(len, counts.values()))} experts saw no calibration token, the first is expert '
                            f'{idle[0][1]} of block {idle[0][0]}; their KL is not in the numbers: give more or longer sequences')
 
-# %% ../nbs/03_sensitivity.ipynb #84d91b43
+# %% ../nbs/03_sensitivity.ipynb #0d594ed0
 class SweepLog:
     "The passes of a sweep, and the file to which they are written as they finish"
-    def __init__(self, b: Backend, tokens: np.ndarray, formats: list, out=None, max_memory=None):
-        self.b, self.shape, self.ranks, c = b, tokens.shape, Ranks(), b.checkpoint
+    def __init__(self, b: Backend, tokens: np.ndarray, formats: list, out=None, max_memory=None, of=None):
+        self.b, self.shape, self.ranks, c = b, tokens.shape, Ranks(), of or b.checkpoint
         self.todo = [(c.units[0], AS_IS), *probes(c.units, formats)] # the first one changes nothing: it shows the noise
         self.header = dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes, shape=list(tokens.shape),
-                           fingerprint=fingerprint_of(b, tokens, formats), units=[asdict(u) for u in c.units],
+                           fingerprint=fingerprint_of(b, tokens, formats) | getattr(c, 'stamp', {}),
+                           units=[asdict(u) for u in c.units], **getattr(c, 'header', {}),
                            experts=tokens_per_expert(b, tokens), blocks=block_hashes(tokens),
                            passes=plan_passes(b, self.todo, tokens.shape, max_memory))
         self.records, self.path = {}, self.ranks.own(out)
@@ -502,7 +502,7 @@ class Ranks:
             for p in log.passes: log._append(p)
         part.unlink()
 
-# %% ../nbs/03_sensitivity.ipynb #a52e4159
+# %% ../nbs/03_sensitivity.ipynb #1ba11bb2
 def kl_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: np.ndarray | None = None, # (n, T) calibration tokens; made from `calibration` by default
@@ -518,6 +518,7 @@ def kl_sweep(
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     max_memory: float | None = None, # bytes for states
     progress: bool = True, # announce time and memory, show a bar
+    of = None, # whose units: the checkpoint's by default, or a `KVLayout`
 ) -> Sweep:
     "Measure the KL that each unit's quantization costs, in each format, one unit at a time"
     b, formats = open_backend(model, backend), [parse_format(f) for f in formats]
@@ -528,7 +529,7 @@ def kl_sweep(
         if method == 'gradient': return gradient_sweep(b, tokens, formats, out=out)
         if method == 'screened': return screened_sweep(b, tokens, formats, targets, out=out, progress=progress)
         raise ValueError(f'no method {method!r}; there are exact, gradient and screened')
-    log = SweepLog(b, tokens, formats, out, max_memory)
+    log = SweepLog(b, tokens, formats, out, max_memory, of)
     warn_of_idle(log.header.get('experts', {}))
     with progress_bar(log, progress) as bar:
         for p in log.missing():

@@ -79,7 +79,7 @@ class Score:
 
 def _se(x): return float(x.std(ddof=1)/np.sqrt(len(x))) if len(x) > 1 else float('nan')
 
-# %% ../../nbs/10_evals.perplexity.ipynb #62940f32
+# %% ../../nbs/10_evals.perplexity.ipynb #ecc2e078
 def evaluate(
     model: 'str | Checkpoint | Backend', # the reference
     tokens: np.ndarray, # (n, T)
@@ -100,7 +100,7 @@ def evaluate(
 
 def _at(b, overrides, block):
     "The overrides of one block, or of what lies outside the blocks"
-    return {p: f for p, f in overrides.items() if b.checkpoint.unit[p].block == block}
+    return {p: f for p, f in overrides.items() if b.checkpoint.find(p).block == block}
 
 # %% ../../nbs/10_evals.perplexity.ipynb #e316b30d
 def _score(ids, states, everyone):

@@ -8,7 +8,7 @@ __all__ = ['kl_divergence', 'probes', 'walk', 'perturb', 'on_gpu', 'kl_of_stream
            'fingerprint_of', 'refuse_other', 'read_log', 'load_sweep', 'to_sweep', 'save_sweep', 'SweepLog', 'Ranks',
            'kl_sweep', 'settled']
 
-# %% ../nbs/03_sensitivity.ipynb #9ab68c4e
+# %% ../nbs/03_sensitivity.ipynb #4e56b95a
 import json
 import os
 import sys
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .backends import Backend, free_memory, open_backend
 from .calibration import fingerprint, passages, token_batch
-from .formats import AS_IS, Format, divides, parse_format, quantize_dequantize
+from .formats import AS_IS, Format, divides, for_unit, parse_format, quantize_dequantize
 from .models import Checkpoint, Unit
 
 # %% ../nbs/03_sensitivity.ipynb #2d080a00
@@ -56,7 +56,7 @@ def probes(
             found.append((u, f))
     return found
 
-# %% ../nbs/03_sensitivity.ipynb #d9fa1342
+# %% ../nbs/03_sensitivity.ipynb #215c63a1
 def walk(
     b: Backend,
     batch: np.ndarray, # (B, T) token ids
@@ -78,7 +78,7 @@ def walk(
 def perturb(probe: tuple[Unit, Format], quantize=quantize_dequantize) -> dict:
     "The override that a probe stands for"
     unit, fmt = probe
-    return {unit.path: partial(quantize, fmt=fmt)}
+    return {unit.path: partial(for_unit(quantize, unit.path), fmt=fmt)}
 
 # %% ../nbs/03_sensitivity.ipynb #77fa944f
 def on_gpu(b: Backend) -> bool:
@@ -365,14 +365,14 @@ def _announce(c, shape, ranks):
     print(f'{c["probes"]} probes on {shape[0]} × {shape[1]} tokens: about {took}, {c["bytes"]/2**30:.1f} GB for states, '
           f'{c["passes"]} passes', file=sys.stderr, flush=True)
 
-# %% ../nbs/03_sensitivity.ipynb #8946296f
+# %% ../nbs/03_sensitivity.ipynb #82f1abde
 class SweepLog:
     "The passes of a sweep, and the file to which they are written as they finish"
-    def __init__(self, b: Backend, tokens: np.ndarray, formats: list, out=None, max_memory=None):
+    def __init__(self, b: Backend, tokens: np.ndarray, formats: list, out=None, max_memory=None, quantizer='minmax'):
         self.b, self.shape, self.ranks, c = b, tokens.shape, Ranks(), b.checkpoint
         self.todo = [(c.units[0], AS_IS), *probes(c.units, formats)] # the first one changes nothing: it shows the noise
         self.header = dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes, shape=list(tokens.shape),
-                           fingerprint=fingerprint_of(b, tokens, formats), units=[asdict(u) for u in c.units],
+                           fingerprint=fingerprint_of(b, tokens, formats, quantizer), units=[asdict(u) for u in c.units],
                            passes=plan_passes(b, self.todo, tokens.shape, max_memory))
         self.records, self.path = {}, self.ranks.own(out)
         if self.path: self._open()
@@ -461,7 +461,7 @@ class Ranks:
             for p in log.passes: log._append(p)
         part.unlink()
 
-# %% ../nbs/03_sensitivity.ipynb #b9e10ded
+# %% ../nbs/03_sensitivity.ipynb #964746b6
 def kl_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: np.ndarray | None = None, # (n, T) calibration tokens; made from `calibration` by default
@@ -471,6 +471,8 @@ def kl_sweep(
     n: int = 8, # calibration sequences
     seq_len: int = 128, # tokens in each
     method: str = 'exact', # 'exact', 'gradient' or 'screened'
+    rounding: str = 'minmax', # 'minmax', 'search' or 'gptq': the one that will save the model
+    rounding_tokens: np.ndarray | None = None, # (n, T) what `search` and `gptq` learn from; `tokens` by default
     targets: list = (), # nominal bits that `screened` and `until` look at
     until: str | None = None, # 'stable': stop when the plans at `targets` no longer change
     out: 'str | Path | None' = None, # file to write as it goes, and to resume from
@@ -483,14 +485,20 @@ def kl_sweep(
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
     if tokens is None: tokens = token_batch(passages(calibration), b.checkpoint.tokenizer, n, seq_len)
     if method != 'exact':
+        if rounding != 'minmax': raise ValueError(f'method {method!r} knows min-max rounding only; use method exact for {rounding}')
         from optiq.gradient import gradient_sweep, screened_sweep
         if method == 'gradient': return gradient_sweep(b, tokens, formats, out=out)
         if method == 'screened': return screened_sweep(b, tokens, formats, targets, out=out, progress=progress)
         raise ValueError(f'no method {method!r}; there are exact, gradient and screened')
-    log = SweepLog(b, tokens, formats, out, max_memory)
+    if rounding == 'minmax': quantize, name = quantize_dequantize, rounding
+    else:
+        from optiq.rounding import RoundTrips
+        quantize = RoundTrips(b, tokens if rounding_tokens is None else rounding_tokens, formats, rounding)
+        name = quantize.name
+    log = SweepLog(b, tokens, formats, out, max_memory, name)
     with log.bar(progress) as bar:
         for p in log.missing():
-            log.add(p, measure(b, tokens[p.start:p.stop], p.todo, tick=bar.update))
+            log.add(p, measure(b, tokens[p.start:p.stop], p.todo, quantize, bar.update))
             if until == 'stable' and settled(log, targets): break
     return log.finish()
 

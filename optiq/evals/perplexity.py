@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluation_tokens', 'Score', 'evaluate', 'overrides_of']
 
-# %% ../../nbs/10_evals.perplexity.ipynb #4353f10f
+# %% ../../nbs/10_evals.perplexity.ipynb #84b0e4d9
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from ..backends import Backend, open_backend
 from ..calibration import passages, token_batch
-from ..formats import AS_IS, quantize_dequantize
+from ..formats import AS_IS, for_unit, quantize_dequantize
 from ..models import Checkpoint
 from ..sensitivity import kl_rows, logit_slices
 
@@ -91,10 +91,10 @@ def _nll(b, z, nexts):
     rows, columns = np.indices(nexts.shape)
     return normaliser-b.numpy(z)[rows, columns, nexts]
 
-# %% ../../nbs/10_evals.perplexity.ipynb #0c716f34
+# %% ../../nbs/10_evals.perplexity.ipynb #dd82e44c
 def overrides_of(
     plan, # unit path ▸ Format, a Plan or a dict
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
 ) -> dict:
     "The perturbation that a plan stands for"
-    return {path: partial(quantize, fmt=fmt) for path, fmt in plan.items() if fmt != AS_IS}
+    return {path: partial(for_unit(quantize, path), fmt=fmt) for path, fmt in plan.items() if fmt != AS_IS}

@@ -6,17 +6,22 @@
 __all__ = ['SHRINK', 'BLOCK', 'QUANTIZERS', 'pack_codes', 'library', 'to_mlx', 'Rounded', 'MinMax', 'fit_grid', 'search',
            'find_grid', 'finished', 'on_accelerator', 'Inputs', 'Ear', 'expert_rows', 'Statistics', 'Chunks',
            'compensated', 'settle', 'second_look', 'gptq', 'gptq_all', 'few_tokens', 'prepared', 'NextEar',
-           'round_model', 'as_overrides']
+           'round_model', 'as_overrides', 'RoundTrips', 'round_all', 'round_to_files', 'dwq']
 
-# %% ../nbs/05a_rounding.ipynb #54f97098
+# %% ../nbs/05a_rounding.ipynb #44cd9b61
+import sys
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from math import prod
+from pathlib import Path
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from .backends import Backend, Heard, open_backend
+from .calibration import fingerprint
 from .formats import AS_IS, Format, divides, quantize_dequantize, quantize_minmax
 
 # %% ../nbs/05a_rounding.ipynb #78a63926
@@ -301,7 +306,7 @@ def second_look(xp, w, codes, s, b, top, h): # (in_dims, rows) each, top (rows,)
         settle(xp, gradient, out)
     return xp.stack(out)
 
-# %% ../nbs/05a_rounding.ipynb #5807a4b0
+# %% ../nbs/05a_rounding.ipynb #b1090324
 def gptq(
     w, # (…, out_dims, in_dims), a PyTorch tensor or MLX array
     fmt: Format,
@@ -316,7 +321,7 @@ def gptq_all(w, formats: list, stats) -> list:
         return [_stack(r) for r in zip(*(gptq_all(x, formats, s) for x, s in zip(w, _per_expert(stats, len(w)))))]
     if stats is None or stats.count < few_tokens(w): return [search(w, f, stats if stats and stats.count else None) for f in formats]
     affine = [f for f in formats if f.mode == 'affine']
-    at_once = max(1, 2**(28 if on_accelerator(w) else 26)//w.size if not hasattr(w, 'numel') else 2**(28 if on_accelerator(w) else 26)//w.numel())
+    at_once = max(1, 2**(28 if on_accelerator(w) else 26)//prod(w.shape))
     found = {}
     for k in range(0, len(affine), at_once): found |= _gptq(w, affine[k:k+at_once], stats)
     return [found.get(f) or MinMax(w, f) for f in formats]
@@ -403,3 +408,88 @@ def as_overrides(done: dict) -> dict:
     return {path: (lambda w, x=r.dequantize(): x) for path, r in done.items()}
 
 QUANTIZERS = dict(minmax=lambda w, fmt, stats=None: MinMax(w, fmt), search=search, gptq=gptq)
+
+# %% ../nbs/05a_rounding.ipynb #763aa21f
+class RoundTrips(Mapping):
+    "Unit path ▸ (weight, format) ▸ weight after the round trip: what `measure` and `overrides_of` take as a quantizer"
+    def __init__(self,
+        model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
+        tokens: np.ndarray, # (n, T) calibration tokens
+        formats: list, # candidates, rounded together
+        method: str = 'gptq', # 'minmax', 'search' or 'gptq'
+    ):
+        if method not in QUANTIZERS: raise ValueError(f'no rounding {method!r}; there are {", ".join(QUANTIZERS)}')
+        self.b, self.formats, self.method = open_backend(model), list(formats), method
+        self.stats, self.last, self.ends = Statistics(self.b, tokens), (None, {}), {}
+        self.name = f'{method}, {tokens.shape[0]} × {tokens.shape[1]} tokens {fingerprint(tokens)}'
+
+    def __getitem__(self, path): return partial(self.round_trip, path)
+    def __iter__(self): return iter(self.b.checkpoint.unit)
+    def __len__(self): return len(self.b.checkpoint.units)
+
+    def round_trip(self, path, w, fmt):
+        if self.method == 'minmax': return quantize_dequantize(w, fmt)
+        held = self.ends.get(path) or (self.last[1] if self.last[0] == path else {})
+        if fmt not in held:
+            unit, stats = self.b.checkpoint.unit[path], self.stats[path]
+            formats = [f for f in {fmt: 0} | dict.fromkeys(self.formats) if f != AS_IS and divides(f, unit.shape)]
+            held = {r.fmt: r.dequantize() for r in round_all(self.b.unit_weight(path), formats, stats, self.method)}
+            if unit.block is None: self.ends[path] = held
+            else: self.last = path, held
+        return held[fmt]
+
+def round_all(w, formats: list, stats, method: str) -> list:
+    "A weight in several formats"
+    return gptq_all(w, formats, stats) if method == 'gptq' else [QUANTIZERS[method](w, f, stats) for f in formats]
+
+# %% ../nbs/05a_rounding.ipynb #ddd42764
+def round_to_files(
+    model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
+    tokens: np.ndarray, # (n, T) calibration tokens
+    plan: Mapping, # unit path ▸ Format
+    method: str, # 'minmax', 'search' or 'gptq'
+    folder: 'str | Path', # where the stored tensors lie until the conversion has read them
+    progress: bool = True, # show a bar with the time that is left
+) -> dict: # unit path ▸ (weight, format) ▸ stored tensors: a quantizer for `convert`
+    "Round a whole plan, a file for each unit, so that no more than a block is in memory"
+    import mlx.core as mx
+    b, found = open_backend(model), {}
+    with tqdm(total=len(plan), desc=method, unit='unit', leave=False, disable=not progress) as bar:
+        for path, r in round_model(b, tokens, plan, method, bar.update):
+            file = str(Path(folder)/f'{len(found)}.safetensors')
+            mx.save_safetensors(file, r.stored())
+            found[path] = partial(_read, file=file, planned=plan[path])
+    return found
+
+def _read(w, fmt, file, planned):
+    import mlx.core as mx
+    if fmt != planned: raise ValueError(f'{file} was rounded for {planned}, not {fmt}')
+    return mx.load(file)
+
+# %% ../nbs/05a_rounding.ipynb #1d73d694
+def dwq(
+    folder: 'str | Path', # a quantized model, changed in place
+    source, # Checkpoint of the full-precision model
+    tokens: np.ndarray, # (n, T) to train on
+    *,
+    valid: int = 8, # sequences, the last, that are kept for validation
+    epochs: int = 1,
+    learning_rate: float = 1e-5,
+    batch_size: int = 4,
+    seed: int = 123,
+):
+    "mlx-lm's `dwq_quantize`: scales and biases are trained to the full-precision model's predictions"
+    import mlx.core as mx
+    from mlx.optimizers import Adam
+    from mlx_lm.quant.dwq import dwq_quantize
+    from mlx_lm.utils import load_model, save_model
+    if len(tokens) < valid+batch_size: raise ValueError(
+        f'dwq needs {valid+batch_size} calibration sequences, {valid} of them to validate on; there are {len(tokens)}')
+    student, teacher = load_model(Path(folder))[0], source.load()
+    rows = [(t.tolist(), 0) for t in tokens]
+    with redirect_stdout(sys.stderr):
+        dwq_quantize(student, lambda batch, *_, **__: teacher(batch), Adam(learning_rate, bias_correction=True),
+                     rows[:-valid]*epochs, rows[-valid:], batch_size, tokens.shape[1]+1, seed,
+                     dtype=getattr(mx, source.units[0].dtype))
+    student.eval()
+    save_model(folder, student, donate_model=True)

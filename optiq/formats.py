@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['AFFINE_BITS', 'AFFINE_GROUPS', 'FAMILIES', 'FLOAT_MODES', 'AS_IS', 'ALL_FORMATS', 'Format', 'parse_format', 'nbytes',
-           'divides', 'quantize_dequantize', 'quantize_minmax', 'config_entry']
+           'divides', 'quantize_dequantize', 'quantize_minmax', 'for_unit', 'config_entry']
 
-# %% ../nbs/00_formats.ipynb #971b5928
+# %% ../nbs/00_formats.ipynb #3c765c17
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -139,7 +140,7 @@ def quantize_dequantize(
 ALL_FORMATS = tuple(Format(b, g) for b in AFFINE_BITS for g in AFFINE_GROUPS) + tuple(
     Format(*v, k) for k, v in FLOAT_MODES.items())
 
-# %% ../nbs/00_formats.ipynb #28692145
+# %% ../nbs/00_formats.ipynb #f3ed1661
 def quantize_minmax(
     w, # (…, in_dims), MLX array
     fmt: Format,
@@ -148,6 +149,10 @@ def quantize_minmax(
     import mlx.core as mx
     names = ('weight', 'scales', 'biases') if fmt.mode == 'affine' else ('weight', 'scales')
     return dict(zip(names, mx.quantize(w, fmt.group_size, fmt.bits, fmt.mode)))
+
+def for_unit(quantizer, path: str):
+    "The quantizer of one unit: what a mapping of paths holds for it, or the one that serves all"
+    return quantizer[path] if isinstance(quantizer, Mapping) else quantizer
 
 def config_entry(fmt: Format):
     "What `config.json` says of a tensor in this format: a dict for MLX's loaders, or False for as is"

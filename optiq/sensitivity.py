@@ -8,7 +8,7 @@ __all__ = ['kl_divergence', 'probes', 'walk', 'perturb', 'inside', 'on_gpu', 'kl
            'plot_sweep', 'fingerprint_of', 'refuse_other', 'read_log', 'load_sweep', 'to_sweep', 'save_sweep',
            'tokens_per_expert', 'warn_of_idle', 'SweepLog', 'progress_bar', 'Ranks', 'kl_sweep', 'settled']
 
-# %% ../nbs/03_sensitivity.ipynb #31adbf69
+# %% ../nbs/03_sensitivity.ipynb #a15671c0
 import json
 import os
 import sys
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .backends import Backend, free_memory, open_backend
 from .calibration import block_hashes, fingerprint, passages, token_batch
-from .formats import AS_IS, Format, divides, parse_format, quantize_dequantize
+from .formats import AS_IS, Format, divides, for_unit, parse_format, quantize_dequantize
 from .models import Checkpoint, Unit
 
 # %% ../nbs/03_sensitivity.ipynb #c1b6c308
@@ -64,7 +64,7 @@ def probes(
                 f'use --group-size {32 if u.shape[-1] % 64 else 64}')
     return found
 
-# %% ../nbs/03_sensitivity.ipynb #2ab02b29
+# %% ../nbs/03_sensitivity.ipynb #2e308097
 def walk(
     b: Backend,
     batch: np.ndarray, # (B, T) token ids
@@ -90,7 +90,7 @@ def walk(
 def perturb(probe: tuple[Unit, Format], quantize=quantize_dequantize) -> dict:
     "The override that a probe stands for"
     unit, fmt = probe
-    return {unit.path: partial(quantize, fmt=fmt)}
+    return {unit.path: partial(for_unit(quantize, unit.path), fmt=fmt)}
 
 def inside(b: Backend, overrides: dict, block: int | None) -> dict:
     "The overrides of one block, or, for None, of what lies outside the blocks"
@@ -383,20 +383,21 @@ def _announce(c, shape, ranks):
     print(f'{c["probes"]} probes on {shape[0]} × {shape[1]} tokens: about {took}, {c["bytes"]/2**30:.1f} GB for states, '
           f'{c["passes"]} passes', file=sys.stderr, flush=True)
 
-# %% ../nbs/03_sensitivity.ipynb #059d2aad
+# %% ../nbs/03_sensitivity.ipynb #b7baf0b7
 def tokens_per_expert(
     b: Backend,
     tokens: np.ndarray, # (n, T) calibration tokens
 ) -> dict: # block ▸ tokens that each of its experts saw
     "How often the router chose each expert; empty for a model without experts"
-    experts = {u.block: u.shape[0] for u in b.checkpoint.units if u.kind.startswith('experts')}
-    counts = {i: np.zeros(n, int) for i, n in experts.items()}
-    for batch in np.array_split(tokens, max(1, tokens.size//2048)) if experts else ():
+    first = {u.block: u for u in reversed(b.checkpoint.units) if u.kind.startswith('experts')} # one projection a block
+    counts = {u.path: np.zeros(u.shape[0], int) for u in first.values()}
+    def hear(path, x, which): # the experts of all rows, or the one expert that they go to
+        if path in counts: counts[path] += np.bincount(np.ravel(which) if np.ndim(which) else [which]*len(x), minlength=len(counts[path]))
+    for batch in np.array_split(tokens, max(1, tokens.size//2048)) if first else ():
         states = b.embed(batch)
         for i in range(b.n_blocks):
-            with b.routed(i) as seen: states = b.run_block(i, states)
-            if i in counts: counts[i] += np.bincount(np.ravel(seen), minlength=experts[i])
-    return {i: c.tolist() for i, c in counts.items()}
+            with b.listening(hear, i): states = b.run_block(i, states)
+    return {i: counts[first[i].path].tolist() for i in sorted(first)}
 
 def warn_of_idle(counts: dict):
     "Warn if an expert saw no token"
@@ -404,14 +405,14 @@ def warn_of_idle(counts: dict):
     if idle: warnings.warn(f'{len(idle)} of {sum(map(len, counts.values()))} experts saw no calibration token, the first is expert '
                            f'{idle[0][1]} of block {idle[0][0]}; their KL is not in the numbers: give more or longer sequences')
 
-# %% ../nbs/03_sensitivity.ipynb #0d594ed0
+# %% ../nbs/03_sensitivity.ipynb #972fe858
 class SweepLog:
     "The passes of a sweep, and the file to which they are written as they finish"
-    def __init__(self, b: Backend, tokens: np.ndarray, formats: list, out=None, max_memory=None, of=None):
+    def __init__(self, b: Backend, tokens: np.ndarray, formats: list, out=None, max_memory=None, of=None, quantizer='minmax'):
         self.b, self.shape, self.ranks, c = b, tokens.shape, Ranks(), of or b.checkpoint
         self.todo = [(c.units[0], AS_IS), *probes(c.units, formats)] # the first one changes nothing: it shows the noise
         self.header = dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes, shape=list(tokens.shape),
-                           fingerprint=fingerprint_of(b, tokens, formats) | getattr(c, 'stamp', {}),
+                           fingerprint=fingerprint_of(b, tokens, formats, quantizer) | getattr(c, 'stamp', {}),
                            units=[asdict(u) for u in c.units], **getattr(c, 'header', {}),
                            experts=tokens_per_expert(b, tokens), blocks=block_hashes(tokens),
                            passes=plan_passes(b, self.todo, tokens.shape, max_memory))
@@ -502,7 +503,7 @@ class Ranks:
             for p in log.passes: log._append(p)
         part.unlink()
 
-# %% ../nbs/03_sensitivity.ipynb #1ba11bb2
+# %% ../nbs/03_sensitivity.ipynb #3e74a935
 def kl_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: np.ndarray | None = None, # (n, T) calibration tokens; made from `calibration` by default
@@ -512,6 +513,8 @@ def kl_sweep(
     n: int = 8, # calibration sequences
     seq_len: int = 128, # tokens in each
     method: str = 'exact', # 'exact', 'gradient' or 'screened'
+    rounding: str = 'minmax', # 'minmax', 'search' or 'gptq': the one that will save the model
+    rounding_tokens: np.ndarray | None = None, # (n, T) what `search` and `gptq` learn from; `tokens` by default
     targets: list = (), # nominal bits that `screened` and `until` look at
     until: str | None = None, # 'stable': stop when the plans at `targets` no longer change
     out: 'str | Path | None' = None, # file to write as it goes, and to resume from
@@ -525,15 +528,21 @@ def kl_sweep(
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
     if tokens is None: tokens = token_batch(passages(calibration), b.checkpoint.tokenizer, n, seq_len)
     if method != 'exact':
+        if rounding != 'minmax': raise ValueError(f'method {method!r} knows min-max rounding only; use method exact for {rounding}')
         from optiq.gradient import gradient_sweep, screened_sweep
         if method == 'gradient': return gradient_sweep(b, tokens, formats, out=out)
         if method == 'screened': return screened_sweep(b, tokens, formats, targets, out=out, progress=progress)
         raise ValueError(f'no method {method!r}; there are exact, gradient and screened')
-    log = SweepLog(b, tokens, formats, out, max_memory, of)
+    if rounding == 'minmax': quantize, name = quantize_dequantize, rounding
+    else:
+        from optiq.rounding import RoundTrips
+        quantize = RoundTrips(b, tokens if rounding_tokens is None else rounding_tokens, formats, rounding)
+        name = quantize.name
+    log = SweepLog(b, tokens, formats, out, max_memory, of, name)
     warn_of_idle(log.header.get('experts', {}))
     with progress_bar(log, progress) as bar:
         for p in log.missing():
-            log.add(p, measure(b, tokens[p.start:p.stop], p.todo, tick=bar.update))
+            log.add(p, measure(b, tokens[p.start:p.stop], p.todo, quantize, bar.update))
             if until == 'stable' and settled(log, targets): break
     return log.finish()
 

@@ -6,9 +6,10 @@
 __all__ = ['joint_kl', 'alternatives', 'within', 'around', 'solve_again', 'Verified', 'mean_se', 'verified_row', 'verdict',
            'improve', 'verified', 'stamped', 'measured']
 
-# %% ../nbs/04a_verify.ipynb #964e4971
+# %% ../nbs/04a_verify.ipynb #7e1c333f
 import sys
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from types import SimpleNamespace
 
 import numpy as np
@@ -101,7 +102,7 @@ def solve_again(
     changed = (kl[p.at, pick]-kl[p.at, here]).sum()
     return q.plan(pick, dict(method='measured again', **q.conditions())), float(joint+changed)
 
-# %% ../nbs/04a_verify.ipynb #864ca9c2
+# %% ../nbs/04a_verify.ipynb #19c0c05a
 @dataclass(repr=False)
 class Verified:
     "The plan that measured best, and what it was compared with"
@@ -120,17 +121,19 @@ class Verified:
     def _repr_html_(self):
         return self.to_frame().to_html(index=False, border=0, float_format='{:.4g}'.format)+f'<p>{verdict(self)}</p>'
     def __repr__(self):
-        line = ('{name:16} {size_mb:8.2f} MB  predicted {predicted_kl:.4f}  measured {kl:.4f} ± {kl_se:.4f}  '
+        line = ('{name:16} {size_mb:8.2f} MB  predicted {said:6}  measured {kl:.4f} ± {kl_se:.4f}  '
                 '{difference:+.4f} ± {difference_se:.4f}')
-        return '\n'.join([*(line.format(**r) for r in self.rows), verdict(self)])
+        said = ['–' if r['predicted_kl'] is None else f'{r["predicted_kl"]:.4f}' for r in self.rows]
+        return '\n'.join([*(line.format(**r, said=x) for r, x in zip(self.rows, said)), verdict(self)])
 
 def mean_se(x): return float(x.mean()), float(x.std(ddof=1)/len(x)**.5) if len(x) > 1 else float('nan')
 
 def verified_row(v: Verified, name: str) -> dict:
     "The figures of one plan that was tried; `difference` is to the one kept, sequence by sequence"
     (kl, se), (diff, diff_se) = mean_se(v.kl[name]), mean_se(v.kl[name]-v.kl[v.kept])
-    return dict(name=name, size_mb=v.tried[name].size_mb, predicted_kl=v.tried[name].predicted_kl, kl=kl, kl_se=se,
-                difference=diff, difference_se=diff_se)
+    predicted = v.tried[name].predicted_kl
+    return dict(name=name, size_mb=v.tried[name].size_mb, predicted_kl=predicted if isfinite(predicted) else None, kl=kl,
+                kl_se=se, difference=diff, difference_se=diff_se)
 
 def verdict(v: Verified) -> str:
     "One line: what was kept, and how good the forecast was"

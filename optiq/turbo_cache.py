@@ -66,19 +66,19 @@ def mlx_constant(owner: KeyPrecondition, a, dtype=mx.float32):
     "Mean or scale as an MLX array that exists already: lazy constants do not travel between threads"
     return _constant(owner, 'mean' if a is owner.mean else 'scale', dtype)
 
-# %% ../nbs/08_turbo_cache.ipynb #62c20be3
+# %% ../nbs/08_turbo_cache.ipynb #a29386c3
 @contextmanager
 def watch_attention(
     b: Backend,
-    see, # called with (block, queries, keys), (B, heads, T, D) each
+    see, # called with (block, queries, keys, values), (B, heads, T, D) each
 ):
     "While this lasts, `see` is told of every attention"
     if b.name == 'torch':
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
         before = table['sdpa']
-        def attend(module, query, key, *args, **kwargs):
-            see(module.layer_idx, query, key)
-            return before(module, query, key, *args, **kwargs)
+        def attend(module, query, key, value, *args, **kwargs):
+            see(module.layer_idx, query, key, value)
+            return before(module, query, key, value, *args, **kwargs)
         table.register('sdpa', attend)
         try: yield
         finally: table.register('sdpa', before)
@@ -88,7 +88,7 @@ def watch_attention(
         now[0] = i
         return blocks[i](*args, **kwargs)
     def attend(q, k, v, **options):
-        see(now[0], q, k)
+        see(now[0], q, k, v)
         return before(q, k, v, **options)
     mx.fast.scaled_dot_product_attention = attend
     try:
@@ -101,9 +101,9 @@ def key_statistics(
 ) -> dict: # 'cache.3.keys' ▸ KeyPrecondition
     "What takes the mean off every layer's keys and evens their channels out"
     seen, path = {}, {l.block: f'cache.{l.index}.keys' for l in kv_layout(b.checkpoint).layers if not l.left}
-    def see(block, *qk):
+    def see(block, q, k, v):
         if block not in path: return
-        rows = [b.numpy(x).astype(np.float32).swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in qk]
+        rows = [b.numpy(x).astype(np.float32).swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k)]
         for kind, x in zip('qk', rows): seen.setdefault((block, kind), []).append(x)
     with watch_attention(b, see):
         for row in tokens: b.numpy(b.logits(row[None])[:, -1:])

@@ -37,7 +37,7 @@ def baselines(
     same = min(near, key=lambda p: abs(p.nbytes-plan.nbytes)).name if near else None
     return {n: found[n] for n in dict.fromkeys((f'uniform {lowest}', same, 'mixed_3_6', 'mixed_4_6')) if n in found}
 
-# %% ../nbs/11_pipeline.ipynb #5dc53585
+# %% ../nbs/11_pipeline.ipynb #3268236e
 def feasible(
     c: Checkpoint,
     formats: list[Format], # candidates
@@ -46,7 +46,8 @@ def feasible(
     "Raise ValueError if no plan fits the caps, or a format does not fit the model"
     fmts = [f for f in formats if f != AS_IS]
     values = {(u.path, f): np.array([1/f.bits]) for u, f in probes(c.units, fmts)}
-    allocate(Sweep(c.units, fmts, values, dict(model=c.name, params=c.params, other_bytes=c.other_bytes)), formats=formats, **options)
+    header = dict(model=c.name, params=c.params, other_bytes=c.other_bytes)
+    allocate(Sweep(c.units, fmts, values, header), formats=formats, **options)
 
 # %% ../nbs/11_pipeline.ipynb #51d68888
 def texts(
@@ -81,7 +82,7 @@ def find_sweep(b, tokens, formats, sweep, out) -> Sweep:
     if lacking: raise ValueError(f'{sweep} has no {", ".join(lacking)}; it has {", ".join(map(str, found.formats))}')
     return found
 
-# %% ../nbs/11_pipeline.ipynb #25065ceb
+# %% ../nbs/11_pipeline.ipynb #8001937b
 def optimize(
     model: str, # 'demo', a folder, or a Hub id
     out: 'str | Path | None' = None, # folder to write; nothing is written without it
@@ -117,7 +118,8 @@ def optimize(
     v = verified(b, tokens, found, **options) if verify else None
     plan = v.plan if v else allocate(found, **options)
     joint = v.kl[v.kept] if v else joint_kl(b, tokens, {'optiq': plan})['optiq']
-    report = write_and_score(b, plan, baselines(c, plan, min(found.formats)) if compare else {}, text, about, out, found, overwrite)
+    others = baselines(c, plan, min(f for f in options['formats'] if f != AS_IS)) if compare else {}
+    report = write_and_score(b, plan, others, text, about, out, found, overwrite)
     figures = summary(report, plan, joint, v, out, time.perf_counter()-start)
     return dict(report=report, plan=plan, sweep=found, verified=v, figures=figures)
 

@@ -184,7 +184,7 @@ def skeleton(
     model.set_dtype(getattr(mx, dtype))
     return model
 
-# %% ../nbs/09_latency.ipynb #8e0d71e1
+# %% ../nbs/09_latency.ipynb #6df531b4
 @dataclass(frozen=True, repr=False)
 class Latency:
     "Decode time of a model's plans on a chip"
@@ -213,9 +213,9 @@ class Latency:
     def terms(self, plan): return dict(weights=self.weights(plan), cache=self.cache, overhead=self.overhead, host=self.host)
     def learn(self, plan, ms, **about): return learned(self, plan, ms, about)
     def budget(self, tps, formats): return budget_of(self, tps, formats)
-    def __repr__(self):
-        how = f'calibrated with {self.point["name"]}' if self.point else 'not calibrated: an upper bound of the speed'
-        return f'Latency on {self.chip.name}, {self.chip.bandwidth:,.0f} GB/s, context {self.context}; {how}'
+    @property
+    def how(self): return f'calibrated with {self.point["name"]}' if self.point else 'not calibrated: an upper bound of the speed'
+    def __repr__(self): return f'Latency on {self.chip.name}, {self.chip.bandwidth:,.0f} GB/s, context {self.context}; {self.how}'
 
 # %% ../nbs/09_latency.ipynb #1fa949b8
 def learned(
@@ -236,25 +236,28 @@ def learned(
     if waits_for_host or host > ms: chip = replace(chip, host=chip.host+1e3*(ms-host)/layers)
     return replace(latency, chip=chip, point=dict(ms=ms, **about))
 
-# %% ../nbs/09_latency.ipynb #c72fac54
+# %% ../nbs/09_latency.ipynb #d8ac817e
 def per_step(
     chain: Callable, # number of steps ▸ arrays to evaluate
     few: int,
     many: int,
     first: Callable | None = None, # gives arrays that keep the device busy while the chain is sent off
     runs: int = 7,
-) -> dict: # seconds per step; raw times of all runs
+) -> dict: # seconds per step; raw: of both lengths and all runs, seconds until all was sent off, and until all was done
     "Seconds per step of a chain, from the difference of two lengths"
     import mlx.core as mx
     def once(n):
         mx.synchronize()
         start = time.perf_counter()
         if first: mx.async_eval(first())
-        mx.eval(chain(n))
-        return time.perf_counter()-start
+        out = chain(n)
+        mx.async_eval(out)
+        sent = time.perf_counter()-start
+        mx.eval(out)
+        return sent, time.perf_counter()-start
     for n in (few, many): once(n)
     raw = [[once(n) for _ in range(runs)] for n in (few, many)]
-    short, long = map(np.median, raw)
+    short, long = (np.median([done for _, done in r]) for r in raw)
     return dict(seconds=max(0., float(long-short)/(many-few)), few=few, many=many, raw=raw)
 
 # %% ../nbs/09_latency.ipynb #7e4dec23
@@ -425,14 +428,14 @@ def hollow(model, plan):
     "A model of a checkpoint's architecture in a plan's formats, with random weights"
     return stand_in(skeleton(model.config, model.units[-1].dtype), plan)
 
-# %% ../nbs/09_latency.ipynb #f5edb635
+# %% ../nbs/09_latency.ipynb #fb868a11
 def machine_name() -> str:
     "The chip that MLX computes on"
     import mlx.core as mx
     info = mx.device_info()
     return str(info.get('device_name') or info.get('architecture') or 'unknown chip')
 
-def keep_busy(chip_bandwidth: float, ms: float = 5) -> Callable: # no arguments ▸ arrays
+def keep_busy(chip_bandwidth: float, ms: float = 8) -> Callable: # no arguments ▸ arrays
     "Reads that take the device about so many milliseconds, and empty its caches"
     read = stream_reads()
     n = max(1, ceil(ms*1e6*chip_bandwidth/read.nbytes))
@@ -636,7 +639,7 @@ def speeds_html(s: Speeds) -> str:
     tr = lambda tag, xs: '<tr>'+''.join(f'<{tag}>{x}</{tag}>' for x in xs)+'</tr>'
     return f'<table>{tr("th", head)}{"".join(tr("td", r) for r in rows)}</table><p><small>{_foot(s)}</small></p>'
 
-# %% ../nbs/09_latency.ipynb #41d245a3
+# %% ../nbs/09_latency.ipynb #5b2fc107
 def compare_speeds(
     lat: Latency,
     plans: dict, # name ▸ Plan
@@ -650,7 +653,7 @@ def compare_speeds(
         at = replace(lat, context=round(s.context)) if s else lat
         rows.append(dict(name=name, size_mb=p.size_mb, true_bpw=p.true_bits, predicted=at.tps(p)))
         if s: rows[-1] |= dict(measured=s.tps, spread=s.spread, calibration=lat.point.get('name') == name)
-    return Speeds(rows, dict(chip=lat.chip.name, context=lat.context, source=lat.chip.source, point=str(lat).split('; ')[1])|about)
+    return Speeds(rows, dict(chip=lat.chip.name, context=lat.context, source=lat.chip.source, point=lat.how)|about)
 
 # %% ../nbs/09_latency.ipynb #f699d437
 def plot_speeds(

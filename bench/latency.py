@@ -24,8 +24,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from optiq.evals.report import machine
 from optiq.formats import Format
 from optiq.knapsack import make_plan, uniform
-from optiq.latency import (Chip, Latency, Speed, compare_speeds, decode_once, extend, keep_busy, measure_chip, measure_product, on_gpu,
-                           per_step, reads_of, skeleton, stand_in)
+from optiq.latency import (LEARNED, Chip, Latency, Speed, compare_speeds, decode_once, extend, keep_busy, measure_chip,
+                           measure_product, on_gpu, per_step, reads_of, skeleton, stand_in)
 from optiq.tiny import hub_config
 
 CALIBRATION = 'uniform 4g64'
@@ -47,7 +47,7 @@ def every_other(reads, low, high):
 def plans_of(reads, bits):
     "The uniform plans, and two mixed ones"
     fmts = [Format(b, 64) for b in bits]
-    made = [*(uniform(reads, f) for f in fmts), mixed(reads, fmts[bits.index(4)], fmts[-1]), every_other(reads, fmts[0], fmts[-2])]
+    made = [uniform(reads, f) for f in fmts]+[mixed(reads, Format(4, 64), fmts[-1]), every_other(reads, fmts[0], fmts[-2])]
     return {p.name: p for p in made}
 
 def decode_speeds(models, context, tokens, rounds):
@@ -120,18 +120,20 @@ def predict(found):
     chip, tables, shorts = Chip(**found['chip']), {}, []
     for s in found['decode']:
         reads = reads_of(skeleton(c := config_of(s)), c)
-        plans, speeds = plans_of(reads, found['bits']), {n: Speed(np.array(d['runs']), d['context']) for n, d in found['decode'][s].items()}
+        plans = plans_of(reads, found['bits'])
+        speeds = {n: Speed(np.array(d['runs']), d['context']) for n, d in found['decode'][s].items()}
         lat = Latency(chip, reads, round(speeds[CALIBRATION].context))
         before = lat.terms(plans[CALIBRATION])
         lat = lat.learn(plans[CALIBRATION], speeds[CALIBRATION].ms, name=CALIBRATION)
         table = compare_speeds(lat, plans, {n: v for n, v in speeds.items() if n in plans})
         shorts += [abs(e) for n, e in table.errors().items() if n != CALIBRATION]
         print(f'\nQwen3-{s} on {chip.name}, context {lat.context}\n{table}')
-        far = {n: replace(lat, context=round(v.context)).tps(plans[n.split(', ')[0]]) for n, v in speeds.items() if n not in plans}
+        far = {n: replace(lat, context=round(v.context)).tps(plans[n.split(', context')[0]])
+               for n, v in speeds.items() if n not in plans}
         for n, p in far.items(): print(f'{n}: predicted {p:.1f}, measured {speeds[n]}, {p/speeds[n].tps-1:+.1%}')
         print('terms of the calibration point in ms, as measured on the chip:', {k: round(v, 3) for k, v in before.items()})
-        tables[s] = dict(rows=table.rows, mean_error=table.mean_error, terms=before, learned={k: getattr(lat.chip, k) for k in
-                         ('bandwidth', 'dispatch', 'constant', 'host', 'host_constant')}, long_context=far)
+        tables[s] = dict(rows=table.rows, mean_error=table.mean_error, terms=before, long_context=far,
+                         learned={k: getattr(lat.chip, k) for k in LEARNED})
     print(f'\nmean absolute error of {len(shorts)} plans: {np.mean(shorts):.2%}, worst {max(shorts):.2%}')
     return dict(tables=tables, mean_error=float(np.mean(shorts)), worst=float(max(shorts)))
 

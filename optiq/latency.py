@@ -6,12 +6,13 @@
 __all__ = ['PUBLISHED', 'BANDWIDTH', 'CHIPS', 'STEP', 'TOWERS', 'TOP_K', 'LEARNED', 'Chip', 'interpolate', 'chip_named',
            'allocated', 'cache_bytes', 'experts_per_token', 'Reads', 'active_shape', 'reads_of', 'skeleton', 'Latency',
            'learned', 'per_step', 'on_gpu', 'stream_reads', 'random_matrix', 'product_chain', 'measure_product',
-           'small_model', 'stand_in', 'measure_overheads', 'Speed', 'measure_decode', 'decode_once', 'machine_name',
-           'keep_busy', 'measure_attention', 'measure_chip', 'extend', 'cache_folder', 'chip_file', 'save_chip',
-           'load_chip', 'this_machine', 'latency', 'signature', 'calibrate', 'Speeds', 'speed_cells', 'speeds_text',
-           'speeds_html', 'compare_speeds', 'plot_speeds', 'budget_of', 'speed_frontier', 'plot_frontier']
+           'small_model', 'stand_in', 'measure_overheads', 'Speed', 'measure_decode', 'decode_once', 'measure_plan',
+           'hollow', 'machine_name', 'keep_busy', 'measure_attention', 'measure_chip', 'extend', 'cache_folder',
+           'chip_file', 'save_chip', 'load_chip', 'this_machine', 'latency', 'signature', 'calibrate', 'Speeds',
+           'speed_cells', 'speeds_text', 'speeds_html', 'compare_speeds', 'plot_speeds', 'predict_speeds',
+           'speed_range', 'budget_of', 'speed_frontier', 'plot_frontier']
 
-# %% ../nbs/09_latency.ipynb #d02ba9b0
+# %% ../nbs/09_latency.ipynb #9dc3d69c
 import json
 import os
 import re
@@ -25,9 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .evals.report import machine
 from .formats import AS_IS, Format, config_entry, divides, nbytes, parse_format
-from .knapsack import Frontier, allocate, candidates, uniform
-from .models import Unit, blocks_path, find_units
+from .knapsack import Frontier, allocate, candidates, make_plan, uniform
+from .models import Unit, find_units
 
 # %% ../nbs/09_latency.ipynb #b804e379
 PUBLISHED = {3: 1.08} # a byte of 3-bit codes against one of 4-bit codes, on Apple's GPUs (mlx-optiq 0.0.1)
@@ -121,7 +123,7 @@ def experts_per_token(config: dict) -> int:
     raise ValueError(f'config.json of this {config.get("model_type")} model does not say how many experts a token visits; '
                      f'looked for {", ".join(TOP_K)}')
 
-# %% ../nbs/09_latency.ipynb #74d46919
+# %% ../nbs/09_latency.ipynb #fe0c5607
 @dataclass(repr=False)
 class Reads:
     "What decoding one token reads"
@@ -135,8 +137,10 @@ class Reads:
     def nbytes(self, u: Unit, fmt: Format) -> int: return nbytes(fmt, self.active[u.path], u.itemsize)
     def total(self, formats: dict) -> int: return self.other_bytes+sum(self.nbytes(u, formats[u.path]) for u in self.units)
     def shapes(self) -> list: return sorted({s for s in self.active.values() if s[0] > 1}, key=prod)
-    def __repr__(self): return (f'{self.layers} layers, {len(self.units)} units, {self.total({u.path: AS_IS for u in self.units})/2**20:.2f}'
-                                f' MB per token as is, and {(self.cache(1024)-self.cache(0))/1024:,.0f} bytes per token of context')
+    def __repr__(self):
+        whole, grows = self.total({u.path: AS_IS for u in self.units}), (self.cache(1024)-self.cache(0))/1024
+        return (f'{self.layers} layers, {len(self.units)} units, {whole/2**20:.2f} MB per token as is, '
+                f'and {grows:,.0f} bytes per token of context')
 
 # %% ../nbs/09_latency.ipynb #ca03f67a
 def active_shape(
@@ -180,7 +184,7 @@ def skeleton(
     model.set_dtype(getattr(mx, dtype))
     return model
 
-# %% ../nbs/09_latency.ipynb #916a5078
+# %% ../nbs/09_latency.ipynb #6df531b4
 @dataclass(frozen=True, repr=False)
 class Latency:
     "Decode time of a model's plans on a chip"
@@ -208,10 +212,10 @@ class Latency:
     def tps(self, plan): return 1e3/self.ms(plan)
     def terms(self, plan): return dict(weights=self.weights(plan), cache=self.cache, overhead=self.overhead, host=self.host)
     def learn(self, plan, ms, **about): return learned(self, plan, ms, about)
-    def budget(self, tps): return budget_of(self, tps)
-    def __repr__(self):
-        how = f'calibrated with {self.point["name"]}' if self.point else 'not calibrated: an upper bound of the speed'
-        return f'Latency on {self.chip.name}, {self.chip.bandwidth:,.0f} GB/s, context {self.context}; {how}'
+    def budget(self, tps, formats): return budget_of(self, tps, formats)
+    @property
+    def how(self): return f'calibrated with {self.point["name"]}' if self.point else 'not calibrated: an upper bound of the speed'
+    def __repr__(self): return f'Latency on {self.chip.name}, {self.chip.bandwidth:,.0f} GB/s, context {self.context}; {self.how}'
 
 # %% ../nbs/09_latency.ipynb #1fa949b8
 def learned(
@@ -232,25 +236,28 @@ def learned(
     if waits_for_host or host > ms: chip = replace(chip, host=chip.host+1e3*(ms-host)/layers)
     return replace(latency, chip=chip, point=dict(ms=ms, **about))
 
-# %% ../nbs/09_latency.ipynb #c72fac54
+# %% ../nbs/09_latency.ipynb #d8ac817e
 def per_step(
     chain: Callable, # number of steps ▸ arrays to evaluate
     few: int,
     many: int,
     first: Callable | None = None, # gives arrays that keep the device busy while the chain is sent off
     runs: int = 7,
-) -> dict: # seconds per step; raw times of all runs
+) -> dict: # seconds per step; raw: of both lengths and all runs, seconds until all was sent off, and until all was done
     "Seconds per step of a chain, from the difference of two lengths"
     import mlx.core as mx
     def once(n):
         mx.synchronize()
         start = time.perf_counter()
         if first: mx.async_eval(first())
-        mx.eval(chain(n))
-        return time.perf_counter()-start
+        out = chain(n)
+        mx.async_eval(out)
+        sent = time.perf_counter()-start
+        mx.eval(out)
+        return sent, time.perf_counter()-start
     for n in (few, many): once(n)
     raw = [[once(n) for _ in range(runs)] for n in (few, many)]
-    short, long = map(np.median, raw)
+    short, long = (np.median([done for _, done in r]) for r in raw)
     return dict(seconds=max(0., float(long-short)/(many-few)), few=few, many=many, raw=raw)
 
 # %% ../nbs/09_latency.ipynb #7e4dec23
@@ -407,14 +414,28 @@ def decode_once(model, context: int, tokens: int, warmup: int) -> float:
     for _ in steps: pass
     return tokens/(time.perf_counter()-start)
 
-# %% ../nbs/09_latency.ipynb #f5edb635
+# %% ../nbs/09_latency.ipynb #c7b18a9c
+def measure_plan(
+    model, # Checkpoint
+    plan, # unit path ▸ Format
+    **options, # of `measure_decode`
+) -> Speed:
+    "Decode speed of a plan, with random weights unless the checkpoint is stored that way"
+    own = dict(plan) == model.formats
+    return measure_decode(model.load() if own else hollow(model, plan), **options)
+
+def hollow(model, plan):
+    "A model of a checkpoint's architecture in a plan's formats, with random weights"
+    return stand_in(skeleton(model.config, model.units[-1].dtype), plan)
+
+# %% ../nbs/09_latency.ipynb #fb868a11
 def machine_name() -> str:
     "The chip that MLX computes on"
     import mlx.core as mx
     info = mx.device_info()
     return str(info.get('device_name') or info.get('architecture') or 'unknown chip')
 
-def keep_busy(chip_bandwidth: float, ms: float = 5) -> Callable: # no arguments ▸ arrays
+def keep_busy(chip_bandwidth: float, ms: float = 8) -> Callable: # no arguments ▸ arrays
     "Reads that take the device about so many milliseconds, and empty its caches"
     read = stream_reads()
     n = max(1, ceil(ms*1e6*chip_bandwidth/read.nbytes))
@@ -519,7 +540,7 @@ def this_machine(
     if new != chip: save_chip(new, points, file)
     return new, points
 
-# %% ../nbs/09_latency.ipynb #3e1126ca
+# %% ../nbs/09_latency.ipynb #ba5b87c2
 def latency(
     model, # 'demo', a folder, a Hub id, or a Checkpoint
     chip: 'str | Chip | None' = None, # from the table by name; this machine, measured, by default
@@ -536,11 +557,11 @@ def latency(
     wanted = dict.fromkeys([*map(parse_format, formats), *(f for p, f in c.formats.items() if reads.active[p][0])])
     chip, points = this_machine(reads.shapes(), list(wanted), folder)
     same = [p for p in points if p['of'] == signature(reads)] or points
-    return Latency(replace(chip, **same[-1]['learned']) if same else chip, reads, context, same[-1] if same else {})
+    return Latency(replace(chip, **same[-1]['learned']), reads, context, same[-1]) if same else Latency(chip, reads, context)
 
 def signature(reads: Reads) -> str: return f'{reads.layers} layers, {len(reads.units)} units, {reads.params} parameters'
 
-# %% ../nbs/09_latency.ipynb #1eaff098
+# %% ../nbs/09_latency.ipynb #1cda1bb8
 LEARNED = ('bandwidth', 'dispatch', 'constant', 'host', 'host_constant')
 
 def calibrate(
@@ -556,12 +577,10 @@ def calibrate(
         f'{lat.chip.name} cannot be calibrated on {machine_name()}; run on that machine, without a chip name')
     speed = measure_decode(model, **{'context': max(1, lat.context)}|options)
     taught = replace(lat, context=round(speed.context)).learn(plan, speed.ms, name=name)
-    point = dict(name=name, ms=speed.ms, spread=speed.spread, runs=speed.runs.tolist(), context=speed.context, of=signature(lat.reads),
-                 date=date.today().isoformat(), learned={k: getattr(taught.chip, k) for k in LEARNED})
-    file = chip_file(folder)
-    if file.exists():
-        chip, points = load_chip(file)
-        save_chip(chip, [*points, point], file)
+    point = dict(name=name, ms=speed.ms, spread=speed.spread, runs=speed.runs.tolist(), context=speed.context,
+                 of=signature(lat.reads), date=date.today().isoformat(), learned={k: getattr(taught.chip, k) for k in LEARNED})
+    chip, points = load_chip(chip_file(folder)) # as measured: what was learned stands in the point
+    save_chip(chip, [*points, point], chip_file(folder))
     return replace(taught, context=lat.context, point=point), speed
 
 # %% ../nbs/09_latency.ipynb #1b775218
@@ -620,7 +639,7 @@ def speeds_html(s: Speeds) -> str:
     tr = lambda tag, xs: '<tr>'+''.join(f'<{tag}>{x}</{tag}>' for x in xs)+'</tr>'
     return f'<table>{tr("th", head)}{"".join(tr("td", r) for r in rows)}</table><p><small>{_foot(s)}</small></p>'
 
-# %% ../nbs/09_latency.ipynb #a5900bf9
+# %% ../nbs/09_latency.ipynb #5b2fc107
 def compare_speeds(
     lat: Latency,
     plans: dict, # name ▸ Plan
@@ -634,7 +653,7 @@ def compare_speeds(
         at = replace(lat, context=round(s.context)) if s else lat
         rows.append(dict(name=name, size_mb=p.size_mb, true_bpw=p.true_bits, predicted=at.tps(p)))
         if s: rows[-1] |= dict(measured=s.tps, spread=s.spread, calibration=lat.point.get('name') == name)
-    return Speeds(rows, dict(chip=lat.chip.name, context=lat.context, source=lat.chip.source)|about)
+    return Speeds(rows, dict(chip=lat.chip.name, context=lat.context, source=lat.chip.source, point=lat.how)|about)
 
 # %% ../nbs/09_latency.ipynb #f699d437
 def plot_speeds(
@@ -653,19 +672,65 @@ def plot_speeds(
     ax.set(xlabel='predicted tok/s', ylabel='measured tok/s')
     return ax
 
-# %% ../nbs/09_latency.ipynb #138650df
+# %% ../nbs/09_latency.ipynb #dc55e57e
+def predict_speeds(
+    model, # 'demo', a folder, a Hub id, or a Checkpoint
+    formats: list = ('3', '4', '6', '8'), # of uniform plans to predict
+    chip: str | None = None, # from the table; this machine by default
+    context: int = 512, # tokens in the cache
+    calibrate_first: bool = False, # measure one plan, learn from it, and keep what was learned
+    measure: bool = False, # measure all plans
+    folder: 'Path | None' = None, # of measurements, instead of the user's cache folder
+    **options, # of `measure_decode`
+) -> Speeds:
+    "Predicted decode speed of a model and of its uniform plans, and the measured one if asked for"
+    from optiq.models import Checkpoint
+    if chip is not None and (calibrate_first or measure): raise ValueError(
+        f'only this machine can be measured, not {chip}; leave out the chip')
+    c = model if isinstance(model, Checkpoint) else Checkpoint(model)
+    fmts = [parse_format(f) for f in formats]
+    lat = latency(c, chip, context, fmts, folder)
+    own, plans = make_plan(c, c.formats, 'as stored'), [uniform(c, f) for f in fmts]
+    plans = {p.name: p for p in [own, *(p for p in plans if dict(p) != dict(own))]}
+    stored = any(f != AS_IS for f in c.formats.values())
+    first = 'as stored' if stored or 'uniform 4g64' not in plans else 'uniform 4g64'
+    speeds = {}
+    if calibrate_first:
+        lat = replace(lat, chip=load_chip(chip_file(folder))[0], point={}) # from what was measured, not from an older point
+        m = c.load() if first == 'as stored' else hollow(c, plans[first])
+        lat, speeds[first] = calibrate(lat, m, plans[first], first, folder, **options)
+    options = dict(context=max(1, context))|options
+    if measure: speeds |= {n: measure_plan(c, p, **options) for n, p in plans.items() if n not in speeds}
+    return compare_speeds(lat, plans, speeds, dict(model=c.name, **machine()))
+
+# %% ../nbs/09_latency.ipynb #7bc7e855
+def speed_range(
+    lat: Latency,
+    formats: list, # candidates
+) -> tuple[float, float]: # milliseconds of the fastest and of the slowest plan on the device
+    "What the formats can do; a unit that none of them fits stays as it is"
+    per_unit = [[lat(u, f) for f in formats if divides(f, u.shape)] or [lat(u, AS_IS)] for u in lat.reads.units]
+    low, high = (lat.fixed+sum(map(end, per_unit)) for end in (min, max))
+    return low, high
+
+# %% ../nbs/09_latency.ipynb #fd0afff0
 def budget_of(
     lat: Latency,
     tps: float, # tokens per second to reach
+    formats: list, # candidates
 ) -> dict: # options of `allocate`
-    "The cap on milliseconds that a speed means; raises ValueError where no format can reach it"
+    "The cap on milliseconds that a speed means; raises ValueError, naming both ends, where no plan or every plan has it"
     if not tps > 0: raise ValueError(f'{tps} tokens per second is no positive number')
-    least = max(lat.host, lat.fixed)
-    if 1e3/tps < least: raise ValueError(
-        f'{tps:g} tok/s is out of reach on {lat.chip.name}: {"the CPU" if lat.host == least else "what is not a weight"} alone '
-        f'takes {least:.4g} ms per token, so no format gives more than {1e3/least:.0f} tok/s')
-    return dict(max_ms=1e3/tps, costs_ms=lat)
+    fmts = [parse_format(f) for f in formats]
+    low, high = speed_range(lat, fmts)
+    fast, slow = 1e3/max(low, lat.host), 1e3/max(high, lat.host)
+    if not slow*(1-1e-9) <= tps <= fast*(1+1e-9): raise ValueError(
+        f'{tps:g} tok/s is {"out of reach" if tps > fast else "slower than every plan"}: on {lat.chip.name} at context '
+        f'{lat.context} plans of {", ".join(map(str, fmts))} give {slow:.4g} to {fast:.4g} tok/s'
+        +(f'; the CPU alone takes {lat.host:.3g} ms per token' if lat.host > low else ''))
+    return dict(max_ms=min(1e3/tps, high)*(1+1e-12), costs_ms=lat)
 
+# %% ../nbs/09_latency.ipynb #32d9bb03
 def speed_frontier(
     sweep, # Sweep
     lat: Latency, # of the same model
@@ -674,10 +739,9 @@ def speed_frontier(
     **options, # of `allocate`
 ) -> Frontier:
     "The best plan at each of `n` speeds, from the fastest possible to the slowest, and the uniform plans"
-    fmts = [f for f in candidates(sweep, formats)]
-    per_unit = [[lat(u, f) for f in fmts if (u.path, f) in sweep.values or f == AS_IS] or [lat(u, AS_IS)] for u in sweep.units]
-    low, high = (lat.fixed+sum(map(end, per_unit)) for end in (min, max))
-    caps = np.linspace(max(low, lat.host), high, n) if high > lat.host else [high]
+    fmts = candidates(sweep, formats)
+    low, high = speed_range(lat, fmts)
+    caps = np.linspace(max(low, min(lat.host, high)), high, n)
     plans = [allocate(sweep, max_ms=float(t)*(1+1e-12), costs_ms=lat, formats=fmts, **options) for t in caps]
     return Frontier(plans, [uniform(sweep, f) for f in fmts])
 

@@ -93,7 +93,7 @@ def check_finite(xp, weight, path: str):
     if not bool(xp.isfinite(weight).all()): raise ValueError(
         f'{path} holds NaN or infinity: the checkpoint is damaged; fetch or make it again')
 
-# %% ../nbs/02b_backends.ipynb #22336803
+# %% ../nbs/02b_backends.ipynb #4ad8cb73
 class TorchBackend(Backend):
     "Replays a transformers model"
     name = 'torch'
@@ -139,7 +139,7 @@ class TorchBackend(Backend):
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
         before = table['sdpa']
         def attend(module, query, key, value, *args, **kwargs):
-            change = changes.get(module.layer_idx, {})
+            change = changes.get(getattr(module, 'layer_idx', None), {})
             return before(module, query, change.get('keys', _same)(key), change.get('values', _same)(value), *args, **kwargs)
         table.register('sdpa', attend if changes else before)
         try: yield

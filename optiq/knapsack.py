@@ -812,7 +812,7 @@ def explain(
     return Reason(' + '.join(free.rows[i]), plan[path], float(bisect(whole)[0]), rows,
                   'nominal' if nominal else 'true', note)
 
-# %% ../nbs/04_knapsack.ipynb #203a4bad
+# %% ../nbs/04_knapsack.ipynb #da1aecc2
 PROFILES = dict(compact=((3, 4), 3., 4.), quality=((4, 8), 4., 8.), all=(None, 0., 16.)) # candidates, targets from, to
 
 def menu(
@@ -837,6 +837,8 @@ def pareto(
             out.append(allocate(sweep, target_bits=t, formats=fmts, **options))
             out[-1].name = f'{name} {t:g}'
     out.baselines = [p for p in thoughtless(sweep, sorted(sweep.formats, key=_width))]
+    if not out: raise ValueError('no target lies in the range of '+', '.join(
+        f'{name} ({PROFILES[name][1]:g} to {PROFILES[name][2]:g} bits)' for name in profiles))
     q = pose(sweep, fmts := menu(sweep, 'all'), max_bytes=make_plan(sweep, {}).nbytes, **options)
     for p in out.baselines:
         if p.nbytes-p.other_bytes < q.problem.costs[0].min(1).sum(): continue # below the smallest that was measured

@@ -10,7 +10,7 @@ __all__ = ['VERSION', 'MANY', 'AT_ONCE', 'KVLayer', 'kv_layers', 'own_caches', '
            'memory_table', 'optimize_kv', 'open_with_texts', 'untested', 'layer_table', 'memory_lines', 'write_kv',
            'combine', 'parts', 'joint_plan', 'configurations', 'optimize_with_kv']
 
-# %% ../nbs/06_kv_cache.ipynb #92a25d6a
+# %% ../nbs/06_kv_cache.ipynb #9449099f
 import hashlib
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from .backends import mlx_attention, mlx_blocks, open_backend
+from .backends import StreamingBackend, mlx_attention, mlx_blocks, open_backend
 from .calibration import fingerprint, passages, token_batch
 from .convert import convert, whole_folder
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of
@@ -137,7 +137,7 @@ def kv_layout(
         f'{what} ({n} layers)' for what, n in Counter(layout.left.values()).items()))
     return layout
 
-# %% ../nbs/06_kv_cache.ipynb #6a30060e
+# %% ../nbs/06_kv_cache.ipynb #d864fc27
 def kv_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend; quantized or not
     tokens: np.ndarray | None = None, # (n, T) calibration tokens
@@ -153,6 +153,8 @@ def kv_sweep(
     layout, formats = kv_layout(b.checkpoint, context, weights), [parse_format(f) for f in formats]
     if not any(divides(f, u.shape) for u in layout.units for f in formats): raise ValueError(
         f'no candidate fits heads of {layout.units[0].shape[-1]}; affine formats need a multiple of 32')
+    if weights and isinstance(b, StreamingBackend): raise ValueError(
+        'a streamed model cannot hold quantized weights for the length of a sweep; use --backend torch or mlx')
     with b.swapped(overrides_of(weights or {})): sweep = kl_sweep(b, tokens, formats, of=layout, **options)
     dead = [p for (p, _), v in sweep.values.items() if not v.any()]
     if dead: raise ValueError(f'{dead[0]} at {len(dead)} formats changed nothing: attention of this model does not pass '

@@ -319,16 +319,16 @@ class TurboQuantSplit:
     def bits_per_coordinate(self): return self.code_bits+32/self.d
     def __repr__(self): return f'TurboQuantSplit({self.d}, {self.code_bits}): {self.bits_per_coordinate:.3f} bits a coordinate'
 
-# %% ../nbs/07_turboquant.ipynb #50ea17f3
+# %% ../nbs/07_turboquant.ipynb #5b914d6c
 def pack(
     codes, # (…, d) integers below 2^bits, numpy or MLX, d divisible by 32
     bits: int, # 1 to 8
 ): # (…, d·bits/32) uint32
     "Codes as MLX's affine format stores them"
     xp, constant = library(codes)
-    words = as_type(codes, 'uint64').reshape(*codes.shape[:-1], -1, 8) << constant(np.arange(8, dtype=np.uint64)*np.uint64(bits))
-    octets = words.sum(-1).view(xp.uint8).reshape(*codes.shape[:-1], -1, 8)[..., :bits]
-    return octets.reshape(*codes.shape[:-1], -1).view(xp.uint32)
+    eights = as_type(codes, 'uint64').reshape(*codes.shape[:-1], -1, 8) << constant(np.arange(8, dtype=np.uint64)*np.uint64(bits))
+    octets = eights.sum(-1, keepdims=True) >> constant(np.arange(bits, dtype=np.uint64)*np.uint64(8)) & constant(np.array([255], np.uint64))
+    return as_type(octets, 'uint8').reshape(*codes.shape[:-1], -1).view(xp.uint32)
 
 def unpack(
     words, # (…, d·bits/32) uint32
@@ -337,8 +337,7 @@ def unpack(
     "The codes again"
     xp, constant = library(words)
     octets = words.view(xp.uint8).reshape(*words.shape[:-1], -1, bits, 1)
-    at = constant(np.arange(bits, dtype=np.uint64)*np.uint64(8)[None])
-    packed = (as_type(octets[..., 0], 'uint64') << at).sum(-1, keepdims=True)
+    packed = (as_type(octets[..., 0], 'uint64') << constant(np.arange(bits, dtype=np.uint64)*np.uint64(8))).sum(-1, keepdims=True)
     codes = packed >> constant(np.arange(8, dtype=np.uint64)*np.uint64(bits)) & constant(np.array([2**bits-1], np.uint64))
     return as_type(codes, 'uint8').reshape(*words.shape[:-1], -1)
 

@@ -86,7 +86,7 @@ def check_finite(xp, weight, path: str):
     if not bool(xp.isfinite(weight).all()): raise ValueError(
         f'{path} holds NaN or infinity: the checkpoint is damaged; fetch or make it again')
 
-# %% ../nbs/02b_backends.ipynb #6fc99e52
+# %% ../nbs/02b_backends.ipynb #5a1e3d4c
 class TorchBackend(Backend):
     "Replays a transformers model"
     name = 'torch'
@@ -114,6 +114,16 @@ class TorchBackend(Backend):
         return self.typed(param.data[part], self.checkpoint.unit[path].dtype)
 
     @contextmanager
+    def routed(self, i: int): # list that fills with the experts that tokens of block `i` go to, arrays of indices
+        seen, experts = [], [m for name, m in self.blocks[i].named_modules() if name.endswith('experts')]
+        def listen(module, args, kwargs):
+            seen.append(next(self.numpy(a) for a in (*args, *kwargs.values()) if not a.is_floating_point()))
+        hooks = [m.register_forward_pre_hook(listen, with_kwargs=True) for m in experts]
+        try: yield seen
+        finally:
+            for h in hooks: h.remove()
+
+    @contextmanager
     def stand_ins(self, stand_in):
         for i, b in enumerate(self.blocks): b.forward = lambda *a, i=i, **k: stand_in(i, *a, **k)
         try: yield
@@ -125,7 +135,7 @@ class TorchBackend(Backend):
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
         before = table['sdpa']
         def attend(module, query, key, value, *args, **kwargs):
-            change = changes.get(module.layer_idx, {})
+            change = changes.get(getattr(module, 'layer_idx', None), {})
             return before(module, query, change.get('keys', _same)(key), change.get('values', _same)(value), *args, **kwargs)
         table.register('sdpa', attend if changes else before)
         try: yield
@@ -200,7 +210,7 @@ def _dequantized_torch(checkpoint):
     from mlx.utils import tree_flatten
     return {k: torch.from_numpy(np.array(v)) for k, v in tree_flatten(_of_type(checkpoint, mx.float32).parameters())}
 
-# %% ../nbs/02b_backends.ipynb #47cb0cee
+# %% ../nbs/02b_backends.ipynb #75cc9287
 class MLXBackend(Backend):
     "Replays an mlx-lm model"
     name = 'mlx'
@@ -216,7 +226,7 @@ class MLXBackend(Backend):
     def typed(self, x, dtype: str): return x.astype(getattr(self.xp, dtype))
     def numpy(self, x): return np.array(x.astype(self.xp.float32))
     def done(self, x):
-        self.xp.eval(x)
+        self.xp.async_eval(x) # the next block is prepared while this one runs
         return x
 
     def forward(self, batch): return self.model(self.xp.array(np.asarray(batch)))
@@ -227,6 +237,17 @@ class MLXBackend(Backend):
     @contextmanager
     def stand_ins(self, stand_in):
         with mlx_blocks(self.model, self.checkpoint.blocks_path, stand_in): yield
+
+    @contextmanager
+    def routed(self, i: int): # list that fills with the experts that tokens of block `i` go to, arrays of indices
+        from mlx_lm.models.switch_layers import SwitchLinear
+        seen, call = [], SwitchLinear.__call__
+        def listen(module, x, indices, **kwargs):
+            if module is next(m for m in self.block(i).modules() if isinstance(m, SwitchLinear)): seen.append(np.array(indices))
+            return call(module, x, indices, **kwargs)
+        SwitchLinear.__call__ = listen
+        try: yield seen
+        finally: SwitchLinear.__call__ = call
 
     @contextmanager
     def attention(self, changes: dict): # block ▸ {'keys': function, 'values': function}
@@ -286,7 +307,7 @@ def _of_type(checkpoint, dtype):
     model.update(tree_map(lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters()))
     return model
 
-# %% ../nbs/02b_backends.ipynb #8b696f1b
+# %% ../nbs/02b_backends.ipynb #49bf3ae6
 class StreamingBackend(MLXBackend):
     "Replays an mlx-lm model with one block at a time in memory"
     rows = 16384 # rows of the vocabulary in memory at once
@@ -304,6 +325,10 @@ class StreamingBackend(MLXBackend):
             for u in self.checkpoint.units:
                 if u.block == i: check_finite(self.xp, self.module(u.path).weight, u.path)
         return self.model.layers[i]
+
+    def done(self, x):
+        self.xp.eval(x) # before the block's weights go
+        return x
 
     def vocabulary(self, unit: Unit, rows): # rows of an embedding or head, perturbed if it is to be
         w = read_rows(self.checkpoint, unit, rows)

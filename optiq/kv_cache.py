@@ -7,10 +7,10 @@ __all__ = ['VERSION', 'MANY', 'AT_ONCE', 'KVLayer', 'kv_layers', 'own_caches', '
            'plot_kv', 'kv_config', 'save_kv_config', 'read_kv_config', 'Codec', 'Dense', 'codec_of', 'Stored', 'attend',
            'attend_packed', 'attend_dense', 'hook', 'Mixed', 'put', 'MixedKVCache', 'Padded', 'aligned',
            'BatchMixedKVCache', 'use_kv_config', 'mixed_caches', 'generate_with_mixed_kv', 'cache_bytes',
-           'memory_table', 'optimize_kv', 'open_with_texts', 'layer_table', 'write_kv', 'combine', 'parts',
-           'joint_plan', 'configurations', 'optimize_with_kv']
+           'memory_table', 'optimize_kv', 'open_with_texts', 'untested', 'layer_table', 'memory_lines', 'write_kv',
+           'combine', 'parts', 'joint_plan', 'configurations', 'optimize_with_kv']
 
-# %% ../nbs/06_kv_cache.ipynb #92a25d6a
+# %% ../nbs/06_kv_cache.ipynb #9449099f
 import hashlib
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from .backends import mlx_attention, mlx_blocks, open_backend
+from .backends import StreamingBackend, mlx_attention, mlx_blocks, open_backend
 from .calibration import fingerprint, passages, token_batch
 from .convert import convert, whole_folder
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of
@@ -137,7 +137,7 @@ def kv_layout(
         f'{what} ({n} layers)' for what, n in Counter(layout.left.values()).items()))
     return layout
 
-# %% ../nbs/06_kv_cache.ipynb #258aef91
+# %% ../nbs/06_kv_cache.ipynb #d864fc27
 def kv_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend; quantized or not
     tokens: np.ndarray | None = None, # (n, T) calibration tokens
@@ -150,7 +150,11 @@ def kv_sweep(
 ) -> Sweep:
     "Measure the KL that quantizing each layer's keys, and each layer's values, costs"
     b = open_backend(model, backend)
-    layout = kv_layout(b.checkpoint, context, weights)
+    layout, formats = kv_layout(b.checkpoint, context, weights), [parse_format(f) for f in formats]
+    if not any(divides(f, u.shape) for u in layout.units for f in formats): raise ValueError(
+        f'no candidate fits heads of {layout.units[0].shape[-1]}; affine formats need a multiple of 32')
+    if weights and isinstance(b, StreamingBackend): raise ValueError(
+        'a streamed model cannot hold quantized weights for the length of a sweep; use --backend torch or mlx')
     with b.swapped(overrides_of(weights or {})): sweep = kl_sweep(b, tokens, formats, of=layout, **options)
     dead = [p for (p, _), v in sweep.values.items() if not v.any()]
     if dead: raise ValueError(f'{dead[0]} at {len(dead)} formats changed nothing: attention of this model does not pass '
@@ -573,7 +577,7 @@ def memory_table(
     rows = [dict(context=n, fp16_bytes=cache_bytes(layout, {}, n), bytes=cache_bytes(layout, formats, n)) for n in contexts]
     return [r | dict(ratio=r['fp16_bytes']/r['bytes']) for r in rows]
 
-# %% ../nbs/06_kv_cache.ipynb #04b9ed6d
+# %% ../nbs/06_kv_cache.ipynb #92ea1157
 def optimize_kv(
     model: str, # 'demo', a folder, or a Hub id; quantized or not
     out: 'str | Path | None' = None, # folder to write; nothing is written without it
@@ -597,10 +601,12 @@ def optimize_kv(
     layout = kv_layout(c, context)
     if out is not None and Path(out).exists() and not overwrite:
         with whole_folder(out): pass # raises the error that names the flag
+    caps = dict(target_bits=target_bits, max_bytes=max_bytes, tie='cache' if tie else None)
+    allocate(untested(layout, formats), **caps) # raises before anything is measured if no plan fits
     b, tokens, scored, names = open_with_texts(c, backend, calibration, evaluation, n, seq_len, eval_n)
     log = out and Path(f'{out}.sweep.jsonl')
     sweep = kv_sweep(b, tokens, formats, context=context, out=log)
-    plan = allocate(sweep, target_bits=target_bits, max_bytes=max_bytes, tie='cache' if tie else None)
+    plan = allocate(sweep, **caps)
     plans = {'fp16': make_plan(layout, {}), 'mixed': plan} | {str(f): uniform(sweep, f) for f in formats}
     scores = evaluate(b, scored, {k: overrides_of(p) for k, p in plans.items() if k != 'fp16'})
     about = dict(model=c.name, **names, **machine())
@@ -616,7 +622,7 @@ def optimize_kv(
         predicted_kl=plan.predicted_kl, predicted_kl_se=plan.predicted_kl_se, calibration_kl=joint, rows=report.rows,
         left={str(i): why for i, why in layout.left.items()}, memory=memory, layers=config['layers'], about=report.about))
 
-# %% ../nbs/06_kv_cache.ipynb #eb437ebd
+# %% ../nbs/06_kv_cache.ipynb #bcd0843f
 def open_with_texts(c: Checkpoint, backend: str, calibration: str, evaluation: str | None, n: int, seq_len: int, eval_n: int):
     "Backend, calibration tokens, evaluation tokens, and what to call both texts; the two are disjoint"
     b, split = open_backend(c, backend), 'all' if evaluation and evaluation != calibration else 'train'
@@ -626,11 +632,21 @@ def open_with_texts(c: Checkpoint, backend: str, calibration: str, evaluation: s
                  evaluation=f'{evaluation or calibration}, {eval_n} × {seq_len} tokens, {fingerprint(scored)}')
     return b, tokens, scored, names
 
+def untested(source, formats: list) -> Sweep: # of a Checkpoint or KVLayout
+    "A sweep with made-up values, to see whether a cap can be met"
+    values = {(u.path, f): np.array([1/f.bits]) for u in source.units for f in formats if divides(f, u.shape)}
+    return Sweep(source.units, formats, values, dict(model=source.name, params=source.params, other_bytes=source.other_bytes))
+
 def layer_table(config: dict) -> str:
     "Layer × keys and values, as text"
     rows = [[str(r[k]) for k in ('layer', 'keys', 'values')]+[r.get('left', '')] for r in config['layers']]
     rows.insert(0, ['layer', 'keys', 'values', ''])
     return '\n'.join('  '.join(x.rjust(6) for x in r[:3])+'  '+r[3] for r in rows)
+
+def memory_lines(memory: list) -> str:
+    "Rows of `memory_table`, as text"
+    return '\n'.join(f'{r["context"]:6} tokens  as it is {r["fp16_bytes"]/2**20:9.2f} MB  mixed {r["bytes"]/2**20:9.2f} MB  '
+                     f'({r["ratio"]:.2f} ×)' for r in memory)
 
 def write_kv(folder: Path, sweep: Sweep, plan: Plan, config: dict, report: Report, memory: list):
     "Everything that was found, into a folder"
@@ -639,8 +655,8 @@ def write_kv(folder: Path, sweep: Sweep, plan: Plan, config: dict, report: Repor
     plan.save(folder/'plan.json')
     report.save(folder/'report.json')
     save_kv_config(config, folder/'kv_config.json')
-    lines = [f'{r["context"]:6} tokens  fp16 {r["fp16_bytes"]/2**20:9.2f} MB  mixed {r["bytes"]/2**20:9.2f} MB' for r in memory]
-    (folder/'table.txt').write_text('\n'.join([layer_table(config), '', *lines, '', str(report)])+'\n', encoding='utf-8')
+    text = '\n\n'.join([layer_table(config), memory_lines(memory), str(report)])
+    (folder/'table.txt').write_text(text+'\n', encoding='utf-8')
     if find_spec('matplotlib'): plot_kv(sweep).figure.savefig(folder/'sensitivity.svg', bbox_inches='tight')
 
 # %% ../nbs/06_kv_cache.ipynb #b10b7f19
@@ -699,7 +715,7 @@ def configurations(
             for k, (p, q) in pairs.items()]
     return Report(rows, about), list(mixed['full'].diff(mixed['quantized']))
 
-# %% ../nbs/06_kv_cache.ipynb #11f2f05a
+# %% ../nbs/06_kv_cache.ipynb #ddcc4d37
 def optimize_with_kv(
     model: str, # 'demo', a folder, or a Hub id
     out: 'str | Path | None', # folder to write; nothing is written without it
@@ -723,6 +739,7 @@ def optimize_with_kv(
     layout = kv_layout(c, context)
     if out is not None and Path(out).exists() and not overwrite:
         with whole_folder(out): pass # raises the error that names the flag
+    allocate(combine(untested(c, formats), untested(layout, kv_formats)), max_bytes=max_bytes) # raises if nothing fits
     b, tokens, scored, names = open_with_texts(c, backend, calibration, evaluation, n, seq_len, eval_n)
     joint = joint_plan(b, tokens, max_bytes, context, formats, kv_formats)
     ends = sorted({f(kv_formats, key=lambda f: f.bits) for f in (max, min)}, key=lambda f: -f.bits)
@@ -737,5 +754,6 @@ def optimize_with_kv(
     total = joint['weights'].nbytes+joint['cache'].nbytes
     return dict(report=report, weights=joint['weights'], cache=joint['cache'], config=config, figures=dict(
         output=out and str(out), context=context, bytes=total, weight_mb=joint['weights'].size_mb,
-        cache_mb=joint['cache'].size_mb, predicted_kl=joint['weights'].predicted_kl+joint['cache'].predicted_kl, changed=changed, rows=report.rows,
+        cache_mb=joint['cache'].size_mb, predicted_kl=joint['weights'].predicted_kl+joint['cache'].predicted_kl,
+        changed=changed, rows=report.rows,
         layers=config['layers'], left={str(i): why for i, why in layout.left.items()}, about=report.about))

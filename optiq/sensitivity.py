@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['kl_divergence', 'probes', 'walk', 'perturb', 'on_gpu', 'kl_of_streams', 'logit_slices', 'kl_rows', 'measure', 'Pass',
            'plan_passes', 'passes_of', 'free_on_device', 'block_passes', 'estimate', 'cost', 'Sweep', 'plot_sweep',
-           'fingerprint_of', 'refuse_other', 'read_log', 'load_sweep', 'to_sweep', 'save_sweep', 'SweepLog', 'Ranks',
-           'kl_sweep', 'settled']
+           'fingerprint_of', 'refuse_other', 'read_log', 'load_sweep', 'to_sweep', 'save_sweep', 'tokens_per_expert',
+           'warn_of_idle', 'SweepLog', 'progress_bar', 'Ranks', 'kl_sweep', 'settled']
 
-# %% ../nbs/03_sensitivity.ipynb #9ab68c4e
+# %% ../nbs/03_sensitivity.ipynb #d1d64c80
 import json
 import os
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from .calibration import fingerprint, passages, token_batch
 from .formats import AS_IS, Format, divides, parse_format, quantize_dequantize
 from .models import Checkpoint, Unit
 
-# %% ../nbs/03_sensitivity.ipynb #2d080a00
+# %% ../nbs/03_sensitivity.ipynb #c1b6c308
 def kl_divergence(
     xp, # torch or mlx.core
     z_p, # (…, V) logits of the reference
@@ -34,11 +35,19 @@ def kl_divergence(
 ): # (…)
     "KL(p ‖ q) over the last axis, as log(1 + Σ p·(e⁻ᵘ − 1 + u)) with u = z_p − z_q centred under p"
     p = xp.softmax(z_p, axis=-1) if p is None else p
-    a = z_p-z_q
-    u = a-(p*a).sum(-1, keepdims=True)
-    if float(u.min()) > -30: return xp.log1p((p*(xp.expm1(-u)+u)).sum(-1))
-    log = [z-xp.logsumexp(z, axis=-1, keepdims=True) for z in (z_p, z_q)] # far apart: nothing cancels, exp would overflow
+    kl = _fused(xp)(z_p, z_q, p)
+    if bool(xp.isfinite(kl).all()): return kl
+    log = [z-xp.logsumexp(z, axis=-1, keepdims=True) for z in (z_p, z_q)] # so far apart that exp overflows: nothing cancels
     return (p*(log[0]-log[1])).sum(-1)
+
+@cache
+def _fused(xp):
+    "The sum over the vocabulary; MLX makes one kernel of it"
+    def kl(z_p, z_q, p):
+        a = z_p-z_q
+        u = a-(p*a).sum(-1, keepdims=True)
+        return xp.log1p((p*(xp.expm1(-u)+u)).sum(-1))
+    return xp.compile(kl) if xp.__name__.startswith('mlx') else kl
 
 # %% ../nbs/03_sensitivity.ipynb #a358ee66
 def probes(
@@ -364,7 +373,28 @@ def _announce(c, shape, ranks):
     print(f'{c["probes"]} probes on {shape[0]} × {shape[1]} tokens: about {took}, {c["bytes"]/2**30:.1f} GB for states, '
           f'{c["passes"]} passes', file=sys.stderr, flush=True)
 
-# %% ../nbs/03_sensitivity.ipynb #88a46e2e
+# %% ../nbs/03_sensitivity.ipynb #059d2aad
+def tokens_per_expert(
+    b: Backend,
+    tokens: np.ndarray, # (n, T) calibration tokens
+) -> dict: # block ▸ tokens that each of its experts saw
+    "How often the router chose each expert; empty for a model without experts"
+    experts = {u.block: u.shape[0] for u in b.checkpoint.units if u.kind.startswith('experts')}
+    counts = {i: np.zeros(n, int) for i, n in experts.items()}
+    for batch in np.array_split(tokens, max(1, tokens.size//2048)) if experts else ():
+        states = b.embed(batch)
+        for i in range(b.n_blocks):
+            with b.routed(i) as seen: states = b.run_block(i, states)
+            if i in counts: counts[i] += np.bincount(np.ravel(seen), minlength=experts[i])
+    return {i: c.tolist() for i, c in counts.items()}
+
+def warn_of_idle(counts: dict):
+    "Warn if an expert saw no token"
+    idle = [(i, e) for i, c in counts.items() for e, n in enumerate(c) if not n]
+    if idle: warnings.warn(f'{len(idle)} of {sum(map(len, counts.values()))} experts saw no calibration token, the first is expert '
+                           f'{idle[0][1]} of block {idle[0][0]}; their KL is not in the numbers: give more or longer sequences')
+
+# %% ../nbs/03_sensitivity.ipynb #941463a9
 class SweepLog:
     "The passes of a sweep, and the file to which they are written as they finish"
     def __init__(self, b: Backend, tokens: np.ndarray, formats: list, out=None, max_memory=None, of=None):
@@ -373,7 +403,7 @@ class SweepLog:
         self.header = dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes, shape=list(tokens.shape),
                            fingerprint=fingerprint_of(b, tokens, formats) | getattr(c, 'stamp', {}),
                            units=[asdict(u) for u in c.units], **getattr(c, 'header', {}),
-                           passes=plan_passes(b, self.todo, tokens.shape, max_memory))
+                           experts=tokens_per_expert(b, tokens), passes=plan_passes(b, self.todo, tokens.shape, max_memory))
         self.records, self.path = {}, self.ranks.own(out)
         if self.path: self._open()
         self.passes = passes_of(self.todo, len(tokens), *self.header['passes'])
@@ -404,13 +434,6 @@ class SweepLog:
             for u, fmt in p.todo: f.write(_line(u, fmt, p.start, self.records[u.path, str(fmt), p.start]))
             f.flush()
 
-    def bar(self, progress: bool = True):
-        "A progress bar, after a line that tells time and memory"
-        todo = self.missing()
-        if progress and todo: _announce(cost(self.b, todo, self.shape[1]), self.shape, self.ranks.size)
-        return tqdm(total=sum(block_passes(p.todo, self.b.n_blocks) for p in todo), unit='block', leave=False,
-                    disable=not progress or not todo, smoothing=.05)
-
     def finish(self) -> Sweep:
         "The sweep, gathered from all ranks; raises ValueError if nothing moved the output"
         if self.ranks.size > 1: self.ranks.gather(self)
@@ -418,6 +441,13 @@ class SweepLog:
         if all(v.mean() < 1e-6 for v in sweep.values.values()): raise ValueError(
             'every KL is under 1e-6: quantizing changed nothing, so these weights were quantized before, or never used')
         return sweep
+
+def progress_bar(log: SweepLog, show: bool = True):
+    "A progress bar, after a line that tells time and memory"
+    todo = log.missing()
+    if show and todo: _announce(cost(log.b, todo, log.shape[1]), log.shape, log.ranks.size)
+    return tqdm(total=sum(block_passes(p.todo, log.b.n_blocks) for p in todo), unit='block', leave=False,
+                disable=not show or not todo, smoothing=.05)
 
 # %% ../nbs/03_sensitivity.ipynb #6699ead2
 class Ranks:
@@ -461,7 +491,7 @@ class Ranks:
             for p in log.passes: log._append(p)
         part.unlink()
 
-# %% ../nbs/03_sensitivity.ipynb #2409ecb5
+# %% ../nbs/03_sensitivity.ipynb #1ba11bb2
 def kl_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: np.ndarray | None = None, # (n, T) calibration tokens; made from `calibration` by default
@@ -489,7 +519,8 @@ def kl_sweep(
         if method == 'screened': return screened_sweep(b, tokens, formats, targets, out=out, progress=progress)
         raise ValueError(f'no method {method!r}; there are exact, gradient and screened')
     log = SweepLog(b, tokens, formats, out, max_memory, of)
-    with log.bar(progress) as bar:
+    warn_of_idle(log.header.get('experts', {}))
+    with progress_bar(log, progress) as bar:
         for p in log.missing():
             log.add(p, measure(b, tokens[p.start:p.stop], p.todo, tick=bar.update))
             if until == 'stable' and settled(log, targets): break

@@ -24,11 +24,15 @@ import numpy as np
 
 def save(args, done, name, figures):
     from optiq.evals.report import machine
-    done[name] = figures | dict(about=machine() | dict(gpu=gpu_name(), command='python '+' '.join(sys.argv)))
+    done[name] = figures | dict(about=machine() | dict(gpu=gpu_name(), command=command()))
     Path(args.o).parent.mkdir(parents=True, exist_ok=True)
     part = Path(f'{args.o}.part')
     part.write_text(json.dumps(done, indent=1)+'\n')
     part.rename(args.o)
+
+def command():
+    "As it was called, without the folders of this machine"
+    return ' '.join(['python bench/turbo_cache.py', *(a.rstrip('/').rsplit('/', 1)[-1] if a.startswith('/') else a for a in sys.argv[1:])])
 
 def gpu_name():
     try:

@@ -138,7 +138,7 @@ def preconditioned(
     try: yield b
     finally: del b.as_cached
 
-# %% ../nbs/08_turbo_cache.ipynb #2b188d8c
+# %% ../nbs/08_turbo_cache.ipynb #fd2b3d64
 class RotatedCodec(Codec):
     "Keys or values as rotated codes"
     def __init__(self, fmt: Format):
@@ -167,9 +167,8 @@ class RotatedCodec(Codec):
         codes, scales = arrays
         return mx.dequantize(codes, *self.grid(codes, dtype), **self.how(codes))*scales.astype(dtype)
 
-    def width(self, codes): return codes.shape[-1]*32//self.bits
-    def how(self, codes): return dict(group_size=group_of(self.width(codes)), bits=self.bits)
-    def grid(self, codes, dtype): return grid((*codes.shape[:3], self.width(codes)//group_of(self.width(codes))), self.bits, dtype)
+    def how(self, codes): return dict(group_size=group_of(codes, self.bits)[0], bits=self.bits)
+    def grid(self, codes, dtype): return grid((*codes.shape[:3], group_of(codes, self.bits)[1]), self.bits, dtype)
 
     def turn(self, x): # (B, query heads, L, D) ▸ (B, query heads, L, padded D)
         if self.precondition is not None:
@@ -179,7 +178,7 @@ class RotatedCodec(Codec):
 
     def back(self, x): return x @ rotation(x.shape[-1], self.seed, x.dtype).T # still padded
 
-# %% ../nbs/08_turbo_cache.ipynb #69f3fb00
+# %% ../nbs/08_turbo_cache.ipynb #33ea8796
 def _encode(y, bits):
     codes, scales = encode(y, bits)
     return pack(codes, bits), scales
@@ -201,7 +200,11 @@ def grid(shape: tuple, bits: int, dtype):
     mx.eval(ones, bias)
     return ones, bias
 
-def group_of(width: int) -> int: return next(g for g in (128, 64, 32) if width % g == 0)
+def group_of(codes, bits: int) -> tuple: # (size, groups in a vector)
+    "The largest group that MLX has and that divides a vector"
+    width = codes.shape[-1]*32//bits
+    size = next(g for g in (128, 64, 32) if width % g == 0)
+    return size, width//size
 
 # %% ../nbs/08_turbo_cache.ipynb #3fa0c5fa
 class At:
@@ -259,7 +262,7 @@ def findable(cls):
     setattr(mlx_lm.models.cache, cls.__name__, cls)
     return cls
 
-# %% ../nbs/08_turbo_cache.ipynb #fb29ab51
+# %% ../nbs/08_turbo_cache.ipynb #60a40a8b
 @findable
 class TurboQuantKVCache(_Turbo, MixedKVCache):
     "The rotated cache of one layer; usable wherever mlx-lm takes a cache"
@@ -288,7 +291,7 @@ class TurboQuantKVCache(_Turbo, MixedKVCache):
 
     def write(self, keys, values, at):
         if self.head_dim not in (None, keys.shape[-1]): raise ValueError(
-            f'this cache was made with head_dim={self.head_dim}, the keys are {keys.shape[-1]} wide; make it with head_dim={keys.shape[-1]}')
+            f'this cache was made with head_dim={self.head_dim}, the keys are {keys.shape[-1]} wide; give head_dim={keys.shape[-1]}')
         if self.from_prompt and self.keys is None:
             p = KeyPrecondition.of(np.array(keys.astype(mx.float32).swapaxes(1, 2)).reshape(-1, keys.shape[1], keys.shape[3]))
             self.formats = (turned(self.formats[0], self.formats[0].seed, p), self.formats[1])
@@ -303,7 +306,7 @@ class TurboQuantKVCache(_Turbo, MixedKVCache):
 
     @classmethod
     def merge(cls, caches): return BatchTurboQuantKVCache.merge(caches)
-    def __repr__(self): return f'TurboQuantKVCache({self.formats[0]}, {self.formats[1]}), {self.offset} tokens, {self.nbytes:,} bytes'
+    def __repr__(self): return super().__repr__().replace('Mixed', 'TurboQuant', 1)
 
 @findable
 class BatchTurboQuantKVCache(_Turbo, BatchMixedKVCache):
@@ -311,15 +314,16 @@ class BatchTurboQuantKVCache(_Turbo, BatchMixedKVCache):
     @classmethod
     def merge(cls, caches):
         if len({c.formats for c in caches}) > 1: raise ValueError(
-            "caches of different formats or preconditioners cannot be one batch; with precondition='prompt' every text has its own")
+            "caches of different formats or preconditioners cannot be one batch; with precondition='prompt' each has its own")
         return super().merge(caches)
 
     def extract(self, idx: int) -> TurboQuantKVCache:
         start = self.left_padding.tolist()[idx]
         def cut(arrays): return arrays and [mx.contiguous(a[idx:idx+1, :, start:self.length]) for a in arrays]
-        return TurboQuantKVCache.from_state((cut(self.keys), cut(self.values), self.length-start if self.keys else 0, *self.about))
+        length = self.length-start if self.keys else 0
+        return TurboQuantKVCache.from_state((cut(self.keys), cut(self.values), length, *self.about))
 
-# %% ../nbs/08_turbo_cache.ipynb #bfcce53b
+# %% ../nbs/08_turbo_cache.ipynb #b764ed40
 STATISTICS = 'key_statistics.safetensors' # beside a kv_config.json
 
 def turbo_cache(
@@ -350,7 +354,8 @@ def make_turbo(model, bits=4, key_bits=None, value_bits=None, *, kv_config=None,
     if precondition is None and isinstance(kv_config, (str, Path)) and (beside := Path(kv_config).parent/STATISTICS).exists():
         precondition = beside
     from_prompt = precondition == 'prompt'
-    known = {} if from_prompt else load_preconditions(precondition) if isinstance(precondition, (str, Path)) else precondition or {}
+    known = {} if from_prompt or precondition is None else precondition
+    if isinstance(known, (str, Path)): known = load_preconditions(known)
     formats = {i: (turned(k, seed, known.get(f'cache.{i}.keys')), turned(v, seed)) for i, (k, v) in formats.items()}
     def make_cache():
         return [TurboQuantKVCache.of(*formats[i], from_prompt) if i in formats else c for i, c in enumerate(own_caches(model))]

@@ -53,17 +53,19 @@ def test_attention_equals_attention_with_the_simulated_keys_and_values(D, bits):
         want = mx.fast.scaled_dot_product_attention(q, kk, vv, scale=D**-.5, mask=mask)
         assert abs(attend(q, sk, sv, scale=D**-.5, mask=mask)-want).max() < 2e-4
 
-@pytest.mark.parametrize('dtype', [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize('dtype, most', [(mx.float16, 2e-3), (mx.bfloat16, .04)]) # MLX's CPU kernel sums bfloat16 products in bfloat16
 @pytest.mark.parametrize('bits', [2, 4, 8])
-def test_half_precision_is_as_good_as_half_precision_gets(dtype, bits):
+def test_half_precision(dtype, most, bits):
     r = np.random.default_rng(0)
     k, v = (mx.array(r.standard_normal((1, 2, 60, 128))).astype(dtype) for _ in 'kv')
     q = mx.array(r.standard_normal((1, 4, 1, 128))).astype(dtype)
-    def out(q, k, v):
-        c = TurboQuantKVCache(128, bits)
-        return attend(q, *c.update_and_fetch(k, v), scale=.1).astype(mx.float32)
+    def out(*qkv):
+        q, k, v = qkv
+        got = attend(q, *TurboQuantKVCache(128, bits).update_and_fetch(k, v), scale=.1)
+        assert got.dtype == q.dtype
+        return np.array(got.astype(mx.float32))
     exact = out(*(x.astype(mx.float32) for x in (q, k, v)))
-    assert out(q, k, v).dtype == mx.float32 and abs(out(q, k, v)-exact).max() < .03*abs(exact).max()
+    assert np.linalg.norm(out(q, k, v)-exact) < most*np.linalg.norm(exact)
 
 def test_both_roads_with_masks_and_sinks():
     c, k, v, (sk, sv) = filled(tokens=40)
@@ -188,7 +190,7 @@ def test_generators(model):
 def test_threads(model):
     caches, out = turbo_cache(model), []
     model(ids[:, :8], cache=caches)
-    mx.eval([c.state[0] for c in caches])
+    mx.eval([c.state[:2] for c in caches])
     def work():
         with mx.stream(mx.new_stream(mx.cpu)): out.append(np.array(model(ids[:, 8:9], cache=caches)))
     t = threading.Thread(target=work)

@@ -49,7 +49,7 @@ def saved(b, tmp_path_factory):
 # perplexity and KL
 
 def test_perplexity_of_smollm2_is_that_of_transformers(shared):
-    folder = shared.parent/'models'/'smollm2'
+    folder = shared.resolve().parent/'models'/'smollm2'
     if not folder.is_dir(): pytest.skip('needs SmolLM2 beside the shared folder')
     from transformers import AutoModelForCausalLM
     c = Checkpoint(folder)
@@ -137,10 +137,8 @@ def test_too_many_samples():
 def test_kl_task(saved, tmp_path):
     r = run_task('kl', str(saved), 'demo', 3, seq_len=48, cache=tmp_path)
     a, row = r.rows
-    assert a['name'] == 'demo' and a['kl'] == 0 and row['kl_low'] < row['kl'] < row['kl_high'] and row['kl_n'] == 3
+    assert a['name'] == 'demo' and a['kl'] == a['kl_high'] == 0 and 'perplexity' in Report.compare(r).verdicts and row['kl_low'] < row['kl'] < row['kl_high'] and row['kl_n'] == 3
     assert row['kl_p99'] > row['kl'] and 0 < row['flips'] < 1 and r.about['by_position'][0]['start'] == 0
-    exact = run_task('kl', str(saved), 'demo', 3, seq_len=48, cache=tmp_path, exact=True).rows[1]
-    assert row['kl'] < exact['kl'] < 1.2*row['kl']
     with pytest.raises(ValueError, match='give --baseline'): run_task('kl', 'demo', n=2)
 
 # word problems
@@ -153,9 +151,12 @@ def test_batches_caches_and_libraries_write_alike(b, m):
     prompts = [f'Question: Sort {x}.\nAnswer:' for x in ('9 4 7', '31 2 15 8', '5 1')]
     want = compose(b, prompts, 24)
     assert want == compose(m, prompts, 24) == [t for p in prompts for t in compose(m, [p], 24)]
-    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.models.cache import KVCache, make_prompt_cache
+    class Lone(KVCache):
+        @property
+        def merge(self): raise AttributeError('cannot be merged')
     assert want == compose(m, prompts, 24, make_cache=make_prompt_cache) # merged into a batch
-    assert want == compose(m, prompts, 24, make_cache=quantized(8)) # one by one
+    assert want == compose(m, prompts, 24, make_cache=lambda model: [Lone() for _ in model.layers]) # one by one
     with pytest.raises(ValueError, match='MLX backend'): compose(b, prompts, 4, make_cache=make_prompt_cache)
 
 def test_stop_strings_end_a_text_and_are_not_part_of_it(b, m):
@@ -306,8 +307,3 @@ def test_verify_full_precision_and_nothing():
     assert verify('demo').ok and held(verify('demo'))['plan.json'] is None
     v = verify('no-such-model')
     assert not v.ok and held(v) == dict(opens=False)
-
-def test_report_of_three_models(saved, tmp_path):
-    reports = [run_task('perplexity', m, n=3, seq_len=48) for m in ('demo', str(saved))]
-    r = Report.compare(*reports)
-    assert len(r.rows) == 2 and 'perplexity' in r.verdicts

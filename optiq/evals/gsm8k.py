@@ -21,11 +21,12 @@ from ..models import Checkpoint
 from ..sensitivity import refuse_other
 from ..tasks import PROMPT, word_problems
 
-# %% ../../nbs/10_evals.gsm8k.ipynb #c845353d
+# %% ../../nbs/10_evals.gsm8k.ipynb #cd294d53
 SHOTS = [
     ('Lena picks 4 baskets of apples with 15 apples in each. She gives 12 apples to her neighbour and shares the rest equally '
      'among 6 friends. How many apples does each friend get?',
-     'Lena picks 4 * 15 = 60 apples. After the gift there are 60 - 12 = 48 apples left. Each friend gets 48 / 6 = 8 apples.\n#### 8'),
+     'Lena picks 4 * 15 = 60 apples. After the gift there are 60 - 12 = 48 apples left. '
+     'Each friend gets 48 / 6 = 8 apples.\n#### 8'),
     ('A ticket for the zoo costs $14 for an adult and half as much for a child. How many dollars do 2 adults and 3 children pay?',
      'A child pays 14 / 2 = 7 dollars. The adults pay 2 * 14 = 28 dollars and the children pay 3 * 7 = 21 dollars. '
      'Together they pay 28 + 21 = 49 dollars.\n#### 49'),
@@ -39,11 +40,13 @@ def prompt_for(
     "What the model is given"
     return '\n\n'.join([*(f'{PROMPT.format(q)} {a}' for q, a in SHOTS[:shots]), PROMPT.format(question)])
 
-# %% ../../nbs/10_evals.gsm8k.ipynb #c40f6df0
-NEXT = re.compile(r'(?im)^[\s*#>]*(?:next |another |new )?(?:question|q|problem|exercise|example|human|user|instruction|input)\s*\d*\s*(?:[:.)]|\*\*:)'
+# %% ../../nbs/10_evals.gsm8k.ipynb #5bfa4cbd
+NEXT = re.compile(r'(?im)^[\s*#>]*(?:next |another |new )?'
+                  r'(?:question|q|problem|exercise|example|human|user|instruction|input)\s*\d*\s*(?:[:.)]|\*\*:)'
                   r'|<\|[a-z_]+\|>|</?s>|<(?:eos|end_of_turn|start_of_turn)>|\[/?INST\]')
 GROUPED = r'\d{1,3}(?:[,\u00a0\u202f]\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+' # 1,234,567; 12,34,567 as in India; 1234567
-NUMBER = re.compile(rf'(?P<above>(?:{GROUPED})(?:\.\d+)?(?:e\+?\d{{1,2}}\b)?|(?<!\w)\.\d+)(?:\s?/\s?(?P<below>[1-9]\d*)(?!\d|[./,]\d))?', re.A | re.I)
+NUMBER = re.compile(rf'(?P<above>(?:{GROUPED})(?:\.\d+)?(?:e\+?\d{{1,2}}\b)?|(?<!\w)\.\d+)'
+                    r'(?:\s?/\s?(?P<below>[1-9]\d*)(?!\d|[./,]\d))?', re.A | re.I)
 SIGN = re.compile(r'(?P<sign>[-−–]?)(?P<gap>\s?)(?P<money>\\?[$€£¥₹]|(?:US|A|C)\\?\$|USD|EUR|GBP|Rs\.?|)\s?(?P<inner>[-−–]?)$')
 SCALE = re.compile(r'[\s*]*(thousand|million|billion|trillion)\b', re.I)
 WORDS = dict(thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
@@ -98,7 +101,7 @@ def right(
     if want is None: raise ValueError(f'the answer {str(answer)[:60]!r} holds no number')
     return got == want
 
-# %% ../../nbs/10_evals.gsm8k.ipynb #f8e8a178
+# %% ../../nbs/10_evals.gsm8k.ipynb #635409bf
 def questions(
     source: str = 'gsm8k', # 'gsm8k' from the Hub, 'word-problems' of the demo model, or a .jsonl file with question and answer
     n: int | None = None, # the first n; None takes all (200 word problems)
@@ -107,12 +110,14 @@ def questions(
     if source == 'word-problems': rows = word_problems(n or 200, 'test')
     elif source == 'gsm8k': rows = _from_hub()
     else: rows = read_questions(source, ('question', 'answer'))
-    if n is not None and n > len(rows): raise ValueError(f'{source} has {len(rows)} questions, not {n}: give --n-samples {len(rows)} or fewer')
+    if n is not None and n > len(rows): raise ValueError(
+        f'{source} has {len(rows)} questions, not {n}: give --n-samples {len(rows)} or fewer')
     return [dict(question=r['question'], answer=r['answer']) for r in rows[:n]]
 
 def read_questions(path, fields: tuple) -> list:
     "The records of a .jsonl file, each with these fields"
-    if not Path(path).is_file(): raise FileNotFoundError(f"no questions {str(path)!r}: give gsm8k, word-problems, or a .jsonl file")
+    if not Path(path).is_file(): raise FileNotFoundError(
+        f"no questions {str(path)!r}: give gsm8k, word-problems, or a .jsonl file")
     rows = []
     for i, line in enumerate(Path(path).read_text(encoding='utf-8').splitlines(), 1):
         if not line.strip(): continue
@@ -130,10 +135,11 @@ def _from_hub():
         from datasets import load_dataset
         return list(load_dataset('openai/gsm8k', 'main', split='test'))
     except Exception as e:
-        raise ConnectionError(f'openai/gsm8k cannot be fetched ({type(e).__name__}); give --questions a local .jsonl file with question '
+        raise ConnectionError(
+            f'openai/gsm8k cannot be fetched ({type(e).__name__}); give --questions a local .jsonl file with question '
                               'and answer, or word-problems, which the project makes itself') from e
 
-# %% ../../nbs/10_evals.gsm8k.ipynb #21d5148e
+# %% ../../nbs/10_evals.gsm8k.ipynb #d2b79df0
 STOP = '\nQuestion:', '\n\nQuestion', '\nQ:', '\n\n\n'
 
 def gsm8k(
@@ -153,7 +159,8 @@ def gsm8k(
     rows = questions() if rows is None else rows
     if not rows: raise ValueError('no questions to ask; give some')
     b = open_backend(model, 'mlx' if make_cache else 'auto')
-    settings = dict(model=b.checkpoint.fingerprint, shots=shots, new_tokens=new_tokens, cache=label_of(make_cache), name=name or b.checkpoint.name)
+    settings = dict(model=b.checkpoint.fingerprint, shots=shots, new_tokens=new_tokens, cache=label_of(make_cache),
+                    name=name or b.checkpoint.name)
     done = [] if out is None else _resume(Path(out), settings, rows)
     for part in (rows[k:k+batch] for k in range(len(done), len(rows), batch)):
         asked = [r | dict(prompt=prompt_for(r['question'], shots)) for r in part]
@@ -166,18 +173,20 @@ def gsm8k(
 
 def label_of(make_cache) -> str:
     "What a KV configuration is called"
-    return 'default' if make_cache is None else getattr(make_cache, 'label', getattr(make_cache, '__name__', type(make_cache).__name__))
+    if make_cache is None: return 'default'
+    return getattr(make_cache, 'label', getattr(make_cache, '__name__', type(make_cache).__name__))
 
 def judged(r: dict) -> dict: # with question, answer and response
     "The record with the number that was found and whether it is right"
     got = extract(r['response'])
     return r | dict(extracted=None if got is None else str(got), right=right(r['answer'], r['response']))
 
-# %% ../../nbs/10_evals.gsm8k.ipynb #1af48b99
+# %% ../../nbs/10_evals.gsm8k.ipynb #20eaa725
 def _report(done, figure, size, about):
     from zlib import crc32
     on = f'{crc32(json.dumps([[r["question"], r["answer"]] for r in done]).encode()):08x}'
-    return Report([size | share_figure(figure, [r['right'] for r in done], on)], about | dict(questions=len(done), **machine(), responses=done))
+    row = size | share_figure(figure, [r['right'] for r in done], on)
+    return Report([row], about | dict(questions=len(done), **machine(), responses=done))
 
 def _append(path, records):
     with path.open('a', encoding='utf-8') as f: f.writelines(json.dumps(r, ensure_ascii=False)+'\n' for r in records)

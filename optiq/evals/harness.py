@@ -10,13 +10,14 @@ from .report import Report, machine, mean_figure, share_figure, size_of
 from ..knapsack import make_plan
 from ..models import Checkpoint
 
-# %% ../../nbs/10_evals.harness.ipynb #973a5087
+# %% ../../nbs/10_evals.harness.ipynb #15ae7104
 def adapter():
     "lm-eval and mlx-lm's adapter to it; raises ImportError that says how to get them"
     try:
         import lm_eval
         from mlx_lm.evaluate import MLXLM
-    except ImportError as e: raise ImportError(f'harness tasks need lm-evaluation-harness ({e.name or e} is missing): pip install "mlx-lm[evaluate]"') from e
+    except ImportError as e: raise ImportError(
+        f'harness tasks need lm-evaluation-harness ({e.name or e} is missing): pip install "mlx-lm[evaluate]"') from e
     return lm_eval, MLXLM
 
 # %% ../../nbs/10_evals.harness.ipynb #60f9921b

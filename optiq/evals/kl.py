@@ -83,7 +83,7 @@ def cache_folder() -> Path:
     "Where references are kept: `OPTIQ_CACHE`, or ~/.cache/optiq"
     return Path(os.environ.get('OPTIQ_CACHE') or Path.home()/'.cache'/'optiq')
 
-# %% ../../nbs/10_evals.kl.ipynb #6efc1976
+# %% ../../nbs/10_evals.kl.ipynb #45d840b9
 def reference(
     model: 'str | Backend', # name, Checkpoint or Backend, of which only the name is needed if it was computed before
     tokens: np.ndarray, # (n, T)
@@ -103,7 +103,8 @@ def _compute(b, tokens, top_k, folder):
     (n, T), V = tokens.shape, b.checkpoint.vocabulary
     width = top_k+1 if top_k else V
     with whole_folder(folder, room=n*T*(4*(width+(top_k or 0))+8)) as part:
-        def array(name, *shape, dtype=np.float32): return np.lib.format.open_memmap(part/f'{name}.npy', 'w+', dtype, (n, T, *shape))
+        def array(name, *shape, dtype=np.float32):
+            return np.lib.format.open_memmap(part/f'{name}.npy', 'w+', dtype, (n, T, *shape))
         logits, ids = array('logits', width), array('ids', top_k, dtype=np.int32) if top_k else None
         nll, best = array('nll'), array('best', dtype=np.int32)
         for rows, at, z in logits_of(b, tokens):

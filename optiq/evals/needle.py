@@ -16,7 +16,7 @@ from .report import Report, joined, machine, mean_figure, share_figure, size_of
 from ..knapsack import make_plan
 from ..tasks import recall_one
 
-# %% ../../nbs/10_evals.needle.ipynb #e54ab506
+# %% ../../nbs/10_evals.needle.ipynb #c652d373
 def needle_trials(
     tokenizer,
     lengths: tuple = (128, 256, 512, 1024), # tokens of text, question and answer
@@ -28,7 +28,8 @@ def needle_trials(
     "Texts with a needle among distractors, the same for the same seed"
     def count(text): return len(tokenizer.encode(text, add_special_tokens=False))
     r = random.Random(f'needle {seed}')
-    return [recall_one(r, n, 'test', keys, d, count) | dict(length=n, depth=d) for n in lengths for d in depths for _ in range(trials)]
+    cells = [(n, d) for n in lengths for d in depths for _ in range(trials)]
+    return [recall_one(r, n, 'test', keys, d, count) | dict(length=n, depth=d) for n, d in cells]
 
 # %% ../../nbs/10_evals.needle.ipynb #8c4a9f79
 def smallest_margin(
@@ -41,7 +42,7 @@ def smallest_margin(
     z[at, answer] = -np.inf
     return float((own-z.max(-1)).min())
 
-# %% ../../nbs/10_evals.needle.ipynb #22cd2e5d
+# %% ../../nbs/10_evals.needle.ipynb #885f7663
 def margins(
     b: Backend,
     pairs: list, # of (prompt ids, answer ids)
@@ -50,7 +51,8 @@ def margins(
     batch_tokens: int = 8192, # at a time
 ) -> np.ndarray: # (len(pairs),)
     "The answer margin of every pair; positive where greedy decoding writes the answer"
-    if make_cache and b.name != 'mlx': raise ValueError('KV configurations need the MLX backend: open the model with backend="mlx"')
+    if make_cache and b.name != 'mlx': raise ValueError(
+        'KV configurations need the MLX backend: open the model with backend="mlx"')
     out, order = np.zeros(len(pairs)), sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
     with b.swapped(overrides):
         if make_cache: return np.array([_through_cache(b, p, a, make_cache(b.model)) for p, a in pairs])
@@ -78,7 +80,7 @@ def _through_cache(b, prompt, answer, cache, step=2048):
         b.xp.eval([c.state for c in cache])
     return smallest_margin(b.numpy(b.model(b.xp.array([prompt[-1:]+answer[:-1]]), cache=cache))[0], answer)
 
-# %% ../../nbs/10_evals.needle.ipynb #5d23c720
+# %% ../../nbs/10_evals.needle.ipynb #60099a92
 def needle(
     model, # name, Checkpoint or Backend
     lengths: tuple = (128, 256, 512, 1024), # tokens
@@ -92,16 +94,19 @@ def needle(
     size = None, # Plan that the overrides stand for
 ) -> Report: # one row, with its `grid`
     "Hit rate and answer margin over a grid of depths and lengths"
-    if min(trials, len(lengths), len(depths)) < 1: raise ValueError('the grid is empty: give lengths, depths and at least one trial')
+    if min(trials, len(lengths), len(depths)) < 1: raise ValueError(
+        'the grid is empty: give lengths, depths and at least one trial')
     b = open_backend(model, 'mlx' if make_cache else 'auto')
     t, limit = b.checkpoint.tokenizer, b.checkpoint.config.get('max_position_embeddings') or max(lengths)
-    if max(lengths) > limit: raise ValueError(f'{b.checkpoint.name} reads {limit} tokens at most, and a length is {max(lengths)}; give --lengths up to it')
+    if max(lengths) > limit: raise ValueError(
+        f'{b.checkpoint.name} reads {limit} tokens at most, and a length is {max(lengths)}; give --lengths up to it')
     rows = needle_trials(t, lengths, depths, trials, keys, seed)
     encode = lambda s: t.encode(s, add_special_tokens=False)
     m = margins(b, [(encode(r['prompt']), encode(' '+r['answer'])) for r in rows], overrides, make_cache)
     on = f'{list(lengths)} × {list(depths)} × {trials}, keys {keys}, seed {seed}, {t.vocab_size} words'
     figures = joined(share_figure('needle', m > 0, on), mean_figure('margin', m, on))
-    grid = [dict(length=n, depth=d, **cell(m[[r['length'] == n and r['depth'] == d for r in rows]])) for n in lengths for d in depths]
+    grid = [dict(length=n, depth=d, **cell(m[[(r['length'], r['depth']) == (n, d) for r in rows]]))
+            for n in lengths for d in depths]
     size = size_of(name or b.checkpoint.name, size or make_plan(b.checkpoint, b.checkpoint.formats))
     return Report([joined(size, figures, dict(grid=grid))], dict(cache=label_of(make_cache), trials=on, **machine()))
 
@@ -111,7 +116,7 @@ def cell(m: np.ndarray) -> dict: # of margins
     return dict(n=len(m), hits=int((m > 0).sum()), low=f['x_low'], high=f['x_high'], margin=float(m.mean()),
                 margin_se=float(m.std(ddof=1)/len(m)**.5) if len(m) > 1 else float('nan'))
 
-# %% ../../nbs/10_evals.needle.ipynb #eeb3f515
+# %% ../../nbs/10_evals.needle.ipynb #5708a4bf
 def plot_needle(
     row: dict, # of a report, with its `grid`
     ax = None,
@@ -122,12 +127,14 @@ def plot_needle(
     g = row['grid']
     lengths, depths = (sorted({c[k] for c in g}) for k in ('length', 'depth'))
     table = np.zeros((len(depths), len(lengths)))
-    for c in g: table[depths.index(c['depth']), lengths.index(c['length'])] = c['margin'] if value == 'margin' else c['hits']/c['n']
+    for c in g:
+        table[depths.index(c['depth']), lengths.index(c['length'])] = c['margin'] if value == 'margin' else c['hits']/c['n']
     if ax is None: ax = plt.subplots(figsize=(1.2+.8*len(lengths), .8+.4*len(depths)))[1]
     top = dict(vmin=0, vmax=1) if value == 'hits' else dict(vmin=-abs(table).max(), vmax=abs(table).max())
     ax.imshow(table, aspect='auto', cmap='cividis' if value == 'hits' else 'coolwarm_r', **top)
     for (i, j), v in np.ndenumerate(table):
-        ax.text(j, i, f'{v:.0%}' if value == 'hits' else f'{v:.1f}', ha='center', va='center', fontsize=8, color='w' if value == 'hits' and v < .5 else 'k')
+        text, dark = f'{v:.0%}' if value == 'hits' else f'{v:.1f}', value == 'hits' and v < .5
+        ax.text(j, i, text, ha='center', va='center', fontsize=8, color='w' if dark else 'k')
     ax.set(xticks=range(len(lengths)), xticklabels=lengths, yticks=range(len(depths)), yticklabels=[f'{d:.0%}' for d in depths],
            xlabel='tokens', ylabel='depth', title=row['name'])
     return ax

@@ -24,7 +24,7 @@ def writes_exactly(
     best = b.numpy(b.forward(ids[:, :-1]).argmax(-1))
     return [list(row[len(p)-1:len(p)+len(a)-1]) == a for row, (p, a) in zip(best, pairs)]
 
-# %% ../../nbs/10_evals.tasks.ipynb #9e567bf3
+# %% ../../nbs/10_evals.tasks.ipynb #1f6bb964
 def write(
     b: Backend,
     prompts: list, # of token ids
@@ -40,16 +40,18 @@ def write(
     ids, mask = (b.xp.tensor([[pad]*(longest-len(p))+f(p) for p in prompts], device=b.device)
                  for pad, f in ((0, list), (0, lambda p: [1]*len(p))))
     stops = dict(stop_strings=list(stop), tokenizer=b.checkpoint.tokenizer) if stop else {}
-    out = b.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=end, eos_token_id=end, **stops)
+    out = b.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=end,
+                           eos_token_id=end, **stops)
     return [row[:row.index(end)] if end in row else row for row in out[:, longest:].tolist()]
 
-# %% ../../nbs/10_evals.tasks.ipynb #20d586f8
+# %% ../../nbs/10_evals.tasks.ipynb #27ffb335
 def _write_mlx(b, prompts, new_tokens, end, stop, make_cache):
     from mlx_lm.generate import BatchGenerator, generate_step
     caches = [make_cache(b.model) for _ in prompts] if make_cache else None
     def over(ids): return any(s in b.checkpoint.tokenizer.decode(ids[-24:]) for s in stop)
     if caches and not all(hasattr(c, 'merge') for c in caches[0]):
-        return [_until(generate_step(b.xp.array(p), b.model, max_tokens=new_tokens, prompt_cache=c), end, over) for p, c in zip(prompts, caches)]
+        return [_until(generate_step(b.xp.array(p), b.model, max_tokens=new_tokens, prompt_cache=c), end, over)
+                for p, c in zip(prompts, caches)]
     generator = BatchGenerator(b.model, max_tokens=new_tokens, stop_tokens=[[end]])
     uids = generator.insert(prompts, caches=caches)
     out = {u: [] for u in uids}

@@ -33,7 +33,7 @@ def one_run(
     return dict(prompt_tps=len(prompt)/(times[1]-times[0]), decode_tps=(new_tokens-1)/(times[-1]-times[1]),
                 peak_mb=mx.get_peak_memory()/2**20)
 
-# %% ../../nbs/10_evals.throughput.ipynb #de3019db
+# %% ../../nbs/10_evals.throughput.ipynb #365ed592
 def throughput(
     model: 'str | Checkpoint',
     prompt_tokens: int = 512, # random ones: the text does not matter for speed
@@ -45,7 +45,8 @@ def throughput(
 ) -> Report: # medians; _low and _high are the smallest and the largest run
     "Prompt and decode tokens per second and peak memory of a model as it is stored"
     import mlx.core as mx
-    if prompt_tokens < 1 or new_tokens < 2 or repeats < 1: raise ValueError('speed needs a prompt token, two new ones and one repeat at least')
+    if prompt_tokens < 1 or new_tokens < 2 or repeats < 1: raise ValueError(
+        'speed needs a prompt token, two new ones and one repeat at least')
     c = model if isinstance(model, Checkpoint) else Checkpoint(model, trust_remote_code)
     opened = c.load()
     mx.eval(opened.parameters())
@@ -53,7 +54,9 @@ def throughput(
     runs = [one_run(opened, prompt, new_tokens, make_cache) for _ in range(1+repeats)][1:]
     row = size_of(name or c.name, make_plan(c, c.formats))
     for k in runs[0]: row |= _spread(k, [r[k] for r in runs])
-    about = dict(prompt_tokens=prompt_tokens, new_tokens=new_tokens, cache=label_of(make_cache), interval='smallest and largest run')
+    about = dict(prompt_tokens=prompt_tokens, new_tokens=new_tokens, cache=label_of(make_cache),
+                 interval='smallest and largest run')
     return Report([row], about | dict(device=str(mx.default_device()), chip=mx.device_info().get('device_name', ''), **machine()))
 
-def _spread(name, x): return {name: float(np.median(x)), f'{name}_low': min(x), f'{name}_high': max(x), f'{name}_n': len(x), 'items': {}, 'on': {}}
+def _spread(name, x):
+    return {name: float(np.median(x)), f'{name}_low': min(x), f'{name}_high': max(x), f'{name}_n': len(x), 'items': {}, 'on': {}}

@@ -20,7 +20,7 @@ from ..knapsack import Plan
 from ..models import Checkpoint
 from ..sensitivity import Sweep
 
-# %% ../../nbs/10_evals.verify.ipynb #51c3c83f
+# %% ../../nbs/10_evals.verify.ipynb #08312daf
 class Unknown(Exception): "A check that cannot be made, and why"
 
 MARKS = {True: '✓', False: '✗', None: '–'}
@@ -33,8 +33,8 @@ class Checks:
 
     @property
     def ok(self): return all(held is not False for _, held, _ in self.rows)
-    def run(self, name: str, f, *args): # f returns what it saw; raises ValueError if it does not hold, Unknown if it cannot be said
-        "Make one check"
+    def run(self, name: str, f, *args):
+        "Make one check: `f` returns what it saw, raises ValueError if that is wrong, Unknown if it cannot be said"
         try: held, seen = True, f(*args)
         except Unknown as e: held, seen = None, str(e)
         except (ValueError, OSError) as e: held, seen = False, ' '.join(str(e).split())
@@ -43,16 +43,18 @@ class Checks:
     def figures(self): return dict(model=self.model, ok=self.ok, checks=[dict(check=n, ok=h, seen=s) for n, h, s in self.rows])
     def __repr__(self):
         width = max((len(n) for n, *_ in self.rows), default=0)
-        return '\n'.join([f'{self.model}: {"verified" if self.ok else "NOT what it says"}', *(f'{MARKS[h]} {n:{width}}  {s}' for n, h, s in self.rows)])
+        head = f'{self.model}: {"verified" if self.ok else "NOT what it says"}'
+        return '\n'.join([head, *(f'{MARKS[h]} {n:{width}}  {s}' for n, h, s in self.rows)])
     def _repr_html_(self):
         rows = ''.join(f'<tr><td>{MARKS[h]}</td><td>{n}</td><td>{s}</td></tr>' for n, h, s in self.rows)
         return f'<p>{self.model}: {"verified" if self.ok else "<b>not</b> what it says"}</p><table>{rows}</table>'
 
-# %% ../../nbs/10_evals.verify.ipynb #41d0f230
+# %% ../../nbs/10_evals.verify.ipynb #db800ea8
 def _formats(c, plan):
     if not plan: return f'no plan in the folder; config.json says {_counts(c.formats)}'
     odd = [p for p in {*plan, *c.formats} if plan.get(p) != c.formats.get(p)]
-    if odd: raise ValueError(f'{min(odd)} is stored as {c.formats.get(min(odd))}, the plan says {plan.get(min(odd))}; {len(odd)} differ')
+    if odd: raise ValueError(
+        f'{min(odd)} is stored as {c.formats.get(min(odd))}, the plan says {plan.get(min(odd))}; {len(odd)} differ')
     return f'as planned: {_counts(c.formats)}'
 
 def _counts(formats):
@@ -61,7 +63,8 @@ def _counts(formats):
 
 def _bytes(c, plan):
     want = plan.nbytes if plan else c.other_bytes+sum(nbytes(c.formats[u.path], u.shape, u.itemsize) for u in c.units)
-    if stored_bytes(c) != want: raise ValueError(f'{stored_bytes(c):,} bytes of tensors, and {want:,} were {"planned" if plan else "needed"}')
+    if stored_bytes(c) != want: raise ValueError(
+        f'{stored_bytes(c):,} bytes of tensors, and {want:,} were {"planned" if plan else "needed"}')
     return f'{want:,} bytes of tensors, {8*want/c.params:.3f} true bits'
 
 def _finite(c, b, tokens):
@@ -73,29 +76,34 @@ def _finite(c, b, tokens):
     if not np.isfinite(z).all(): raise ValueError('the logits of a short text are not finite')
     return f'all weights, and {z.size:,} logits'
 
-# %% ../../nbs/10_evals.verify.ipynb #3a5004e1
+# %% ../../nbs/10_evals.verify.ipynb #37cb3ce7
 SAMPLE = 'Question: Ada has 12 apples, 3 of them red.\nAnswer: 9 — naïve, isn’t it?'
 
 def _tokenizer(c, reference):
     try: t = c.tokenizer
     except Exception as e: raise ValueError(f'it does not load: {" ".join(str(e).split())[:100]}') from None
     ids = t.encode(SAMPLE, add_special_tokens=False)
-    if not ids or max(ids) >= c.vocabulary or len(t) > c.vocabulary: raise ValueError(f'{len(t):,} tokens, and the embedding has {c.vocabulary:,} rows')
-    if reference and reference.tokenizer.encode(SAMPLE, add_special_tokens=False) != ids: raise ValueError('other ids than those of the reference')
+    if not ids or max(ids) >= c.vocabulary or len(t) > c.vocabulary: raise ValueError(
+        f'{len(t):,} tokens, and the embedding has {c.vocabulary:,} rows')
+    if reference and reference.tokenizer.encode(SAMPLE, add_special_tokens=False) != ids: raise ValueError(
+        'other ids than those of the reference')
     back = t.decode(ids)
-    return f'{len(t):,} tokens{", the ids of the reference" if reference else ""}'+('' if back == SAMPLE else '; some signs do not come back')
+    same = ', the ids of the reference' if reference else ''
+    return f'{len(t):,} tokens{same}'+('' if back == SAMPLE else '; some signs do not come back')
 
 def _same_reference(sweep, plan, c, reference):
     if not reference: raise Unknown('no reference given')
-    if {u.path: u.shape for u in reference.units} != {u.path: u.shape for u in c.units}: raise ValueError(f'{reference.name} is another architecture')
+    if {u.path: u.shape for u in reference.units} != {u.path: u.shape for u in c.units}: raise ValueError(
+        f'{reference.name} is another architecture')
     if not sweep or not plan: raise Unknown('no plan and sweep in the folder')
     made = sweep.header['fingerprint']
     if made['model'] != reference.fingerprint: raise ValueError(f'the sweep was measured on another model than {reference.name}')
-    if made.get('quantizer') != 'minmax': raise Unknown(f'it was rounded by {made.get("quantizer")}, so the weights are not compared')
+    if made.get('quantizer') != 'minmax': raise Unknown(
+        f'it was rounded by {made.get("quantizer")}, so the weights are not compared')
     check(c.folder, plan, reference)
     return f'weights are those of {reference.name}, rounded'
 
-# %% ../../nbs/10_evals.verify.ipynb #554ca344
+# %% ../../nbs/10_evals.verify.ipynb #02aa738e
 def _kl(c, plan, sweep, reference, text, within):
     if not reference: raise Unknown('no reference given')
     if not plan or not plan.kl or not sweep: return _kl_alone(c, reference, text)
@@ -104,7 +112,7 @@ def _kl(c, plan, sweep, reference, text, within):
     if tokens is None: tokens = evaluation_tokens(text, c.tokenizer, 4, 256)
     found = evaluate(reference, tokens, {'saved': overrides_of_saved(c)})['saved'].kl
     measured, want = float(found.mean()), plan.predicted_kl
-    slack = 3*float(found.std(ddof=1)/len(found)**.5) if len(found) > 1 else 0.
+    slack = 3*float(found.std(ddof=1)/len(found)**.5) if what == 'on other text' else 0. # the same tokens: nothing was sampled
     seen = f'{measured:.4f} {what}, {want:.4f} predicted'
     if not want/within-slack <= measured <= want*within+slack: raise ValueError(f'{seen}: more than a factor of {within:g} apart')
     return seen

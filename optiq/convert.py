@@ -163,14 +163,15 @@ def model_card(name: str, source: str, plan, calibration: str, measured: dict = 
     return CARD.format(name=name, source=source, counts=counts, plan=plan, calibration=calibration, measured=rows,
                        version=__version__, mlx=version('mlx'), mlx_lm=version('mlx-lm'))
 
-# %% ../nbs/05_convert.ipynb #6a738270
+# %% ../nbs/05_convert.ipynb #9d6858f4
 def convert(
     source: 'str | Checkpoint', # 'demo', a folder, or a Hub id
     plan, # a Plan, for the units of this model
     out: 'str | Path', # folder to write
     sweep = None, # saved beside the plan if given
     overwrite: bool = False, # replace `out`
-    quantizer = quantize_minmax, # the one that the sweep simulated
+    quantizer = quantize_minmax, # the one that the sweep simulated; or a mapping of paths, as `round_to_files` makes it
+    polish = None, # called on the checked folder, to train its scales and biases; see `optiq.rounding.dwq`
     calibration: str = 'the calibration text', # what to call it in the model card
     measured = lambda folder: {}, # called on the finished folder; label ▸ text for the model card
 ) -> Checkpoint: # the saved model
@@ -180,6 +181,9 @@ def convert(
     with whole_folder(out, overwrite, plan.nbytes) as part:
         write(c, plan, part, quantizer)
         check(part, plan, c, quantizer)
+        if polish:
+            polish(part)
+            check(part, plan)
         (part/'optiq').mkdir()
         plan.save(part/'optiq'/'plan.json')
         if sweep is not None: sweep.save(part/'optiq'/'sweep.json')

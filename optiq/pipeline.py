@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['baselines', 'feasible', 'optimize', 'summary', 'find_sweep', 'compare']
 
-# %% ../nbs/11_pipeline.ipynb #2c0fc509
+# %% ../nbs/11_pipeline.ipynb #66004109
 import time
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -16,9 +18,10 @@ from .calibration import fingerprint, passages, token_batch
 from .convert import convert, overrides_of_saved, whole_folder
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of
 from .evals.report import Report, machine, score_row
-from .formats import ALL_FORMATS, Format, divides, parse_format
+from .formats import ALL_FORMATS, Format, divides, parse_format, quantize_minmax
 from .knapsack import allocate, make_plan, recipe, uniform
 from .models import Checkpoint
+from .rounding import QUANTIZERS, as_overrides, dwq, round_model, round_to_files
 from .sensitivity import Sweep, kl_sweep, probes
 
 # %% ../nbs/11_pipeline.ipynb #ea1f3861
@@ -43,7 +46,7 @@ def feasible(c: Checkpoint, formats: list, **caps):
     values = {(u.path, f): np.array([1/f.bits]) for u, f in probes(c.units, formats)}
     allocate(Sweep(c.units, formats, values, dict(model=c.name, params=c.params, other_bytes=c.other_bytes)), **caps)
 
-# %% ../nbs/11_pipeline.ipynb #dd45f966
+# %% ../nbs/11_pipeline.ipynb #bf761b50
 def optimize(
     model: str, # 'demo', a folder, or a Hub id
     out: 'str | Path | None' = None, # folder to write; nothing is written without it
@@ -55,6 +58,9 @@ def optimize(
     evaluation: str | None = None, # text to score on; the evaluation side of `calibration` by default
     n: int = 8, # calibration sequences
     seq_len: int = 128, # tokens in each
+    rounding: str = 'minmax', # 'minmax', 'search' or 'gptq'
+    rounding_n: int = 64, # sequences that `search`, `gptq` and `dwq` learn from, the first `n` among them
+    polish: str | None = None, # 'dwq': train scales and biases at the end
     eval_n: int = 16, # evaluation sequences
     eval_len: int = 256, # tokens in each
     sweep: 'str | Path | None' = None, # a sweep of this model that was saved before
@@ -67,14 +73,19 @@ def optimize(
     start, formats = time.perf_counter(), [parse_format(f) for f in formats]
     caps = {k: v for k, v in dict(target_bits=target_bits, max_bytes=max_bytes).items() if v is not None}
     c = Checkpoint(model, trust_remote_code)
+    if rounding not in QUANTIZERS: raise ValueError(f'no rounding {rounding!r}; there are {", ".join(QUANTIZERS)}')
+    if polish not in (None, 'dwq'): raise ValueError(f'no polish {polish!r}; there is dwq')
+    if polish and out is None: raise ValueError('dwq trains a model that is written; give an output, or leave the polish')
     feasible(c, formats, **caps)
     if out is not None and Path(out).exists() and not overwrite:
         with whole_folder(out): pass # raises the error that names the flag
     b = open_backend(c, backend)
     split = 'all' if evaluation and evaluation != calibration else 'train'
-    tokens = token_batch(passages(calibration, split), c.tokenizer, n, seq_len)
+    more = max(n, rounding_n) if rounding != 'minmax' or polish else n
+    learned = token_batch(passages(calibration, split), c.tokenizer, more, seq_len)
+    tokens = learned[:n]
     scored = evaluation_tokens(evaluation or calibration, c.tokenizer, eval_n, eval_len, 'test' if split == 'train' else split)
-    measured = find_sweep(b, tokens, formats, sweep, out)
+    measured = find_sweep(b, tokens, formats, sweep, out, rounding, learned)
     plan = allocate(measured, **caps)
     others = baselines(c, plan, min(formats)) if compare else {}
     scores = {}
@@ -82,9 +93,12 @@ def optimize(
         scores.update(evaluate(b, scored, {'optiq': mine} | {name: overrides_of(p) for name, p in others.items()}))
         scores['joint'] = evaluate(b, tokens, {'optiq': mine})['optiq']
         return {f'measured on {evaluation or calibration}, {scored.size:,} tokens': str(scores['optiq'])}
-    if out is None: score(overrides_of(plan))
+    if out is None: score(as_overrides(dict(round_model(b, learned, plan, rounding))))
     else:
-        convert(c, plan, out, measured, overwrite, calibration=calibration, measured=lambda d: score(overrides_of_saved(d)))
+        with TemporaryDirectory() as d:
+            quantizer = quantize_minmax if rounding == 'minmax' else round_to_files(b, learned, plan, rounding, d)
+            convert(c, plan, out, measured, overwrite, quantizer, calibration=calibration,
+                    polish=partial(dwq, source=c, tokens=learned) if polish else None, measured=lambda d: score(overrides_of_saved(d)))
         Path(f'{out}.sweep.jsonl').unlink(missing_ok=True)
     about = dict(model=c.name, calibration=f'{calibration}, {n} × {seq_len} tokens, {fingerprint(tokens)}',
                  evaluation=f'{evaluation or calibration}, {eval_n} × {eval_len} tokens, {fingerprint(scored)}', **machine())
@@ -105,14 +119,16 @@ def summary(report: Report, plan, joint, out, seconds: float) -> dict:
                 perplexity_se=mine['perplexity_se'], reference_perplexity=reference['perplexity'], seconds=seconds,
                 baselines=[{k: r[k] for k in few} for r in rows.values()], about=report.about)
 
-# %% ../nbs/11_pipeline.ipynb #856b105c
-def find_sweep(b, tokens, formats, sweep, out) -> Sweep:
+# %% ../nbs/11_pipeline.ipynb #69b314ee
+def find_sweep(b, tokens, formats, sweep, out, rounding='minmax', learned=None) -> Sweep:
     "The sweep to plan with: one that was saved, or a new one that is written beside `out` as it goes"
     if sweep is None:
         log = Path(f'{out}.sweep.jsonl') if out is not None else None
         if log: log.parent.mkdir(parents=True, exist_ok=True)
-        return kl_sweep(b, tokens, formats, out=log)
+        return kl_sweep(b, tokens, formats, out=log, rounding=rounding, rounding_tokens=learned)
     found = Sweep.load(sweep)
+    if (was := found.header['fingerprint']['quantizer'].split(',')[0]) != rounding: raise ValueError(
+        f'{sweep} was measured with {was}, and the model is to be saved with {rounding}; measure it again, or give --rounding {was}')
     if {u.path: u.shape for u in found.units} != {u.path: u.shape for u in b.checkpoint.units}:
         raise ValueError(f'{sweep} was measured on another model, {found.header["model"]}')
     lacking = [str(f) for f in formats if f not in found.formats]

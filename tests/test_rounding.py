@@ -40,7 +40,7 @@ def cost(w, r, h):
     d = w.float()-r.dequantize().float()
     return float(((d @ h)*d).sum())
 
-@pytest.mark.parametrize('bits, group', product(AFFINE_BITS, AFFINE_GROUPS))
+@pytest.mark.parametrize('bits, group', list(product(AFFINE_BITS, AFFINE_GROUPS)))
 def test_codes_are_packed_as_mlx_packs_them(bits, group):
     codes = np.random.default_rng(bits).integers(0, 2**bits, (2, 5, 256))
     for dtype in (mx.float32, mx.bfloat16, mx.float16):

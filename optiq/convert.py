@@ -80,7 +80,7 @@ def write(checkpoint: Checkpoint, plan, folder: Path, quantizer=quantize_minmax)
         for f in checkpoint.folder.glob(pattern):
             if f.is_file() and not (folder/f.name).exists() and not f.name.endswith('.index.json'): shutil.copy(f, folder)
 
-# %% ../nbs/05_convert.ipynb #11b50b91
+# %% ../nbs/05_convert.ipynb #a9e21d7e
 def check(
     folder: 'str | Path', # the saved model
     plan, # what it should be
@@ -96,7 +96,8 @@ def check(
         f'{folder} holds {stored_bytes(saved):,} bytes of tensors, and {plan.nbytes:,} were predicted')
     if source:
         for path, w, original in zip(plan, dequantized_units(saved), (_module(source.load(), p).weight for p in plan)):
-            want = original if plan[path] == AS_IS else dequantized(for_unit(quantizer, path)(original, plan[path]), plan[path], original.dtype)
+            f, want = plan[path], original
+            if f != AS_IS: want = dequantized(for_unit(quantizer, path)(original, f), f, original.dtype)
             same = mx.array_equal(w.astype(original.dtype), want, equal_nan=False)
             if not same: raise ValueError(f'{folder}: the weights of {path} are not those that were measured')
     return saved

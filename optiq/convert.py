@@ -80,7 +80,7 @@ def write(checkpoint: Checkpoint, plan, folder: Path, quantizer=quantize_minmax)
         for f in checkpoint.folder.glob(pattern):
             if f.is_file() and not (folder/f.name).exists() and not f.name.endswith('.index.json'): shutil.copy(f, folder)
 
-# %% ../nbs/05_convert.ipynb #11b50b91
+# %% ../nbs/05_convert.ipynb #a9e21d7e
 def check(
     folder: 'str | Path', # the saved model
     plan, # what it should be
@@ -96,7 +96,8 @@ def check(
         f'{folder} holds {stored_bytes(saved):,} bytes of tensors, and {plan.nbytes:,} were predicted')
     if source:
         for path, w, original in zip(plan, dequantized_units(saved), (_module(source.load(), p).weight for p in plan)):
-            want = original if plan[path] == AS_IS else dequantized(for_unit(quantizer, path)(original, plan[path]), plan[path], original.dtype)
+            f, want = plan[path], original
+            if f != AS_IS: want = dequantized(for_unit(quantizer, path)(original, f), f, original.dtype)
             same = mx.array_equal(w.astype(original.dtype), want, equal_nan=False)
             if not same: raise ValueError(f'{folder}: the weights of {path} are not those that were measured')
     return saved
@@ -163,14 +164,15 @@ def model_card(name: str, source: str, plan, calibration: str, measured: dict = 
     return CARD.format(name=name, source=source, counts=counts, plan=plan, calibration=calibration, measured=rows,
                        version=__version__, mlx=version('mlx'), mlx_lm=version('mlx-lm'))
 
-# %% ../nbs/05_convert.ipynb #6a738270
+# %% ../nbs/05_convert.ipynb #9d6858f4
 def convert(
     source: 'str | Checkpoint', # 'demo', a folder, or a Hub id
     plan, # a Plan, for the units of this model
     out: 'str | Path', # folder to write
     sweep = None, # saved beside the plan if given
     overwrite: bool = False, # replace `out`
-    quantizer = quantize_minmax, # the one that the sweep simulated
+    quantizer = quantize_minmax, # the one that the sweep simulated; or a mapping of paths, as `round_to_files` makes it
+    polish = None, # called on the checked folder, to train its scales and biases; see `optiq.rounding.dwq`
     calibration: str = 'the calibration text', # what to call it in the model card
     measured = lambda folder: {}, # called on the finished folder; label ▸ text for the model card
 ) -> Checkpoint: # the saved model
@@ -180,6 +182,9 @@ def convert(
     with whole_folder(out, overwrite, plan.nbytes) as part:
         write(c, plan, part, quantizer)
         check(part, plan, c, quantizer)
+        if polish:
+            polish(part)
+            check(part, plan)
         (part/'optiq').mkdir()
         plan.save(part/'optiq'/'plan.json')
         if sweep is not None: sweep.save(part/'optiq'/'sweep.json')

@@ -29,7 +29,7 @@ def evaluation_tokens(
     "The first `n` windows of the evaluation side of a source"
     return token_batch(passages(source, split, min_chars=-1), tokenizer, n, seq_len, seed=None)
 
-# %% ../../nbs/10_evals.perplexity.ipynb #49e5ee39
+# %% ../../nbs/10_evals.perplexity.ipynb #ea4dc112
 def refuse_calibration(
     checkpoint: Checkpoint, # a converted model, or any other
     tokens: np.ndarray, # (n, T) to evaluate on
@@ -44,7 +44,8 @@ def refuse_calibration(
 
 def refuse_overlap(share: float, whose: str = '', most: float = .1):
     "Raise ValueError if more than a stock phrase of a text was calibrated on"
-    if share > most: raise ValueError(f'{share:.0%} of the evaluation text is calibration text{whose}, which makes a score look better '
+    if share > most: raise ValueError(
+        f'{share:.0%} of the evaluation text is calibration text{whose}, which makes a score look better '
                                       'than it is; give --evaluation another text')
 
 # %% ../../nbs/10_evals.perplexity.ipynb #92bcabc9

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../../nbs/10_evals.report.ipynb #ad228167
+# %% ../../nbs/10_evals.report.ipynb #4250e0cd
 def machine() -> dict: # cpu, cores, system, versions, date
     "What the numbers of a report were measured with"
     def installed(name):
@@ -31,7 +31,8 @@ def machine() -> dict: # cpu, cores, system, versions, date
 def _cpu():
     "The processor's name as the system tells it"
     info = Path('/proc/cpuinfo')
-    if info.exists(): return next((line.split(': ')[1] for line in info.read_text().splitlines() if 'model name' in line), 'unknown')
+    lines = info.read_text().splitlines() if info.exists() else []
+    if lines: return next((line.split(': ')[1] for line in lines if 'model name' in line), 'unknown')
     return platform.processor() or 'unknown'
 
 # %% ../../nbs/10_evals.report.ipynb #8143ed98
@@ -52,7 +53,7 @@ SIZES = dict(nominal_bpw='nominal', true_bpw='true bits', size_mb='MB', weight_m
 
 def metric(name: str) -> Metric: return METRICS.get(name) or Metric(name.rsplit(':', 1)[-1])
 
-# %% ../../nbs/10_evals.report.ipynb #e7fb55d3
+# %% ../../nbs/10_evals.report.ipynb #7c74af26
 def mean_figure(
     name: str, # of the metric
     items, # (n,) one number for each sequence or trial
@@ -74,7 +75,8 @@ def share_figure(
     from scipy.stats import binomtest
     x = np.asarray(items, bool).astype(int)
     p = x.mean()
-    return _figure(name, float(p), float((p*(1-p)/len(x))**.5), *binomtest(int(x.sum()), len(x)).proportion_ci(method='wilson'), x, on)
+    low, high = binomtest(int(x.sum()), len(x)).proportion_ci(method='wilson')
+    return _figure(name, float(p), float((p*(1-p)/len(x))**.5), low, high, x, on)
 
 def _figure(name, value, se, low, high, items, on):
     return {name: value, f'{name}_se': se, f'{name}_low': float(low), f'{name}_high': float(high), f'{name}_n': len(items),
@@ -102,7 +104,7 @@ def paired(
     else: p = float(ttest_1samp(d, 0).pvalue) if n > 1 else float('nan')
     return dict(difference=mean, low=mean-half, high=mean+half, p_value=p)
 
-# %% ../../nbs/10_evals.report.ipynb #8de9ba4d
+# %% ../../nbs/10_evals.report.ipynb #f4c19e06
 def verdict(
     rows: list, # of a report
     name: str, # of a metric
@@ -110,14 +112,15 @@ def verdict(
 ) -> dict | None: # winner (a name or None), text
     "Who is best in a metric, and whether the paired tests tell it from all others"
     have = [r for r in rows if r.get(name) is not None and not (name in TO_REFERENCE and r.get('kl') == 0)]
-    if len(have) < 2: return None
+    if len(have) < 2 or not any(r.get('items', {}).get(name) for r in have): return None # medians of speed have no items
     best = max(have, key=lambda r: metric(name).better*r[name])
     tests = {r['name']: test(best, r, name) for r in have if r is not best}
     if None in tests.values(): return dict(winner=None, text='no paired test: the items differ, or were not kept')
     p = {n: t['p_value'] for n, t in tests.items()}
     unsure = {n: q for n, q in holm(p).items() if not q < level}
     if not unsure: return dict(winner=best['name'], text=f'{best["name"]} ({_p(max(holm(p).values()))})')
-    return dict(winner=None, text=f'no difference shown between {best["name"]} and '+', '.join(f'{n} ({_p(q)})' for n, q in unsure.items()))
+    others = ', '.join(f'{n} ({_p(q)})' for n, q in unsure.items())
+    return dict(winner=None, text=f'no difference shown between {best["name"]} and {others}')
 
 def test(a: dict, b: dict, name: str) -> dict | None:
     "`paired` on two rows; None unless both have the items of the metric, of the same data"
@@ -133,7 +136,7 @@ def holm(p: dict) -> dict: # name ▸ corrected p-value
 
 def _p(p): return 'p < 0.001' if p < .001 else f'p = {p:.2g}'
 
-# %% ../../nbs/10_evals.report.ipynb #9987cdfc
+# %% ../../nbs/10_evals.report.ipynb #722bc356
 COLUMNS = dict(name='model', **SIZES, **{k: m.title for k, m in METRICS.items()})
 
 @dataclass(repr=False)
@@ -148,7 +151,9 @@ class Report:
         import pandas as pd
         return pd.DataFrame([{k: v for k, v in r.items() if k not in ('items', 'on')} for r in self.rows])
 
-    def __repr__(self): return '\n'.join([text_table(self.rows), *(f'{metric(k).title}: {v["text"]}' for k, v in self.verdicts.items())])
+    def __repr__(self):
+        said = [f'{metric(k).title}: {v["text"]}' for k, v in self.verdicts.items()]
+        return '\n'.join([text_table(self.rows), *said])
     def _repr_html_(self):
         said = ''.join(f'<li>{metric(k).title}: {v["text"]}</li>' for k, v in self.verdicts.items())
         return html_table(self.rows)+(f'<ul>{said}</ul>' if said else '')+f'<p><small>{_note(self.about)}</small></p>'
@@ -164,7 +169,8 @@ class Report:
     def load(cls, path):
         try: d = json.loads(Path(path).read_text())
         except ValueError: d = None
-        if not isinstance(d, dict) or d.get('optiq') != 'report': raise ValueError(f'{path} is no report; `Report.save` writes one')
+        if not isinstance(d, dict) or d.get('optiq') != 'report': raise ValueError(
+            f'{path} is no report; `Report.save` writes one')
         return cls(d['rows'], d['about'])
 
 # %% ../../nbs/10_evals.report.ipynb #0b865b36
@@ -188,13 +194,15 @@ def score_row(
                 perplexity_se=score.perplexity_se, agreement=float(score.agree.mean()), agreement_se=se(score.agree),
                 items={k: [float(f'{v:.9g}') for v in x] for k, x in items.items()}, on=dict.fromkeys(items, on))
 
-# %% ../../nbs/10_evals.report.ipynb #406e3ee5
+# %% ../../nbs/10_evals.report.ipynb #24dadf73
 def cells(row: dict) -> dict: # column ▸ text
     "A row as text: metrics with their intervals if they have one, else with their errors"
     def show(k, v):
         if k == 'name' or k in SIZES: return v if k == 'name' else f'{v:.2f}'
         spec, se, low = metric(k).spec, row.get(f'{k}_se'), row.get(f'{k}_low')
-        if low is not None and low == low: return f'{v:{spec}} [{low:{spec}}, {row[f"{k}_high"]:{spec}}]'.replace('%', '', 2 if '%' in spec else 0)
+        if low is not None and low == low:
+            text = f'{v:{spec}} [{low:{spec}}, {row[f"{k}_high"]:{spec}}]'
+            return text.replace('%', '', 2) if '%' in spec else text # one sign for all three
         return f'{v:{spec}}'+(f' ± {se:{spec}}' if se is not None and se == se else '')
     return {k: show(k, row[k]) for k in columns([row])}
 
@@ -233,13 +241,14 @@ def plot_report(report: Report, ax=None, metric: str = 'kl'):
     ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../../nbs/10_evals.report.ipynb #8f64564a
+# %% ../../nbs/10_evals.report.ipynb #ab4f3ae8
 def compare_reports(
     *reports, # Report
 ) -> Report: # with about['verdicts']
     "One table of all models and metrics, with a verdict on each metric that paired tests can give"
     rows = {}
-    for r in (r for report in reports for r in report.rows): rows[r['name']] = _merged(rows[r['name']], r) if r['name'] in rows else r
+    for r in (r for report in reports for r in report.rows):
+        rows[r['name']] = _merged(rows[r['name']], r) if r['name'] in rows else r
     rows = list(rows.values())
     first = reports[0].about if reports else {}
     about = {k: v for k, v in first.items() if k != 'verdicts' and all(r.about.get(k) == v for r in reports)}
@@ -248,10 +257,11 @@ def compare_reports(
 
 def _merged(a, b):
     odd = [k for k in a.keys() & b.keys() if k in METRICS and (a[k], a.get('on', {}).get(k)) != (b[k], b.get('on', {}).get(k))]
-    if odd: raise ValueError(f'two reports give {metric(min(odd)).title} of {a["name"]} differently; compare reports made on the same data')
+    if odd: raise ValueError(
+        f'two reports give {metric(min(odd)).title} of {a["name"]} differently; compare reports made on the same data')
     return joined(a, b)
 
-# %% ../../nbs/10_evals.report.ipynb #972045b9
+# %% ../../nbs/10_evals.report.ipynb #ddebb0ab
 def plot_panels(report: Report): # ▸ matplotlib axes
     "A panel for the size and one for each metric, models from top to bottom, with 95 % intervals"
     import matplotlib.pyplot as plt
@@ -265,7 +275,8 @@ def plot_panels(report: Report): # ▸ matplotlib axes
             if r.get(k) is None: continue
             low, high = interval(r, k)
             won = report.verdicts.get(k, {}).get('winner') == r['name']
-            ax.errorbar(r[k], i, xerr=[[r[k]-low], [high-r[k]]], marker='*' if won else 'o', ms=11 if won else 5, color=f'C{i % 10}', capsize=2)
+            look = dict(marker='*', ms=11) if won else dict(marker='o', ms=5)
+            ax.errorbar(r[k], i, xerr=[[r[k]-low], [high-r[k]]], color=f'C{i % 10}', capsize=2, **look)
         ax.set(title=metric(k).title)
         ax.grid(axis='x', alpha=.3)
         if '%' in metric(k).spec: ax.xaxis.set_major_formatter(lambda v, _: f'{v:.0%}')

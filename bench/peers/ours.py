@@ -1,0 +1,236 @@
+"""Every rounding and every peer at the same true bytes, scored by one scorer: dequantized weights, float32, PyTorch.
+
+    python3 bench/peers/ours.py --model MODEL --calibration valid.txt --test test.txt [--only uniform,sweeps,ours,mlxlm,dwq] -o results.json
+
+`uniform`  one format for all (min-max), mxfp4, nvfp4, mlx-lm's mixed recipes; mlx-optiq's plan if --optiq FOLDER holds its result
+`sweeps`   KL of every unit in every candidate, under each rounding; needed by `ours` and `dwq`
+`ours`     plans at each target from each sweep, rounded as they were measured; with --alternatives the same plan rounded otherwise
+`mlxlm`    mlx-lm's dynamic_quant, gptq, awq and dwq, called as libraries with our calibration tokens (runs on MLX's default device)
+`dwq`      mlx-lm's dwq on our plans
+
+Results are written after each row, and a row that is there already is not measured again. All tools see the same calibration tokens;
+the text that is scored is another file. A row's `kl_each` has a value per test sequence, so that differences can be tested pairwise.
+"""
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from optiq.backends import TorchBackend
+from optiq.calibration import fingerprint, passages, token_batch
+from optiq.convert import convert, stored_bytes
+from optiq.evals.perplexity import evaluate, evaluation_tokens, overrides_of
+from optiq.evals.report import machine
+from optiq.formats import AS_IS, Format, parse_format
+from optiq.knapsack import allocate, make_plan, recipe, uniform
+from optiq.models import Checkpoint
+from optiq.rounding import as_overrides, dwq, round_model, round_to_files
+from optiq.sensitivity import Sweep, kl_sweep
+
+SWEPT = '2g32,2g64,3g32,3g64,4g32,4g64,5g64,6g64,8g64'
+
+class Bench:
+    "What all parts share: model, tokens, and the file of results"
+    def __init__(self, args):
+        self.args, self.c = args, Checkpoint(args.model)
+        self.b = TorchBackend(self.c)
+        text = passages(args.calibration, 'all' if Path(args.calibration).is_file() else 'train')
+        self.tokens = token_batch(text, self.c.tokenizer, args.n, args.seq_len)
+        self.test = evaluation_tokens(args.test, self.c.tokenizer, args.test_n, 256, 'all' if Path(args.test).is_file() else 'test')
+        self.targets, self.out = [float(t) for t in args.targets.split(',')], Path(args.output)
+        about = dict(model=self.c.fingerprint, calibration=f'{args.n} × {args.seq_len} tokens, {fingerprint(self.tokens)}',
+                     test=f'{args.test_n} × 256 tokens, {fingerprint(self.test)}', device=device(), command=' '.join(sys.argv), **machine())
+        self.results = json.loads(self.out.read_text()) if self.out.exists() else dict(about=about, rows={}, seconds={})
+        for k in ('model', 'calibration', 'test'):
+            if self.results['about'][k] != about[k]: raise SystemExit(f'{self.out} was measured on another {k}; give another -o')
+
+    def missing(self, name): return name not in self.results['rows']
+
+    def save(self): self.out.write_text(json.dumps(self.results, indent=1)+'\n')
+
+    def row(self, name, size, variant, seconds, **more):
+        "Score a variant (overrides, or a Backend) and write its row"
+        s = evaluate(self.b, self.test, {name: variant})[name]
+        se = lambda x: float(x.std(ddof=1)/len(x)**.5) if len(x) > 1 else None
+        self.results['rows'][name] = dict(true_bits=size['true_bits'], bytes=size['bytes'], kl=float(s.kl.mean()), kl_se=se(s.kl),
+            kl_first16=float(s.kl[:16].mean()), perplexity=s.perplexity, perplexity_se=s.perplexity_se, flips=1-float(s.agree.mean()),
+            flips_se=se(s.agree), seconds=seconds, kl_each=[float(f'{x:.6g}') for x in s.kl]) | more
+        self.save()
+        print(f'{name:44} {size["true_bits"]:.3f} bits  KL {s.kl.mean():.4f} ± {se(s.kl) or 0:.4f}  (first 16: {s.kl[:16].mean():.4f})  '
+              f'perplexity {s.perplexity:.2f}  flips {1-s.agree.mean():.1%}  {seconds:.1f} s', flush=True)
+
+    def reference(self):
+        if self.missing('reference'): self.row('reference', of_plan(make_plan(self.c, {})), {}, 0)
+
+def device():
+    import torch
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
+
+def of_plan(plan): return dict(true_bits=plan.true_bits, bytes=plan.nbytes)
+
+def timed(f):
+    start = time.perf_counter()
+    out = f()
+    wait()
+    return out, time.perf_counter()-start
+
+def wait():
+    import torch
+    if torch.cuda.is_available(): torch.cuda.synchronize()
+
+def part_uniform(x):
+    plans = {}
+    for f in ('2g64', '3g32', '3g64', '3g128', '4g32', '4g64', '4g128', '5g32', '5g64', '6g64', '8g64', 'mxfp4', 'nvfp4', 'mxfp8'):
+        plans[f'uniform {f}'] = uniform(x.c, f)
+    for name in ('mixed_2_6', 'mixed_3_4', 'mixed_3_6', 'mixed_4_6'):
+        try: plans[f'mlx-lm {name}'] = recipe(x.c, name)
+        except ValueError as e: print(name, e)
+    if x.args.optiq:
+        entries = json.loads((Path(x.args.optiq)/'config.json').read_text())['quantization']
+        get = lambda p: entries[p] if isinstance(entries.get(p), dict) else {} if entries.get(p) is not False else None
+        fmt = lambda e: AS_IS if e is None else Format(e.get('bits', entries['bits']), e.get('group_size', entries['group_size']))
+        plans[f'mlx-optiq {x.args.optiq_name}'] = make_plan(x.c, {u.path: fmt(get(u.path)) for u in x.c.units})
+    for name, plan in plans.items():
+        left = sum(f == AS_IS for f in plan.values())
+        if x.missing(name): x.row(name, of_plan(plan), overrides_of(plan), 0, left_as_is=left)
+
+def sweep_of(x, rounding):
+    "The sweep under this rounding, from its file if it is there"
+    file = x.out.with_name(f'{x.out.stem}-{rounding}.sweep.jsonl')
+    sweep, s = timed(lambda: kl_sweep(x.b, x.tokens[:x.args.sweep_n], x.args.formats.split(','), rounding=rounding,
+                                      rounding_tokens=x.tokens, out=file, progress=False))
+    if f'sweep {rounding}' not in x.results['seconds']:
+        x.results['seconds'][f'sweep {rounding}'] = s
+        x.save()
+        print(f'sweep {rounding}: {s:.1f} s', flush=True)
+    return sweep
+
+def part_sweeps(x):
+    for rounding in x.args.roundings.split(','): sweep_of(x, rounding)
+
+def part_ours(x):
+    for rounding in x.args.roundings.split(',')[::-1]: # the best first
+        sweep = sweep_of(x, rounding)
+        for t in x.targets:
+            try: plan = allocate(sweep, true_bits=t)
+            except ValueError as e: print(rounding, t, e); continue
+            ways = [rounding]+(['minmax'] if x.args.alternatives and rounding == 'gptq' else [])
+            for way in ways:
+                name = f'ours {t:g} {rounding}'+('' if way == rounding else f', saved with {way}')
+                if not x.missing(name): continue
+                done, s = timed(lambda: dict(round_model(x.b, x.tokens, plan, way)))
+                x.row(name, of_plan(plan), as_overrides(done), s, predicted_kl=plan.predicted_kl,
+                      counts={str(f): n for f, n in plan.counts().items()}, embed=str(plan[x.c.units[0].path]))
+                del done
+
+def part_mlxlm(x):
+    import mlx.core as mx
+    from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
+    from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
+    from mlx_lm.quant.gptq import gptq_quantize
+    from mlx_lm.utils import quantize_model
+    data, config = mx.array(x.tokens), lambda: copy.deepcopy(x.c.config)
+    def attempt(name, make):
+        "Make a model, save it, and score what was saved; a peer that fails is a row that says so"
+        if not x.missing(name): return
+        print('…', name, flush=True)
+        try: (model, q), s = timed(make)
+        except Exception as e:
+            x.results['rows'][name] = dict(failed=f'{type(e).__name__}: {str(e)[:300]}')
+            x.save()
+            return print(name, 'failed:', type(e).__name__, str(e)[:200], flush=True)
+        with TemporaryDirectory() as d: score_saved(x, name, save_mlx(x, model, q, d), s)
+    for low, high, target in x.args.dynamic:
+        def dynamic():
+            model, g = x.c.load(), 64
+            key = f'{low} {high}'
+            if key not in sensitivities: sensitivities[key] = dict(estimate_sensitivities(model, data, low, g, high, g))
+            found = sensitivities[key]
+            edge = estimate_threshold(model, found, target_bpw=target, low_bits=low, low_group_size=g, high_bits=high, high_group_size=g)
+            rule = lambda p, m: hasattr(m, 'to_quantized') and (dict(bits=high, group_size=g) if found[p] > edge else True)
+            model, q = quantize_model(model, config(), group_size=g, bits=low, quant_predicate=rule)
+            return model, q['quantization']
+        sensitivities = x.__dict__.setdefault('sensitivities', {})
+        attempt(f'mlx-lm dynamic_quant {low}/{high} at {target:g}', dynamic)
+    for bits, fallback in ((4, 6), (4, 5), (4, 4), (2, 6)):
+        attempt(f'mlx-lm gptq {bits}g64, rest {fallback}g64', lambda: gptq_quantize(x.c.load(), data, bits, 64, fallback, 64))
+    for bits, embed in ((4, 6), (4, 4), (3, 6)):
+        def awq():
+            model = x.c.load()
+            awq_quantize(model, data, AWQ_MODEL_CONFIGS[x.c.config['model_type']], 64, bits, 64, embed)
+            return model, None
+        attempt(f'mlx-lm awq {bits}g64, embedding {embed}g64', awq)
+    for fmt in ('4g64', '5g64', '3g64'):
+        name, plan = f'mlx-lm dwq {fmt}', uniform(x.c, fmt)
+        if x.missing(name): polished(x, name, plan, None)
+
+def save_mlx(x, model, entries, folder):
+    "Write an mlx-lm model; its entries are read off its layers if they are not known"
+    from mlx_lm.utils import save_config, save_model
+    if entries is None:
+        layers = {k: dict(group_size=m.group_size, bits=m.bits, mode=m.mode) for k, m in model.named_modules() if 'scales' in m}
+        entries = next(iter(layers.values())) | layers
+    save_model(folder, model)
+    save_config(x.c.config | dict(quantization=entries, quantization_config=entries), Path(folder)/'config.json')
+    return folder
+
+def score_saved(x, name, folder, seconds, **more):
+    saved = Checkpoint(folder)
+    x.row(name, dict(true_bits=8*stored_bytes(saved)/x.c.params, bytes=stored_bytes(saved)), TorchBackend(saved), seconds, **more)
+
+def polished(x, name, plan, quantizer):
+    "Write a plan, train its scales and biases with mlx-lm's dwq, and score what was saved"
+    from optiq.formats import quantize_minmax
+    with TemporaryDirectory() as d:
+        convert(x.c, plan, Path(d)/'model', quantizer=quantizer or quantize_minmax)
+        try: _, s = timed(lambda: dwq(Path(d)/'model', x.c, x.tokens, epochs=x.args.epochs, learning_rate=x.args.learning_rate))
+        except Exception as e: return print(name, 'failed:', type(e).__name__, str(e)[:200], flush=True)
+        score_saved(x, name, Path(d)/'model', s, epochs=x.args.epochs, learning_rate=x.args.learning_rate)
+
+def part_dwq(x):
+    for rounding in x.args.roundings.split(',')[::-1]:
+        if rounding == 'search': continue
+        for t in x.targets:
+            name = f'ours {t:g} {rounding} + dwq'
+            if not x.missing(name): continue
+            try: plan = allocate(sweep_of(x, rounding), true_bits=t)
+            except ValueError as e: print(name, e); continue
+            with TemporaryDirectory() as d:
+                polished(x, name, plan, round_to_files(x.b, x.tokens, plan, rounding, d, progress=False))
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--model', default='demo')
+    p.add_argument('--calibration', default='bundled')
+    p.add_argument('--test', default='bundled')
+    p.add_argument('--only', default='uniform,sweeps,ours,mlxlm,dwq')
+    p.add_argument('--targets', default='6,5,4.5,4,3.5,3', help='true bits per weight')
+    p.add_argument('--formats', default=SWEPT, help='candidates of the sweeps')
+    p.add_argument('--roundings', default='minmax,search,gptq')
+    p.add_argument('--n', type=int, default=128, help='calibration sequences')
+    p.add_argument('--seq-len', type=int, default=256)
+    p.add_argument('--sweep-n', type=int, default=4, help='of these, sequences that the sweeps measure KL on')
+    p.add_argument('--test-n', type=int, default=64, help='test sequences of 256 tokens')
+    p.add_argument('--epochs', type=int, default=2, help='of dwq')
+    p.add_argument('--learning-rate', type=float, default=1e-5, help='of dwq')
+    p.add_argument('--dynamic', default='4/5/5,4/8/5,4/8/6,3/5/4.5,3/5/4', help='dynamic_quant: low/high/target, comma separated')
+    p.add_argument('--optiq', help='folder that mlx-optiq wrote')
+    p.add_argument('--optiq-name', default='0.7.7')
+    p.add_argument('--alternatives', action='store_true')
+    p.add_argument('-o', '--output', default='peers.json')
+    args = p.parse_args()
+    args.dynamic = [(int(a), int(b), float(t)) for a, b, t in (d.split('/') for d in args.dynamic.split(','))]
+    x = Bench(args)
+    x.reference()
+    for part in args.only.split(','):
+        _, s = timed(lambda: globals()[f'part_{part}'](x))
+        x.results['seconds'][part] = s
+        x.save()
+        print(f'== {part}: {s:.0f} s', flush=True)
+
+if __name__ == '__main__': main()

@@ -1,0 +1,173 @@
+"Rounding: packed as MLX packs, no worse than what it replaces, the same in the sweep and in the file"
+from itertools import product
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+from optiq.backends import MLXBackend, StreamingBackend, TorchBackend
+from optiq.convert import check, convert, stored_bytes
+from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, AS_IS, Format, quantize_dequantize
+from optiq.knapsack import make_plan, uniform
+from optiq.models import Checkpoint
+from optiq.pipeline import optimize
+from optiq.rounding import (Inputs, MinMax, RoundTrips, Statistics, compensated, dwq, gptq, gptq_all, pack_codes, prepared, round_model,
+                            round_to_files, search, second_look, to_mlx)
+from optiq.sensitivity import kl_sweep, measure, probes
+from optiq.tiny import tiny
+
+BACKENDS = dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend)
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp('models')
+    return {a: Checkpoint(tiny(a, root/a)) for a in ('llama', 'qwen3_moe')}
+
+def tokens_for(c, n=2, T=48): return np.random.default_rng(0).integers(0, c.vocabulary, (n, T)).astype(np.int32)
+
+def correlated(n=400, width=128, seed=0):
+    "Inputs with strong correlations and very different sizes"
+    g = torch.manual_seed(seed)
+    x = torch.randn(n, width, generator=g) @ torch.randn(width, width, generator=g)*torch.rand(width, generator=g)**2
+    stats = Inputs()
+    stats.add(x)
+    return stats
+
+def weight(rows=24, width=128, dtype=torch.bfloat16): return torch.randn(rows, width, generator=torch.manual_seed(1)).to(dtype)
+
+def cost(w, r, h):
+    d = w.float()-r.dequantize().float()
+    return float(((d @ h)*d).sum())
+
+@pytest.mark.parametrize('bits, group', list(product(AFFINE_BITS, AFFINE_GROUPS)))
+def test_codes_are_packed_as_mlx_packs_them(bits, group):
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (2, 5, 256))
+    for dtype in (mx.float32, mx.bfloat16, mx.float16):
+        s, b = (mx.random.normal((2, 5, 256//group)).astype(dtype) for _ in range(2))
+        got = mx.dequantize(mx.array(pack_codes(codes, bits)), s, b, group, bits)
+        want = mx.array(codes).astype(dtype).reshape(2, 5, -1, group)*s[..., None]+b[..., None]
+        assert mx.array_equal(got, want.reshape(got.shape))
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('fmt', [Format(2, 32), Format(3, 64), Format(5, 128), Format(6, 64), Format(8, 32), Format(4, 32, 'mxfp4')])
+def test_round_trip_is_what_a_loader_computes(dtype, fmt):
+    w, stats = weight(dtype=getattr(torch, dtype)), correlated()
+    for x, s in ((w, stats), (to_mlx(w), Inputs(to_mlx(stats.moments), stats.count))):
+        for r in (search(x, fmt), search(x, fmt, s), gptq(x, fmt, s)):
+            t = r.stored()
+            opened = mx.dequantize(t['weight'], t['scales'], t.get('biases'), fmt.group_size, fmt.bits, fmt.mode, dtype=getattr(mx, dtype))
+            assert mx.array_equal(opened, to_mlx(r.dequantize())) and opened.dtype == getattr(mx, dtype)
+
+@pytest.mark.parametrize('bits', AFFINE_BITS)
+def test_each_way_beats_the_one_before(bits):
+    w, stats, fmt = weight(), correlated(), Format(bits, 64)
+    d = torch.diag(stats.importance())
+    assert cost(w, search(w, fmt, stats), d) < cost(w, MinMax(w, fmt), d)
+    assert cost(w, gptq(w, fmt, stats), stats.moments) < cost(w, search(w, fmt, stats), stats.moments)
+
+def test_second_look_never_hurts():
+    w, stats = weight().float(), correlated()
+    h, order, u = prepared(torch, stats)
+    columns = w.T[order]
+    for bits in (2, 3, 4):
+        s = torch.full_like(columns, 6/(2**bits-1))
+        b, top = torch.full_like(columns, -3), torch.full((len(w),), 2.**bits-1)
+        codes = compensated(torch, columns, s, b, top, u)
+        loss = lambda q: float(((h @ (columns-s*q-b))*(columns-s*q-b)).sum())
+        again = second_look(torch, columns, codes, s, b, top, h)
+        assert loss(again) <= loss(codes)*(1+1e-5) and again.min() >= 0 and again.max() <= 2**bits-1
+        assert (again == again.round()).all()
+
+def test_without_correlation_gptq_is_nearest():
+    w, stats = weight(), Inputs(torch.eye(128)*1000, 1000)
+    a, b = gptq(w, Format(3, 64), stats), search(w, Format(3, 64), stats)
+    assert (a.codes == b.codes).float().mean() > .999 and (a.scales == b.scales).all()
+
+def test_many_formats_at_once_are_the_same_as_each_alone():
+    w, stats = weight(), correlated()
+    formats = [Format(2, 32), Format(4, 64), Format(8, 128), Format(4, 16, 'nvfp4')]
+    for f, r in zip(formats, gptq_all(w, formats, stats)):
+        alone = gptq(w, f, stats)
+        assert r.fmt == f and (r.dequantize() == alone.dequantize()).float().mean() > .999
+
+def test_constant_and_zero_groups():
+    w = torch.zeros(4, 128, dtype=torch.bfloat16)
+    w[1] = 1.5
+    w[2, :64] = -.25
+    for r in (search(w, Format(4, 64)), gptq(w, Format(2, 64), correlated())): assert torch.allclose(r.dequantize(), w, atol=1e-3)
+
+def test_expert_with_few_tokens_falls_back_to_search():
+    w, many, few, none = weight(72).reshape(3, 24, 128), correlated(), correlated(n=4), Inputs()
+    r = gptq(w, Format(3, 64), [many, few, none])
+    assert (r.dequantize()[0] == gptq(w[0], Format(3, 64), many).dequantize()).all()
+    assert (r.dequantize()[1] == search(w[1], Format(3, 64), few).dequantize()).all()
+    assert (r.dequantize()[2] == search(w[2], Format(3, 64)).dequantize()).all()
+
+@pytest.mark.parametrize('architecture', ['llama', 'qwen3_moe'])
+def test_backends_hear_the_same(models, architecture):
+    c = models[architecture]
+    tokens = tokens_for(c)
+    heard = [Statistics(kind(c), tokens) for kind in BACKENDS.values()]
+    for u in c.units:
+        mine = [s[u.path] for s in heard]
+        if mine[0] is None: assert u.kind == 'embed' and not c.tied and mine == [None]*3; continue
+        parts = [m if isinstance(m, list) else [m] for m in mine]
+        for a, b, d in zip(*parts):
+            assert a.count == b.count == d.count
+            if a.count: assert np.allclose(a.moments, b.moments, rtol=1e-3, atol=1e-2) and np.allclose(b.moments, d.moments, rtol=1e-4, atol=1e-3)
+        if len(u.shape) > 2: assert sum(p.count for p in parts[0]) == tokens.size*c.config['num_experts_per_tok']
+        else: assert parts[0][0].count == tokens.size
+
+def test_layers_with_the_same_input_share_statistics(models):
+    c = models['llama']
+    stats = Statistics(TorchBackend(c), tokens_for(c))
+    q, k, o = (stats[f'model.layers.1.self_attn.{n}_proj'] for n in 'qko')
+    assert q is k and q is not o
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_a_rounded_model_is_saved_as_it_was_scored(models, backend, tmp_path):
+    c = models['qwen3_moe']
+    some = [Format(3, 32), AS_IS, Format(4, 32, 'mxfp4'), Format(6, 64)]
+    plan = make_plan(c, {u.path: some[i % 4] for i, u in enumerate(c.units)})
+    (tmp_path/'parts').mkdir()
+    quantizer = round_to_files(BACKENDS[backend](c), tokens_for(c), plan, 'gptq', tmp_path/'parts', progress=False)
+    assert set(quantizer) == {p for p, f in plan.items() if f != AS_IS}
+    saved = convert(c, plan, tmp_path/'out', quantizer=quantizer)
+    assert saved.formats == dict(plan) and stored_bytes(saved) == plan.nbytes
+    check(tmp_path/'out', plan, c, quantizer)
+    with pytest.raises(ValueError, match='not those that were measured'): check(tmp_path/'out', plan, c)
+    with pytest.raises(ValueError, match='not 8g32'): quantizer[c.units[0].path](None, Format(8, 32))
+
+def test_the_sweep_scores_with_the_rounding_that_saves(models, tmp_path):
+    c = models['llama']
+    b, tokens, formats = TorchBackend(c), tokens_for(c), [Format(2, 32), Format(4, 32)]
+    out = tmp_path/'gptq.jsonl'
+    sweep = kl_sweep(b, tokens, formats, rounding='gptq', out=out, progress=False)
+    todo = probes(c.units, formats)
+    alone = RoundTrips(b, tokens, formats, 'gptq')
+    stored = {u.path: gptq(b.unit_weight(u.path), formats[0], alone.stats[u.path]) for u in c.units if u.block == 1}
+    want = measure(b, tokens, [p for p in todo if p[0].path in stored and p[1] == formats[0]],
+                   {p: (lambda w, fmt, r=r: r.dequantize()) for p, r in stored.items()}).mean(1)
+    assert np.allclose([sweep.kl(p, formats[0]) for p in stored], want, rtol=1e-3)
+    with pytest.raises(ValueError, match='quantizer'): kl_sweep(b, tokens, formats, out=out, progress=False)
+    with pytest.raises(ValueError, match='no rounding'): kl_sweep(b, tokens, formats, rounding='gtpq', progress=False)
+    with pytest.raises(ValueError, match='min-max rounding only'): kl_sweep(b, tokens, formats, rounding='gptq', method='gradient')
+
+def test_errors_of_a_conversion(models, tmp_path):
+    c = models['llama']
+    for wrong, says in ((dict(rounding='best'), 'no rounding'), (dict(polish='wax'), 'no polish'), (dict(polish='dwq'), 'give an output')):
+        with pytest.raises(ValueError, match=says): optimize(str(c.folder), target_bits=5, **wrong)
+    kl_sweep(c, tokens_for(c), [4, 8], out=tmp_path/'s.jsonl', progress=False)
+    with pytest.raises(ValueError, match='--rounding minmax'): optimize(str(c.folder), target_bits=5, rounding='gptq', sweep=tmp_path/'s.jsonl')
+
+def test_dwq_trains_scales_and_nothing_else(models, tmp_path):
+    c = models['llama']
+    plan, tokens = uniform(c, Format(3, 32)), tokens_for(c, 6, 16)
+    convert(c, plan, tmp_path/'plain')
+    convert(c, plan, tmp_path/'polished', polish=lambda d: dwq(d, c, tokens, valid=2, learning_rate=1e-3))
+    a, b = (mx.load(str(tmp_path/d/'model.safetensors')) for d in ('plain', 'polished'))
+    assert a.keys() == b.keys() and all(a[k].shape == b[k].shape and a[k].dtype == b[k].dtype for k in a)
+    assert all(mx.array_equal(a[k], b[k]) for k in a if not k.endswith(('scales', 'biases')))
+    assert any(not mx.array_equal(a[k], b[k]) for k in a)
+    with pytest.raises(ValueError, match='needs 12 calibration sequences'): dwq(tmp_path/'polished', c, tokens)

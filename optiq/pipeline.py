@@ -80,7 +80,7 @@ def texts(
     return Texts(learned, learned[:n], scored, dict(model=c.name, calibration=say(calibration, learned[:n]),
                                                     evaluation=say(other, scored), **machine()))
 
-# %% ../nbs/11_pipeline.ipynb #859528f9
+# %% ../nbs/11_pipeline.ipynb #6303b9c6
 def find_sweep(b, t: Texts, formats, sweep, out, rounding='minmax') -> Sweep:
     "The sweep to plan with: one that was saved, or a new one that is written beside `out` as it goes"
     formats = [f for f in formats if f != AS_IS]
@@ -91,7 +91,7 @@ def find_sweep(b, t: Texts, formats, sweep, out, rounding='minmax') -> Sweep:
     found = sweep if isinstance(sweep, Sweep) else Sweep.load(sweep)
     if {u.path: u.shape for u in found.units} != {u.path: u.shape for u in b.checkpoint.units}:
         raise ValueError(f'{sweep} was measured on another model, {found.header["model"]}')
-    refuse_other(sweep, found.header['fingerprint'], dict(model=b.checkpoint.fingerprint))
+    refuse_other(sweep, dict(model=found.header['fingerprint']['model']), dict(model=b.checkpoint.fingerprint))
     if (was := found.header['fingerprint']['quantizer'].split(',')[0]) != rounding: raise ValueError(
         f'{sweep} was measured with {was}, and the model is to be saved with {rounding}; measure it again, or give --rounding {was}')
     lacking = [str(f) for f in formats if f not in found.formats]

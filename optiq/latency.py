@@ -267,7 +267,7 @@ def stream_reads(
     read.nbytes = a.nbytes
     return read
 
-# %% ../nbs/09_latency.ipynb #a2f63682
+# %% ../nbs/09_latency.ipynb #d96bb672
 def random_matrix(
     fmt: Format,
     shape: tuple, # (rows, width), experts in front
@@ -279,7 +279,8 @@ def random_matrix(
     if fmt == AS_IS: return dict(weight=(mx.random.normal(shape, dtype=dtype)/shape[-1]**.5).astype(dtype))
     packed = *shape[:-1], shape[-1]*fmt.bits//32
     codes = mx.random.split(mx.random.key(0), prod(packed)//2+1).flatten()[:prod(packed)].reshape(packed) # plain random bits
-    if fmt.mode != 'affine': return dict(weight=codes, scales=mx.full(groups, 112, mx.uint8))
+    if fmt.mode == 'mxfp8': codes = codes & 0x77777777 # leaves no code that means NaN
+    if fmt.mode != 'affine': return dict(weight=codes, scales=mx.full(groups, 16 if fmt.mode == 'nvfp4' else 120, mx.uint8))
     step = 3.5*shape[-1]**-.5/2**fmt.bits
     return dict(weight=codes, scales=mx.full(groups, step, dtype), biases=mx.full(groups, -step*(2**fmt.bits-1)/2, dtype))
 

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 import optiq.latency as L
 from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate, uniform
-from optiq.latency import (BANDWIDTH, CHIPS, Chip, Latency, Speed, Speeds, active_shape, allocated, cache_bytes, chip_named,
+from optiq.latency import (BANDWIDTH, CHIPS, Chip, Latency, Speed, Speeds, active_shape, cache_bytes, chip_named,
                            compare_speeds, experts_per_token, interpolate, latency, load_chip, measure_plan, predict_speeds,
                            reads_of, save_chip, skeleton, speed_frontier, speed_range, stand_in)
 from optiq.models import Checkpoint, Unit
@@ -69,7 +69,6 @@ def test_the_cache_is_what_a_run_leaves(demo):
     mx.eval(model(mx.zeros((1, 7), mx.int32), cache=cache))
     kept = sum(x[..., :c.offset, :].nbytes for c in cache for x in c.state[:2])
     assert cache_bytes(model, 7) == kept and cache_bytes(model, 0) == 0
-    assert cache_bytes(model, 256) == allocated(model, 256)
 
 def test_a_window_bounds_the_cache_and_a_state_does_not_grow():
     from mlx_lm.models.cache import KVCache, RotatingKVCache
@@ -83,6 +82,9 @@ def test_a_window_bounds_the_cache_and_a_state_does_not_grow():
     assert cache_bytes(Model(KVCache), 1000) == 1000*row
     window = Model(lambda: RotatingKVCache(max_size=512))
     assert [cache_bytes(window, n) for n in (100, 512, 5000)] == [100*row, 512*row, 512*row]
+    config = hub_config('qwen3_5')
+    hybrid = skeleton(config) # most of its layers keep a state of fixed size
+    assert cache_bytes(hybrid, 0) > 0 and cache_bytes(hybrid, 2000)-cache_bytes(hybrid, 1000) == cache_bytes(hybrid, 1000)-cache_bytes(hybrid, 0)
 
 # chips
 
@@ -232,7 +234,7 @@ def test_only_what_is_missing_is_measured(instant, demo, tmp_path):
     lat = latency(demo, formats=[4], folder=tmp_path)
     first, shapes = len(instant), len(lat.reads.shapes())
     assert first == 1+2*shapes and lat.chip.bandwidth == pytest.approx(1) # the empty product, 4g64 and as is
-    assert lat.chip.factor(Format(4, 64), (512, 256)) == pytest.approx(2, rel=.02)
+    assert lat.chip.factor(Format(4, 64), (512, 256)) == pytest.approx(2*(1-2304/73728)) # less the empty product
     latency(demo, formats=[4], folder=tmp_path)
     assert len(instant) == first
     latency(demo, formats=[4, 8], folder=tmp_path)

@@ -6,7 +6,7 @@
 __all__ = ['baselines', 'feasible', 'texts', 'find_sweep', 'optimize', 'write_and_score', 'summary', 'trade_off', 'possible',
            'save_curve', 'compare']
 
-# %% ../nbs/11_pipeline.ipynb #cf561210
+# %% ../nbs/11_pipeline.ipynb #1c99dbac
 import json
 import time
 from pathlib import Path
@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from .backends import open_backend
-from .calibration import fingerprint, passages, token_batch
+from .calibration import block_hashes, fingerprint, overlap, passages, token_batch
 from .convert import convert, overrides_of_saved, whole_folder
-from .evals.perplexity import evaluate, evaluation_tokens, overrides_of
+from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_calibration, refuse_overlap
 from .evals.report import Report, machine, score_row
+from .evals.run import same_words, text_tokens
 from .formats import AS_IS, Format, parse_format
 from .knapsack import PROFILES, allocate, cache_bytes, make_plan, pareto, thoughtless
 from .models import Checkpoint
@@ -48,7 +49,7 @@ def feasible(
     header = dict(model=c.name, params=c.params, other_bytes=c.other_bytes)
     allocate(Sweep(c.units, fmts, values, header), formats=formats, **options)
 
-# %% ../nbs/11_pipeline.ipynb #504397ca
+# %% ../nbs/11_pipeline.ipynb #51d68888
 def texts(
     c: Checkpoint,
     calibration: str, # text to measure on
@@ -60,6 +61,7 @@ def texts(
     split = 'all' if evaluation and evaluation != calibration else 'train'
     tokens = token_batch(passages(calibration, split), c.tokenizer, *shape)
     text = evaluation_tokens(evaluation or calibration, c.tokenizer, *eval_shape, 'test' if split == 'train' else split)
+    refuse_overlap(overlap(block_hashes(tokens), text))
     def say(name, t): return f'{name}, {t.shape[0]} × {t.shape[1]} tokens, {fingerprint(t)}'
     return tokens, text, dict(model=c.name, calibration=say(calibration, tokens), evaluation=say(evaluation or calibration, text),
                               **machine())
@@ -121,7 +123,7 @@ def optimize(
     figures = summary(report, plan, joint, v, out, time.perf_counter()-start)
     return dict(report=report, plan=plan, sweep=found, verified=v, figures=figures)
 
-# %% ../nbs/11_pipeline.ipynb #1a53c6bf
+# %% ../nbs/11_pipeline.ipynb #47a164d3
 def write_and_score(b, plan, others, text, about, out, sweep, overwrite) -> Report:
     "Write the model to `out` if there is one, and score it and the other plans on the evaluation text"
     c, scores, (what, calibration) = b.checkpoint, {}, (about[k].rsplit(', ', 1)[0] for k in ('evaluation', 'calibration'))
@@ -134,7 +136,7 @@ def write_and_score(b, plan, others, text, about, out, sweep, overwrite) -> Repo
     else:
         convert(c, plan, out, sweep, overwrite, calibration=calibration, measured=lambda d: score(overrides_of_saved(d)))
         Path(f'{out}.sweep.jsonl').unlink(missing_ok=True)
-    return Report([score_row(name, sizes[name], scores[twin.get(name, name)]) for name in sizes], about)
+    return Report([score_row(name, sizes[name], scores[twin.get(name, name)], fingerprint(text)) for name in sizes], about)
 
 # %% ../nbs/11_pipeline.ipynb #0f3351f3
 def summary(report: Report, plan, joint, v, out, seconds: float) -> dict:
@@ -203,7 +205,7 @@ def save_curve(curve, sweep, figures: dict, out, overwrite: bool = False):
         for p in [*curve, *curve.rivals.values()]: p.save(part/'plans'/f'{p.name.replace(" ", "-")}.json')
     Path(f'{out}.sweep.jsonl').unlink(missing_ok=True)
 
-# %% ../nbs/11_pipeline.ipynb #34b0f2d1
+# %% ../nbs/11_pipeline.ipynb #4dc5078e
 def compare(
     model: str, # a model, quantized or not
     baseline: str | None = None, # what to measure KL and agreement against
@@ -216,12 +218,10 @@ def compare(
     "Score a model by itself, or against another one with the same vocabulary"
     opened = {m: open_backend(Checkpoint(m, trust_remote_code), backend) for m in (baseline or model, model)}
     reference = opened[baseline or model]
-    if len({b.checkpoint.vocabulary for b in opened.values()}) > 1: raise ValueError(
-        f'{model} and {baseline} have vocabularies of different size, so no KL between them exists')
-    split = 'test' if evaluation in ('bundled', 'wikitext2') else 'all'
-    text = passages(evaluation, split, min_chars=-1)
-    tokens = token_batch(text, reference.checkpoint.tokenizer, n, seq_len, seed=None)
+    same_words(reference.checkpoint, opened[model].checkpoint)
+    tokens = text_tokens(reference.checkpoint, evaluation, n, seq_len)
+    for b in opened.values(): refuse_calibration(b.checkpoint, tokens)
     scores = evaluate(reference, tokens, {model: opened[model]} if baseline and baseline != model else {})
     names = {'reference': baseline or model, model: model}
-    rows = [score_row(names[k], make_plan(c := opened[names[k]].checkpoint, c.formats), s) for k, s in scores.items()]
+    rows = [score_row(names[k], make_plan(c := opened[names[k]].checkpoint, c.formats), s, fingerprint(tokens)) for k, s in scores.items()]
     return Report(rows, dict(evaluation=f'{evaluation}, {len(tokens)} × {seq_len} tokens, {fingerprint(tokens)}', **machine()))

@@ -6,26 +6,27 @@
 __all__ = ['kl_divergence', 'probes', 'walk', 'perturb', 'inside', 'on_gpu', 'kl_of_streams', 'logit_slices', 'kl_rows',
            'measure', 'Pass', 'plan_passes', 'passes_of', 'free_on_device', 'block_passes', 'estimate', 'cost', 'Sweep',
            'plot_sweep', 'fingerprint_of', 'refuse_other', 'read_log', 'load_sweep', 'to_sweep', 'save_sweep',
-           'SweepLog', 'Ranks', 'kl_sweep', 'settled']
+           'tokens_per_expert', 'warn_of_idle', 'SweepLog', 'progress_bar', 'Ranks', 'kl_sweep', 'settled']
 
-# %% ../nbs/03_sensitivity.ipynb #9ab68c4e
+# %% ../nbs/03_sensitivity.ipynb #a15671c0
 import json
 import os
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from .backends import Backend, free_memory, open_backend
-from .calibration import fingerprint, passages, token_batch
-from .formats import AS_IS, Format, divides, parse_format, quantize_dequantize
+from .calibration import block_hashes, fingerprint, passages, token_batch
+from .formats import AS_IS, Format, divides, for_unit, parse_format, quantize_dequantize
 from .models import Checkpoint, Unit
 
-# %% ../nbs/03_sensitivity.ipynb #2d080a00
+# %% ../nbs/03_sensitivity.ipynb #c1b6c308
 def kl_divergence(
     xp, # torch or mlx.core
     z_p, # (…, V) logits of the reference
@@ -34,13 +35,21 @@ def kl_divergence(
 ): # (…)
     "KL(p ‖ q) over the last axis, as log(1 + Σ p·(e⁻ᵘ − 1 + u)) with u = z_p − z_q centred under p"
     p = xp.softmax(z_p, axis=-1) if p is None else p
-    a = z_p-z_q
-    u = a-(p*a).sum(-1, keepdims=True)
-    if float(u.min()) > -30: return xp.log1p((p*(xp.expm1(-u)+u)).sum(-1))
-    log = [z-xp.logsumexp(z, axis=-1, keepdims=True) for z in (z_p, z_q)] # far apart: nothing cancels, exp would overflow
+    kl = _fused(xp)(z_p, z_q, p)
+    if bool(xp.isfinite(kl).all()): return kl
+    log = [z-xp.logsumexp(z, axis=-1, keepdims=True) for z in (z_p, z_q)] # so far apart that exp overflows: nothing cancels
     return (p*(log[0]-log[1])).sum(-1)
 
-# %% ../nbs/03_sensitivity.ipynb #ada8ac7b
+@cache
+def _fused(xp):
+    "The sum over the vocabulary; MLX makes one kernel of it"
+    def kl(z_p, z_q, p):
+        a = z_p-z_q
+        u = a-(p*a).sum(-1, keepdims=True)
+        return xp.log1p((p*(xp.expm1(-u)+u)).sum(-1))
+    return xp.compile(kl) if xp.__name__.startswith('mlx') else kl
+
+# %% ../nbs/03_sensitivity.ipynb #a358ee66
 def probes(
     units: list[Unit],
     formats: list[Format],
@@ -48,15 +57,14 @@ def probes(
     "Every unit with every format it can take; raises ValueError where a smaller group is needed"
     found = []
     for u in units:
-        if u.shape[-1] % 32: continue
         for f in formats:
-            if not divides(f, u.shape): raise ValueError(
+            if divides(f, u.shape): found.append((u, f))
+            elif u.shape[-1] % 32 == 0: raise ValueError(
                 f'{u.path} is {u.shape[-1]} wide, which groups of {f.group_size} do not divide; '
                 f'use --group-size {32 if u.shape[-1] % 64 else 64}')
-            found.append((u, f))
     return found
 
-# %% ../nbs/03_sensitivity.ipynb #2ab02b29
+# %% ../nbs/03_sensitivity.ipynb #2e308097
 def walk(
     b: Backend,
     batch: np.ndarray, # (B, T) token ids
@@ -82,7 +90,7 @@ def walk(
 def perturb(probe: tuple[Unit, Format], quantize=quantize_dequantize) -> dict:
     "The override that a probe stands for"
     unit, fmt = probe
-    return {unit.path: partial(quantize, fmt=fmt)}
+    return {unit.path: partial(for_unit(quantize, unit.path), fmt=fmt)}
 
 def inside(b: Backend, overrides: dict, block: int | None) -> dict:
     "The overrides of one block, or, for None, of what lies outside the blocks"
@@ -286,7 +294,7 @@ class Sweep:
     @classmethod
     def load(cls, path): return load_sweep(path)
 
-# %% ../nbs/03_sensitivity.ipynb #6e651769
+# %% ../nbs/03_sensitivity.ipynb #8e659053
 def plot_sweep(
     sweep: Sweep,
     ax = None, # matplotlib axes
@@ -295,7 +303,7 @@ def plot_sweep(
     "Heat map of KL, kinds × blocks; units outside the blocks stand at the left and right edge"
     import matplotlib.pyplot as plt
     import seaborn as sns
-    fmt = parse_format(fmt) if fmt else min(sweep.formats)
+    fmt = parse_format(fmt) if fmt else min(sweep.formats, key=lambda f: f.bits)
     d = sweep.to_frame().query('format == @name', local_dict=dict(name=str(fmt)))
     d['column'] = [str(b) if b is not None and b == b else 'before' if k == 'embed' else 'after' for b, k in
                    zip(d.block.astype(object).where(d.block.notna(), None), d.kind)]
@@ -306,7 +314,7 @@ def plot_sweep(
     ax.set(xlabel='block', ylabel='', title=f'{sweep.header["model"]} at {fmt}')
     return ax
 
-# %% ../nbs/03_sensitivity.ipynb #e52b143f
+# %% ../nbs/03_sensitivity.ipynb #e15b234f
 def fingerprint_of(b: Backend, tokens: np.ndarray, formats: list, quantizer: str = 'minmax') -> dict:
     "What the numbers of a sweep depend on"
     return dict(model=b.checkpoint.fingerprint, tokens=fingerprint(tokens), formats=[str(f) for f in formats],
@@ -314,7 +322,7 @@ def fingerprint_of(b: Backend, tokens: np.ndarray, formats: list, quantizer: str
 
 def refuse_other(path: Path, theirs: dict, ours: dict):
     "Raise ValueError, naming the fields that differ, unless two fingerprints agree"
-    odd = [f'{k} ({theirs.get(k)} there, {v} here)' for k, v in ours.items() if theirs.get(k) != v]
+    odd = [f'{k} ({theirs.get(k)} there, {ours.get(k)} here)' for k in ours | theirs if theirs.get(k) != ours.get(k)]
     if odd: raise ValueError(f'{path} was measured on something else: {", ".join(odd)}; give another file, or remove it')
 
 # %% ../nbs/03_sensitivity.ipynb #d7d59487
@@ -375,14 +383,38 @@ def _announce(c, shape, ranks):
     print(f'{c["probes"]} probes on {shape[0]} × {shape[1]} tokens: about {took}, {c["bytes"]/2**30:.1f} GB for states, '
           f'{c["passes"]} passes', file=sys.stderr, flush=True)
 
-# %% ../nbs/03_sensitivity.ipynb #8946296f
+# %% ../nbs/03_sensitivity.ipynb #b7baf0b7
+def tokens_per_expert(
+    b: Backend,
+    tokens: np.ndarray, # (n, T) calibration tokens
+) -> dict: # block ▸ tokens that each of its experts saw
+    "How often the router chose each expert; empty for a model without experts"
+    first = {u.block: u for u in reversed(b.checkpoint.units) if u.kind.startswith('experts')} # one projection a block
+    counts = {u.path: np.zeros(u.shape[0], int) for u in first.values()}
+    def hear(path, x, which): # the experts of all rows, or the one expert that they go to
+        if path in counts: counts[path] += np.bincount(np.ravel(which) if np.ndim(which) else [which]*len(x), minlength=len(counts[path]))
+    for batch in np.array_split(tokens, max(1, tokens.size//2048)) if first else ():
+        states = b.embed(batch)
+        for i in range(b.n_blocks):
+            with b.listening(hear, i): states = b.run_block(i, states)
+    return {i: counts[first[i].path].tolist() for i in sorted(first)}
+
+def warn_of_idle(counts: dict):
+    "Warn if an expert saw no token"
+    idle = [(i, e) for i, c in counts.items() for e, n in enumerate(c) if not n]
+    if idle: warnings.warn(f'{len(idle)} of {sum(map(len, counts.values()))} experts saw no calibration token, the first is expert '
+                           f'{idle[0][1]} of block {idle[0][0]}; their KL is not in the numbers: give more or longer sequences')
+
+# %% ../nbs/03_sensitivity.ipynb #972fe858
 class SweepLog:
     "The passes of a sweep, and the file to which they are written as they finish"
-    def __init__(self, b: Backend, tokens: np.ndarray, formats: list, out=None, max_memory=None):
-        self.b, self.shape, self.ranks, c = b, tokens.shape, Ranks(), b.checkpoint
+    def __init__(self, b: Backend, tokens: np.ndarray, formats: list, out=None, max_memory=None, of=None, quantizer='minmax'):
+        self.b, self.shape, self.ranks, c = b, tokens.shape, Ranks(), of or b.checkpoint
         self.todo = [(c.units[0], AS_IS), *probes(c.units, formats)] # the first one changes nothing: it shows the noise
         self.header = dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes, shape=list(tokens.shape),
-                           fingerprint=fingerprint_of(b, tokens, formats), units=[asdict(u) for u in c.units],
+                           fingerprint=fingerprint_of(b, tokens, formats, quantizer) | getattr(c, 'stamp', {}),
+                           units=[asdict(u) for u in c.units], **getattr(c, 'header', {}),
+                           experts=tokens_per_expert(b, tokens), blocks=block_hashes(tokens),
                            passes=plan_passes(b, self.todo, tokens.shape, max_memory))
         self.records, self.path = {}, self.ranks.own(out)
         if self.path: self._open()
@@ -414,13 +446,6 @@ class SweepLog:
             for u, fmt in p.todo: f.write(_line(u, fmt, p.start, self.records[u.path, str(fmt), p.start]))
             f.flush()
 
-    def bar(self, progress: bool = True):
-        "A progress bar, after a line that tells time and memory"
-        todo = self.missing()
-        if progress and todo: _announce(cost(self.b, todo, self.shape[1]), self.shape, self.ranks.size)
-        return tqdm(total=sum(block_passes(p.todo, self.b.n_blocks) for p in todo), unit='block', leave=False,
-                    disable=not progress or not todo, smoothing=.05)
-
     def finish(self) -> Sweep:
         "The sweep, gathered from all ranks; raises ValueError if nothing moved the output"
         if self.ranks.size > 1: self.ranks.gather(self)
@@ -428,6 +453,13 @@ class SweepLog:
         if all(v.mean() < 1e-6 for v in sweep.values.values()): raise ValueError(
             'every KL is under 1e-6: quantizing changed nothing, so these weights were quantized before, or never used')
         return sweep
+
+def progress_bar(log: SweepLog, show: bool = True):
+    "A progress bar, after a line that tells time and memory"
+    todo = log.missing()
+    if show and todo: _announce(cost(log.b, todo, log.shape[1]), log.shape, log.ranks.size)
+    return tqdm(total=sum(block_passes(p.todo, log.b.n_blocks) for p in todo), unit='block', leave=False,
+                disable=not show or not todo, smoothing=.05)
 
 # %% ../nbs/03_sensitivity.ipynb #6699ead2
 class Ranks:
@@ -471,7 +503,7 @@ class Ranks:
             for p in log.passes: log._append(p)
         part.unlink()
 
-# %% ../nbs/03_sensitivity.ipynb #b9e10ded
+# %% ../nbs/03_sensitivity.ipynb #3e74a935
 def kl_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: np.ndarray | None = None, # (n, T) calibration tokens; made from `calibration` by default
@@ -481,26 +513,36 @@ def kl_sweep(
     n: int = 8, # calibration sequences
     seq_len: int = 128, # tokens in each
     method: str = 'exact', # 'exact', 'gradient' or 'screened'
+    rounding: str = 'minmax', # 'minmax', 'search' or 'gptq': the one that will save the model
+    rounding_tokens: np.ndarray | None = None, # (n, T) what `search` and `gptq` learn from; `tokens` by default
     targets: list = (), # nominal bits that `screened` and `until` look at
     until: str | None = None, # 'stable': stop when the plans at `targets` no longer change
     out: 'str | Path | None' = None, # file to write as it goes, and to resume from
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     max_memory: float | None = None, # bytes for states
     progress: bool = True, # announce time and memory, show a bar
+    of = None, # whose units: the checkpoint's by default, or a `KVLayout`
 ) -> Sweep:
     "Measure the KL that each unit's quantization costs, in each format, one unit at a time"
     b, formats = open_backend(model, backend), [parse_format(f) for f in formats]
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
     if tokens is None: tokens = token_batch(passages(calibration), b.checkpoint.tokenizer, n, seq_len)
     if method != 'exact':
+        if rounding != 'minmax': raise ValueError(f'method {method!r} knows min-max rounding only; use method exact for {rounding}')
         from optiq.gradient import gradient_sweep, screened_sweep
         if method == 'gradient': return gradient_sweep(b, tokens, formats, out=out)
         if method == 'screened': return screened_sweep(b, tokens, formats, targets, out=out, progress=progress)
         raise ValueError(f'no method {method!r}; there are exact, gradient and screened')
-    log = SweepLog(b, tokens, formats, out, max_memory)
-    with log.bar(progress) as bar:
+    if rounding == 'minmax': quantize, name = quantize_dequantize, rounding
+    else:
+        from optiq.rounding import RoundTrips
+        quantize = RoundTrips(b, tokens if rounding_tokens is None else rounding_tokens, formats, rounding)
+        name = quantize.name
+    log = SweepLog(b, tokens, formats, out, max_memory, of, name)
+    warn_of_idle(log.header.get('experts', {}))
+    with progress_bar(log, progress) as bar:
         for p in log.missing():
-            log.add(p, measure(b, tokens[p.start:p.stop], p.todo, tick=bar.update))
+            log.add(p, measure(b, tokens[p.start:p.stop], p.todo, quantize, bar.update))
             if until == 'stable' and settled(log, targets): break
     return log.finish()
 

@@ -360,8 +360,9 @@ def undominated(
     worse = (kl[:, None, :] <= kl[:, :, None]) & cheaper & (~equal | first)
     return np.where(worse.any(2), np.inf, kl)
 
-# %% ../nbs/04_knapsack.ipynb #4b49c0cc
-TIES = dict(qkv=('q_proj', 'k_proj', 'v_proj'), kv=('k_proj', 'v_proj'), gate_up=('gate_proj', 'up_proj'))
+# %% ../nbs/04_knapsack.ipynb #3c576030
+TIES = dict(qkv=('q_proj', 'k_proj', 'v_proj'), kv=('k_proj', 'v_proj'), gate_up=('gate_proj', 'up_proj'),
+            cache=('keys', 'values'))
 
 def tie_key(
     tie, # None, names in TIES, or a function from a unit to a key

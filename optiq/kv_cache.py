@@ -52,7 +52,7 @@ class KVLayer:
         tokens = min(context, self.window or context)
         return self.constant+tokens*self.heads*(self.key_dim+self.value_dim)*(4 if self.dtype == 'float32' else 2)
 
-# %% ../nbs/06_kv_cache.ipynb #b687c4b4
+# %% ../nbs/06_kv_cache.ipynb #84234e8f
 def kv_layers(
     model, # mlx-lm model, its weights may be lazy
 ) -> list[KVLayer]:
@@ -65,17 +65,17 @@ def kv_layers(
     def listen(i, c):
         update = c.update_and_fetch
         def record(k, v):
-            calls[i] = block[0], k, v, update(k, v)
-            return calls[i][-1]
+            calls.setdefault(i, []).append((block[0], k, v, update(k, v)))
+            return calls[i][-1][-1]
         c.update_and_fetch = record
     def attended(k, v):
-        arrived.update(i for i, (*_, out) in calls.items() if k is out[0] and v is out[1])
+        arrived.update(i for i, found in calls.items() for *_, out in found if k is out[0] and v is out[1])
         return k, v
     for i, c in enumerate(caches):
         for part in getattr(c, 'caches', [c]):
             if hasattr(part, 'update_and_fetch'): listen(i, part)
     with mlx_attention(attended), mlx_blocks(model, blocks_path(model), enter): model(mx.zeros((1, 2), mx.int32), cache=caches)
-    return [_layer(i, c, calls.get(i), arrived[i]) for i, c in enumerate(caches)]
+    return [_layer(i, c, calls.get(i, ()), arrived[i]) for i, c in enumerate(caches)]
 
 def own_caches(model) -> list:
     "The caches that a model makes for itself, whatever was installed on it"
@@ -83,17 +83,20 @@ def own_caches(model) -> list:
     make = getattr(type(model), 'make_cache', None)
     return make(model) if make else [KVCache() for _ in model.layers]
 
-def _layer(i, c, call, arrived):
+def _layer(i, c, calls, arrived):
     "One layer from what was recorded"
-    name = type(c).__name__
-    if call is None: return KVLayer(i, None, constant=sum(a.nbytes for _, a in tree_flatten(c.state) if isinstance(a, mx.array)),
-                                    left='recurrent state' if name == 'ArraysCache' else f'{name} holds no keys and values')
-    block, k, v, _ = call
-    window = getattr(c, 'max_size', None)
+    name, window = type(c).__name__, getattr(c, 'max_size', None)
+    still = [p for p in getattr(c, 'caches', [c]) if not hasattr(p, 'update_and_fetch')]
+    constant = sum(a.nbytes for p in still for _, a in tree_flatten(p.state) if isinstance(a, mx.array))
+    if not calls: return KVLayer(i, None, constant=constant,
+                                 left='recurrent state' if name == 'ArraysCache' else f'{name} holds no keys and values')
     left = (f'sliding window of {window} tokens' if window else f'{name} is no plain cache of keys and values'
             if name != 'KVCache' else 'attention does not read what it holds (MLA)' if not arrived
             else 'later layers read it too' if arrived > 1 else '')
-    return KVLayer(i, block, k.shape[1], k.shape[3], v.shape[3], str(k.dtype).split('.')[-1], window, left=left)
+    (block, k, v, _), sides = calls[0], [[a.shape for a in side] for side in list(zip(*calls))[1:3]]
+    heads, dims = k.shape[1], (k.shape[3], v.shape[3])
+    if len(calls) > 1: heads, dims = 1, (sum(h*d for _, h, _, d in shapes) for shapes in sides) # several caches, left alone
+    return KVLayer(i, block, heads, *dims, str(k.dtype).split('.')[-1], window, constant, left)
 
 # %% ../nbs/06_kv_cache.ipynb #40c1986f
 @dataclass(frozen=True)

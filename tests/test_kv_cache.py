@@ -406,3 +406,18 @@ def test_a_model_and_its_cache(folder, text, tmp_path):
     saved = Checkpoint(tmp_path/'m')
     assert read_kv_config(tmp_path/'m'/'kv_config.json', saved.load()) and (tmp_path/'m'/'optiq'/'kv_sweep.json').exists()
     assert kv_sweep(TorchBackend(saved), np.arange(20, 52)[None], [3], progress=False).values
+
+def test_several_caches_in_one_entry_are_all_counted(folder, monkeypatch):
+    from mlx_lm.models.cache import ArraysCache, CacheList
+    import mlx_lm.models.qwen3 as qwen3
+    model = Checkpoint(folder).load()
+    plain = kv_layers(model)[0]
+    class Both(CacheList):
+        offset = 0
+        def make_mask(self, N, **options): return 'causal'
+        def update_and_fetch(self, k, v):
+            self.caches[0][0] = mx.zeros((1, 10), mx.bfloat16)
+            return [c.update_and_fetch(k, v) for c in self.caches[1:]][0]
+    monkeypatch.setattr(qwen3.Model, 'make_cache', lambda self: [Both(ArraysCache(1), KVCache(), KVCache()) for _ in self.layers], raising=False)
+    found = kv_layers(model)[0]
+    assert 'no plain cache' in found.left and found.nbytes(100) == 2*plain.nbytes(100)+20

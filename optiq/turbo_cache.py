@@ -26,7 +26,7 @@ from .kv_cache import (BatchMixedKVCache, Codec, MixedKVCache, codec_of, kv_laye
 from .models import blocks_path
 from .turboquant import encode, library, pack, padded, rotation_matrix
 
-# %% ../nbs/08_turbo_cache.ipynb #4d5eaca1
+# %% ../nbs/08_turbo_cache.ipynb #0ee05dfc
 @dataclass(frozen=True, eq=False, repr=False)
 class KeyPrecondition:
     "Keys of one layer are stored as (k − mean) / scale, queries come as q · scale"
@@ -40,7 +40,7 @@ class KeyPrecondition:
     def __eq__(self, other): return isinstance(other, KeyPrecondition) and self.digest == other.digest
     def __hash__(self): return hash(self.digest)
     @cached_property
-    def digest(self): return hashlib.sha256(self.mean.tobytes()+self.scale.tobytes()).hexdigest()
+    def digest(self): return self.mean.shape, hashlib.sha256(self.mean.tobytes()+self.scale.tobytes()).hexdigest()
 
     @classmethod
     def of(cls,
@@ -138,7 +138,7 @@ def preconditioned(
     try: yield b
     finally: del b.as_cached
 
-# %% ../nbs/08_turbo_cache.ipynb #fd2b3d64
+# %% ../nbs/08_turbo_cache.ipynb #1d7e8325
 class RotatedCodec(Codec):
     "Keys or values as rotated codes"
     def __init__(self, fmt: Format):
@@ -177,6 +177,7 @@ class RotatedCodec(Codec):
         return x @ rotation(x.shape[-1], self.seed, x.dtype)
 
     def back(self, x): return x @ rotation(x.shape[-1], self.seed, x.dtype).T # still padded
+    def at(self, arrays, tokens, dim): return At(self, tokens, dim), arrays # the whole room
 
 # %% ../nbs/08_turbo_cache.ipynb #33ea8796
 def _encode(y, bits):
@@ -235,15 +236,9 @@ def turned(
     f = parse_format(fmt)
     return Turned(f.bits, f.group_size, f.mode, seed, precondition) if f.mode == 'tq' else f
 
-# %% ../nbs/08_turbo_cache.ipynb #7ab5b27c
+# %% ../nbs/08_turbo_cache.ipynb #6acadbe0
 class _Turbo:
     "What the cache of one text and the cache of a batch share"
-    def stored(self, tokens):
-        out = super().stored(tokens)
-        for s, arrays, D in zip(out, (self.keys, self.values), self.dims):
-            if isinstance(s.codec, RotatedCodec): s.codec, s.arrays = At(s.codec, tokens, D), arrays
-        return out
-
     @property
     def about(self):
         p = [getattr(f, 'precondition', None) for f in self.formats]
@@ -262,7 +257,7 @@ def findable(cls):
     setattr(mlx_lm.models.cache, cls.__name__, cls)
     return cls
 
-# %% ../nbs/08_turbo_cache.ipynb #60a40a8b
+# %% ../nbs/08_turbo_cache.ipynb #3170cbc6
 @findable
 class TurboQuantKVCache(_Turbo, MixedKVCache):
     "The rotated cache of one layer; usable wherever mlx-lm takes a cache"
@@ -291,7 +286,7 @@ class TurboQuantKVCache(_Turbo, MixedKVCache):
 
     def write(self, keys, values, at):
         if self.head_dim not in (None, keys.shape[-1]): raise ValueError(
-            f'this cache was made with head_dim={self.head_dim}, the keys are {keys.shape[-1]} wide; give head_dim={keys.shape[-1]}')
+            f'this cache was made with head_dim={self.head_dim}, the keys are {keys.shape[-1]} wide')
         if self.from_prompt and self.keys is None:
             p = KeyPrecondition.of(np.array(keys.astype(mx.float32).swapaxes(1, 2)).reshape(-1, keys.shape[1], keys.shape[3]))
             self.formats = (turned(self.formats[0], self.formats[0].seed, p), self.formats[1])

@@ -247,12 +247,21 @@ def test_refusals(options, what):
     with pytest.raises(ValueError, match=what): TurboQuantKVCache(64, **options)
 
 def test_wrong_head_dim():
-    with pytest.raises(ValueError, match='head_dim=64.*head_dim=128'): filled_wrong = TurboQuantKVCache(64).update_and_fetch(*mx.zeros((2, 1, 1, 4, 128)))
+    with pytest.raises(ValueError, match='head_dim=64.*128 wide'): filled_wrong = TurboQuantKVCache(64).update_and_fetch(*mx.zeros((2, 1, 1, 4, 128)))
 
 def test_zero_vectors():
     c = TurboQuantKVCache(64)
     sk, sv = c.update_and_fetch(mx.zeros((1, 1, 3, 64)), mx.zeros((1, 1, 3, 64)))
     assert abs(attend(mx.ones((1, 2, 1, 64)), sk, sv, scale=1.)).max() == 0
+
+@pytest.mark.parametrize('D', [64, 80])
+def test_a_plain_mixed_cache_takes_rotated_formats(D):
+    from optiq.kv_cache import MixedKVCache
+    r = np.random.default_rng(0)
+    k, v, q = (mx.array(r.standard_normal((1, 2, 30, D)).astype(np.float32)) for _ in 'kvq')
+    got = attend(q[:, :, :1], *MixedKVCache('tq4', 'tq3').update_and_fetch(k, v), scale=.1)
+    want = mx.fast.scaled_dot_product_attention(q[:, :, :1], round_trip(k, 4), round_trip(v, 3), scale=.1)
+    assert abs(got-want).max() < 2e-4
 
 # the recurrent state
 

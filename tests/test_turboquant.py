@@ -127,7 +127,7 @@ def test_one_hadamard_round_on_one_channel():
 
 # T5 to T9
 
-def inner_products(make, rounds=30, n=100, d=128, cosine=None):
+def inner_products(make, rounds=120, n=100, d=128, cosine=None):
     "(true, estimated) inner products over many rotations; independent vectors unless a cosine is given"
     out = []
     for s in range(rounds):
@@ -159,7 +159,7 @@ def inner_product_errors():
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_inner_product_error(variant, inner_product_errors):
-    assert np.allclose(inner_product_errors[variant], VARIANTS[variant][1], rtol=.08)
+    assert np.allclose(inner_product_errors[variant], VARIANTS[variant][1], rtol=.05)
     assert all(e > 4.**-b for b, e in zip((1, 2, 3, 4), inner_product_errors[variant]))
 
 def test_orthogonal_sketch_has_a_third_of_the_variance(inner_product_errors):
@@ -224,17 +224,18 @@ def test_half_bits():
 
 def test_recall():
     rng = np.random.default_rng(0)
-    d, basis = 200, rng.standard_normal((60, 200))
-    draw = lambda n: rng.standard_normal((n, 60)) @ basis+4*rng.standard_normal((n, d))
-    data, queries = (a/np.linalg.norm(a, axis=1, keepdims=True) for a in (draw(4000).astype(np.float32), draw(300).astype(np.float32)))
+    d, basis = 200, rng.standard_normal((32, 200))
+    def draw(n):
+        x = (rng.standard_normal((n, 32)) @ basis+2*rng.standard_normal((n, d))).astype(np.float32)
+        return x/np.linalg.norm(x, axis=1, keepdims=True)
+    data, queries = draw(10_000), draw(500)
     best = (queries @ data.T).argmax(1)
-    def ranks(q): return np.argsort(-(queries @ q.dequantize(*q.quantize(data)).T), axis=1)
-    found = {b: [ranks(q) for q in (TurboQuantMSE(d, b, scale='unbiased'), TurboQuantMSE(d, b), TurboQuantProd(d, b, sketch='orthogonal'),
-                                    TurboQuantProd(d, b))] for b in (2, 3)}
-    for rs in found.values():
-        first = [(r[:, 0] == best).mean() for r in rs]
-        assert first[0] >= first[1]-.03 and first[1] > first[2] > first[3]
-        assert (rs[0][:, :8] == best[:, None]).any(1).mean() >= .95
+    for b in (2, 3):
+        scores = [queries @ q.dequantize(*q.quantize(data)).T for q in (
+            TurboQuantMSE(d, b, scale='unbiased'), TurboQuantMSE(d, b), TurboQuantProd(d, b, sketch='orthogonal'), TurboQuantProd(d, b))]
+        first = [(s.argmax(1) == best).mean() for s in scores]
+        assert first[0] >= first[1] > first[2] > first[3]
+        assert (np.argpartition(-scores[0], 8, axis=1)[:, :8] == best[:, None]).any(1).mean() >= .98
 
 # T13, T14
 

@@ -127,7 +127,7 @@ def _kind(path, module):
     if 'SwitchLinear' in type(module).__name__: return f'experts.{name}'
     return 'embed' if 'Embedding' in type(module).__name__ else name
 
-# %% ../nbs/02_models.ipynb #2ea4861c
+# %% ../nbs/02_models.ipynb #c50ba3de
 class Checkpoint:
     "A model folder, checked and listed; none of its weights are loaded"
     def __init__(self,
@@ -145,6 +145,16 @@ class Checkpoint:
 
     @cached_property
     def unit(self): return {u.path: u for u in self.units}
+
+    @cached_property
+    def cached(self):
+        "Path ▸ unit of all keys and values that it caches (see `kv_layout`)"
+        from optiq.kv_cache import kv_layout
+        return {u.path: u for u in kv_layout(self).units}
+
+    def find(self, path: str) -> Unit:
+        "The weight, keys or values at a path"
+        return self.unit[path] if path in self.unit else self.cached[path]
 
     @property
     def vocabulary(self): return next(u for u in reversed(self.units) if u.kind in ('lm_head', 'embed')).shape[0]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from optiq.formats import AS_IS, Format, divides, parse_format
-from optiq.knapsack import (Budget, Plan, allocate, isotonic, make_problem, budgets_of, pareto, plan_point, price_ranges,
+from optiq.knapsack import (Budget, Plan, allocate, cache_bytes, isotonic, make_problem, budgets_of, pareto, plan_point, price_ranges,
                             recipe, smoothed, solve_exact, solve_greedy, solve_lagrange, stability, uniform)
 from optiq.models import Checkpoint, Unit
 from optiq.tiny import tiny
@@ -238,7 +238,8 @@ def test_ties_are_optimal_too():
     (dict(target_bits=8.5), r'above the largest possible, 8\.00 bits; the smallest is 3\.00'),
     (dict(true_bits=20), 'true_bits 20 is above'), (dict(max_bytes=10), r'max_bytes 10 is below .* bytes \('),
     (dict(max_bytes=10**9), 'max_bytes 1,000,000,000 is above'), (dict(target_bits=9, max_bytes=60_000), 'target_bits 9 is above'),
-    (dict(), 'no cap'), (dict(max_ms=1), 'costs_ms'), (dict(target_bits=float('nan')), 'positive'),
+    (dict(), 'no cap'), (dict(max_ms=1), 'costs_ms'), (dict(max_memory=10**6), 'cache_bytes'),
+    (dict(max_memory=10**5, cache=10**5), 'max_memory 100,000 is below the smallest possible, .* bytes'), (dict(target_bits=float('nan')), 'positive'),
     (dict(target_bits=4, formats=[]), 'no candidate formats'), (dict(target_bits=4, formats=[5]), '5g64 was not measured'),
     (dict(target_bits=4, protect='nothing'), "'nothing' matches no unit"), (dict(target_bits=4, tie='vk'), "no tie 'vk'"),
     (dict(target_bits=4, method='best'), "no method 'best'"),
@@ -373,12 +374,42 @@ def test_why_of_protected_tied_and_uniform():
 
 def test_pareto():
     sweep = random_sweep(6)
-    curve = pareto(sweep, (3, 3.5, 4, 6, 8))
-    assert [p['target'] for p in curve.points()[:5]] == [3, 3.5, 4, 6, 8] and len(curve.points()) == 5+4
-    assert set(curve.points()[0]) >= {'name', 'target', 'nominal_bpw', 'true_bpw', 'size_mb', 'predicted_kl'}
-    assert '<table' in curve._repr_html_()
+    curve = pareto(sweep, (3, 3.5, 4, 6, 8), ('compact', 'quality', 'all'))
+    names = [p['name'] for p in curve.points()]
+    assert names[:11] == ['compact 3', 'compact 3.5', 'compact 4', 'quality 4', 'quality 6', 'quality 8',
+                          'all 3', 'all 3.5', 'all 4', 'all 6', 'all 8'] and len(set(names)) == len(names)
+    assert {f'uniform {f}' for f in sweep.formats} | {'mixed_2_6', 'mixed_3_4'} <= set(names)
+    assert {f.bits for p in curve[:3] for f in p.values()} == {3, 4}
+    assert all(p['target'] is None or p['nominal_bpw'] <= p['target']+1e-9 for p in curve.points())
+    for p in curve.points(): assert {'name', 'target', 'nominal_bpw', 'true_bpw', 'size_mb', 'predicted_kl', 'kl', 'kl_se'} <= set(p)
+    assert all(p['kl'] is None for p in curve.points()) and curve.versus() == []
+    json.dumps(curve.points(), allow_nan=False)
+    assert '<table' in curve._repr_html_() and repr(curve).count('\n') == len(names)
     curve.plot()
-    for flat in curve.baselines: assert allocate(sweep, max_bytes=flat.nbytes).predicted_kl <= flat.predicted_kl*(1+1e-9)
+    flats = {p.name: p for p in curve.baselines}
+    assert set(flats)-set(curve.rivals) == {'mixed_2_6'} # it is smaller than anything that was measured
+    for name, plan in curve.rivals.items():
+        assert plan.nbytes <= flats[name].nbytes
+        assert not plan.predicted_kl > flats[name].predicted_kl*(1+1e-9)
+
+def test_what_was_measured_is_compared_sequence_by_sequence():
+    curve = pareto(random_sweep(6), (4,))
+    rng, flat = np.random.default_rng(0), 'uniform 4g64'
+    hard = rng.uniform(1, 9, 16) # sequences differ far more than plans do
+    curve.scores = {flat: hard, f'all at {flat}': hard-rng.uniform(.1, .2, 16)}
+    found, = curve.versus()
+    assert found['verdict'] == 'lower' and found['difference'] == pytest.approx(-.15, abs=.02) and found['difference_se'] < .01
+    curve.scores[f'all at {flat}'] = hard+np.tile([.1, -.1], 8)
+    assert curve.versus()[0]['verdict'] == 'no difference shown' and 'no difference shown' in repr(curve)
+    measured = [p for p in curve.points() if p['kl'] is not None]
+    assert len(measured) == 2 and measured[1]['kl_se'] == pytest.approx(hard.std(ddof=1)/4)
+    curve.plot()
+
+def test_profiles():
+    sweep = random_sweep(6, bits=(3, 8))
+    with pytest.raises(ValueError, match='4g64 was not measured; the sweep has 3g64, 8g64'): pareto(sweep, (3,), ['compact'])
+    with pytest.raises(ValueError, match="no profile 'small'; there are compact, quality, all"): pareto(sweep, (3,), ['small'])
+    with pytest.raises(ValueError, match='below the smallest possible, 3.00 bits; the largest is 16.00'): pareto(sweep, (2,))
 
 def test_stability():
     sweep = random_sweep(7, n=6)
@@ -396,6 +427,57 @@ def test_further_budgets():
     wide = Budget('wide units', lambda u, f: f.bits == 8, 2)
     plan = allocate(sweep, target_bits=6.5, budgets=(wide,))
     assert plan.counts().get(Format(8), 0) <= 2 and plan.solver['caps'] == {'target_bits': 6.5, 'wide units': 2}
+
+# The KV cache
+
+@pytest.mark.parametrize('architecture, context', [('llama', 300), ('qwen3', 256), ('gemma3', 70), ('qwen3_5', 300)])
+def test_cache_bytes_are_those_of_mlx_lm(tmp_path, architecture, context):
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+    checkpoint = Checkpoint(tiny(architecture, tmp_path))
+    model = checkpoint.load()
+    cache, tokens = make_prompt_cache(model), mx.arange(context)[None] % checkpoint.vocabulary
+    for t in range(context): mx.eval(model(tokens[:, t:t+1], cache=cache), [c.state for c in cache])
+    assert cache_bytes(checkpoint, context) == sum(c.nbytes for c in cache) > 0
+    with pytest.raises(ValueError, match='a context of 0 tokens'): cache_bytes(checkpoint, 0)
+
+def test_memory_is_weights_and_cache():
+    sweep = random_sweep(2)
+    cap = uniform(sweep, 4).nbytes
+    plans = [allocate(sweep, max_memory=cap+50_000, cache=c) for c in (10_000, 50_000, 60_000)]
+    assert plans[1] == allocate(sweep, max_bytes=cap) and all(p.nbytes+c <= cap+50_000 for p, c in zip(plans, (10_000, 50_000, 60_000)))
+    assert plans[0].predicted_kl < plans[1].predicted_kl < plans[2].predicted_kl
+
+def test_only_the_guilty_caps_are_named():
+    sweep = random_sweep(2)
+    ms = lambda u, f: (20-f.bits)*u.params # the fewer bits, the slower
+    fast = sum(ms(u, Format(8)) for u in sweep.units)
+    with pytest.raises(ValueError, match='^contradictory caps: max_bytes .* and max_ms .* can each be met, but not together$'):
+        allocate(sweep, target_bits=7.9, max_bytes=uniform(sweep, 4).nbytes, max_ms=fast*1.01, costs_ms=ms)
+
+def test_three_caps():
+    sweep = random_sweep(9, 4)
+    ms = lambda u, f: (20-f.bits)*u.params/1e5
+    caps = dict(target_bits=6.5, max_bytes=int(uniform(sweep, 6).nbytes*.97), max_ms=sum(ms(u, Format(6)) for u in sweep.units)*1.1)
+    def fits(c):
+        return (nominal(sweep, c) <= 6.5 and stored(sweep, c) <= caps['max_bytes'] and sum(ms(u, c[u.path]) for u in sweep.units) <=
+                caps['max_ms'])
+    plan = allocate(sweep, **caps, costs_ms=ms)
+    assert fits(plan) and plan.predicted_kl == pytest.approx(brute_force(sweep, fits), rel=1e-8)
+
+@property_test
+@given(st.integers(0, 10**6), st.floats(3, 7.9))
+def test_what_is_left_over_buys_no_upgrade(seed, target):
+    sweep = random_sweep(seed)
+    plan, table, n = allocate(sweep, target_bits=target), smoothed(sweep)[0], sum(u.params for u in sweep.units)
+    left = target*n-sum(u.bits(plan[u.path])*u.params for u in sweep.units)
+    upgrades = [(f.bits-plan[u.path].bits)*u.params for u in sweep.units for f in sweep.formats
+                if table[u.path, f].mean() < table[u.path, plan[u.path]].mean()]
+    assert left < min(upgrades, default=np.inf)
+
+def test_the_cost_of_protection_is_printed():
+    plan = allocate(random_sweep(0), target_bits=7, protect='embed')
+    assert f'protecting 1 of them costs {plan.solver["protect_cost"]:.2g}' in repr(plan)
 
 # Speed and manners
 

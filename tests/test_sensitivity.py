@@ -14,7 +14,8 @@ from optiq.backends import MLXBackend, StreamingBackend, TorchBackend
 from optiq.calibration import fingerprint
 from optiq.formats import Format, parse_format, quantize_dequantize
 from optiq.models import Checkpoint
-from optiq.sensitivity import Sweep, estimate, kl_divergence, kl_sweep, measure, perturb, probes, read_log
+from optiq.sensitivity import (Sweep, estimate, kl_divergence, kl_sweep, measure, perturb, probes, read_log,
+                               tokens_per_expert)
 from optiq.tiny import tiny
 
 TEXT = ['qwen3', 'qwen3_moe', 'qwen3_5', 'llama', 'gemma3', 'mistral', 'phi3']
@@ -183,3 +184,16 @@ def test_experts_are_quantized_as_one_tensor(models):
         assert w.shape == unit.shape and len(fingerprint(tokens_for(c))) == 12
         q = b.numpy(b.cast(quantize_dequantize(b.unit_weight(unit.path), parse_format('4g32'))))
         assert 0 < abs(q-w).max() < abs(w).max()
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_tokens_are_counted_for_every_expert(models, backend):
+    c = models['qwen3_moe']
+    counts = tokens_per_expert(BACKENDS[backend](c), tokens_for(c))
+    assert set(counts) == set(range(c.n_blocks))
+    assert {sum(n) for n in counts.values()} == {2*24*c.config['num_experts_per_tok']}
+    assert counts == tokens_per_expert(TorchBackend(c), tokens_for(c))
+
+def test_idle_experts_are_warned_of(models):
+    with pytest.warns(UserWarning, match='saw no calibration token'):
+        kl_sweep(TorchBackend(models['qwen3_moe']), tokens_for(models['qwen3_moe'], 1, 3), [4], progress=False)
+    assert tokens_per_expert(TorchBackend(models['llama']), tokens_for(models['llama'])) == {}

@@ -1,5 +1,5 @@
 "README.md from nbs/index.ipynb, without Quarto"
-import json, re
+import base64, json, re
 from pathlib import Path
 
 root = Path(__file__).parents[1]
@@ -9,6 +9,14 @@ def output(out):
     data = out.get('data', {})
     if 'text/markdown' in data: return data['text/markdown']
     return data.get('text/plain', [])
+
+def picture(cell, png):
+    "Keep a figure beside the notebooks, and point to it"
+    alt = re.search(r'^#\|\s*fig-alt:\s*(.*)', ''.join(cell['source']), re.M)
+    file = root/'nbs'/'images'/f'{cell["id"]}.png'
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(base64.b64decode(''.join(png)))
+    return f'![{alt[1].strip() if alt else "figure"}]({file.relative_to(root).as_posix()})'
 
 def fenced(text, language=''): return f'```{language}\n{text.strip(chr(10))}\n```'
 
@@ -25,6 +33,9 @@ def render(cell):
     hidden = re.search(r'^#\|\s*echo:\s*false', source, re.M)
     parts = [] if hidden else [fenced(shown, 'python')]
     for out in cell['outputs']:
+        if 'image/png' in out.get('data', {}):
+            parts.append(picture(cell, out['data']['image/png']))
+            continue
         text = ''.join(output(out))
         if not text.strip(): continue
         parts.append(text if 'text/markdown' in out.get('data', {}) else fenced(text))

@@ -1,0 +1,155 @@
+"""How well does the roofline predict decode speed? Random weights at the shapes of Qwen3, on this machine.
+
+    python bench/latency.py -o latency.json [--shapes 0.6B,1.7B,8B] [--bits 3,4,6,8] [--runs 7] [--contexts 2048]
+    python bench/latency.py --from latency.json
+
+The first measures: the chip (bandwidth, overheads, matrix-vector products for every format and shape), then the decode speed of
+every plan of every shape, in rounds, so that drift hits all plans alike. Then it predicts, with one calibration point per shape,
+and prints the tables. The second predicts again from what a file holds, without a machine. Every part is written when it is done,
+with all single times. It takes about 4 minutes on an H100, of which one compiles kernels; on a Mac name the shapes that fit:
+`python bench/latency.py -o mac.json --shapes 0.6B,1.7B`.
+
+`--shapes tiny` is for trying it out on a CPU.
+"""
+import argparse
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+from optiq.evals.report import machine
+from optiq.formats import Format
+from optiq.knapsack import make_plan, uniform
+from optiq.latency import (Chip, Latency, Speed, compare_speeds, decode_once, extend, keep_busy, measure_chip, measure_product, on_gpu,
+                           per_step, reads_of, skeleton, stand_in)
+from optiq.tiny import hub_config
+
+CALIBRATION = 'uniform 4g64'
+
+def config_of(shape):
+    "config.json of a shape of Qwen3; 'tiny' for the small one of the tests"
+    return hub_config('qwen3', None if shape == 'tiny' else shape)
+
+def mixed(reads, low, high):
+    "Embeddings, head, first and last block and every down projection and value in `high`, everything else in `low`"
+    def wide(u): return u.block in (None, 0, reads.layers-1) or u.kind in ('down_proj', 'v_proj')
+    return make_plan(reads, {u.path: high if wide(u) else low for u in reads.units}, f'mixed {low.bits},{high.bits}')
+
+def every_other(reads, low, high):
+    "Blocks in turn"
+    formats = {u.path: high if (u.block or 0) % 2 else low for u in reads.units}
+    return make_plan(reads, formats, f'alternating {low.bits},{high.bits}')
+
+def plans_of(reads, bits):
+    "The uniform plans, and two mixed ones"
+    fmts = [Format(b, 64) for b in bits]
+    made = [*(uniform(reads, f) for f in fmts), mixed(reads, fmts[bits.index(4)], fmts[-1]), every_other(reads, fmts[0], fmts[-2])]
+    return {p.name: p for p in made}
+
+def decode_speeds(models, context, tokens, rounds):
+    "name ▸ Speed, one run of each model per round"
+    warmup, runs = 8, {n: [] for n in models}
+    for m in models.values(): decode_once(m, context, 8, warmup)
+    for _ in range(rounds):
+        for n, m in models.items(): runs[n].append(decode_once(m, context, tokens, warmup))
+    return {n: Speed(np.array(r), context+warmup+tokens/2) for n, r in runs.items()}
+
+def block_times(model, first, runs):
+    "Device seconds of one block at its real width, from models cut to two depths"
+    blocks, ids, found = model.model.layers, mx.zeros((1, 1), mx.int32), []
+    for depth in (2, 5):
+        def forward(n):
+            x, cache = ids, make_prompt_cache(model)
+            for _ in range(n): x = mx.argmax(model(x, cache=cache)[:, -1:], -1)
+            return x
+        model.model.layers = blocks[:depth]
+        try: found.append(per_step(forward, 1, 2, first, 3*runs))
+        finally: model.model.layers = blocks
+    return dict(seconds=(found[1]['seconds']-found[0]['seconds'])/3, raw=found)
+
+class Results(dict):
+    "What was found so far, in a file that is written after each part"
+    def __init__(self, path): self.path, self.start = Path(path), time.time()
+
+    def keep(self, **parts):
+        self.update(parts)
+        part = self.path.with_name(self.path.name+'.part')
+        part.write_text(json.dumps(self, indent=1, default=lambda x: x.tolist() if hasattr(x, 'tolist') else str(x))+'\n')
+        part.replace(self.path)
+        print(f'[{time.time()-self.start:5.0f} s]', ', '.join(parts), flush=True)
+
+def measure(args):
+    "Everything that needs the machine"
+    shapes, bits, out = args.shapes.split(','), sorted(map(int, args.bits.split(','))), Results(args.o)
+    formats = [Format(b, 64) for b in bits]
+    reads = {s: reads_of(skeleton(c := config_of(s)), c) for s in shapes}
+    out.keep(about=dict(machine(), device=str(mx.device_info()), command=vars(args)), shapes=shapes, bits=bits)
+    raw, matrices = {}, sorted({m for r in reads.values() for m in r.shapes()}, key=np.prod)
+    chip = measure_chip([], [], args.runs, raw)
+    out.keep(chip=asdict(chip), raw=raw)
+    for f in formats:
+        chip = extend(chip, matrices, [f], args.runs, raw)
+        out.keep(chip=asdict(chip), raw=raw)
+    print(chip)
+    first = keep_busy(chip.bandwidth) if on_gpu() else None
+    out.keep(parallel=[measure_product(f, m, first, args.runs, serial=False) for f in formats for m in matrices])
+    decode, blocks = {}, {}
+    for s in shapes:
+        models = {n: stand_in(skeleton(config_of(s)), p) for n, p in plans_of(reads[s], bits).items()}
+        speeds = decode_speeds(models, args.context, args.tokens, args.runs)
+        decode[s] = {n: dict(runs=v.runs.tolist(), context=v.context) for n, v in speeds.items()}
+        out.keep(decode=decode)
+        for n, v in speeds.items(): print(f'{s} {n}: {v}', flush=True)
+        blocks[s] = {f'uniform {f}': block_times(models[f'uniform {f}'], first, args.runs) for f in formats}
+        out.keep(blocks=blocks)
+        for context in map(int, filter(None, args.contexts.split(','))):
+            some = {n: m for n, m in models.items() if n in (CALIBRATION, f'uniform {formats[-1]}')}
+            long = decode_speeds(some, context, args.tokens, max(2, args.runs//2))
+            decode[s] |= {f'{n}, context {context}': dict(runs=v.runs.tolist(), context=v.context) for n, v in long.items()}
+            out.keep(decode=decode)
+        del models
+        mx.clear_cache()
+    return out
+
+def predict(found):
+    "Tables of predicted and measured speed, one calibration point per shape"
+    chip, tables, shorts = Chip(**found['chip']), {}, []
+    for s in found['decode']:
+        reads = reads_of(skeleton(c := config_of(s)), c)
+        plans, speeds = plans_of(reads, found['bits']), {n: Speed(np.array(d['runs']), d['context']) for n, d in found['decode'][s].items()}
+        lat = Latency(chip, reads, round(speeds[CALIBRATION].context))
+        before = lat.terms(plans[CALIBRATION])
+        lat = lat.learn(plans[CALIBRATION], speeds[CALIBRATION].ms, name=CALIBRATION)
+        table = compare_speeds(lat, plans, {n: v for n, v in speeds.items() if n in plans})
+        shorts += [abs(e) for n, e in table.errors().items() if n != CALIBRATION]
+        print(f'\nQwen3-{s} on {chip.name}, context {lat.context}\n{table}')
+        far = {n: replace(lat, context=round(v.context)).tps(plans[n.split(', ')[0]]) for n, v in speeds.items() if n not in plans}
+        for n, p in far.items(): print(f'{n}: predicted {p:.1f}, measured {speeds[n]}, {p/speeds[n].tps-1:+.1%}')
+        print('terms of the calibration point in ms, as measured on the chip:', {k: round(v, 3) for k, v in before.items()})
+        tables[s] = dict(rows=table.rows, mean_error=table.mean_error, terms=before, learned={k: getattr(lat.chip, k) for k in
+                         ('bandwidth', 'dispatch', 'constant', 'host', 'host_constant')}, long_context=far)
+    print(f'\nmean absolute error of {len(shorts)} plans: {np.mean(shorts):.2%}, worst {max(shorts):.2%}')
+    return dict(tables=tables, mean_error=float(np.mean(shorts)), worst=float(max(shorts)))
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('-o', default='latency.json')
+    p.add_argument('--from', dest='source', help='predict from this file, measure nothing')
+    p.add_argument('--shapes', default='0.6B,1.7B,8B')
+    p.add_argument('--bits', default='3,4,6,8')
+    p.add_argument('--runs', type=int, default=7)
+    p.add_argument('--context', type=int, default=32)
+    p.add_argument('--contexts', default='2048', help='further ones, for two plans of each shape')
+    p.add_argument('--tokens', type=int, default=100)
+    args = p.parse_args()
+    if args.source:
+        predict(json.loads(Path(args.source).read_text()))
+        return
+    out = measure(args)
+    out.keep(**predict(json.loads(Path(args.o).read_text())))
+
+if __name__ == '__main__': main()

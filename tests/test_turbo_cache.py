@@ -1,0 +1,280 @@
+"The rotated cache inside mlx-lm: exactness, protocol, bytes, and what it refuses"
+import copy
+import threading
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from optiq.formats import Format, parse_format
+from optiq.kv_cache import attend, attend_dense, attend_packed, codec_of, own_caches
+from optiq.turbo_cache import (STATISTICS, BatchTurboQuantKVCache, KeyPrecondition, TurboQuantKVCache, TurboQuantStateCache,
+                               load_preconditions, make_turbo, save_preconditions, turbo_cache, turned, use_turbo_cache)
+from optiq.turboquant import round_trip
+
+def small_model(head_dim=64, heads=4, kv_heads=2, layers=2, seed=0):
+    "A random Llama whose predictions vary"
+    from mlx_lm.models.llama import Model, ModelArgs
+    mx.random.seed(seed)
+    model = Model(ModelArgs(model_type='llama', hidden_size=64, num_hidden_layers=layers, intermediate_size=64, rms_norm_eps=1e-5,
+                            num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=96))
+    model.update(nn.utils.tree_map(lambda a: a*3 if a.ndim > 1 else a, model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+@pytest.fixture(scope='module')
+def model(): return small_model()
+
+ids = mx.array(np.random.default_rng(0).integers(0, 96, (1, 50)))
+
+def precondition(heads=2, D=64, seed=0):
+    r = np.random.default_rng(seed)
+    return KeyPrecondition(r.standard_normal((heads, 1, D)).astype(np.float32), np.exp(r.standard_normal((heads, 1, D))*.3).astype(np.float32))
+
+def filled(D=64, Dv=None, tokens=40, heads=2, seed=0, **options):
+    "A cache, what went in, and what attention gets"
+    r = np.random.default_rng(seed)
+    k, v = (mx.array(r.standard_normal((1, heads, tokens, d)).astype(np.float32)) for d in (D, Dv or D))
+    c = TurboQuantKVCache(D, **options)
+    return c, k, v, c.update_and_fetch(k, v)
+
+# attention
+
+@pytest.mark.parametrize('D', [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize('bits', [(4, 3), (2, 8), (6, 5)])
+def test_attention_equals_attention_with_the_simulated_keys_and_values(D, bits):
+    p = precondition(D=D)
+    c, k, v, (sk, sv) = filled(D, key_bits=bits[0], value_bits=bits[1], precondition=p)
+    kk, vv = round_trip(k, bits[0], to=p.keys, back=p.undo), round_trip(v, bits[1])
+    for L in (1, 3, 40):
+        q = mx.random.normal((1, 6, L, D), key=mx.random.key(L))
+        mask = None if L == 1 else 'causal'
+        want = mx.fast.scaled_dot_product_attention(q, kk, vv, scale=D**-.5, mask=mask)
+        assert abs(attend(q, sk, sv, scale=D**-.5, mask=mask)-want).max() < 2e-4
+
+@pytest.mark.parametrize('dtype', [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize('bits', [2, 4, 8])
+def test_half_precision_is_as_good_as_half_precision_gets(dtype, bits):
+    r = np.random.default_rng(0)
+    k, v = (mx.array(r.standard_normal((1, 2, 60, 128))).astype(dtype) for _ in 'kv')
+    q = mx.array(r.standard_normal((1, 4, 1, 128))).astype(dtype)
+    def out(q, k, v):
+        c = TurboQuantKVCache(128, bits)
+        return attend(q, *c.update_and_fetch(k, v), scale=.1).astype(mx.float32)
+    exact = out(*(x.astype(mx.float32) for x in (q, k, v)))
+    assert out(q, k, v).dtype == mx.float32 and abs(out(q, k, v)-exact).max() < .03*abs(exact).max()
+
+def test_both_roads_with_masks_and_sinks():
+    c, k, v, (sk, sv) = filled(tokens=40)
+    q = mx.random.normal((1, 4, 5, 64), key=mx.random.key(1))
+    sinks = mx.array([.5, -1, 2, 0])
+    allowed = mx.array(np.random.default_rng(1).random((1, 1, 5, 40)) > .4)
+    for mask in (None, 'causal', allowed, mx.where(allowed, 0., -1e9)):
+        for s in (None, sinks):
+            turned_q = sk.codec.turn(q)
+            a, b = (f(turned_q, sk, sv, .125, mask, s) for f in (attend_packed, attend_dense))
+            assert abs(a-b).max() < 1e-4
+
+def test_spare_room_is_never_seen():
+    c, k, v, (sk, sv) = filled(tokens=40)
+    assert c.keys[0].shape[2] == 256
+    q = mx.random.normal((1, 4, 1, 64))
+    before = attend(q, sk, sv, scale=.125)
+    c.keys[0][:, :, 40:], c.keys[1][:, :, 40:], c.values[1][:, :, 40:] = 2**32-1, 1e4, 1e4
+    assert mx.array_equal(attend(q, *c.keys_and_values(), scale=.125), before)
+
+# the model
+
+@pytest.mark.parametrize('D', [64, 80, 128])
+@pytest.mark.parametrize('bits', [(4, 4), (3, 2), (8, 8)])
+def test_one_pass_equals_token_by_token(D, bits):
+    m = small_model(D)
+    def by(step):
+        caches = turbo_cache(m, key_bits=bits[0], value_bits=bits[1])
+        z = mx.concatenate([m(ids[:, t:t+step], cache=caches) for t in range(0, 50, step)], 1)
+        return z, caches
+    (whole, a), (single, b) = by(50), by(1)
+    same = np.array([(np.array(x.keys[0][:, :, :50]) == np.array(y.keys[0][:, :, :50])).mean() for x, y in zip(a, b)])
+    assert (same > .98).all() # a coordinate on a border may fall to either side
+    if (same == 1).all(): assert abs(whole-single).mean() < 1e-3
+    assert abs(whole-m(ids)).max() > 1e-4 # it is on
+
+def test_fewer_bits_are_farther_off(model):
+    far = [abs(model(ids, cache=turbo_cache(model, b))-model(ids)).mean().item() for b in (8, 6, 5, 4, 3, 2)]
+    assert far == sorted(far) and far[0] < .1*far[-1]
+
+def test_published_snippet(tmp_path):
+    from mlx_lm import load
+    from optiq.core.turbo_kv_cache import TurboQuantKVCache
+    from optiq.tiny import tiny
+    model, _ = load(tiny('qwen3_5', f'{tmp_path}/m'))
+    model.set_dtype(mx.float32)
+    cache = model.make_cache()
+    for i, layer in enumerate(model.layers):
+        if hasattr(layer, 'self_attn'): cache[i] = TurboQuantKVCache(head_dim=layer.self_attn.head_dim, bits=4, seed=42+i)
+    input_ids = mx.random.randint(0, 512, (1, 20))
+    logits = model(input_ids, cache=cache)
+    assert 0 < abs(logits-model(input_ids)).max() < abs(logits).max()
+    assert [type(c).__name__ for c in turbo_cache(model)] == [type(c).__name__ for c in cache]
+
+def test_windows_stay_as_they_are(tmp_path):
+    from mlx_lm import load
+    from optiq.tiny import tiny
+    model, _ = load(tiny('gemma3', f'{tmp_path}/m'))
+    own, ours = own_caches(model), turbo_cache(model)
+    assert {type(a).__name__ for a, b in zip(own, ours) if type(a) is type(b)} == {'RotatingKVCache'}
+    assert any(isinstance(c, TurboQuantKVCache) for c in ours)
+
+# protocol
+
+@pytest.mark.parametrize('D, kb, vb', [(64, 4, 3), (128, 3, 2), (256, 3, 3), (96, 6, 5), (64, 2, 8), (576, 4, 4)])
+def test_bytes_a_token(D, kb, vb):
+    c, *_ = filled(D, tokens=256, heads=3, key_bits=kb, value_bits=vb, precondition=precondition(3, D))
+    assert c.nbytes == 256*3*((kb+vb)*D//8+4)
+
+def test_trim_and_replay(model):
+    caches = turbo_cache(model)
+    want = model(ids[:, :30], cache=caches)[:, -1]
+    model(ids[:, 30:40], cache=caches)
+    assert [c.trim(11) for c in caches] == [11, 11] and caches[0].size() == 29
+    assert abs(model(ids[:, 29:30], cache=caches)[:, -1]-want).max() < 1e-3
+    assert caches[0].trim(100) == 30 and caches[0].size() == 0
+
+def test_prompt_files(model, tmp_path):
+    from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+    stats = {f'cache.{i}.keys': precondition(seed=i) for i in range(2)}
+    caches = turbo_cache(model, 3, precondition=stats, seed=7)
+    model(ids[:, :30], cache=caches)
+    save_prompt_cache(f'{tmp_path}/p.safetensors', caches)
+    loaded = load_prompt_cache(f'{tmp_path}/p.safetensors')
+    assert loaded[0].formats == caches[0].formats and loaded[0].formats[0].seed == 7
+    assert mx.array_equal(model(ids[:, 30:], cache=loaded), model(ids[:, 30:], cache=caches))
+
+def test_copies_share_statistics_and_nothing_else(model):
+    stats = {f'cache.{i}.keys': precondition(seed=i) for i in range(2)}
+    caches = turbo_cache(model, precondition=stats)
+    model(ids[:, :20], cache=caches)
+    other = copy.deepcopy(caches)
+    assert other[0].formats[0].precondition is stats['cache.0.keys']
+    model(ids[:, 20:30], cache=other)
+    assert caches[0].size() == 20 and other[0].size() == 30
+
+def test_batches(model):
+    a, b = turbo_cache(model, 3), turbo_cache(model, 3)
+    model(ids[:, :40], cache=a), model(ids[:, 10:33], cache=b)
+    alone = [model(ids[:, 40:41], cache=copy.deepcopy(c)) for c in (a, b)]
+    together = [x.merge([x, y]) for x, y in zip(a, b)]
+    assert type(together[0]) is BatchTurboQuantKVCache
+    z = model(mx.concatenate([ids[:, 40:41]]*2), cache=together)
+    assert abs(z-mx.concatenate(alone)).max() < 1e-3
+    one = [c.extract(1) for c in together]
+    assert type(one[0]) is TurboQuantKVCache and one[0].size() == 24
+    for c in together: c.filter(mx.array([1]))
+    x, y = model(ids[:, 41:42], cache=together), model(ids[:, 41:42], cache=one)
+    assert abs(x-y).max() < 1e-3
+
+def test_generators(model):
+    from mlx_lm.generate import generate_step, speculative_generate_step
+    m = small_model(seed=0)
+    use_turbo_cache(m, 4)
+    def tokens(p): return [int(t) for t, _ in generate_step(mx.array(p), m, max_tokens=12)]
+    def drafted(p): return [int(t) for t, *_ in speculative_generate_step(mx.array(p), m, m, max_tokens=12, num_draft_tokens=3)]
+    p = ids[0, :9].tolist()
+    assert tokens(p) == drafted(p) and type(m.make_cache()[0]) is TurboQuantKVCache
+    use_turbo_cache(m, 2) # again: starts from the model's own
+    assert m.make_cache()[0].formats[0].bits == 2 and not hasattr(own_caches(m)[0], 'formats')
+
+def test_threads(model):
+    caches, out = turbo_cache(model), []
+    model(ids[:, :8], cache=caches)
+    mx.eval([c.state[0] for c in caches])
+    def work():
+        with mx.stream(mx.new_stream(mx.cpu)): out.append(np.array(model(ids[:, 8:9], cache=caches)))
+    t = threading.Thread(target=work)
+    t.start(), t.join()
+    assert len(out) == 1 and np.isfinite(out[0]).all()
+
+def test_shared_statistics_may_be_batched_and_those_of_prompts_may_not(model):
+    a, b = turbo_cache(model, precondition='prompt'), turbo_cache(model, precondition='prompt')
+    model(ids[:, :20], cache=a), model(ids[:, 20:40], cache=b)
+    assert a[0].formats[0].precondition is not None
+    with pytest.raises(ValueError, match='prompt'): a[0].merge([a[0], b[0]])
+
+# preconditioning
+
+def test_attention_does_not_see_the_preconditioner():
+    "at 8 bits little else is left"
+    far = []
+    for p in (None, precondition()):
+        c, k, v, (sk, sv) = filled(bits=8, precondition=p)
+        q = mx.random.normal((1, 4, 1, 64), key=mx.random.key(2))
+        far.append(abs(attend(q, sk, sv, scale=.125)-mx.fast.scaled_dot_product_attention(q, k, v, scale=.125)).max().item())
+    assert max(far) < .02
+
+def test_it_repairs_a_bias_and_uneven_channels():
+    r = np.random.default_rng(0)
+    k = r.standard_normal((500, 2, 64))*np.exp(r.standard_normal(64)*1.5)+60*r.standard_normal((2, 64))
+    q = r.standard_normal((500, 4, 64))*np.exp(r.standard_normal(64))
+    p, centred = KeyPrecondition.of(k, q), KeyPrecondition.of(k)
+    keys = mx.array(k[:100].swapaxes(0, 1)[None].astype(np.float32))
+    scores = lambda k: np.einsum('qhd,hkd->hqk', q[:100, ::2], np.array(k)[0])
+    def off(**steps):
+        e = scores(round_trip(keys, 3, **steps))-scores(keys)
+        return (e-e.mean(-1, keepdims=True)).std() # what softmax sees
+    plain, mean, both = off(), off(to=centred.keys, back=centred.undo), off(to=p.keys, back=p.undo)
+    assert mean < .3*plain and both < .8*mean
+
+def test_statistics_file(tmp_path, model):
+    stats = {f'cache.{i}.keys': precondition(seed=i) for i in range(2)}
+    save_preconditions(stats, tmp_path/STATISTICS)
+    assert load_preconditions(tmp_path/STATISTICS) == stats
+    mx.save_safetensors(f'{tmp_path}/other.safetensors', {'x.mean': mx.zeros(2)})
+    with pytest.raises(ValueError, match='no key statistics'): load_preconditions(tmp_path/'other.safetensors')
+
+def test_dead_channels_do_no_harm():
+    k, q = np.zeros((10, 1, 64)), np.zeros((10, 2, 64))
+    p = KeyPrecondition.of(k, q)
+    assert np.isfinite(p.scale).all() and (p.scale > 0).all()
+
+# refusals
+
+@pytest.mark.parametrize('options, what', [(dict(bits=7), 'bits=7'), (dict(bits=1), 'bits=1'), (dict(key_bits=2.5), '2.5'),
+                                           (dict(precondition='first'), 'first')])
+def test_refusals(options, what):
+    with pytest.raises(ValueError, match=what): TurboQuantKVCache(64, **options)
+
+def test_wrong_head_dim():
+    with pytest.raises(ValueError, match='head_dim=64.*head_dim=128'): filled_wrong = TurboQuantKVCache(64).update_and_fetch(*mx.zeros((2, 1, 1, 4, 128)))
+
+def test_zero_vectors():
+    c = TurboQuantKVCache(64)
+    sk, sv = c.update_and_fetch(mx.zeros((1, 1, 3, 64)), mx.zeros((1, 1, 3, 64)))
+    assert abs(attend(mx.ones((1, 2, 1, 64)), sk, sv, scale=1.)).max() == 0
+
+# the recurrent state
+
+def test_state_cache(tmp_path):
+    from mlx_lm import load
+    from mlx_lm.models.cache import ArraysCache, load_prompt_cache, save_prompt_cache
+    from optiq.tiny import tiny
+    model, _ = load(tiny('qwen3_5', f'{tmp_path}/m'))
+    model.set_dtype(mx.float32)
+    assert not any(isinstance(c, TurboQuantStateCache) for c in turbo_cache(model))
+    def caches(bits): return [TurboQuantStateCache(bits=bits) if isinstance(c, ArraysCache) else c for c in model.make_cache()]
+    x = mx.random.randint(0, 512, (1, 24), key=mx.random.key(0))
+    def last(cs):
+        for t in range(24): z = model(x[:, t:t+1], cache=cs)
+        return z
+    exact, c8, c4 = last(model.make_cache()), caches(8), caches(4)
+    off = [abs(last(c)-exact).mean().item() for c in (c8, c4)]
+    assert 0 < off[0] < off[1]
+    save_prompt_cache(f'{tmp_path}/p.safetensors', c8)
+    loaded = load_prompt_cache(f'{tmp_path}/p.safetensors')
+    assert abs(model(x[:, :1], cache=loaded)-model(x[:, :1], cache=copy.deepcopy(c8))).max() < 1e-5
+    merged = [c.merge([c, c]) for c in loaded]
+    one = [c.extract(1) for c in merged]
+    assert type(one[0]) is TurboQuantStateCache and mx.array_equal(one[0][1], loaded[0][1])
+    plain = ArraysCache(2)
+    plain[1] = loaded[0][1]
+    assert loaded[0].nbytes-loaded[0][0].nbytes < .3*plain.cache[1].nbytes

@@ -1,0 +1,171 @@
+"Whole plans, measured: the best is kept, and what the curve says was measured"
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from optiq.backends import MLXBackend, TorchBackend
+from optiq.calibration import passages, token_batch
+from optiq.evals.perplexity import evaluate, overrides_of
+from optiq.formats import AS_IS, Format
+from optiq.knapsack import allocate, pareto, pose, recipe, uniform
+from optiq.models import Checkpoint
+from optiq.pipeline import find_sweep, optimize, trade_off
+from optiq.sensitivity import Sweep, kl_sweep, measure, probes
+from optiq.tiny import tiny
+from optiq.verify import alternatives, around, improve, joint_kl, measured, solve_again, verified, within
+
+@pytest.fixture(scope='module')
+def b(): return TorchBackend(Checkpoint('demo'))
+
+@pytest.fixture(scope='module')
+def tokens(b): return token_batch(passages('bundled'), b.checkpoint.tokenizer, 3, 48)
+
+@pytest.fixture(scope='module')
+def sweep(b, tokens): return kl_sweep(b, tokens, [2, 3, 4, 8], progress=False)
+
+def mean(v, name): return v.kl[name].mean()
+
+# Around a plan
+
+@pytest.mark.parametrize('architecture, Backend', [('qwen3', TorchBackend), ('qwen3', MLXBackend), ('llama', TorchBackend)])
+def test_replay_around_a_plan_is_the_plan_with_one_change(tmp_path, architecture, Backend):
+    b = Backend(Checkpoint(tiny(architecture, tmp_path, dict(tie_word_embeddings=architecture == 'qwen3'))))
+    batch = np.random.default_rng(0).integers(0, b.checkpoint.vocabulary, (2, 12)).astype(np.int32)
+    base = uniform(b.checkpoint, 4)
+    todo = probes(b.checkpoint.units, [Format(2), Format(8), AS_IS])
+    todo = [p for p in todo if p[0].block in (None, 1)]
+    got = measure(b, batch, todo, base=overrides_of(base))
+    variants = {str(p): overrides_of(base.formats | {p[0].path: p[1]}) for p in todo}
+    want = evaluate(b, batch, variants)
+    np.testing.assert_allclose(got, [want[str(p)].kl for p in todo], rtol=2e-3, atol=1e-7)
+
+def test_around_agrees_with_whole_plans(b, tokens, sweep):
+    plan = allocate(sweep, target_bits=3.5)
+    paths = {u.path for u in plan.units[:1]+plan.units[20:22]}
+    values = around(b, tokens, plan, paths, {p: sweep.formats for p in paths})
+    assert len(values) == 3*4 and all(v.shape == (3,) for v in values.values())
+    for (path, f), v in values.items():
+        whole = replace(plan, formats=plan.formats | {path: f})
+        np.testing.assert_allclose(v, joint_kl(b, tokens, {'x': whole})['x'], rtol=1e-3)
+
+def test_equal_plans_are_measured_once(b, tokens, sweep, monkeypatch):
+    import optiq.verify as module
+    seen = []
+    monkeypatch.setattr(module, 'evaluate', lambda b, t, variants: (seen.append(list(variants)), evaluate(b, t, variants))[1])
+    kl = joint_kl(b, tokens, {'a': uniform(sweep, 4), 'b': uniform(b.checkpoint, 4), 'c': uniform(sweep, 3)})
+    assert seen == [['a', 'c']] and (kl['a'] == kl['b']).all() and kl['c'].mean() > kl['a'].mean()
+
+# Verified
+
+@pytest.mark.parametrize('options', [dict(target_bits=2.7), dict(target_bits=4.5, formats=[4, 8]),
+    dict(max_bytes=5_000_000, protect='embed', tie='qkv'), dict(true_bits=5, target_bits=4.4, tie='gate_up')])
+def test_what_is_kept_keeps_its_caps_and_is_best(b, tokens, sweep, options):
+    v = verified(b, tokens, sweep, n=3, progress=False, **options)
+    assert v.plan == v.tried[v.kept] and all(mean(v, v.kept) <= mean(v, name) for name in v.tried)
+    q = pose(sweep, **options)
+    assert all(q.admits(p) for p in v.tried.values())
+    assert len({tuple(p.items()) for n, p in v.tried.items() if n not in v.baselines}) == len(v.tried)-len(v.baselines)
+    np.testing.assert_allclose(v.kl[v.kept], evaluate(b, tokens, {'x': overrides_of(v.plan)})['x'].kl, rtol=1e-5)
+    record = v.plan.solver['verified']
+    assert record['joint_kl'] == pytest.approx(mean(v, v.kept)) and record['kept'] == v.kept and set(record['tried']) == set(v.tried)
+    assert f'measured {record["joint_kl"]:.4g}' in repr(v.plan) and v.kept in repr(v) and '<table' in v._repr_html_()
+
+def test_plans_survive_their_file(b, tokens, sweep, tmp_path):
+    from optiq.knapsack import Plan
+    plan = verified(b, tokens, sweep, n=1, progress=False, target_bits=4.5).plan
+    plan.save(tmp_path/'p.json')
+    assert Plan.load(tmp_path/'p.json').solver == plan.solver
+
+def test_baselines_are_those_that_fit(sweep):
+    q = pose(sweep, target_bits=4.5, formats=[4, 8])
+    found = within(q, q.solve())
+    assert {'uniform 4g32', 'uniform nvfp4'} <= set(found) and not {'uniform 4g64', 'uniform 8g64', 'uniform 3g32'} & set(found)
+    assert 'mixed_4_6' in found and recipe(sweep, 'mixed_4_6') == found['mixed_4_6']
+    tied = pose(sweep, target_bits=4.5, formats=[4, 8], tie='qkv') # the recipes give v_proj more than q_proj
+    assert {n for n in within(tied, tied.solve())} == {n for n in found if n.startswith('uniform')}
+    safe = pose(sweep, target_bits=5, formats=[4, 8], protect='embed')
+    assert within(safe, safe.solve()) == {} # none of them protects
+
+def test_a_baseline_that_wins_is_kept_and_named(b, tokens, sweep):
+    wrong = Sweep(sweep.units, sweep.formats, {k: v.copy() for k, v in sweep.values.items()}, sweep.header)
+    for u in wrong.units: # a sweep that has everything upside down
+        for f in wrong.formats: wrong.values[u.path, f] = 1e-6*4.**-f.bits/np.maximum(sweep.values[u.path, f], 1e-9)
+    v = verified(b, tokens, wrong, n=0, rounds=0, progress=False, target_bits=4.5, formats=[4, 8])
+    assert v.kept in v.baselines and f'{v.kept} measured better than every plan that was allocated' in repr(v)
+    assert v.plan == v.tried[v.kept] and v.plan.solver['method'] == 'baseline' and v.plan.solver['caps'] == {'target_bits': 4.5}
+
+def test_measured_again_where_the_sum_is_off(b, tokens, sweep):
+    v = verified(b, tokens, sweep, n=4, progress=False, target_bits=2.3, formats=[2, 3, 4])
+    first = v.rounds[0]
+    assert abs(first['joint']-first['forecast']) > .15*first['forecast'] and first['units'] > 0
+    assert 'measured again 1' in v.tried or len(v.rounds) == 1
+    still = verified(b, tokens, sweep, n=4, progress=False, target_bits=2.3, formats=[2, 3, 4], tolerance=9)
+    assert len(still.rounds) == 1 and still.rounds[0]['units'] == 0 and mean(v, v.kept) <= mean(still, still.kept)
+
+def test_solve_again_changes_only_what_was_measured_and_takes_what_is_better(sweep):
+    q = pose(sweep, target_bits=4, formats=[3, 4, 8])
+    plan = q.solve()
+    a, z = [u for u in sweep.units if u.kind == 'q_proj'][:2]
+    values = {(u.path, f): np.full(3, 1+x) for u, xs in ((a, (.3, .2, 0)), (z, (.5, .4, .39)))
+              for f, x in zip([Format(3), Format(4), Format(8)], xs)}
+    for u in (a, z): # forecasts are joint KLs: both tables agree on the plan itself
+        values = {k: v-values[u.path, plan[u.path]]+1 if k[0] == u.path else v for k, v in values.items()}
+    new, forecast = solve_again(q, plan, values)
+    assert set(new.diff(plan)) <= {a.path, z.path} and new.nominal_bits <= 4 and forecast <= 1+1e-12
+    assert forecast == pytest.approx(1+sum(values[u.path, new[u.path]].mean()-1 for u in (a, z)))
+
+def test_another_models_sweep_is_refused(b, sweep, tokens, tmp_path):
+    other = Checkpoint(tiny('llama', tmp_path))
+    with pytest.raises(ValueError, match='the sweep is of another model'):
+        verified(TorchBackend(other), tokens, sweep, target_bits=4, progress=False)
+    sweep.save(tmp_path/'s.json')
+    with pytest.raises(ValueError, match='was measured on another model'):
+        find_sweep(TorchBackend(other), tokens, [Format(4)], tmp_path/'s.json', None)
+    tuned = Sweep(sweep.units, sweep.formats, sweep.values, sweep.header | dict(fingerprint=dict(model='a fine-tune')))
+    with pytest.raises(ValueError, match='was measured on something else: model'): find_sweep(b, tokens, [Format(4)], tuned, None)
+    with pytest.raises(ValueError, match='has no 6g64; it has 2g64, 3g64'):
+        find_sweep(b, tokens, [Format(6), AS_IS], tmp_path/'s.json', None)
+
+# The road and the curve
+
+def test_the_road_verifies_by_default(b, sweep, tmp_path):
+    options = dict(target_bits=4.5, n=2, seq_len=32, eval_n=2, eval_len=32, compare=True, backend='torch')
+    sweep.save(tmp_path/'s.json')
+    a, z = (optimize('demo', verify=v, sweep=tmp_path/'s.json', **options) for v in (True, False))
+    f = a['figures']
+    assert f['verified']['kept'] in {r['name'] for r in f['verified']['tried']} and z['figures']['verified'] is None
+    assert f['calibration_kl'] <= z['figures']['calibration_kl']*(1+1e-6)
+    assert f['calibration_kl'] == pytest.approx(a['verified'].kl[a['verified'].kept].mean())
+    assert {Format(4), Format(8)} >= set(z['plan'].values()) # of the sweep's four formats, those that were asked for
+    json.dumps(f, allow_nan=False)
+
+def test_protection_ties_and_memory_on_the_road(sweep, tmp_path):
+    sweep.save(tmp_path/'s.json')
+    options = dict(n=2, seq_len=32, eval_n=2, eval_len=32, compare=False, sweep=tmp_path/'s.json', backend='torch', formats=[3, 4, 8])
+    f = optimize('demo', target_bits=5.5, protect=('embed',), tie=('qkv',), **options)
+    assert f['plan']['model.embed_tokens'] == Format(8) and f['figures']['protect_cost'] >= 0
+    assert f['figures']['protected'] == ['model.embed_tokens'] and 'protecting 1 of them costs' in repr(f['plan'])
+    m = optimize('demo', max_memory=8*2**20, context=512, **options)['plan']
+    cache = 10*2*2*128*2*512
+    assert m.nbytes+cache <= 8*2**20 < m.nbytes+cache+300_000 and m.solver['caps'] == {'max_memory': 8*2**20}
+    with pytest.raises(ValueError, match='max_memory needs cache'): optimize('demo', max_memory=10**7, **options)
+
+def test_trade_off(sweep, tmp_path):
+    sweep.save(tmp_path/'s.json')
+    options = dict(targets=(3, 4, 5, 8), n=2, seq_len=32, eval_n=3, eval_len=32, backend='torch')
+    found = trade_off(tmp_path/'s.json', **options)
+    assert found['figures']['model'] == 'demo' and {p['name'].split()[0] for p in found['figures']['points']} >= {'compact', 'quality', 'all'}
+    assert all(p['kl'] is None for p in found['figures']['points'])
+    found = trade_off('demo', sweep=tmp_path/'s.json', verify=2, out=tmp_path/'curve', **options)
+    points = {p['name']: p for p in found['figures']['points']}
+    assert points['quality 4']['kl'] is not None and points['quality 5']['kl'] is None and points['uniform 4g64']['kl_se'] > 0
+    assert points['quality 4']['kl'] == points['uniform 4g64']['kl'] and points['mixed_4_6']['predicted_kl'] is None
+    assert {v['baseline'] for v in found['figures']['versus']} >= {'uniform 3g64', 'uniform 4g64', 'uniform 8g64'}
+    names = {f.name for f in (tmp_path/'curve').iterdir()}
+    assert names == {'pareto.json', 'pareto.png', 'pareto.svg', 'sweep.json', 'plans'}
+    assert json.loads((tmp_path/'curve'/'pareto.json').read_text()) == json.loads(json.dumps(found['figures']))
+    with pytest.raises(FileExistsError, match='--overwrite'): trade_off('demo', out=tmp_path/'curve', **options)
+    again = trade_off(tmp_path/'curve'/'sweep.json', **options)
+    assert again['figures']['points'][0] == found['figures']['points'][0] | dict(kl=None, kl_se=None)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluation_tokens', 'refuse_calibration', 'refuse_overlap', 'Score', 'evaluate', 'overrides_of']
 
-# %% ../../nbs/10_evals.perplexity.ipynb #ea926a35
+# %% ../../nbs/10_evals.perplexity.ipynb #40d139b9
 import json
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..backends import Backend, open_backend
 from ..calibration import fingerprint, overlap, passages, token_batch
-from ..formats import AS_IS, quantize_dequantize
+from ..formats import AS_IS, for_unit, quantize_dequantize
 from ..models import Checkpoint
 from ..sensitivity import kl_rows, logit_slices
 
@@ -80,7 +80,7 @@ class Score:
 
 def _se(x): return float(x.std(ddof=1)/np.sqrt(len(x))) if len(x) > 1 else float('nan')
 
-# %% ../../nbs/10_evals.perplexity.ipynb #62940f32
+# %% ../../nbs/10_evals.perplexity.ipynb #ecc2e078
 def evaluate(
     model: 'str | Checkpoint | Backend', # the reference
     tokens: np.ndarray, # (n, T)
@@ -101,7 +101,7 @@ def evaluate(
 
 def _at(b, overrides, block):
     "The overrides of one block, or of what lies outside the blocks"
-    return {p: f for p, f in overrides.items() if b.checkpoint.unit[p].block == block}
+    return {p: f for p, f in overrides.items() if b.checkpoint.find(p).block == block}
 
 # %% ../../nbs/10_evals.perplexity.ipynb #e316b30d
 def _score(ids, states, everyone):
@@ -125,10 +125,10 @@ def _nll(b, z, nexts):
     rows, columns = np.indices(nexts.shape)
     return normaliser-b.numpy(z)[rows, columns, nexts]
 
-# %% ../../nbs/10_evals.perplexity.ipynb #0c716f34
+# %% ../../nbs/10_evals.perplexity.ipynb #dd82e44c
 def overrides_of(
     plan, # unit path ▸ Format, a Plan or a dict
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
 ) -> dict:
     "The perturbation that a plan stands for"
-    return {path: partial(quantize, fmt=fmt) for path, fmt in plan.items() if fmt != AS_IS}
+    return {path: partial(for_unit(quantize, path), fmt=fmt) for path, fmt in plan.items() if fmt != AS_IS}

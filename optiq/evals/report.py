@@ -35,7 +35,7 @@ def _cpu():
     if lines: return next((line.split(': ')[1] for line in lines if 'model name' in line), 'unknown')
     return platform.processor() or 'unknown'
 
-# %% ../../nbs/10_evals.report.ipynb #593f8f6b
+# %% ../../nbs/10_evals.report.ipynb #8143ed98
 @dataclass(frozen=True)
 class Metric:
     "How a figure is shown and judged"
@@ -49,7 +49,7 @@ METRICS = dict(kl=Metric('KL', '.4f', -1), kl_p99=Metric('KL p99', '.3f', -1), f
                ai2d=Metric('AI2D'), wer=Metric('WER', '.1%', -1), prompt_tps=Metric('prompt tok/s', '.0f'),
                decode_tps=Metric('decode tok/s', '.1f'), peak_mb=Metric('peak MB', '.0f', -1))
 TO_REFERENCE = 'kl', 'kl_p99', 'flips', 'agreement' # say nothing about the reference itself
-SIZES = dict(nominal_bpw='nominal', true_bpw='true bits', size_mb='MB')
+SIZES = dict(nominal_bpw='nominal', true_bpw='true bits', size_mb='MB', weight_mb='weights MB', cache_mb='cache MB')
 
 def metric(name: str) -> Metric: return METRICS.get(name) or Metric(name.rsplit(':', 1)[-1])
 

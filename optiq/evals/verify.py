@@ -76,7 +76,7 @@ def _finite(c, b, tokens):
     if not np.isfinite(z).all(): raise ValueError('the logits of a short text are not finite')
     return f'all weights, and {z.size:,} logits'
 
-# %% ../../nbs/10_evals.verify.ipynb #37cb3ce7
+# %% ../../nbs/10_evals.verify.ipynb #7c5f3a6b
 SAMPLE = 'Question: Ada has 12 apples, 3 of them red.\nAnswer: 9 — naïve, isn’t it?'
 
 def _tokenizer(c, reference):
@@ -98,8 +98,8 @@ def _same_reference(sweep, plan, c, reference):
     if not sweep or not plan: raise Unknown('no plan and sweep in the folder')
     made = sweep.header['fingerprint']
     if made['model'] != reference.fingerprint: raise ValueError(f'the sweep was measured on another model than {reference.name}')
-    if made.get('quantizer') != 'minmax': raise Unknown(
-        f'it was rounded by {made.get("quantizer")}, so the weights are not compared')
+    how = plan.solver.get('rounding') or made.get('quantizer', 'minmax')
+    if not how.startswith('minmax'): raise Unknown(f'it was rounded by {how}, which cannot be done again from what is stored')
     check(c.folder, plan, reference)
     return f'weights are those of {reference.name}, rounded'
 

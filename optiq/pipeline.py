@@ -46,7 +46,7 @@ def feasible(c: Checkpoint, formats: list, **caps):
     values = {(u.path, f): np.array([1/f.bits]) for u, f in probes(c.units, formats)}
     allocate(Sweep(c.units, formats, values, dict(model=c.name, params=c.params, other_bytes=c.other_bytes)), **caps)
 
-# %% ../nbs/11_pipeline.ipynb #bf761b50
+# %% ../nbs/11_pipeline.ipynb #993ab562
 def optimize(
     model: str, # 'demo', a folder, or a Hub id
     out: 'str | Path | None' = None, # folder to write; nothing is written without it
@@ -98,7 +98,8 @@ def optimize(
         with TemporaryDirectory() as d:
             quantizer = quantize_minmax if rounding == 'minmax' else round_to_files(b, learned, plan, rounding, d)
             convert(c, plan, out, measured, overwrite, quantizer, calibration=calibration,
-                    polish=partial(dwq, source=c, tokens=learned) if polish else None, measured=lambda d: score(overrides_of_saved(d)))
+                    polish=partial(dwq, source=c, tokens=learned) if polish else None,
+                    measured=lambda d: score(overrides_of_saved(d)))
         Path(f'{out}.sweep.jsonl').unlink(missing_ok=True)
     about = dict(model=c.name, calibration=f'{calibration}, {n} × {seq_len} tokens, {fingerprint(tokens)}',
                  evaluation=f'{evaluation or calibration}, {eval_n} × {eval_len} tokens, {fingerprint(scored)}', **machine())
@@ -119,7 +120,7 @@ def summary(report: Report, plan, joint, out, seconds: float) -> dict:
                 perplexity_se=mine['perplexity_se'], reference_perplexity=reference['perplexity'], seconds=seconds,
                 baselines=[{k: r[k] for k in few} for r in rows.values()], about=report.about)
 
-# %% ../nbs/11_pipeline.ipynb #69b314ee
+# %% ../nbs/11_pipeline.ipynb #95c434c9
 def find_sweep(b, tokens, formats, sweep, out, rounding='minmax', learned=None) -> Sweep:
     "The sweep to plan with: one that was saved, or a new one that is written beside `out` as it goes"
     if sweep is None:
@@ -128,7 +129,7 @@ def find_sweep(b, tokens, formats, sweep, out, rounding='minmax', learned=None) 
         return kl_sweep(b, tokens, formats, out=log, rounding=rounding, rounding_tokens=learned)
     found = Sweep.load(sweep)
     if (was := found.header['fingerprint']['quantizer'].split(',')[0]) != rounding: raise ValueError(
-        f'{sweep} was measured with {was}, and the model is to be saved with {rounding}; measure it again, or give --rounding {was}')
+        f'{sweep} was measured with {was}, and the model is to be saved with {rounding}; measure again, or give --rounding {was}')
     if {u.path: u.shape for u in found.units} != {u.path: u.shape for u in b.checkpoint.units}:
         raise ValueError(f'{sweep} was measured on another model, {found.header["model"]}')
     lacking = [str(f) for f in formats if f not in found.formats]

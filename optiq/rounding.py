@@ -414,7 +414,7 @@ def as_overrides(done: dict) -> dict:
 
 QUANTIZERS = dict(minmax=lambda w, fmt, stats=None: MinMax(w, fmt), search=search, gptq=gptq)
 
-# %% ../nbs/05a_rounding.ipynb #763aa21f
+# %% ../nbs/05a_rounding.ipynb #db76049f
 class RoundTrips(Mapping):
     "Unit path ▸ (weight, format) ▸ weight after the round trip: what `measure` and `overrides_of` take as a quantizer"
     def __init__(self,
@@ -433,7 +433,7 @@ class RoundTrips(Mapping):
     def __len__(self): return len(self.b.checkpoint.units)
 
     def round_trip(self, path, w, fmt):
-        if self.method == 'minmax': return quantize_dequantize(w, fmt)
+        if self.method == 'minmax' or fmt == AS_IS: return quantize_dequantize(w, fmt)
         held = self.ends.get(path) or (self.last[1] if self.last[0] == path else {})
         if fmt not in held:
             unit, stats = self.b.checkpoint.unit[path], self.stats[path]

@@ -189,7 +189,7 @@ def _torch_put(param, part, weight):
         weight = whole
     param.data = weight
 
-# %% ../nbs/02b_backends.ipynb #2ffdaf80
+# %% ../nbs/02b_backends.ipynb #aa3659ba
 def _torch_ear(hear, names: dict): # id of a parameter ▸ paths of its units
     "A context in which every product with one of these parameters is heard"
     import torch
@@ -207,7 +207,8 @@ def _torch_ear(hear, names: dict): # id of a parameter ▸ paths of its units
 @contextmanager
 def _eager_experts(model):
     "Experts are multiplied one at a time, by `linear`"
-    configs = {id(m.config): m.config for m in model.modules() if getattr(getattr(m, 'config', None), '_experts_implementation', None)}
+    found = [getattr(m, 'config', None) for m in model.modules()]
+    configs = {id(c): c for c in found if getattr(c, '_experts_implementation', None)}
     before = {i: c._experts_implementation for i, c in configs.items()}
     for c in configs.values(): c._experts_implementation = 'eager'
     try: yield

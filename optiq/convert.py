@@ -80,7 +80,7 @@ def write(checkpoint: Checkpoint, plan, folder: Path, quantizer=quantize_minmax)
         for f in checkpoint.folder.glob(pattern):
             if f.is_file() and not (folder/f.name).exists() and not f.name.endswith('.index.json'): shutil.copy(f, folder)
 
-# %% ../nbs/05_convert.ipynb #a9e21d7e
+# %% ../nbs/05_convert.ipynb #1322b586
 def check(
     folder: 'str | Path', # the saved model
     plan, # what it should be
@@ -105,7 +105,8 @@ def check(
 def dequantized(stored: dict, fmt: Format, dtype):
     "What a loader computes from the tensors of a quantized layer"
     import mlx.core as mx
-    return mx.dequantize(stored['weight'], stored['scales'], stored.get('biases'), fmt.group_size, fmt.bits, fmt.mode, dtype=dtype)
+    return mx.dequantize(stored['weight'], stored['scales'], stored.get('biases'), fmt.group_size, fmt.bits, fmt.mode,
+                         dtype=dtype)
 
 def stored_bytes(c: Checkpoint) -> int:
     "Bytes of all tensors in a checkpoint's files, without their tables of contents"

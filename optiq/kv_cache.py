@@ -10,7 +10,7 @@ __all__ = ['VERSION', 'MANY', 'AT_ONCE', 'KVLayer', 'kv_layers', 'own_caches', '
            'memory_table', 'optimize_kv', 'open_with_texts', 'untested', 'layer_table', 'memory_lines', 'write_kv',
            'combine', 'parts', 'joint_plan', 'configurations', 'optimize_with_kv']
 
-# %% ../nbs/06_kv_cache.ipynb #9449099f
+# %% ../nbs/06_kv_cache.ipynb #e99b884b
 import hashlib
 import json
 from collections import Counter
@@ -32,6 +32,7 @@ from .formats import AS_IS, FAMILIES, Format, divides, parse_format
 from .knapsack import Plan, allocate, make_plan, uniform
 from .models import Checkpoint, Unit, blocks_path
 from .sensitivity import Sweep, kl_sweep, plot_sweep
+from . import turboquant # its formats, tq2 to tq8, join the others
 
 # %% ../nbs/06_kv_cache.ipynb #099d6331
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ def _check_fit(where, d, found, layers):
         for f, dim in zip(found[l.index], (l.key_dim, l.value_dim)):
             if not divides(f, (1, dim)): raise ValueError(f'{where}: layer {l.index} is {dim} wide, which {f} does not divide')
 
-# %% ../nbs/06_kv_cache.ipynb #7d39356d
+# %% ../nbs/06_kv_cache.ipynb #d1bfc04f
 class Codec:
     "Keys or values in one of MLX's quantized formats"
     def __init__(self, fmt: Format):
@@ -263,6 +264,10 @@ class Codec:
     def dense(self, arrays, dtype): # ▸ (B, heads, T, D)
         "What is stored, as numbers"
         return mx.dequantize(*arrays, dtype=dtype, **self.how)
+
+    def at(self, arrays, tokens: int, dim: int): # ▸ codec and arrays for attention; heads are `dim` wide
+        "The first tokens of a cache's room"
+        return self, [a if a.shape[2] == tokens else a[:, :, :tokens] for a in arrays]
 
     def turn(self, x): return x # queries into the space of stored keys
     def back(self, x): return x # outputs out of the space of stored values
@@ -337,7 +342,7 @@ def hook():
     scaled_dot_product_attention.takes_stored = True
     mx.fast.scaled_dot_product_attention = scaled_dot_product_attention
 
-# %% ../nbs/06_kv_cache.ipynb #845c8a87
+# %% ../nbs/06_kv_cache.ipynb #404f8145
 class Mixed:
     "What the cache of one text and the cache of a batch share: two lists of arrays, tokens along axis 2"
     step = 256 # tokens by which room grows
@@ -355,8 +360,8 @@ class Mixed:
     def stored(self, tokens: int):
         "The first tokens, as attention takes them"
         def some(fmt, arrays, dim):
-            arrays = [a if a.shape[2] == tokens else a[:, :, :tokens] for a in arrays]
-            return Stored(codec_of(fmt), arrays, (*arrays[0].shape[:2], tokens, dim), getattr(mx, self.dtype))
+            shape = (*arrays[0].shape[:2], tokens, dim)
+            return Stored(*codec_of(fmt).at(arrays, tokens, dim), shape, getattr(mx, self.dtype))
         return tuple(map(some, self.formats, (self.keys, self.values), self.dims))
 
     def each(self, f):

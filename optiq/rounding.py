@@ -77,7 +77,7 @@ class MinMax:
     def dequantize(self): return quantize_dequantize(self.w, self.fmt)
     def stored(self) -> dict: return quantize_minmax(to_mlx(self.w), self.fmt)
 
-# %% ../nbs/05a_rounding.ipynb #9303b89d
+# %% ../nbs/05a_rounding.ipynb #67daeb74
 SHRINK = (1., .9, .8, .7) # parts of the range to start from
 
 def fit_grid(xp, g, a, n, cast, steps=5): # g (rows, group), a (rows or 1, group), n the largest code
@@ -102,8 +102,9 @@ def fit_grid(xp, g, a, n, cast, steps=5): # g (rows, group), a (rows or 1, group
         else: best = [xp.where(error < best[2], new, old) for new, old in zip((s, b, error), best)]
     return best[:2]
 
-def _edges(xp, g): return (xp.amin(g, axis=-1, keepdims=True), xp.amax(g, axis=-1, keepdims=True)) if xp.__name__ == 'torch' \
-    else (xp.min(g, axis=-1, keepdims=True), xp.max(g, axis=-1, keepdims=True))
+def _edges(xp, g):
+    low, high = (xp.amin, xp.amax) if xp.__name__ == 'torch' else (xp.min, xp.max)
+    return low(g, axis=-1, keepdims=True), high(g, axis=-1, keepdims=True)
 
 # %% ../nbs/05a_rounding.ipynb #a3cf28b1
 def search(
@@ -167,7 +168,7 @@ class Inputs:
         "Mean square of each input"
         return library(self.moments)[0].diagonal(self.moments)/self.count
 
-# %% ../nbs/05a_rounding.ipynb #bfe93104
+# %% ../nbs/05a_rounding.ipynb #69257534
 class Ear:
     "Hears what the matrices of a block are multiplied with, and adds up second moments"
     def __init__(self, units: dict): # path ▸ Unit, those to listen to
@@ -184,7 +185,9 @@ class Ear:
     def shared(self, path, x): # layers that read the same states
         return self.last[1] if x is self.last[0] and isinstance(self.last[1], list) == (len(self.units[path].shape) > 2) else None
 
-    def empty(self, path): return [Inputs() for _ in range(self.units[path].shape[0])] if len(self.units[path].shape) > 2 else Inputs()
+    def empty(self, path):
+        shape = self.units[path].shape
+        return [Inputs() for _ in range(shape[0])] if len(shape) > 2 else Inputs()
 
     def add(self, stats, x, experts):
         if isinstance(stats, Inputs): return stats.add(x)
@@ -306,7 +309,7 @@ def second_look(xp, w, codes, s, b, top, h): # (in_dims, rows) each, top (rows,)
         settle(xp, gradient, out)
     return xp.stack(out)
 
-# %% ../nbs/05a_rounding.ipynb #b1090324
+# %% ../nbs/05a_rounding.ipynb #f56262c0
 def gptq(
     w, # (…, out_dims, in_dims), a PyTorch tensor or MLX array
     fmt: Format,
@@ -319,7 +322,9 @@ def gptq_all(w, formats: list, stats) -> list:
     "`gptq` in several formats, for little more than the time of one"
     if w.ndim > 2:
         return [_stack(r) for r in zip(*(gptq_all(x, formats, s) for x, s in zip(w, _per_expert(stats, len(w)))))]
-    if stats is None or stats.count < few_tokens(w): return [search(w, f, stats if stats and stats.count else None) for f in formats]
+    if stats is None or stats.count < few_tokens(w):
+        seen = stats if stats is not None and stats.count else None
+        return [search(w, f, seen) for f in formats]
     affine = [f for f in formats if f.mode == 'affine']
     at_once = max(1, 2**(28 if on_accelerator(w) else 26)//prod(w.shape))
     found = {}
@@ -409,7 +414,7 @@ def as_overrides(done: dict) -> dict:
 
 QUANTIZERS = dict(minmax=lambda w, fmt, stats=None: MinMax(w, fmt), search=search, gptq=gptq)
 
-# %% ../nbs/05a_rounding.ipynb #763aa21f
+# %% ../nbs/05a_rounding.ipynb #db76049f
 class RoundTrips(Mapping):
     "Unit path ▸ (weight, format) ▸ weight after the round trip: what `measure` and `overrides_of` take as a quantizer"
     def __init__(self,
@@ -428,7 +433,7 @@ class RoundTrips(Mapping):
     def __len__(self): return len(self.b.checkpoint.units)
 
     def round_trip(self, path, w, fmt):
-        if self.method == 'minmax': return quantize_dequantize(w, fmt)
+        if self.method == 'minmax' or fmt == AS_IS: return quantize_dequantize(w, fmt)
         held = self.ends.get(path) or (self.last[1] if self.last[0] == path else {})
         if fmt not in held:
             unit, stats = self.b.checkpoint.unit[path], self.stats[path]

@@ -503,7 +503,7 @@ class Ranks:
             for p in log.passes: log._append(p)
         part.unlink()
 
-# %% ../nbs/03_sensitivity.ipynb #3e74a935
+# %% ../nbs/03_sensitivity.ipynb #f9f79063
 def kl_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: np.ndarray | None = None, # (n, T) calibration tokens; made from `calibration` by default
@@ -528,7 +528,7 @@ def kl_sweep(
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
     if tokens is None: tokens = token_batch(passages(calibration), b.checkpoint.tokenizer, n, seq_len)
     if method != 'exact':
-        if rounding != 'minmax': raise ValueError(f'method {method!r} knows min-max rounding only; use method exact for {rounding}')
+        if rounding != 'minmax': raise ValueError(f'{method} sweeps know min-max rounding only; {rounding} takes method exact')
         from optiq.gradient import gradient_sweep, screened_sweep
         if method == 'gradient': return gradient_sweep(b, tokens, formats, out=out)
         if method == 'screened': return screened_sweep(b, tokens, formats, targets, out=out, progress=progress)

@@ -143,7 +143,7 @@ def verdict(v: Verified) -> str:
     more = f'; {again} units were measured again around a plan' if again else ''
     return f'{what}; KL forecast {last["forecast"]:.4f}, measured {last["joint"]:.4f}{more}'
 
-# %% ../nbs/04a_verify.ipynb #e2086528
+# %% ../nbs/04a_verify.ipynb #e073374b
 def improve(b, tokens, q, tried, kl, best, tolerance, rounds):
     "Measure again around the best plan while the forecast is off; adds to `tried` and `kl`, returns the best and its history"
     forecast, history, near = tried[best].predicted_kl, [], list(tried.values())
@@ -156,7 +156,7 @@ def improve(b, tokens, q, tried, kl, best, tolerance, rounds):
         options = {p: o for row, o in zip(q.problem.rows, q.problem.options) for p in row}
         plan, guess = solve_again(q, tried[best], around(b, tokens, tried[best], paths, options))
         history[-1]['units'] = len(paths)
-        if plan == tried[best]: return best, history
+        if plan in tried.values(): return best, history # nothing new
         name = f'measured again {len(history)}'
         tried[name] = plan
         kl |= joint_kl(b, tokens, {name: plan})

@@ -66,7 +66,7 @@ def texts(
     return tokens, text, dict(model=c.name, calibration=say(calibration, tokens), evaluation=say(evaluation or calibration, text),
                               **machine())
 
-# %% ../nbs/11_pipeline.ipynb #d148f07f
+# %% ../nbs/11_pipeline.ipynb #92181029
 def find_sweep(b, tokens, formats, sweep, out) -> Sweep:
     "The sweep to plan with: one that was saved, or a new one that is written beside `out` as it goes"
     formats = [f for f in formats if f != AS_IS]
@@ -77,7 +77,7 @@ def find_sweep(b, tokens, formats, sweep, out) -> Sweep:
     found = sweep if isinstance(sweep, Sweep) else Sweep.load(sweep)
     if {u.path: u.shape for u in found.units} != {u.path: u.shape for u in b.checkpoint.units}:
         raise ValueError(f'{sweep} was measured on another model, {found.header["model"]}')
-    refuse_other(sweep, found.header['fingerprint'], dict(model=b.checkpoint.fingerprint))
+    refuse_other(sweep, dict(model=found.header['fingerprint']['model']), dict(model=b.checkpoint.fingerprint))
     lacking = [str(f) for f in formats if f not in found.formats]
     if lacking: raise ValueError(f'{sweep} has no {", ".join(lacking)}; it has {", ".join(map(str, found.formats))}')
     return found

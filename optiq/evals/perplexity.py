@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluation_tokens', 'refuse_calibration', 'refuse_overlap', 'Score', 'evaluate', 'overrides_of']
 
-# %% ../../nbs/10_evals.perplexity.ipynb #40d139b9
+# %% ../../nbs/10_evals.perplexity.ipynb #6d889d57
 import json
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from ..backends import Backend, open_backend
 from ..calibration import fingerprint, overlap, passages, token_batch
 from ..formats import AS_IS, for_unit, quantize_dequantize
 from ..models import Checkpoint
-from ..sensitivity import kl_rows, logit_slices
+from ..sensitivity import kl_rows, logit_slices, on_gpu
 
 # %% ../../nbs/10_evals.perplexity.ipynb #ea90def3
 def evaluation_tokens(
@@ -103,19 +103,23 @@ def _at(b, overrides, block):
     "The overrides of one block, or of what lies outside the blocks"
     return {p: f for p, f in overrides.items() if b.checkpoint.find(p).block == block}
 
-# %% ../../nbs/10_evals.perplexity.ipynb #e316b30d
+# %% ../../nbs/10_evals.perplexity.ipynb #36099b32
 def _score(ids, states, everyone):
     "name ▸ (3, B, T): nll, kl and agreement of each variant, in slices of tokens"
     b, (B, T) = everyone['reference'][0], ids.shape
     step, out = min(logit_slices(b, B, T)[0], T), {n: np.zeros((3, B, T)) for n in states}
-    for t in range(0, T, step):
-        s, nexts = slice(t, min(t+step, T)), ids[:, t+1:t+step+1]
+    wide = step if on_gpu(b) else 32*step # tokens for which the reference's logits are kept
+    for w in range(0, T, wide):
+        slices, kept = [slice(t, min(t+step, w+wide, T)) for t in range(w, min(w+wide, T), step)], {}
         for n, (m, v) in everyone.items():
-            with m.swapped(_at(m, v, None)): z = m.head(states[n][:, s])
-            if n == 'reference': z_p, best = z, b.numpy(z.argmax(-1))
-            out[n][0, :, t:t+nexts.shape[1]] = _nll(m, z[:, :nexts.shape[1]], nexts)
-            out[n][1, :, s] = kl_rows(b, z_p, z).reshape(B, -1)
-            out[n][2, :, s] = m.numpy(z.argmax(-1)) == best
+            with m.swapped(_at(m, v, None)): # once for all slices: quantizing a vocabulary takes longer than using it
+                for s in slices:
+                    z, nexts = m.head(states[n][:, s]), ids[:, s.start+1:s.stop+1]
+                    if n == 'reference': kept[s.start] = z, b.numpy(z.argmax(-1))
+                    z_p, best = kept[s.start]
+                    out[n][0, :, s.start:s.start+nexts.shape[1]] = _nll(m, z[:, :nexts.shape[1]], nexts)
+                    out[n][1, :, s] = kl_rows(b, z_p, z).reshape(B, -1)
+                    out[n][2, :, s] = m.numpy(z.argmax(-1)) == best
     return out
 
 def _nll(b, z, nexts):

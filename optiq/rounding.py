@@ -471,7 +471,7 @@ def _read(w, fmt, file, planned):
     if fmt != planned: raise ValueError(f'{file} was rounded for {planned}, not {fmt}')
     return mx.load(file)
 
-# %% ../nbs/05a_rounding.ipynb #1d73d694
+# %% ../nbs/05a_rounding.ipynb #2f5dead4
 def dwq(
     folder: 'str | Path', # a quantized model, changed in place
     source, # Checkpoint of the full-precision model
@@ -488,6 +488,7 @@ def dwq(
     from mlx.optimizers import Adam
     from mlx_lm.quant.dwq import dwq_quantize
     from mlx_lm.utils import load_model, save_model
+    if valid < batch_size: raise ValueError(f'dwq validates in batches of {batch_size}, so valid={valid} is too few')
     if len(tokens) < valid+batch_size: raise ValueError(
         f'dwq needs {valid+batch_size} calibration sequences, {valid} of them to validate on; there are {len(tokens)}')
     student, teacher = load_model(Path(folder))[0], source.load()

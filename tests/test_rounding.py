@@ -165,9 +165,10 @@ def test_dwq_trains_scales_and_nothing_else(models, tmp_path):
     c = models['llama']
     plan, tokens = uniform(c, Format(3, 32)), tokens_for(c, 6, 16)
     convert(c, plan, tmp_path/'plain')
-    convert(c, plan, tmp_path/'polished', polish=lambda d: dwq(d, c, tokens, valid=2, learning_rate=1e-3))
+    convert(c, plan, tmp_path/'polished', polish=lambda d: dwq(d, c, tokens, valid=2, batch_size=2, learning_rate=1e-3))
     a, b = (mx.load(str(tmp_path/d/'model.safetensors')) for d in ('plain', 'polished'))
     assert a.keys() == b.keys() and all(a[k].shape == b[k].shape and a[k].dtype == b[k].dtype for k in a)
     assert all(mx.array_equal(a[k], b[k]) for k in a if not k.endswith(('scales', 'biases')))
     assert any(not mx.array_equal(a[k], b[k]) for k in a)
+    with pytest.raises(ValueError, match='too few'): dwq(tmp_path/'polished', c, tokens, valid=2)
     with pytest.raises(ValueError, match='needs 12 calibration sequences'): dwq(tmp_path/'polished', c, tokens)

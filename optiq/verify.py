@@ -164,7 +164,7 @@ def improve(b, tokens, q, tried, kl, best, tolerance, rounds):
         if kl[name].mean() >= joint: return best, history
         best, forecast = name, guess
 
-# %% ../nbs/04a_verify.ipynb #5b0daf59
+# %% ../nbs/04a_verify.ipynb #0859a65d
 def verified(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: np.ndarray, # (n, T) calibration tokens
@@ -195,7 +195,8 @@ def stamped(q, plan, tried, kl, kept, tokens) -> Plan:
     (joint, se), chosen = mean_se(kl[kept]), tried[kept]
     record = dict(kept=kept, joint_kl=joint, joint_kl_se=se, tokens=fingerprint(tokens),
                   tried={x: dict(predicted_kl=known(p), joint_kl=float(kl[x].mean())) for x, p in tried.items()})
-    report = plan.solver if chosen == plan else dict(method='baseline', **q.conditions()) | chosen.solver
+    cost = {k: plan.solver[k] for k in ('protect_cost',) if k in plan.solver}
+    report = plan.solver if chosen == plan else dict(method='baseline', **q.conditions()) | chosen.solver | cost
     return replace(chosen, solver=report | dict(verified=record))
 
 # %% ../nbs/04a_verify.ipynb #c73b15cc

@@ -471,7 +471,7 @@ def _read(w, fmt, file, planned):
     if fmt != planned: raise ValueError(f'{file} was rounded for {planned}, not {fmt}')
     return mx.load(file)
 
-# %% ../nbs/05a_rounding.ipynb #2f5dead4
+# %% ../nbs/05a_rounding.ipynb #775cff8a
 def dwq(
     folder: 'str | Path', # a quantized model, changed in place
     source, # Checkpoint of the full-precision model
@@ -492,6 +492,7 @@ def dwq(
     if len(tokens) < valid+batch_size: raise ValueError(
         f'dwq needs {valid+batch_size} calibration sequences, {valid} of them to validate on; there are {len(tokens)}')
     student, teacher = load_model(Path(folder))[0], source.load()
+    student.freeze() # mlx-lm unfreezes scales and biases; it would train the norms too
     rows = [(t.tolist(), 0) for t in tokens]
     with redirect_stdout(sys.stderr):
         dwq_quantize(student, lambda batch, *_, **__: teacher(batch), Adam(learning_rate, bias_correction=True),

@@ -23,7 +23,7 @@ docs: $(ready)   ## build the site into _docs
 lab: $(ready)    ## open the notebooks in JupyterLab
 	.venv/bin/jupyter lab --notebook-dir=nbs
 
-bench: $(ready)  ## measure speed and memory on this machine
+bench: $(ready)  ## measure quality, speed and memory on this machine (MODEL, TEXT, OUT)
 	bench/run.sh
 
 readme: $(ready) ## make README.md from nbs/index.ipynb

@@ -82,13 +82,13 @@ class Results(dict):
         part.replace(self.path)
         print(f'[{time.time()-self.start:5.0f} s]', ', '.join(parts), flush=True)
 
-def measure(args):
-    "Everything that needs the machine"
-    shapes, bits, out = args.shapes.split(','), sorted(map(int, args.bits.split(','))), Results(args.o)
-    formats = [Format(b, 64) for b in bits]
-    reads = {s: reads_of(skeleton(c := config_of(s)), c) for s in shapes}
-    out.keep(about=dict(machine(), device=str(mx.device_info()), command=vars(args)), shapes=shapes, bits=bits)
+def measure_machine(args, out, reads, formats):
+    "The chip: measured, or from the file of an earlier run"
     raw, matrices = {}, sorted({m for r in reads.values() for m in r.shapes()}, key=np.prod)
+    if args.chip:
+        before = json.loads(Path(args.chip).read_text())
+        out.keep(chip=before['chip'], raw=before['raw'])
+        return None
     chip = measure_chip([], [], args.runs, raw)
     out.keep(chip=asdict(chip), raw=raw)
     for f in formats:
@@ -97,6 +97,15 @@ def measure(args):
     print(chip)
     first = keep_busy(chip.bandwidth) if on_gpu() else None
     out.keep(parallel=[measure_product(f, m, first, args.runs, serial=False) for f in formats for m in matrices])
+    return first
+
+def measure(args):
+    "Everything that needs the machine"
+    shapes, bits, out = args.shapes.split(','), sorted(map(int, args.bits.split(','))), Results(args.o)
+    formats = [Format(b, 64) for b in bits]
+    reads = {s: reads_of(skeleton(c := config_of(s)), c) for s in shapes}
+    out.keep(about=dict(machine(), device=str(mx.device_info()), command=vars(args)), shapes=shapes, bits=bits)
+    first = measure_machine(args, out, reads, formats)
     decode, blocks = {}, {}
     for s in shapes:
         models = {n: stand_in(skeleton(config_of(s)), p) for n, p in plans_of(reads[s], bits).items()}
@@ -104,7 +113,7 @@ def measure(args):
         decode[s] = {n: dict(runs=v.runs.tolist(), context=v.context) for n, v in speeds.items()}
         out.keep(decode=decode)
         for n, v in speeds.items(): print(f'{s} {n}: {v}', flush=True)
-        blocks[s] = {f'uniform {f}': block_times(models[f'uniform {f}'], first, args.runs) for f in formats}
+        if args.chip is None: blocks[s] = {f'uniform {f}': block_times(models[f'uniform {f}'], first, args.runs) for f in formats}
         out.keep(blocks=blocks)
         for context in map(int, filter(None, args.contexts.split(','))):
             some = {n: m for n, m in models.items() if n in (CALIBRATION, f'uniform {formats[-1]}')}
@@ -141,6 +150,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('-o', default='latency.json')
     p.add_argument('--from', dest='source', help='predict from this file, measure nothing')
+    p.add_argument('--chip', help='take the chip from the file of an earlier run, and measure decoding only')
     p.add_argument('--shapes', default='0.6B,1.7B,8B')
     p.add_argument('--bits', default='3,4,6,8')
     p.add_argument('--runs', type=int, default=7)

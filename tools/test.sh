@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two workers, so one core each
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
@@ -10,4 +11,4 @@ nbdev_test --timing --n_workers 2 | tee "$log"
 count=$(grep -c '\.ipynb: [0-9]* secs$' "$log" || true)
 [ "$count" -gt 0 ] || { echo "nbdev_test found no notebook" >&2; exit 1; }
 echo "$count notebooks passed"
-pytest -q tests
+pytest -q -n 2 --dist loadgroup tests

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARED', 'TASKS', 'Command', 'Group', 'main', 'finish', 'as_formats', 'options', 'as_names', 'as_bytes', 'convert',
            'check_caps', 'convert_weights', 'convert_with_cache', 'ending_of', 'default_output', 'sweep',
-           'most_sensitive', 'as_targets', 'pareto', 'kv_cache', 'latency', 'eval_', 'benchmark', 'verify']
+           'most_sensitive', 'as_targets', 'pareto', 'kv_cache', 'latency', 'eval_', 'benchmark', 'has_gpu', 'verify']
 
 # %% ../nbs/90_cli.ipynb #87dbb1b5
 import json
@@ -334,7 +334,7 @@ def eval_(model, task, baseline, n_samples, limit_tokens, seq_len, evaluation, q
                           questions=questions, out=output, kv=kv, exact=exact)
     finish(as_figures(report, task), as_json, str(report))
 
-# %% ../nbs/90_cli.ipynb #48f00bee
+# %% ../nbs/90_cli.ipynb #254be786
 @main.command(short_help='Quality and speed of a model, by itself or against another.')
 @click.argument('model')
 @click.option('--baseline', help='the model to measure KL and agreement against')
@@ -343,9 +343,11 @@ def eval_(model, task, baseline, n_samples, limit_tokens, seq_len, evaluation, q
 @click.option('--evaluation', default='bundled', show_default=True, metavar='NAME|FILE', help='text; of a file, all of it')
 @click.option('--prompt-tokens', default=512, show_default=True, help='tokens to read when speed is measured')
 @click.option('--new-tokens', default=128, show_default=True, help='tokens to write')
-@click.option('--repeats', default=5, show_default=True, help='runs after the one that warms up; 0 leaves speed out')
+@click.option('--repeats', default=5, show_default=True, help='runs after the one that warms up')
+@click.option('--speed/--no-speed', default=None, help='measure tokens per second; default: where MLX has a GPU')
 @options('backend', 'trust', 'json')
-def benchmark(model, baseline, n_samples, seq_len, evaluation, prompt_tokens, new_tokens, repeats, backend, trust_remote_code, as_json):
+def benchmark(model, baseline, n_samples, seq_len, evaluation, prompt_tokens, new_tokens, repeats, speed, backend, trust_remote_code,
+              as_json):
     """Perplexity and tokens per second of a model; with a baseline, KL, agreement, and a verdict on each difference.
 
     \b
@@ -354,12 +356,20 @@ def benchmark(model, baseline, n_samples, seq_len, evaluation, prompt_tokens, ne
     from optiq.evals.report import Report
     from optiq.evals.throughput import throughput
     from optiq.pipeline import compare
+    if speed is None: speed = has_gpu()
     report = compare(model, baseline, evaluation, n_samples, seq_len, backend, trust_remote_code)
-    speed = [throughput(m, prompt_tokens, new_tokens, repeats, trust_remote_code=trust_remote_code) for m in dict.fromkeys((baseline or model, model))] if repeats else []
-    full = Report.compare(report, *speed)
-    full.about = report.about | {k: v for s in speed for k, v in s.about.items()} | dict(verdicts=full.verdicts)
+    timed = [throughput(m, prompt_tokens, new_tokens, repeats, trust_remote_code=trust_remote_code)
+             for m in dict.fromkeys((baseline or model, model)) if speed]
+    full = Report.compare(report, *timed)
+    full.about = report.about | {k: v for s in timed for k, v in s.about.items()} | dict(verdicts=full.verdicts)
     rows = [{k: v for k, v in r.items() if k not in ('items', 'on')} for r in full.rows]
     finish(dict(rows=rows, about=full.about), as_json, str(full))
+
+# %% ../nbs/90_cli.ipynb #e54d1bd4
+def has_gpu() -> bool:
+    "Whether MLX computes on a GPU; on a CPU it decodes so slowly that a speed is measured only if asked for"
+    import mlx.core as mx
+    return mx.default_device().type == mx.DeviceType.gpu
 
 # %% ../nbs/90_cli.ipynb #0f2b24dc
 @main.command(short_help='Check a converted model against its plan and its reference.')

@@ -812,7 +812,7 @@ def explain(
     return Reason(' + '.join(free.rows[i]), plan[path], float(bisect(whole)[0]), rows,
                   'nominal' if nominal else 'true', note)
 
-# %% ../nbs/04_knapsack.ipynb #da1aecc2
+# %% ../nbs/04_knapsack.ipynb #fc36923b
 PROFILES = dict(compact=((3, 4), 3., 4.), quality=((4, 8), 4., 8.), all=(None, 0., 16.)) # candidates, targets from, to
 
 def menu(
@@ -828,7 +828,7 @@ def pareto(
     targets = (3, 3.5, 4, 4.5, 5, 6, 7, 8), # nominal bits
     profiles = ('all',), # of PROFILES, each on the targets in its range
     **options, # of `allocate`
-) -> 'Frontier':
+): # ▸ Frontier
     "A plan for every target, the plans that need no measurement, and what a plan does with the bytes of each"
     out = Frontier()
     for name in profiles:

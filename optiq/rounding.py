@@ -49,13 +49,13 @@ def to_mlx(x):
     if isinstance(x, mx.array): return x
     return mx.array(x.detach().float().cpu().numpy()).astype(getattr(mx, str(x.dtype).split('.')[-1]))
 
-# %% ../nbs/05a_rounding.ipynb #0bebc891
+# %% ../nbs/05a_rounding.ipynb #50ed958a
 @dataclass
 class Rounded:
     "A tensor in an affine format, not packed yet"
-    codes: 'array' # (…, out_dims, in_dims) whole numbers, in the checkpoint's type
-    scales: 'array' # (…, out_dims, groups), likewise
-    biases: 'array'
+    codes: object # (…, out_dims, in_dims) whole numbers, in the checkpoint's type
+    scales: object # (…, out_dims, groups), likewise
+    biases: object
     fmt: Format
 
     def dequantize(self): # (…, out_dims, in_dims)
@@ -72,7 +72,7 @@ class Rounded:
 @dataclass
 class MinMax:
     "A tensor in any format by MLX's own rule"
-    w: 'array' # (…, out_dims, in_dims)
+    w: object # (…, out_dims, in_dims)
     fmt: Format
     def dequantize(self): return quantize_dequantize(self.w, self.fmt)
     def stored(self) -> dict: return quantize_minmax(to_mlx(self.w), self.fmt)
@@ -106,11 +106,11 @@ def _edges(xp, g):
     low, high = (xp.amin, xp.amax) if xp.__name__ == 'torch' else (xp.min, xp.max)
     return low(g, axis=-1, keepdims=True), high(g, axis=-1, keepdims=True)
 
-# %% ../nbs/05a_rounding.ipynb #a3cf28b1
+# %% ../nbs/05a_rounding.ipynb #600a7ab1
 def search(
     w, # (…, out_dims, in_dims), a PyTorch tensor or MLX array
     fmt: Format, # affine, or anything that min-max then serves
-    stats: 'Inputs | list | None' = None, # what `w` is multiplied with; a list for experts
+    stats = None, # what `w` is multiplied with; a list for experts
 ) -> 'Rounded | MinMax':
     "Nearest codes on the grid that minimises the squared error, weighted by the mean square of the inputs"
     if fmt.mode != 'affine': return MinMax(w, fmt)
@@ -152,11 +152,11 @@ def _stack(parts):
 
 def _per_expert(stats, n): return stats if isinstance(stats, list) else [stats]*n
 
-# %% ../nbs/05a_rounding.ipynb #ad467073
+# %% ../nbs/05a_rounding.ipynb #da9cc579
 @dataclass
 class Inputs:
     "Second moments of what a matrix is multiplied with"
-    moments: 'array | int' = 0 # (in_dims, in_dims): Σ x xᵀ
+    moments: object = 0 # (in_dims, in_dims): Σ x xᵀ
     count: int = 0 # tokens seen
 
     def add(self, x): # (…, in_dims)

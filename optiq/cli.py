@@ -87,7 +87,7 @@ SHARED = dict(
     trust=(['--trust-remote-code'], dict(is_flag=True, help='run model code that comes with the checkpoint')),
     json=(['--json', 'as_json'], dict(is_flag=True, help='print one JSON object on stdout')))
 
-# %% ../nbs/90_cli.ipynb #d65fc118
+# %% ../nbs/90_cli.ipynb #dbccc511
 @main.command(short_help='Quantize a model under a cap on its size or speed.')
 @click.argument('model')
 @click.option('--target', type=click.Choice(['mlx']), default='mlx', show_default=True, help='what to write')
@@ -111,8 +111,8 @@ SHARED = dict(
               help='do not score uniform and recipe models beside it')
 @click.option('--dry-run', is_flag=True, help='measure and plan, write nothing')
 @options('overwrite', 'backend', 'trust', 'json')
-def convert(model, target, model_type, target_tps, chip, candidate_bits, formats, group_size, kv, kv_candidate_bits, output, dry_run,
-            as_json, **given):
+def convert(model, target, model_type, target_tps, chip, candidate_bits, formats, group_size, kv, kv_candidate_bits, output,
+            dry_run, as_json, **given):
     """Measure how much each tensor suffers, choose formats under the cap, write an MLX model, score it.
 
     \b
@@ -127,11 +127,11 @@ def convert(model, target, model_type, target_tps, chip, candidate_bits, formats
     else: figures, text = convert_weights(model, out, fmts, target_tps, chip, given)
     finish(figures, as_json, f'{text}\n{"dry run: nothing was written" if dry_run else f"written to {out}"}')
 
-# %% ../nbs/90_cli.ipynb #7c2f4ca8
+# %% ../nbs/90_cli.ipynb #7b97c792
 def check_caps(given: dict, target_tps, kv: bool) -> dict:
     "The options, with the default cap if there is none; raises ValueError where two do not go together"
     caps = [given[k] for k in ('target_bits', 'max_bytes', 'max_memory')]+[target_tps]
-    if kv and given['max_bytes'] is None: raise ValueError('--kv needs --target-size: one cap in MB for weights and cache together')
+    if kv and given['max_bytes'] is None: raise ValueError('--kv needs --target-size: one cap for weights and cache together')
     if given['max_memory'] is not None and given['context'] is None: raise ValueError('--target-memory needs --context')
     if given['context'] is not None and given['max_memory'] is None and not kv and target_tps is None:
         raise ValueError('--context counts for --target-memory, --target-tps or --kv; give one of them')
@@ -151,7 +151,8 @@ def convert_weights(model, out, fmts, target_tps, chip, given) -> tuple: # figur
 def convert_with_cache(model, out, fmts, kv_formats, given) -> tuple: # figures, text
     "`optimize_with_kv`"
     from optiq.kv_cache import layer_table, optimize_with_kv
-    same = {k: given[k] for k in ('calibration', 'evaluation', 'n', 'seq_len', 'eval_n', 'backend', 'overwrite', 'trust_remote_code')}
+    names = 'calibration', 'evaluation', 'n', 'seq_len', 'eval_n', 'backend', 'overwrite', 'trust_remote_code'
+    same = {k: given[k] for k in names}
     r = optimize_with_kv(model, out, given['max_bytes'], given['context'] or 16384, fmts, kv_formats, **same)
     return r['figures'], f'{layer_table(r["config"])}\n\n{r["report"]}\n\n{r["weights"]!r}\n{r["cache"]!r}'
 
@@ -167,7 +168,7 @@ def default_output(model: str, ending: str) -> str:
     name = os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model.rsplit('/', 1)[-1]
     return os.path.join('optiq_output', f'{name}-{ending}')
 
-# %% ../nbs/90_cli.ipynb #630e8e35
+# %% ../nbs/90_cli.ipynb #e8d39290
 @main.command(short_help='Measure the sensitivity of every tensor.')
 @click.argument('model')
 @click.option('-o', '--output', type=click.Path(), required=True, help='file to write, and to go on with')
@@ -192,7 +193,8 @@ def sweep(model, output, bits, formats, group_size, targets, until_stable, sampl
     from optiq.calibration import passages, token_batch
     from optiq.models import Checkpoint
     from optiq.sensitivity import kl_sweep
-    if not resume and os.path.exists(output): raise FileExistsError(f'{output} exists; give another -o, or --resume to go on with it')
+    if not resume and os.path.exists(output):
+        raise FileExistsError(f'{output} exists; give another -o, or --resume to go on with it')
     c, more = Checkpoint(model, trust_remote_code), rounding_n if given['rounding'] != 'minmax' else 0
     tokens = token_batch(passages(calibration), c.tokenizer, max(samples, more), seq_len)
     s = kl_sweep(c, tokens[:samples], as_formats(formats, bits, group_size), targets=as_targets(targets), rounding_tokens=tokens,
@@ -274,7 +276,7 @@ def kv_cache(model, target_bits, target_size, context, candidate_bits, formats, 
     finish(result['figures'], as_json, '\n\n'.join([layer_table(result['config']), memory_lines(result['figures']['memory']),
                                                     str(result['report']), f'{result["plan"]!r}\nwritten to {out}']))
 
-# %% ../nbs/90_cli.ipynb #9cad73f9
+# %% ../nbs/90_cli.ipynb #314b1dd1
 @main.command(short_help='Predict how fast a model decodes.')
 @click.argument('model')
 @click.option('--calibrate', is_flag=True, help='measure one plan here, and learn the overheads from it for later predictions')
@@ -292,29 +294,34 @@ def latency(model, calibrate, measure, context, chip, bits, formats, group_size,
     """
     from optiq.latency import predict_speeds
     from optiq.models import Checkpoint
-    s = predict_speeds(Checkpoint(model, trust_remote_code), as_formats(formats, bits, group_size), chip, context, calibrate, measure)
+    c, candidates = Checkpoint(model, trust_remote_code), as_formats(formats, bits, group_size)
+    s = predict_speeds(c, candidates, chip, context, calibrate, measure)
     error = None if s.mean_error != s.mean_error else s.mean_error
     finish(dict(rows=s.rows, mean_error=error, about=s.about), as_json,
            f'{s.about["chip"]}, {s.about["source"]}, context {s.about["context"]}; {s.about["point"]}\n{s}')
 
-# %% ../nbs/90_cli.ipynb #b75a0111
+# %% ../nbs/90_cli.ipynb #dd71ae1f
 TASKS = ['perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer', 'harness:NAME']
 
 @main.command('eval', short_help='Score a model on a task, by itself or against another.')
 @click.argument('model', required=False)
-@click.option('--task', required=True, metavar='|'.join(TASKS), help='what to score; harness:NAME is a task of lm-evaluation-harness')
+@click.option('--task', required=True, metavar='|'.join(TASKS), help='what to score; harness:NAME hands it to lm-eval')
 @click.option('--baseline', help='a model to compare with; for kl the full-precision one')
-@click.option('--n-samples', default=None, type=int, help='sequences, questions or trials  [default: 50 for perplexity and kl, else 200]')
+@click.option('--n-samples', type=int, help='sequences, questions or trials  [default: 50 for perplexity and kl, else 200]')
 @click.option('--limit-tokens', type=int, help='tokens of text to score at most')
 @click.option('--seq-len', default=512, show_default=True, help='tokens in each sequence of text')
-@click.option('--evaluation', default='bundled', show_default=True, metavar='NAME|FILE', help='text for perplexity and kl; of a file, all of it')
-@click.option('--questions', default='gsm8k', show_default=True, metavar='NAME|FILE', help='for gsm8k: gsm8k, word-problems, or a .jsonl file with question and answer')
-@click.option('--responses', type=click.Path(), help='score the answers in this .jsonl file (question, answer, response); needs no model')
+@click.option('--evaluation', default='bundled', show_default=True, metavar='NAME|FILE',
+              help='text for perplexity and kl; of a file, all of it')
+@click.option('--questions', default='gsm8k', show_default=True, metavar='NAME|FILE',
+              help='for gsm8k: gsm8k, word-problems, or a .jsonl file with question and answer')
+@click.option('--responses', type=click.Path(), help='score the answers in this .jsonl file (question, answer, response), without a model')
 @click.option('-o', '--output', type=click.Path(), help='for gsm8k: .jsonl file of answers to write, and to go on with')
-@click.option('--kv', metavar='BITS|FILE', help='for gsm8k and needle: KV cache of the model, a width for all layers (8, 4g32) or a kv_config.json')
+@click.option('--kv', metavar='BITS|FILE',
+              help='for gsm8k and needle: the KV cache, a width for all layers (8, 4g32) or a kv_config.json')
 @click.option('--exact', is_flag=True, help='for kl: keep every word of the reference, not the likely ones')
 @options('trust', 'json')
-def eval_(model, task, baseline, n_samples, limit_tokens, seq_len, evaluation, questions, responses, output, kv, exact, trust_remote_code, as_json):
+def eval_(model, task, baseline, n_samples, limit_tokens, seq_len, evaluation, questions, responses, output, kv, exact,
+          trust_remote_code, as_json):
     """Score a model, with an interval; with a baseline, compare the two item by item.
 
     \b
@@ -371,15 +378,18 @@ def has_gpu() -> bool:
     import mlx.core as mx
     return mx.default_device().type == mx.DeviceType.gpu
 
-# %% ../nbs/90_cli.ipynb #0f2b24dc
+# %% ../nbs/90_cli.ipynb #bd1c172d
 @main.command(short_help='Check a converted model against its plan and its reference.')
 @click.argument('model')
 @click.option('--reference', help='the full-precision model it was made from')
-@click.option('--text', default='bundled', show_default=True, metavar='NAME|FILE', help='the calibration text, or another to measure KL on')
+@click.option('--text', default='bundled', show_default=True, metavar='NAME|FILE',
+              help='the calibration text, or another to measure KL on')
 @click.option('--within', default=2., show_default=True, help='factor between predicted and measured KL that is accepted')
 @options('backend', 'trust', 'json')
 def verify(model, reference, text, within, backend, trust_remote_code, as_json):
-    """Open a converted model again: files, formats, bytes, tokenizer, finite logits, KL. Exit status 1 if anything is not as it says.
+    """Open a converted model again: files, formats, bytes, tokenizer, finite logits, KL.
+
+    Exit status 1 if anything is not as it says.
 
     \b
     optiq verify optiq_output/demo-4.5bpw --reference demo

@@ -100,7 +100,7 @@ def find_sweep(b, t: Texts, formats, sweep, out, rounding='minmax') -> Sweep:
     if lacking: raise ValueError(f'{sweep} has no {", ".join(lacking)}; it has {", ".join(map(str, found.formats))}')
     return found
 
-# %% ../nbs/11_pipeline.ipynb #b366a8be
+# %% ../nbs/11_pipeline.ipynb #be42ac0c
 def optimize(
     model: str, # 'demo', a folder, or a Hub id
     out: 'str | Path | None' = None, # folder to write; nothing is written without it
@@ -139,6 +139,7 @@ def optimize(
     found = find_sweep(b, t, options['formats'], sweep, out, rounding)
     v = verified(b, t.tokens, found, **options) if verify and plain else None
     plan = v.plan if v else allocate(found, **options)
+    if polish: plan.solver['rounding'] = f'dwq after {rounding}' # the weights that are saved are no longer those of the sweep
     others = baselines(c, plan, min(f for f in options['formats'] if f != AS_IS)) if compare else {}
     report, joint = write_and_score(b, plan, others, t, v, out, found, overwrite, rounding, polish)
     figures = summary(report, plan, joint, v, out, time.perf_counter()-start)

@@ -137,6 +137,7 @@ def check_caps(given: dict, target_tps, kv: bool) -> dict:
         raise ValueError('--context counts for --target-memory, --target-tps or --kv; give one of them')
     return given | dict(target_bits=4.5) if all(c is None for c in caps) else given
 
+# %% ../nbs/90_cli.ipynb #69c9b0b7
 def convert_weights(model, out, fmts, target_tps, chip, given) -> tuple: # figures, text
     "`optimize`, with a speed turned into a budget first"
     from optiq.pipeline import optimize
@@ -148,6 +149,7 @@ def convert_weights(model, out, fmts, target_tps, chip, given) -> tuple: # figur
     r = optimize(model, out, formats=fmts, **given)
     return r['figures'], '\n'.join([f'{r["report"]}\n', repr(r['plan']), *([verdict(r['verified'])] if r['verified'] else [])])
 
+# %% ../nbs/90_cli.ipynb #0da8272d
 def convert_with_cache(model, out, fmts, kv_formats, given) -> tuple: # figures, text
     "`optimize_with_kv`"
     from optiq.kv_cache import layer_table, optimize_with_kv
@@ -204,6 +206,7 @@ def sweep(model, output, bits, formats, group_size, targets, until_stable, sampl
     finish(dict(output=output, model=s.header['model'], noise=s.header['noise'], rows=rows), as_json,
            '\n'.join([repr(s), *most_sensitive(rows), f'written to {output}']))
 
+# %% ../nbs/90_cli.ipynb #24ade5db
 def most_sensitive(rows: list, n: int = 8) -> list: # lines
     "The units that suffer most"
     top = sorted(rows, key=lambda r: -r['kl'])[:n]
@@ -303,6 +306,7 @@ def latency(model, calibrate, measure, context, chip, bits, formats, group_size,
 # %% ../nbs/90_cli.ipynb #dd71ae1f
 TASKS = ['perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer', 'harness:NAME']
 
+# %% ../nbs/90_cli.ipynb #96ac0a66
 @main.command('eval', short_help='Score a model on a task, by itself or against another.')
 @click.argument('model', required=False)
 @click.option('--task', required=True, metavar='|'.join(TASKS), help='what to score; harness:NAME hands it to lm-eval')

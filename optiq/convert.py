@@ -62,6 +62,7 @@ def pack(
         if plan[path] != AS_IS: _module(model, path).update(for_unit(quantizer, path)(w, plan[path]))
     return model, config
 
+# %% ../nbs/05_convert.ipynb #46dfee71
 def _module(model, path):
     for part in path.split('.'): model = model[int(part)] if part.isdigit() else model[part]
     return model
@@ -102,6 +103,7 @@ def check(
             if not same: raise ValueError(f'{folder}: the weights of {path} are not those that were measured')
     return saved
 
+# %% ../nbs/05_convert.ipynb #d96168b1
 def dequantized(stored: dict, fmt: Format, dtype):
     "What a loader computes from the tensors of a quantized layer"
     import mlx.core as mx
@@ -112,6 +114,7 @@ def stored_bytes(c: Checkpoint) -> int:
     "Bytes of all tensors in a checkpoint's files, without their tables of contents"
     return sum(t['data_offsets'][1]-t['data_offsets'][0] for f in c.files for t in read_header(f).values())
 
+# %% ../nbs/05_convert.ipynb #19fcdfc5
 def dequantized_units(saved: Checkpoint):
     "Each unit's weight as the loader will compute it, one after another"
     import mlx.core as mx
@@ -158,6 +161,7 @@ generate(model, tokenizer, "Hello")
 ```
 """
 
+# %% ../nbs/05_convert.ipynb #515bfc1e
 def model_card(name: str, source: str, plan, calibration: str, measured: dict = {}) -> str:
     "README.md of a converted model; `measured` is a table of label ▸ text"
     counts = ', '.join(f'{n} units at {f}' for f, n in plan.counts().items())

@@ -19,6 +19,7 @@ AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 FAMILIES = {} # mode ▸ what another module says of its formats: takes(bits, group), divides, nbytes, quantize_dequantize
 FLOAT_MODES = {'mxfp4': (4, 32), 'nvfp4': (4, 16), 'mxfp8': (8, 32)} # mode: (bits, group size)
 
+# %% ../nbs/00_formats.ipynb #1a43683f
 @dataclass(frozen=True, order=True)
 class Format:
     "How one tensor is stored: code width, group size and mode; `bits=None` leaves it as the checkpoint has it"

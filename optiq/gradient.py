@@ -29,6 +29,7 @@ def _torch_gradients(b, batch, seed):
     finally:
         for p in params: p.requires_grad_(False).grad = None
 
+# %% ../nbs/03a_gradient.ipynb #dc982ba9
 def _mlx_gradients(b, batch, seed):
     "path ▸ gradient of Σ log p(y) over the batch"
     import mlx.core as mx
@@ -118,6 +119,7 @@ def calibrated(estimate: Sweep, exact: dict) -> tuple[Sweep, float]: # best know
     spread = max(float(np.std(r)) for r in ratios.values())
     return Sweep(estimate.units, estimate.formats, values, estimate.header), spread
 
+# %% ../nbs/03a_gradient.ipynb #32ae16fb
 def in_doubt(sweep: Sweep, exact: dict, spread: float, targets: list, sigmas: float) -> set:
     "Paths, not measured exactly, whose format at the price of a target depends on how far their estimate is off"
     from optiq.knapsack import allocate

@@ -84,6 +84,7 @@ class Plan(Sized, Mapping):
     def __repr__(self): return plan_text(self)
     def _repr_html_(self): return plan_html(self)
 
+# %% ../nbs/04_knapsack.ipynb #331ecbcd
 def _width(f): return f.bits or 99, -(f.group_size or 0), f.mode
 
 # %% ../nbs/04_knapsack.ipynb #53551785
@@ -95,6 +96,7 @@ def plan_point(
     return dict(name=plan.name, target=target, nominal_bpw=plan.nominal_bits, true_bpw=plan.true_bits,
                 size_mb=plan.size_mb, predicted_kl=plan.predicted_kl, predicted_kl_se=plan.predicted_kl_se)
 
+# %% ../nbs/04_knapsack.ipynb #869a9a9c
 def plan_text(
     plan: Plan,
 ) -> str:
@@ -108,6 +110,7 @@ def plan_text(
     return (f'Plan{name} for {len(plan)} units: {plan.nominal_bits:.3f} nominal bits, '
             f'{plan.true_bits:.3f} true bits, {plan.size_mb:.2f} MB{kl}{price}')
 
+# %% ../nbs/04_knapsack.ipynb #5bdd7ec0
 def plan_html(
     plan: Plan,
 ) -> str:
@@ -121,6 +124,7 @@ def plan_html(
         rows += '<tr>'+''.join(f'<td>{c}</td>' for c in cells)+'</tr>'
     return f'<p>{plan}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
+# %% ../nbs/04_knapsack.ipynb #e07a329a
 def plan_frame(
     plan: Plan,
 ): # ▸ pandas DataFrame
@@ -144,10 +148,12 @@ def save_plan(
     text = json.dumps(_no_nan(head), indent=1, ensure_ascii=False)[:-2]
     Path(path).write_text(f'{text},\n "units": [\n{lines}\n ]\n}}\n')
 
+# %% ../nbs/04_knapsack.ipynb #30ad8aa3
 def _no_nan(x):
     if isinstance(x, dict): return {k: _no_nan(v) for k, v in x.items()}
     return None if isinstance(x, float) and not isfinite(x) else x
 
+# %% ../nbs/04_knapsack.ipynb #ea4c2044
 def load_plan(
     path: 'str | Path', # what `Plan.save` wrote
 ) -> Plan:
@@ -219,6 +225,7 @@ def make_plan(
     model = header.get('model') or getattr(source, 'name', '')
     return Plan(units, formats, int(params), int(other), kl, se, name, str(model), solver or {})
 
+# %% ../nbs/04_knapsack.ipynb #940cdf46
 def uniform(
     source, # Sweep, Checkpoint, or a list of units
     fmt: 'Format | str | int', # for all units whose width its groups divide
@@ -273,6 +280,7 @@ class Budget:
     def figure(self, total): return (total+self.fixed)/self.per
     def show(self, total, up=False): return show_figure(self.figure(total), self.unit, up)
 
+# %% ../nbs/04_knapsack.ipynb #55872f1a
 def show_figure(
     x: float,
     unit: str, # 'bits', 'bytes' or 'ms'
@@ -349,6 +357,7 @@ class Problem:
     def formats_of(self, pick):
         return {path: self.options[i][j] for i, j in enumerate(pick) for path in self.rows[i]}
 
+# %% ../nbs/04_knapsack.ipynb #4ad1b68a
 def undominated(
     kl: np.ndarray, # (rows, options)
     costs: np.ndarray, # (budgets, rows, options)
@@ -364,6 +373,7 @@ def undominated(
 TIES = dict(qkv=('q_proj', 'k_proj', 'v_proj'), kv=('k_proj', 'v_proj'), gate_up=('gate_proj', 'up_proj'),
             cache=('keys', 'values'))
 
+# %% ../nbs/04_knapsack.ipynb #f2a8eb65
 def tie_key(
     tie, # None, names in TIES, or a function from a unit to a key
 ) -> Callable: # unit ▸ key
@@ -377,6 +387,7 @@ def tie_key(
         return next((f'{parent}.{t}' for t in names if role in TIES[t]), u.path)
     return key
 
+# %% ../nbs/04_knapsack.ipynb #b0c03c55
 def protected(
     units: list[Unit],
     protect, # 'embed', 'lm_head', 'first', 'last', paths or kinds, with * and ?
@@ -410,6 +421,7 @@ def candidates(
     if odd: raise ValueError(f'{", ".join(odd)} was not measured; the sweep has {there}')
     return fmts
 
+# %% ../nbs/04_knapsack.ipynb #509e5a1b
 def _options(us, table, fmts, pinned):
     "The formats that all units of a row can take, fewest bytes first; only the widest if pinned"
     def fits(u): return [f for f in fmts if f == AS_IS or (u.path, f) in table] or [AS_IS]
@@ -455,6 +467,7 @@ def lower_bound(p: Problem, prices: np.ndarray) -> float:
     "No plan within the caps has a smaller KL than this"
     return float((p.kl+np.tensordot(prices, p.costs, 1)).min(1).sum()-prices@p.caps)
 
+# %% ../nbs/04_knapsack.ipynb #5a66a6f1
 def bisect(
     p: Problem, # with one budget
 ) -> np.ndarray: # (1,)
@@ -501,6 +514,7 @@ def fill_up(
         if saved[i, j] <= 0: return pick
         pick[i] = j
 
+# %% ../nbs/04_knapsack.ipynb #b2f86444
 def solve_lagrange(p: Problem) -> tuple: # pick or None, bound, prices
     "Prices, what they buy, and the rest filled up"
     prices = bisect(p) if len(p.caps) == 1 else shadow_prices(p)
@@ -549,6 +563,7 @@ def _whole_numbers(costs, least, i, caps): # (budgets, kept), (budgets, rows), (
         caps[k] = floor(caps[k]/step) if whole else caps[k]/step*(1-1e-9)
     return costs, caps
 
+# %% ../nbs/04_knapsack.ipynb #ced47841
 @contextmanager
 def quiet_stdout():
     "Nothing that C code prints reaches the standard output"
@@ -597,6 +612,7 @@ def solve(
     pick, bound, prices = METHODS[method](p)
     return solve_exact(p) if pick is None else (pick, bound, prices)
 
+# %% ../nbs/04_knapsack.ipynb #5d5f5f83
 def contradiction(
     p: Problem,
     budgets: list[Budget],
@@ -680,6 +696,7 @@ class Question:
         tied = all(len({plan[p] for p in row}) == 1 for row, _ in rows)
         return pinned and tied and all(t <= b.cap for t, b in zip(total, self.budgets))
 
+# %% ../nbs/04_knapsack.ipynb #fe0e4207
 def _label(b): return f'{b.limit/2**20:.4g} MB' if b.unit == 'bytes' else f'{b.limit:g} {b.unit or b.name}'
 
 # %% ../nbs/04_knapsack.ipynb #5a59c48a
@@ -823,6 +840,7 @@ def menu(
     if profile not in PROFILES: raise ValueError(f'no profile {profile!r}; there are {", ".join(PROFILES)}')
     return candidates(sweep, PROFILES[profile][0] or [*sweep.formats, AS_IS])
 
+# %% ../nbs/04_knapsack.ipynb #f7ecb250
 def pareto(
     sweep, # Sweep
     targets = (3, 3.5, 4, 4.5, 5, 6, 7, 8), # nominal bits
@@ -865,12 +883,14 @@ class Frontier(list):
     def plot(self, ax=None): return plot_frontier(self, ax)
     def __repr__(self): return frontier_text(self)
 
+# %% ../nbs/04_knapsack.ipynb #8411a6c7
 def _mean_se(x): return float(x.mean()), float(x.std(ddof=1)/sqrt(len(x))) if len(x) > 1 else nan
 
 def _point(plan, kl):
     mean, se = _mean_se(kl) if kl is not None else (None, None)
     return _no_nan(plan_point(plan) | dict(kl=mean, kl_se=se))
 
+# %% ../nbs/04_knapsack.ipynb #e2e25d54
 def _versus(frontier, flat):
     "A baseline against the plan with its bytes, sequence by sequence"
     plan = frontier.rivals[flat.name]
@@ -900,6 +920,7 @@ def frontier_text(
 
 COLOURS = '#0072B2', '#009E73', '#CC79A7', '#56B4E9', '#E69F00'
 
+# %% ../nbs/04_knapsack.ipynb #e9fdbd48
 def plot_frontier(
     frontier: Frontier,
     ax = None, # matplotlib axes
@@ -936,6 +957,7 @@ class Stability(dict):
         sure = len(self)-len(self.toss_ups())
         return f'{sure} of {len(self)} units keep their format in at least 90 % of resamples'
 
+# %% ../nbs/04_knapsack.ipynb #a770a499
 def stability(
     sweep, # Sweep
     n: int = 200, # resamples

@@ -29,6 +29,8 @@ from .convert import convert, whole_folder
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of
 from .evals.report import Report, machine, score_row
 from .formats import AS_IS, FAMILIES, Format, divides, parse_format
+
+# %% ../nbs/06_kv_cache.ipynb #c5882c9d
 from .knapsack import Plan, allocate, make_plan, uniform
 from .models import Checkpoint, Unit, blocks_path
 from .sensitivity import Sweep, kl_sweep, plot_sweep
@@ -78,12 +80,14 @@ def kv_layers(
     with mlx_attention(attended), mlx_blocks(model, blocks_path(model), enter): model(mx.zeros((1, 2), mx.int32), cache=caches)
     return [_layer(i, c, calls.get(i, ()), arrived[i]) for i, c in enumerate(caches)]
 
+# %% ../nbs/06_kv_cache.ipynb #4d45b30e
 def own_caches(model) -> list:
     "The caches that a model makes for itself, whatever was installed on it"
     from mlx_lm.models.cache import KVCache
     make = getattr(type(model), 'make_cache', None)
     return make(model) if make else [KVCache() for _ in model.layers]
 
+# %% ../nbs/06_kv_cache.ipynb #f6e07af5
 def _layer(i, c, calls, arrived):
     "One layer from what was recorded"
     name, window = type(c).__name__, getattr(c, 'max_size', None)
@@ -128,6 +132,7 @@ class KVLayout:
         formats = json.dumps({p: str(f) for p, f in (self.weights or {}).items()})
         return dict(units='keys and values', weights=self.weights and hashlib.sha256(formats.encode()).hexdigest()[:12])
 
+# %% ../nbs/06_kv_cache.ipynb #56e4be10
 def kv_layout(
     model, # name, Checkpoint, or mlx-lm model
     context: int = 1, # tokens
@@ -165,6 +170,7 @@ def kv_sweep(
                               f'through the {b.name} backend; use --backend {"mlx" if b.name == "torch" else "torch"}')
     return sweep
 
+# %% ../nbs/06_kv_cache.ipynb #7ce2a6ed
 def at_context(
     sweep: Sweep, # of keys and values
     context: int, # tokens
@@ -195,6 +201,7 @@ def plot_kv(
 # %% ../nbs/06_kv_cache.ipynb #35ba0a77
 VERSION = 1 # of kv_config.json
 
+# %% ../nbs/06_kv_cache.ipynb #dc9ed0de
 def kv_config(
     plan: Plan, # of a cache; in a combined one, weights are passed over
     layout: KVLayout,
@@ -209,6 +216,7 @@ def kv_config(
     return dict(optiq='kv_config', version=VERSION, model=plan.model or layout.name, nominal_bits=mine.nominal_bits,
                 context=layout.context, nbytes=mine.nbytes, layers=[layer(l) for l in layout.layers])
 
+# %% ../nbs/06_kv_cache.ipynb #a7b90bc9
 def save_kv_config(config: dict, path: 'str | Path'):
     "Write a config, one line per layer"
     head, rows = dict(config), config['layers']
@@ -234,6 +242,7 @@ def read_kv_config(
     if model is not None: _check_fit(where, d, found, kv_layers(model))
     return {i: pair for i, pair in found.items() if pair != (AS_IS, AS_IS)}
 
+# %% ../nbs/06_kv_cache.ipynb #f26637a4
 def _check_fit(where, d, found, layers):
     "Raise ValueError unless a config is for a model with these layers"
     made = f'{where} was made for {d.get("model") or "another model"}'
@@ -272,6 +281,7 @@ class Codec:
     def turn(self, x): return x # queries into the space of stored keys
     def back(self, x): return x # outputs out of the space of stored values
 
+# %% ../nbs/06_kv_cache.ipynb #5f237784
 class Dense(Codec):
     "Keys or values as they are"
     def encode(self, x): return [x]
@@ -318,6 +328,7 @@ def attend_packed(q, keys, values, scale, mask, sinks):
     weights = mx.softmax(scores, axis=-1, precise=True)[..., :T]
     return values.codec.product(weights.reshape(B, G, -1, T), values.arrays, False).reshape(B, H, L, -1)
 
+# %% ../nbs/06_kv_cache.ipynb #d9e1fecd
 def attend_dense(q, keys, values, scale, mask, sinks):
     "MLX's fused attention on a few unpacked heads at a time"
     (B, H, L, _), (G, T, D) = q.shape, keys.shape[1:]
@@ -388,6 +399,7 @@ class Mixed:
     @property
     def nbytes(self): return sum(a.nbytes for arrays in (self.keys, self.values) for a in arrays or ())
 
+# %% ../nbs/06_kv_cache.ipynb #06524ff7
 def put(old, new, at: int, step: int): # (B, heads, room, …), (B, heads, T, …)
     "`new` behind the first `at` tokens of `old`, with more room if it is needed"
     stop = at+new.shape[2]
@@ -475,6 +487,7 @@ class Padded(Mixed):
         self.dims, self.dtype = (like or self).dims, (like or self).dtype
         return self
 
+# %% ../nbs/06_kv_cache.ipynb #a3acec7d
 def aligned(c, arrays, j: int, like, length: int): # ▸ (B, heads, length, …)
     "Array `j` of a batch, moved right so that it ends at `length`; zeros shaped as `like` if the batch is empty"
     if arrays is None: return mx.zeros((c.offset.shape[0], like.shape[1], length, like.shape[3]), like.dtype)
@@ -576,6 +589,7 @@ def cache_bytes(
         total += cache.nbytes
     return total
 
+# %% ../nbs/06_kv_cache.ipynb #6aedfe84
 def memory_table(
     layout: KVLayout,
     formats: dict, # as for `cache_bytes`
@@ -645,6 +659,7 @@ def untested(source, formats: list) -> Sweep: # of a Checkpoint or KVLayout
     values = {(u.path, f): np.array([1/f.bits]) for u in source.units for f in formats if divides(f, u.shape)}
     return Sweep(source.units, formats, values, dict(model=source.name, params=source.params, other_bytes=source.other_bytes))
 
+# %% ../nbs/06_kv_cache.ipynb #17fe6f3c
 def layer_table(config: dict) -> str:
     "Layer × keys and values, as text"
     rows = [[str(r[k]) for k in ('layer', 'keys', 'values')]+[r.get('left', '')] for r in config['layers']]
@@ -656,6 +671,7 @@ def memory_lines(memory: list) -> str:
     return '\n'.join(f'{r["context"]:6} tokens  as it is {r["fp16_bytes"]/2**20:9.2f} MB  mixed {r["bytes"]/2**20:9.2f} MB  '
                      f'({r["ratio"]:.2f} ×)' for r in memory)
 
+# %% ../nbs/06_kv_cache.ipynb #7393710f
 def write_kv(folder: Path, sweep: Sweep, plan: Plan, config: dict, report: Report, memory: list):
     "Everything that was found, into a folder"
     from importlib.util import find_spec

@@ -34,6 +34,7 @@ from .models import Unit, find_units
 # %% ../nbs/09_latency.ipynb #b804e379
 PUBLISHED = {3: 1.08} # a byte of 3-bit codes against one of 4-bit codes, on Apple's GPUs (mlx-optiq 0.0.1)
 
+# %% ../nbs/09_latency.ipynb #8985ac82
 @dataclass(frozen=True)
 class Chip:
     "How fast a machine reads, and what it spends beside reading"
@@ -145,6 +146,7 @@ def active_shape(
     if len(u.shape) == 3: return experts_per_token(config)*u.shape[1], u.shape[2]
     return u.shape
 
+# %% ../nbs/09_latency.ipynb #a4a66e12
 def reads_of(
     model, # mlx-lm model, its weights may be lazy
     config: dict, # content of config.json
@@ -328,6 +330,7 @@ def small_model(layers: int):
     model = skeleton(config)
     return stand_in(model, {u.path: Format(4, 64) for u in find_units(model)})
 
+# %% ../nbs/09_latency.ipynb #77cb2ee7
 def stand_in(
     model, # mlx-lm model with lazy weights, not quantized
     formats: dict, # unit path ▸ Format
@@ -382,6 +385,7 @@ class Speed:
     def spread(self): return float(np.subtract(*np.percentile(self.runs, [75, 25]))/2)
     def __repr__(self): return f'{self.tps:.1f} ± {self.spread:.1f} tok/s at context {self.context:.0f}'
 
+# %% ../nbs/09_latency.ipynb #6b0db320
 def measure_decode(
     model, # mlx-lm model
     context: int = 32, # tokens of the prompt
@@ -472,6 +476,7 @@ def measure_chip(
                 source=f'measured {date.today()}, mlx {version("mlx")}', measured=True)
     return extend(chip, shapes, formats, runs, raw)
 
+# %% ../nbs/09_latency.ipynb #f8f6e90e
 def extend(
     chip: Chip, # a measured one
     shapes: list, # of (rows, width)
@@ -500,6 +505,7 @@ def chip_file(folder: 'Path | None' = None) -> Path:
     "The file of this chip and this version of mlx"
     return Path(folder or cache_folder())/f'{re.sub("[^A-Za-z0-9]+", "-", machine_name()).strip("-")}-mlx-{version("mlx")}.json'
 
+# %% ../nbs/09_latency.ipynb #a9dae0b5
 def save_chip(
     chip: Chip,
     points: list, # calibration points, the newest last
@@ -511,6 +517,7 @@ def save_chip(
     part.write_text(json.dumps(dict(optiq='chip', chip=asdict(chip), points=points), indent=1)+'\n')
     part.replace(file)
 
+# %% ../nbs/09_latency.ipynb #93831ef9
 def load_chip(file: Path) -> tuple[Chip, list]: # chip, calibration points
     "What `save_chip` wrote; raises ValueError for another file"
     try: d = json.loads(file.read_text())
@@ -614,6 +621,7 @@ def speed_cells(s: Speeds) -> list: # rows of text, the first one the head
     wide = max(map(len, out))
     return [head[:wide], *(r+['']*(wide-len(r)) for r in out)]
 
+# %% ../nbs/09_latency.ipynb #81a7516b
 def _foot(s):
     if s.mean_error == s.mean_error: return f'mean absolute error {s.mean_error:.1%}, without the calibration point (*)'
     return '* the calibration point' if any(r.get('calibration') for r in s.rows) else ''
@@ -625,6 +633,7 @@ def speeds_text(s: Speeds) -> str:
     lines = ['  '.join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, width))).rstrip() for r in table]
     return '\n'.join([lines[0], '─'*(sum(width)+2*len(width)-2), *lines[1:], *filter(None, [_foot(s)])])
 
+# %% ../nbs/09_latency.ipynb #66dbe5f6
 def speeds_html(s: Speeds) -> str:
     "For Jupyter"
     head, *rows = s.cells()

@@ -108,6 +108,7 @@ def blocks_path(
         if len(found) == len(model.layers) and found[0] is model.layers[0]: return f'{path}.layers'.lstrip('.')
     raise ValueError(f'{type(model).__module__} keeps its blocks where they cannot be replayed')
 
+# %% ../nbs/02_models.ipynb #2217ff67
 def find_units(
     model, # mlx-lm model, its weights may be lazy
 ) -> list[Unit]:
@@ -122,6 +123,7 @@ def find_units(
     def place(u): return u.block if u.block is not None else -1 if 'embed' in u.kind else len(model.layers)
     return sorted(found, key=place)
 
+# %% ../nbs/02_models.ipynb #0929c3b6
 def _kind(path, module):
     name = path.rsplit('.', 1)[-1]
     if 'SwitchLinear' in type(module).__name__: return f'experts.{name}'

@@ -25,6 +25,8 @@ from .evals.run import same_words, text_tokens
 from .formats import AS_IS, Format, parse_format, quantize_minmax
 from .knapsack import PROFILES, allocate, cache_bytes, make_plan, pareto, thoughtless
 from .models import Checkpoint
+
+# %% ../nbs/11_pipeline.ipynb #ea8d98c1
 from .rounding import QUANTIZERS, as_overrides, dwq, round_model, round_to_files
 from .sensitivity import Sweep, kl_sweep, probes, refuse_other
 from .verify import measured, verified
@@ -62,6 +64,7 @@ class Texts:
     scored: np.ndarray # (eval_n, eval_len) evaluation tokens, disjoint from them
     about: dict # what to say of them
 
+# %% ../nbs/11_pipeline.ipynb #bade3f39
 def texts(
     c: Checkpoint,
     calibration: str, # text to measure on
@@ -145,6 +148,7 @@ def optimize(
     figures = summary(report, plan, joint, v, out, time.perf_counter()-start)
     return dict(report=report, plan=plan, sweep=found, verified=v, figures=figures)
 
+# %% ../nbs/11_pipeline.ipynb #4dedca02
 def refuse_rounding(rounding: str, polish: str | None, out):
     "Raise ValueError for a rounding or a polish that does not exist or has nothing to work on"
     if rounding not in QUANTIZERS: raise ValueError(f'no rounding {rounding!r}; there are {", ".join(QUANTIZERS)}')
@@ -166,6 +170,7 @@ def write_and_score(b, plan, others, t: Texts, v, out, sweep, overwrite, roundin
     rows = [score_row(name, sizes[name], scores[twin.get(name, name)], fingerprint(t.scored)) for name in sizes]
     return Report(rows, t.about | dict(rounding=rounding, polish=polish)), scores['joint']
 
+# %% ../nbs/11_pipeline.ipynb #c990f0c3
 def write_model(b, plan, t: Texts, out, sweep, overwrite, rounding, polish, score):
     "Round, write, check, and score what was written"
     calibration = t.about['calibration'].rsplit(', ', 1)[0]
@@ -226,6 +231,7 @@ def trade_off(
     if out is not None: save_curve(curve, found, figures, out, overwrite)
     return dict(frontier=curve, sweep=found, figures=figures)
 
+# %% ../nbs/11_pipeline.ipynb #7516241d
 def possible(sweep) -> list: # names of PROFILES
     "The profiles whose formats a sweep has"
     return [p for p, (bits, *_) in PROFILES.items() if all(parse_format(b) in sweep.formats for b in bits or ())]

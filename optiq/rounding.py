@@ -69,6 +69,7 @@ class Rounded:
         codes = np.array(to_mlx(self.codes).astype(mx.float32))
         return dict(weight=mx.array(pack_codes(codes, self.fmt.bits)), scales=to_mlx(self.scales), biases=to_mlx(self.biases))
 
+# %% ../nbs/05a_rounding.ipynb #85236c34
 @dataclass
 class MinMax:
     "A tensor in any format by MLX's own rule"
@@ -80,6 +81,7 @@ class MinMax:
 # %% ../nbs/05a_rounding.ipynb #67daeb74
 SHRINK = (1., .9, .8, .7) # parts of the range to start from
 
+# %% ../nbs/05a_rounding.ipynb #e16d61db
 def fit_grid(xp, g, a, n, cast, steps=5): # g (rows, group), a (rows or 1, group), n the largest code
     "Scale and bias (rows, 1) of each group that minimise Σ a·(g − scale·code − bias)²"
     total = lambda x: x.sum(-1, keepdims=True)
@@ -102,6 +104,7 @@ def fit_grid(xp, g, a, n, cast, steps=5): # g (rows, group), a (rows or 1, group
         else: best = [xp.where(error < best[2], new, old) for new, old in zip((s, b, error), best)]
     return best[:2]
 
+# %% ../nbs/05a_rounding.ipynb #1fa88181
 def _edges(xp, g):
     low, high = (xp.amin, xp.amax) if xp.__name__ == 'torch' else (xp.min, xp.max)
     return low(g, axis=-1, keepdims=True), high(g, axis=-1, keepdims=True)
@@ -133,6 +136,7 @@ def find_grid(w, fmt: Format, stats=None): # w (out_dims, in_dims)
     parts = [fit_grid(xp, g[k:k+rows], a[None], n, cast) for k in range(0, len(g), rows)]
     return [xp.concatenate(x)[..., 0] for x in zip(*parts)]
 
+# %% ../nbs/05a_rounding.ipynb #e11c01cd
 def finished(w, codes, scales, biases, fmt: Format) -> Rounded:
     "The result, in the type of `w`"
     like = (lambda x: x.to(w.dtype)) if library(w)[0].__name__ == 'torch' else (lambda x: x.astype(w.dtype))
@@ -144,6 +148,7 @@ def on_accelerator(w) -> bool:
     import mlx.core as mx
     return mx.default_device().type == mx.DeviceType.gpu
 
+# %% ../nbs/05a_rounding.ipynb #a87e504c
 def _stack(parts):
     "One tensor of its experts' results"
     if isinstance(parts[0], MinMax): return MinMax(library(parts[0].w)[0].stack([p.w for p in parts]), parts[0].fmt)
@@ -318,6 +323,7 @@ def gptq(
     "Codes that make good for each other's errors, on the grid that `search` finds"
     return gptq_all(w, [fmt], stats)[0]
 
+# %% ../nbs/05a_rounding.ipynb #dd1380a9
 def gptq_all(w, formats: list, stats) -> list:
     "`gptq` in several formats, for little more than the time of one"
     if w.ndim > 2:
@@ -331,6 +337,7 @@ def gptq_all(w, formats: list, stats) -> list:
     for k in range(0, len(affine), at_once): found |= _gptq(w, affine[k:k+at_once], stats)
     return [found.get(f) or MinMax(w, f) for f in formats]
 
+# %% ../nbs/05a_rounding.ipynb #08c23a6a
 def few_tokens(w) -> int:
     "With fewer tokens than a quarter of its width a matrix is left to `search`"
     return w.shape[-1]//4
@@ -351,6 +358,7 @@ def _gptq(w, formats, stats):
     codes = codes[xp.argsort(order)].T.reshape(len(formats), *w.shape)
     return {f: finished(w, q, *g, f) for f, q, g in zip(formats, codes, grids)}
 
+# %% ../nbs/05a_rounding.ipynb #503f9d76
 def prepared(xp, stats: Inputs, damping: float = .01):
     "H damped and in the order of its diagonal; that order; U with UᵀU = H⁻¹"
     h, d = stats.moments/stats.count, stats.importance()
@@ -408,6 +416,7 @@ def round_model(
         chunks.run(None, states, ear := Ear({path: todo[path]}))
         yield round_now(path, ear.stats[path])
 
+# %% ../nbs/05a_rounding.ipynb #e32cf0f4
 def as_overrides(done: dict) -> dict:
     "Round trips in the place of weights"
     return {path: (lambda w, x=r.dequantize(): x) for path, r in done.items()}
@@ -443,6 +452,7 @@ class RoundTrips(Mapping):
             else: self.last = path, held
         return held[fmt]
 
+# %% ../nbs/05a_rounding.ipynb #67ba08cb
 def round_all(w, formats: list, stats, method: str) -> list:
     "A weight in several formats"
     return gptq_all(w, formats, stats) if method == 'gptq' else [QUANTIZERS[method](w, f, stats) for f in formats]
@@ -466,6 +476,7 @@ def round_to_files(
             found[path] = partial(_read, file=file, planned=plan[path])
     return found
 
+# %% ../nbs/05a_rounding.ipynb #a7710bf6
 def _read(w, fmt, file, planned):
     import mlx.core as mx
     if fmt != planned: raise ValueError(f'{file} was rounded for {planned}, not {fmt}')

@@ -40,6 +40,7 @@ def kl_divergence(
     log = [z-xp.logsumexp(z, axis=-1, keepdims=True) for z in (z_p, z_q)] # so far apart that exp overflows: nothing cancels
     return (p*(log[0]-log[1])).sum(-1)
 
+# %% ../nbs/03_sensitivity.ipynb #af7bfd00
 @cache
 def _fused(xp):
     "The sum over the vocabulary; MLX makes one kernel of it"
@@ -87,6 +88,7 @@ def walk(
         streams += own
     return reference, streams
 
+# %% ../nbs/03_sensitivity.ipynb #3c65f72e
 def perturb(probe: tuple[Unit, Format], quantize=quantize_dequantize) -> dict:
     "The override that a probe stands for"
     unit, fmt = probe
@@ -129,6 +131,7 @@ def kl_of_streams(
                     row += len(part)
     return kl.mean(1).reshape(-1, B)
 
+# %% ../nbs/03_sensitivity.ipynb #98181876
 def logit_slices(b, B, T):
     "(tokens, streams) whose logits are in memory at once"
     room = (2**28 if on_gpu(b) else 2**22)//(B*b.checkpoint.vocabulary)
@@ -164,6 +167,7 @@ def measure(
     groups += [(outside | perturb(p, quantize), [reference]) for p in heads]
     return kl_of_streams(b, walk(b, batch, [])[0] if base else reference, groups)
 
+# %% ../nbs/03_sensitivity.ipynb #a19a350d
 def _split(streams, n):
     "The first n rows of a list of batches, and the rest"
     first, rest = [], list(streams)
@@ -184,6 +188,7 @@ class Pass:
     stop: int # one past the last
     todo: tuple # probes
 
+# %% ../nbs/03_sensitivity.ipynb #4a44c860
 def plan_passes(
     b: Backend,
     todo: list, # all probes
@@ -197,6 +202,7 @@ def plan_passes(
     at_once = n if on_gpu(b) else max(1, 512//T) # short passes: less is lost when one is interrupted
     return max(1, min(n, at_once, room//(len(todo)+1))), min(len(todo), room)
 
+# %% ../nbs/03_sensitivity.ipynb #ad622c1d
 def passes_of(todo: list, n: int, sequences: int, many: int) -> list[Pass]:
     "All passes, sequences first"
     return [Pass(s, min(s+sequences, n), tuple(todo[k:k+many])) for s in range(0, n, sequences)
@@ -211,6 +217,7 @@ def block_passes(todo: list, n_blocks: int) -> int:
     "How often one block is run on one batch, summed over the blocks"
     return n_blocks+sum(n_blocks-(u.block or 0) for u, _ in todo if u.kind != 'lm_head')
 
+# %% ../nbs/03_sensitivity.ipynb #efb54501
 def estimate(
     model, # name, Checkpoint or Backend
     formats: list = ('4g64', '8g64'),
@@ -223,6 +230,7 @@ def estimate(
     todo = probes(b.checkpoint.units, [parse_format(f) for f in formats])
     return cost(b, passes_of(todo, shape[0], *plan_passes(b, todo, shape, max_memory)), shape[1])
 
+# %% ../nbs/03_sensitivity.ipynb #afa77dd2
 def cost(b: Backend, passes: list[Pass], T: int) -> dict:
     "Seconds, bytes and counts of these passes over sequences of T tokens"
     if not passes: return dict(seconds=0., bytes=0, probes=0, passes=0)
@@ -348,6 +356,7 @@ def load_sweep(
     try: return to_sweep(header, records)
     except ValueError: raise ValueError(f'{path} is not finished; run the same command again to go on with it') from None
 
+# %% ../nbs/03_sensitivity.ipynb #88cb4898
 def to_sweep(header: dict, records: dict) -> Sweep:
     "A sweep from its records; raises ValueError if some are missing"
     units = [Unit(**{**u, 'shape': tuple(u['shape'])}) for u in header['units']]
@@ -361,6 +370,7 @@ def to_sweep(header: dict, records: dict) -> Sweep:
     header = header | dict(noise=float(np.mean(noise)) if noise else header.get('noise'))
     return Sweep(units, formats, {k: np.array(values[k]) for k in order}, header)
 
+# %% ../nbs/03_sensitivity.ipynb #ab1d31bf
 def save_sweep(sweep: Sweep, path: 'str | Path'):
     "Write a sweep as one JSON document with a line per unit and format, or as JSON lines if `path` ends in .jsonl"
     records = [json.dumps(dict(unit=p, format=str(f), start=0, kl=v.tolist())) for (p, f), v in sweep.values.items()]
@@ -454,6 +464,7 @@ class SweepLog:
             'every KL is under 1e-6: quantizing changed nothing, so these weights were quantized before, or never used')
         return sweep
 
+# %% ../nbs/03_sensitivity.ipynb #972fbf17
 def progress_bar(log: SweepLog, show: bool = True):
     "A progress bar, after a line that tells time and memory"
     todo = log.missing()
@@ -546,6 +557,7 @@ def kl_sweep(
             if until == 'stable' and settled(log, targets): break
     return log.finish()
 
+# %% ../nbs/03_sensitivity.ipynb #eddde69f
 def settled(log: SweepLog, targets: list) -> bool:
     "Whether the plans at these targets are the same with and without the last sequences measured"
     from optiq.knapsack import allocate

@@ -74,6 +74,7 @@ On a yard stand {a:5-80} cars with 4 wheels and {b:5-100} bicycles with 2 wheels
 A baker needs {a:2-12} eggs for a cake and {b:2-10} for a pie. {A} makes {k:3-30} of each and had {n:60-380} eggs. How many eggs are left? | One cake and one pie take {x=a+b} eggs. | In all {A} needs {y=x*k} eggs. | There are {z=n-y} eggs left.
 '''.strip().splitlines()
 
+# %% ../nbs/01a_tasks.ipynb #39588a08
 NEW_STORIES = '''
 A farmer fills {k:2-22} sacks with {m:5-40} melons each, drops {b:3-100} of them and puts the rest on carts of {g:2-12}. How many carts are needed? | There are {x=k*m} melons. | After the fall there are {y=x-b} melons. | They need {z=y/g} carts.
 A choir of {a:10-150} adults and {b:10-150} children stands in {k:2-20} equal rows. How many people stand in each row? | The choir has {x=a+b} people. | Each row has {y=x/k} people.
@@ -98,6 +99,7 @@ ENDS = dict(
     share='{A} puts them into {k#:2-12} {box}, the same number in each. How many {item} are in one? | In one there are {x#=@/k#} {item}.',
     worth='Each of them is worth ${k#:2-10}. How many dollars are they worth? | They are worth {x#=@*k#} dollars.')
 
+# %% ../nbs/01a_tasks.ipynb #fcc0781d
 def chain(
     kinds: tuple, # of `EVENTS`, the last of `ENDS`
 ) -> str:
@@ -132,6 +134,7 @@ def _parse(
     ranges = {m[0]: (int(m[1]), int(m[2])) for m in re.findall(r'\{(\w+):(\d+)-(\d+)\}', question)}
     return ranges, STEP.findall(template), re.sub(r'\{(\w+):[-\d]+\}', r'{\1}', question), '\n'.join(lines)
 
+# %% ../nbs/01a_tasks.ipynb #3408ca87
 def _work_out(
     steps: list, # (name, left, op, right)
     v: dict, # the numbers by name; results are added to it
@@ -203,6 +206,7 @@ def _template(
 
 def _note(result, left, op, right): return f'{left} {op} {right} = <<{left}{op}{right}={result}>>{result}'
 
+# %% ../nbs/01a_tasks.ipynb #74bddf69
 def word_problem(
     r: random.Random, # where the randomness comes from
     split: str = 'train', # 'train', 'test' (numbers and names unseen) or 'unseen' (templates unseen as well)
@@ -247,6 +251,8 @@ crown desk dog dragon drum eagle engine falcon feather fence fire fish flag flut
 hammer harbor hat hill horse house island jacket kettle key kite ladder lake lamp lemon lion maple market mirror moon
 mountain mouse needle oak ocean owl panda pencil piano pilot planet pony rabbit river road rocket rose sail shadow shell
 ship spider star stone table tiger tower tree turtle valley wagon whale wheel window wolf'''.split()
+
+# %% ../nbs/01a_tasks.ipynb #29c9c7d9
 FILLERS = '''The grass is green and the sky is blue.
 Here we go, there and back again.
 The sun rises in the east and sets in the west.
@@ -363,6 +369,7 @@ urllib.request urllib.robotparser uuid venv warnings wave weakref webbrowser wsg
 xml.dom.minidom xml.dom.pulldom xml.etree.ElementTree xml.sax.handler xmlrpc.client xmlrpc.server zipapp zipfile zipimport
 zlib zoneinfo'''.split()
 
+# %% ../nbs/01a_tasks.ipynb #a3be6fff
 def _docstrings(
     name: str, # of a module
 ):

@@ -56,6 +56,7 @@ class KeyPrecondition:
         s = np.sqrt(floor(sigma_k)/floor(sigma_q))
         return cls(mean[:, None], (s/np.exp(np.log(s).mean(-1, keepdims=True)))[:, None].astype(np.float32))
 
+# %% ../nbs/08_turbo_cache.ipynb #a1eb5a70
 @lru_cache(1024)
 def _constant(owner, which, dtype):
     a = mx.array(getattr(owner, which)).astype(dtype)
@@ -95,6 +96,7 @@ def watch_attention(
         with mlx_blocks(b.model, blocks_path(b.model), enter): yield
     finally: mx.fast.scaled_dot_product_attention = before
 
+# %% ../nbs/08_turbo_cache.ipynb #b87e3d76
 def key_statistics(
     b: Backend,
     tokens: np.ndarray, # (n, T) calibration tokens
@@ -193,6 +195,7 @@ def rotation(D: int, seed: int, dtype): # (D, padded D)
     mx.eval(m)
     return m
 
+# %% ../nbs/08_turbo_cache.ipynb #51912e69
 @lru_cache(16)
 def grid(shape: tuple, bits: int, dtype):
     "Scale 1 and the bias that centres the codes, in the shape that MLX's kernels ask for"
@@ -303,6 +306,7 @@ class TurboQuantKVCache(_Turbo, MixedKVCache):
     def merge(cls, caches): return BatchTurboQuantKVCache.merge(caches)
     def __repr__(self): return super().__repr__().replace('Mixed', 'TurboQuant', 1)
 
+# %% ../nbs/08_turbo_cache.ipynb #9d017dcd
 @findable
 class BatchTurboQuantKVCache(_Turbo, BatchMixedKVCache):
     "The rotated cache of one layer for several texts"
@@ -321,6 +325,7 @@ class BatchTurboQuantKVCache(_Turbo, BatchMixedKVCache):
 # %% ../nbs/08_turbo_cache.ipynb #b764ed40
 STATISTICS = 'key_statistics.safetensors' # beside a kv_config.json
 
+# %% ../nbs/08_turbo_cache.ipynb #053df323
 def turbo_cache(
     model, # mlx-lm model
     bits: int = 4, # a coordinate
@@ -334,6 +339,7 @@ def turbo_cache(
     "Caches for one text"
     return make_turbo(model, bits, key_bits, value_bits, kv_config=kv_config, precondition=precondition, seed=seed)()
 
+# %% ../nbs/08_turbo_cache.ipynb #713e235b
 def use_turbo_cache(model, bits: int = 4, *args, **options): # as for `turbo_cache`
     "Let a model make rotated caches from now on; returns it"
     make = make_turbo(model, bits, *args, **options)
@@ -342,6 +348,7 @@ def use_turbo_cache(model, bits: int = 4, *args, **options): # as for `turbo_cac
     model.make_cache = make
     return model
 
+# %% ../nbs/08_turbo_cache.ipynb #824d35fa
 def make_turbo(model, bits=4, key_bits=None, value_bits=None, *, kv_config=None, precondition=None, seed=42):
     "The function that makes the caches; formats and statistics are read once"
     formats = read_kv_config(kv_config, model) if kv_config is not None else {

@@ -26,6 +26,7 @@ def density(
     x = np.asarray(x, np.float64)
     return _peak(d)*np.maximum(0, 1-x*x)**((d-3)/2)
 
+# %% ../nbs/07_turboquant.ipynb #f5e53b87
 def mass(x, d: int):
     "Probability that the coordinate lies between 0 and `x`"
     theta = np.arcsin(np.clip(x, -1, 1))
@@ -40,6 +41,7 @@ def moment(x, d: int):
     "∫ t·f(t) dt up to `x`"
     return -_peak(d)/(d-1)*np.maximum(0, 1-np.square(x))**((d-1)/2)
 
+# %% ../nbs/07_turboquant.ipynb #a3f8240f
 def _peak(d): return math.exp(math.lgamma(d/2)-math.lgamma((d-1)/2))/math.sqrt(math.pi)
 
 # %% ../nbs/07_turboquant.ipynb #080a2894
@@ -74,6 +76,7 @@ def codebook(
     points.flags.writeable = False
     return points
 
+# %% ../nbs/07_turboquant.ipynb #e55087a2
 def _lloyd(d, n):
     c = np.array([NormalDist().inv_cdf((k+.5)/n) for k in range(n)])*min(math.sqrt(3/d), .3)
     for step in range(60):
@@ -331,6 +334,7 @@ def pack(
     octets = eights & constant(np.array([255], np.uint64))
     return as_type(octets, 'uint8').reshape(*codes.shape[:-1], -1).view(xp.uint32)
 
+# %% ../nbs/07_turboquant.ipynb #9ef6e199
 def unpack(
     words, # (…, d·bits/32) uint32
     bits: int,
@@ -369,6 +373,7 @@ def rotate(y, seed: int): # (…, D) float32 ▸ (…, padded(D))
     "`y`, padded with zeros, after the rotation"
     return y @ library(y)[1](rotation_matrix(padded(y.shape[-1]), seed, 'hadamard')[:y.shape[-1]])
 
+# %% ../nbs/07_turboquant.ipynb #c9aea974
 def encode(
     y, # (…, D) rotated, float32
     bits: int,
@@ -383,6 +388,7 @@ def encode(
     c = codes-middle
     return codes, as_type(length/xp.sqrt((c*c).sum(-1, keepdims=True)), 'float16')
 
+# %% ../nbs/07_turboquant.ipynb #11df148c
 def decode(codes, scales, bits: int): # ▸ (…, D) float32
     "The rotated vectors that codes and scales stand for"
     return (codes-(2**bits-1)/2)*as_type(scales, 'float32')

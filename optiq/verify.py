@@ -84,6 +84,7 @@ def around(
             values.setdefault((u.path, f), []).append(kl)
     return {k: np.concatenate(v) for k, v in values.items()}
 
+# %% ../nbs/04a_verify.ipynb #121e94d9
 def solve_again(
     q: Question,
     plan: Plan, # the incumbent
@@ -126,6 +127,7 @@ class Verified:
         said = ['–' if r['predicted_kl'] is None else f'{r["predicted_kl"]:.4f}' for r in self.rows]
         return '\n'.join([*(line.format(**r, said=x) for r, x in zip(self.rows, said)), verdict(self)])
 
+# %% ../nbs/04a_verify.ipynb #047a6993
 def mean_se(x): return float(x.mean()), float(x.std(ddof=1)/len(x)**.5) if len(x) > 1 else float('nan')
 
 def known(plan): return plan.predicted_kl if isfinite(plan.predicted_kl) else None
@@ -136,6 +138,7 @@ def verified_row(v: Verified, name: str) -> dict:
     return dict(name=name, size_mb=v.tried[name].size_mb, predicted_kl=known(v.tried[name]), kl=kl, kl_se=se,
                 difference=diff, difference_se=diff_se)
 
+# %% ../nbs/04a_verify.ipynb #72265bc4
 def verdict(v: Verified) -> str:
     "One line: what was kept, and how good the forecast was"
     last, again = v.rounds[-1], sum(r['units'] for r in v.rounds)
@@ -190,6 +193,7 @@ def verified(
     kept = min(tried, key=lambda x: kl[x].mean())
     return Verified(stamped(q, plan, tried, kl, kept, tokens), kept, tried, kl, history, tuple(flats))
 
+# %% ../nbs/04a_verify.ipynb #0a8d3cbd
 def stamped(q, plan, tried, kl, kept, tokens) -> Plan:
     "The plan that was kept, with what was measured in its record"
     (joint, se), chosen = mean_se(kl[kept]), tried[kept]

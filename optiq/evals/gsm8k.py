@@ -71,6 +71,7 @@ def numbers(text: str) -> list: # of Fractions
     text = plain(text)
     return [v for m in NUMBER.finditer(text) for v in [_value(m, text)] if v is not None]
 
+# %% ../../nbs/10_evals.gsm8k.ipynb #f5475656
 def _value(m, text):
     "The number of a match, or None if it is part of a word or an exponent"
     front = SIGN.search(text[max(0, m.start()-8):m.start()])
@@ -114,6 +115,7 @@ def questions(
         f'{source} has {len(rows)} questions, not {n}: give --n-samples {len(rows)} or fewer')
     return [dict(question=r['question'], answer=r['answer']) for r in rows[:n]]
 
+# %% ../../nbs/10_evals.gsm8k.ipynb #34acfd8c
 def read_questions(path, fields: tuple) -> list:
     "The records of a .jsonl file, each with these fields"
     if not Path(path).is_file(): raise FileNotFoundError(
@@ -130,6 +132,7 @@ def read_questions(path, fields: tuple) -> list:
     if not rows: raise ValueError(f'{path} is empty; it needs lines with {", ".join(fields)}')
     return rows
 
+# %% ../../nbs/10_evals.gsm8k.ipynb #1410ad0d
 def _from_hub():
     try:
         from datasets import load_dataset
@@ -142,6 +145,7 @@ def _from_hub():
 # %% ../../nbs/10_evals.gsm8k.ipynb #d2b79df0
 STOP = '\nQuestion:', '\n\nQuestion', '\nQ:', '\n\n\n'
 
+# %% ../../nbs/10_evals.gsm8k.ipynb #7abd7205
 def gsm8k(
     model: 'str | Checkpoint | Backend',
     rows: list | None = None, # questions; see `questions`
@@ -171,6 +175,7 @@ def gsm8k(
     size = size_of(settings['name'], size or make_plan(b.checkpoint, b.checkpoint.formats))
     return _report(done, figure, size, settings)
 
+# %% ../../nbs/10_evals.gsm8k.ipynb #6ceb27d1
 def label_of(make_cache) -> str:
     "What a KV configuration is called"
     if make_cache is None: return 'default'
@@ -191,6 +196,7 @@ def _report(done, figure, size, about):
 def _append(path, records):
     with path.open('a', encoding='utf-8') as f: f.writelines(json.dumps(r, ensure_ascii=False)+'\n' for r in records)
 
+# %% ../../nbs/10_evals.gsm8k.ipynb #0f4ec850
 def _resume(path, settings, rows) -> list:
     "The finished lines of a response file, or a new file with its header"
     data = path.read_bytes() if path.exists() else b''

@@ -41,6 +41,7 @@ def harness(
     versions = dict(lm_eval=getattr(lm_eval, '__version__', None), shots=shots, limit=limit, metric=on)
     return Report([size_of(name or c.name, make_plan(c, c.formats)) | figure(f'harness:{task}', items, on)], versions | machine())
 
+# %% ../../nbs/10_evals.harness.ipynb #8c3e3ad9
 def items_of(
     found: dict, # what lm-eval returned
     task: str,

@@ -79,6 +79,7 @@ class Reference:
         load = lambda name: np.load(Path(folder)/f'{name}.npy', mmap_mode='r', allow_pickle=False)
         return cls(Path(folder), about, load('logits'), load('ids') if about['top_k'] else None, load('nll'), load('best'))
 
+# %% ../../nbs/10_evals.kl.ipynb #8b3f9763
 def cache_folder() -> Path:
     "Where references are kept: `OPTIQ_CACHE`, or ~/.cache/optiq"
     return Path(os.environ.get('OPTIQ_CACHE') or Path.home()/'.cache'/'optiq')
@@ -99,6 +100,7 @@ def reference(
     if not folder.exists(): _compute(open_backend(model), tokens, top_k, folder)
     return Reference.load(folder)
 
+# %% ../../nbs/10_evals.kl.ipynb #8fd1404d
 def _compute(b, tokens, top_k, folder):
     (n, T), V = tokens.shape, b.checkpoint.vocabulary
     width = top_k+1 if top_k else V
@@ -117,6 +119,7 @@ def _compute(b, tokens, top_k, folder):
                      shape=[n, T], top_k=top_k, vocabulary=V, backend=b.name)
         (part/'about.json').write_text(json.dumps(about, indent=1)+'\n')
 
+# %% ../../nbs/10_evals.kl.ipynb #225da39a
 def likelihoods(b, z, ids, at): # (B, t, V) logits of positions `at` ▸ (B, t)
     "Negative log-likelihood of the next tokens, 0 where there is none"
     nexts, out = ids[:, at.start+1:at.stop+1], np.zeros(z.shape[:2])
@@ -144,6 +147,7 @@ def score_against(
         out[2, rows, at] = b.numpy(z.argmax(-1)) == stored.best[rows, at]
     return Score.of(out)
 
+# %% ../../nbs/10_evals.kl.ipynb #3d41300f
 def on_device(b: Backend, a: np.ndarray):
     "A piece of a stored array as a backend's own"
     if b.name == 'mlx': return b.xp.array(np.ascontiguousarray(a))

@@ -61,6 +61,7 @@ def margins(
             order, out[part] = order[len(part):], _together(b, [pairs[i] for i in part])
     return out
 
+# %% ../../nbs/10_evals.needle.ipynb #7a2af1c5
 def _together(b, pairs):
     "Margins of texts that are padded to one length"
     longest, most = max(len(p)+len(a) for p, a in pairs), max(len(a) for _, a in pairs)
@@ -73,6 +74,7 @@ def _together(b, pairs):
 
 def on(b, a): return b.xp.array(a) if b.name == 'mlx' else b.xp.tensor(a, device=b.device)
 
+# %% ../../nbs/10_evals.needle.ipynb #5cacd7da
 def _through_cache(b, prompt, answer, cache, step=2048):
     "The margin of one text that is read into a cache first"
     for k in range(0, len(prompt)-1, step):
@@ -110,6 +112,7 @@ def needle(
     size = size_of(name or b.checkpoint.name, size or make_plan(b.checkpoint, b.checkpoint.formats))
     return Report([joined(size, figures, dict(grid=grid))], dict(cache=label_of(make_cache), trials=on, **machine()))
 
+# %% ../../nbs/10_evals.needle.ipynb #1a85bab6
 def cell(m: np.ndarray) -> dict: # of margins
     "Hits of one depth and length with Wilson's interval, and the mean margin"
     f = share_figure('x', m > 0)

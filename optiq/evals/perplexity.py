@@ -78,6 +78,7 @@ class Score:
         return (f'perplexity {self.perplexity:.2f} ± {self.perplexity_se:.2f}, KL {self.kl.mean():.4f} ± '
                 f'{_se(self.kl):.4f}, agreement {self.agree.mean():.1%} ± {_se(self.agree):.1%}')
 
+# %% ../../nbs/10_evals.perplexity.ipynb #21efa97e
 def _se(x): return float(x.std(ddof=1)/np.sqrt(len(x))) if len(x) > 1 else float('nan')
 
 # %% ../../nbs/10_evals.perplexity.ipynb #ecc2e078
@@ -99,6 +100,7 @@ def evaluate(
         for n, rows in _score(ids, states, everyone).items(): parts[n].append(rows)
     return {n: Score.of(np.concatenate(rows, 1)) for n, rows in parts.items()}
 
+# %% ../../nbs/10_evals.perplexity.ipynb #e9752f3a
 def _at(b, overrides, block):
     "The overrides of one block, or of what lies outside the blocks"
     return {p: f for p, f in overrides.items() if b.checkpoint.find(p).block == block}
@@ -122,6 +124,7 @@ def _score(ids, states, everyone):
                     out[n][2, :, s] = m.numpy(z.argmax(-1)) == best
     return out
 
+# %% ../../nbs/10_evals.perplexity.ipynb #44db9326
 def _nll(b, z, nexts):
     "Negative log-likelihood of the next tokens, (B, t)"
     if not nexts.size: return 0

@@ -66,6 +66,7 @@ def mean_figure(
     half = float(t.ppf(.975, len(x)-1))*se if len(x) > 1 else float('nan')
     return _figure(name, float(x.mean()), se, x.mean()-half, x.mean()+half, x, on)
 
+# %% ../../nbs/10_evals.report.ipynb #eff1fdd3
 def share_figure(
     name: str, # of the metric
     items, # (n,) right or wrong
@@ -78,6 +79,7 @@ def share_figure(
     low, high = binomtest(int(x.sum()), len(x)).proportion_ci(method='wilson')
     return _figure(name, float(p), float((p*(1-p)/len(x))**.5), low, high, x, on)
 
+# %% ../../nbs/10_evals.report.ipynb #7f3dcd4f
 def _figure(name, value, se, low, high, items, on):
     return {name: value, f'{name}_se': se, f'{name}_low': float(low), f'{name}_high': float(high), f'{name}_n': len(items),
             'items': {name: [round(v, 9) for v in items.tolist()]}, 'on': {name: on}}
@@ -122,6 +124,7 @@ def verdict(
     others = ', '.join(f'{n} ({_p(q)})' for n, q in unsure.items())
     return dict(winner=None, text=f'no difference shown between {best["name"]} and {others}')
 
+# %% ../../nbs/10_evals.report.ipynb #101820c7
 def test(a: dict, b: dict, name: str) -> dict | None:
     "`paired` on two rows; None unless both have the items of the metric, of the same data"
     x, y = (r.get('items', {}).get(name) for r in (a, b))
@@ -139,6 +142,7 @@ def _p(p): return 'p < 0.001' if p < .001 else f'p = {p:.2g}'
 # %% ../../nbs/10_evals.report.ipynb #722bc356
 COLUMNS = dict(name='model', **SIZES, **{k: m.title for k, m in METRICS.items()})
 
+# %% ../../nbs/10_evals.report.ipynb #f6fa2c5e
 @dataclass(repr=False)
 class Report:
     "Measured size and quality of models, side by side"
@@ -206,6 +210,7 @@ def cells(row: dict) -> dict: # column ▸ text
         return f'{v:{spec}}'+(f' ± {se:{spec}}' if se is not None and se == se else '')
     return {k: show(k, row[k]) for k in columns([row])}
 
+# %% ../../nbs/10_evals.report.ipynb #162b4927
 def columns(rows: list) -> list:
     "The columns that some row has something in, known metrics first"
     own = [k[:-2] for r in rows for k in r if k.endswith('_n') and k[:-2] not in COLUMNS and k[:-2] in r]
@@ -213,6 +218,7 @@ def columns(rows: list) -> list:
 
 def _titles(keys): return [COLUMNS.get(k) or metric(k).title for k in keys]
 
+# %% ../../nbs/10_evals.report.ipynb #4e580d83
 def text_table(rows: list) -> str:
     "A table for a terminal"
     lines, keys = [cells(r) for r in rows], columns(rows)
@@ -227,6 +233,7 @@ def html_table(rows: list) -> str:
     tr = lambda tag, xs: '<tr>'+''.join(f'<{tag}>{x}</{tag}>' for x in xs)+'</tr>'
     return f'<table>{tr("th", _titles(keys))}{"".join(tr("td", [r.get(k, "") for k in keys]) for r in lines)}</table>'
 
+# %% ../../nbs/10_evals.report.ipynb #9915781e
 def _note(about): return ', '.join(f'{k}: {v}' for k, v in about.items() if not isinstance(v, (dict, list)))
 
 # %% ../../nbs/10_evals.report.ipynb #6de94263
@@ -282,6 +289,7 @@ def plot_panels(report: Report): # ▸ matplotlib axes
         if '%' in metric(k).spec: ax.xaxis.set_major_formatter(lambda v, _: f'{v:.0%}')
     return axes
 
+# %% ../../nbs/10_evals.report.ipynb #91cf05d0
 def interval(row: dict, name: str) -> tuple: # low, high
     "95 % interval of a figure; of no width where no error is known"
     low, high, se = (row.get(f'{name}_{k}') for k in ('low', 'high', 'se'))

@@ -37,6 +37,7 @@ def text_tokens(
     try: return token_batch(passages(source, split, min_chars=-1), c.tokenizer, n, seq_len, seed=None)
     except ValueError as e: raise ValueError(f'{e}; give fewer --n-samples or --limit-tokens') from None
 
+# %% ../../nbs/10_evals.run.ipynb #e93320fd
 def same_words(a: Checkpoint, b: Checkpoint):
     "Raise ValueError, saying why, unless two models read the same tokens"
     if a.vocabulary != b.vocabulary: raise ValueError(
@@ -65,6 +66,7 @@ def perplexity(
     row = size_of(name or c.name, make_plan(c, c.formats)) | perplexity_figure(nll, fingerprint(tokens))
     return Report([row], text_about(source, tokens))
 
+# %% ../../nbs/10_evals.run.ipynb #80dd3d03
 def perplexity_figure(nll: np.ndarray, on: str = '') -> dict:
     "The exponential of a mean likelihood, and of its interval's ends"
     f = mean_figure('perplexity', nll, on)
@@ -109,6 +111,7 @@ def kl(
     rows = [base] if c.name == a.name else [base, joined(size_of(c.name, make_plan(c, c.formats)), figures)]
     return Report(rows, about)
 
+# %% ../../nbs/10_evals.run.ipynb #cfc3b5e0
 def p99_figure(kl: np.ndarray, draws: int = 200): # (n, T)
     "The 99th percentile of single tokens' KL, its interval by drawing sequences again and again (bootstrap)"
     r = np.random.default_rng(42)
@@ -147,6 +150,7 @@ def recall(model, n=200, seed=42, **_) -> Report:
     right = [correct(r, text) for r, text in zip(rows, answers(c, rows))]
     return Report([size_of(c.name, make_plan(c, c.formats)) | share_figure('recall', right, f'recall {n} {seed}')], machine())
 
+# %% ../../nbs/10_evals.run.ipynb #76a7dcf2
 def _needle(model, n=200, lengths=(128, 256, 512, 1024), depths=(0., .25, .5, .75, 1.), kv=None, **_):
     from optiq.evals.needle import needle
     if n % (cells := len(lengths)*len(depths)): raise ValueError(
@@ -183,6 +187,7 @@ def run_task(
     reports = [f(m, n=n, **options | part) for m, part in ((baseline, own), (model, {})) if m]
     return Report.compare(*reports) if baseline else reports[0]
 
+# %% ../../nbs/10_evals.run.ipynb #1b26aa57
 def find_task(task: str):
     "The function of a task; raises ValueError with the names there are"
     if task.startswith('harness:'):

@@ -62,6 +62,7 @@ def _write_mlx(b, prompts, new_tokens, end, stop, make_cache):
     generator.close()
     return [out[u] for u in uids]
 
+# %% ../../nbs/10_evals.tasks.ipynb #fe68cece
 def _until(steps, end, over):
     out = []
     for token, _ in steps:
@@ -107,6 +108,7 @@ def answers(
             out |= {i: t.decode(x) for i, x in zip(part, write(b, [pairs[i][0] for i in part], longest, end))}
     return [out[i] for i in range(len(rows))]
 
+# %% ../../nbs/10_evals.tasks.ipynb #97fbbd5c
 def _parts(order, length, room):
     "Split a list that is sorted by length, so that a padded batch has at most `room` tokens"
     part = []

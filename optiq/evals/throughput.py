@@ -58,5 +58,6 @@ def throughput(
                  interval='smallest and largest run')
     return Report([row], about | dict(device=str(mx.default_device()), chip=mx.device_info().get('device_name', ''), **machine()))
 
+# %% ../../nbs/10_evals.throughput.ipynb #3d3a3709
 def _spread(name, x):
     return {name: float(np.median(x)), f'{name}_low': min(x), f'{name}_high': max(x), f'{name}_n': len(x), 'items': {}, 'on': {}}

@@ -25,6 +25,7 @@ class Unknown(Exception): "A check that cannot be made, and why"
 
 MARKS = {True: '✓', False: '✗', None: '–'}
 
+# %% ../../nbs/10_evals.verify.ipynb #1c0083af
 @dataclass
 class Checks:
     "What was checked: name, whether it holds (None if it cannot be said), and what was seen"
@@ -61,6 +62,7 @@ def _counts(formats):
     found = [str(f) for f in formats.values()]
     return ', '.join(f'{found.count(f)} × {f}' for f in sorted(set(found)))
 
+# %% ../../nbs/10_evals.verify.ipynb #1c00075a
 def _bytes(c, plan):
     want = plan.nbytes if plan else c.other_bytes+sum(nbytes(c.formats[u.path], u.shape, u.itemsize) for u in c.units)
     if stored_bytes(c) != want: raise ValueError(
@@ -91,6 +93,7 @@ def _tokenizer(c, reference):
     same = ', the ids of the reference' if reference else ''
     return f'{len(t):,} tokens{same}'+('' if back == SAMPLE else '; some signs do not come back')
 
+# %% ../../nbs/10_evals.verify.ipynb #8f102eaf
 def _same_reference(sweep, plan, c, reference):
     if not reference: raise Unknown('no reference given')
     if {u.path: u.shape for u in reference.units} != {u.path: u.shape for u in c.units}: raise ValueError(
@@ -118,6 +121,7 @@ def _kl(c, plan, sweep, reference, text, within):
     if not low <= measured <= want*within+slack: raise ValueError(f'{seen}: more than a factor of {within:g} apart')
     return seen
 
+# %% ../../nbs/10_evals.verify.ipynb #6837656d
 def _kl_alone(c, reference, text):
     kl = evaluate(reference, evaluation_tokens(text, c.tokenizer, 4, 256), {'saved': overrides_of_saved(c)})['saved'].kl
     return f'{kl.mean():.4f}; nothing was predicted'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUB_FILES', 'ROUTERS', 'demo', 'find_model', 'read_header', 'weight_files', 'Unit', 'blocks_path', 'find_units',
-           'Checkpoint', 'stored_format']
+           'load_lazy', 'digest', 'Checkpoint', 'stored_format']
 
 # %% ../nbs/02_models.ipynb #50ffd3a7
 import hashlib
@@ -129,7 +129,23 @@ def _kind(path, module):
     if 'SwitchLinear' in type(module).__name__: return f'experts.{name}'
     return 'embed' if 'Embedding' in type(module).__name__ else name
 
-# %% ../nbs/02_models.ipynb #c50ba3de
+# %% ../nbs/02_models.ipynb #0422ab71
+def load_lazy(folder: Path, model_type: str, trust_remote_code: bool):
+    "A fresh mlx-lm model with lazy arrays; raises ValueError, naming what mlx-lm cannot place"
+    from mlx_lm.utils import load_model
+    try: return load_model(folder, lazy=True, trust_remote_code=trust_remote_code)[0]
+    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(
+        f'{folder}: mlx-lm cannot open this model of type {model_type!r}: {" ".join(str(e).split())[:200]}') from e
+
+def digest(files: list[Path]) -> str:
+    "Sixteen hex digits that stand for every byte of these files, in their order"
+    h = hashlib.sha256()
+    for file in files:
+        with open(file, 'rb') as f:
+            while chunk := f.read(2**24): h.update(chunk)
+    return h.hexdigest()[:16]
+
+# %% ../nbs/02_models.ipynb #37dd94e9
 class Checkpoint:
     "A model folder, checked and listed; none of its weights are loaded"
     def __init__(self,
@@ -163,11 +179,7 @@ class Checkpoint:
 
     def load(self):
         "A fresh mlx-lm model with lazy arrays; raises ValueError, naming what mlx-lm cannot place"
-        from mlx_lm.utils import load_model
-        try: return load_model(self.folder, lazy=True, trust_remote_code=self.trust_remote_code)[0]
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            what = self.config.get('model_type', 'unknown')
-            raise ValueError(f'{self.folder}: mlx-lm cannot open this model of type {what!r}: {" ".join(str(e).split())[:200]}') from e
+        return load_lazy(self.folder, self.config.get('model_type', 'unknown'), self.trust_remote_code)
 
     @cached_property
     def tokenizer(self):
@@ -178,11 +190,7 @@ class Checkpoint:
     @cached_property
     def fingerprint(self):
         "Sixteen hex digits that stand for the config and every byte of the weights"
-        h = hashlib.sha256((self.folder/'config.json').read_bytes())
-        for file in self.files:
-            with open(file, 'rb') as f:
-                while chunk := f.read(2**24): h.update(chunk)
-        return h.hexdigest()[:16]
+        return digest([self.folder/'config.json', *self.files])
 
     def __repr__(self):
         size = sum(map(os.path.getsize, self.files))/2**20

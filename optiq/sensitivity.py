@@ -6,7 +6,8 @@
 __all__ = ['kl_divergence', 'probes', 'walk', 'perturb', 'inside', 'on_gpu', 'kl_of_streams', 'logit_slices', 'kl_rows',
            'measure', 'Pass', 'plan_passes', 'passes_of', 'free_on_device', 'block_passes', 'estimate', 'cost', 'Sweep',
            'plot_sweep', 'fingerprint_of', 'refuse_other', 'read_log', 'load_sweep', 'to_sweep', 'save_sweep',
-           'tokens_per_expert', 'warn_of_idle', 'SweepLog', 'progress_bar', 'Ranks', 'kl_sweep', 'settled']
+           'tokens_per_expert', 'warn_of_idle', 'sweep_header', 'SweepLog', 'progress_bar', 'Ranks', 'sweep_quantizer',
+           'shortcut_sweep', 'kl_sweep', 'settled']
 
 # %% ../nbs/03_sensitivity.ipynb #a15671c0
 import json
@@ -415,17 +416,22 @@ def warn_of_idle(counts: dict):
     if idle: warnings.warn(f'{len(idle)} of {sum(map(len, counts.values()))} experts saw no calibration token, the first is expert '
                            f'{idle[0][1]} of block {idle[0][0]}; their KL is not in the numbers: give more or longer sequences')
 
-# %% ../nbs/03_sensitivity.ipynb #972fe858
+# %% ../nbs/03_sensitivity.ipynb #b1af33dd
+def sweep_header(b: Backend, c, tokens: np.ndarray) -> dict: # c: whose units, a Checkpoint or a KVLayout
+    "What is needed to plan without the model, and to know the calibration text again"
+    return dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes, shape=list(tokens.shape),
+                units=[asdict(u) for u in c.units], **getattr(c, 'header', {}),
+                experts=tokens_per_expert(b, tokens), blocks=block_hashes(tokens))
+
+# %% ../nbs/03_sensitivity.ipynb #da846597
 class SweepLog:
     "The passes of a sweep, and the file to which they are written as they finish"
     def __init__(self, b: Backend, tokens: np.ndarray, formats: list, out=None, max_memory=None, of=None, quantizer='minmax'):
         self.b, self.shape, self.ranks, c = b, tokens.shape, Ranks(), of or b.checkpoint
         self.todo = [(c.units[0], AS_IS), *probes(c.units, formats)] # the first one changes nothing: it shows the noise
-        self.header = dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes, shape=list(tokens.shape),
-                           fingerprint=fingerprint_of(b, tokens, formats, quantizer) | getattr(c, 'stamp', {}),
-                           units=[asdict(u) for u in c.units], **getattr(c, 'header', {}),
-                           experts=tokens_per_expert(b, tokens), blocks=block_hashes(tokens),
-                           passes=plan_passes(b, self.todo, tokens.shape, max_memory))
+        self.header = sweep_header(b, c, tokens) | dict(
+            fingerprint=fingerprint_of(b, tokens, formats, quantizer) | getattr(c, 'stamp', {}),
+            passes=plan_passes(b, self.todo, tokens.shape, max_memory))
         self.records, self.path = {}, self.ranks.own(out)
         if self.path: self._open()
         self.passes = passes_of(self.todo, len(tokens), *self.header['passes'])
@@ -514,7 +520,23 @@ class Ranks:
             for p in log.passes: log._append(p)
         part.unlink()
 
-# %% ../nbs/03_sensitivity.ipynb #f9f79063
+# %% ../nbs/03_sensitivity.ipynb #db25ed85
+def sweep_quantizer(b: Backend, tokens: np.ndarray, formats: list, rounding: str) -> tuple: # quantizer, its name
+    "What rounds the weights of a sweep: MLX's rule, or one that learns from these tokens"
+    if rounding == 'minmax': return quantize_dequantize, rounding
+    from optiq.rounding import RoundTrips
+    quantize = RoundTrips(b, tokens, formats, rounding)
+    return quantize, quantize.name
+
+def shortcut_sweep(b, tokens, formats, method, rounding, targets, out, progress) -> Sweep:
+    "A sweep by gradients, or one that is exact only where it matters"
+    if method not in ('gradient', 'screened'): raise ValueError(f'no method {method!r}; there are exact, gradient and screened')
+    if rounding != 'minmax': raise ValueError(f'method {method!r} knows min-max rounding only; use method exact for {rounding}')
+    from optiq.gradient import gradient_sweep, screened_sweep
+    if method == 'gradient': return gradient_sweep(b, tokens, formats, out=out)
+    return screened_sweep(b, tokens, formats, targets, out=out, progress=progress)
+
+# %% ../nbs/03_sensitivity.ipynb #38aea943
 def kl_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: np.ndarray | None = None, # (n, T) calibration tokens; made from `calibration` by default
@@ -538,17 +560,8 @@ def kl_sweep(
     b, formats = open_backend(model, backend), [parse_format(f) for f in formats]
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
     if tokens is None: tokens = token_batch(passages(calibration), b.checkpoint.tokenizer, n, seq_len)
-    if method != 'exact':
-        if rounding != 'minmax': raise ValueError(f'{method} sweeps know min-max rounding only; {rounding} takes method exact')
-        from optiq.gradient import gradient_sweep, screened_sweep
-        if method == 'gradient': return gradient_sweep(b, tokens, formats, out=out)
-        if method == 'screened': return screened_sweep(b, tokens, formats, targets, out=out, progress=progress)
-        raise ValueError(f'no method {method!r}; there are exact, gradient and screened')
-    if rounding == 'minmax': quantize, name = quantize_dequantize, rounding
-    else:
-        from optiq.rounding import RoundTrips
-        quantize = RoundTrips(b, tokens if rounding_tokens is None else rounding_tokens, formats, rounding)
-        name = quantize.name
+    if method != 'exact': return shortcut_sweep(b, tokens, formats, method, rounding, targets, out, progress)
+    quantize, name = sweep_quantizer(b, tokens if rounding_tokens is None else rounding_tokens, formats, rounding)
     log = SweepLog(b, tokens, formats, out, max_memory, of, name)
     warn_of_idle(log.header.get('experts', {}))
     with progress_bar(log, progress) as bar:

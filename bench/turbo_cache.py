@@ -5,18 +5,21 @@
     python bench/turbo_cache.py --only needle -o nbs/results/turbo-needle.json
 
 `speed`    decode tokens/s and peak memory, random weights at the shapes of Qwen3-0.6B and Llama-3.1-8B, on MLX's default device
+`prefill`  seconds and peak memory of a prompt, the same models
+`checks`   attention of one query by every road against attention over the same numbers unpacked
+`attention` microseconds of one layer's attention at a step
 `kl`       KL of whole models with every token quantized, rotated against affine and KIVI-style formats, and an allocation
 `compare`  error of attention on one model's keys and values, beside mlx-vlm's TurboQuant (where it is installed)
 `needle`   retrieval on the demo model: hit rate with Wilson intervals, and margins
 
-FOLDER holds valid.txt (calibration) and test.txt (evaluation). `speed --only-shapes tiny` is a rehearsal for any machine.
+FOLDER holds valid.txt (calibration) and test.txt (evaluation). `--shapes tiny` is a rehearsal for any machine.
 """
 import argparse
 import gc
 import json
-import os
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -67,6 +70,7 @@ def random_model(shape):
     return model
 
 def cache_kinds(model):
+    "Name ▸ function that makes the caches"
     from mlx_lm.models.cache import QuantizedKVCache
     from optiq.formats import parse_format
     from optiq.kv_cache import MixedKVCache, own_caches
@@ -74,78 +78,251 @@ def cache_kinds(model):
     n = len(own_caches(model))
     affine = parse_format('4g64')
     return {'fp16': lambda: own_caches(model),
+            'affine 4 bits': lambda: [MixedKVCache(affine, affine) for _ in range(n)],
+            'tq4': make_turbo(model, 4),
             'affine 4 bits, mlx-lm': lambda: [QuantizedKVCache(64, 4) for _ in range(n)],
-            'affine 4 bits, mixed': lambda: [MixedKVCache(affine, affine) for _ in range(n)],
-            'tq4': make_turbo(model, 4), 'tq4, dequantized first': make_turbo(model, 4),
+            'tq4, dequantized first': make_turbo(model, 4),
+            'tq3': make_turbo(model, 3), 'tq2': make_turbo(model, 2),
             'tq4, keys preconditioned': make_turbo(model, 4, precondition='prompt'),
-            'tq3': make_turbo(model, 3), 'tq2': make_turbo(model, 2)}
+            'tq4, composed': make_turbo(model, 4), 'affine 4 bits, in one part': lambda: [MixedKVCache(affine, affine) for _ in range(n)]}
 
-def fill(model, caches, T, chunk=2048, vocab=1000):
-    "Prefill without logits; peak memory and seconds"
+@contextmanager
+def road(kind):
+    "The road of attention that a kind of cache takes"
+    from optiq import kv_cache, turbo_kernels
+    before = kv_cache.MANY, kv_cache.PART, turbo_kernels.FUSED
+    if 'dequantized' in kind: kv_cache.MANY = 1
+    if 'dequantized' in kind or 'composed' in kind: turbo_kernels.FUSED = False
+    if 'one part' in kind: kv_cache.PART = 0
+    try: yield
+    finally: kv_cache.MANY, kv_cache.PART, turbo_kernels.FUSED = before
+
+def filled(model, shape, make, T, chunk=4096):
+    "Caches of T tokens of random keys and values: a step's time does not depend on which"
     import mlx.core as mx
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    start, inner = time.perf_counter(), model.model
+    caches, dims = make(), (1, shape['num_key_value_heads'], chunk, shape['head_dim'])
+    k, v = (mx.random.normal(dims, key=mx.random.key(i)).astype(mx.bfloat16) for i in range(2))
     for t in range(0, T, chunk):
-        ids = mx.array(np.random.default_rng(t).integers(0, vocab, (1, min(chunk, T-t))))
-        mx.eval(inner(ids, cache=caches), [c.state[:2] for c in caches])
-        mx.clear_cache()
-    return dict(prefill_s=time.perf_counter()-start, prefill_peak_bytes=mx.get_peak_memory())
+        n = min(chunk, T-t)
+        for c in caches: c.update_and_fetch(k[:, :, :n], v[:, :, :n])
+        mx.eval([c.state[:2] for c in caches])
+    mx.clear_cache()
+    return caches
 
 def decode(model, caches, n):
-    "Seconds of each of n steps, after a few that warm up; each step's token depends on the last"
+    "Seconds of each of n steps; each step's token depends on the last"
     import mlx.core as mx
-    mx.clear_cache()
-    mx.reset_peak_memory()
     def step(y): return mx.argmax(model(y, cache=caches)[:, -1:], -1)
-    y = mx.array([[1]])
-    for _ in range(4):
-        y = step(y)
-        mx.eval(y)
-    times, start = [], time.perf_counter()
-    after = step(y)
+    after = step(mx.array([[1]]))
     mx.async_eval(after)
-    for _ in range(n): # as mlx-lm does: the next step is queued before the last one's token is read
+    times = []
+    for _ in range(n+1): # as mlx-lm does: the next step is queued before the last one's token is read
         y, after = after, step(after)
         mx.async_eval(after)
         y.item()
         times.append(time.perf_counter())
     mx.eval(after)
-    gaps = np.diff([start, *times])[1:]
-    return dict(tokens_per_s=float(1/np.median(gaps)), decode_peak_bytes=mx.get_peak_memory())
-
-def one_speed(model, kind, make, T, args):
-    import mlx.core as mx
-    from optiq import kv_cache
-    before = kv_cache.MANY
-    try:
-        caches = make()
-        out = fill(model, caches, T, args.chunk)
-        if 'dequantized' in kind: kv_cache.MANY = 1
-        out |= decode(model, caches, args.steps) | dict(cache_bytes=sum(c.nbytes for c in caches))
-    except Exception as e: out = dict(error=f'{type(e).__name__}: {" ".join(str(e).split())[:300]}')
-    finally: kv_cache.MANY = before
-    caches = None
-    gc.collect()
-    mx.clear_cache()
-    return out
+    for c in caches: c.trim(n+2)
+    return np.diff(times)
 
 def speed(args, report):
+    "Kinds take turns, round by round; the median of the rounds' medians, and of their ratios to affine 4 bits"
     import mlx.core as mx
-    rows = []
+    rows = [r for r in args.done.get('speed', {}).get('rows', []) if 'error' not in r]
+    figures = lambda: dict(rows=rows, steps=args.steps, rounds=args.rounds, dtype='bfloat16')
     for name in args.shapes.split(','):
-        model = random_model(SHAPES[name])
-        kinds = {k: v for k, v in cache_kinds(model).items() if not args.kinds or k in args.kinds.split(';')}
+        model = None
         for T in args.contexts:
-            for kind, make in kinds.items():
-                row = dict(model=name, context=T, cache=kind) | one_speed(model, kind, make, T, args)
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                report(dict(rows=rows, steps=args.steps, chunk=args.chunk, dtype='bfloat16'))
-        del model, kinds, make
+            have = {r['cache'] for r in rows if (r['model'], r['context']) == (name, T)}
+            wanted = [k for k in (args.kinds.split(';') if args.kinds else KINDS) if k not in have]
+            if not wanted: continue
+            model = model or random_model(SHAPES[name])
+            found = compared(model, name, T, list(dict.fromkeys([*(['affine 4 bits'] if have else []), *wanted])), args)
+            rows += [r for r in found if r['cache'] not in have]
+            report(figures())
+        del model
         gc.collect()
         mx.clear_cache()
-    return dict(rows=rows, steps=args.steps, chunk=args.chunk, dtype='bfloat16')
+    return figures()
+
+KINDS = ['fp16', 'affine 4 bits', 'tq4', 'affine 4 bits, mlx-lm', 'tq4, dequantized first', 'tq3', 'tq2', 'tq4, keys preconditioned', 'tq4, composed']
+
+def compared(model, name, T, kinds, args):
+    import mlx.core as mx
+    makes, caches, times, steps, out = cache_kinds(model), {}, {}, {}, {}
+    for kind in kinds:
+        base = mx.get_active_memory()
+        try:
+            with road(kind):
+                caches[kind] = filled(model, SHAPES[name], makes[kind], T)
+                others = base-mx_bytes(model) # caches of other kinds
+                mx.reset_peak_memory()
+                decode(model, caches[kind], 2) # compiles, and grows the room
+                steps[kind] = int(np.clip(2/args.rounds/np.median(decode(model, caches[kind], 3)), 3, args.steps))
+            out[kind] = dict(decode_peak_bytes=mx.get_peak_memory()-others, cache_bytes=sum(c.nbytes for c in caches[kind]))
+            times[kind] = []
+        except Exception as e:
+            caches.pop(kind, None)
+            out[kind] = dict(error=f'{type(e).__name__}: {" ".join(str(e).split())[:300]}')
+        print(name, T, kind, out[kind], flush=True)
+    for k in range(args.rounds):
+        for kind in times:
+            if k > 1 and times[kind][0] > .3: continue # slow enough to be told apart
+            with road(kind): times[kind].append(float(np.median(decode(model, caches[kind], steps[kind]))))
+    rows = []
+    for kind, found in out.items():
+        if kind in times:
+            low, mid, high = np.quantile(times[kind], (.75, .5, .25))
+            found |= dict(tokens_per_s=1/mid, quartiles=[1/low, 1/high])
+            if 'affine 4 bits' in times:
+                ratio = np.array([a/b for a, b in zip(times['affine 4 bits'], times[kind])])
+                found |= dict(of_affine=float(np.median(ratio)), of_affine_se=float(ratio.std(ddof=1)/len(ratio)**.5) if len(ratio) > 1 else None)
+        rows.append(dict(model=name, context=T, cache=kind) | found)
+        print(json.dumps(rows[-1]), flush=True)
+    caches.clear()
+    gc.collect()
+    mx.clear_cache()
+    return rows
+
+def mx_bytes(model):
+    from mlx.utils import tree_flatten
+    return sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+
+def prefill(args, report):
+    "Peak memory and seconds of a prompt"
+    import mlx.core as mx
+    rows = list(args.done.get('prefill', {}).get('rows', []))
+    for name in args.shapes.split(','):
+        model, slow = None, set()
+        for T in sorted(args.contexts):
+            for kind in ('fp16', 'tq4', 'affine 4 bits', 'affine 4 bits, mlx-lm'):
+                if kind in slow or any((r['model'], r['context'], r['cache']) == (name, T, kind) for r in rows): continue
+                if time.time() > args.until: return dict(rows=rows, chunk=args.chunk, dtype='bfloat16')
+                model = model or random_model(SHAPES[name])
+                try: row = fill(model, cache_kinds(model)[kind](), T, args.chunk)
+                except Exception as e: row = dict(error=f'{type(e).__name__}: {" ".join(str(e).split())[:300]}')
+                if row.get('prefill_s', 99) > 25: slow.add(kind)
+                rows.append(dict(model=name, context=T, cache=kind) | row)
+                print(json.dumps(rows[-1]), flush=True)
+                gc.collect()
+                mx.clear_cache()
+                report(dict(rows=rows, chunk=args.chunk, dtype='bfloat16'))
+        del model
+        gc.collect()
+        mx.clear_cache()
+    return dict(rows=rows, chunk=args.chunk, dtype='bfloat16')
+
+def fill(model, caches, T, chunk=2048, vocab=1000):
+    "Prefill without logits"
+    import mlx.core as mx
+    inner = model.model
+    def ids(t): return mx.array(np.random.default_rng(t).integers(0, vocab, (1, min(chunk, T-t))))
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    for t in range(0, T, chunk):
+        mx.eval(inner(ids(t), cache=caches), [c.state[:2] for c in caches])
+        mx.clear_cache()
+    return dict(prefill_s=time.perf_counter()-start, prefill_peak_bytes=mx.get_peak_memory(), cache_bytes=sum(c.nbytes for c in caches))
+
+# attention by itself
+
+def checks(args, report):
+    "Relative distance of attention of one query on this device, by every road, from attention over the same numbers unpacked"
+    import mlx.core as mx
+    from optiq import turbo_kernels
+    rows, fused = list(args.done.get('checks', {}).get('rows', [])), turbo_kernels.FUSED
+    for kind, *case in CHECKS:
+        D, G, N, bits, T = case
+        row = dict(kind=kind, head_dim=D, heads=G, queries=N, bits=bits, tokens=T+1)
+        if any(row.items() <= r.items() for r in rows) or kind == 'fused' and not fused: continue
+        if time.time() > args.until: break
+        q, (k, v) = mx.random.normal((1, G*N, 1, D)).astype(mx.bfloat16), mx.random.normal((2, 1, G, T, D)).astype(mx.bfloat16)
+        turbo_kernels.FUSED = fused and kind == 'fused'
+        try: row |= far(kind, D, bits, q, k, v)
+        except Exception as e: row |= dict(error=f'{type(e).__name__}: {" ".join(str(e).split())[:1500]}')
+        turbo_kernels.FUSED = fused
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        report(dict(rows=rows))
+    return dict(rows=rows)
+
+FIRST = [(128, 8, 2, 4, 1000), (128, 8, 4, 4, 20000)] # head width, heads, queries a head, bits, tokens
+REST = [(128, 8, 4, 3, 5000), (128, 8, 4, 2, 5000), (64, 3, 3, 4, 700), (256, 2, 4, 6, 900), (128, 2, 8, 8, 300)]
+CHECKS = [('fused', *c) for c in FIRST+REST]+[(k, *c) for c in FIRST for k in ('composed', 'affine', 'affine, mlx-lm')]
+EVERY = CHECKS+[(k, *c) for c in REST for k in ('composed', 'affine', 'affine, mlx-lm')] # many kernels to compile
+
+def far(kind, D, bits, q, k, v):
+    "All but the last token in one go, the last one by itself, as in decoding"
+    import mlx.core as mx
+    from mlx_lm.models.base import quantized_scaled_dot_product_attention as theirs
+    from mlx_lm.models.cache import QuantizedKVCache
+    from optiq.kv_cache import MixedKVCache, attend
+    from optiq.turbo_cache import TurboQuantKVCache
+    scale, last = D**-.5, (k[:, :, -1:]*.5, v[:, :, -1:]*.5)
+    if kind == 'affine, mlx-lm':
+        c = QuantizedKVCache(64, bits)
+        c.update_and_fetch(k, v)
+        keys, values = c.update_and_fetch(*last)
+        got = theirs(mx.array(q), keys, values, scale, None, 64, bits)
+        kk, vv = (mx.dequantize(*(mx.contiguous(a) for a in x), group_size=64, bits=bits) for x in (keys, values))
+        heads = lambda x: x
+    else:
+        c = MixedKVCache(f'{bits}g64', f'{bits}g64') if kind == 'affine' else TurboQuantKVCache(D, bits)
+        c.update_and_fetch(k, v)
+        keys, values = c.update_and_fetch(*last)
+        got = attend(q, keys, values, scale=scale)
+        kk, vv = (x.codec.back(x.dense().astype(mx.float32)) for x in (keys, values))
+    want = mx.fast.scaled_dot_product_attention(q.astype(mx.float32), kk.astype(mx.float32), vv.astype(mx.float32), scale=scale)
+    off = mx.sqrt(((got.astype(mx.float32)-want)**2).sum()/(want**2).sum()).item()
+    out = dict(relative_error=off)
+    if kind == 'fused': # the last token's codes, against those that the composed road stores
+        from optiq.kv_cache import codec_of
+        a, b = (codec_of(f).encode(x) for f, x in zip(c.formats, last))
+        T = c.offset
+        out['codes_equal'] = float(np.mean([(np.array(x[:, :, T-1:T]) == np.array(y)).mean() for x, y in ((c.keys[0], a[0]), (c.values[0], b[0]))]))
+    return out
+
+def attention(args, report):
+    "Microseconds of one layer's attention at a step, the storing of its token included, by road and by the length of the stretches"
+    import mlx.core as mx
+    from mlx_lm.models.base import quantized_scaled_dot_product_attention as theirs
+    from mlx_lm.models.cache import KVCache, QuantizedKVCache
+    from optiq import turbo_kernels
+    from optiq.kv_cache import MixedKVCache, attend
+    from optiq.turbo_cache import TurboQuantKVCache
+    rows, before = [], turbo_kernels.STRETCHES
+    for T in args.contexts:
+        for N in (4, 2):
+            shape = dict(num_key_value_heads=8, head_dim=128)
+            q = mx.random.normal((1, 8*N, 1, 128)).astype(mx.bfloat16)
+            k, v = (mx.random.normal((1, 8, 1, 128)).astype(mx.bfloat16) for _ in 'kv')
+            kinds = {'fp16': KVCache, 'affine 4 bits': lambda: MixedKVCache('4g64', '4g64'), 'affine 4 bits, in one part': lambda: MixedKVCache('4g64', '4g64'),
+                     'tq4, composed': lambda: TurboQuantKVCache(128, 4), 'tq4, dequantized first': lambda: TurboQuantKVCache(128, 4)}
+            kinds |= {f'tq{b}, stretches of {c}': (lambda b=b: TurboQuantKVCache(128, b)) for b in (4, 3, 2) for c in ((128, 256, 512, 1024) if b == 4 else (512,))}
+            for kind, make in kinds.items():
+                if 'stretches' in kind:
+                    if not turbo_kernels.FUSED: continue
+                    turbo_kernels.STRETCHES = ((0, int(kind.split()[-1])),)
+                row = dict(context=T, queries=N, cache=kind)
+                try:
+                    with road(kind):
+                        c, = filled(None, shape, lambda: [make()], T)
+                        def step(q): return mx.fast.scaled_dot_product_attention(q, *c.update_and_fetch(k, v), scale=128**-.5, mask=None)
+                        def rounds(n):
+                            y, start = q, time.perf_counter()
+                            for _ in range(n): y = step(y*.5+q)
+                            mx.eval(y)
+                            c.trim(n)
+                            return (time.perf_counter()-start)/n
+                        rounds(3)
+                        row['us'] = 1e6*float(np.median([rounds(20) for _ in range(5)]))
+                except Exception as e: row['error'] = f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'
+                finally: turbo_kernels.STRETCHES = before
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+            report(dict(rows=rows))
+    return dict(rows=rows)
 
 # quality
 
@@ -210,14 +387,14 @@ def softmax(s):
     e = np.exp(s-s.max(-1, keepdims=True))
     return e/e.sum(-1, keepdims=True)
 
-def attention(q, k, v): # (H, T, D), (G, T, D)
+def exact_attention(q, k, v): # (H, T, D), (G, T, D)
     n, T = len(q)//len(k), q.shape[1]
     s = np.einsum('htd,hsd->hts', q, k.repeat(n, 0))/q.shape[-1]**.5
     return s, np.einsum('hts,hsd->htd', softmax(np.where(np.tri(T, dtype=bool), s, -1e9)), v.repeat(n, 0))
 
 def errors(q, k, v, kk, vv):
     "Relative squared errors: of scores as softmax sees them, of values, of attention's output"
-    (s, o), (t, p) = attention(q, k, v), attention(q, kk, vv)
+    (s, o), (t, p) = exact_attention(q, k, v), exact_attention(q, kk, vv)
     T = s.shape[-1]
     seen, n = np.tri(T)[None], np.arange(1, T+1)[None, :, None]
     centre = lambda a: (a-(a*seen).sum(-1, keepdims=True)/n)*seen
@@ -273,52 +450,42 @@ def compare(args, report):
 
 # retrieval
 
-def wilson(hits, n, z=1.96):
-    p, c = hits/n, z*z/n
-    half = z*(p*(1-p)/n+c/(4*n))**.5
-    return [(p+c/2-half)/(1+c), (p+c/2+half)/(1+c)]
-
-def trials(b, rows, overrides, tokenizer, batch=8):
-    "Of each row: whether all tokens of the answer are the most likely ones, and the smallest margin among them"
-    out = []
-    for k in range(0, len(rows), batch):
-        some = [(tokenizer.encode(r['prompt']), tokenizer.encode(' '+r['answer'])) for r in rows[k:k+batch]]
-        longest = max(len(p)+len(a) for p, a in some)
-        ids = np.zeros((len(some), longest), np.int32) # padding stands behind, where causal attention does not look
-        for row, (p, a) in zip(ids, some): row[:len(p)+len(a)] = p+a
-        z = b.numpy(b.logits(ids, overrides))
-        for j, (p, a) in enumerate(some):
-            zs = z[j, len(p)-1:len(p)+len(a)-1].astype(np.float64)
-            right = zs[range(len(a)), a].copy()
-            zs[range(len(a)), a] = -np.inf
-            out.append(float((right-zs.max(-1)).min()))
-    return np.array(out)
-
 def needle(args, report):
+    "`needle`: one code in filler; `recall`: one of many codes. The same texts for every cache, so margins are compared in pairs"
+    from scipy.stats import binomtest
     from optiq.backends import TorchBackend
+    from optiq.calibration import passages, token_batch
+    from optiq.evals.needle import margins
     from optiq.evals.perplexity import overrides_of
     from optiq.formats import parse_format
     from optiq.kv_cache import kv_layout
     from optiq.models import Checkpoint
     from optiq.tasks import recall
-    from optiq.calibration import passages, token_batch
     from optiq.turbo_cache import key_statistics, preconditioned
     b = TorchBackend(Checkpoint('demo'))
-    tokenizer, rows = b.checkpoint.tokenizer, []
+    tokenizer, rows = b.checkpoint.tokenizer, list(args.done.get('needle', {}).get('rows', []))
     stats = key_statistics(b, token_batch(passages('bundled'), tokenizer, 4, 128))
-    units, count = kv_layout(b.checkpoint).units, lambda s: len(tokenizer.encode(s))
+    units, ids = kv_layout(b.checkpoint).units, lambda s: tokenizer.encode(s, add_special_tokens=False)
     for task, keys in (('needle', 1), ('recall', None)):
         for length in args.lengths:
-            texts = recall(args.trials, length, 'test', keys=keys, count=count)
-            for bits in (16, 4, 3, 2):
-                plan = overrides_of({u.path: parse_format(f'tq{bits}') for u in units}) if bits < 16 else {}
-                with preconditioned(b, stats): margins = trials(b, texts, plan, tokenizer)
-                hits = int((margins > 0).sum())
-                rows.append(dict(task=task, length=length, bits=bits, trials=len(texts), hits=hits, wilson=wilson(hits, len(texts)),
-                                 margin=mean_se(margins), margin_quartiles=[float(x) for x in np.quantile(margins, (.25, .5, .75))]))
-                print(json.dumps(rows[-1]), flush=True)
-                report(dict(rows=rows))
-    return dict(rows=rows)
+            if any((r['task'], r['length'], r['trials']) == (task, length, args.trials) for r in rows): continue
+            texts, found = recall(args.trials, length, 'test', keys=keys, count=lambda s: len(ids(s))), []
+            pairs = [(ids(r['prompt']), ids(' '+r['answer'])) for r in texts]
+            for bits, kind, name in CACHES:
+                plan = overrides_of({u.path: parse_format(name) for u in units}) if bits < 16 else {}
+                with preconditioned(b, stats if 'preconditioned' in kind else {}): m = margins(b, pairs, plan)
+                reference = m if bits == 16 else reference
+                hits = int((m > 0).sum())
+                found.append(dict(task=task, length=length, bits=bits, cache=kind, trials=len(m), hits=hits,
+                                  wilson=list(binomtest(hits, len(m)).proportion_ci(method='wilson')), margin=mean_se(m),
+                                  margin_lost=mean_se(reference-m), margin_quartiles=np.quantile(m, (.25, .5, .75)).tolist()))
+                print(json.dumps(found[-1]), flush=True)
+            rows += found
+            report(dict(rows=rows, model='demo'))
+    return dict(rows=rows, model='demo')
+
+CACHES = [(16, 'fp16', 'as-is'), *((n, 'rotated, preconditioned', f'tq{n}') for n in (4, 3, 2)), *((n, 'rotated', f'tq{n}') for n in (4, 3, 2)),
+          *((n, 'affine, groups of 64', f'{n}g64') for n in (4, 3, 2))]
 
 if __name__ == '__main__':
     pair = lambda s: tuple(int(x) for x in s.split('x'))
@@ -329,14 +496,18 @@ if __name__ == '__main__':
     p.add_argument('--tokens', type=pair, default=(6, 512), help='evaluation, sequences x tokens')
     p.add_argument('--calibration', type=pair, default=(2, 512), help='calibration, sequences x tokens')
     p.add_argument('--shapes', default='qwen3-0.6b,llama-3.1-8b')
-    p.add_argument('--contexts', type=lambda s: [int(x) for x in s.split(',')], default=[4096, 32768, 65536])
+    p.add_argument('--contexts', type=lambda s: [int(x) for x in s.split(',')], default=[65536, 4096, 32768])
     p.add_argument('--kinds', default='', help='caches to time, separated by ;')
-    p.add_argument('--steps', type=int, default=48)
+    p.add_argument('--every', action='store_true', help='checks: every road at every width')
+    p.add_argument('--steps', type=int, default=16)
+    p.add_argument('--rounds', type=int, default=7)
+    p.add_argument('--until', type=float, default=1e12, help='prefill, checks: seconds since 1970 after which nothing new is begun')
     p.add_argument('--chunk', type=int, default=2048)
-    p.add_argument('--lengths', type=lambda s: [int(x) for x in s.split(',')], default=[128, 256, 512])
+    p.add_argument('--lengths', type=lambda s: [int(x) for x in s.split(',')], default=[128, 256, 512, 1024])
     p.add_argument('--trials', type=int, default=200)
     p.add_argument('-o', default='nbs/results/turbo.json')
     args = p.parse_args()
-    done = json.loads(Path(args.o).read_text()) if Path(args.o).exists() else {}
+    done = args.done = json.loads(Path(args.o).read_text()) if Path(args.o).exists() else {}
+    if args.every: CHECKS = EVERY
     for name in args.only.split(','):
         save(args, done, name, globals()[name](args, lambda f: save(args, done, name, f)))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATISTICS', 'KeyPrecondition', 'mlx_constant', 'watch_attention', 'key_statistics', 'save_preconditions',
-           'load_preconditions', 'preconditioned', 'RotatedCodec', 'rotation', 'grid', 'group_of', 'At', 'Turned',
-           'turned', 'findable', 'TurboQuantKVCache', 'BatchTurboQuantKVCache', 'turbo_cache', 'use_turbo_cache',
-           'make_turbo', 'TurboQuantStateCache']
+           'load_preconditions', 'preconditioned', 'RotatedCodec', 'rotation', 'turning', 'grid', 'group_of', 'centre',
+           'way_back', 'Turned', 'turned', 'findable', 'TurboQuantKVCache', 'BatchTurboQuantKVCache', 'turbo_cache',
+           'use_turbo_cache', 'make_turbo', 'TurboQuantStateCache']
 
 # %% ../nbs/08_turbo_cache.ipynb #68c6f3d1
 import hashlib
@@ -24,6 +24,7 @@ from .backends import Backend, mlx_blocks
 from .formats import Format, parse_format
 from .kv_cache import (BatchMixedKVCache, Codec, MixedKVCache, codec_of, kv_layers, kv_layout, own_caches, read_kv_config)
 from .models import blocks_path
+from .turbo_kernels import attend_token, encode_token, fits
 from .turboquant import encode, library, pack, padded, rotation_matrix
 
 # %% ../nbs/08_turbo_cache.ipynb #0ee05dfc
@@ -144,7 +145,7 @@ def preconditioned(
 class RotatedCodec(Codec):
     "Keys or values as rotated codes"
     def __init__(self, fmt: Format):
-        self.fmt, self.bits, self.tokens = fmt, fmt.bits, None
+        self.fmt, self.bits = fmt, fmt.bits
         self.seed, self.precondition = getattr(fmt, 'seed', 42), getattr(fmt, 'precondition', None)
 
     def encode(self, x): # (B, heads, T, D) ▸ packed codes (B, heads, T, ·) uint32, scales (B, heads, T, 1) float16
@@ -156,14 +157,10 @@ class RotatedCodec(Codec):
     def product(self, a, arrays, transpose):
         codes, scales = arrays
         x = a.astype(mx.float32) if a.dtype == mx.float16 else a
-        scales, room = scales.swapaxes(-1, -2).astype(x.dtype), codes.shape[2]
-        tokens = room if self.tokens is None else self.tokens
-        if not transpose:
-            x = x*scales[..., :tokens]
-            if tokens < room: x = mx.pad(x, [(0, 0)]*3+[(0, room-tokens)])
+        scales = scales.swapaxes(-1, -2).astype(x.dtype)
+        if not transpose: x = x*scales
         out = mx.quantized_matmul(mx.contiguous(x), codes, *self.grid(codes, x.dtype), transpose=transpose, **self.how(codes))
-        if transpose: out = (out*scales)[..., :tokens]
-        return out.astype(a.dtype)
+        return (out*scales if transpose else out).astype(a.dtype)
 
     def dense(self, arrays, dtype): # ▸ (B, heads, T, padded D), still rotated
         codes, scales = arrays
@@ -173,13 +170,22 @@ class RotatedCodec(Codec):
     def grid(self, codes, dtype): return grid((*codes.shape[:3], group_of(codes, self.bits)[1]), self.bits, dtype)
 
     def turn(self, x): # (B, query heads, L, D) ▸ (B, query heads, L, padded D)
-        if self.precondition is not None:
-            s = mlx_constant(self.precondition, self.precondition.scale, x.dtype)
-            x = (x.reshape(x.shape[0], s.shape[0], -1, *x.shape[2:])*s[:, None]).reshape(x.shape)
-        return x @ rotation(x.shape[-1], self.seed, x.dtype)
+        if self.precondition is None: return x @ rotation(x.shape[-1], self.seed, x.dtype)
+        (B, H, L, D), m = x.shape, turning(self.precondition, self.seed, x.dtype)
+        return (x.reshape(B, len(m), -1, D) @ m).reshape(B, H, L, -1)
 
     def back(self, x): return x @ rotation(x.shape[-1], self.seed, x.dtype).T # still padded
-    def at(self, arrays, tokens, dim): return At(self, tokens, dim), arrays # the whole room
+
+    def encode_both(self, other, keys, values):
+        (_, G, T, D), short = keys.shape, isinstance(other, RotatedCodec) and keys.shape == values.shape
+        if T > 1 or not short or not fits(D, G, G): return super().encode_both(other, keys, values)
+        turns = (rotation(D, c.seed, mx.float32) for c in (self, other))
+        return encode_token(keys, values, *centre(self.precondition, G, D), *turns, (self.bits, other.bits))
+
+    def one(self, q, keys, values, scale):
+        other, (_, G, tokens, D) = values.codec.codec, keys.shape
+        if not isinstance(other, RotatedCodec) or D != values.shape[3] or not fits(D, G, q.shape[1]): return None
+        return attend_token(self.turn(q), keys.arrays, values.arrays, way_back(D, other.seed), tokens, scale, (self.bits, other.bits))
 
 # %% ../nbs/08_turbo_cache.ipynb #33ea8796
 def _encode(y, bits):
@@ -192,6 +198,13 @@ _encode_compiled = mx.compile(_encode) # one token: a handful of small kernels, 
 def rotation(D: int, seed: int, dtype): # (D, padded D)
     "The rotation as an MLX array that exists already"
     m = mx.array(rotation_matrix(padded(D), seed, 'hadamard')[:D]).astype(dtype)
+    mx.eval(m)
+    return m
+
+@lru_cache(256)
+def turning(p: KeyPrecondition, seed: int, dtype): # (heads, D, padded D)
+    "The same after a preconditioner's scale, head by head"
+    m = (mlx_constant(p, p.scale).swapaxes(1, 2)*rotation(p.scale.shape[-1], seed, mx.float32)).astype(dtype)
     mx.eval(m)
     return m
 
@@ -210,17 +223,21 @@ def group_of(codes, bits: int) -> tuple: # (size, groups in a vector)
     size = next(g for g in (128, 64, 32) if width % g == 0)
     return size, width//size
 
-# %% ../nbs/08_turbo_cache.ipynb #3fa0c5fa
-class At:
-    "A rotated codec at a moment: `tokens` of the room are used, heads are `D` wide"
-    def __init__(self, codec: RotatedCodec, tokens: int, D: int):
-        self.codec, self.D = RotatedCodec(codec.fmt), D
-        self.codec.tokens = tokens
+# %% ../nbs/08_turbo_cache.ipynb #62aa2515
+@lru_cache(256)
+def centre(p: KeyPrecondition | None, heads: int, D: int) -> tuple: # (heads, D) float32 each
+    "Mean and scale of a preconditioner; 0 and 1 without one"
+    pair = (mx.zeros((heads, D)), mx.ones((heads, D))) if p is None else (mx.array(a[:, 0]) for a in (p.mean, p.scale))
+    pair = tuple(a.astype(mx.float32) for a in pair)
+    mx.eval(pair)
+    return pair
 
-    def product(self, *args): return self.codec.product(*args)
-    def dense(self, arrays, dtype): return self.codec.dense(arrays, dtype)[:, :, :self.codec.tokens]
-    def turn(self, x): return self.codec.turn(x)
-    def back(self, x): return self.codec.back(x)[..., :self.D]
+@lru_cache(256)
+def way_back(D: int, seed: int): # (padded D, D) float32
+    "The inverse of the rotation"
+    m = mx.contiguous(rotation(D, seed, mx.float32).T)
+    mx.eval(m)
+    return m
 
 # %% ../nbs/08_turbo_cache.ipynb #4b574e7c
 @dataclass(frozen=True, order=True, repr=False)

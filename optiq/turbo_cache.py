@@ -57,6 +57,12 @@ class KeyPrecondition:
         s = np.sqrt(floor(sigma_k)/floor(sigma_q))
         return cls(mean[:, None], (s/np.exp(np.log(s).mean(-1, keepdims=True)))[:, None].astype(np.float32))
 
+    @classmethod
+    def of_values(cls, values): # (n, heads, D) numpy, of one layer
+        "The scale that evens out values; their mean stays, since sinks take a part of the weights"
+        p = cls.of(np.concatenate([values, -values]), np.ones_like(values))
+        return cls(0*p.mean, p.scale)
+
 # %% ../nbs/08_turbo_cache.ipynb #a1eb5a70
 @lru_cache(1024)
 def _constant(owner, which, dtype):
@@ -101,16 +107,18 @@ def watch_attention(
 def key_statistics(
     b: Backend,
     tokens: np.ndarray, # (n, T) calibration tokens
-) -> dict: # 'cache.3.keys' ▸ KeyPrecondition
-    "What takes the mean off every layer's keys and evens their channels out"
-    seen, path = {}, {l.block: f'cache.{l.index}.keys' for l in kv_layout(b.checkpoint).layers if not l.left}
-    def see(block, q, k, v):
+) -> dict: # 'cache.3.keys', 'cache.3.values' … ▸ KeyPrecondition
+    "What takes the mean off every layer's keys, and evens out the channels of keys and values"
+    seen, path = {}, {l.block: f'cache.{l.index}' for l in kv_layout(b.checkpoint).layers if not l.left}
+    def see(block, *qkv):
         if block not in path: return
-        rows = [b.numpy(x).astype(np.float32).swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k)]
-        for kind, x in zip('qk', rows): seen.setdefault((block, kind), []).append(x)
+        rows = [b.numpy(x).astype(np.float32).swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in qkv]
+        for kind, x in zip('qkv', rows): seen.setdefault((block, kind), []).append(x)
     with watch_attention(b, see):
         for row in tokens: b.numpy(b.logits(row[None])[:, -1:])
-    return {p: KeyPrecondition.of(*(np.concatenate(seen[i, kind]) for kind in 'kq')) for i, p in path.items()}
+    q, k, v = ({i: np.concatenate(seen[i, kind]) for i in path} for kind in 'qkv')
+    return ({f'{p}.keys': KeyPrecondition.of(k[i], q[i]) for i, p in path.items()} |
+            {f'{p}.values': KeyPrecondition.of_values(v[i]) for i, p in path.items()})
 
 # %% ../nbs/08_turbo_cache.ipynb #b841a2f5
 def save_preconditions(statistics: dict, path: 'str | Path'):
@@ -174,18 +182,21 @@ class RotatedCodec(Codec):
         (B, H, L, D), m = x.shape, turning(self.precondition, self.seed, x.dtype)
         return (x.reshape(B, len(m), -1, D) @ m).reshape(B, H, L, -1)
 
-    def back(self, x): return x @ rotation(x.shape[-1], self.seed, x.dtype).T # still padded
+    def back(self, x): # (B, query heads, L, padded D) ▸ the same, turned back
+        if self.precondition is None: return x @ rotation(x.shape[-1], self.seed, x.dtype).T
+        (B, H, L, D), m = x.shape, way_back(self.precondition.scale.shape[-1], self.seed, self.precondition, x.dtype)
+        return (x.reshape(B, len(m), -1, D) @ m).reshape(B, H, L, -1)
 
     def encode_both(self, other, keys, values):
         (_, G, T, D), short = keys.shape, isinstance(other, RotatedCodec) and keys.shape == values.shape
         if T > 1 or not short or not fits(D, G, G): return super().encode_both(other, keys, values)
         turns = (rotation(D, c.seed, mx.float32) for c in (self, other))
-        return encode_token(keys, values, *centre(self.precondition, G, D), *turns, (self.bits, other.bits))
+        return encode_token(keys, values, *centre(self.precondition, other.precondition, G, D), *turns, (self.bits, other.bits))
 
     def one(self, q, keys, values, scale):
         other, (_, G, tokens, D) = values.codec.codec, keys.shape
         if not isinstance(other, RotatedCodec) or D != values.shape[3] or not fits(D, G, q.shape[1]): return None
-        return attend_token(self.turn(q), keys.arrays, values.arrays, way_back(D, other.seed), tokens, scale, (self.bits, other.bits))
+        return attend_token(self.turn(q), keys.arrays, values.arrays, way_back(D, other.seed, other.precondition), tokens, scale, (self.bits, other.bits))
 
 # %% ../nbs/08_turbo_cache.ipynb #33ea8796
 def _encode(y, bits):
@@ -225,17 +236,19 @@ def group_of(codes, bits: int) -> tuple: # (size, groups in a vector)
 
 # %% ../nbs/08_turbo_cache.ipynb #62aa2515
 @lru_cache(256)
-def centre(p: KeyPrecondition | None, heads: int, D: int) -> tuple: # (heads, D) float32 each
-    "Mean and scale of a preconditioner; 0 and 1 without one"
-    pair = (mx.zeros((heads, D)), mx.ones((heads, D))) if p is None else (mx.array(a[:, 0]) for a in (p.mean, p.scale))
-    pair = tuple(a.astype(mx.float32) for a in pair)
+def centre(keys: KeyPrecondition | None, values: KeyPrecondition | None, heads: int, D: int) -> tuple: # (2, heads, D) float32 each
+    "Means and scales of both sides; 0 and 1 without a preconditioner"
+    means = [np.zeros((heads, D)) if p is None else p.mean[:, 0] for p in (keys, values)]
+    scales = [np.ones((heads, D)) if p is None else p.scale[:, 0] for p in (keys, values)]
+    pair = mx.array(np.stack(means), mx.float32), mx.array(np.stack(scales), mx.float32)
     mx.eval(pair)
     return pair
 
 @lru_cache(256)
-def way_back(D: int, seed: int): # (padded D, D) float32
-    "The inverse of the rotation"
-    m = mx.contiguous(rotation(D, seed, mx.float32).T)
+def way_back(D: int, seed: int, p: KeyPrecondition | None = None, dtype=mx.float32): # (padded D, D) or (heads, padded D, D)
+    "The inverse of the rotation, and of the scale of values"
+    m = rotation(D, seed, mx.float32).T
+    m = mx.contiguous(m if p is None else m*mlx_constant(p, p.scale)).astype(dtype)
     mx.eval(m)
     return m
 
@@ -375,7 +388,10 @@ def make_turbo(model, bits=4, key_bits=None, value_bits=None, *, kv_config=None,
     from_prompt = precondition == 'prompt'
     known = {} if from_prompt or precondition is None else precondition
     if isinstance(known, (str, Path)): known = load_preconditions(known)
-    formats = {i: (turned(k, seed, known.get(f'cache.{i}.keys')), turned(v, seed)) for i, (k, v) in formats.items()}
+    moved = next((p for p, s in known.items() if p.endswith('.values') and s.mean.any()), None)
+    if moved: raise ValueError(f'{moved}: a mean cannot be taken off values; KeyPrecondition.of_values makes what can')
+    formats = {i: [turned(f, seed, known.get(f'cache.{i}.{kind}')) for f, kind in zip(pair, ('keys', 'values'))]
+               for i, pair in formats.items()}
     def make_cache():
         return [TurboQuantKVCache.of(*formats[i], from_prompt) if i in formats else c for i, c in enumerate(own_caches(model))]
     return make_cache

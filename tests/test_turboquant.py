@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from optiq.formats import Format, nbytes, parse_format, quantize_dequantize
-from optiq.turboquant import (PANTER_DITE, Rotation, TurboQuantMSE, TurboQuantProd, TurboQuantSplit, cells, codebook, density,
+from optiq.turboquant import (STEPS, PANTER_DITE, Rotation, TurboQuantMSE, TurboQuantProd, TurboQuantSplit, cells, codebook, density,
                               distortion, encode, mass, moment, nearest, pack, padded, rotate, rotation_matrix, round_trip, unpack)
 
 D_MSE = {64: [.358387, .114526, .033391, .009132, .002399, .000616, .000156, .000039],
@@ -299,12 +299,19 @@ def test_round_trip_of_the_format(bits, least):
     x = unit(1000, 128)
     f = parse_format(f'tq{bits}')
     y = quantize_dequantize(x, f)
-    assert y.dtype == x.dtype and str(f) == f'tq{bits}' and least*.98 < ((x-y)**2).sum(1).mean() < least*1.06
+    assert y.dtype == x.dtype and str(f) == f'tq{bits}' and 4.**-bits < ((x-y)**2).sum(1).mean() < least*1.06
     assert np.allclose(np.linalg.norm(y, axis=1), 1, rtol=1e-3)
     assert abs(quantize_dequantize(torch.tensor(x), f).numpy()-y).max() < 1e-4
     assert abs(np.array(quantize_dequantize(mx.array(x), f))-y).max() < 1e-4
     half = quantize_dequantize(torch.tensor(x).bfloat16(), f)
     assert half.dtype == torch.bfloat16
+
+@pytest.mark.parametrize('bits, gain', [(2, .999), (3, .98), (4, .93), (6, .9)])
+def test_a_step_for_each_vector(bits, gain):
+    from optiq.turboquant import decode, encode, rotate
+    y = rotate(unit(1000, 128), 42)
+    one, best = ((((y-decode(*encode(y, bits, steps), bits))**2).sum(1)) for steps in ((1,), STEPS))
+    assert best.mean() < gain*one.mean() and (best < one*1.001+1e-6).mean() > .99
 
 @pytest.mark.parametrize('d', [64, 80, 96, 112, 128, 192, 256, 576])
 @pytest.mark.parametrize('bits', [2, 3, 4, 5, 6, 8])

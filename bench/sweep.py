@@ -30,7 +30,7 @@ from optiq.formats import Format
 from optiq.gradient import agreement, gradient_sweep, screened_sweep
 from optiq.knapsack import allocate
 from optiq.models import Checkpoint
-from optiq.sensitivity import kl_divergence, kl_sweep, measure, on_gpu, perturb, probes
+from optiq.sensitivity import estimate, kl_divergence, kl_sweep, measure, on_gpu, perturb, probes
 from optiq.tiny import tiny
 
 WIDTHS = [Format(3), Format(4), Format(8)]
@@ -57,16 +57,21 @@ def against_plain(b, tokens, part):
     todo = probes(b.checkpoint.units, WIDTHS)
     plain(b, tokens, todo[:2]), measure(b, tokens, todo[:8])
     if on_gpu(b): measure(b, tokens, todo)
-    fast, kl = seconds(b, lambda: measure(b, tokens, todo))
+    told, repeats = estimate(b, WIDTHS, tokens)['seconds'], 3 if on_gpu(b) else 1
+    def timed(): return sorted((seconds(b, lambda: measure(b, tokens, todo)) for _ in range(repeats)), key=lambda t: t[0])[repeats//2]
+    b.together = False
+    alone = timed()[0] if on_gpu(b) else None # a call for each probe, as it was before
+    b.together = on_gpu(b)
+    fast, kl = timed()
     slow, want = seconds(b, lambda: plain(b, tokens, todo[::part]))
     got, large = kl[::part], want > 1e-6
-    return dict(probes=len(todo), tokens=list(tokens.shape), replay_s=fast, plain_s=slow*len(todo)/len(todo[::part]),
-                of=len(todo[::part]), ratio=slow*len(todo)/len(todo[::part])/fast,
+    return dict(probes=len(todo), tokens=list(tokens.shape), replay_s=fast, estimate_s=told, one_call_per_probe_s=alone,
+                plain_s=slow*len(todo)/len(todo[::part]), of=len(todo[::part]), ratio=slow*len(todo)/len(todo[::part])/fast,
                 largest_relative_difference=float(abs(got/want-1)[large].max()))
 
 def replay(args, c, tokens):
     b = TorchBackend(c)
-    return against_plain(b, tokens[:2], 1 if on_gpu(b) else 9)
+    return against_plain(b, tokens[:2], 3 if on_gpu(b) else 9)
 
 def shortcuts(args, c, tokens):
     b = TorchBackend(c)
@@ -95,7 +100,7 @@ from optiq.backends import StreamingBackend
 from optiq.models import Checkpoint
 from optiq.sensitivity import kl_sweep
 c = Checkpoint(sys.argv[1])
-ids = np.random.default_rng(0).integers(0, c.vocabulary, (1, 32)).astype(np.int32)
+ids = np.random.default_rng(0).integers(0, c.vocabulary, (1, 16)).astype(np.int32)
 import time; start = time.time()
 kl_sweep(StreamingBackend(c), ids, [4], progress=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024, time.time()-start)
@@ -108,7 +113,7 @@ def memory(args, c, tokens):
         out = subprocess.run([sys.executable, '-c', STREAM, str(folder)], capture_output=True, text=True)
         if out.returncode: raise RuntimeError(out.stderr[-2000:])
         peak, took = map(float, out.stdout.split()[-2:])
-        return dict(bytes_on_disk=size, peak_bytes=peak, seconds=took, tokens=[1, 32], probes=197)
+        return dict(bytes_on_disk=size, peak_bytes=peak, seconds=took, tokens=[1, 16], probes=197, preload=os.environ.get('LD_PRELOAD'))
 
 PEER = """
 import sys, time, json, numpy as np

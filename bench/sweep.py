@@ -129,7 +129,8 @@ def part(*a): return all_units(*a)[::every]
 run = lambda: s.analyze_sensitivity_exact(model, lambda: [((t,), {}) for t in tokens], candidate_bits=[3, 4, 8], n_calibration=len(tokens))
 s._quantizable_linears = warm; run()
 s._quantizable_linears = part; start = time.time(); done = len(run())
-print(json.dumps(dict(seconds=time.time()-start, units=done, of=len(all_units(model, 64)))))
+from importlib.metadata import version
+print(json.dumps(dict(seconds=time.time()-start, units=done, of=len(all_units(model, 64)), mlx_lm=version('mlx-lm'), mlx=version('mlx'))))
 """
 
 def peer(args, c, tokens):
@@ -142,13 +143,13 @@ def peer(args, c, tokens):
     theirs = {}
     for name, preload in dict(default='', openblas=os.environ.get('OPENBLAS', '')).items():
         if name == 'openblas' and not preload: continue
-        r = subprocess.run([sys.executable, '-c', PEER, args.peer, str(c.folder), json.dumps(tokens[:2].tolist()), str(every)],
+        r = subprocess.run([args.peer_python, '-c', PEER, args.peer, str(c.folder), json.dumps(tokens[:2].tolist()), str(every)],
                            env=os.environ | dict(LD_PRELOAD=preload), capture_output=True, text=True)
         if r.returncode: raise RuntimeError(r.stderr[-2000:])
         d = json.loads(r.stdout.strip().splitlines()[-1])
         per_unit = d['seconds']/d['units']
         theirs[name] = dict(seconds_for_our_units=per_unit*len(c.units), units_timed=d['units'], units_it_scores=d['of'],
-                            ratio=per_unit*len(c.units)/ours)
+                            versions=dict(mlx=d['mlx'], mlx_lm=d['mlx_lm']), ratio=per_unit*len(c.units)/ours)
     return dict(ours_s=ours, theirs=theirs, tokens=[2, tokens.shape[1]])
 
 if __name__ == '__main__':
@@ -159,6 +160,7 @@ if __name__ == '__main__':
     p.add_argument('--n', type=int, default=8)
     p.add_argument('--every', type=int, default=50)
     p.add_argument('--peer')
+    p.add_argument('--peer-python', default=sys.executable, help="the peer's own environment, for `peer`")
     p.add_argument('-o', default='nbs/results/sweep.json')
     args = p.parse_args()
     c = Checkpoint(args.model)

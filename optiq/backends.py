@@ -405,7 +405,6 @@ def _place(checkpoint, unit):
 # %% ../nbs/02b_backends.ipynb #38d647f6
 class StreamedBlocks(MLXBackend):
     "Holds one block of an mlx-lm model at a time"
-    together = False # one probe at a time: memory counts here
     def __init__(self, checkpoint: Checkpoint, dtype: str = 'float32'):
         import mlx.core as mx
         if 'quantization' in checkpoint.config: raise ValueError('only full-precision checkpoints can be streamed')

@@ -111,8 +111,8 @@ def tokens_at_once(b: Backend) -> int:
     return min(2**16, 2**30//widest) if on_gpu(b) else 2**12
 
 def probes_at_once(b: Backend, tokens: int) -> int:
-    "Probes of one block that run in [one call](02c_products.ipynb): a GPU gains by it, a CPU does not"
-    return max(1, tokens_at_once(b)//tokens) if getattr(b, 'together', on_gpu(b)) else 1
+    "Probes of one block that run in one call; more than one where the backend's `together` is set"
+    return max(1, tokens_at_once(b)//tokens) if getattr(b, 'together', False) else 1
 
 def _stack(b, streams):
     "Join neighbouring streams into batches"

@@ -433,7 +433,7 @@ class StreamedBlocks(MLXBackend):
 # %% ../nbs/02b_backends.ipynb #4b5adfac
 class StreamingBackend(StreamedBlocks):
     "Replays an mlx-lm model with one block, and some rows of the vocabulary, in memory"
-    rows = 16384 # rows of the vocabulary in memory at once
+    rows = 8192 # rows of the vocabulary in memory at once
 
     def vocabulary(self, unit: Unit, rows): # rows of an embedding or head, perturbed if it is to be
         w = read_rows(self.checkpoint, unit, rows)

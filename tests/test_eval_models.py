@@ -251,6 +251,36 @@ def test_harness_hands_over_and_reads_back(monkeypatch):
     assert 'harness:arc' in r.metrics and 'arc' in repr(r)
     with pytest.raises(ValueError, match='run lm-eval itself'): harness_module.items_of(dict(samples=dict(x=[dict(doc_id=0, bleu=1)])), 'x')
 
+TASK = '''task: local_sums
+dataset_path: json
+dataset_kwargs:
+  data_files: {file}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+'''
+
+def test_the_harness_itself_on_a_task_of_our_own(tmp_path, monkeypatch):
+    "Where lm-eval is installed: its own loop on local data, without a network"
+    pytest.importorskip('lm_eval')
+    from lm_eval.tasks import TaskManager
+    monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path/'cache'))
+    rows = [dict(question=f'{n} + {n+3} =', choices=[str(2*n+3), str(2*n+5)], answer=0) for n in range(6)]
+    (tmp_path/'sums.jsonl').write_text('\n'.join(map(json.dumps, rows))+'\n')
+    (tmp_path/'sums.yaml').write_text(TASK.format(file=tmp_path/'sums.jsonl'))
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    row = harness_module.harness('demo', 'local_sums', limit=4, batch=2, task_manager=tasks).rows[0]
+    assert row['harness:local_sums_n'] == 4 and len(row['items']['harness:local_sums']) == 4
+    assert row['harness:local_sums'] == np.mean(row['items']['harness:local_sums'])
+
 def held(checks): return {n: h for n, h, _ in checks.rows}
 
 def test_verify_a_conversion(saved):

@@ -274,7 +274,7 @@ def _descend(module, path):
     "The submodule at a dotted path"
     for part in path.split('.') if path else ():
         module = module[int(part)] if part.isdigit() else module[part]
-        if isinstance(module, _StandIn): module = module.block
+        while isinstance(module, _StandIn): module = module.block
     return module
 
 def _block(model, lists, i):
@@ -481,6 +481,7 @@ class ReplayBackend(Forward, MLXBackend):
     def run_block(self, i: int, states, overrides: dict = {}): return self.replay(states, overrides, i)[0]
     def head(self, states, overrides: dict = {}): return self.replay(states, overrides)[1]
     def logits(self, batch, overrides: dict = {}): return self.head(self.embed(batch), overrides)
+    def change(self, states, overrides: dict): return replace(states, outside=states.outside | overrides)
     def record(self, batch, overrides: dict = {}): return self.replay(self.embed(batch), overrides)
 
 # %% ../nbs/02b_backends.ipynb #ad0bf874

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['kl_divergence', 'probes', 'walk', 'perturb', 'inside', 'on_gpu', 'kl_of_streams', 'logit_slices', 'kl_rows',
-           'measure', 'measure_sample', 'Pass', 'plan_passes', 'passes_of', 'free_on_device', 'block_passes',
+           'measure', 'measure_samples', 'Pass', 'plan_passes', 'passes_of', 'free_on_device', 'block_passes',
            'estimate', 'cost', 'Sweep', 'plot_sweep', 'fingerprint_of', 'refuse_other', 'read_log', 'load_sweep',
            'to_sweep', 'save_sweep', 'tokens_per_expert', 'warn_of_idle', 'sweep_header', 'SweepLog', 'progress_bar',
            'Ranks', 'sweep_quantizer', 'shortcut_sweep', 'kl_sweep', 'settled']
@@ -158,7 +158,7 @@ def measure(
     base: dict = {}, # overrides of the model that is perturbed
 ) -> np.ndarray: # (len(todo), B)
     "KL of every probe to the model itself, per sequence"
-    if not b.stacks: return np.stack([measure_sample(b, s, todo, quantize, tick, base) for s in samples_of(batch)], 1)
+    if not b.stacks: return measure_samples(b, samples_of(batch), todo, quantize, tick, base)
     embeds, heads = [[p for p in todo if p[0].kind == kind] for kind in ('embed', 'lm_head')]
     reference, streams = walk(b, batch, [p for p in todo if p not in heads], quantize, tick, base)
     outside = inside(b, base, None)
@@ -183,17 +183,17 @@ def _split(streams, n):
 def _rows(streams, n): return [s[k:k+n] for s in streams for k in range(0, len(s), n)]
 
 # %% ../nbs/03_sensitivity.ipynb #6c2d88ac
-def measure_sample(b, sample: dict, todo, quantize=quantize_dequantize, tick=lambda n: None, base={}) -> list: # of len(todo)
-    "KL of every probe, over the positions of one sample that are scored"
-    passed, z_p = b.record(sample, base)
-    if base: z_p = b.logits(sample)
-    found = []
-    for u, fmt in todo:
-        z = b.head(passed.at(u.block), base | perturb((u, fmt), quantize))
-        found.append(kl_rows(b, z_p, z).mean())
-        tick(b.n_blocks-(u.block or 0))
+def measure_samples(b, samples: list, todo, quantize=quantize_dequantize, tick=lambda n: None, base={}): # ▸ (len(todo), n)
+    "KL of every probe, over the positions of each sample that are scored"
+    starts, kl = [b.record(s, base) for s in samples], np.zeros((len(todo), len(samples)))
+    reference = [b.logits(s) if base else z for s, (_, z) in zip(samples, starts)]
     tick(b.n_blocks)
-    return found
+    for k, (u, fmt) in enumerate(todo):
+        for i, ((passed, _), z_p) in enumerate(zip(starts, reference)):
+            z = b.head(passed.at(u.block), base | perturb((u, fmt), quantize))
+            kl[k, i] = kl_rows(b, z_p, z).mean()
+        tick(b.n_blocks-(u.block or 0))
+    return kl
 
 # %% ../nbs/03_sensitivity.ipynb #b517665c
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def plan_passes(
 ) -> tuple[int, int]: # (sequences, probes) of one pass
     "How much one pass takes at once"
     n, T = shape
-    if not b.stacks: return 1, len(todo)
+    if not b.stacks: return min(n, 8), 24 # a probe at a time, on all samples: it is rounded once
     stream = 2*4*T*b.checkpoint.units[0].shape[-1] # joining batches makes a copy
     room = max(1, int((max_memory or free_on_device(b)*2/3)*.8/stream))
     at_once = n if on_gpu(b) else max(1, 512//T) # short passes: less is lost when one is interrupted

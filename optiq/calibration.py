@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MIN_CHARS', 'SOURCES', 'BLOCK', 'is_test', 'read_file', 'passages', 'token_batch', 'encode', 'samples_of',
-           'token_ids', 'positions', 'shape_of', 'fingerprint', 'block_hashes', 'overlap']
+           'token_ids', 'positions', 'shape_of', 'batch_for', 'fingerprint', 'block_hashes', 'overlap']
 
 # %% ../nbs/01_calibration.ipynb #3431d7da
 import hashlib
 import json
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from zlib import crc32
@@ -113,6 +114,19 @@ def shape_of(tokens) -> tuple: # (n, T)
     "How many sequences or samples, and how many positions of the longest are scored"
     if not isinstance(tokens, list): return tokens.shape
     return len(tokens), max((len(positions(s)) for s in tokens), default=0)
+
+# %% ../nbs/01_calibration.ipynb #99ac1194
+def batch_for(
+    c, # Checkpoint
+    source, # name or path of a source, or a list of samples
+    n: int = 8, # sequences or samples
+    seq_len: int = 128, # tokens in each sequence of text
+    split: str = 'train', # 'train' to calibrate on, 'test' to evaluate on
+): # ▸ (n, seq_len) tokens, or a list of samples
+    "What a model of this type is measured on"
+    if isinstance(source, list): return source[:n]
+    if c.model_type != 'llm': return import_module(f'optiq.{c.model_type}').samples(c, source, n=n, split=split)
+    return token_batch(passages(source, split), c.tokenizer, n, seq_len)
 
 # %% ../nbs/01_calibration.ipynb #e77fcbcf
 def fingerprint(

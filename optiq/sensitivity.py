@@ -23,7 +23,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .backends import Backend, free_memory, open_backend
-from .calibration import block_hashes, fingerprint, passages, samples_of, shape_of, token_batch
+from .calibration import batch_for, block_hashes, fingerprint, samples_of, shape_of
 from .formats import AS_IS, Format, divides, for_unit, parse_format, quantize_dequantize
 from .models import Checkpoint, Unit
 
@@ -592,7 +592,7 @@ def kl_sweep(
     "Measure the KL that each unit's quantization costs, in each format, one unit at a time"
     b, formats = open_backend(model, backend), [parse_format(f) for f in formats]
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
-    if tokens is None: tokens = token_batch(passages(calibration), b.checkpoint.tokenizer, n, seq_len)
+    if tokens is None: tokens = batch_for(b.checkpoint, calibration, n, seq_len)
     if method != 'exact': return shortcut_sweep(b, tokens, formats, method, rounding, targets, out, progress)
     quantize, name = sweep_quantizer(b, tokens if rounding_tokens is None else rounding_tokens, formats, rounding)
     log = SweepLog(b, tokens, formats, out, max_memory, of, name)

@@ -9,7 +9,7 @@ __all__ = ['SPECIAL', 'ID', 'END', 'BLOCKS', 'SILU', 'QWEN3', 'VISION', 'VISION_
            'encode', 'write_shard', 'split', 'write_weights', 'tiny']
 
 # %% ../nbs/02a_tiny.ipynb #d9f645c0
-import json, math, re, tempfile, zlib
+import copy, json, math, re, tempfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -233,7 +233,7 @@ def native_config(config):
     from transformers import AutoConfig
     config = config.get('thinker_config', config)
     encoder = dict(audio_config=dict(model_type='qwen3_asr_encoder')) if 'audio_config' in config else {}
-    return AutoConfig.for_model(**merged(config, encoder))
+    return AutoConfig.for_model(**copy.deepcopy(merged(config, encoder))) # transformers writes into it
 
 def renamed(name, patterns):
     for pattern, new in patterns.items(): name = re.sub(pattern, new, name)

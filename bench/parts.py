@@ -12,14 +12,11 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 
 from optiq.evals.report import machine
-from optiq.formats import Format
 from optiq.knapsack import default_of_vlm, uniform
 from optiq.models import Checkpoint, read_header
 from optiq.tiny import tiny

@@ -12,7 +12,7 @@ __all__ = ['EVERYTHING', 'Recorded', 'Blocks', 'repeated', 'Head', 'Overrides', 
 
 # %% ../nbs/02b_backends.ipynb #b684d45f
 import os
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -279,9 +279,9 @@ def _descend(module, path):
     return module
 
 def _block(model, lists, i):
-    "Block `i`, numbered through the lists of blocks"
+    "Block `i`, numbered through the lists of blocks, or what stands in for it"
     for path, many in lists.items():
-        if i < many: return _descend(model, f'{path}.{i}')
+        if i < many: return _descend(model, path)[i]
         i -= many
 
 def _of_type(checkpoint, dtype):
@@ -467,6 +467,15 @@ class Forward:
 class ReplayBackend(Forward, MLXBackend):
     "Replays a model of several parts, one sample at a time"
     stacks = False
+    def block(self, i: int):
+        block = super().block(i)
+        while isinstance(block, _StandIn): block = block.block
+        return block
+
+    def attention(self, changes: dict):
+        if changes: raise ValueError('keys and values are changed in text models only')
+        return nullcontext()
+
     def run_one(self, i, overrides, args, kwargs): # ▸ (states, number of outputs)
         with self.swapped(overrides): out = self.block(i)(*args, **kwargs)
         x, many = (out[0], len(out)) if isinstance(out, tuple) else (out, None)

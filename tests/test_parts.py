@@ -1,6 +1,5 @@
 "Models of several parts: their units, the replay of their own forward pass, and what plain loaders make of them"
-import json, os, shutil, subprocess, sys
-from pathlib import Path
+import os, shutil, subprocess, sys
 import numpy as np
 import pytest
 
@@ -13,7 +12,7 @@ from optiq.convert import convert, overrides_of_saved
 from optiq.evals.perplexity import evaluate, overrides_of
 from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate, default_of_vlm, make_plan, thoughtless, uniform
-from optiq.models import Checkpoint, block_lists
+from optiq.models import Checkpoint
 from optiq.rounding import as_overrides, outside_before, round_model, round_to_files
 from optiq.sensitivity import kl_divergence, kl_sweep, load_sweep, measure, perturb
 from optiq.tiny import hub_config, hub_tensors, tiny

@@ -276,7 +276,7 @@ def test_json_round_trip(tmp_path, options):
     assert again == plan and again.units == plan.units and again.solver == plan.solver and again.kl == plan.kl
     assert plan_point(again) == plan_point(plan) and repr(again) == repr(plan)
     found = json.loads((tmp_path/'plan.json').read_text(), parse_constant=pytest.fail)
-    assert found['units'][0].keys() == {'path', 'kind', 'shape', 'block', 'dtype', 'format', 'kl'}
+    assert found['units'][0].keys() == {'path', 'kind', 'shape', 'block', 'dtype', 'part', 'fixed', 'format', 'kl'}
 
 def test_json_of_a_plan_without_kl(tmp_path):
     plan = uniform(block_units(1), 4)
@@ -435,7 +435,7 @@ def test_further_budgets():
 def test_cache_bytes_are_those_of_mlx_lm(tmp_path, architecture, context):
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
-    checkpoint = Checkpoint(tiny(architecture, tmp_path))
+    checkpoint = Checkpoint(tiny(architecture, tmp_path), model_type='llm')
     model = checkpoint.load()
     cache, tokens = make_prompt_cache(model), mx.arange(context)[None] % checkpoint.vocabulary
     for t in range(context): mx.eval(model(tokens[:, t:t+1], cache=cache), [c.state for c in cache])

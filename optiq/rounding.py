@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['SHRINK', 'BLOCK', 'QUANTIZERS', 'pack_codes', 'library', 'to_mlx', 'Rounded', 'MinMax', 'fit_grid', 'search',
            'find_grid', 'finished', 'on_accelerator', 'Inputs', 'Ear', 'expert_rows', 'Statistics', 'Chunks',
-           'compensated', 'settle', 'second_look', 'gptq', 'gptq_all', 'few_tokens', 'prepared', 'NextEar',
-           'round_model', 'as_overrides', 'RoundTrips', 'round_all', 'round_to_files', 'dwq']
+           'compensated', 'first_look', 'settle', 'second_look', 'look_again', 'replayed', 'gptq', 'gptq_all',
+           'few_tokens', 'prepared', 'NextEar', 'same_inputs', 'round_model', 'as_overrides', 'RoundTrips', 'round_all',
+           'round_to_files', 'dwq']
 
 # %% ../nbs/05a_rounding.ipynb #44cd9b61
 import sys
 from collections.abc import Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 
@@ -281,18 +282,23 @@ BLOCK = 64 # columns whose compensation is applied to the rest at once
 
 def compensated(xp, w, s, b, top, u): # w, s, b (in_dims, rows), top (rows,), u (in_dims, in_dims)
     "GPTQ: codes (in_dims, rows) on a fixed grid, columns first to last"
-    w, codes = w+0, []
+    w, u, codes = w-b, u/xp.diagonal(u)[:, None], []
     for i in range(0, len(w), BLOCK):
-        part, errors, wide = w[i:i+BLOCK], [], u[i:i+BLOCK, i:i+BLOCK]
-        for k in range(len(part)):
-            q = xp.minimum(xp.clip(xp.round((part[k]-b[i+k])/s[i+k]), 0, None), top)
-            e = (part[k]-s[i+k]*q-b[i+k])/wide[k, k]
-            part[k+1:] -= wide[k, k+1:, None]*e
-            codes.append(q)
-            errors.append(e)
-        w[i+BLOCK:] -= u[i:i+BLOCK, i+BLOCK:].T @ xp.stack(errors)
-        settle(xp, w, codes)
-    return xp.stack(codes)
+        now = slice(i, i+BLOCK)
+        q, errors = replayed(xp, first_look, w[now], s[now], top, u[now, now])
+        w[i+BLOCK:] -= u[now, i+BLOCK:].T @ errors
+        settle(xp, w, q)
+        codes.append(q)
+    return xp.concatenate(codes)
+
+def first_look(xp, w, s, top, u): # w, s (BLOCK, rows), u (BLOCK, BLOCK)
+    "Codes and errors of a few columns, each rounded when the errors of those before it are known"
+    codes, errors, zero = xp.zeros_like(w), xp.zeros_like(w), xp.zeros_like(top)
+    for k in range(len(w)):
+        z = w[k]-u[:k, k] @ errors[:k] if k else w[k]
+        codes[k] = xp.clip(xp.round(z/s[k]), zero, top)
+        errors[k] = z-s[k]*codes[k]
+    return codes, errors
 
 def settle(xp, *arrays):
     "Let a lazy library catch up"
@@ -303,16 +309,41 @@ def second_look(xp, w, codes, s, b, top, h): # (in_dims, rows) each, top (rows,)
     "Round each column once more, given all others; returns codes (in_dims, rows)"
     gradient, out = h @ (w-s*codes-b), []
     for i in range(0, len(w), BLOCK):
-        part, moves, block = gradient[i:i+BLOCK]+0, [], h[i:i+BLOCK, i:i+BLOCK]
-        for k in range(len(part)):
-            target = s[i+k]*codes[i+k]+part[k]/block[k, k]
-            q = xp.minimum(xp.clip(xp.round(target/s[i+k]), 0, None), top)
-            moves.append(s[i+k]*(q-codes[i+k]))
-            part -= block[:, k, None]*moves[-1]
-            out.append(q)
-        gradient -= h[:, i:i+BLOCK] @ xp.stack(moves)
-        settle(xp, gradient, out)
-    return xp.stack(out)
+        now = slice(i, i+BLOCK)
+        q, moves = replayed(xp, look_again, gradient[now], codes[now], s[now], top, h[now, now])
+        gradient -= h[:, now] @ moves
+        settle(xp, gradient, q)
+        out.append(q)
+    return xp.concatenate(out)
+
+def look_again(xp, gradient, codes, s, top, h): # gradient, codes, s (BLOCK, rows), h (BLOCK, BLOCK)
+    "New codes of a few columns, and how far each weight moves"
+    new, moves, zero = xp.zeros_like(codes), xp.zeros_like(codes), xp.zeros_like(top)
+    per_code = 1/(s*xp.diagonal(h)[:, None])
+    for k in range(len(codes)):
+        g = gradient[k]-h[k, :k] @ moves[:k] if k else gradient[k]
+        new[k] = xp.clip(xp.round(codes[k]+g*per_code[k]), zero, top)
+        moves[k] = s[k]*(new[k]-codes[k])
+    return new, moves
+
+# %% ../nbs/05a_rounding.ipynb #a7c1d0e2
+def replayed(xp, f, *arrays):
+    "`f(xp, *arrays)`; on CUDA recorded as a graph at the first call with these shapes"
+    if xp.__name__ != 'torch' or not arrays[0].is_cuda: return f(xp, *arrays)
+    graph, inputs, outputs = _recorded(f, tuple(a.shape for a in arrays), arrays[0].device)
+    for mine, a in zip(inputs, arrays): mine.copy_(a)
+    graph.replay()
+    return [o.clone() for o in outputs]
+
+@lru_cache(maxsize=16)
+def _recorded(f, shapes, device):
+    import torch
+    inputs = [torch.ones(s, device=device) for s in shapes]
+    with torch.cuda.stream(torch.cuda.Stream(device)): f(torch, *inputs) # libraries set themselves up
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): outputs = f(torch, *inputs)
+    return graph, inputs, outputs
 
 # %% ../nbs/05a_rounding.ipynb #f56262c0
 def gptq(
@@ -321,21 +352,27 @@ def gptq(
     stats: 'Inputs | list', # what `w` is multiplied with; a list for experts
 ) -> 'Rounded | MinMax':
     "Codes that make good for each other's errors, on the grid that `search` finds"
-    return gptq_all(w, [fmt], stats)[0]
+    return gptq_all([w], [fmt], stats)[0]
 
 # %% ../nbs/05a_rounding.ipynb #dd1380a9
-def gptq_all(w, formats: list, stats) -> list:
-    "`gptq` in several formats, for little more than the time of one"
-    if w.ndim > 2:
-        return [_stack(r) for r in zip(*(gptq_all(x, formats, s) for x, s in zip(w, _per_expert(stats, len(w)))))]
-    if stats is None or stats.count < few_tokens(w):
+def gptq_all(
+    weights: list, # (…, out_dims, in_dims) each; all read the same inputs
+    formats: list, # one for each
+    stats: 'Inputs | list', # of those inputs; a list for experts
+) -> list: # of Rounded or MinMax
+    "`gptq` of several weights, or of one in several formats, for little more than the time of one"
+    if weights[0].ndim > 2:
+        experts = enumerate(_per_expert(stats, len(weights[0])))
+        return [_stack(r) for r in zip(*(gptq_all([w[e] for w in weights], formats, s) for e, s in experts))]
+    pairs = list(zip(weights, formats))
+    if stats is None or stats.count < few_tokens(weights[0]):
         seen = stats if stats is not None and stats.count else None
-        return [search(w, f, seen) for f in formats]
-    affine = [f for f in formats if f.mode == 'affine']
-    at_once = max(1, 2**(28 if on_accelerator(w) else 26)//prod(w.shape))
-    found = {}
-    for k in range(0, len(affine), at_once): found |= _gptq(w, affine[k:k+at_once], stats)
-    return [found.get(f) or MinMax(w, f) for f in formats]
+        return [search(w, f, seen) for w, f in pairs]
+    affine, done = [p for p in pairs if p[1].mode == 'affine'], []
+    at_once = max(1, 2**(28 if on_accelerator(weights[0]) else 26)//max(prod(w.shape) for w in weights))
+    for k in range(0, len(affine), at_once): done += _gptq(affine[k:k+at_once], stats)
+    done = iter(done)
+    return [next(done) if f.mode == 'affine' else MinMax(w, f) for w, f in pairs]
 
 # %% ../nbs/05a_rounding.ipynb #08c23a6a
 def few_tokens(w) -> int:
@@ -343,20 +380,20 @@ def few_tokens(w) -> int:
     return w.shape[-1]//4
 
 # %% ../nbs/05a_rounding.ipynb #660251c2
-def _gptq(w, formats, stats):
-    "Format ▸ `Rounded`, all formats in one pass"
-    xp, f32, _ = library(w)
+def _gptq(pairs, stats): # [(weight, format)]
+    "The weights one below the other, in one pass"
+    xp, f32, _ = library(pairs[0][0])
     h, order, u = prepared(xp, stats)
-    grids = [find_grid(w, f, stats) for f in formats]
-    wide = lambda x, f: xp.stack([f32(x)]*f.group_size, -1).reshape(w.shape)
+    grids = [find_grid(w, f, stats) for w, f in pairs]
+    wide = lambda x, f: xp.stack([f32(x)]*f.group_size, -1).reshape(len(x), -1)
     columns = lambda xs: xp.concatenate(xs).T[order]
-    s, b = (columns([wide(g[k], f) for g, f in zip(grids, formats)]) for k in (0, 1))
-    weights = columns([f32(w)]*len(formats))
-    top = xp.concatenate([xp.zeros_like(f32(w[:, 0]))+(2**f.bits-1) for f in formats])
+    s, b = (columns([wide(g[k], f) for g, (_, f) in zip(grids, pairs)]) for k in (0, 1))
+    weights = columns([f32(w) for w, _ in pairs])
+    top = xp.concatenate([xp.zeros_like(f32(w[:, 0]))+(2**f.bits-1) for w, f in pairs])
     codes = compensated(xp, weights, s, b, top, u)
-    codes = second_look(xp, weights, codes, s, b, top, h)
-    codes = codes[xp.argsort(order)].T.reshape(len(formats), *w.shape)
-    return {f: finished(w, q, *g, f) for f, q, g in zip(formats, codes, grids)}
+    codes = second_look(xp, weights, codes, s, b, top, h)[xp.argsort(order)].T
+    ends = np.cumsum([len(w) for w, _ in pairs]).tolist()
+    return [finished(w, codes[e-len(w):e], *g, f) for (w, f), g, e in zip(pairs, grids, ends)]
 
 # %% ../nbs/05a_rounding.ipynb #503f9d76
 def prepared(xp, stats: Inputs, damping: float = .01):
@@ -381,6 +418,13 @@ class NextEar(Ear):
         if path in self.stats or self.open: super().__call__(path, x, experts)
         elif experts is None: raise Heard
 
+# %% ../nbs/05a_rounding.ipynb #a7c1d0e3
+def same_inputs(heard: dict) -> list: # of lists of paths
+    "Units that read the same inputs, together; those of which nothing is known each alone"
+    groups = {}
+    for path, stats in heard.items(): groups.setdefault(path if stats is None else id(stats), []).append(path)
+    return list(groups.values())
+
 # %% ../nbs/05a_rounding.ipynb #8c5a80da
 def round_model(
     b: Backend,
@@ -398,23 +442,25 @@ def round_model(
             tick(1)
         return
     chunks, done = stats.chunks, {}
-    def round_now(path, inputs):
-        done[path] = gptq(b.unit_weight(path), plan[path], inputs)
-        tick(1)
-        return path, done[path]
-    for path in [p for p, u in todo.items() if u.kind == 'embed']: yield round_now(path, stats[path])
+    def round_now(heard): # path ▸ Inputs
+        for paths in same_inputs(heard):
+            now = gptq_all([b.unit_weight(p) for p in paths], [plan[p] for p in paths], heard[paths[0]])
+            done.update(zip(paths, now))
+            yield from zip(paths, now)
+            tick(len(paths))
+    yield from round_now({p: stats[p] for p, u in todo.items() if u.kind == 'embed'})
     states = chunks.embed(as_overrides(done))
     for i in range(b.n_blocks):
         done, left = {}, {p: u for p, u in todo.items() if u.block == i}
         while left:
             ear = NextEar(left)
             chunks.run(i, states, ear, as_overrides(done))
-            for path in ear.stats or dict(left): yield round_now(path, ear.stats.get(path))
+            yield from round_now(ear.stats or dict.fromkeys(left))
             left = {p: u for p, u in left.items() if p not in done}
         states = chunks.run(i, states, None, as_overrides(done))
     for path in [p for p, u in todo.items() if u.kind == 'lm_head']:
         chunks.run(None, states, ear := Ear({path: todo[path]}))
-        yield round_now(path, ear.stats[path])
+        yield from round_now(ear.stats)
 
 # %% ../nbs/05a_rounding.ipynb #e32cf0f4
 def as_overrides(done: dict) -> dict:
@@ -455,7 +501,8 @@ class RoundTrips(Mapping):
 # %% ../nbs/05a_rounding.ipynb #67ba08cb
 def round_all(w, formats: list, stats, method: str) -> list:
     "A weight in several formats"
-    return gptq_all(w, formats, stats) if method == 'gptq' else [QUANTIZERS[method](w, f, stats) for f in formats]
+    if method == 'gptq': return gptq_all([w]*len(formats), formats, stats)
+    return [QUANTIZERS[method](w, f, stats) for f in formats]
 
 # %% ../nbs/05a_rounding.ipynb #ddd42764
 def round_to_files(

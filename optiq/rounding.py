@@ -6,8 +6,8 @@
 __all__ = ['SHRINK', 'BLOCK', 'QUANTIZERS', 'pack_codes', 'library', 'to_mlx', 'Rounded', 'MinMax', 'fit_grid', 'search',
            'find_grid', 'finished', 'on_accelerator', 'Inputs', 'Ear', 'expert_rows', 'Statistics', 'Chunks',
            'compensated', 'first_look', 'settle', 'second_look', 'look_again', 'replayed', 'gptq', 'gptq_all',
-           'few_tokens', 'prepared', 'NextEar', 'same_inputs', 'round_model', 'as_overrides', 'RoundTrips', 'round_all',
-           'round_to_files', 'dwq']
+           'few_tokens', 'prepared', 'NextEar', 'enough', 'same_inputs', 'round_model', 'as_overrides', 'RoundTrips',
+           'round_all', 'round_to_files', 'dwq']
 
 # %% ../nbs/05a_rounding.ipynb #44cd9b61
 import sys
@@ -31,9 +31,11 @@ def pack_codes(
     bits: int, # code width
 ) -> np.ndarray: # (…, in_dims·bits/32) uint32
     "Codes as MLX stores them: a little-endian stream of bits"
-    c = np.ascontiguousarray(codes, dtype=np.uint8)
-    stream = np.unpackbits(c[..., None], axis=-1, count=bits, bitorder='little').reshape(*c.shape[:-1], -1)
-    return np.packbits(stream, axis=-1, bitorder='little').view('<u4')
+    c = np.asarray(codes, dtype=np.uint8)
+    eight = c.reshape(*c.shape[:-1], -1, 8) # that fill as many bytes as a code has bits
+    words = sum(eight[..., i].astype('<u8') << np.uint64(bits*i) for i in range(8))
+    stream = words[..., None].view(np.uint8)[..., :bits].reshape(*c.shape[:-1], -1)
+    return np.ascontiguousarray(stream).view('<u4')
 
 # %% ../nbs/05a_rounding.ipynb #d1182d98
 def library(w):
@@ -67,8 +69,8 @@ class Rounded:
     def stored(self) -> dict:
         "The tensors of a quantized MLX layer, by name"
         import mlx.core as mx
-        codes = np.array(to_mlx(self.codes).astype(mx.float32))
-        return dict(weight=mx.array(pack_codes(codes, self.fmt.bits)), scales=to_mlx(self.scales), biases=to_mlx(self.biases))
+        codes = self.codes.astype(mx.uint8) if isinstance(self.codes, mx.array) else self.codes.byte().cpu()
+        return dict(weight=mx.array(pack_codes(np.array(codes), self.fmt.bits)), scales=to_mlx(self.scales), biases=to_mlx(self.biases))
 
 # %% ../nbs/05a_rounding.ipynb #85236c34
 @dataclass
@@ -93,7 +95,8 @@ def fit_grid(xp, g, a, n, cast, steps=5): # g (rows, group), a (rows or 1, group
         s, b = xp.clip((hi-lo)*part/n, 1e-7, None), lo*part
         for k in range(steps+1):
             q = nearest(s, b)
-            Aq, Aqq, Aqg = total(a*q), total(a*q*q), total(a*q*g)
+            aq = a*q
+            Aq, Aqq, Aqg = total(aq), total(aq*q), total(aq*g)
             spread = A*Aqq-Aq*Aq
             fitted = (A*Aqg-Aq*Ag)/xp.where(spread > 0, spread, 1)
             if k < steps: s = xp.where((spread > 1e-6*A*Aqq) & (fitted > 1e-9), fitted, s)
@@ -162,23 +165,27 @@ def _per_expert(stats, n): return stats if isinstance(stats, list) else [stats]*
 @dataclass
 class Inputs:
     "Second moments of what a matrix is multiplied with"
-    moments: object = 0 # (in_dims, in_dims): Σ x xᵀ
+    moments: object = 0 # (in_dims, in_dims): Σ x xᵀ, or its diagonal alone
     count: int = 0 # tokens seen
+    whole: bool = True # not only the diagonal
 
     def add(self, x): # (…, in_dims)
         xp, f32, _ = library(x)
         x = f32(x).reshape(-1, x.shape[-1])
-        self.moments, self.count = self.moments+x.T @ x, self.count+len(x)
+        self.moments, self.count = self.moments+(x.T @ x if self.whole else (x*x).sum(0)), self.count+len(x)
 
     def importance(self): # (in_dims,)
         "Mean square of each input"
-        return library(self.moments)[0].diagonal(self.moments)/self.count
+        return (library(self.moments)[0].diagonal(self.moments) if self.whole else self.moments)/self.count
 
 # %% ../nbs/05a_rounding.ipynb #69257534
 class Ear:
     "Hears what the matrices of a block are multiplied with, and adds up second moments"
-    def __init__(self, units: dict): # path ▸ Unit, those to listen to
-        self.units, self.stats, self.last = units, {}, (None, None)
+    def __init__(self,
+        units: dict, # path ▸ Unit, those to listen to
+        whole: bool = True, # second moments, not only their diagonal
+    ):
+        self.units, self.stats, self.last, self.whole = units, {}, (None, None), whole
 
     def __call__(self, path, x, experts=None):
         if path not in self.units: return
@@ -193,7 +200,7 @@ class Ear:
 
     def empty(self, path):
         shape = self.units[path].shape
-        return [Inputs() for _ in range(shape[0])] if len(shape) > 2 else Inputs()
+        return [Inputs(whole=self.whole) for _ in range(shape[0])] if len(shape) > 2 else Inputs(whole=self.whole)
 
     def add(self, stats, x, experts):
         if isinstance(stats, Inputs): return stats.add(x)
@@ -214,8 +221,9 @@ class Statistics(Mapping):
     def __init__(self,
         b: Backend,
         tokens: np.ndarray, # (n, T) calibration tokens
+        whole: bool = True, # second moments, not only their diagonal
     ):
-        self.b, self.chunks, self.ends = b, Chunks(b, tokens), None
+        self.b, self.chunks, self.ends, self.whole = b, Chunks(b, tokens), None, whole
         self.restart()
 
     def restart(self): self.i, self.states, self.held = 0, self.chunks.embed(), {}
@@ -228,14 +236,14 @@ class Statistics(Mapping):
         return self.held[path]
 
     def advance(self):
-        ear = Ear(self.units(self.i))
+        ear = Ear(self.units(self.i), self.whole)
         self.states = self.chunks.run(self.i, self.states, ear)
         self.i, self.held = self.i+1, ear.stats
 
     def end(self, path):
         if self.ends is None:
-            while self.i < self.b.n_blocks: self.advance()
-            ear = Ear(self.units(None))
+            for i in range(self.i, self.b.n_blocks): self.states = self.chunks.run(i, self.states)
+            ear = Ear(self.units(None), self.whole)
             self.chunks.run(None, self.states, ear)
             self.ends = ear.stats
             self.restart()
@@ -418,6 +426,11 @@ class NextEar(Ear):
         if path in self.stats or self.open: super().__call__(path, x, experts)
         elif experts is None: raise Heard
 
+# %% ../nbs/05a_rounding.ipynb #a7c1d0e5
+def enough(tokens, n: int = 1024) -> np.ndarray: # the first sequences, of `n` tokens or a little more
+    "What `search` learns from"
+    return tokens[:-(-n//tokens.shape[1])]
+
 # %% ../nbs/05a_rounding.ipynb #a7c1d0e3
 def same_inputs(heard: dict) -> list: # of lists of paths
     "Units that read the same inputs, together; those of which nothing is known each alone"
@@ -435,13 +448,14 @@ def round_model(
 ): # yields (path, Rounded or MinMax)
     "Every unit of a plan, rounded; with `gptq` each on states that carry the errors of those before it"
     todo = {u.path: u for u in b.checkpoint.units if plan[u.path] != AS_IS}
-    stats = Statistics(b, tokens) if method != 'minmax' else {}
     if method != 'gptq':
-        for path in todo:
+        stats = Statistics(b, enough(tokens), whole=False) if method == 'search' else {}
+        for path in sorted(todo, key=lambda p: todo[p].block is None): # what the last states say comes last
             yield path, QUANTIZERS[method](b.unit_weight(path), plan[path], stats.get(path))
             tick(1)
         return
-    chunks, done = stats.chunks, {}
+    stats, done = Statistics(b, tokens), {}
+    chunks = stats.chunks
     def round_now(heard): # path ▸ Inputs
         for paths in same_inputs(heard):
             now = gptq_all([b.unit_weight(p) for p in paths], [plan[p] for p in paths], heard[paths[0]])
@@ -480,7 +494,8 @@ class RoundTrips(Mapping):
     ):
         if method not in QUANTIZERS: raise ValueError(f'no rounding {method!r}; there are {", ".join(QUANTIZERS)}')
         self.b, self.formats, self.method = open_backend(model), list(formats), method
-        self.stats, self.last, self.ends = Statistics(self.b, tokens), (None, {}), {}
+        self.stats = Statistics(self.b, enough(tokens), whole=False) if method == 'search' else Statistics(self.b, tokens)
+        self.last, self.ends = (None, {}), {}
         self.name = f'{method}, {tokens.shape[0]} × {tokens.shape[1]} tokens {fingerprint(tokens)}'
 
     def __getitem__(self, path): return partial(self.round_trip, path)

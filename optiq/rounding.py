@@ -69,8 +69,9 @@ class Rounded:
     def stored(self) -> dict:
         "The tensors of a quantized MLX layer, by name"
         import mlx.core as mx
-        codes = self.codes.astype(mx.uint8) if isinstance(self.codes, mx.array) else self.codes.byte().cpu()
-        return dict(weight=mx.array(pack_codes(np.array(codes), self.fmt.bits)), scales=to_mlx(self.scales), biases=to_mlx(self.biases))
+        mine = isinstance(self.codes, mx.array)
+        codes = np.array(self.codes.astype(mx.uint8)) if mine else self.codes.byte().cpu().numpy()
+        return dict(weight=mx.array(pack_codes(codes, self.fmt.bits)), scales=to_mlx(self.scales), biases=to_mlx(self.biases))
 
 # %% ../nbs/05a_rounding.ipynb #85236c34
 @dataclass
@@ -410,10 +411,10 @@ def prepared(xp, stats: Inputs, damping: float = .01):
     order = xp.argsort(-d)
     h = h[order][:, order]+xp.diag(xp.zeros_like(d)+damping*xp.mean(d))
     if xp.__name__ == 'torch':
-        inverse = xp.cholesky_inverse(xp.linalg.cholesky(h.double()))
-        return h, order, xp.linalg.cholesky(inverse, upper=True).float()
-    inverse = np.linalg.inv(np.array(h, np.float64))
-    return h, order, xp.array(np.linalg.cholesky((inverse+inverse.T)/2).T.astype(np.float32))
+        r = xp.linalg.cholesky(h.double().flip(0, 1)).flip(0, 1) # upper, and H = R Rᵀ: so U = R⁻¹
+        return h, order, xp.linalg.solve_triangular(r, xp.eye(len(r)).to(r), upper=True).float()
+    r = np.linalg.cholesky(np.array(h, np.float64)[::-1, ::-1])[::-1, ::-1]
+    return h, order, xp.array(np.linalg.inv(r).astype(np.float32))
 
 # %% ../nbs/05a_rounding.ipynb #6707cf03
 class NextEar(Ear):
@@ -424,7 +425,7 @@ class NextEar(Ear):
         if self.first is None: self.first = x
         self.open = self.open and (x is self.first or path in self.stats)
         if path in self.stats or self.open: super().__call__(path, x, experts)
-        elif experts is None: raise Heard
+        if experts is None and (path not in self.stats or self.stats.keys() == self.units.keys()): raise Heard
 
 # %% ../nbs/05a_rounding.ipynb #a7c1d0e5
 def enough(tokens, n: int = 1024) -> np.ndarray: # the first sequences, of `n` tokens or a little more

@@ -7,10 +7,11 @@ __all__ = ['SHRINK', 'BLOCK', 'QUANTIZERS', 'pack_codes', 'library', 'to_mlx', '
            'find_grid', 'finished', 'on_accelerator', 'Inputs', 'Ear', 'expert_rows', 'Statistics', 'Chunks',
            'compensated', 'first_look', 'settle', 'second_look', 'look_again', 'replayed', 'gptq', 'gptq_all',
            'few_tokens', 'prepared', 'NextEar', 'enough', 'same_inputs', 'round_model', 'as_overrides', 'RoundTrips',
-           'round_all', 'round_to_files', 'dwq']
+           'round_all', 'rounding_seconds', 'round_to_files', 'dwq']
 
 # %% ../nbs/05a_rounding.ipynb #44cd9b61
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -520,6 +521,37 @@ def round_all(w, formats: list, stats, method: str) -> list:
     if method == 'gptq': return gptq_all([w]*len(formats), formats, stats)
     return [QUANTIZERS[method](w, f, stats) for f in formats]
 
+# %% ../nbs/05a_rounding.ipynb #a7c1d0e7
+def rounding_seconds(
+    b: Backend,
+    tokens: np.ndarray, # (n, T) calibration tokens
+    plan: Mapping, # unit path ▸ Format
+    method: str, # 'minmax', 'search' or 'gptq'
+) -> float:
+    "About how long rounding a plan will take, from a measurement here and now"
+    todo = [u for u in b.checkpoint.units if plan[u.path] != AS_IS]
+    first = max((u for u in todo if u.block == 0), key=lambda u: u.params, default=None)
+    if method == 'minmax' or first is None: return 0.
+    learned = tokens if method == 'gptq' else enough(tokens)
+    part = learned[:-(-len(learned)//8)]
+    stats = Statistics(b, part, method == 'gptq')
+    heard = stats[first.path] # the first block also wakes the libraries up
+    def listen():
+        stats.i = 0
+        stats.advance()
+        return b.numpy(stats.states[0][:1, :1])
+    def round_it(): return to_mlx(QUANTIZERS[method](b.unit_weight(first.path), plan[first.path], heard).dequantize())
+    passes = (4 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
+    return passes*_faster(listen)+_faster(round_it)*sum(u.params for u in todo)/first.params
+
+def _faster(f):
+    "Seconds of the faster of two calls"
+    t = [time.perf_counter()]
+    for _ in range(2):
+        f()
+        t.append(time.perf_counter())
+    return min(t[1]-t[0], t[2]-t[1])
+
 # %% ../nbs/05a_rounding.ipynb #ddd42764
 def round_to_files(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
@@ -527,11 +559,14 @@ def round_to_files(
     plan: Mapping, # unit path ▸ Format
     method: str, # 'minmax', 'search' or 'gptq'
     folder: 'str | Path', # where the stored tensors lie until the conversion has read them
-    progress: bool = True, # show a bar with the time that is left
+    progress: bool = True, # announce the time, show a bar with what is left
 ) -> dict: # unit path ▸ (weight, format) ▸ stored tensors: a quantizer for `convert`
     "Round a whole plan, a file for each unit, so that no more than a block is in memory"
     import mlx.core as mx
     b, found = open_backend(model), {}
+    if progress and method != 'minmax':
+        s = rounding_seconds(b, tokens, plan, method)
+        print(f'{method}: {len(plan)} units on {tokens.size:,} tokens, about {f"{s:.0f} s" if s < 100 else f"{s/60:.0f} min"}', file=sys.stderr)
     with tqdm(total=len(plan), desc=method, unit='unit', leave=False, disable=not progress) as bar:
         for path, r in round_model(b, tokens, plan, method, bar.update):
             file = str(Path(folder)/f'{len(found)}.safetensors')

@@ -1,6 +1,6 @@
 """Seconds and memory of a conversion with each rounding: one plan, one process each, the sweep not counted.
 
-    python3 bench/peers/times.py --model MODEL --calibration valid.txt [--plan 4g64] [--n 64] [--seq-len 128] -o times.json
+    python3 bench/peers/times.py --model MODEL --calibration valid.txt [--plan 4g64] [--n 32] [--seq-len 128] -o times.json
 
 `load_s` opens the model for the calibration pass (a sweep has done that before), `round_s` learns and rounds, `write_s` packs, saves, and compares
 what was saved tensor by tensor. Peak memory is that of the whole process; `before_gb` is what it held before it rounded.
@@ -45,7 +45,7 @@ if __name__ == '__main__':
     p.add_argument('--model', default='demo')
     p.add_argument('--calibration', default='bundled')
     p.add_argument('--plan', default='4g64', help='a format for all')
-    p.add_argument('--n', type=int, default=64, help='calibration sequences')
+    p.add_argument('--n', type=int, default=32, help='calibration sequences')
     p.add_argument('--seq-len', type=int, default=128)
     p.add_argument('--backend', default='torch')
     p.add_argument('--repeat', type=int, default=2, help='rounds; the faster one counts')

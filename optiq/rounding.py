@@ -6,8 +6,8 @@
 __all__ = ['SHRINK', 'BLOCK', 'QUANTIZERS', 'pack_codes', 'library', 'to_mlx', 'Rounded', 'MinMax', 'fit_grid', 'search',
            'find_grid', 'finished', 'on_accelerator', 'Inputs', 'Ear', 'expert_rows', 'Statistics', 'Chunks',
            'compensated', 'first_look', 'settle', 'second_look', 'look_again', 'replayed', 'gptq', 'gptq_all',
-           'few_tokens', 'prepared', 'NextEar', 'enough', 'same_inputs', 'round_model', 'as_overrides', 'RoundTrips',
-           'round_all', 'rounding_seconds', 'round_to_files', 'dwq']
+           'few_tokens', 'prepared', 'NextEar', 'enough', 'same_inputs', 'round_model', 'outside_before',
+           'as_overrides', 'RoundTrips', 'round_all', 'rounding_seconds', 'round_to_files', 'dwq']
 
 # %% ../nbs/05a_rounding.ipynb #44cd9b61
 import sys
@@ -23,7 +23,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .backends import Backend, Heard, open_backend
-from .calibration import fingerprint
+from .calibration import fingerprint, samples_of, shape_of
 from .formats import AS_IS, Format, divides, quantize_dequantize, quantize_minmax
 
 # %% ../nbs/05a_rounding.ipynb #78a63926
@@ -195,7 +195,7 @@ class Ear:
         mine, new = self.stats[path], x is not self.last[0] or self.stats[path] is not self.last[1]
         self.last = x, mine
         if new: self.add(mine, x, experts)
-        if self.units[path].block is None: raise Heard # the logits are not wanted
+        if self.units[path].kind in ('lm_head', 'embed') or len(self.units) == 1: raise Heard # nothing more is wanted
 
     def shared(self, path, x): # layers that read the same states
         return self.last[1] if x is self.last[0] and isinstance(self.last[1], list) == (len(self.units[path].shape) > 2) else None
@@ -259,8 +259,9 @@ class Statistics(Mapping):
 class Chunks:
     "Calibration tokens in batches that fit, each with what its blocks are called with"
     def __init__(self, b: Backend, tokens: np.ndarray):
-        size = max(1, (2**15 if b.name == 'torch' and b.device == 'cuda' else 2**12)//tokens.shape[1])
-        self.b, self.tokens, self.calls = b, [tokens[k:k+size] for k in range(0, len(tokens), size)], []
+        size = max(1, (2**15 if b.name == 'torch' and b.device == 'cuda' else 2**12)//shape_of(tokens)[1])
+        parts = [tokens[k:k+size] for k in range(0, len(tokens), size)] if b.stacks else samples_of(tokens)
+        self.b, self.tokens, self.calls = b, parts, []
 
     def embed(self, overrides={}):
         "States of each batch before the first block"
@@ -268,7 +269,7 @@ class Chunks:
             states = []
             for batch in self.tokens:
                 states.append(self.b.embed(batch, overrides))
-                self.calls.append((self.b.calls, self.b.batch_size))
+                self.calls.append((getattr(self.b, 'calls', None), getattr(self.b, 'batch_size', None)))
             self.calls = self.calls[-len(states):]
         return states
 
@@ -431,7 +432,7 @@ class NextEar(Ear):
 # %% ../nbs/05a_rounding.ipynb #a7c1d0e5
 def enough(tokens, n: int = 1024) -> np.ndarray: # the first sequences, of `n` tokens or a little more
     "What `search` learns from"
-    return tokens[:-(-n//tokens.shape[1])]
+    return tokens[:-(-n//max(1, shape_of(tokens)[1]))]
 
 # %% ../nbs/05a_rounding.ipynb #a7c1d0e3
 def same_inputs(heard: dict) -> list: # of lists of paths
@@ -464,9 +465,13 @@ def round_model(
             done.update(zip(paths, now))
             yield from zip(paths, now)
             tick(len(paths))
-    yield from round_now({p: stats[p] for p, u in todo.items() if u.kind == 'embed'})
+    yield from round_now({p: stats[p] for p, u in todo.items() if u.block is None and 'embed' in u.kind})
     states = chunks.embed(as_overrides(done))
     for i in range(b.n_blocks):
+        for path in outside_before(todo, i): # a merger, between two lists of blocks
+            chunks.run(None, states, ear := Ear({path: todo[path]}))
+            yield from round_now({path: ear.stats.get(path)})
+            states = [b.change(s, as_overrides({path: done[path]})) for s in states]
         done, left = {}, {p: u for p, u in todo.items() if u.block == i}
         while left:
             ear = NextEar(left)
@@ -474,9 +479,18 @@ def round_model(
             yield from round_now(ear.stats or dict.fromkeys(left))
             left = {p: u for p, u in left.items() if p not in done}
         states = chunks.run(i, states, None, as_overrides(done))
-    for path in [p for p, u in todo.items() if u.kind == 'lm_head']:
+    for path in outside_before(todo, None):
         chunks.run(None, states, ear := Ear({path: todo[path]}))
-        yield from round_now(ear.stats)
+        yield from round_now({path: ear.stats[path]})
+
+def outside_before(todo: dict, block: int | None) -> list: # of paths
+    "Units outside the blocks, embeddings apart, that stand just before a block; for None, after all blocks"
+    paths, found = list(todo), []
+    ends = [k for k, p in enumerate(paths) if todo[p].block is not None]
+    for k, path in enumerate(paths):
+        after = next((todo[paths[e]].block for e in ends if e > k), None)
+        if todo[path].block is None and 'embed' not in todo[path].kind and after == block: found.append(path)
+    return found
 
 # %% ../nbs/05a_rounding.ipynb #e32cf0f4
 def as_overrides(done: dict) -> dict:
@@ -498,7 +512,7 @@ class RoundTrips(Mapping):
         self.b, self.formats, self.method = open_backend(model), list(formats), method
         self.stats = Statistics(self.b, enough(tokens), whole=False) if method == 'search' else Statistics(self.b, tokens)
         self.last, self.ends = (None, {}), {}
-        self.name = f'{method}, {tokens.shape[0]} × {tokens.shape[1]} tokens {fingerprint(tokens)}'
+        self.name = f'{method}, {" × ".join(map(str, shape_of(tokens)))} tokens {fingerprint(tokens)}'
 
     def __getitem__(self, path): return partial(self.round_trip, path)
     def __iter__(self): return iter(self.b.checkpoint.unit)
@@ -530,17 +544,18 @@ def rounding_seconds(
 ) -> float:
     "About how long rounding a plan will take, from a measurement here and now"
     todo = [u for u in b.checkpoint.units if plan[u.path] != AS_IS]
-    first = max((u for u in todo if u.block == 0), key=lambda u: u.params, default=None)
+    first = max((u for u in todo if u.block == 0 and len(u.shape) == 2), key=lambda u: u.params, default=None)
     if method == 'minmax' or first is None: return 0.
     learned = tokens if method == 'gptq' else enough(tokens)
     part = learned[:-(-len(learned)//8)]
     stats = Statistics(b, part, method == 'gptq')
     heard = stats[first.path] # the first block also wakes the libraries up
+    if heard is None: return 0.
     def listen():
         stats.i = 0
         stats.advance()
-        return b.numpy(stats.states[0][:1, :1])
-    def round_it(): return to_mlx(QUANTIZERS[method](b.unit_weight(first.path), plan[first.path], heard).dequantize())
+        return b.numpy(stats.held[first.path].importance())
+    def round_it(): return b.numpy(library(heard.moments)[1](QUANTIZERS[method](b.unit_weight(first.path), plan[first.path], heard).dequantize()))
     passes = (4 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
     return passes*_faster(listen)+_faster(round_it)*sum(u.params for u in todo)/first.params
 
@@ -566,7 +581,8 @@ def round_to_files(
     b, found = open_backend(model), {}
     if progress and method != 'minmax':
         s = rounding_seconds(b, tokens, plan, method)
-        print(f'{method}: {len(plan)} units on {tokens.size:,} tokens, about {f"{s:.0f} s" if s < 100 else f"{s/60:.0f} min"}', file=sys.stderr)
+        took = f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min'
+        print(f'{method}: {len(plan)} units on {" × ".join(map(str, shape_of(tokens)))} tokens, about {took}', file=sys.stderr)
     with tqdm(total=len(plan), desc=method, unit='unit', leave=False, disable=not progress) as bar:
         for path, r in round_model(b, tokens, plan, method, bar.update):
             file = str(Path(folder)/f'{len(found)}.safetensors')
@@ -597,6 +613,7 @@ def dwq(
     from mlx.optimizers import Adam
     from mlx_lm.quant.dwq import dwq_quantize
     from mlx_lm.utils import load_model, save_model
+    if source.model_type != 'llm': raise ValueError(f'dwq trains text models only, and {source.name} is of type {source.model_type}')
     if valid < batch_size: raise ValueError(f'dwq validates in batches of {batch_size}, so valid={valid} is too few')
     if len(tokens) < valid+batch_size: raise ValueError(
         f'dwq needs {valid+batch_size} calibration sequences, {valid} of them to validate on; there are {len(tokens)}')

@@ -80,7 +80,7 @@ SHARED = dict(
     tie=(['--tie'], dict(metavar='NAMES', callback=as_names, help='units that share a format: qkv, kv, gate_up')),
     rounding=(['--rounding'], dict(type=click.Choice(['minmax', 'search', 'gptq']), default='minmax', show_default=True,
               help='how codes, scales and biases are chosen; the sweep scores with the same')),
-    rounding_n=(['--rounding-samples', 'rounding_n'], dict(default=64, show_default=True,
+    rounding_n=(['--rounding-samples', 'rounding_n'], dict(default=32, show_default=True,
                 help='calibration sequences that search, gptq and dwq learn from')),
     overwrite=(['--overwrite'], dict(is_flag=True, help='replace the output folder')),
     backend=(['--backend'], dict(type=click.Choice(['auto', 'torch', 'mlx', 'stream']), default='auto', show_default=True)),

@@ -121,7 +121,7 @@ def optimize(
     n: int = 8, # calibration sequences
     seq_len: int = 128, # tokens in each
     rounding: str = 'minmax', # 'minmax', 'search' or 'gptq'
-    rounding_n: int = 64, # sequences that `search`, `gptq` and `dwq` learn from, the first `n` among them
+    rounding_n: int = 32, # sequences that `search`, `gptq` and `dwq` learn from, the first `n` among them
     polish: str | None = None, # 'dwq': train scales and biases at the end
     eval_n: int = 16, # evaluation sequences
     eval_len: int = 256, # tokens in each

@@ -87,7 +87,7 @@ def test_without_correlation_gptq_is_nearest():
 def test_many_formats_at_once_are_the_same_as_each_alone():
     w, stats = weight(), correlated()
     formats = [Format(2, 32), Format(4, 64), Format(8, 128), Format(4, 16, 'nvfp4')]
-    for f, r in zip(formats, gptq_all(w, formats, stats)):
+    for f, r in zip(formats, gptq_all([w]*len(formats), formats, stats)):
         alone = gptq(w, f, stats)
         assert r.fmt == f and (r.dequantize() == alone.dequantize()).float().mean() > .999
 

@@ -135,9 +135,8 @@ def _score(ids, states, everyone):
 def _nll(b, z, nexts):
     "Negative log-likelihood of the next tokens, (B, t)"
     if not nexts.size: return 0
-    normaliser = b.numpy(b.xp.logsumexp(z, axis=-1))
-    rows, columns = np.indices(nexts.shape)
-    return normaliser-b.numpy(z)[rows, columns, nexts]
+    found = z[tuple(b.xp.asarray(i) for i in (*np.indices(nexts.shape), nexts))] # where the logits are: they are many
+    return b.numpy(b.xp.logsumexp(z, axis=-1)-found)
 
 # %% ../../nbs/10_evals.perplexity.ipynb #ea85c059
 def _evaluate_samples(samples, everyone):

@@ -7,7 +7,8 @@ __all__ = ['EVERYTHING', 'Recorded', 'Blocks', 'repeated', 'Head', 'Overrides', 
            'torch_blocks', 'torch_stand_ins', 'torch_slot', 'torch_weights', 'torch_attention', 'torch_ear',
            'eager_experts', 'load_torch', 'TorchBackend', 'mlx_blocks', 'mlx_attention', 'mlx_listening', 'mlx_weights',
            'MLXBackend', 'Passed', 'fresh', 'as_answer', 'arrays_in', 'alike', 'forgetful', 'Forward', 'ReplayBackend',
-           'narrow', 'as_sample', 'read_rows', 'StreamedBlocks', 'StreamingBackend', 'free_memory', 'open_backend']
+           'narrow', 'as_sample', 'StreamedReplay', 'read_rows', 'StreamedBlocks', 'StreamingBackend', 'free_memory',
+           'open_backend']
 
 # %% ../nbs/02b_backends.ipynb #b684d45f
 import os
@@ -496,6 +497,28 @@ def as_sample(batch) -> dict:
     if len(found) != 1: raise ValueError(f'models of several parts are replayed one sample at a time, and these are {len(found)}')
     return found[0]
 
+# %% ../nbs/02b_backends.ipynb #78227048
+class StreamedReplay(ReplayBackend):
+    "Replays a model of several parts with one of its blocks in memory"
+    inner, held = None, None
+
+    def block(self, i: int):
+        if self.held != i:
+            self.inner = None
+            self.xp.clear_cache()
+            self.inner, self.held = self.open(), i
+        return _block(self.inner, self.checkpoint.blocks, i)
+
+    def module(self, path: str):
+        block = self.checkpoint.unit[path].block
+        if block is None: return super().module(path)
+        self.block(block)
+        return _descend(self.inner, path)
+
+    def done(self, x):
+        self.xp.eval(x) # before the block's weights go
+        return x
+
 # %% ../nbs/02b_backends.ipynb #a31bb77c
 def read_rows(
     checkpoint: Checkpoint,
@@ -598,6 +621,7 @@ def _choose(checkpoint):
     import mlx.core as mx
     from importlib.util import find_spec
     if 4*checkpoint.params > free_memory()/2 and 'quantization' not in checkpoint.config: return 'stream'
+    if checkpoint.model_type != 'llm': return 'mlx'
     return 'mlx' if mx.default_device().type == mx.DeviceType.gpu or not find_spec('torch') else 'torch'
 
 # %% ../nbs/02b_backends.ipynb #5352ba7c
@@ -608,7 +632,7 @@ def open_backend(
     "A model ready for replay"
     if isinstance(model, Backend): return model
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(model)
-    kinds = dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend) if checkpoint.model_type == 'llm' else dict(mlx=ReplayBackend)
-    if backend == 'auto': backend = _choose(checkpoint) if checkpoint.model_type == 'llm' else 'mlx'
+    kinds = dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend) if checkpoint.model_type == 'llm' else dict(mlx=ReplayBackend, stream=StreamedReplay)
+    if backend == 'auto': backend = _choose(checkpoint)
     if backend not in kinds: raise ValueError(f'no backend {backend!r}; there are auto, {", ".join(kinds)}')
     return kinds[backend](checkpoint)

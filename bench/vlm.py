@@ -66,7 +66,7 @@ def compare(args, b, done):
     default, stored = default_plan(c)
     if default.nbytes != stored: raise RuntimeError(f'mlx-vlm saved {stored} bytes, the plan says {default.nbytes}')
     plans = {'bfloat16': make_plan(c, c.formats), 'mlx-vlm 4 bits, vision at 16': default, 'uniform 4 bits': four,
-             'optiq, bytes of uniform': allocate(found, max_bytes=four.nbytes), 'optiq, bytes of mlx-vlm': allocate(found, max_bytes=default.nbytes)}
+             'optiq, bytes of uniform': allocate(found, max_bytes=four.nbytes), 'optiq, bytes of mlx-vlm': allocate(found, max_bytes=default.nbytes, formats=[*WIDTHS, AS_IS])}
     variants = {n: overrides_of(p) for n, p in plans.items() if n != 'bfloat16'}
     for method in args.rounding.split(','):
         for n in ('uniform 4 bits', 'optiq, bytes of uniform'):

@@ -2,9 +2,9 @@ SHELL := /bin/bash
 python := .venv/bin/python
 ready := .venv/.ready
 
-.PHONY: help setup demo test docs lab bench readme fill clean
+.PHONY: help setup demo demo-vlm test docs lab bench readme fill clean
 help:           ## list these targets
-	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 10
 
 setup: $(ready)  ## make .venv; every other target does it too
 $(ready): settings.ini setup.py constraints.txt
@@ -13,6 +13,9 @@ $(ready): settings.ini setup.py constraints.txt
 
 demo: $(ready)   ## convert the model that comes with the project and print the result
 	$(python) models/demo/run.py
+
+demo-vlm: $(ready) ## convert the witness, a small model that sees, and print the result
+	$(python) models/witness/run.py
 
 test: $(ready)   ## run all notebooks, then all tests
 	tools/test.sh

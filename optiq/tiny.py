@@ -231,7 +231,7 @@ def hub_tensors(
 def native_config(config):
     "The same configuration as the transformers class takes it"
     from transformers import AutoConfig
-    config = config.get('thinker_config', config)
+    config = json.loads(json.dumps(config.get('thinker_config', config))) # transformers writes into what it is given
     encoder = dict(audio_config=dict(model_type='qwen3_asr_encoder')) if 'audio_config' in config else {}
     return AutoConfig.for_model(**copy.deepcopy(merged(config, encoder))) # transformers writes into it
 

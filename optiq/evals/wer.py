@@ -53,11 +53,11 @@ def wer_figure(
     low, high = np.quantile(rates, [.025, .975])
     return _figure('wer', float(e.sum()/words), float(rates.std()), low, high, e*n/words, on)
 
-# %% ../../nbs/10_evals.wer.ipynb #f0b3e75f
+# %% ../../nbs/10_evals.wer.ipynb #5c4df141
 def wer(
     model: 'str | Checkpoint', # a speech model that mlx-audio opens
     n: int = 200, # clips at most
-    source: str | None = None, # 'librispeech' (test-clean, by default), 'bundled', or a folder, of which all is used
+    source: str = 'librispeech', # 'librispeech' (test-clean), 'bundled', or a folder, of which all is used
     out: 'str | Path | None' = None, # .jsonl file with what was written, to go on with
     name: str | None = None, # of the row
     new_tokens: int = 224, # written for a clip at most
@@ -66,10 +66,10 @@ def wer(
     "Word error rate of greedy transcripts"
     from optiq.audio import load_speech, transcribe
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
-    heard, speech = clips(source or 'librispeech', 'all', n, fewer=True), load_speech(c)
+    heard, speech = clips(source, 'all', n, fewer=True), load_speech(c)
     settings = dict(model=c.fingerprint, new_tokens=new_tokens)
     done = write_down(lambda clip: transcribe(speech, clip.audio, new_tokens), heard, out, settings)
-    about = dict(speech=f'{source or "librispeech"}, {len(heard)} clips', **settings)
+    about = dict(speech=f'{source}, {len(heard)} clips', **settings)
     return wer_report(size_of(name or c.name, make_plan(c, c.formats)), done, about)
 
 # %% ../../nbs/10_evals.wer.ipynb #1c700bb0

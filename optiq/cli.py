@@ -70,7 +70,7 @@ SHARED = dict(
     formats=(['--formats'], dict(help='candidates by name, such as 4g32,4g64,mxfp4; instead of widths')),
     group_size=(['--group-size'], dict(default=64, show_default=True, help='group of the candidate widths')),
     calibration=(['--calibration'], dict(default='bundled', show_default=True, metavar='NAME|FILE',
-                 help='text to measure on: bundled, wikitext2, or a .txt, .jsonl or .parquet file')),
+                 help='what to measure on: bundled, wikitext2 or a .txt, .jsonl or .parquet file; pictures or speech by name or folder')),
     evaluation=(['--evaluation'], dict(metavar='NAME|FILE', help='text to score on; default: the test side of the calibration text')),
     seq_len=(['--seq-len'], dict(default=128, show_default=True, help='tokens in each calibration sequence')),
     eval_n=(['--n-samples', 'eval_n'], dict(default=16, show_default=True, help='evaluation sequences of 256 tokens')),
@@ -84,6 +84,8 @@ SHARED = dict(
                 help='calibration sequences that search, gptq and dwq learn from')),
     overwrite=(['--overwrite'], dict(is_flag=True, help='replace the output folder')),
     backend=(['--backend'], dict(type=click.Choice(['auto', 'torch', 'mlx', 'stream']), default='auto', show_default=True)),
+    model_type=(['--model-type'], dict(type=click.Choice(['auto', 'llm', 'vlm', 'audio']), default='auto', show_default=True,
+                help='what kind of model it is: text, vision and language, or speech')),
     trust=(['--trust-remote-code'], dict(is_flag=True, help='run model code that comes with the checkpoint')),
     json=(['--json', 'as_json'], dict(is_flag=True, help='print one JSON object on stdout')))
 
@@ -91,7 +93,7 @@ SHARED = dict(
 @main.command(short_help='Quantize a model under a cap on its size or speed.')
 @click.argument('model')
 @click.option('--target', type=click.Choice(['mlx']), default='mlx', show_default=True, help='what to write')
-@click.option('--model-type', type=click.Choice(['auto', 'llm']), default='auto', show_default=True)
+@options('model_type')
 @click.option('--target-bpw', 'target_bits', type=float, help='cap on nominal bits per weight')
 @click.option('--target-size', 'max_bytes', type=float, callback=as_bytes, metavar='MB', help='cap on the size of all tensors')
 @click.option('--target-memory', 'max_memory', type=float, callback=as_bytes, metavar='MB', help='cap on tensors and KV cache')
@@ -121,7 +123,7 @@ def convert(model, target, model_type, target_tps, chip, candidate_bits, formats
     optiq convert demo --target-bpw 3.5 --candidate-bits 2,3,4,6 --rounding gptq
     optiq convert demo --kv --context 4096 --target-size 12
     """
-    fmts, given = as_formats(formats, candidate_bits, group_size), check_caps(given, target_tps, kv)
+    fmts, given = as_formats(formats, candidate_bits, group_size), check_caps(given | dict(model_type=model_type), target_tps, kv)
     out = None if dry_run else output or default_output(model, ending_of(given, target_tps, kv))
     if kv: figures, text = convert_with_cache(model, out, fmts, as_formats(None, kv_candidate_bits, group_size), given)
     else: figures, text = convert_weights(model, out, fmts, target_tps, chip, given)
@@ -183,22 +185,22 @@ def default_output(model: str, ending: str) -> str:
 @options('seq_len', 'calibration', 'backend')
 @click.option('--max-memory', type=float, metavar='GB', help='memory for states; default: two thirds of what is free')
 @click.option('--resume/--no-resume', default=True, show_default=True, help='go on with the file, or refuse it')
-@options('trust', 'json')
+@options('model_type', 'trust', 'json')
 def sweep(model, output, bits, formats, group_size, targets, until_stable, samples, seq_len, calibration, backend, rounding_n,
-          max_memory, resume, trust_remote_code, as_json, **given):
+          max_memory, resume, model_type, trust_remote_code, as_json, **given):
     """Measure the KL divergence that quantizing each tensor alone causes, once, for any number of targets.
 
     \b
     optiq sweep demo -o demo.sweep.jsonl --bits 3,4,8
     optiq convert demo --sweep demo.sweep.jsonl --target-bpw 4.5
     """
-    from optiq.calibration import passages, token_batch
+    from optiq.calibration import batch_for
     from optiq.models import Checkpoint
     from optiq.sensitivity import kl_sweep
     if not resume and os.path.exists(output):
         raise FileExistsError(f'{output} exists; give another -o, or --resume to go on with it')
-    c, more = Checkpoint(model, trust_remote_code), rounding_n if given['rounding'] != 'minmax' else 0
-    tokens = token_batch(passages(calibration), c.tokenizer, max(samples, more), seq_len)
+    c, more = Checkpoint(model, trust_remote_code, model_type), rounding_n if given['rounding'] != 'minmax' else 0
+    tokens = batch_for(c, calibration, max(samples, more), seq_len)
     s = kl_sweep(c, tokens[:samples], as_formats(formats, bits, group_size), targets=as_targets(targets), rounding_tokens=tokens,
                  until='stable' if until_stable else None, out=output, backend=backend,
                  max_memory=None if max_memory is None else max_memory*2**30, **given)
@@ -233,7 +235,7 @@ def as_targets(text: str) -> list[float]:
               help='points of each curve to measure on evaluation text, with all baselines')
 @click.option('-o', '--output', 'out', type=click.Path(), metavar='DIR', help='folder for table, figure, sweep and plans')
 @click.option('--samples', 'n', default=8, show_default=True, help='calibration sequences')
-@options('sweep', 'seq_len', 'calibration', 'evaluation', 'eval_n', 'overwrite', 'backend', 'trust', 'json')
+@options('sweep', 'seq_len', 'calibration', 'evaluation', 'eval_n', 'overwrite', 'backend', 'model_type', 'trust', 'json')
 def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, **given):
     """Plans for every target from one sweep, beside uniform widths and mlx-lm's recipes.
 
@@ -357,9 +359,9 @@ def eval_(model, task, baseline, n_samples, limit_tokens, seq_len, evaluation, q
 @click.option('--new-tokens', default=128, show_default=True, help='tokens to write')
 @click.option('--repeats', default=5, show_default=True, help='runs after the one that warms up')
 @click.option('--speed/--no-speed', default=None, help='measure tokens per second; default: where MLX has a GPU')
-@options('backend', 'trust', 'json')
-def benchmark(model, baseline, n_samples, seq_len, evaluation, prompt_tokens, new_tokens, repeats, speed, backend, trust_remote_code,
-              as_json):
+@options('backend', 'model_type', 'trust', 'json')
+def benchmark(model, baseline, n_samples, seq_len, evaluation, prompt_tokens, new_tokens, repeats, speed, backend, model_type,
+              trust_remote_code, as_json):
     """Perplexity and tokens per second of a model; with a baseline, KL, agreement, and a verdict on each difference.
 
     \b
@@ -369,7 +371,7 @@ def benchmark(model, baseline, n_samples, seq_len, evaluation, prompt_tokens, ne
     from optiq.evals.throughput import throughput
     from optiq.pipeline import compare
     if speed is None: speed = has_gpu()
-    report = compare(model, baseline, evaluation, n_samples, seq_len, backend, trust_remote_code)
+    report = compare(model, baseline, evaluation, n_samples, seq_len, backend, trust_remote_code, model_type)
     timed = [throughput(m, prompt_tokens, new_tokens, repeats, trust_remote_code=trust_remote_code)
              for m in dict.fromkeys((baseline or model, model)) if speed]
     full = Report.compare(report, *timed)
@@ -390,8 +392,8 @@ def has_gpu() -> bool:
 @click.option('--text', default='bundled', show_default=True, metavar='NAME|FILE',
               help='the calibration text, or another to measure KL on')
 @click.option('--within', default=2., show_default=True, help='factor between predicted and measured KL that is accepted')
-@options('backend', 'trust', 'json')
-def verify(model, reference, text, within, backend, trust_remote_code, as_json):
+@options('backend', 'model_type', 'trust', 'json')
+def verify(model, reference, text, within, backend, model_type, trust_remote_code, as_json):
     """Open a converted model again: files, formats, bytes, tokenizer, finite logits, KL.
 
     Exit status 1 if anything is not as it says.
@@ -400,7 +402,7 @@ def verify(model, reference, text, within, backend, trust_remote_code, as_json):
     optiq verify optiq_output/demo-4.5bpw --reference demo
     """
     from optiq.evals.verify import verify as run
-    checks = run(model, reference, text, within, backend, trust_remote_code)
+    checks = run(model, reference, text, within, backend, trust_remote_code, model_type)
     finish(checks.figures(), as_json, str(checks))
     if not checks.ok: sys.exit(1)
 

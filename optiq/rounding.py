@@ -6,7 +6,7 @@
 __all__ = ['SHRINK', 'BLOCK', 'QUANTIZERS', 'pack_codes', 'library', 'to_mlx', 'Rounded', 'MinMax', 'fit_grid', 'search',
            'find_grid', 'finished', 'on_accelerator', 'Inputs', 'Ear', 'expert_rows', 'Statistics', 'Chunks',
            'compensated', 'settle', 'second_look', 'gptq', 'gptq_all', 'few_tokens', 'prepared', 'NextEar',
-           'round_model', 'as_overrides', 'RoundTrips', 'round_all', 'round_to_files', 'dwq']
+           'round_model', 'outside_before', 'as_overrides', 'RoundTrips', 'round_all', 'round_to_files', 'dwq']
 
 # %% ../nbs/05a_rounding.ipynb #44cd9b61
 import sys
@@ -21,7 +21,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .backends import Backend, Heard, open_backend
-from .calibration import fingerprint
+from .calibration import fingerprint, samples_of, shape_of
 from .formats import AS_IS, Format, divides, quantize_dequantize, quantize_minmax
 
 # %% ../nbs/05a_rounding.ipynb #78a63926
@@ -185,7 +185,7 @@ class Ear:
         mine, new = self.stats[path], x is not self.last[0] or self.stats[path] is not self.last[1]
         self.last = x, mine
         if new: self.add(mine, x, experts)
-        if self.units[path].block is None: raise Heard # the logits are not wanted
+        if self.units[path].kind in ('lm_head', 'embed') or len(self.units) == 1: raise Heard # nothing more is wanted
 
     def shared(self, path, x): # layers that read the same states
         return self.last[1] if x is self.last[0] and isinstance(self.last[1], list) == (len(self.units[path].shape) > 2) else None
@@ -248,8 +248,9 @@ class Statistics(Mapping):
 class Chunks:
     "Calibration tokens in batches that fit, each with what its blocks are called with"
     def __init__(self, b: Backend, tokens: np.ndarray):
-        size = max(1, (2**15 if b.name == 'torch' and b.device == 'cuda' else 2**12)//tokens.shape[1])
-        self.b, self.tokens, self.calls = b, [tokens[k:k+size] for k in range(0, len(tokens), size)], []
+        size = max(1, (2**15 if b.name == 'torch' and b.device == 'cuda' else 2**12)//shape_of(tokens)[1])
+        parts = [tokens[k:k+size] for k in range(0, len(tokens), size)] if b.stacks else samples_of(tokens)
+        self.b, self.tokens, self.calls = b, parts, []
 
     def embed(self, overrides={}):
         "States of each batch before the first block"
@@ -257,7 +258,7 @@ class Chunks:
             states = []
             for batch in self.tokens:
                 states.append(self.b.embed(batch, overrides))
-                self.calls.append((self.b.calls, self.b.batch_size))
+                self.calls.append((getattr(self.b, 'calls', None), getattr(self.b, 'batch_size', None)))
             self.calls = self.calls[-len(states):]
         return states
 
@@ -402,9 +403,13 @@ def round_model(
         done[path] = gptq(b.unit_weight(path), plan[path], inputs)
         tick(1)
         return path, done[path]
-    for path in [p for p, u in todo.items() if u.kind == 'embed']: yield round_now(path, stats[path])
+    for path in [p for p, u in todo.items() if u.block is None and 'embed' in u.kind]: yield round_now(path, stats[path])
     states = chunks.embed(as_overrides(done))
     for i in range(b.n_blocks):
+        for path in outside_before(todo, i): # a merger, between two lists of blocks
+            chunks.run(None, states, ear := Ear({path: todo[path]}))
+            yield round_now(path, ear.stats.get(path))
+            states = [b.change(s, as_overrides({path: done[path]})) for s in states]
         done, left = {}, {p: u for p, u in todo.items() if u.block == i}
         while left:
             ear = NextEar(left)
@@ -412,9 +417,18 @@ def round_model(
             for path in ear.stats or dict(left): yield round_now(path, ear.stats.get(path))
             left = {p: u for p, u in left.items() if p not in done}
         states = chunks.run(i, states, None, as_overrides(done))
-    for path in [p for p, u in todo.items() if u.kind == 'lm_head']:
+    for path in outside_before(todo, None):
         chunks.run(None, states, ear := Ear({path: todo[path]}))
         yield round_now(path, ear.stats[path])
+
+def outside_before(todo: dict, block: int | None) -> list: # of paths
+    "Units outside the blocks, embeddings apart, that stand just before a block; for None, after all blocks"
+    paths, found = list(todo), []
+    ends = [k for k, p in enumerate(paths) if todo[p].block is not None]
+    for k, path in enumerate(paths):
+        after = next((todo[paths[e]].block for e in ends if e > k), None)
+        if todo[path].block is None and 'embed' not in todo[path].kind and after == block: found.append(path)
+    return found
 
 # %% ../nbs/05a_rounding.ipynb #e32cf0f4
 def as_overrides(done: dict) -> dict:
@@ -435,7 +449,7 @@ class RoundTrips(Mapping):
         if method not in QUANTIZERS: raise ValueError(f'no rounding {method!r}; there are {", ".join(QUANTIZERS)}')
         self.b, self.formats, self.method = open_backend(model), list(formats), method
         self.stats, self.last, self.ends = Statistics(self.b, tokens), (None, {}), {}
-        self.name = f'{method}, {tokens.shape[0]} × {tokens.shape[1]} tokens {fingerprint(tokens)}'
+        self.name = f'{method}, {" × ".join(map(str, shape_of(tokens)))} tokens {fingerprint(tokens)}'
 
     def __getitem__(self, path): return partial(self.round_trip, path)
     def __iter__(self): return iter(self.b.checkpoint.unit)
@@ -499,6 +513,7 @@ def dwq(
     from mlx.optimizers import Adam
     from mlx_lm.quant.dwq import dwq_quantize
     from mlx_lm.utils import load_model, save_model
+    if source.model_type != 'llm': raise ValueError(f'dwq trains text models only, and {source.name} is of type {source.model_type}')
     if valid < batch_size: raise ValueError(f'dwq validates in batches of {batch_size}, so valid={valid} is too few')
     if len(tokens) < valid+batch_size: raise ValueError(
         f'dwq needs {valid+batch_size} calibration sequences, {valid} of them to validate on; there are {len(tokens)}')

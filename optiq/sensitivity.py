@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['kl_divergence', 'probes', 'walk', 'perturb', 'inside', 'on_gpu', 'kl_of_streams', 'logit_slices', 'kl_rows',
-           'measure', 'Pass', 'plan_passes', 'passes_of', 'free_on_device', 'block_passes', 'estimate', 'cost', 'Sweep',
-           'plot_sweep', 'fingerprint_of', 'refuse_other', 'read_log', 'load_sweep', 'to_sweep', 'save_sweep',
-           'tokens_per_expert', 'warn_of_idle', 'sweep_header', 'SweepLog', 'progress_bar', 'Ranks', 'sweep_quantizer',
-           'shortcut_sweep', 'kl_sweep', 'settled']
+           'measure', 'measure_samples', 'Pass', 'plan_passes', 'passes_of', 'free_on_device', 'block_passes',
+           'estimate', 'cost', 'Sweep', 'plot_sweep', 'fingerprint_of', 'refuse_other', 'read_log', 'load_sweep',
+           'to_sweep', 'save_sweep', 'tokens_per_expert', 'warn_of_idle', 'sweep_header', 'SweepLog', 'progress_bar',
+           'Ranks', 'sweep_quantizer', 'shortcut_sweep', 'kl_sweep', 'settled']
 
 # %% ../nbs/03_sensitivity.ipynb #a15671c0
 import json
@@ -23,7 +23,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .backends import Backend, free_memory, open_backend
-from .calibration import block_hashes, fingerprint, passages, token_batch
+from .calibration import batch_for, block_hashes, fingerprint, samples_of, shape_of
 from .formats import AS_IS, Format, divides, for_unit, parse_format, quantize_dequantize
 from .models import Checkpoint, Unit
 
@@ -151,13 +151,14 @@ def kl_rows(b, z_p, z_q):
 # %% ../nbs/03_sensitivity.ipynb #e5a775c4
 def measure(
     b: Backend,
-    batch: np.ndarray, # (B, T) token ids
+    batch: 'np.ndarray | list', # (B, T) token ids, or B samples
     todo: list[tuple[Unit, Format]], # probes, in the order of the model
     quantize = quantize_dequantize,
     tick = lambda n: None,
     base: dict = {}, # overrides of the model that is perturbed
 ) -> np.ndarray: # (len(todo), B)
     "KL of every probe to the model itself, per sequence"
+    if not b.stacks: return measure_samples(b, samples_of(batch), todo, quantize, tick, base)
     embeds, heads = [[p for p in todo if p[0].kind == kind] for kind in ('embed', 'lm_head')]
     reference, streams = walk(b, batch, [p for p in todo if p not in heads], quantize, tick, base)
     outside = inside(b, base, None)
@@ -181,6 +182,19 @@ def _split(streams, n):
 
 def _rows(streams, n): return [s[k:k+n] for s in streams for k in range(0, len(s), n)]
 
+# %% ../nbs/03_sensitivity.ipynb #6c2d88ac
+def measure_samples(b, samples: list, todo, quantize=quantize_dequantize, tick=lambda n: None, base={}): # ▸ (len(todo), n)
+    "KL of every probe, over the positions of each sample that are scored"
+    starts, kl = [b.record(s, base) for s in samples], np.zeros((len(todo), len(samples)))
+    reference = [b.logits(s) if base else z for s, (_, z) in zip(samples, starts)]
+    tick(b.n_blocks)
+    for k, (u, fmt) in enumerate(todo):
+        for i, ((passed, _), z_p) in enumerate(zip(starts, reference)):
+            z = b.head(passed.at(u.block), base | perturb((u, fmt), quantize))
+            kl[k, i] = kl_rows(b, z_p, z).mean()
+        tick(b.n_blocks-(u.block or 0))
+    return kl
+
 # %% ../nbs/03_sensitivity.ipynb #b517665c
 @dataclass(frozen=True)
 class Pass:
@@ -198,6 +212,7 @@ def plan_passes(
 ) -> tuple[int, int]: # (sequences, probes) of one pass
     "How much one pass takes at once"
     n, T = shape
+    if not b.stacks: return min(n, 8), 24 # a probe at a time, on all samples: it is rounded once
     stream = 2*4*T*b.checkpoint.units[0].shape[-1] # joining batches makes a copy
     room = max(1, int((max_memory or free_on_device(b)*2/3)*.8/stream))
     at_once = n if on_gpu(b) else max(1, 512//T) # short passes: less is lost when one is interrupted
@@ -222,31 +237,30 @@ def block_passes(todo: list, n_blocks: int) -> int:
 def estimate(
     model, # name, Checkpoint or Backend
     formats: list = ('4g64', '8g64'),
-    tokens: 'np.ndarray | tuple' = (8, 128), # calibration tokens or their shape (n, T)
+    tokens: 'np.ndarray | list | tuple' = (8, 128), # calibration tokens, samples, or the shape (n, T) of tokens
     max_memory: float | None = None, # bytes
 ) -> dict: # seconds, bytes of states, probes, passes
     "Time and memory of a sweep, from a second's worth of measurements here and now"
     b = open_backend(model)
-    shape = getattr(tokens, 'shape', tokens)
+    shape, sample = (tokens, None) if isinstance(tokens, tuple) else (shape_of(tokens), samples_of(tokens)[0])
     todo = probes(b.checkpoint.units, [parse_format(f) for f in formats])
-    return cost(b, passes_of(todo, shape[0], *plan_passes(b, todo, shape, max_memory)), shape[1])
+    return cost(b, passes_of(todo, shape[0], *plan_passes(b, todo, shape, max_memory)), shape[1], sample)
 
 # %% ../nbs/03_sensitivity.ipynb #afa77dd2
-def cost(b: Backend, passes: list[Pass], T: int) -> dict:
-    "Seconds, bytes and counts of these passes over sequences of T tokens"
+def cost(b: Backend, passes: list[Pass], T: int, sample: dict | None = None) -> dict:
+    "Seconds, bytes and counts of these passes over sequences of T tokens, or over samples like this one"
     if not passes: return dict(seconds=0., bytes=0, probes=0, passes=0)
     B, many = passes[0].stop-passes[0].start, max(len(p.todo) for p in passes)
-    batch = np.arange(B*T).reshape(B, T) % b.checkpoint.units[0].shape[0]
-    block, head, per_weight = _timings(b, batch)
+    block, head, per_weight, size = _timings(b, np.arange(B*T).reshape(B, T) % b.checkpoint.units[0].shape[0], many) if b.stacks \
+        else _timings_of_sample(b, sample)
     share = [(p, (p.stop-p.start)/B) for p in passes]
     seconds = sum(per_weight*u.params for p in passes for u, _ in p.todo)
     seconds += sum(x*(block*block_passes(p.todo, b.n_blocks)+head*(len(p.todo)+1)) for p, x in share)
-    return dict(seconds=seconds, bytes=8*B*T*(many+1)*b.checkpoint.units[0].shape[-1],
-                probes=sum(len(p.todo) for p in passes if p.start == passes[0].start), passes=len(passes))
+    return dict(seconds=seconds, bytes=size, probes=sum(len(p.todo) for p in passes if p.start == passes[0].start), passes=len(passes))
 
 # %% ../nbs/03_sensitivity.ipynb #c7f561fa
-def _timings(b, batch):
-    "Seconds of one block on a batch, of its head and KL, and of quantizing one weight"
+def _timings(b, batch, probes):
+    "Seconds of one block on a batch, of its head and KL, and of quantizing one weight; bytes of all states"
     states, u = b.embed(batch), max((u for u in b.checkpoint.units if u.block == 0), key=lambda u: u.params)
     many = _stack(b, [states]*8)[0]
     def block(): return b.numpy(b.run_block(0, many)[:1, :1])
@@ -255,7 +269,16 @@ def _timings(b, batch):
     def plain(): return b.numpy(b.run_block(0, states)[:1, :1])
     t = [_time(f) for f in (block, head, once, plain)]
     k = len(many)//len(batch)
-    return t[0]/k, t[1]/(k+1), max(0, t[2]-t[3])/u.params
+    return t[0]/k, t[1]/(k+1), max(0, t[2]-t[3])/u.params, 8*batch.size*(probes+1)*b.checkpoint.units[0].shape[-1]
+
+def _timings_of_sample(b, sample):
+    "The same of one sample: a block's share of a whole forward pass"
+    u = max((u for u in b.checkpoint.units if divides(Format(4, 32), u.shape)), key=lambda u: u.params)
+    def forward(): return b.numpy(b.logits(sample))
+    def once(): return b.numpy(quantize_dequantize(b.unit_weight(u.path), Format(4, 32))[:1, :1])
+    passed, _ = b.record(sample)
+    kept = sum(x.nbytes for xs in passed.given.values() for x in xs)+sum(x.nbytes for x, _ in passed.answers.values())
+    return _time(forward)/b.n_blocks, 0, _time(once)/u.params, kept
 
 def _time(f):
     "Seconds of the faster of two calls"
@@ -288,13 +311,21 @@ class Sweep:
         "One row per unit and format; with `sequences` a column for each of them"
         import pandas as pd
         by_path = {u.path: u for u in self.units}
-        return pd.DataFrame([dict(unit=p, kind=by_path[p].kind, block=by_path[p].block, format=str(f), params=by_path[p].params,
-            kl=self.kl(p, f), se=self.se(p, f)) | ({f'kl_{i}': x for i, x in enumerate(v)} if sequences else {})
+        part = (lambda u: dict(part=u.part)) if len({u.part for u in self.units}) > 1 else (lambda u: {})
+        return pd.DataFrame([dict(unit=p, **part(by_path[p]), kind=by_path[p].kind, block=by_path[p].block, format=str(f),
+            params=by_path[p].params, kl=self.kl(p, f), se=self.se(p, f)) | ({f'kl_{i}': x for i, x in enumerate(v)} if sequences else {})
             for (p, f), v in self.values.items()]).astype({'block': 'Int64'})
 
     def __repr__(self):
         n = len(next(iter(self.values.values())))
-        return f'Sweep of {self.header["model"]}: {len(self.units)} units × {", ".join(map(str, self.formats))}, {n} sequences'
+        what = f'Sweep of {self.header["model"]}: {len(self.units)} units × {", ".join(map(str, self.formats))}, {n} sequences'
+        return what+(f'; {len(self.left)} units of a width that no group divides are left as they are' if self.left else '')
+
+    @property
+    def left(self) -> list:
+        "Units that no format of the sweep fits"
+        measured = {p for p, _ in self.values}
+        return [u for u in self.units if u.path not in measured]
 
     def _repr_html_(self): return f'<p>{self}</p>'+self.to_frame().nlargest(10, 'kl').to_html(index=False, border=0)
 
@@ -397,14 +428,14 @@ def _announce(c, shape, ranks):
 # %% ../nbs/03_sensitivity.ipynb #b7baf0b7
 def tokens_per_expert(
     b: Backend,
-    tokens: np.ndarray, # (n, T) calibration tokens
+    tokens: 'np.ndarray | list', # (n, T) calibration tokens, or samples
 ) -> dict: # block ▸ tokens that each of its experts saw
     "How often the router chose each expert; empty for a model without experts"
     first = {u.block: u for u in reversed(b.checkpoint.units) if u.kind.startswith('experts')} # one projection a block
     counts = {u.path: np.zeros(u.shape[0], int) for u in first.values()}
     def hear(path, x, which): # the experts of all rows, or the one expert that they go to
         if path in counts: counts[path] += np.bincount(np.ravel(which) if np.ndim(which) else [which]*len(x), minlength=len(counts[path]))
-    for batch in np.array_split(tokens, max(1, tokens.size//2048)) if first else ():
+    for batch in (np.array_split(tokens, max(1, tokens.size//2048)) if b.stacks else samples_of(tokens)) if first else ():
         states = b.embed(batch)
         for i in range(b.n_blocks):
             with b.listening(hear, i): states = b.run_block(i, states)
@@ -419,7 +450,7 @@ def warn_of_idle(counts: dict):
 # %% ../nbs/03_sensitivity.ipynb #b1af33dd
 def sweep_header(b: Backend, c, tokens: np.ndarray) -> dict: # c: whose units, a Checkpoint or a KVLayout
     "What is needed to plan without the model, and to know the calibration text again"
-    return dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes, shape=list(tokens.shape),
+    return dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes, shape=list(shape_of(tokens)),
                 units=[asdict(u) for u in c.units], **getattr(c, 'header', {}),
                 experts=tokens_per_expert(b, tokens), blocks=block_hashes(tokens))
 
@@ -427,11 +458,12 @@ def sweep_header(b: Backend, c, tokens: np.ndarray) -> dict: # c: whose units, a
 class SweepLog:
     "The passes of a sweep, and the file to which they are written as they finish"
     def __init__(self, b: Backend, tokens: np.ndarray, formats: list, out=None, max_memory=None, of=None, quantizer='minmax'):
-        self.b, self.shape, self.ranks, c = b, tokens.shape, Ranks(), of or b.checkpoint
+        self.b, self.shape, self.ranks, c = b, shape_of(tokens), Ranks(), of or b.checkpoint
+        self.sample = None if b.stacks else samples_of(tokens)[0]
         self.todo = [(c.units[0], AS_IS), *probes(c.units, formats)] # the first one changes nothing: it shows the noise
         self.header = sweep_header(b, c, tokens) | dict(
             fingerprint=fingerprint_of(b, tokens, formats, quantizer) | getattr(c, 'stamp', {}),
-            passes=plan_passes(b, self.todo, tokens.shape, max_memory))
+            passes=plan_passes(b, self.todo, self.shape, max_memory))
         self.records, self.path = {}, self.ranks.own(out)
         if self.path: self._open()
         self.passes = passes_of(self.todo, len(tokens), *self.header['passes'])
@@ -474,7 +506,7 @@ class SweepLog:
 def progress_bar(log: SweepLog, show: bool = True):
     "A progress bar, after a line that tells time and memory"
     todo = log.missing()
-    if show and todo: _announce(cost(log.b, todo, log.shape[1]), log.shape, log.ranks.size)
+    if show and todo: _announce(cost(log.b, todo, log.shape[1], log.sample), log.shape, log.ranks.size)
     return tqdm(total=sum(block_passes(p.todo, log.b.n_blocks) for p in todo), unit='block', leave=False,
                 disable=not show or not todo, smoothing=.05)
 
@@ -530,6 +562,7 @@ def sweep_quantizer(b: Backend, tokens: np.ndarray, formats: list, rounding: str
 
 def shortcut_sweep(b, tokens, formats, method, rounding, targets, out, progress) -> Sweep:
     "A sweep by gradients, or one that is exact only where it matters"
+    if not b.stacks: raise ValueError(f'method {method!r} knows text models only; a {b.checkpoint.model_type} model takes method exact')
     if method not in ('gradient', 'screened'): raise ValueError(f'no method {method!r}; there are exact, gradient and screened')
     if rounding != 'minmax': raise ValueError(f'method {method!r} knows min-max rounding only; use method exact for {rounding}')
     from optiq.gradient import gradient_sweep, screened_sweep
@@ -539,7 +572,7 @@ def shortcut_sweep(b, tokens, formats, method, rounding, targets, out, progress)
 # %% ../nbs/03_sensitivity.ipynb #38aea943
 def kl_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
-    tokens: np.ndarray | None = None, # (n, T) calibration tokens; made from `calibration` by default
+    tokens: 'np.ndarray | list | None' = None, # (n, T) calibration tokens, or samples; made from `calibration` by default
     formats: list = ('4g64', '8g64'), # candidates
     *,
     calibration: str = 'bundled', # source of the tokens
@@ -559,7 +592,7 @@ def kl_sweep(
     "Measure the KL that each unit's quantization costs, in each format, one unit at a time"
     b, formats = open_backend(model, backend), [parse_format(f) for f in formats]
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
-    if tokens is None: tokens = token_batch(passages(calibration), b.checkpoint.tokenizer, n, seq_len)
+    if tokens is None: tokens = batch_for(b.checkpoint, calibration, n, seq_len)
     if method != 'exact': return shortcut_sweep(b, tokens, formats, method, rounding, targets, out, progress)
     quantize, name = sweep_quantizer(b, tokens if rounding_tokens is None else rounding_tokens, formats, rounding)
     log = SweepLog(b, tokens, formats, out, max_memory, of, name)

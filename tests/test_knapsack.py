@@ -435,7 +435,7 @@ def test_further_budgets():
 def test_cache_bytes_are_those_of_mlx_lm(tmp_path, architecture, context):
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
-    checkpoint = Checkpoint(tiny(architecture, tmp_path))
+    checkpoint = Checkpoint(tiny(architecture, tmp_path), model_type='llm')
     model = checkpoint.load()
     cache, tokens = make_prompt_cache(model), mx.arange(context)[None] % checkpoint.vocabulary
     for t in range(context): mx.eval(model(tokens[:, t:t+1], cache=cache), [c.state for c in cache])

@@ -56,7 +56,7 @@ def caches_of(served): return mixed_caches(served[0], read_kv_config(served[1], 
 # What is cached
 
 def test_layers_that_are_left_alone(tmp_path):
-    found = {n: kv_layers(Checkpoint(tiny(n, tmp_path/n)).load()) for n in ('gemma3', 'qwen3_5', 'qwen3_moe')}
+    found = {n: kv_layers(Checkpoint(tiny(n, tmp_path/n), model_type='llm').load()) for n in ('gemma3', 'qwen3_5', 'qwen3_moe')}
     assert [bool(l.left) for l in found['gemma3']] == [True, False, True, False]
     assert found['gemma3'][0].window == 16 and found['gemma3'][0].nbytes(1000) == found['gemma3'][0].nbytes(16)
     assert [l.left for l in found['qwen3_5'][:3]] == ['recurrent state']*3 and found['qwen3_5'][3].block == 3

@@ -24,7 +24,7 @@ BACKENDS = dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend)
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp('models')
-    return {a: Checkpoint(tiny(a, root/a)) for a in TEXT}
+    return {a: Checkpoint(tiny(a, root/a), model_type='llm') for a in TEXT}
 
 def tokens_for(c, n=2, T=24, seed=0): return np.random.default_rng(seed).integers(0, c.vocabulary, (n, T)).astype(np.int32)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'SAMPLES', 'load_speech', 'in_float32', 'family', 'transcribe', 'whisper_sample', 'transcript_mask',
-           'qwen3_asr_sample', 'speech_samples']
+           'qwen3_asr_sample', 'speech_samples', 'samples']
 
 # %% ../nbs/21_audio.ipynb #1c8c8e9d
 import json
@@ -94,3 +94,13 @@ def speech_samples(
     make = SAMPLES.get(family(model))
     if make is None: raise ValueError(f'how {family(model)} is given a transcript is not known; there are {", ".join(SAMPLES)}')
     return [make(model, c) for c in clips]
+
+# %% ../nbs/21_audio.ipynb #6829e406
+def samples(
+    c, # Checkpoint
+    source, # 'librispeech', 'bundled' (beeps, no speech), or a folder of sound files with a .txt beside each
+    n: int = 8, # clips
+    split: str = 'train', # 'train' to calibrate on, 'test' to evaluate on, 'all' for a whole folder
+) -> list[dict]:
+    "What a speech model is measured on"
+    return speech_samples(c.load(), clips(source, split, n))

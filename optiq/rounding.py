@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHRINK', 'BLOCK', 'QUANTIZERS', 'pack_codes', 'library', 'to_mlx', 'Rounded', 'MinMax', 'fit_grid', 'search',
            'find_grid', 'finished', 'on_accelerator', 'Inputs', 'Ear', 'expert_rows', 'Statistics', 'Chunks',
-           'compensated', 'settle', 'second_look', 'gptq', 'gptq_all', 'few_tokens', 'prepared', 'NextEar',
+           'compensated', 'settle', 'second_look', 'gptq', 'gptq_all', 'few_tokens', 'prepared', 'shrinkage', 'NextEar',
            'round_model', 'outside_before', 'as_overrides', 'RoundTrips', 'round_all', 'round_to_files', 'dwq']
 
 # %% ../nbs/05a_rounding.ipynb #44cd9b61
@@ -363,6 +363,7 @@ def _gptq(w, formats, stats):
 def prepared(xp, stats: Inputs, damping: float = .01):
     "H damped and in the order of its diagonal; that order; U with UᵀU = H⁻¹"
     h, d = stats.moments/stats.count, stats.importance()
+    if stats.count < 2*len(d): damping = max(damping, shrinkage(h, stats.count))
     order = xp.argsort(-d)
     h = h[order][:, order]+xp.diag(xp.zeros_like(d)+damping*xp.mean(d))
     if xp.__name__ == 'torch':
@@ -370,6 +371,12 @@ def prepared(xp, stats: Inputs, damping: float = .01):
         return h, order, xp.linalg.cholesky(inverse, upper=True).float()
     inverse = np.linalg.inv(np.array(h, np.float64))
     return h, order, xp.array(np.linalg.cholesky((inverse+inverse.T)/2).T.astype(np.float32))
+
+def shrinkage(h, n: int) -> float: # second moments of n tokens ▸ a part of the mean of their diagonal
+    "What few tokens have to be damped by (Chen et al. 2010, oracle approximating shrinkage)"
+    p, trace, squares = len(h), float(h.diagonal().sum()), float((h*h).sum())
+    rho = ((1-2/p)*squares+trace**2)/((n+1-2/p)*(squares-trace**2/p)+1e-30)
+    return rho/(1-rho) if rho < .99 else 100.
 
 # %% ../nbs/05a_rounding.ipynb #6707cf03
 class NextEar(Ear):

@@ -1,5 +1,7 @@
 "Whisper and Qwen3-ASR are given transcripts and sound as mlx-audio and transformers give them"
 import json
+import subprocess
+import sys
 import numpy as np
 import pytest
 
@@ -34,16 +36,6 @@ def test_sound_reaches_the_logits(asr):
     run = lambda s: np.array(asr(**{k: mx.array(v) for k, v in s.items() if k != 'scored'}))
     assert np.abs(run(x)-run(y)).max() > 1e-3
 
-def test_two_libraries_hear_the_same(tmp_path):
-    "Qwen3-ASR in transformers and in mlx-audio, on the sample that is calibrated on"
-    torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
-    folder = tiny('qwen3_asr', tmp_path, dtype='float32')
-    s = qwen3_asr_sample(model := load_speech(folder), clips('bundled', n=1)[0])
-    z = np.array(model(**{k: mx.array(v) for k, v in s.items() if k != 'scored'}))
-    assert z.dtype == np.float32 and .5 < z.std() < 5
-    again = load_speech(folder)
-    np.testing.assert_array_equal(z, np.array(again(**{k: mx.array(v) for k, v in s.items() if k != 'scored'})))
-
 def test_greedy_and_bounded(asr):
     clip, = clips('bundled', n=1)
     assert transcribe(asr, clip.audio, 6) == transcribe(asr, clip.audio, 6)
@@ -60,6 +52,52 @@ def test_other_families_are_named():
     class Model: pass
     Model.__module__ = 'mlx_audio.stt.models.parakeet.parakeet'
     with pytest.raises(ValueError, match='parakeet.*whisper, qwen3_asr'): speech_samples(Model(), [])
+
+ONE = dict(thinker_config=dict(text_config=dict(num_hidden_layers=1), audio_config=dict(encoder_layers=1)))
+
+def optiq(*args):
+    from click.testing import CliRunner
+    from optiq.cli import main
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+def test_the_whole_road(tmp_path):
+    "optiq convert and optiq eval --task wer on Qwen3-ASR; a process without optiq opens what was written"
+    model, out = tiny('qwen3_asr', tmp_path/'m', shape=ONE), tmp_path/'out'
+    r = optiq('convert', model, '--model-type', 'audio', '--target-bpw', 5, '--n-calibration', 1, '--n-samples', 1, '--no-verify',
+              '--skip-baselines', '-o', out, '--json')
+    figures = json.loads(r.stdout.splitlines()[-1])
+    assert r.exit_code == 0 and 0 < figures['kl'] < 1 and figures['nominal_bpw'] <= 5
+    code = f"""import sys, numpy as np, mlx.core as mx
+from mlx_audio.stt import load
+model = load({str(out)!r})
+print(type(model.model.embed_tokens).__name__, type(model.audio_tower.layers[0].fc1).__name__, 'optiq' in sys.modules)
+model.generate(mx.array(np.sin(np.arange(16000, dtype=np.float32)/5)), max_tokens=3, temperature=0.)"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ['QuantizedEmbedding', 'Linear', 'False'], done.stderr
+    r = optiq('eval', out, '--task', 'wer', '--baseline', model, '--evaluation', 'bundled', '--n-samples', 1, '-o', tmp_path/'a.jsonl', '--json')
+    found = json.loads(r.stdout.splitlines()[-1])
+    assert r.exit_code == 0 and found['metric'] == 'wer' and found['n'] == 1 and found['baseline']['value'] >= 0
+    assert set(found) >= {'task', 'metric', 'value', 'low', 'high', 'n', 'baseline', 'p_value'}
+    assert len((tmp_path/'a.jsonl').read_text().splitlines()) == 2
+
+@pytest.mark.parametrize('what, word', [('corrupt', 'no sound'), ('silent', 'silent'), ('alone', 'no transcript')])
+def test_bad_speech_is_one_line(tmp_path, what, word):
+    soundfile = pytest.importorskip('soundfile')
+    model, folder = tiny('qwen3_asr', tmp_path/'m', shape=ONE), tmp_path/'speech'
+    folder.mkdir()
+    if what == 'corrupt': (folder/'a.wav').write_bytes(b'RIFF and nothing else')
+    else: soundfile.write(folder/'a.wav', np.zeros(800)+(what == 'alone')*np.sin(np.arange(800)), RATE)
+    if what != 'alone': (folder/'a.txt').write_text('a word')
+    for r in (optiq('eval', model, '--task', 'wer', '--evaluation', folder),
+              optiq('convert', model, '--calibration', folder, '--evaluation', 'bundled', '--n-calibration', 1, '-o', tmp_path/'o')):
+        assert r.exit_code == 1 and word in r.output and r.output.startswith('error: ') and r.output.count('\n') == 1
+    assert not (tmp_path/'o').exists()
+
+def test_a_text_model_is_no_speech_model(tmp_path):
+    r = optiq('convert', 'demo', '--model-type', 'audio', '-o', tmp_path/'o')
+    assert r.exit_code == 1 and 'audio' in r.output and r.output.count('\n') == 1 and not (tmp_path/'o').exists()
+    r = optiq('eval', 'demo', '--task', 'wer', '--evaluation', 'bundled', '--n-samples', '1')
+    assert r.exit_code == 1 and r.output.count('\n') == 1, r.output
 
 def test_whisper_sample(whisper, shared):
     "Features and logits are those of transformers, and greedy transcripts are the same to the letter"

@@ -53,7 +53,7 @@ def wer_figure(
     low, high = np.quantile(rates, [.025, .975])
     return _figure('wer', float(e.sum()/words), float(rates.std()), low, high, e*n/words, on)
 
-# %% ../../nbs/10_evals.wer.ipynb #5c4df141
+# %% ../../nbs/10_evals.wer.ipynb #90311635
 def wer(
     model: 'str | Checkpoint', # a speech model that mlx-audio opens
     n: int = 200, # clips at most
@@ -66,6 +66,7 @@ def wer(
     "Word error rate of greedy transcripts"
     from optiq.audio import load_speech, transcribe
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
+    if c.model_type != 'audio': raise ValueError(f'{c.name} is no speech model, and a word error rate needs one; try --task gsm8k')
     heard, speech = clips(source, 'all', n, fewer=True), load_speech(c)
     settings = dict(model=c.fingerprint, new_tokens=new_tokens)
     done = write_down(lambda clip: transcribe(speech, clip.audio, new_tokens), heard, out, settings)

@@ -4,7 +4,7 @@
 
 `fidelity`  full precision in mlx-audio and in transformers, float32, greedy: transcripts and word error rate of both
 `uniform`   8, 4 and 3 bits, the decoder alone (the encoder left as it is) and encoder included
-`sweep`     KL that quantizing each tensor alone causes (min-max), per clip: the decoder at 3 to 6 bits, the encoder at 4 and 5
+`sweep`     KL that quantizing each tensor alone causes (min-max), per clip: the decoder at 3, 4 and 5 bits, the encoder at 4
 `optiq`     at no more bytes than uniform 4 bits, cross-validated: formats chosen and codes rounded (gptq) on some clips,
             scored on the others, in turn
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from optiq.audio import load_speech, speech_samples, transcribe
+from optiq.audio import speech_samples, transcribe
 from optiq.backends import open_backend
 from optiq.evals.perplexity import evaluate, overrides_of
 from optiq.evals.report import machine, mean_figure
@@ -87,10 +87,10 @@ class Bench:
         self.save('fidelity', dict(clips=len(full), same_transcripts=same, mlx_audio=figures(full), transformers=figures(torch),
                                    **self.sizes(make_plan(self.c, self.c.formats))))
 
-    def uniform(self):
+    def uniform(self, widths=(4, 8, 3)):
         rows = self.found.get('uniform', [])
-        for scope in ('decoder', 'all'):
-            for bits in (4, 8, 3):
+        for bits in widths:
+            for scope in ('all', 'decoder'):
                 if any((r['scope'], r['bits']) == (scope, bits) for r in rows): continue
                 plan = self.of_scope(scope, Format(bits, 64))
                 kl, done = self.score(overrides_of(plan), range(len(self.heard)))
@@ -100,7 +100,7 @@ class Bench:
     def sweep(self):
         start, rows = time.perf_counter(), self.found.get('sweep', dict(rows=[]))['rows']
         have = {(r['unit'], r['format']) for r in rows}
-        wanted = [(u, Format(k, 64)) for part, bits in (('decoder', (3, 4, 5, 6)), ('encoder', (4, 5))) for k in bits
+        wanted = [(u, Format(k, 64)) for part, bits in (('decoder', (3, 4, 5)), ('encoder', (4,))) for k in bits
                   for u in self.c.units if u.part == part]
         todo = [(u, f) for u, f in wanted if (u.path, str(f)) not in have]
         for k in range(0, len(todo), 12):
@@ -108,27 +108,27 @@ class Bench:
                 rows.append(dict(unit=u.path, part=u.part, kind=u.kind, block=u.block, format=str(f), params=u.params, kl=[float(f'{x:.4g}') for x in v]))
             self.save('sweep', dict(rounding='minmax', seconds=time.perf_counter()-start, rows=rows))
 
-    def optiq(self):
-        formats = [Format(k, 64) for k in (3, 4, 5, 6)]
+    def optiq(self, scope):
+        formats = [Format(k, 64) for k in (3, 4, 5)]
         values = {(r['unit'], f): np.array(r['kl']) for r in self.found['sweep']['rows'] for f in formats if str(f) == r['format']}
         about = dict(model=self.c.name, params=self.c.params, other_bytes=self.c.other_bytes)
         folds, n = [[0, 5], [1, 3], [2, 4]], len(self.heard)
         if n != 6: folds = [[*range(k, n, 3)] for k in range(3)]
         parts = self.found.get('folds', [])
-        for scope in ('all', 'decoder'):
-            for held in folds:
-                if any((p['scope'], p['held']) == (scope, held) for p in parts): continue
-                start, learn = time.perf_counter(), [i for i in range(n) if i not in held]
-                s = Sweep(self.c.units, formats, {k: v[learn] for k, v in values.items()}, about)
-                encoder = [u.path for u in self.c.units if u.part == 'encoder']
-                plan = allocate(s, max_bytes=self.of_scope(scope, Format(4, 64)).nbytes,
-                                formats=formats+[AS_IS]*(scope == 'decoder'), protect=encoder if scope == 'decoder' else ())
-                rounded = as_overrides(dict(round_model(self.b, [self.samples[i] for i in learn], plan, 'gptq')))
-                kl, done = self.score(rounded, held)
-                parts.append(dict(scope=scope, held=held, kl=[float(k) for k in kl], done=done, counts={str(f): k for f, k in plan.counts().items()},
-                                  predicted_kl=plan.predicted_kl, seconds=time.perf_counter()-start, **self.sizes(plan)))
-                self.save('folds', parts)
-        self.save('optiq', [self.joined([p for p in parts if p['scope'] == scope], scope) for scope in ('decoder', 'all')])
+        for held in folds:
+            if any((p['scope'], p['held']) == (scope, held) for p in parts): continue
+            start, learn = time.perf_counter(), [i for i in range(n) if i not in held]
+            s = Sweep(self.c.units, formats, {k: v[learn] for k, v in values.items()}, about)
+            encoder = [u.path for u in self.c.units if u.part == 'encoder']
+            plan = allocate(s, max_bytes=self.of_scope(scope, Format(4, 64)).nbytes,
+                            formats=formats+[AS_IS]*(scope == 'decoder'), protect=encoder if scope == 'decoder' else ())
+            rounded = as_overrides(dict(round_model(self.b, [self.samples[i] for i in learn], plan, 'gptq')))
+            kl, done = self.score(rounded, held)
+            parts.append(dict(scope=scope, held=held, kl=[float(k) for k in kl], done=done, counts={str(f): k for f, k in plan.counts().items()},
+                              predicted_kl=plan.predicted_kl, seconds=time.perf_counter()-start, **self.sizes(plan)))
+            self.save('folds', parts)
+        others = [r for r in self.found.get('optiq', []) if r['scope'] != scope]
+        self.save('optiq', others+[self.joined([p for p in parts if p['scope'] == scope], scope)])
 
     def joined(self, parts, scope):
         "The clips of all folds, each scored by a model that never heard it"
@@ -144,7 +144,6 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', required=True)
     p.add_argument('--clips', required=True)
-    p.add_argument('--only', default='fidelity,uniform,sweep,optiq')
     p.add_argument('-o', '--output', required=True)
     args = p.parse_args()
     bench = Bench(args)
@@ -153,7 +152,10 @@ def main():
         command='python bench/audio.py --model whisper --clips speech -o audio-whisper.json', model='Whisper tiny.en, 37,184,256 parameters',
         computed='float32, weights after the round trip', clips=[dict(name=c.name, seconds=round(c.seconds, 1), said=c.text,
         scored=int(s['scored'].sum())) for c, s in zip(bench.heard, bench.samples)]))
-    for name in args.only.split(','):
-        if name == 'sweep' or name == 'uniform' or name not in bench.found: getattr(bench, name)()
+    if 'fidelity' not in bench.found: bench.fidelity()
+    bench.uniform([4])
+    bench.sweep()
+    for scope in ('all', 'decoder'): bench.optiq(scope)
+    bench.uniform()
 
 if __name__ == '__main__': main()

@@ -14,7 +14,6 @@ BLAS is twenty times slower.
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from optiq.audio import speech_samples, transcribe
 from optiq.backends import open_backend
 from optiq.evals.perplexity import evaluate, overrides_of
 from optiq.evals.report import machine, mean_figure
-from optiq.evals.wer import errors, wer_figure, word_errors, write_down
+from optiq.evals.wer import errors, wer_figure, write_down
 from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate, make_plan
 from optiq.rounding import as_overrides, round_model

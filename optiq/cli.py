@@ -323,6 +323,12 @@ TASKS = ['perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer', 'harnes
                    'diagrams, or a folder or .jsonl file with image, question, options and answer')
 @click.option('--responses', type=click.Path(), help='score the answers in this .jsonl file (question, answer, response), without a model')
 @click.option('-o', '--output', type=click.Path(), help='for gsm8k and ai2d: .jsonl file of answers to write, and to go on with')
+@click.option('--evaluation', metavar='NAME|FILE', help='text for perplexity and kl [default: bundled], speech for wer [default: '
+              'librispeech]; all of a file or folder')
+@click.option('--questions', default='gsm8k', show_default=True, metavar='NAME|FILE',
+              help='for gsm8k: gsm8k, word-problems, or a .jsonl file with question and answer')
+@click.option('--responses', type=click.Path(), help='score the answers in this .jsonl file (question, answer, response), without a model')
+@click.option('-o', '--output', type=click.Path(), help='for gsm8k and wer: .jsonl file of answers to write, and to go on with')
 @click.option('--kv', metavar='BITS|FILE',
               help='for gsm8k and needle: the KV cache, a width for all layers (8, 4g32) or a kv_config.json')
 @click.option('--exact', is_flag=True, help='for kl: keep every word of the reference, not the likely ones')
@@ -334,6 +340,7 @@ def eval_(model, task, baseline, n_samples, limit_tokens, seq_len, evaluation, q
     \b
     optiq eval optiq_output/demo-4.5bpw --task kl --baseline demo
     optiq eval demo --task gsm8k --questions word-problems --n-samples 50
+    optiq eval optiq_output/whisper-4.5bpw --task wer --baseline whisper --evaluation recordings
     optiq eval --task gsm8k --responses answers.jsonl
     """
     from optiq.evals.run import as_figures, run_task

@@ -172,3 +172,16 @@ def test_dwq_trains_scales_and_nothing_else(models, tmp_path):
     assert any(not mx.array_equal(a[k], b[k]) for k in a)
     with pytest.raises(ValueError, match='too few'): dwq(tmp_path/'polished', c, tokens, valid=2)
     with pytest.raises(ValueError, match='needs 12 calibration sequences'): dwq(tmp_path/'polished', c, tokens)
+
+def test_few_tokens_are_not_trusted(monkeypatch):
+    "With fewer tokens than columns, damping by their number rounds better for inputs that were not seen"
+    from optiq import rounding
+    def loss(seed):
+        r = np.random.default_rng(seed)
+        x = (r.standard_normal((2048, 256)) @ (r.standard_normal((256, 256))*np.geomspace(3, .03, 256)[:, None])).astype(np.float32)
+        w, stats = mx.array(r.standard_normal((64, 256)).astype(np.float32)), Inputs()
+        stats.add(mx.array(x[:100]))
+        return float((((w-gptq(w, Format(3, 64), stats).dequantize()) @ mx.array(x[100:]).T)**2).mean())
+    damped = [loss(seed) for seed in range(3)]
+    monkeypatch.setattr(rounding, 'shrinkage', lambda h, n: 0.)
+    assert all(a < .98*loss(seed) for seed, a in enumerate(damped))

@@ -6,7 +6,7 @@
 __all__ = ['SHARED', 'TASKS', 'Command', 'Group', 'main', 'finish', 'as_formats', 'options', 'as_names', 'as_bytes', 'convert',
            'check_caps', 'convert_weights', 'convert_with_cache', 'ending_of', 'default_output', 'sweep',
            'most_sensitive', 'as_targets', 'pareto', 'kv_cache', 'latency', 'eval_', 'benchmark', 'has_gpu', 'verify',
-           'serve', 'doctor']
+           'demo', 'serve', 'doctor']
 
 # %% ../nbs/90_cli.ipynb #87dbb1b5
 import json
@@ -405,6 +405,35 @@ def verify(model, reference, text, within, backend, trust_remote_code, as_json):
     checks = run(model, reference, text, within, backend, trust_remote_code)
     finish(checks.figures(), as_json, str(checks))
     if not checks.ok: sys.exit(1)
+
+# %% ../nbs/90_cli.ipynb #c1a0e006
+@main.command(short_help='Run one of the demos: tables, and figures in a folder.')
+@click.argument('name', required=False)
+@click.option('--model', default=None, help='a folder or a Hub id; default: the small model that the demo brings')
+@click.option('--fast', is_flag=True, default=None, help='small sizes, for a first look; the numbers mean little')
+@click.option('--text', metavar='NAME|FILE', help='to calibrate and, its other side, to score on')
+@click.option('--chip', metavar='NAME', help='for hardware: predict for a chip of the table, and measure no speed')
+@click.option('--context', type=int, metavar='N', help='for hardware, kv-cache and combined: tokens in the cache')
+@click.option('--questions', metavar='FILE', help='for llm: a .jsonl file instead of GSM8K')
+@click.option('-o', '--output', type=click.Path(), metavar='DIR', help='folder for tables and figures; default: optiq_output/demo-<name>')
+@options('json')
+def demo(name, output, as_json, **given):
+    """llm, vlm, audio, pareto, hardware, kv-cache or combined; without a name, what there is.
+
+    \b
+    optiq demo llm
+    optiq demo hardware --chip "M3 Max" -o speed
+    optiq demo kv-cache --model Qwen/Qwen3-0.6B-base --text wikitext2
+    """
+    from inspect import signature
+    from optiq.demos import find_demo, names
+    if name is None: return finish(dict(demos=names()), as_json, ' '.join(names()))
+    run, given = find_demo(name), {k: v for k, v in given.items() if v is not None}
+    odd = given.keys()-signature(run).parameters.keys()
+    if odd: raise click.UsageError(f'--{min(odd)} is not for demo {name}')
+    found = run(**given)
+    found.save(out := output or os.path.join('optiq_output', f'demo-{name}'))
+    finish(found.results(), as_json, f'{found!r}\n\nwritten to {out}')
 
 # %% ../nbs/90_cli.ipynb #c1a0e002
 @main.command(short_help="Serve a model over OpenAI's protocol.", context_settings=dict(ignore_unknown_options=True))

@@ -47,7 +47,9 @@ class Table:
     note: str = '' # where the numbers are from, if not from here
 
     @property
-    def text(self): return [list(map(str, self.columns))]+[[f'{x:,.4g}' if isinstance(x, float) else str(x) for x in r] for r in self.rows]
+    def text(self):
+        show = lambda x: f'{x:,.4g}' if isinstance(x, float) else str(x)
+        return [list(map(show, r)) for r in (self.columns, *self.rows)]
     def to_frame(self): # ▸ pandas DataFrame
         import pandas as pd
         return pd.DataFrame(self.rows, columns=self.columns)

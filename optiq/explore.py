@@ -80,8 +80,10 @@ def figures_of(
     "What is told of a plan"
     se = f' ± {plan.predicted_kl_se:.2g}' if isfinite(plan.predicted_kl_se) else ''
     size = f'{plan.size_mb:.2f}'+(f' (1/{whole/plan.nbytes:.1f})' if whole else '')
-    return {'nominal bits': f'{plan.nominal_bits:.3f}', 'true bits': f'{plan.true_bits:.3f}', 'MB': size,
-            'predicted KL': f'{plan.predicted_kl:.4g}{se}', **({'tokens per second': f'{"" if lat.point else "≤ "}{lat.tps(plan):,.0f}'} if lat else {})}
+    found = {'nominal bits': f'{plan.nominal_bits:.3f}', 'true bits': f'{plan.true_bits:.3f}', 'MB': size,
+             'predicted KL': f'{plan.predicted_kl:.4g}{se}'}
+    if lat: found['tokens per second'] = f'{"" if lat.point else "≤ "}{lat.tps(plan):,.0f}'
+    return found
 
 def figures_html(
     rows: dict, # name of a plan ▸ its figures
@@ -181,7 +183,8 @@ class Explorer:
             return Comparison(self.plan, self.kept, ('now', 'kept'), self.lat, self.colours)._repr_html_()
         whole = make_plan(self.sweep, {}).nbytes
         how = 'exact' if self.exact else f'while dragging, within {self.plan.gap:.2%} of the optimum'
-        return f'{figures_html({"plan": figures_of(self.plan, self.lat, whole)})}<p><small>{how}</small></p>'+plan_svg(self.plan, colours=self.colours)
+        told = figures_html(dict(plan=figures_of(self.plan, self.lat, whole)))
+        return f'{told}<p><small>{how}</small></p>{plan_svg(self.plan, colours=self.colours)}'
 
     def __repr__(self): return f'{type(self).__name__} of {self.base.header["model"]}: {self.plan}'
     def widget(self): return controls(self)
@@ -220,7 +223,8 @@ def controls(
 # %% ../nbs/31_explore.ipynb #aa80e2ee
 class Wiring:
     "What happens when a control is used"
-    def __init__(self, x: Explorer, slider, page): self.x, self.slider, self.page, self.timer, self.busy = x, slider, page, None, False
+    def __init__(self, x: Explorer, slider, page):
+        self.x, self.slider, self.page, self.timer, self.busy = x, slider, page, None, False
 
     def connect(self, by, formats: dict, keep, context=None):
         "Let the controls call the explorer"
@@ -237,7 +241,8 @@ class Wiring:
         self.busy, (low, high), s = True, self.x.planner.ends, self.slider
         s.min, s.max = min(low, s.min), max(high, s.max) # first widen, then place, then narrow
         s.value = self.x.value
-        s.min, s.max, s.step, s.description, s.readout_format = low, high, (high-low)/400 or 1, self.x.by, self.x.targets[self.x.by].spec
+        s.min, s.max, s.step = low, high, (high-low)/400 or 1
+        s.description, s.readout_format = self.x.by, self.x.targets[self.x.by].spec
         self.busy, self.page.value = False, self.x.html()
 
     def moved(self, change):
@@ -281,6 +286,7 @@ def explore_kv(
     **options, # of Explorer: formats, by, value
 ) -> Explorer:
     "Drag the width of a cache, and the context length"
-    if 'layers' not in sweep.header: raise ValueError('this is no sweep of keys and values; kv_sweep measures one, and explore takes weights')
+    if 'layers' not in sweep.header: raise ValueError(
+        'this is no sweep of keys and values; kv_sweep measures one, and explore takes weights')
     x = Explorer(sweep, contexts=tuple(sorted({*contexts, context})), **options)
     return x.at(context)

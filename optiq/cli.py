@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SHARED', 'TASKS', 'Command', 'Group', 'main', 'finish', 'as_formats', 'options', 'as_names', 'as_bytes', 'convert',
            'check_caps', 'convert_weights', 'convert_with_cache', 'ending_of', 'default_output', 'sweep',
-           'most_sensitive', 'as_targets', 'pareto', 'kv_cache', 'latency', 'eval_', 'benchmark', 'has_gpu', 'verify']
+           'most_sensitive', 'as_targets', 'pareto', 'kv_cache', 'latency', 'eval_', 'benchmark', 'has_gpu', 'verify',
+           'demo', 'serve', 'doctor']
 
 # %% ../nbs/90_cli.ipynb #87dbb1b5
 import json
@@ -25,7 +26,7 @@ class Command(click.Command):
             sys.exit(130)
         except Exception as e:
             if os.environ.get('OPTIQ_DEBUG'): raise
-            click.echo(f'error: {" ".join(str(e).split()) or type(e).__name__}', err=True)
+            click.secho(f'error: {" ".join(str(e).split()) or type(e).__name__}', fg='red', err=True)
             sys.exit(1)
 
 # %% ../nbs/90_cli.ipynb #b40bfadf
@@ -34,11 +35,13 @@ class Group(click.Group):
 
 @click.group(cls=Group, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=100))
 @click.version_option(package_name='optiq')
-def main():
+@click.pass_context
+def main(ctx):
     """Mixed-precision quantization for MLX models, by measurement.
 
     MODEL is a folder, a Hugging Face Hub id, or `demo`, the small model that comes with optiq.
     """
+    if os.environ.get('NO_COLOR'): ctx.color = False
 
 def finish(figures: dict, as_json: bool, text):
     "Print one JSON object, or text"
@@ -412,6 +415,68 @@ def verify(model, reference, text, within, backend, model_type, trust_remote_cod
     checks = run(model, reference, text, within, backend, trust_remote_code, model_type)
     finish(checks.figures(), as_json, str(checks))
     if not checks.ok: sys.exit(1)
+
+# %% ../nbs/90_cli.ipynb #c1a0e006
+@main.command(short_help='Run one of the demos: tables, and figures in a folder.')
+@click.argument('name', required=False)
+@click.option('--model', default=None, help='a folder or a Hub id; default: the small model that the demo brings')
+@click.option('--fast', is_flag=True, default=None, help='small sizes, for a first look; the numbers mean little')
+@click.option('--text', metavar='NAME|FILE', help='to calibrate and, its other side, to score on')
+@click.option('--chip', metavar='NAME', help='for hardware: predict for a chip of the table, and measure no speed')
+@click.option('--context', type=int, metavar='N', help='for hardware, kv-cache and combined: tokens in the cache')
+@click.option('--questions', metavar='FILE', help='for llm: a .jsonl file instead of GSM8K')
+@click.option('-o', '--output', type=click.Path(), metavar='DIR', help='folder for tables and figures; default: optiq_output/demo-<name>')
+@options('json')
+def demo(name, output, as_json, **given):
+    """llm, vlm, audio, pareto, hardware, kv-cache or combined; without a name, what there is.
+
+    \b
+    optiq demo llm
+    optiq demo hardware --chip "M3 Max" -o speed
+    optiq demo kv-cache --model Qwen/Qwen3-0.6B-base --text wikitext2
+    """
+    from inspect import signature
+    from optiq.demos import find_demo, names
+    if name is None: return finish(dict(demos=names()), as_json, ' '.join(names()))
+    run, given = find_demo(name), {k: v for k, v in given.items() if v is not None}
+    odd = given.keys()-signature(run).parameters.keys()
+    if odd: raise click.UsageError(f'--{min(odd)} is not for demo {name}')
+    found = run(**given)
+    found.save(out := output or os.path.join('optiq_output', f'demo-{name}'))
+    finish(found.results(), as_json, f'{found!r}\n\nwritten to {out}')
+
+# %% ../nbs/90_cli.ipynb #c1a0e002
+@main.command(short_help="Serve a model over OpenAI's protocol.", context_settings=dict(ignore_unknown_options=True))
+@click.argument('model')
+@click.option('--kv-config', type=click.Path(), metavar='FILE', help='formats of the KV cache; default: kv_config.json beside the weights')
+@click.argument('options', nargs=-1, type=click.UNPROCESSED, metavar='[OPTIONS OF mlx_lm.server]')
+def serve(model, kv_config, options):
+    """mlx-lm's server with mixed-precision caches; --port, --host, --temp and all its other options can follow.
+
+    \b
+    optiq serve optiq_output/demo-12mb-kv --port 8080
+    optiq serve mlx-community/Qwen3-0.6B-4bit --kv-config optiq_output/kv/kv_config.json
+    """
+    from optiq.serve import serve as run
+    run(model, kv_config, options)
+
+# %% ../nbs/90_cli.ipynb #c1a0e004
+@main.command(short_help='Look at this machine: what is there, what is missing, what to do.')
+@click.option('--timeout', default=3., show_default=True, metavar='SECONDS', help='how long to wait for the Hub')
+@options('json')
+def doctor(timeout, as_json):
+    """Versions, backend, chip, BLAS, free memory and the Hub, each with what to do about it.
+
+    Exit status 1 if something that everything needs is missing.
+
+    \b
+    optiq doctor
+    optiq doctor --json
+    """
+    from optiq.doctor import doctor as look
+    found, colours = look(timeout), dict(ok='green', note='yellow', bad='red')
+    finish(found.figures(), as_json, '\n'.join(click.style(repr(f)[0], fg=colours[f.state])+repr(f)[1:] for f in found))
+    if not found.ok: sys.exit(1)
 
 # %% ../nbs/90_cli.ipynb #0db58d9b
 #| eval: false

@@ -920,7 +920,7 @@ def frontier_text(
     frontier: Frontier,
 ) -> str:
     "A table for a terminal"
-    rows = [('plan', 'nominal', 'true bits', 'MB', 'predicted KL', 'KL')]
+    rows = [('plan', 'nominal', 'true', 'MB', 'predicted KL', 'KL')]
     def kl(mean, se): return '' if mean is None else f'{mean:.4f}'+(f' ± {se:.4f}' if se is not None else '')
     for p in frontier.points():
         rows.append((p['name'], f'{p["nominal_bpw"]:.2f}', f'{p["true_bpw"]:.2f}', f'{p["size_mb"]:.2f}',

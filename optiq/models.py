@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['HUB_FILES', 'LOADERS', 'LACKS', 'ROUTERS', 'PARTS', 'REST', 'OPEN', 'demo', 'find_model', 'read_header',
            'weight_files', 'is_vision', 'is_speech', 'model_type_of', 'check_type', 'Unit', 'blocks_path',
-           'block_lists', 'find_units', 'block_of', 'part_of', 'load_lazy', 'digest', 'Checkpoint', 'stored_format']
+           'block_lists', 'find_units', 'block_of', 'part_of', 'load_lazy', 'digest', 'Checkpoint', 'stored_format',
+           'unit_html']
 
 # %% ../nbs/02_models.ipynb #50ffd3a7
 import hashlib
@@ -312,3 +313,13 @@ def _census(model, units):
     mine = {f'{p}.{part}' for p in units for part in ('weight', 'scales', 'biases')}
     other = [v for k, v in tree_flatten(model.parameters()) if k not in mine]
     return sum(u.params for u in units.values())+sum(v.size for v in other), sum(v.nbytes for v in other)
+
+# %% ../nbs/02_models.ipynb #b2a1c002
+def unit_html(u: Unit) -> str:
+    "A unit's parts, and its bytes in a few formats"
+    fmts = [AS_IS, *(Format(b) for b in (8, 4, 3) if u.shape[-1] % 64 == 0)]
+    parts = dict(path=u.path, kind=u.kind, block='' if u.block is None else u.block, shape=u.shape) | {f'{f}': f'{u.nbytes(f):,} bytes' for f in fmts}
+    head, row = (''.join(f'<{t}>{x}</{t}>' for x in xs) for t, xs in (('th', parts), ('td', parts.values())))
+    return f'<table><tr>{head}</tr><tr>{row}</tr></table>'
+
+Unit._repr_html_ = unit_html

@@ -12,6 +12,7 @@ from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 
 cfg = get_config()
+quarto = shutil.which('quarto')
 
 def processed():
     "The folder of notebooks as nbdev prepares them, under the names that their pages get"
@@ -22,6 +23,7 @@ def processed():
     for path in [*notebooks, *folder.glob('*.yml')]:
         text = re.sub(r'output-file: \S+\.html\\n', '', path.read_text(encoding='utf-8'))
         for old, new in pages.items(): text = text.replace(old, new)
+        if not quarto: text = re.sub(r'\n *html-math-method: .*', '', text) # see `formula`
         up = '../'*(len(path.relative_to(folder).parts)-1)
         if path.suffix == '.ipynb': text = text.replace(f'{cfg.doc_host}{cfg.doc_baseurl}/', up)
         path.unlink()
@@ -71,11 +73,11 @@ def faults(site):
 if __name__ == '__main__':
     folder = processed()
     smalldocs = Path(sys.executable).with_name('smalldocs')
-    for command in [shutil.which('quarto') or smalldocs, 'render'], [smalldocs, 'check']:
+    for command in [quarto or smalldocs, 'render'], [smalldocs, 'check']:
         if code := subprocess.call([*command, folder]): sys.exit(code)
     at_home(folder/cfg.doc_path.name)
     found = list(faults((folder/cfg.doc_path.name).resolve()))
-    print(*found, sep='\n', file=sys.stderr)
+    for fault in found: print(fault, file=sys.stderr)
     if found: sys.exit(1)
     shutil.rmtree(cfg.doc_path, ignore_errors=True)
     shutil.move(folder/cfg.doc_path.name, cfg.doc_path)

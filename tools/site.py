@@ -12,6 +12,7 @@ from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 
 cfg = get_config()
+ELSEWHERE = r'''@import\s*(?:url\([^)]*https?:[^)]*\)|"https?:[^"]*"|'https?:[^']*')[^;]*;''' # an address may hold semicolons
 quarto = shutil.which('quarto')
 
 def processed():
@@ -43,7 +44,7 @@ def at_home(site):
         page.write_text(text, encoding='utf-8')
     for sheet in site.rglob('*.css'):
         text = sheet.read_text(encoding='utf-8')
-        sheet.write_text(re.sub(r'@import\s*(?:url\()?["\']?https?:[^;]*;', '', text), encoding='utf-8')
+        sheet.write_text(re.sub(ELSEWHERE, '', text), encoding='utf-8')
 
 def faults(site):
     "What a reader would stumble over: links to nowhere, figures without a description, loads from elsewhere"
@@ -68,7 +69,7 @@ def faults(site):
         for tag in re.findall(r'<svg\s[^>]*role="img"[^>]*>', body):
             if 'aria-label' not in tag: yield f'{name} has a drawing without aria-label'
     for sheet in site.rglob('*.css'):
-        if re.search(r'@import[^;]*https?:', sheet.read_text(encoding='utf-8')): yield f'{sheet.name} loads a style sheet from elsewhere'
+        if re.search(ELSEWHERE, sheet.read_text(encoding='utf-8')): yield f'{sheet.name} loads a style sheet from elsewhere'
 
 if __name__ == '__main__':
     folder = processed()

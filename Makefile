@@ -23,13 +23,13 @@ test: $(ready)   ## run all notebooks, then all tests
 docs: $(ready)   ## build the site into _docs
 	$(python) tools/site.py
 
-lab: $(ready)    ## open the notebooks in JupyterLab
-	.venv/bin/jupyter lab --notebook-dir=nbs
+lab: $(ready)    ## open JupyterLab on the tour (LAB holds more options)
+	.venv/bin/jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/index.ipynb $(LAB)
 
 bench: $(ready)  ## measure quality, speed and memory on this machine (MODEL, TEXT, OUT)
 	bench/run.sh
 
-readme: $(ready) ## make README.md from nbs/index.ipynb
+readme: $(ready) ## make README.md and CONTRIBUTING.md from their notebooks
 	$(python) tools/readme.py
 
 fill: $(ready)   ## re-run notebooks and keep their outputs: all, or NB="nbs/00_formats.ipynb …"

@@ -10,6 +10,7 @@ __all__ = ['MIN_CHARS', 'SOURCES', 'BLOCK', 'is_test', 'read_file', 'passages', 
 import hashlib
 import json
 from importlib import import_module
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from zlib import crc32
@@ -44,6 +45,7 @@ def read_file(path: 'str | Path') -> list[str]:
     return path.read_text(encoding='utf-8').splitlines()
 
 # %% ../nbs/01_calibration.ipynb #3fbcad83
+@cache # the far side of the split takes seconds: few problems fall there
 def _bundled(split: str) -> list[str]:
     from optiq.tasks import mixture
     return [f"{d['prompt']} {d['answer']}".strip() for d in islice(mixture(split=split), 2000)]

@@ -208,7 +208,7 @@ def sweep(model, output, bits, formats, group_size, targets, until_stable, sampl
                  until='stable' if until_stable else None, out=output, backend=backend,
                  max_memory=None if max_memory is None else max_memory*2**30, **given)
     rows = [dict(unit=p, format=str(f), kl=s.kl(p, f), se=s.se(p, f)) for p, f in s.values]
-    finish(dict(output=output, model=s.header['model'], noise=s.header['noise'], rows=rows), as_json,
+    finish(dict(output=output, model=s.header['model'], noise=s.header.get('noise'), rows=rows), as_json,
            '\n'.join([repr(s), *most_sensitive(rows), f'written to {output}']))
 
 # %% ../nbs/90_cli.ipynb #24ade5db

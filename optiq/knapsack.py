@@ -282,8 +282,8 @@ def thoughtless(
 class Budget:
     "A linear constraint: (sum of costs + fixed) / per ≤ limit"
     name: str # as messages call it
-    cost: Callable # (unit, format) ▸ number
-    limit: float # in the unit that people use
+    cost: Callable | None # (unit, format) ▸ number; None if there is no such cap
+    limit: float | None # in the unit that people use; None if there is no such cap
     fixed: float = 0 # cost of everything that is not chosen
     per: float = 1 # what turns a cost into that unit
     unit: str = '' # 'bits', 'bytes' or 'ms'

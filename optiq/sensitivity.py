@@ -163,6 +163,8 @@ def measure(
     b: Backend,
     batch: 'np.ndarray | list', # (B, T) token ids, or B samples
     todo: list[tuple[Unit, Format]], # probes, in the order of the model
+    batch: np.ndarray, # (B, T) token ids
+    todo: list | tuple, # probes, in the order of the model
     quantize = quantize_dequantize,
     tick = lambda n: None,
     base: dict = {}, # overrides of the model that is perturbed
@@ -239,7 +241,7 @@ def free_on_device(b: Backend) -> int:
     return b.xp.cuda.mem_get_info()[0] if b.name == 'torch' and b.device == 'cuda' else free_memory()
 
 # %% ../nbs/03_sensitivity.ipynb #c0dbd0ab
-def block_passes(todo: list, n_blocks: int) -> int:
+def block_passes(todo: list | tuple, n_blocks: int) -> int:
     "How often one block is run on one batch, summed over the blocks"
     return n_blocks+sum(n_blocks-(u.block or 0) for u, _ in todo if u.kind != 'lm_head')
 
@@ -370,7 +372,7 @@ def fingerprint_of(b: Backend, tokens: np.ndarray, formats: list, quantizer: str
     return dict(model=b.checkpoint.fingerprint, tokens=fingerprint(tokens), formats=[str(f) for f in formats],
                 quantizer=quantizer, dtype=str(b.dtype).split('.')[-1], backend=b.name)
 
-def refuse_other(path: Path, theirs: dict, ours: dict):
+def refuse_other(path: 'str | Path', theirs: dict, ours: dict):
     "Raise ValueError, naming the fields that differ, unless two fingerprints agree"
     odd = [f'{k} ({theirs.get(k)} there, {ours.get(k)} here)' for k in ours | theirs if theirs.get(k) != ours.get(k)]
     if odd: raise ValueError(f'{path} was measured on something else: {", ".join(odd)}; give another file, or remove it')

@@ -137,7 +137,8 @@ def test_too_many_samples():
 def test_kl_task(saved, tmp_path):
     r = run_task('kl', str(saved), 'demo', 3, seq_len=48, cache=tmp_path)
     a, row = r.rows
-    assert a['name'] == 'demo' and a['kl'] == a['kl_high'] == 0 and 'perplexity' in Report.compare(r).verdicts and row['kl_low'] < row['kl'] < row['kl_high'] and row['kl_n'] == 3
+    assert a['name'] == 'demo' and a['kl'] == a['kl_high'] == 0 and 'perplexity' in Report.compare(r).verdicts
+    assert row['kl_low'] < row['kl'] < row['kl_high'] and row['kl_n'] == 3
     assert row['kl_p99'] > row['kl'] and 0 < row['flips'] < 1 and r.about['by_position'][0]['start'] == 0
     with pytest.raises(ValueError, match='give --baseline'): run_task('kl', 'demo', n=2)
 
@@ -243,7 +244,8 @@ def test_harness_hands_over_and_reads_back(monkeypatch):
         @staticmethod
         def simple_evaluate(**kw):
             seen.update(kw)
-            return dict(samples={'b': [dict(doc_id=0, filter='none', acc=1.)], 'a': [dict(doc_id=1, filter='none', acc=0.), dict(doc_id=0, filter='none', acc=1.)]})
+            return dict(samples={'b': [dict(doc_id=0, filter='none', acc=1.)],
+                                 'a': [dict(doc_id=1, filter='none', acc=0.), dict(doc_id=0, filter='none', acc=1.)]})
     monkeypatch.setattr(harness_module, 'adapter', lambda: (Eval, lambda path, **kw: ('adapter', path)))
     r = run_task('harness:arc', 'demo', 'demo', n=3)
     row = r.rows[0]

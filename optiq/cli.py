@@ -319,19 +319,13 @@ TASKS = ['perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer', 'harnes
 @click.option('--n-samples', type=int, help='sequences, questions or trials  [default: 50 for perplexity and kl, else 200]')
 @click.option('--limit-tokens', type=int, help='tokens of text to score at most')
 @click.option('--seq-len', default=512, show_default=True, help='tokens in each sequence of text')
-@click.option('--evaluation', default='bundled', show_default=True, metavar='NAME|FILE',
-              help='text for perplexity and kl; of a file, all of it')
+@click.option('--evaluation', metavar='NAME|FILE', help='text for perplexity and kl [default: bundled], speech for wer [default: '
+              'librispeech]; all of a file or folder')
 @click.option('--questions', metavar='NAME|FILE',
               help='for gsm8k: gsm8k (the default), word-problems, or a .jsonl file with question and answer; for ai2d: ai2d (the default), '
                    'diagrams, or a folder or .jsonl file with image, question, options and answer')
 @click.option('--responses', type=click.Path(), help='score the answers in this .jsonl file (question, answer, response), without a model')
-@click.option('-o', '--output', type=click.Path(), help='for gsm8k and ai2d: .jsonl file of answers to write, and to go on with')
-@click.option('--evaluation', metavar='NAME|FILE', help='text for perplexity and kl [default: bundled], speech for wer [default: '
-              'librispeech]; all of a file or folder')
-@click.option('--questions', default='gsm8k', show_default=True, metavar='NAME|FILE',
-              help='for gsm8k: gsm8k, word-problems, or a .jsonl file with question and answer')
-@click.option('--responses', type=click.Path(), help='score the answers in this .jsonl file (question, answer, response), without a model')
-@click.option('-o', '--output', type=click.Path(), help='for gsm8k and wer: .jsonl file of answers to write, and to go on with')
+@click.option('-o', '--output', type=click.Path(), help='for gsm8k, ai2d and wer: .jsonl file of answers to write, and to go on with')
 @click.option('--kv', metavar='BITS|FILE',
               help='for gsm8k and needle: the KV cache, a width for all layers (8, 4g32) or a kv_config.json')
 @click.option('--exact', is_flag=True, help='for kl: keep every word of the reference, not the likely ones')

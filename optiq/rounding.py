@@ -6,8 +6,8 @@
 __all__ = ['SHRINK', 'BLOCK', 'QUANTIZERS', 'pack_codes', 'library', 'to_mlx', 'Rounded', 'MinMax', 'fit_grid', 'search',
            'find_grid', 'finished', 'on_accelerator', 'Inputs', 'Ear', 'expert_rows', 'Statistics', 'Chunks',
            'compensated', 'first_look', 'settle', 'second_look', 'look_again', 'replayed', 'gptq', 'gptq_all',
-           'few_tokens', 'NextEar', 'enough', 'same_inputs', 'round_model', 'outside_before', 'as_overrides',
-           'RoundTrips', 'round_all', 'rounding_seconds', 'round_to_files', 'dwq']
+           'few_tokens', 'prepared', 'shrinkage', 'NextEar', 'enough', 'same_inputs', 'round_model', 'outside_before',
+           'as_overrides', 'RoundTrips', 'round_all', 'rounding_seconds', 'round_to_files', 'dwq']
 
 # %% ../nbs/05a_rounding.ipynb #44cd9b61
 import sys
@@ -418,10 +418,6 @@ def prepared(xp, stats: Inputs, damping: float = .01):
         return h, order, xp.linalg.solve_triangular(r, xp.eye(len(r)).to(r), upper=True).float()
     r = np.linalg.cholesky(np.array(h, np.float64)[::-1, ::-1])[::-1, ::-1]
     return h, order, xp.array(np.linalg.inv(r).astype(np.float32))
-        inverse = xp.cholesky_inverse(xp.linalg.cholesky(h.double()))
-        return h, order, xp.linalg.cholesky(inverse, upper=True).float()
-    inverse = np.linalg.inv(np.array(h, np.float64))
-    return h, order, xp.array(np.linalg.cholesky((inverse+inverse.T)/2).T.astype(np.float32))
 
 def shrinkage(h, n: int) -> float: # second moments of n tokens ▸ a part of the mean of their diagonal
     "What few tokens have to be damped by (Chen et al. 2010, oracle approximating shrinkage)"

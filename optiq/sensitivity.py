@@ -162,8 +162,6 @@ def kl_rows(b, z_p, z_q):
 def measure(
     b: Backend,
     batch: 'np.ndarray | list', # (B, T) token ids, or B samples
-    todo: list[tuple[Unit, Format]], # probes, in the order of the model
-    batch: np.ndarray, # (B, T) token ids
     todo: list | tuple, # probes, in the order of the model
     quantize = quantize_dequantize,
     tick = lambda n: None,

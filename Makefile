@@ -2,9 +2,9 @@ SHELL := /bin/bash
 python := .venv/bin/python
 ready := .venv/.ready
 
-.PHONY: help setup demo test docs lab bench readme fill clean
+.PHONY: help setup demo demo-vlm test docs lab bench readme fill clean
 help:           ## list these targets
-	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 10
 
 setup: $(ready)  ## make .venv; every other target does it too
 $(ready): settings.ini setup.py constraints.txt
@@ -14,19 +14,22 @@ $(ready): settings.ini setup.py constraints.txt
 demo: $(ready)   ## convert the model that comes with the project and print the result
 	$(python) models/demo/run.py
 
+demo-vlm: $(ready) ## convert the witness, a small model that sees, and print the result
+	$(python) models/witness/run.py
+
 test: $(ready)   ## run all notebooks, then all tests
 	tools/test.sh
 
 docs: $(ready)   ## build the site into _docs
 	$(python) tools/site.py
 
-lab: $(ready)    ## open the notebooks in JupyterLab
-	.venv/bin/jupyter lab --notebook-dir=nbs
+lab: $(ready)    ## open JupyterLab on the tour (LAB holds more options)
+	.venv/bin/jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/index.ipynb $(LAB)
 
 bench: $(ready)  ## measure quality, speed and memory on this machine (MODEL, TEXT, OUT)
 	bench/run.sh
 
-readme: $(ready) ## make README.md from nbs/index.ipynb
+readme: $(ready) ## make README.md and CONTRIBUTING.md from their notebooks
 	$(python) tools/readme.py
 
 fill: $(ready)   ## re-run notebooks and keep their outputs: all, or NB="nbs/00_formats.ipynb …"

@@ -1,6 +1,6 @@
 """Needles, word problems and KL of the demo model at full precision, uniform 4 and 3 bits and two plans; speed of any models.
 
-    python bench/evals.py [--trials 200] [--problems 500] [--speed MODEL …] -o nbs/results/evals.json
+    python bench/evals.py [--trials 200] [--problems 500] [--speed MODEL …] [--only-speed] -o nbs/results/evals.json
 
 On one H100 or H200 about four minutes with the defaults. Everything is written after each step, so an interrupted run keeps
 what it has. `--speed` times models with mlx-lm (prompt 512, 128 new tokens) and needs MLX on the device.
@@ -31,7 +31,18 @@ def main():
     p.add_argument('--sequences', type=int, default=16, help='of 256 tokens, for KL and perplexity')
     p.add_argument('--speed', nargs='*', default=[], help='models to time')
     p.add_argument('--repeats', type=int, default=5)
+    p.add_argument('--only-speed', action='store_true', help='nothing but the speed of the models named')
     args = p.parse_args()
+    if not args.only_speed: quality(args)
+    rows = []
+    for m in args.speed:
+        timed = throughput(m, repeats=args.repeats)
+        rows += timed.rows
+        Report(rows, timed.about | dict(command='python '+' '.join(sys.argv))).save(args.o.with_name(f'{args.o.stem}-speed.json'))
+        print(Report(rows[-1:]), flush=True)
+
+def quality(args):
+    "KL, perplexity, needles and word problems of five plans of the demo model"
     start, b = time.time(), TorchBackend(Checkpoint('demo'))
     c = b.checkpoint
     tokens, scored = token_batch(passages('bundled'), c.tokenizer, 8, 128), evaluation_tokens('bundled', c.tokenizer, args.sequences, 256)
@@ -57,11 +68,6 @@ def main():
         write()
         print(f'{time.time()-start:4.0f} s', n, f'needle {found["needle"]:.1%}, problems {found["word_problems"]:.1%}', flush=True)
     print(write(), flush=True)
-    speed = []
-    for m in args.speed:
-        speed += throughput(m, repeats=args.repeats).rows
-        Report(speed, about).save(args.o.with_name(f'{args.o.stem}-speed.json'))
-        print(Report(speed[-1:]), flush=True)
 
 def _device(b): return b.xp.cuda.get_device_name() if b.device == 'cuda' else machine()['cpu']
 

@@ -1,17 +1,18 @@
 """How well does the roofline predict decode speed? Random weights at the shapes of Qwen3, on this machine.
 
-    python bench/latency.py -o latency.json [--shapes 0.6B,1.7B,8B] [--bits 3,4,6,8] [--runs 7] [--contexts 2048]
+    python bench/latency.py -o latency.json [--shapes 0.6B,1.7B,8B] [--bits 3,4,6,8] [--rounds 40] [--contexts 2048]
     python bench/latency.py --from latency.json
 
 The first measures: the chip (bandwidth, overheads, matrix-vector products for every format and shape), then the decode speed of
-every plan of every shape, in rounds, so that drift hits all plans alike. Then it predicts, with one calibration point per shape,
-and prints the tables. The second predicts again from what a file holds, without a machine. Every part is written when it is done,
-with all single times. It takes about 4 minutes on an H100, of which one compiles kernels; on a Mac name the shapes that fit:
-`python bench/latency.py -o mac.json --shapes 0.6B,1.7B`.
+every plan of every shape, in many short rounds, so that drift hits all plans alike, and the time of a block on the device alone.
+Then it predicts, with one calibration point per shape, and prints the tables. The second predicts again from what a file holds,
+without a machine. Every part is written when it is done, with all single times. It takes about 5 minutes on an H100, of which one
+compiles kernels; on a Mac name the shapes that fit: `python bench/latency.py -o mac.json --shapes 0.6B,1.7B`.
 
 `--shapes tiny` is for trying it out on a CPU.
 """
 import argparse
+import gc
 import json
 import time
 from dataclasses import asdict, replace
@@ -25,7 +26,7 @@ from optiq.evals.report import machine
 from optiq.formats import Format
 from optiq.knapsack import make_plan, uniform
 from optiq.latency import (LEARNED, Chip, Latency, Speed, compare_speeds, decode_once, extend, keep_busy, measure_chip,
-                           measure_product, on_gpu, per_step, reads_of, skeleton, stand_in)
+                           on_gpu, per_step, reads_of, skeleton, stand_in)
 from optiq.tiny import hub_config
 
 CALIBRATION = 'uniform 4g64'
@@ -50,12 +51,17 @@ def plans_of(reads, bits):
     made = [uniform(reads, f) for f in fmts]+[mixed(reads, Format(4, 64), fmts[-1]), every_other(reads, fmts[0], fmts[-2])]
     return {p.name: p for p in made}
 
-def decode_speeds(models, context, tokens, rounds):
-    "name ▸ Speed, one run of each model per round"
-    warmup, runs = 8, {n: [] for n in models}
+def decode_speeds(models, context, tokens, rounds, seconds):
+    "name ▸ Speed, one run of each model per round, in an order that turns; fewer rounds if time is up, but five at least"
+    warmup, runs, names, start = 8, {n: [] for n in models}, list(models), time.time()
     for m in models.values(): decode_once(m, context, 8, warmup)
-    for _ in range(rounds):
-        for n, m in models.items(): runs[n].append(decode_once(m, context, tokens, warmup))
+    gc.collect()
+    gc.disable() # a collection in the middle of a run would be charged to one plan
+    try:
+        for r in range(rounds):
+            if r >= 5 and time.time()-start > seconds: break
+            for n in names[r % len(names):]+names[:r % len(names)]: runs[n].append(decode_once(models[n], context, tokens, warmup))
+    finally: gc.enable()
     return {n: Speed(np.array(r), context+warmup+tokens/2) for n, r in runs.items()}
 
 def block_times(model, first, runs):
@@ -96,7 +102,6 @@ def measure_machine(args, out, reads, formats):
         out.keep(chip=asdict(chip), raw=raw)
     print(chip)
     first = keep_busy(chip.bandwidth) if on_gpu() else None
-    out.keep(parallel=[measure_product(f, m, first, args.runs, serial=False) for f in formats for m in matrices])
     return first
 
 def measure(args):
@@ -106,23 +111,34 @@ def measure(args):
     reads = {s: reads_of(skeleton(c := config_of(s)), c) for s in shapes}
     out.keep(about=dict(machine(), device=str(mx.device_info()), command=vars(args)), shapes=shapes, bits=bits)
     first = measure_machine(args, out, reads, formats)
-    decode, blocks = {}, {}
+    decode, blocks, contexts = {}, {}, [int(c) for c in args.contexts.split(',') if c]
     for s in shapes:
         models = {n: stand_in(skeleton(config_of(s)), p) for n, p in plans_of(reads[s], bits).items()}
-        speeds = decode_speeds(models, args.context, args.tokens, args.runs)
+        speeds = decode_speeds(models, args.context, args.tokens, args.rounds, args.seconds)
         decode[s] = {n: dict(runs=v.runs.tolist(), context=v.context) for n, v in speeds.items()}
         out.keep(decode=decode)
         for n, v in speeds.items(): print(f'{s} {n}: {v}', flush=True)
         if args.chip is None: blocks[s] = {f'uniform {f}': block_times(models[f'uniform {f}'], first, args.runs) for f in formats}
         out.keep(blocks=blocks)
-        for context in map(int, filter(None, args.contexts.split(','))):
-            some = {n: m for n, m in models.items() if n in (CALIBRATION, f'uniform {formats[-1]}')}
-            long = decode_speeds(some, context, args.tokens, max(2, args.runs//2))
+        some = {n: m for n, m in models.items() if n in (CALIBRATION, f'uniform {formats[-1]}')}
+        for context in contexts:
+            long = decode_speeds(some, context, args.tokens, args.rounds//4, args.seconds/6)
             decode[s] |= {f'{n}, context {context}': dict(runs=v.runs.tolist(), context=v.context) for n, v in long.items()}
             out.keep(decode=decode)
-        del models
+        del models, some
         mx.clear_cache()
     return out
+
+def on_device(found, chip, s):
+    "Microseconds of one block on the device alone: measured, and predicted with overheads learned at the calibration format"
+    reads = reads_of(skeleton(c := config_of(s)), c)
+    plans, measured = plans_of(reads, found['bits']), {n: 1e6*d['seconds'] for n, d in found['blocks'].get(s, {}).items()}
+    if CALIBRATION not in measured: return []
+    lat, inner = Latency(chip, reads), [u for u in reads.units if u.block is not None]
+    read = {n: 1e3*sum(lat(u, plans[n][u.path]) for u in inner)/reads.layers for n in measured}
+    rest = measured[CALIBRATION]-read[CALIBRATION]
+    return [dict(name=n, measured=measured[n], predicted=read[n]+rest, error=(read[n]+rest)/measured[n]-1, calibration=n == CALIBRATION,
+                 as_measured_on_the_chip=read[n]+chip.dispatch) for n in measured]
 
 def predict(found):
     "Tables of predicted and measured speed, one calibration point per shape"
@@ -141,7 +157,10 @@ def predict(found):
                for n, v in speeds.items() if n not in plans}
         for n, p in far.items(): print(f'{n}: predicted {p:.1f}, measured {speeds[n]}, {p/speeds[n].tps-1:+.1%}')
         print('terms of the calibration point in ms, as measured on the chip:', {k: round(v, 3) for k, v in before.items()})
-        tables[s] = dict(rows=table.rows, mean_error=table.mean_error, terms=before, long_context=far,
+        blocks = on_device(found, chip, s)
+        for r in blocks: print(f'one block on the device, {r["name"]}: predicted {r["predicted"]:.1f} µs, measured {r["measured"]:.1f} µs, '
+                               f'{r["error"]:+.1%}'+' *'*r['calibration'])
+        tables[s] = dict(rows=table.rows, blocks=blocks, mean_error=table.mean_error, terms=before, long_context=far,
                          learned={k: getattr(lat.chip, k) for k in LEARNED})
     print(f'\nmean absolute error of {len(shorts)} plans: {np.mean(shorts):.2%}, worst {max(shorts):.2%}')
     return dict(tables=tables, mean_error=float(np.mean(shorts)), worst=float(max(shorts)))
@@ -153,10 +172,12 @@ def main():
     p.add_argument('--chip', help='take the chip from the file of an earlier run, and measure decoding only')
     p.add_argument('--shapes', default='0.6B,1.7B,8B')
     p.add_argument('--bits', default='3,4,6,8')
-    p.add_argument('--runs', type=int, default=7)
+    p.add_argument('--runs', type=int, default=7, help='of each measurement of the chip')
+    p.add_argument('--rounds', type=int, default=40, help='of decoding')
+    p.add_argument('--seconds', type=float, default=55, help='for decoding, per shape')
     p.add_argument('--context', type=int, default=32)
     p.add_argument('--contexts', default='2048', help='further ones, for two plans of each shape')
-    p.add_argument('--tokens', type=int, default=100)
+    p.add_argument('--tokens', type=int, default=24, help='per round')
     args = p.parse_args()
     if args.source:
         predict(json.loads(Path(args.source).read_text()))

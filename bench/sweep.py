@@ -30,7 +30,7 @@ from optiq.formats import Format
 from optiq.gradient import agreement, gradient_sweep, screened_sweep
 from optiq.knapsack import allocate
 from optiq.models import Checkpoint
-from optiq.sensitivity import kl_divergence, kl_sweep, measure, on_gpu, perturb, probes
+from optiq.sensitivity import estimate, kl_divergence, kl_sweep, measure, on_gpu, perturb, probes
 from optiq.tiny import tiny
 
 WIDTHS = [Format(3), Format(4), Format(8)]
@@ -57,16 +57,22 @@ def against_plain(b, tokens, part):
     todo = probes(b.checkpoint.units, WIDTHS)
     plain(b, tokens, todo[:2]), measure(b, tokens, todo[:8])
     if on_gpu(b): measure(b, tokens, todo)
-    fast, kl = seconds(b, lambda: measure(b, tokens, todo))
+    told, repeats = estimate(b, WIDTHS, tokens)['seconds'], 3 if on_gpu(b) else 1
+    def timed(): return sorted((seconds(b, lambda: measure(b, tokens, todo)) for _ in range(repeats)), key=lambda t: t[0])[repeats//2]
+    fast, kl = timed()
+    b.together = on_gpu(b)
+    one_call, again = timed() if b.together else (None, kl) # the probes of a block in one call
+    b.together = False
     slow, want = seconds(b, lambda: plain(b, tokens, todo[::part]))
     got, large = kl[::part], want > 1e-6
-    return dict(probes=len(todo), tokens=list(tokens.shape), replay_s=fast, plain_s=slow*len(todo)/len(todo[::part]),
-                of=len(todo[::part]), ratio=slow*len(todo)/len(todo[::part])/fast,
-                largest_relative_difference=float(abs(got/want-1)[large].max()))
+    return dict(probes=len(todo), tokens=list(tokens.shape), replay_s=fast, estimate_s=told, together_s=one_call,
+                plain_s=slow*len(todo)/len(todo[::part]), of=len(todo[::part]), ratio=slow*len(todo)/len(todo[::part])/fast,
+                largest_relative_difference=float(abs(got/want-1)[large].max()),
+                together_against_alone=float(abs(again/kl-1)[kl > 1e-6].max()))
 
 def replay(args, c, tokens):
     b = TorchBackend(c)
-    return against_plain(b, tokens[:2], 1 if on_gpu(b) else 9)
+    return against_plain(b, tokens[:2], 3 if on_gpu(b) else 9)
 
 def shortcuts(args, c, tokens):
     b = TorchBackend(c)
@@ -95,7 +101,7 @@ from optiq.backends import StreamingBackend
 from optiq.models import Checkpoint
 from optiq.sensitivity import kl_sweep
 c = Checkpoint(sys.argv[1])
-ids = np.random.default_rng(0).integers(0, c.vocabulary, (1, 32)).astype(np.int32)
+ids = np.random.default_rng(0).integers(0, c.vocabulary, (1, 16)).astype(np.int32)
 import time; start = time.time()
 kl_sweep(StreamingBackend(c), ids, [4], progress=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024, time.time()-start)
@@ -108,7 +114,7 @@ def memory(args, c, tokens):
         out = subprocess.run([sys.executable, '-c', STREAM, str(folder)], capture_output=True, text=True)
         if out.returncode: raise RuntimeError(out.stderr[-2000:])
         peak, took = map(float, out.stdout.split()[-2:])
-        return dict(bytes_on_disk=size, peak_bytes=peak, seconds=took, tokens=[1, 32], probes=197)
+        return dict(bytes_on_disk=size, peak_bytes=peak, seconds=took, tokens=[1, 16], probes=197, preload=os.environ.get('LD_PRELOAD'))
 
 PEER = """
 import sys, time, json, numpy as np
@@ -124,7 +130,8 @@ def part(*a): return all_units(*a)[::every]
 run = lambda: s.analyze_sensitivity_exact(model, lambda: [((t,), {}) for t in tokens], candidate_bits=[3, 4, 8], n_calibration=len(tokens))
 s._quantizable_linears = warm; run()
 s._quantizable_linears = part; start = time.time(); done = len(run())
-print(json.dumps(dict(seconds=time.time()-start, units=done, of=len(all_units(model, 64)))))
+from importlib.metadata import version
+print(json.dumps(dict(seconds=time.time()-start, units=done, of=len(all_units(model, 64)), mlx_lm=version('mlx-lm'), mlx=version('mlx'))))
 """
 
 def peer(args, c, tokens):
@@ -132,19 +139,21 @@ def peer(args, c, tokens):
     todo = probes(c.units, WIDTHS)
     if on_gpu(b): measure(b, tokens[:2], todo)
     ours, _ = seconds(b, lambda: measure(b, tokens[:2], todo))
+    b.together = on_gpu(b)
+    together = seconds(b, lambda: measure(b, tokens[:2], todo))[0] if b.together else None # the probes of a block in one call
     del b
     every = 1 if os.environ.get('CUDA_VISIBLE_DEVICES') else args.every
     theirs = {}
     for name, preload in dict(default='', openblas=os.environ.get('OPENBLAS', '')).items():
         if name == 'openblas' and not preload: continue
-        r = subprocess.run([sys.executable, '-c', PEER, args.peer, str(c.folder), json.dumps(tokens[:2].tolist()), str(every)],
+        r = subprocess.run([args.peer_python, '-c', PEER, args.peer, str(c.folder), json.dumps(tokens[:2].tolist()), str(every)],
                            env=os.environ | dict(LD_PRELOAD=preload), capture_output=True, text=True)
         if r.returncode: raise RuntimeError(r.stderr[-2000:])
         d = json.loads(r.stdout.strip().splitlines()[-1])
         per_unit = d['seconds']/d['units']
         theirs[name] = dict(seconds_for_our_units=per_unit*len(c.units), units_timed=d['units'], units_it_scores=d['of'],
-                            ratio=per_unit*len(c.units)/ours)
-    return dict(ours_s=ours, theirs=theirs, tokens=[2, tokens.shape[1]])
+                            versions=dict(mlx=d['mlx'], mlx_lm=d['mlx_lm']), ratio=per_unit*len(c.units)/ours)
+    return dict(ours_s=ours, ours_together_s=together, theirs=theirs, tokens=[2, tokens.shape[1]])
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,6 +163,7 @@ if __name__ == '__main__':
     p.add_argument('--n', type=int, default=8)
     p.add_argument('--every', type=int, default=50)
     p.add_argument('--peer')
+    p.add_argument('--peer-python', default=sys.executable, help="the peer's own environment, for `peer`")
     p.add_argument('-o', default='nbs/results/sweep.json')
     args = p.parse_args()
     c = Checkpoint(args.model)

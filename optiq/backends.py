@@ -6,15 +6,20 @@
 __all__ = ['EVERYTHING', 'Recorded', 'Blocks', 'repeated', 'Head', 'Overrides', 'same', 'Heard', 'Backend', 'check_finite',
            'torch_blocks', 'torch_stand_ins', 'torch_slot', 'torch_weights', 'torch_attention', 'torch_ear',
            'eager_experts', 'load_torch', 'TorchBackend', 'mlx_blocks', 'mlx_attention', 'mlx_listening', 'mlx_weights',
-           'MLXBackend', 'read_rows', 'StreamedBlocks', 'StreamingBackend', 'free_memory', 'open_backend']
+           'MLXBackend', 'Passed', 'fresh', 'as_answer', 'arrays_in', 'alike', 'forgetful', 'Forward', 'ReplayBackend',
+           'narrow', 'as_sample', 'StreamedReplay', 'read_rows', 'StreamedBlocks', 'StreamingBackend', 'free_memory',
+           'open_backend']
 
 # %% ../nbs/02b_backends.ipynb #b684d45f
 import os
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 
 import numpy as np
 
+from .calibration import positions, samples_of
 from .models import Checkpoint, Unit, read_header
 
 os.environ.setdefault('MLX_ENABLE_TF32', '0') # float32 means float32
@@ -94,6 +99,7 @@ class Backend(Blocks, Head, Overrides):
     "A model as a chain: embed, run_block, head; and the weights of its units"
     checkpoint: Checkpoint
     n_blocks: int
+    stacks = True # sequences of a batch run together
 
     def inputs(self, i: int | None, states, hear, overrides: dict = {}):
         "Run block `i` (None: the head), telling `hear(path, x, experts)` what each unit there is multiplied with"
@@ -267,16 +273,24 @@ class TorchBackend(Backend):
 # %% ../nbs/02b_backends.ipynb #64017bd5
 def _descend(module, path):
     "The submodule at a dotted path"
-    for part in path.split('.') if path else (): module = module[int(part)] if part.isdigit() else module[part]
+    for part in path.split('.') if path else ():
+        module = module[int(part)] if part.isdigit() else module[part]
+        while isinstance(module, _StandIn): module = module.block
     return module
 
+def _block(model, lists, i):
+    "Block `i`, numbered through the lists of blocks, or what stands in for it"
+    for path, many in lists.items():
+        if i < many: return _descend(model, path)[i]
+        i -= many
+
 def _of_type(checkpoint, dtype):
-    "The checkpoint's mlx-lm model, dequantized, lazy, its floats of one type"
+    "The checkpoint's MLX model, dequantized, lazy, its floats of one type"
     import mlx.core as mx
     from mlx.utils import tree_map
-    from mlx_lm.utils import dequantize_model
     model = checkpoint.load()
-    if 'quantization' in checkpoint.config: model = dequantize_model(model)
+    if 'quantization' in checkpoint.config:
+        model = import_module('mlx_vlm.quant_utils' if checkpoint.model_type == 'vlm' else 'mlx_lm.utils').dequantize_model(model)
     model.update(tree_map(lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters()))
     return model
 
@@ -288,13 +302,18 @@ class _StandIn:
     def __getattr__(self, name): return getattr(self.block, name)
 
 @contextmanager
-def mlx_blocks(model, path: str, answer, which=None):
+def mlx_blocks(model, paths, answer, which=None): # paths of the lists of blocks, which are numbered through
     "While this lasts, `answer(i, …)` takes the place of each block, or of those in `which`"
-    parent = _descend(model, path.rpartition('.')[0])
-    before = parent.layers
-    parent.layers = [_StandIn(b, answer, i) if which is None or i in which else b for i, b in enumerate(before)]
+    places, i = [], 0
+    for path in [paths] if isinstance(paths, str) else paths:
+        parent, name = _descend(model, path.rpartition('.')[0]), path.rpartition('.')[2]
+        places.append((parent, name, parent[name], i))
+        i += len(parent[name])
+    for parent, name, blocks, first in places:
+        parent[name] = [_StandIn(b, answer, i) if which is None or i in which else b for i, b in enumerate(blocks, first)]
     try: yield
-    finally: parent.layers = before
+    finally:
+        for parent, name, blocks, _ in places: parent[name] = blocks
 
 # %% ../nbs/02b_backends.ipynb #4e6ce71f
 @contextmanager
@@ -351,13 +370,13 @@ class MLXBackend(Backend):
 
     def open(self): return _of_type(self.checkpoint, self.dtype)
     def forward(self, batch): return self.model(self.xp.array(np.asarray(batch)))
-    def block(self, i: int): return self.model.layers[i]
+    def block(self, i: int): return _block(self.model, self.checkpoint.blocks, i)
     def module(self, path: str): return _descend(self.model, path)
     def unit_weight(self, path: str): return self.typed(self.module(path).weight, self.checkpoint.unit[path].dtype)
     def cast(self, x): return x.astype(self.dtype)
     def typed(self, x, dtype: str): return x.astype(getattr(self.xp, dtype))
     def numpy(self, x): return np.array(x.astype(self.xp.float32))
-    def stand_ins(self, stand_in): return mlx_blocks(self.model, self.checkpoint.blocks_path, stand_in)
+    def stand_ins(self, stand_in): return mlx_blocks(self.model, self.checkpoint.blocks, stand_in)
     def reweighted(self, overrides: dict): return mlx_weights(self, overrides)
 
     def done(self, x):
@@ -373,7 +392,141 @@ class MLXBackend(Backend):
         def attend(i, *args, **kwargs):
             keys, values = (changes[i].get(k, same) for k in ('keys', 'values'))
             with mlx_attention(lambda k, v: (keys(k), values(v))): return blocks[i](*args, **kwargs)
-        return mlx_blocks(self.model, self.checkpoint.blocks_path, attend, changes)
+        return mlx_blocks(self.model, self.checkpoint.blocks, attend, changes)
+
+# %% ../nbs/02b_backends.ipynb #10efef2e
+@dataclass
+class Passed:
+    "How far a sample has come: what the blocks that it passed were given, and what they answered"
+    sample: dict = field(repr=False) # name ▸ array, what the model's forward pass takes
+    answers: dict = field(default_factory=dict, repr=False) # block ▸ (output, number of outputs; None for a single one)
+    given: dict = field(default_factory=dict, repr=False) # block ▸ the arrays among its arguments
+    upto: int = 0 # blocks that answer without being asked anything
+    outside: dict = field(default_factory=dict, repr=False) # overrides of what lies outside the blocks
+
+    def __len__(self): return 1
+
+    def at(self, block: int | None):
+        "Before this block; for None, before everything, where a block answers if it is given what it was given"
+        if block is None: return replace(self, upto=0)
+        return replace(self, upto=block, answers={i: a for i, a in self.answers.items() if i < block}, given={})
+
+# %% ../nbs/02b_backends.ipynb #12f9a042
+def fresh(x):
+    "The same values under another handle, which nobody else can change in place"
+    import mlx.core as mx
+    return mx.array(x)
+
+def as_answer(states, many): return fresh(states) if many is None else (fresh(states), *[None]*(many-1))
+
+def arrays_in(*tree) -> list:
+    "The arrays in a tree of arguments"
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    return [fresh(x) for _, x in tree_flatten(tree) if isinstance(x, mx.array)]
+
+def alike(xs: list, ys: list) -> bool:
+    "Whether two lists of arrays hold the same values"
+    import mlx.core as mx
+    return len(xs) == len(ys) and all(x.shape == y.shape and mx.array_equal(x, y).item() for x, y in zip(xs, ys))
+
+# %% ../nbs/02b_backends.ipynb #8d460803
+@contextmanager
+def forgetful(model):
+    "Whatever private attributes its modules get while this lasts are what they were before afterwards"
+    def private(m): return {k: v for k, v in (*vars(m).items(), *m.items()) if k.startswith('_')}
+    before = [(m, private(m)) for m in model.modules()]
+    try: yield
+    finally:
+        for m, was in before:
+            now = private(m)
+            for k in [k for k in now if k not in was]: delattr(m, k)
+            for k in [k for k, v in was.items() if now.get(k) is not v]: setattr(m, k, was[k])
+
+# %% ../nbs/02b_backends.ipynb #4cdc1753
+class Forward:
+    "The model's own forward pass, in which blocks that were passed before answer at once"
+    def replay(self, states: Passed, overrides: dict = {}, stop: int | None = None) -> tuple: # states, logits
+        "Run on from `states`, to the end of block `stop` or to the logits"
+        mine, passed = {}, replace(states, answers={}, given={})
+        for p, f in (states.outside | overrides).items(): mine.setdefault(self.checkpoint.unit[p].block, {})[p] = f
+        def answer(i, *args, **kwargs):
+            if stop is not None and i > stop: raise Recorded # this sample does not pass block `stop`
+            given = arrays_in(args, kwargs) if i >= states.upto else states.given.get(i, [])
+            if i < states.upto or i in states.given and i not in mine and alike(given, states.given[i]): found = states.answers[i]
+            else: found = self.run_one(i, mine.get(i, {}), args, kwargs)
+            passed.answers[i], passed.given[i] = found, given
+            if i == stop: raise Recorded
+            return as_answer(*found)
+        with self.swapped(mine.get(None, {})), self.stand_ins(answer):
+            try: logits = self.forward(states.sample)
+            except Recorded: logits = None
+        return replace(passed, upto=self.n_blocks if stop is None else stop+1, outside=mine.get(None, {})), logits
+
+# %% ../nbs/02b_backends.ipynb #b236679c
+class ReplayBackend(Forward, MLXBackend):
+    "Replays a model of several parts, one sample at a time"
+    stacks = False
+    def block(self, i: int):
+        block = super().block(i)
+        while isinstance(block, _StandIn): block = block.block
+        return block
+
+    def attention(self, changes: dict):
+        if changes: raise ValueError('keys and values are changed in text models only')
+        return nullcontext()
+
+    def run_one(self, i, overrides, args, kwargs): # ▸ (states, number of outputs)
+        with self.swapped(overrides): out = self.block(i)(*args, **kwargs)
+        x, many = (out[0], len(out)) if isinstance(out, tuple) else (out, None)
+        return fresh(self.done(x)), many
+
+    def forward(self, sample): # ▸ (1, S, V), the logits of the positions that are scored
+        mx, known = self.xp, {k: v for k, v in as_sample(sample).items() if k != 'scored'}
+        with forgetful(self.model): out = self.model(**{k: mx.array(narrow(v)) for k, v in known.items()})
+        z = getattr(out, 'logits', out)
+        return z[:, mx.array(positions(sample))] if 'scored' in sample else z
+
+    def embed(self, batch, overrides: dict = {}): return Passed(as_sample(batch), outside=overrides)
+    def run_block(self, i: int, states, overrides: dict = {}): return self.replay(states, overrides, i)[0]
+    def head(self, states, overrides: dict = {}): return self.replay(states, overrides)[1]
+    def logits(self, batch, overrides: dict = {}): return self.head(self.embed(batch), overrides)
+    def change(self, states, overrides: dict): return replace(states, outside=states.outside | overrides)
+    def record(self, batch, overrides: dict = {}): return self.replay(self.embed(batch), overrides)
+
+# %% ../nbs/02b_backends.ipynb #ad0bf874
+def narrow(x):
+    "An array in the types that MLX computes with"
+    x = np.asarray(x)
+    return x.astype({'f': np.float32, 'i': np.int32, 'u': np.int32}.get(x.dtype.kind, x.dtype))
+
+def as_sample(batch) -> dict:
+    "A sample, or one row of text as a sample"
+    found = [batch] if isinstance(batch, dict) else samples_of(batch)
+    if len(found) != 1: raise ValueError(f'models of several parts are replayed one sample at a time, and these are {len(found)}')
+    return found[0]
+
+# %% ../nbs/02b_backends.ipynb #78227048
+class StreamedReplay(ReplayBackend):
+    "Replays a model of several parts with one of its blocks in memory"
+    inner, held = None, None
+
+    def block(self, i: int):
+        if self.held != i:
+            self.inner = None
+            self.xp.clear_cache()
+            self.inner, self.held = self.open(), i
+        return _block(self.inner, self.checkpoint.blocks, i)
+
+    def module(self, path: str):
+        block = self.checkpoint.unit[path].block
+        if block is None: return super().module(path)
+        self.block(block)
+        return _descend(self.inner, path)
+
+    def done(self, x):
+        self.xp.eval(x) # before the block's weights go
+        return x
 
 # %% ../nbs/02b_backends.ipynb #a31bb77c
 def read_rows(
@@ -418,7 +571,7 @@ class StreamedBlocks(MLXBackend):
             self.xp.clear_cache()
             for u in self.checkpoint.units:
                 if u.block == i: check_finite(self.xp, self.module(u.path).weight, u.path)
-        return self.model.layers[i]
+        return super().block(i)
 
     def done(self, x):
         self.xp.eval(x) # before the block's weights go
@@ -433,7 +586,7 @@ class StreamedBlocks(MLXBackend):
 # %% ../nbs/02b_backends.ipynb #4b5adfac
 class StreamingBackend(StreamedBlocks):
     "Replays an mlx-lm model with one block, and some rows of the vocabulary, in memory"
-    rows = 16384 # rows of the vocabulary in memory at once
+    rows = 8192 # rows of the vocabulary in memory at once
 
     def vocabulary(self, unit: Unit, rows): # rows of an embedding or head, perturbed if it is to be
         w = read_rows(self.checkpoint, unit, rows)
@@ -477,6 +630,7 @@ def _choose(checkpoint):
     import mlx.core as mx
     from importlib.util import find_spec
     if 4*checkpoint.params > free_memory()/2 and 'quantization' not in checkpoint.config: return 'stream'
+    if checkpoint.model_type != 'llm': return 'mlx'
     return 'mlx' if mx.default_device().type == mx.DeviceType.gpu or not find_spec('torch') else 'torch'
 
 # %% ../nbs/02b_backends.ipynb #5352ba7c
@@ -487,7 +641,7 @@ def open_backend(
     "A model ready for replay"
     if isinstance(model, Backend): return model
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(model)
-    kinds = dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend)
+    kinds = dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend) if checkpoint.model_type == 'llm' else dict(mlx=ReplayBackend, stream=StreamedReplay)
     if backend == 'auto': backend = _choose(checkpoint)
     if backend not in kinds: raise ValueError(f'no backend {backend!r}; there are auto, {", ".join(kinds)}')
     return kinds[backend](checkpoint)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SHARED', 'TASKS', 'Command', 'Group', 'main', 'finish', 'as_formats', 'options', 'as_names', 'as_bytes', 'convert',
            'check_caps', 'convert_weights', 'convert_with_cache', 'ending_of', 'default_output', 'sweep',
-           'most_sensitive', 'as_targets', 'pareto', 'kv_cache', 'latency', 'eval_', 'benchmark', 'has_gpu', 'verify']
+           'most_sensitive', 'as_targets', 'pareto', 'kv_cache', 'latency', 'eval_', 'benchmark', 'has_gpu', 'verify',
+           'demo', 'serve', 'doctor']
 
 # %% ../nbs/90_cli.ipynb #87dbb1b5
 import json
@@ -25,7 +26,7 @@ class Command(click.Command):
             sys.exit(130)
         except Exception as e:
             if os.environ.get('OPTIQ_DEBUG'): raise
-            click.echo(f'error: {" ".join(str(e).split()) or type(e).__name__}', err=True)
+            click.secho(f'error: {" ".join(str(e).split()) or type(e).__name__}', fg='red', err=True)
             sys.exit(1)
 
 # %% ../nbs/90_cli.ipynb #b40bfadf
@@ -34,11 +35,13 @@ class Group(click.Group):
 
 @click.group(cls=Group, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=100))
 @click.version_option(package_name='optiq')
-def main():
+@click.pass_context
+def main(ctx):
     """Mixed-precision quantization for MLX models, by measurement.
 
     MODEL is a folder, a Hugging Face Hub id, or `demo`, the small model that comes with optiq.
     """
+    if os.environ.get('NO_COLOR'): ctx.color = False
 
 def finish(figures: dict, as_json: bool, text):
     "Print one JSON object, or text"
@@ -70,7 +73,7 @@ SHARED = dict(
     formats=(['--formats'], dict(help='candidates by name, such as 4g32,4g64,mxfp4; instead of widths')),
     group_size=(['--group-size'], dict(default=64, show_default=True, help='group of the candidate widths')),
     calibration=(['--calibration'], dict(default='bundled', show_default=True, metavar='NAME|FILE',
-                 help='text to measure on: bundled, wikitext2, or a .txt, .jsonl or .parquet file')),
+                 help='what to measure on: bundled, wikitext2 or a .txt, .jsonl or .parquet file; pictures or speech by name or folder')),
     evaluation=(['--evaluation'], dict(metavar='NAME|FILE', help='text to score on; default: the test side of the calibration text')),
     seq_len=(['--seq-len'], dict(default=128, show_default=True, help='tokens in each calibration sequence')),
     eval_n=(['--n-samples', 'eval_n'], dict(default=16, show_default=True, help='evaluation sequences of 256 tokens')),
@@ -80,10 +83,12 @@ SHARED = dict(
     tie=(['--tie'], dict(metavar='NAMES', callback=as_names, help='units that share a format: qkv, kv, gate_up')),
     rounding=(['--rounding'], dict(type=click.Choice(['minmax', 'search', 'gptq']), default='minmax', show_default=True,
               help='how codes, scales and biases are chosen; the sweep scores with the same')),
-    rounding_n=(['--rounding-samples', 'rounding_n'], dict(default=64, show_default=True,
+    rounding_n=(['--rounding-samples', 'rounding_n'], dict(default=32, show_default=True,
                 help='calibration sequences that search, gptq and dwq learn from')),
     overwrite=(['--overwrite'], dict(is_flag=True, help='replace the output folder')),
     backend=(['--backend'], dict(type=click.Choice(['auto', 'torch', 'mlx', 'stream']), default='auto', show_default=True)),
+    model_type=(['--model-type'], dict(type=click.Choice(['auto', 'llm', 'vlm', 'audio']), default='auto', show_default=True,
+                help='what kind of model it is: text, vision and language, or speech')),
     trust=(['--trust-remote-code'], dict(is_flag=True, help='run model code that comes with the checkpoint')),
     json=(['--json', 'as_json'], dict(is_flag=True, help='print one JSON object on stdout')))
 
@@ -91,7 +96,7 @@ SHARED = dict(
 @main.command(short_help='Quantize a model under a cap on its size or speed.')
 @click.argument('model')
 @click.option('--target', type=click.Choice(['mlx']), default='mlx', show_default=True, help='what to write')
-@click.option('--model-type', type=click.Choice(['auto', 'llm']), default='auto', show_default=True)
+@options('model_type')
 @click.option('--target-bpw', 'target_bits', type=float, help='cap on nominal bits per weight')
 @click.option('--target-size', 'max_bytes', type=float, callback=as_bytes, metavar='MB', help='cap on the size of all tensors')
 @click.option('--target-memory', 'max_memory', type=float, callback=as_bytes, metavar='MB', help='cap on tensors and KV cache')
@@ -121,7 +126,7 @@ def convert(model, target, model_type, target_tps, chip, candidate_bits, formats
     optiq convert demo --target-bpw 3.5 --candidate-bits 2,3,4,6 --rounding gptq
     optiq convert demo --kv --context 4096 --target-size 12
     """
-    fmts, given = as_formats(formats, candidate_bits, group_size), check_caps(given, target_tps, kv)
+    fmts, given = as_formats(formats, candidate_bits, group_size), check_caps(given | dict(model_type=model_type), target_tps, kv)
     out = None if dry_run else output or default_output(model, ending_of(given, target_tps, kv))
     if kv: figures, text = convert_with_cache(model, out, fmts, as_formats(None, kv_candidate_bits, group_size), given)
     else: figures, text = convert_weights(model, out, fmts, target_tps, chip, given)
@@ -183,27 +188,27 @@ def default_output(model: str, ending: str) -> str:
 @options('seq_len', 'calibration', 'backend')
 @click.option('--max-memory', type=float, metavar='GB', help='memory for states; default: two thirds of what is free')
 @click.option('--resume/--no-resume', default=True, show_default=True, help='go on with the file, or refuse it')
-@options('trust', 'json')
+@options('model_type', 'trust', 'json')
 def sweep(model, output, bits, formats, group_size, targets, until_stable, samples, seq_len, calibration, backend, rounding_n,
-          max_memory, resume, trust_remote_code, as_json, **given):
+          max_memory, resume, model_type, trust_remote_code, as_json, **given):
     """Measure the KL divergence that quantizing each tensor alone causes, once, for any number of targets.
 
     \b
     optiq sweep demo -o demo.sweep.jsonl --bits 3,4,8
     optiq convert demo --sweep demo.sweep.jsonl --target-bpw 4.5
     """
-    from optiq.calibration import passages, token_batch
+    from optiq.calibration import batch_for
     from optiq.models import Checkpoint
     from optiq.sensitivity import kl_sweep
     if not resume and os.path.exists(output):
         raise FileExistsError(f'{output} exists; give another -o, or --resume to go on with it')
-    c, more = Checkpoint(model, trust_remote_code), rounding_n if given['rounding'] != 'minmax' else 0
-    tokens = token_batch(passages(calibration), c.tokenizer, max(samples, more), seq_len)
+    c, more = Checkpoint(model, trust_remote_code, model_type), rounding_n if given['rounding'] != 'minmax' else 0
+    tokens = batch_for(c, calibration, max(samples, more), seq_len)
     s = kl_sweep(c, tokens[:samples], as_formats(formats, bits, group_size), targets=as_targets(targets), rounding_tokens=tokens,
                  until='stable' if until_stable else None, out=output, backend=backend,
                  max_memory=None if max_memory is None else max_memory*2**30, **given)
     rows = [dict(unit=p, format=str(f), kl=s.kl(p, f), se=s.se(p, f)) for p, f in s.values]
-    finish(dict(output=output, model=s.header['model'], noise=s.header['noise'], rows=rows), as_json,
+    finish(dict(output=output, model=s.header['model'], noise=s.header.get('noise'), rows=rows), as_json,
            '\n'.join([repr(s), *most_sensitive(rows), f'written to {output}']))
 
 # %% ../nbs/90_cli.ipynb #24ade5db
@@ -233,7 +238,7 @@ def as_targets(text: str) -> list[float]:
               help='points of each curve to measure on evaluation text, with all baselines')
 @click.option('-o', '--output', 'out', type=click.Path(), metavar='DIR', help='folder for table, figure, sweep and plans')
 @click.option('--samples', 'n', default=8, show_default=True, help='calibration sequences')
-@options('sweep', 'seq_len', 'calibration', 'evaluation', 'eval_n', 'overwrite', 'backend', 'trust', 'json')
+@options('sweep', 'seq_len', 'calibration', 'evaluation', 'eval_n', 'overwrite', 'backend', 'model_type', 'trust', 'json')
 def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, **given):
     """Plans for every target from one sweep, beside uniform widths and mlx-lm's recipes.
 
@@ -314,12 +319,13 @@ TASKS = ['perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer', 'harnes
 @click.option('--n-samples', type=int, help='sequences, questions or trials  [default: 50 for perplexity and kl, else 200]')
 @click.option('--limit-tokens', type=int, help='tokens of text to score at most')
 @click.option('--seq-len', default=512, show_default=True, help='tokens in each sequence of text')
-@click.option('--evaluation', default='bundled', show_default=True, metavar='NAME|FILE',
-              help='text for perplexity and kl; of a file, all of it')
-@click.option('--questions', default='gsm8k', show_default=True, metavar='NAME|FILE',
-              help='for gsm8k: gsm8k, word-problems, or a .jsonl file with question and answer')
+@click.option('--evaluation', metavar='NAME|FILE', help='text for perplexity and kl [default: bundled], speech for wer [default: '
+              'librispeech]; all of a file or folder')
+@click.option('--questions', metavar='NAME|FILE',
+              help='for gsm8k: gsm8k (the default), word-problems, or a .jsonl file with question and answer; for ai2d: ai2d (the default), '
+                   'diagrams, or a folder or .jsonl file with image, question, options and answer')
 @click.option('--responses', type=click.Path(), help='score the answers in this .jsonl file (question, answer, response), without a model')
-@click.option('-o', '--output', type=click.Path(), help='for gsm8k: .jsonl file of answers to write, and to go on with')
+@click.option('-o', '--output', type=click.Path(), help='for gsm8k, ai2d and wer: .jsonl file of answers to write, and to go on with')
 @click.option('--kv', metavar='BITS|FILE',
               help='for gsm8k and needle: the KV cache, a width for all layers (8, 4g32) or a kv_config.json')
 @click.option('--exact', is_flag=True, help='for kl: keep every word of the reference, not the likely ones')
@@ -331,6 +337,7 @@ def eval_(model, task, baseline, n_samples, limit_tokens, seq_len, evaluation, q
     \b
     optiq eval optiq_output/demo-4.5bpw --task kl --baseline demo
     optiq eval demo --task gsm8k --questions word-problems --n-samples 50
+    optiq eval optiq_output/whisper-4.5bpw --task wer --baseline whisper --evaluation recordings
     optiq eval --task gsm8k --responses answers.jsonl
     """
     from optiq.evals.run import as_figures, run_task
@@ -356,9 +363,9 @@ def eval_(model, task, baseline, n_samples, limit_tokens, seq_len, evaluation, q
 @click.option('--new-tokens', default=128, show_default=True, help='tokens to write')
 @click.option('--repeats', default=5, show_default=True, help='runs after the one that warms up')
 @click.option('--speed/--no-speed', default=None, help='measure tokens per second; default: where MLX has a GPU')
-@options('backend', 'trust', 'json')
-def benchmark(model, baseline, n_samples, seq_len, evaluation, prompt_tokens, new_tokens, repeats, speed, backend, trust_remote_code,
-              as_json):
+@options('backend', 'model_type', 'trust', 'json')
+def benchmark(model, baseline, n_samples, seq_len, evaluation, prompt_tokens, new_tokens, repeats, speed, backend, model_type,
+              trust_remote_code, as_json):
     """Perplexity and tokens per second of a model; with a baseline, KL, agreement, and a verdict on each difference.
 
     \b
@@ -368,7 +375,7 @@ def benchmark(model, baseline, n_samples, seq_len, evaluation, prompt_tokens, ne
     from optiq.evals.throughput import throughput
     from optiq.pipeline import compare
     if speed is None: speed = has_gpu()
-    report = compare(model, baseline, evaluation, n_samples, seq_len, backend, trust_remote_code)
+    report = compare(model, baseline, evaluation, n_samples, seq_len, backend, trust_remote_code, model_type)
     timed = [throughput(m, prompt_tokens, new_tokens, repeats, trust_remote_code=trust_remote_code)
              for m in dict.fromkeys((baseline or model, model)) if speed]
     full = Report.compare(report, *timed)
@@ -389,8 +396,8 @@ def has_gpu() -> bool:
 @click.option('--text', default='bundled', show_default=True, metavar='NAME|FILE',
               help='the calibration text, or another to measure KL on')
 @click.option('--within', default=2., show_default=True, help='factor between predicted and measured KL that is accepted')
-@options('backend', 'trust', 'json')
-def verify(model, reference, text, within, backend, trust_remote_code, as_json):
+@options('backend', 'model_type', 'trust', 'json')
+def verify(model, reference, text, within, backend, model_type, trust_remote_code, as_json):
     """Open a converted model again: files, formats, bytes, tokenizer, finite logits, KL.
 
     Exit status 1 if anything is not as it says.
@@ -399,9 +406,71 @@ def verify(model, reference, text, within, backend, trust_remote_code, as_json):
     optiq verify optiq_output/demo-4.5bpw --reference demo
     """
     from optiq.evals.verify import verify as run
-    checks = run(model, reference, text, within, backend, trust_remote_code)
+    checks = run(model, reference, text, within, backend, trust_remote_code, model_type)
     finish(checks.figures(), as_json, str(checks))
     if not checks.ok: sys.exit(1)
+
+# %% ../nbs/90_cli.ipynb #c1a0e006
+@main.command(short_help='Run one of the demos: tables, and figures in a folder.')
+@click.argument('name', required=False)
+@click.option('--model', default=None, help='a folder or a Hub id; default: the small model that the demo brings')
+@click.option('--fast', is_flag=True, default=None, help='small sizes, for a first look; the numbers mean little')
+@click.option('--text', metavar='NAME|FILE', help='to calibrate and, its other side, to score on')
+@click.option('--chip', metavar='NAME', help='for hardware: predict for a chip of the table, and measure no speed')
+@click.option('--context', type=int, metavar='N', help='for hardware, kv-cache and combined: tokens in the cache')
+@click.option('--questions', metavar='FILE', help='for llm: a .jsonl file instead of GSM8K')
+@click.option('-o', '--output', type=click.Path(), metavar='DIR', help='folder for tables and figures; default: optiq_output/demo-<name>')
+@options('json')
+def demo(name, output, as_json, **given):
+    """llm, vlm, audio, pareto, hardware, kv-cache or combined; without a name, what there is.
+
+    \b
+    optiq demo llm
+    optiq demo hardware --chip "M3 Max" -o speed
+    optiq demo kv-cache --model Qwen/Qwen3-0.6B-base --text wikitext2
+    """
+    from inspect import signature
+    from optiq.demos import find_demo, names
+    if name is None: return finish(dict(demos=names()), as_json, ' '.join(names()))
+    run, given = find_demo(name), {k: v for k, v in given.items() if v is not None}
+    odd = given.keys()-signature(run).parameters.keys()
+    if odd: raise click.UsageError(f'--{min(odd)} is not for demo {name}')
+    found = run(**given)
+    found.save(out := output or os.path.join('optiq_output', f'demo-{name}'))
+    finish(found.results(), as_json, f'{found!r}\n\nwritten to {out}')
+
+# %% ../nbs/90_cli.ipynb #c1a0e002
+@main.command(short_help="Serve a model over OpenAI's protocol.", context_settings=dict(ignore_unknown_options=True))
+@click.argument('model')
+@click.option('--kv-config', type=click.Path(), metavar='FILE', help='formats of the KV cache; default: kv_config.json beside the weights')
+@click.argument('options', nargs=-1, type=click.UNPROCESSED, metavar='[OPTIONS OF mlx_lm.server]')
+def serve(model, kv_config, options):
+    """mlx-lm's server with mixed-precision caches; --port, --host, --temp and all its other options can follow.
+
+    \b
+    optiq serve optiq_output/demo-12mb-kv --port 8080
+    optiq serve mlx-community/Qwen3-0.6B-4bit --kv-config optiq_output/kv/kv_config.json
+    """
+    from optiq.serve import serve as run
+    run(model, kv_config, options)
+
+# %% ../nbs/90_cli.ipynb #c1a0e004
+@main.command(short_help='Look at this machine: what is there, what is missing, what to do.')
+@click.option('--timeout', default=3., show_default=True, metavar='SECONDS', help='how long to wait for the Hub')
+@options('json')
+def doctor(timeout, as_json):
+    """Versions, backend, chip, BLAS, free memory and the Hub, each with what to do about it.
+
+    Exit status 1 if something that everything needs is missing.
+
+    \b
+    optiq doctor
+    optiq doctor --json
+    """
+    from optiq.doctor import doctor as look
+    found, colours = look(timeout), dict(ok='green', note='yellow', bad='red')
+    finish(found.figures(), as_json, '\n'.join(click.style(repr(f)[0], fg=colours[f.state])+repr(f)[1:] for f in found))
+    if not found.ok: sys.exit(1)
 
 # %% ../nbs/90_cli.ipynb #0db58d9b
 #| eval: false

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AFFINE_BITS', 'AFFINE_GROUPS', 'FAMILIES', 'FLOAT_MODES', 'AS_IS', 'ALL_FORMATS', 'Format', 'parse_format', 'nbytes',
-           'divides', 'quantize_dequantize', 'quantize_minmax', 'for_unit', 'config_entry']
+           'divides', 'quantize_dequantize', 'quantize_minmax', 'for_unit', 'config_entry', 'format_html']
 
 # %% ../nbs/00_formats.ipynb #3c765c17
 import re
@@ -41,6 +41,7 @@ class Format:
         group = f'g{self.group_size}' if self.group_size else ''
         return f'{"" if self.mode == "affine" else self.mode}{self.bits}{group}'
     __repr__ = __str__
+    def _repr_html_(self): return format_html(self)
 
 # %% ../nbs/00_formats.ipynb #826d80fb
 AS_IS = Format(None, None, 'as-is')
@@ -158,3 +159,11 @@ def for_unit(quantizer, path: str):
 def config_entry(fmt: Format):
     "What `config.json` says of a tensor in this format: a dict for MLX's loaders, or False for as is"
     return False if fmt.mode == 'as-is' else dict(group_size=fmt.group_size, bits=fmt.bits, mode=fmt.mode)
+
+# %% ../nbs/00_formats.ipynb #f0a1b002
+def format_html(fmt: Format) -> str:
+    "A format's parts"
+    true = 'as in the checkpoint' if fmt.mode == 'as-is' else f'{8*nbytes(fmt, (1, 8192))/8192:.3f}'
+    parts = dict(format=fmt, bits=fmt.bits or '', group=fmt.group_size or '', mode=fmt.mode) | {'true bits': true}
+    head, row = (''.join(f'<{t}>{x}</{t}>' for x in xs) for t, xs in (('th', parts), ('td', parts.values())))
+    return f'<table><tr>{head}</tr><tr>{row}</tr></table>'

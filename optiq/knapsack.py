@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RECIPES', 'TIES', 'METHODS', 'PROFILES', 'COLOURS', 'Sized', 'Plan', 'plan_point', 'plan_text', 'plan_html',
            'plan_frame', 'save_plan', 'load_plan', 'isotonic', 'smoothed', 'make_plan', 'uniform', 'recipe',
-           'thoughtless', 'Budget', 'show_figure', 'budgets_of', 'cache_bytes', 'Problem', 'undominated', 'tie_key',
-           'protected', 'candidates', 'make_problem', 'at_prices', 'lower_bound', 'bisect', 'shadow_prices', 'fill_up',
-           'solve_lagrange', 'solve_exact', 'quiet_stdout', 'solve_greedy', 'solve', 'contradiction', 'check_caps',
-           'Question', 'pose', 'allocate', 'plot_plan', 'price_ranges', 'Reason', 'explain', 'menu', 'pareto',
-           'Frontier', 'frontier_text', 'plot_frontier', 'Stability', 'stability']
+           'default_of_vlm', 'thoughtless', 'Budget', 'show_figure', 'budgets_of', 'cache_bytes', 'Problem',
+           'undominated', 'tie_key', 'protected', 'candidates', 'make_problem', 'at_prices', 'lower_bound', 'bisect',
+           'shadow_prices', 'fill_up', 'solve_lagrange', 'solve_exact', 'quiet_stdout', 'solve_greedy', 'solve',
+           'contradiction', 'check_caps', 'Question', 'pose', 'allocate', 'plot_plan', 'price_ranges', 'Reason',
+           'explain', 'menu', 'pareto', 'Frontier', 'frontier_text', 'plot_frontier', 'Stability', 'stability']
 
 # %% ../nbs/04_knapsack.ipynb #43b29907
 import json
@@ -33,9 +33,9 @@ class Sized:
     "The size of a choice of formats: needs units, formats, params and other_bytes"
     @property
     def nominal_bits(self):
-        "Average code width over all units; one that stays as it is counts with its 16 or 32 bits"
-        codes = sum(u.bits(self.formats[u.path])*u.params for u in self.units)
-        return codes/sum(u.params for u in self.units)
+        "Average code width over all units that have a choice; one that stays as it is counts with its 16 or 32 bits"
+        free = [u for u in self.units if not u.fixed] or self.units
+        return sum(u.bits(self.formats[u.path])*u.params for u in free)/sum(u.params for u in free)
 
     @property
     def nbytes(self):
@@ -232,7 +232,7 @@ def uniform(
 ) -> Plan:
     "One format for all"
     fmt, units = parse_format(fmt), getattr(source, 'units', source)
-    formats = {u.path: fmt if divides(fmt, u.shape) else AS_IS for u in units}
+    formats = {u.path: fmt if u.takes(fmt) else AS_IS for u in units}
     return make_plan(source, formats, f'uniform {fmt}')
 
 # %% ../nbs/04_knapsack.ipynb #b95f1c57
@@ -252,15 +252,29 @@ def recipe(
     def fmt(u): return Format(**ask(u.path, None)) if u.shape[-1] % group_size == 0 else AS_IS
     return make_plan(source, {u.path: fmt(u) for u in units}, name)
 
+# %% ../nbs/04_knapsack.ipynb #c5e9de5e
+def default_of_vlm(
+    source, # Sweep, Checkpoint, or a list of units
+    fmt: 'Format | str | int' = '4g64', # of the language model
+) -> Plan:
+    "What mlx-vlm makes of a model by default: one format for its language model, its vision tower left at 16 bits"
+    from mlx_vlm.utils import skip_multimodal_module
+    fmt = parse_format(fmt)
+    def chosen(u): return fmt if u.takes(fmt) and not skip_multimodal_module(u.path) else AS_IS
+    return make_plan(source, {u.path: chosen(u) for u in getattr(source, 'units', source)}, f'mlx-vlm default {fmt}')
+
 # %% ../nbs/04_knapsack.ipynb #ce7b35f6
 def thoughtless(
     source, # Sweep, Checkpoint, or a list of units
     formats = ALL_FORMATS, # for the uniform ones
 ) -> list[Plan]:
-    "Plans that need no measurement, the smallest first: uniform formats and mlx-lm's recipes"
+    "Plans that need no measurement, the smallest first: uniform formats, mlx-lm's recipes, what mlx-vlm does by default"
     units = getattr(source, 'units', source)
-    found = [uniform(source, f) for f in formats if all(divides(f, u.shape) for u in units)]
-    if any('down_proj' in u.path for u in units): found += [recipe(source, name) for name in RECIPES] # mlx-lm needs some
+    free = [u for u in units if not u.fixed and u.shape[-1] % 32 == 0] # the others stay as they are
+    found = [uniform(source, f) for f in formats if all(u.takes(f) for u in free)]
+    if {u.part for u in units} == {'language'} and any('down_proj' in u.path for u in units): # mlx-lm needs some
+        found += [recipe(source, name) for name in RECIPES]
+    if any(u.part == 'vision' for u in units): found.append(default_of_vlm(source))
     return sorted(found, key=lambda p: p.nbytes)
 
 # %% ../nbs/04_knapsack.ipynb #88c92095
@@ -268,8 +282,8 @@ def thoughtless(
 class Budget:
     "A linear constraint: (sum of costs + fixed) / per ≤ limit"
     name: str # as messages call it
-    cost: Callable # (unit, format) ▸ number
-    limit: float # in the unit that people use
+    cost: Callable | None # (unit, format) ▸ number; None if there is no such cap
+    limit: float | None # in the unit that people use; None if there is no such cap
     fixed: float = 0 # cost of everything that is not chosen
     per: float = 1 # what turns a cost into that unit
     unit: str = '' # 'bits', 'bytes' or 'ms'
@@ -305,13 +319,13 @@ def budgets_of(
     "The usual budgets, those that have a limit"
     units, other = sweep.units, sweep.header.get('other_bytes', 0)
     params = sweep.header.get('params') or sum(u.params for u in units)
-    def codes(u, f): return u.bits(f)*u.params/8
+    def codes(u, f): return 0 if u.fixed else u.bits(f)*u.params/8
     def stored(u, f): return u.nbytes(f)
     if max_ms is not None and costs_ms is None:
         raise ValueError('max_ms needs costs_ms, a function of unit and format that returns milliseconds')
     if max_memory is not None and not cache: raise ValueError(
         'max_memory needs cache, the bytes of the KV cache, which cache_bytes tells')
-    n = sum(u.params for u in units)
+    n = sum(u.params for u in units if not u.fixed)
     found = [Budget('target_bits', codes, target_bits, 0, n/8, 'bits', True),
              Budget('true_bits', stored, true_bits, other, params/8, 'bits', True),
              Budget('max_bytes', stored, max_bytes, other, 1, 'bytes'),
@@ -424,7 +438,7 @@ def candidates(
 # %% ../nbs/04_knapsack.ipynb #509e5a1b
 def _options(us, table, fmts, pinned):
     "The formats that all units of a row can take, fewest bytes first; only the widest if pinned"
-    def fits(u): return [f for f in fmts if f == AS_IS or (u.path, f) in table] or [AS_IS]
+    def fits(u): return [f for f in fmts if f == AS_IS or u.takes(f) and (u.path, f) in table] or [AS_IS]
     found = [f for f in fits(us[0]) if all(f in fits(u) for u in us)]
     if not found: raise ValueError(f'{", ".join(u.path for u in us)} are tied, but no format fits them all')
     found.sort(key=lambda f: (sum(u.nbytes(f) for u in us), _width(f)))
@@ -906,7 +920,7 @@ def frontier_text(
     frontier: Frontier,
 ) -> str:
     "A table for a terminal"
-    rows = [('plan', 'nominal', 'true bits', 'MB', 'predicted KL', 'KL')]
+    rows = [('plan', 'nominal', 'true', 'MB', 'predicted KL', 'KL')]
     def kl(mean, se): return '' if mean is None else f'{mean:.4f}'+(f' ± {se:.4f}' if se is not None else '')
     for p in frontier.points():
         rows.append((p['name'], f'{p["nominal_bpw"]:.2f}', f'{p["true_bpw"]:.2f}', f'{p["size_mb"]:.2f}',

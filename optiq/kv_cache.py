@@ -321,7 +321,7 @@ class At:
 # %% ../nbs/06_kv_cache.ipynb #b5141863
 class Stored:
     "Keys or values as a cache holds them, on their way to attention"
-    def __init__(self, codec: Codec, arrays: list, shape: tuple, dtype):
+    def __init__(self, codec, arrays: list, shape: tuple, dtype):
         self.codec, self.arrays, self.shape, self.dtype, self.ndim = codec, arrays, shape, dtype, 4
 
     def dense(self, heads=slice(None), after=None):

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from .backends import open_backend
-from .calibration import block_hashes, fingerprint, overlap, passages, token_batch
+from .calibration import batch_for, block_hashes, fingerprint, overlap, shape_of
 from .convert import convert, overrides_of_saved, whole_folder
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_calibration, refuse_overlap
 from .evals.report import Report, machine, score_row
@@ -37,11 +37,12 @@ def baselines(
     plan, # the Plan to compare with
     lowest: Format, # the smallest candidate
 ) -> dict: # name ▸ Plan
-    "Plans that need no measurement: uniform at the lowest width, uniform at equal bytes, mlx-lm's recipes"
+    "Plans that need no measurement: uniform at the lowest width, uniform at equal bytes, the loader's recipes"
     found = {p.name: p for p in thoughtless(c)}
     near = [p for n, p in found.items() if n.startswith('uniform') and abs(p.nbytes/plan.nbytes-1) < .01]
     same = min(near, key=lambda p: abs(p.nbytes-plan.nbytes)).name if near else None
-    return {n: found[n] for n in dict.fromkeys((f'uniform {lowest}', same, 'mixed_3_6', 'mixed_4_6')) if n in found}
+    default = [n for n in found if n.startswith('mlx-vlm')]
+    return {n: found[n] for n in dict.fromkeys((f'uniform {lowest}', same, 'mixed_3_6', 'mixed_4_6', *default)) if n in found}
 
 # %% ../nbs/11_pipeline.ipynb #3268236e
 def feasible(
@@ -59,27 +60,31 @@ def feasible(
 @dataclass
 class Texts:
     "What rounding learns from, what is chosen on, and what is reported on"
-    learned: np.ndarray # (≥ n, T) calibration tokens
-    tokens: np.ndarray # (n, T) the first of them: for the sweep and for verification
-    scored: np.ndarray # (eval_n, eval_len) evaluation tokens, disjoint from them
+    learned: 'np.ndarray | list' # (≥ n, T) calibration tokens, or samples
+    tokens: 'np.ndarray | list' # (n, T) the first of them: for the sweep and for verification
+    scored: 'np.ndarray | list' # (eval_n, eval_len) evaluation tokens, or samples, disjoint from them
     about: dict # what to say of them
 
 # %% ../nbs/11_pipeline.ipynb #bade3f39
 def texts(
     c: Checkpoint,
-    calibration: str, # text to measure on
-    evaluation: str | None, # text to score on; the evaluation side of `calibration` by default
+    calibration: 'str | list', # text, pictures or speech to measure on, by name or path; or samples
+    evaluation: 'str | list | None', # what to score on; the evaluation side of `calibration` by default
     n: int, # calibration sequences
     more: int, # of which rounding learns, if they are more
     seq_len: int, # tokens in each
     eval_shape: tuple, # (n, T) of the evaluation tokens
 ) -> Texts:
     "Tokens to choose on, and tokens to report on"
-    split, other = 'all' if evaluation and evaluation != calibration else 'train', evaluation or calibration
-    learned = token_batch(passages(calibration, split), c.tokenizer, max(n, more), seq_len)
-    scored = evaluation_tokens(other, c.tokenizer, *eval_shape, 'test' if split == 'train' else split)
+    other = calibration if evaluation is None else evaluation
+    split = 'train' if str(other) == str(calibration) else 'all'
+    learned = batch_for(c, calibration, max(n, more), seq_len, split)
+    held_out = 'test' if split == 'train' else split
+    scored = evaluation_tokens(other, c.tokenizer, *eval_shape, held_out) if c.model_type == 'llm' else batch_for(c, other, eval_shape[0], split=held_out)
     refuse_overlap(overlap(block_hashes(learned), scored))
-    def say(name, t): return f'{name}, {t.shape[0]} × {t.shape[1]} tokens, {fingerprint(t)}'
+    def say(name, t):
+        what = 'tokens' if c.model_type == 'llm' else 'scored positions'
+        return f'{"samples" if isinstance(name, list) else name}, {" × ".join(map(str, shape_of(t)))} {what}, {fingerprint(t)}'
     return Texts(learned, learned[:n], scored, dict(model=c.name, calibration=say(calibration, learned[:n]),
                                                     evaluation=say(other, scored), **machine()))
 
@@ -111,12 +116,12 @@ def optimize(
     max_bytes: float | None = None, # cap on the bytes of everything saved
     formats: list = ('4g64', '8g64'), # candidates
     *,
-    calibration: str = 'bundled', # text to measure on
-    evaluation: str | None = None, # text to score on; the evaluation side of `calibration` by default
+    calibration: 'str | list' = 'bundled', # text, pictures or speech to measure on; or samples
+    evaluation: 'str | list | None' = None, # what to score on; the evaluation side of `calibration` by default
     n: int = 8, # calibration sequences
     seq_len: int = 128, # tokens in each
     rounding: str = 'minmax', # 'minmax', 'search' or 'gptq'
-    rounding_n: int = 64, # sequences that `search`, `gptq` and `dwq` learn from, the first `n` among them
+    rounding_n: int = 32, # sequences that `search`, `gptq` and `dwq` learn from, the first `n` among them
     polish: str | None = None, # 'dwq': train scales and biases at the end
     eval_n: int = 16, # evaluation sequences
     eval_len: int = 256, # tokens in each
@@ -127,10 +132,11 @@ def optimize(
     context: int | None = None, # tokens in the KV cache that counts towards `max_memory`
     overwrite: bool = False, # replace `out`
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
+    model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by the checkpoint by default
     **options, # further conditions of `allocate`: protect, tie, true_bits, max_memory, max_ms with costs_ms
 ) -> dict: # report, plan, sweep, verified, and the figures that `optiq convert --json` prints
     "Measure a model's sensitivities, choose formats within the cap, write the model, and score what was written"
-    start, c = time.perf_counter(), Checkpoint(model, trust_remote_code)
+    start, c = time.perf_counter(), Checkpoint(model, trust_remote_code, model_type)
     options |= dict(formats=[parse_format(f) for f in formats], target_bits=target_bits, max_bytes=max_bytes)
     if context is not None: options['cache'] = cache_bytes(c, context)
     feasible(c, **options)
@@ -205,8 +211,8 @@ def trade_off(
     verify: int = 0, # points of each curve to measure on evaluation text
     out: 'str | Path | None' = None, # folder for pareto.json, pareto.png, pareto.svg, the sweep and the plans
     sweep: 'Sweep | str | Path | None' = None, # a sweep of this model, or its file
-    calibration: str = 'bundled', # text to measure on
-    evaluation: str | None = None, # text to score on; the evaluation side of `calibration` by default
+    calibration: 'str | list' = 'bundled', # text, pictures or speech to measure on; or samples
+    evaluation: 'str | list | None' = None, # what to score on; the evaluation side of `calibration` by default
     n: int = 8, # calibration sequences
     seq_len: int = 128, # tokens in each
     eval_n: int = 16, # evaluation sequences
@@ -214,6 +220,7 @@ def trade_off(
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     overwrite: bool = False, # replace `out`
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
+    model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by the checkpoint by default
     **options, # of `allocate`: protect, tie
 ) -> dict: # frontier, sweep, figures
     "Size against quality of a model, from one sweep"
@@ -222,7 +229,7 @@ def trade_off(
     if Path(source).is_file(): sweep, source = source, Sweep.load(source).header['model']
     fmts, b = [parse_format(f) for f in formats], None
     if sweep is None or verify:
-        b = open_backend(Checkpoint(source, trust_remote_code), backend)
+        b = open_backend(Checkpoint(source, trust_remote_code, model_type), backend)
         t = texts(b.checkpoint, calibration, evaluation, n, 0, seq_len, (eval_n, eval_len))
     found = find_sweep(b, t, fmts if sweep is None else [], sweep, out) if b else load_sweep(sweep)
     curve = pareto(found, targets, profiles or possible(found), **options)
@@ -253,19 +260,20 @@ def save_curve(curve, sweep, figures: dict, out, overwrite: bool = False):
 def compare(
     model: str, # a model, quantized or not
     baseline: str | None = None, # what to measure KL and agreement against
-    evaluation: str = 'bundled', # text; of a local file, all of it
+    evaluation: 'str | list' = 'bundled', # text, pictures or speech; of a local file of text, all of it
     n: int = 50, # sequences
     seq_len: int = 512, # tokens in each
     backend: str = 'auto',
     trust_remote_code: bool = False,
+    model_type: str = 'auto',
 ) -> Report: # one row, or two with the baseline first
     "Score a model by itself, or against another one with the same vocabulary"
-    opened = {m: open_backend(Checkpoint(m, trust_remote_code), backend) for m in (baseline or model, model)}
+    opened = {m: open_backend(Checkpoint(m, trust_remote_code, model_type), backend) for m in (baseline or model, model)}
     reference = opened[baseline or model]
     same_words(reference.checkpoint, opened[model].checkpoint)
-    tokens = text_tokens(reference.checkpoint, evaluation, n, seq_len)
+    tokens = text_tokens(reference.checkpoint, evaluation, n, seq_len) if reference.stacks else batch_for(reference.checkpoint, evaluation, n, split='test')
     for b in opened.values(): refuse_calibration(b.checkpoint, tokens)
     scores = evaluate(reference, tokens, {model: opened[model]} if baseline and baseline != model else {})
     names = {'reference': baseline or model, model: model}
     rows = [score_row(names[k], make_plan(c := opened[names[k]].checkpoint, c.formats), s, fingerprint(tokens)) for k, s in scores.items()]
-    return Report(rows, dict(evaluation=f'{evaluation}, {len(tokens)} × {seq_len} tokens, {fingerprint(tokens)}', **machine()))
+    return Report(rows, dict(evaluation=f'{"samples" if isinstance(evaluation, list) else evaluation}, {" × ".join(map(str, shape_of(tokens)))} tokens, {fingerprint(tokens)}', **machine()))

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['SHRINK', 'BLOCK', 'QUANTIZERS', 'pack_codes', 'library', 'to_mlx', 'Rounded', 'MinMax', 'fit_grid', 'search',
            'find_grid', 'finished', 'on_accelerator', 'Inputs', 'Ear', 'expert_rows', 'Statistics', 'Chunks',
-           'compensated', 'settle', 'second_look', 'gptq', 'gptq_all', 'few_tokens', 'prepared', 'NextEar',
-           'round_model', 'as_overrides', 'RoundTrips', 'round_all', 'round_to_files', 'dwq']
+           'compensated', 'first_look', 'settle', 'second_look', 'look_again', 'replayed', 'gptq', 'gptq_all',
+           'few_tokens', 'prepared', 'shrinkage', 'NextEar', 'enough', 'same_inputs', 'round_model', 'outside_before',
+           'as_overrides', 'RoundTrips', 'round_all', 'rounding_seconds', 'round_to_files', 'dwq']
 
 # %% ../nbs/05a_rounding.ipynb #44cd9b61
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .backends import Backend, Heard, open_backend
-from .calibration import fingerprint
+from .calibration import fingerprint, samples_of, shape_of
 from .formats import AS_IS, Format, divides, quantize_dequantize, quantize_minmax
 
 # %% ../nbs/05a_rounding.ipynb #78a63926
@@ -30,9 +32,11 @@ def pack_codes(
     bits: int, # code width
 ) -> np.ndarray: # (…, in_dims·bits/32) uint32
     "Codes as MLX stores them: a little-endian stream of bits"
-    c = np.ascontiguousarray(codes, dtype=np.uint8)
-    stream = np.unpackbits(c[..., None], axis=-1, count=bits, bitorder='little').reshape(*c.shape[:-1], -1)
-    return np.packbits(stream, axis=-1, bitorder='little').view('<u4')
+    c = np.asarray(codes, dtype=np.uint8)
+    eight = c.reshape(*c.shape[:-1], -1, 8) # that fill as many bytes as a code has bits
+    words = sum(eight[..., i].astype('<u8') << np.uint64(bits*i) for i in range(8))
+    stream = words[..., None].view(np.uint8)[..., :bits].reshape(*c.shape[:-1], -1)
+    return np.ascontiguousarray(stream).view('<u4')
 
 # %% ../nbs/05a_rounding.ipynb #d1182d98
 def library(w):
@@ -66,7 +70,8 @@ class Rounded:
     def stored(self) -> dict:
         "The tensors of a quantized MLX layer, by name"
         import mlx.core as mx
-        codes = np.array(to_mlx(self.codes).astype(mx.float32))
+        mine = isinstance(self.codes, mx.array)
+        codes = np.array(self.codes.astype(mx.uint8)) if mine else self.codes.byte().cpu().numpy()
         return dict(weight=mx.array(pack_codes(codes, self.fmt.bits)), scales=to_mlx(self.scales), biases=to_mlx(self.biases))
 
 # %% ../nbs/05a_rounding.ipynb #85236c34
@@ -92,7 +97,8 @@ def fit_grid(xp, g, a, n, cast, steps=5): # g (rows, group), a (rows or 1, group
         s, b = xp.clip((hi-lo)*part/n, 1e-7, None), lo*part
         for k in range(steps+1):
             q = nearest(s, b)
-            Aq, Aqq, Aqg = total(a*q), total(a*q*q), total(a*q*g)
+            aq = a*q
+            Aq, Aqq, Aqg = total(aq), total(aq*q), total(aq*g)
             spread = A*Aqq-Aq*Aq
             fitted = (A*Aqg-Aq*Ag)/xp.where(spread > 0, spread, 1)
             if k < steps: s = xp.where((spread > 1e-6*A*Aqq) & (fitted > 1e-9), fitted, s)
@@ -161,23 +167,27 @@ def _per_expert(stats, n): return stats if isinstance(stats, list) else [stats]*
 @dataclass
 class Inputs:
     "Second moments of what a matrix is multiplied with"
-    moments: object = 0 # (in_dims, in_dims): Σ x xᵀ
+    moments: object = 0 # (in_dims, in_dims): Σ x xᵀ, or its diagonal alone
     count: int = 0 # tokens seen
+    whole: bool = True # not only the diagonal
 
     def add(self, x): # (…, in_dims)
         xp, f32, _ = library(x)
         x = f32(x).reshape(-1, x.shape[-1])
-        self.moments, self.count = self.moments+x.T @ x, self.count+len(x)
+        self.moments, self.count = self.moments+(x.T @ x if self.whole else (x*x).sum(0)), self.count+len(x)
 
     def importance(self): # (in_dims,)
         "Mean square of each input"
-        return library(self.moments)[0].diagonal(self.moments)/self.count
+        return (library(self.moments)[0].diagonal(self.moments) if self.whole else self.moments)/self.count
 
 # %% ../nbs/05a_rounding.ipynb #69257534
 class Ear:
     "Hears what the matrices of a block are multiplied with, and adds up second moments"
-    def __init__(self, units: dict): # path ▸ Unit, those to listen to
-        self.units, self.stats, self.last = units, {}, (None, None)
+    def __init__(self,
+        units: dict, # path ▸ Unit, those to listen to
+        whole: bool = True, # second moments, not only their diagonal
+    ):
+        self.units, self.stats, self.last, self.whole = units, {}, (None, None), whole
 
     def __call__(self, path, x, experts=None):
         if path not in self.units: return
@@ -185,14 +195,14 @@ class Ear:
         mine, new = self.stats[path], x is not self.last[0] or self.stats[path] is not self.last[1]
         self.last = x, mine
         if new: self.add(mine, x, experts)
-        if self.units[path].block is None: raise Heard # the logits are not wanted
+        if self.units[path].kind in ('lm_head', 'embed') or len(self.units) == 1: raise Heard # nothing more is wanted
 
     def shared(self, path, x): # layers that read the same states
         return self.last[1] if x is self.last[0] and isinstance(self.last[1], list) == (len(self.units[path].shape) > 2) else None
 
     def empty(self, path):
         shape = self.units[path].shape
-        return [Inputs() for _ in range(shape[0])] if len(shape) > 2 else Inputs()
+        return [Inputs(whole=self.whole) for _ in range(shape[0])] if len(shape) > 2 else Inputs(whole=self.whole)
 
     def add(self, stats, x, experts):
         if isinstance(stats, Inputs): return stats.add(x)
@@ -213,8 +223,9 @@ class Statistics(Mapping):
     def __init__(self,
         b: Backend,
         tokens: np.ndarray, # (n, T) calibration tokens
+        whole: bool = True, # second moments, not only their diagonal
     ):
-        self.b, self.chunks, self.ends = b, Chunks(b, tokens), None
+        self.b, self.chunks, self.ends, self.whole = b, Chunks(b, tokens), None, whole
         self.restart()
 
     def restart(self): self.i, self.states, self.held = 0, self.chunks.embed(), {}
@@ -227,14 +238,14 @@ class Statistics(Mapping):
         return self.held[path]
 
     def advance(self):
-        ear = Ear(self.units(self.i))
+        ear = Ear(self.units(self.i), self.whole)
         self.states = self.chunks.run(self.i, self.states, ear)
         self.i, self.held = self.i+1, ear.stats
 
     def end(self, path):
         if self.ends is None:
-            while self.i < self.b.n_blocks: self.advance()
-            ear = Ear(self.units(None))
+            for i in range(self.i, self.b.n_blocks): self.states = self.chunks.run(i, self.states)
+            ear = Ear(self.units(None), self.whole)
             self.chunks.run(None, self.states, ear)
             self.ends = ear.stats
             self.restart()
@@ -248,8 +259,9 @@ class Statistics(Mapping):
 class Chunks:
     "Calibration tokens in batches that fit, each with what its blocks are called with"
     def __init__(self, b: Backend, tokens: np.ndarray):
-        size = max(1, (2**15 if b.name == 'torch' and b.device == 'cuda' else 2**12)//tokens.shape[1])
-        self.b, self.tokens, self.calls = b, [tokens[k:k+size] for k in range(0, len(tokens), size)], []
+        size = max(1, (2**15 if b.name == 'torch' and b.device == 'cuda' else 2**12)//shape_of(tokens)[1])
+        parts = [tokens[k:k+size] for k in range(0, len(tokens), size)] if b.stacks else samples_of(tokens)
+        self.b, self.tokens, self.calls = b, parts, []
 
     def embed(self, overrides={}):
         "States of each batch before the first block"
@@ -257,7 +269,7 @@ class Chunks:
             states = []
             for batch in self.tokens:
                 states.append(self.b.embed(batch, overrides))
-                self.calls.append((self.b.calls, self.b.batch_size))
+                self.calls.append((getattr(self.b, 'calls', None), getattr(self.b, 'batch_size', None)))
             self.calls = self.calls[-len(states):]
         return states
 
@@ -281,18 +293,23 @@ BLOCK = 64 # columns whose compensation is applied to the rest at once
 
 def compensated(xp, w, s, b, top, u): # w, s, b (in_dims, rows), top (rows,), u (in_dims, in_dims)
     "GPTQ: codes (in_dims, rows) on a fixed grid, columns first to last"
-    w, codes = w+0, []
+    w, u, codes = w-b, u/xp.diagonal(u)[:, None], []
     for i in range(0, len(w), BLOCK):
-        part, errors, wide = w[i:i+BLOCK], [], u[i:i+BLOCK, i:i+BLOCK]
-        for k in range(len(part)):
-            q = xp.minimum(xp.clip(xp.round((part[k]-b[i+k])/s[i+k]), 0, None), top)
-            e = (part[k]-s[i+k]*q-b[i+k])/wide[k, k]
-            part[k+1:] -= wide[k, k+1:, None]*e
-            codes.append(q)
-            errors.append(e)
-        w[i+BLOCK:] -= u[i:i+BLOCK, i+BLOCK:].T @ xp.stack(errors)
-        settle(xp, w, codes)
-    return xp.stack(codes)
+        now = slice(i, i+BLOCK)
+        q, errors = replayed(xp, first_look, w[now], s[now], top, u[now, now])
+        w[i+BLOCK:] -= u[now, i+BLOCK:].T @ errors
+        settle(xp, w, q)
+        codes.append(q)
+    return xp.concatenate(codes)
+
+def first_look(xp, w, s, top, u): # w, s (BLOCK, rows), u (BLOCK, BLOCK)
+    "Codes and errors of a few columns, each rounded when the errors of those before it are known"
+    codes, errors, zero = xp.zeros_like(w), xp.zeros_like(w), xp.zeros_like(top)
+    for k in range(len(w)):
+        z = w[k]-u[:k, k] @ errors[:k] if k else w[k]
+        codes[k] = xp.clip(xp.round(z/s[k]), zero, top)
+        errors[k] = z-s[k]*codes[k]
+    return codes, errors
 
 def settle(xp, *arrays):
     "Let a lazy library catch up"
@@ -303,16 +320,41 @@ def second_look(xp, w, codes, s, b, top, h): # (in_dims, rows) each, top (rows,)
     "Round each column once more, given all others; returns codes (in_dims, rows)"
     gradient, out = h @ (w-s*codes-b), []
     for i in range(0, len(w), BLOCK):
-        part, moves, block = gradient[i:i+BLOCK]+0, [], h[i:i+BLOCK, i:i+BLOCK]
-        for k in range(len(part)):
-            target = s[i+k]*codes[i+k]+part[k]/block[k, k]
-            q = xp.minimum(xp.clip(xp.round(target/s[i+k]), 0, None), top)
-            moves.append(s[i+k]*(q-codes[i+k]))
-            part -= block[:, k, None]*moves[-1]
-            out.append(q)
-        gradient -= h[:, i:i+BLOCK] @ xp.stack(moves)
-        settle(xp, gradient, out)
-    return xp.stack(out)
+        now = slice(i, i+BLOCK)
+        q, moves = replayed(xp, look_again, gradient[now], codes[now], s[now], top, h[now, now])
+        gradient -= h[:, now] @ moves
+        settle(xp, gradient, q)
+        out.append(q)
+    return xp.concatenate(out)
+
+def look_again(xp, gradient, codes, s, top, h): # gradient, codes, s (BLOCK, rows), h (BLOCK, BLOCK)
+    "New codes of a few columns, and how far each weight moves"
+    new, moves, zero = xp.zeros_like(codes), xp.zeros_like(codes), xp.zeros_like(top)
+    per_code = 1/(s*xp.diagonal(h)[:, None])
+    for k in range(len(codes)):
+        g = gradient[k]-h[k, :k] @ moves[:k] if k else gradient[k]
+        new[k] = xp.clip(xp.round(codes[k]+g*per_code[k]), zero, top)
+        moves[k] = s[k]*(new[k]-codes[k])
+    return new, moves
+
+# %% ../nbs/05a_rounding.ipynb #a7c1d0e2
+def replayed(xp, f, *arrays):
+    "`f(xp, *arrays)`; on CUDA recorded as a graph at the first call with these shapes"
+    if xp.__name__ != 'torch' or not arrays[0].is_cuda: return f(xp, *arrays)
+    graph, inputs, outputs = _recorded(f, tuple(a.shape for a in arrays), arrays[0].device)
+    for mine, a in zip(inputs, arrays): mine.copy_(a)
+    graph.replay()
+    return [o.clone() for o in outputs]
+
+@lru_cache(maxsize=16)
+def _recorded(f, shapes, device):
+    import torch
+    inputs = [torch.ones(s, device=device) for s in shapes]
+    with torch.cuda.stream(torch.cuda.Stream(device)): f(torch, *inputs) # libraries set themselves up
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): outputs = f(torch, *inputs)
+    return graph, inputs, outputs
 
 # %% ../nbs/05a_rounding.ipynb #f56262c0
 def gptq(
@@ -321,21 +363,27 @@ def gptq(
     stats: 'Inputs | list', # what `w` is multiplied with; a list for experts
 ) -> 'Rounded | MinMax':
     "Codes that make good for each other's errors, on the grid that `search` finds"
-    return gptq_all(w, [fmt], stats)[0]
+    return gptq_all([w], [fmt], stats)[0]
 
 # %% ../nbs/05a_rounding.ipynb #dd1380a9
-def gptq_all(w, formats: list, stats) -> list:
-    "`gptq` in several formats, for little more than the time of one"
-    if w.ndim > 2:
-        return [_stack(r) for r in zip(*(gptq_all(x, formats, s) for x, s in zip(w, _per_expert(stats, len(w)))))]
-    if stats is None or stats.count < few_tokens(w):
+def gptq_all(
+    weights: list, # (…, out_dims, in_dims) each; all read the same inputs
+    formats: list, # one for each
+    stats: 'Inputs | list', # of those inputs; a list for experts
+) -> list: # of Rounded or MinMax
+    "`gptq` of several weights, or of one in several formats, for little more than the time of one"
+    if weights[0].ndim > 2:
+        experts = enumerate(_per_expert(stats, len(weights[0])))
+        return [_stack(r) for r in zip(*(gptq_all([w[e] for w in weights], formats, s) for e, s in experts))]
+    pairs = list(zip(weights, formats))
+    if stats is None or stats.count < few_tokens(weights[0]):
         seen = stats if stats is not None and stats.count else None
-        return [search(w, f, seen) for f in formats]
-    affine = [f for f in formats if f.mode == 'affine']
-    at_once = max(1, 2**(28 if on_accelerator(w) else 26)//prod(w.shape))
-    found = {}
-    for k in range(0, len(affine), at_once): found |= _gptq(w, affine[k:k+at_once], stats)
-    return [found.get(f) or MinMax(w, f) for f in formats]
+        return [search(w, f, seen) for w, f in pairs]
+    affine, done = [p for p in pairs if p[1].mode == 'affine'], []
+    at_once = max(1, 2**(28 if on_accelerator(weights[0]) else 26)//max(prod(w.shape) for w in weights))
+    for k in range(0, len(affine), at_once): done += _gptq(affine[k:k+at_once], stats)
+    done = iter(done)
+    return [next(done) if f.mode == 'affine' else MinMax(w, f) for w, f in pairs]
 
 # %% ../nbs/05a_rounding.ipynb #08c23a6a
 def few_tokens(w) -> int:
@@ -343,32 +391,39 @@ def few_tokens(w) -> int:
     return w.shape[-1]//4
 
 # %% ../nbs/05a_rounding.ipynb #660251c2
-def _gptq(w, formats, stats):
-    "Format ▸ `Rounded`, all formats in one pass"
-    xp, f32, _ = library(w)
+def _gptq(pairs, stats): # [(weight, format)]
+    "The weights one below the other, in one pass"
+    xp, f32, _ = library(pairs[0][0])
     h, order, u = prepared(xp, stats)
-    grids = [find_grid(w, f, stats) for f in formats]
-    wide = lambda x, f: xp.stack([f32(x)]*f.group_size, -1).reshape(w.shape)
+    grids = [find_grid(w, f, stats) for w, f in pairs]
+    wide = lambda x, f: xp.stack([f32(x)]*f.group_size, -1).reshape(len(x), -1)
     columns = lambda xs: xp.concatenate(xs).T[order]
-    s, b = (columns([wide(g[k], f) for g, f in zip(grids, formats)]) for k in (0, 1))
-    weights = columns([f32(w)]*len(formats))
-    top = xp.concatenate([xp.zeros_like(f32(w[:, 0]))+(2**f.bits-1) for f in formats])
+    s, b = (columns([wide(g[k], f) for g, (_, f) in zip(grids, pairs)]) for k in (0, 1))
+    weights = columns([f32(w) for w, _ in pairs])
+    top = xp.concatenate([xp.zeros_like(f32(w[:, 0]))+(2**f.bits-1) for w, f in pairs])
     codes = compensated(xp, weights, s, b, top, u)
-    codes = second_look(xp, weights, codes, s, b, top, h)
-    codes = codes[xp.argsort(order)].T.reshape(len(formats), *w.shape)
-    return {f: finished(w, q, *g, f) for f, q, g in zip(formats, codes, grids)}
+    codes = second_look(xp, weights, codes, s, b, top, h)[xp.argsort(order)].T
+    ends = np.cumsum([len(w) for w, _ in pairs]).tolist()
+    return [finished(w, codes[e-len(w):e], *g, f) for (w, f), g, e in zip(pairs, grids, ends)]
 
 # %% ../nbs/05a_rounding.ipynb #503f9d76
 def prepared(xp, stats: Inputs, damping: float = .01):
     "H damped and in the order of its diagonal; that order; U with UᵀU = H⁻¹"
     h, d = stats.moments/stats.count, stats.importance()
+    if stats.count < 2*len(d): damping = max(damping, shrinkage(h, stats.count))
     order = xp.argsort(-d)
     h = h[order][:, order]+xp.diag(xp.zeros_like(d)+damping*xp.mean(d))
     if xp.__name__ == 'torch':
-        inverse = xp.cholesky_inverse(xp.linalg.cholesky(h.double()))
-        return h, order, xp.linalg.cholesky(inverse, upper=True).float()
-    inverse = np.linalg.inv(np.array(h, np.float64))
-    return h, order, xp.array(np.linalg.cholesky((inverse+inverse.T)/2).T.astype(np.float32))
+        r = xp.linalg.cholesky(h.double().flip(0, 1)).flip(0, 1) # upper, and H = R Rᵀ: so U = R⁻¹
+        return h, order, xp.linalg.solve_triangular(r, xp.eye(len(r)).to(r), upper=True).float()
+    r = np.linalg.cholesky(np.array(h, np.float64)[::-1, ::-1])[::-1, ::-1]
+    return h, order, xp.array(np.linalg.inv(r).astype(np.float32))
+
+def shrinkage(h, n: int) -> float: # second moments of n tokens ▸ a part of the mean of their diagonal
+    "What few tokens have to be damped by (Chen et al. 2010, oracle approximating shrinkage)"
+    p, trace, squares = len(h), float(h.diagonal().sum()), float((h*h).sum())
+    rho = ((1-2/p)*squares+trace**2)/((n+1-2/p)*(squares-trace**2/p)+1e-30)
+    return rho/(1-rho) if rho < .99 else 100.
 
 # %% ../nbs/05a_rounding.ipynb #6707cf03
 class NextEar(Ear):
@@ -379,7 +434,19 @@ class NextEar(Ear):
         if self.first is None: self.first = x
         self.open = self.open and (x is self.first or path in self.stats)
         if path in self.stats or self.open: super().__call__(path, x, experts)
-        elif experts is None: raise Heard
+        if experts is None and (path not in self.stats or self.stats.keys() == self.units.keys()): raise Heard
+
+# %% ../nbs/05a_rounding.ipynb #a7c1d0e5
+def enough(tokens, n: int = 1024) -> np.ndarray: # the first sequences, of `n` tokens or a little more
+    "What `search` learns from"
+    return tokens[:-(-n//max(1, shape_of(tokens)[1]))]
+
+# %% ../nbs/05a_rounding.ipynb #a7c1d0e3
+def same_inputs(heard: dict) -> list: # of lists of paths
+    "Units that read the same inputs, together; those of which nothing is known each alone"
+    groups = {}
+    for path, stats in heard.items(): groups.setdefault(path if stats is None else id(stats), []).append(path)
+    return list(groups.values())
 
 # %% ../nbs/05a_rounding.ipynb #8c5a80da
 def round_model(
@@ -391,30 +458,46 @@ def round_model(
 ): # yields (path, Rounded or MinMax)
     "Every unit of a plan, rounded; with `gptq` each on states that carry the errors of those before it"
     todo = {u.path: u for u in b.checkpoint.units if plan[u.path] != AS_IS}
-    stats = Statistics(b, tokens) if method != 'minmax' else {}
     if method != 'gptq':
-        for path in todo:
+        stats = Statistics(b, enough(tokens), whole=False) if method == 'search' else {}
+        for path in sorted(todo, key=lambda p: todo[p].block is None): # what the last states say comes last
             yield path, QUANTIZERS[method](b.unit_weight(path), plan[path], stats.get(path))
             tick(1)
         return
-    chunks, done = stats.chunks, {}
-    def round_now(path, inputs):
-        done[path] = gptq(b.unit_weight(path), plan[path], inputs)
-        tick(1)
-        return path, done[path]
-    for path in [p for p, u in todo.items() if u.kind == 'embed']: yield round_now(path, stats[path])
+    stats, done = Statistics(b, tokens), {}
+    chunks = stats.chunks
+    def round_now(heard): # path ▸ Inputs
+        for paths in same_inputs(heard):
+            now = gptq_all([b.unit_weight(p) for p in paths], [plan[p] for p in paths], heard[paths[0]])
+            done.update(zip(paths, now))
+            yield from zip(paths, now)
+            tick(len(paths))
+    yield from round_now({p: stats[p] for p, u in todo.items() if u.block is None and 'embed' in u.kind})
     states = chunks.embed(as_overrides(done))
     for i in range(b.n_blocks):
+        for path in outside_before(todo, i): # a merger, between two lists of blocks
+            chunks.run(None, states, ear := Ear({path: todo[path]}))
+            yield from round_now({path: ear.stats.get(path)})
+            states = [b.change(s, as_overrides({path: done[path]})) for s in states]
         done, left = {}, {p: u for p, u in todo.items() if u.block == i}
         while left:
             ear = NextEar(left)
             chunks.run(i, states, ear, as_overrides(done))
-            for path in ear.stats or dict(left): yield round_now(path, ear.stats.get(path))
+            yield from round_now(ear.stats or dict.fromkeys(left))
             left = {p: u for p, u in left.items() if p not in done}
         states = chunks.run(i, states, None, as_overrides(done))
-    for path in [p for p, u in todo.items() if u.kind == 'lm_head']:
+    for path in outside_before(todo, None):
         chunks.run(None, states, ear := Ear({path: todo[path]}))
-        yield round_now(path, ear.stats[path])
+        yield from round_now({path: ear.stats[path]})
+
+def outside_before(todo: dict, block: int | None) -> list: # of paths
+    "Units outside the blocks, embeddings apart, that stand just before a block; for None, after all blocks"
+    paths, found = list(todo), []
+    ends = [k for k, p in enumerate(paths) if todo[p].block is not None]
+    for k, path in enumerate(paths):
+        after = next((todo[paths[e]].block for e in ends if e > k), None)
+        if todo[path].block is None and 'embed' not in todo[path].kind and after == block: found.append(path)
+    return found
 
 # %% ../nbs/05a_rounding.ipynb #e32cf0f4
 def as_overrides(done: dict) -> dict:
@@ -434,8 +517,9 @@ class RoundTrips(Mapping):
     ):
         if method not in QUANTIZERS: raise ValueError(f'no rounding {method!r}; there are {", ".join(QUANTIZERS)}')
         self.b, self.formats, self.method = open_backend(model), list(formats), method
-        self.stats, self.last, self.ends = Statistics(self.b, tokens), (None, {}), {}
-        self.name = f'{method}, {tokens.shape[0]} × {tokens.shape[1]} tokens {fingerprint(tokens)}'
+        self.stats = Statistics(self.b, enough(tokens), whole=False) if method == 'search' else Statistics(self.b, tokens)
+        self.last, self.ends = (None, {}), {}
+        self.name = f'{method}, {" × ".join(map(str, shape_of(tokens)))} tokens {fingerprint(tokens)}'
 
     def __getitem__(self, path): return partial(self.round_trip, path)
     def __iter__(self): return iter(self.b.checkpoint.unit)
@@ -455,7 +539,40 @@ class RoundTrips(Mapping):
 # %% ../nbs/05a_rounding.ipynb #67ba08cb
 def round_all(w, formats: list, stats, method: str) -> list:
     "A weight in several formats"
-    return gptq_all(w, formats, stats) if method == 'gptq' else [QUANTIZERS[method](w, f, stats) for f in formats]
+    if method == 'gptq': return gptq_all([w]*len(formats), formats, stats)
+    return [QUANTIZERS[method](w, f, stats) for f in formats]
+
+# %% ../nbs/05a_rounding.ipynb #a7c1d0e7
+def rounding_seconds(
+    b: Backend,
+    tokens: np.ndarray, # (n, T) calibration tokens
+    plan: Mapping, # unit path ▸ Format
+    method: str, # 'minmax', 'search' or 'gptq'
+) -> float:
+    "About how long rounding a plan will take, from a measurement here and now"
+    todo = [u for u in b.checkpoint.units if plan[u.path] != AS_IS]
+    first = max((u for u in todo if u.block == 0 and len(u.shape) == 2), key=lambda u: u.params, default=None)
+    if method == 'minmax' or first is None: return 0.
+    learned = tokens if method == 'gptq' else enough(tokens)
+    part = learned[:-(-len(learned)//8)]
+    stats = Statistics(b, part, method == 'gptq')
+    heard = stats[first.path] # the first block also wakes the libraries up
+    if heard is None: return 0.
+    def listen():
+        stats.i = 0
+        stats.advance()
+        return b.numpy(stats.held[first.path].importance())
+    def round_it(): return b.numpy(library(heard.moments)[1](QUANTIZERS[method](b.unit_weight(first.path), plan[first.path], heard).dequantize()))
+    passes = (4 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
+    return passes*_faster(listen)+_faster(round_it)*sum(u.params for u in todo)/first.params
+
+def _faster(f):
+    "Seconds of the faster of two calls"
+    t = [time.perf_counter()]
+    for _ in range(2):
+        f()
+        t.append(time.perf_counter())
+    return min(t[1]-t[0], t[2]-t[1])
 
 # %% ../nbs/05a_rounding.ipynb #ddd42764
 def round_to_files(
@@ -464,11 +581,15 @@ def round_to_files(
     plan: Mapping, # unit path ▸ Format
     method: str, # 'minmax', 'search' or 'gptq'
     folder: 'str | Path', # where the stored tensors lie until the conversion has read them
-    progress: bool = True, # show a bar with the time that is left
+    progress: bool = True, # announce the time, show a bar with what is left
 ) -> dict: # unit path ▸ (weight, format) ▸ stored tensors: a quantizer for `convert`
     "Round a whole plan, a file for each unit, so that no more than a block is in memory"
     import mlx.core as mx
     b, found = open_backend(model), {}
+    if progress and method != 'minmax':
+        s = rounding_seconds(b, tokens, plan, method)
+        took = f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min'
+        print(f'{method}: {len(plan)} units on {" × ".join(map(str, shape_of(tokens)))} tokens, about {took}', file=sys.stderr)
     with tqdm(total=len(plan), desc=method, unit='unit', leave=False, disable=not progress) as bar:
         for path, r in round_model(b, tokens, plan, method, bar.update):
             file = str(Path(folder)/f'{len(found)}.safetensors')
@@ -499,6 +620,7 @@ def dwq(
     from mlx.optimizers import Adam
     from mlx_lm.quant.dwq import dwq_quantize
     from mlx_lm.utils import load_model, save_model
+    if source.model_type != 'llm': raise ValueError(f'dwq trains text models only, and {source.name} is of type {source.model_type}')
     if valid < batch_size: raise ValueError(f'dwq validates in batches of {batch_size}, so valid={valid} is too few')
     if len(tokens) < valid+batch_size: raise ValueError(
         f'dwq needs {valid+batch_size} calibration sequences, {valid} of them to validate on; there are {len(tokens)}')

@@ -9,13 +9,13 @@ __all__ = ['joint_kl', 'alternatives', 'within', 'around', 'solve_again', 'Verif
 # %% ../nbs/04a_verify.ipynb #7e1c333f
 import sys
 from dataclasses import dataclass, field, replace
-from math import isfinite
+from math import isfinite, prod
 from types import SimpleNamespace
 
 import numpy as np
 
 from .backends import Backend, open_backend
-from .calibration import fingerprint
+from .calibration import fingerprint, shape_of
 from .evals.perplexity import evaluate, overrides_of
 from .knapsack import Frontier, Plan, Question, pose, smoothed, solve, thoughtless, undominated
 from .sensitivity import measure, passes_of, plan_passes
@@ -79,7 +79,7 @@ def around(
     "What the plan would cost if one unit changed"
     todo = [(u, f) for u in plan.units if u.path in paths for f in formats[u.path]]
     values, base = {}, overrides_of(plan)
-    for p in passes_of(todo, len(tokens), *plan_passes(b, todo, tokens.shape)):
+    for p in passes_of(todo, len(tokens), *plan_passes(b, todo, shape_of(tokens))):
         for (u, f), kl in zip(p.todo, measure(b, tokens[p.start:p.stop], list(p.todo), base=base)):
             values.setdefault((u.path, f), []).append(kl)
     return {k: np.concatenate(v) for k, v in values.items()}
@@ -186,7 +186,7 @@ def verified(
     plan = q.solve(method)
     if set(plan) != set(b.checkpoint.unit): raise ValueError(f'the sweep is of another model, {sweep.header.get("model")}')
     ours, flats = {'allocated': plan} | alternatives(q, plan, n, seed=seed), within(q, plan)
-    if progress: print(f'verifying {len(ours)+len(flats)} plans on {tokens.size:,} tokens', file=sys.stderr)
+    if progress: print(f'verifying {len(ours)+len(flats)} plans on {prod(shape_of(tokens)):,} tokens', file=sys.stderr)
     kl = joint_kl(b, tokens, ours | flats)
     best, history = improve(b, tokens, q, ours, kl, min(ours, key=lambda x: kl[x].mean()), tolerance, rounds)
     tried = ours | flats

@@ -29,7 +29,7 @@ def mixed(c):
 
 @pytest.mark.parametrize('architecture', ['qwen3', 'qwen3_moe', 'qwen3_5', 'gemma3', 'phi3', 'mistral'])
 def test_mixed_plan_round_trip(architecture, tmp_path):
-    c = Checkpoint(tiny(architecture, tmp_path/'source'))
+    c = Checkpoint(tiny(architecture, tmp_path/'source'), model_type='llm')
     plan = mixed(c)
     saved = convert(c, plan, tmp_path/'out')
     assert saved.formats == dict(plan) and stored_bytes(saved) == plan.nbytes

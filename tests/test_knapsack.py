@@ -239,7 +239,8 @@ def test_ties_are_optimal_too():
     (dict(true_bits=20), 'true_bits 20 is above'), (dict(max_bytes=10), r'max_bytes 10 is below .* bytes \('),
     (dict(max_bytes=10**9), 'max_bytes 1,000,000,000 is above'), (dict(target_bits=9, max_bytes=60_000), 'target_bits 9 is above'),
     (dict(), 'no cap'), (dict(max_ms=1), 'costs_ms'), (dict(max_memory=10**6), 'cache_bytes'),
-    (dict(max_memory=10**5, cache=10**5), 'max_memory 100,000 is below the smallest possible, .* bytes'), (dict(target_bits=float('nan')), 'positive'),
+    (dict(max_memory=10**5, cache=10**5), 'max_memory 100,000 is below the smallest possible, .* bytes'),
+    (dict(target_bits=float('nan')), 'positive'),
     (dict(target_bits=4, formats=[]), 'no candidate formats'), (dict(target_bits=4, formats=[5]), '5g64 was not measured'),
     (dict(target_bits=4, protect='nothing'), "'nothing' matches no unit"), (dict(target_bits=4, tie='vk'), "no tie 'vk'"),
     (dict(target_bits=4, method='best'), "no method 'best'"),
@@ -276,7 +277,7 @@ def test_json_round_trip(tmp_path, options):
     assert again == plan and again.units == plan.units and again.solver == plan.solver and again.kl == plan.kl
     assert plan_point(again) == plan_point(plan) and repr(again) == repr(plan)
     found = json.loads((tmp_path/'plan.json').read_text(), parse_constant=pytest.fail)
-    assert found['units'][0].keys() == {'path', 'kind', 'shape', 'block', 'dtype', 'format', 'kl'}
+    assert found['units'][0].keys() == {'path', 'kind', 'shape', 'block', 'dtype', 'part', 'fixed', 'format', 'kl'}
 
 def test_json_of_a_plan_without_kl(tmp_path):
     plan = uniform(block_units(1), 4)
@@ -435,7 +436,7 @@ def test_further_budgets():
 def test_cache_bytes_are_those_of_mlx_lm(tmp_path, architecture, context):
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
-    checkpoint = Checkpoint(tiny(architecture, tmp_path))
+    checkpoint = Checkpoint(tiny(architecture, tmp_path), model_type='llm')
     model = checkpoint.load()
     cache, tokens = make_prompt_cache(model), mx.arange(context)[None] % checkpoint.vocabulary
     for t in range(context): mx.eval(model(tokens[:, t:t+1], cache=cache), [c.state for c in cache])

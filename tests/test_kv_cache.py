@@ -12,11 +12,11 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, LRUPromptCache, load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
 
 import optiq.kv_cache as kv
-from optiq.backends import MLXBackend, TorchBackend, open_backend
-from optiq.evals.perplexity import evaluate, overrides_of
+from optiq.backends import MLXBackend, TorchBackend
+from optiq.evals.perplexity import overrides_of
 from optiq.formats import ALL_FORMATS, AS_IS, FAMILIES, Format, divides, nbytes, parse_format, quantize_dequantize
 from optiq.knapsack import allocate, uniform
-from optiq.kv_cache import (BatchMixedKVCache, KVLayer, KVLayout, MixedKVCache, at_context, attend, cache_bytes, codec_of, combine,
+from optiq.kv_cache import (BatchMixedKVCache, KVLayer, KVLayout, MixedKVCache, at_context, attend, cache_bytes, combine,
                             generate_with_mixed_kv, joint_plan, kv_config, kv_layers, kv_layout, kv_sweep, memory_table,
                             mixed_caches, optimize_kv, optimize_with_kv, own_caches, read_kv_config, save_kv_config, use_kv_config)
 from optiq.models import Checkpoint
@@ -56,7 +56,7 @@ def caches_of(served): return mixed_caches(served[0], read_kv_config(served[1], 
 # What is cached
 
 def test_layers_that_are_left_alone(tmp_path):
-    found = {n: kv_layers(Checkpoint(tiny(n, tmp_path/n)).load()) for n in ('gemma3', 'qwen3_5', 'qwen3_moe')}
+    found = {n: kv_layers(Checkpoint(tiny(n, tmp_path/n), model_type='llm').load()) for n in ('gemma3', 'qwen3_5', 'qwen3_moe')}
     assert [bool(l.left) for l in found['gemma3']] == [True, False, True, False]
     assert found['gemma3'][0].window == 16 and found['gemma3'][0].nbytes(1000) == found['gemma3'][0].nbytes(16)
     assert [l.left for l in found['qwen3_5'][:3]] == ['recurrent state']*3 and found['qwen3_5'][3].block == 3
@@ -230,7 +230,8 @@ def test_a_family_joins_as_one_row(monkeypatch, tmp_path):
         takes = staticmethod(lambda bits, group: bits == 7 and group is None)
         divides = staticmethod(lambda f, shape: True)
         nbytes = staticmethod(lambda f, shape, itemsize: 2*int(np.prod(shape)))
-        quantize_dequantize = staticmethod(lambda x, f: -((-x).astype(mx.float16).astype(x.dtype)) if isinstance(x, mx.array) else x.half().to(x.dtype))
+        quantize_dequantize = staticmethod(
+            lambda x, f: -((-x).astype(mx.float16).astype(x.dtype)) if isinstance(x, mx.array) else x.half().to(x.dtype))
         class codec(kv.Dense):
             def encode(self, x): return [-x.astype(mx.float16)]
             def product(self, a, arrays, transpose): return super().product(a, [arrays[0].astype(a.dtype)], transpose)
@@ -349,7 +350,6 @@ def test_generate(served):
     class Tokenizer:
         eos_token_ids, bos_token = set(), None
         def encode(self, s, **_): return [ord(x) % 400+20 for x in s]
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
     for name in ('prompt_cache', 'kv_bits', 'max_kv_size'):
         with pytest.raises(ValueError, match=f'{name} and kv_config exclude'):
             generate_with_mixed_kv(model, Tokenizer(), 'x', kv_config=config, **{name: 4})

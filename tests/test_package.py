@@ -1,6 +1,8 @@
 "What the package promises before any work: light imports and a quick command line"
-import importlib, pkgutil, resource, subprocess, sys
+import importlib, json, pkgutil, re, resource, subprocess, sys
+from pathlib import Path
 import pytest
+import yaml
 import optiq
 
 heavy = ['torch', 'transformers', 'mlx_vlm', 'mlx_audio', 'matplotlib']
@@ -39,3 +41,16 @@ def test_help_is_quick():
         assert out.returncode == 0 and 'convert' in out.stdout, out.stderr
         return child_seconds() - before
     assert min(once() for _ in range(3)) < 0.5
+
+def figure_cells():
+    "Every code cell of every notebook that shows a picture: notebook, cell id, its options"
+    for p in sorted((Path(__file__).parents[1]/'nbs').rglob('*.ipynb')):
+        for c in json.loads(p.read_text(encoding='utf-8'))['cells']:
+            if c['cell_type'] == 'code' and any(m.startswith('image/') for o in c['outputs'] for m in o.get('data', {})):
+                yield p.name, c['id'], yaml.safe_load('\n'.join(re.findall(r'^#\|\s*([\w-]+:.*)', ''.join(c['source']), re.M))) or {}
+
+def test_every_figure_has_a_description():
+    found = list(figure_cells())
+    assert len(found) > 20
+    missing = [f'{name}, cell {cid}' for name, cid, options in found if len(str(options.get('fig-alt') or '')) < 20]
+    assert not missing, f'no #| fig-alt: "…" in {missing}'

@@ -24,7 +24,7 @@ BACKENDS = dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend)
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp('models')
-    return {a: Checkpoint(tiny(a, root/a)) for a in TEXT}
+    return {a: Checkpoint(tiny(a, root/a), model_type='llm') for a in TEXT}
 
 def tokens_for(c, n=2, T=24, seed=0): return np.random.default_rng(seed).integers(0, c.vocabulary, (n, T)).astype(np.int32)
 
@@ -42,6 +42,24 @@ def test_replay_equals_one_forward_per_probe(models, architecture, backend):
     assert large.any()
     np.testing.assert_allclose(got[large], want[large], rtol=1e-4)
     np.testing.assert_allclose(got[~large], want[~large], atol=1e-9)
+
+@pytest.mark.parametrize('backend', ['torch', 'mlx'])
+@pytest.mark.parametrize('architecture', TEXT)
+def test_probes_in_one_call_equal_probes_alone(models, architecture, backend, monkeypatch):
+    "As on a GPU: the probes of a block in one call, also in a model that is quantized already"
+    import optiq.products as products
+    calls, each = [], products.each
+    monkeypatch.setattr(products, 'each', lambda b, i, x, changes: calls.append(len(changes)) or each(b, i, x, changes))
+    c = models[architecture]
+    b, tokens = BACKENDS[backend](c), tokens_for(c)
+    base = {u.path: perturb((u, Format(6)))[u.path] for u in c.units[1:6]}
+    todo = probes(c.units, [Format(3), Format(8)])[::2]
+    for start in {}, base:
+        alone = measure(b, tokens, todo, base=start)
+        b.together = True
+        np.testing.assert_allclose(measure(b, tokens, todo, base=start), alone, rtol=1e-4, atol=1e-9)
+        b.together = False
+    assert max(calls) > 1
 
 @pytest.mark.parametrize('architecture', TEXT)
 def test_torch_and_mlx_agree(models, architecture):

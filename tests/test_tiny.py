@@ -102,6 +102,10 @@ def test_real_sizes(architecture, shape, billions):
     count = sum(map(math.prod, hub_tensors(hub_config(architecture, shape)).values()))
     assert count/1e9 == pytest.approx(billions, rel=0.01)
 
+def test_made_twice_a_checkpoint_is_the_same(tmp_path):
+    one, two = (tiny("qwen3_vl", tmp_path/n) for n in "ab")
+    assert (one/"config.json").read_text() == (two/"config.json").read_text()
+
 def test_speech_has_the_published_linear_layers():
     shapes = hub_tensors(hub_config('qwen3_asr', '0.6B'))
     linear = [name for name, shape in shapes.items() if len(shape) == 2 and 'embed_tokens' not in name]

@@ -7,10 +7,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from optiq.formats import Format, parse_format
-from optiq.kv_cache import attend, attend_dense, attend_packed, codec_of, own_caches
+from optiq.kv_cache import attend, attend_dense, attend_packed, own_caches
 from optiq.turbo_cache import (STATISTICS, BatchTurboQuantKVCache, KeyPrecondition, TurboQuantKVCache, TurboQuantStateCache,
-                               load_preconditions, make_turbo, save_preconditions, turbo_cache, turned, use_turbo_cache)
+                               load_preconditions, save_preconditions, turbo_cache, use_turbo_cache)
 from optiq.turboquant import round_trip
 
 def small_model(head_dim=64, heads=4, kv_heads=2, layers=2, seed=0):
@@ -247,7 +246,7 @@ def test_refusals(options, what):
     with pytest.raises(ValueError, match=what): TurboQuantKVCache(64, **options)
 
 def test_wrong_head_dim():
-    with pytest.raises(ValueError, match='head_dim=64.*128 wide'): filled_wrong = TurboQuantKVCache(64).update_and_fetch(*mx.zeros((2, 1, 1, 4, 128)))
+    with pytest.raises(ValueError, match='head_dim=64.*128 wide'): TurboQuantKVCache(64).update_and_fetch(*mx.zeros((2, 1, 1, 4, 128)))
 
 def test_zero_vectors():
     c = TurboQuantKVCache(64)

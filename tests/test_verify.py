@@ -9,12 +9,12 @@ from optiq.backends import MLXBackend, TorchBackend
 from optiq.calibration import passages, token_batch
 from optiq.evals.perplexity import evaluate, overrides_of
 from optiq.formats import AS_IS, Format
-from optiq.knapsack import allocate, pareto, pose, recipe, uniform
+from optiq.knapsack import allocate, pose, recipe, uniform
 from optiq.models import Checkpoint
 from optiq.pipeline import find_sweep, optimize, trade_off
 from optiq.sensitivity import Sweep, kl_sweep, measure, probes
 from optiq.tiny import tiny
-from optiq.verify import alternatives, around, improve, joint_kl, measured, solve_again, verified, within
+from optiq.verify import around, joint_kl, solve_again, verified, within
 
 @pytest.fixture(scope='module')
 def b(): return TorchBackend(Checkpoint('demo'))

@@ -1,4 +1,4 @@
-"README.md from nbs/index.ipynb, without Quarto"
+"README.md and CONTRIBUTING.md from their notebooks, without Quarto"
 import base64, json, re
 from pathlib import Path
 
@@ -25,9 +25,11 @@ def from_root(match):
     target = match[1]
     return f'](nbs/{target})' if (root/'nbs'/target.split('#')[0]).is_file() else match[0]
 
+def relinked(text): return re.sub(r'\]\(([^)\s:]+)\)', from_root, text)
+
 def render(cell):
     source = ''.join(cell['source'])
-    if cell['cell_type'] == 'markdown': return [re.sub(r'\]\(([^)\s:]+)\)', from_root, source)]
+    if cell['cell_type'] == 'markdown': return [relinked(source)]
     if cell['cell_type'] != 'code' or re.search(r'^#\|\s*hide\s*$', source, re.M): return []
     shown = '\n'.join(line for line in source.splitlines() if not line.startswith('#|'))
     hidden = re.search(r'^#\|\s*echo:\s*false', source, re.M)
@@ -38,10 +40,11 @@ def render(cell):
             continue
         text = ''.join(output(out))
         if not text.strip(): continue
-        parts.append(text if 'text/markdown' in out.get('data', {}) else fenced(text))
+        parts.append(relinked(text) if 'text/markdown' in out.get('data', {}) else fenced(text))
     return parts
 
 if __name__ == '__main__':
-    cells = json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']
-    note = '<!-- Made from nbs/index.ipynb by `make readme`; edit there. -->'
-    (root/'README.md').write_text('\n\n'.join([note, *sum(map(render, cells), [])]) + '\n', encoding='utf-8')
+    for page, file in dict(index='README.md', contributing='CONTRIBUTING.md').items():
+        cells = json.loads((root/f'nbs/{page}.ipynb').read_text(encoding='utf-8'))['cells']
+        note = f'<!-- Made from nbs/{page}.ipynb by `make readme`; edit there. -->'
+        (root/file).write_text('\n\n'.join([note, *sum(map(render, cells), [])]) + '\n', encoding='utf-8')

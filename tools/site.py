@@ -1,11 +1,19 @@
-"The site in _docs: by Quarto where it is installed, else by smalldocs; a broken link fails either way"
-import re, shutil, subprocess, sys
+"""The site in _docs: by Quarto where it is installed, else by smalldocs
+
+Pages load nothing from another host: formulas become MathML, fonts are the reader's own. A broken link, a figure
+without a description or anything loaded from elsewhere fails the build, whoever made it.
+"""
+import html, re, shutil, subprocess, sys
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
+from latex2mathml.converter import convert as to_mathml
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 
 cfg = get_config()
+ELSEWHERE = r'''@import\s*(?:url\([^)]*https?:[^)]*\)|"https?:[^"]*"|'https?:[^']*')[^;]*;''' # an address may hold semicolons
+quarto = shutil.which('quarto')
 
 def processed():
     "The folder of notebooks as nbdev prepares them, under the names that their pages get"
@@ -16,16 +24,61 @@ def processed():
     for path in [*notebooks, *folder.glob('*.yml')]:
         text = re.sub(r'output-file: \S+\.html\\n', '', path.read_text(encoding='utf-8'))
         for old, new in pages.items(): text = text.replace(old, new)
+        if not quarto: text = re.sub(r'\n *html-math-method: .*', '', text) # see `formula`
         up = '../'*(len(path.relative_to(folder).parts)-1)
         if path.suffix == '.ipynb': text = text.replace(f'{cfg.doc_host}{cfg.doc_baseurl}/', up)
         path.unlink()
         path.with_name(pages.get(path.name, path.name)).write_text(text, encoding='utf-8')
     return folder
 
+def formula(match):
+    "One formula that smalldocs left to a script from a CDN, as MathML, which browsers draw themselves"
+    tex = html.unescape(match[2]).strip()[2:-2]
+    return to_mathml(tex, display='block' if match[1] == 'display' else 'inline')
+
+def at_home(site):
+    "Pages and style sheets that need no other host"
+    for page in site.rglob('*.html'):
+        text = re.sub(r'<span class="math (inline|display)">(.*?)</span>', formula, page.read_text(encoding='utf-8'), flags=re.S)
+        text = re.sub(r'<(?:link|script)[^>]*katex[^>]*>(?:</script>)?\s*', '', text)
+        page.write_text(text, encoding='utf-8')
+    for sheet in site.rglob('*.css'):
+        text = sheet.read_text(encoding='utf-8')
+        sheet.write_text(re.sub(ELSEWHERE, '', text), encoding='utf-8')
+
+def faults(site):
+    "What a reader would stumble over: links to nowhere, figures without a description, loads from elsewhere"
+    pages = {p: p.read_text(encoding='utf-8') for p in site.rglob('*.html')}
+    ids = {p: set(re.findall(r'\bid="([^"]+)"', t)) for p, t in pages.items()}
+    for page, text in pages.items():
+        name = page.relative_to(site)
+        body = re.sub(r'<pre.*?</pre>', '', text, flags=re.S)
+        for tag in re.findall(r'<(?:a|link|script|img)\s[^>]*>', body):
+            target = re.search(r'\b(?:href|src)="([^"]*)"', tag)
+            url = urlsplit(html.unescape(target[1]) if target else '')
+            if url.scheme or url.netloc:
+                if tag[1] in 'si' and url.scheme != 'data' or 'stylesheet' in tag: yield f'{name} loads {target[1]}'
+                continue
+            file = page if not url.path else (page.parent/unquote(url.path)).resolve()
+            if file.is_dir(): file = file/'index.html'
+            if not file.exists(): yield f'{name} links to {target[1]}, which is not there'
+            elif url.fragment and file in ids and unquote(url.fragment) not in ids[file]:
+                yield f'{name} links to {target[1]}: no such place on that page'
+        for tag in re.findall(r'<img\s[^>]*>', body):
+            if not re.search(r'\balt="[^"]', tag): yield f'{name} has a figure without a description (fig-alt): {tag[:120]}'
+        for tag in re.findall(r'<svg\s[^>]*role="img"[^>]*>', body):
+            if 'aria-label' not in tag: yield f'{name} has a drawing without aria-label'
+    for sheet in site.rglob('*.css'):
+        if re.search(ELSEWHERE, sheet.read_text(encoding='utf-8')): yield f'{sheet.name} loads a style sheet from elsewhere'
+
 if __name__ == '__main__':
     folder = processed()
     smalldocs = Path(sys.executable).with_name('smalldocs')
-    for command in [shutil.which('quarto') or smalldocs, 'render'], [smalldocs, 'check']:
+    for command in [quarto or smalldocs, 'render'], [smalldocs, 'check']:
         if code := subprocess.call([*command, folder]): sys.exit(code)
+    at_home(folder/cfg.doc_path.name)
+    found = list(faults((folder/cfg.doc_path.name).resolve()))
+    for fault in found: print(fault, file=sys.stderr)
+    if found: sys.exit(1)
     shutil.rmtree(cfg.doc_path, ignore_errors=True)
     shutil.move(folder/cfg.doc_path.name, cfg.doc_path)

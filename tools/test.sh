@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two workers, so one core each
+export OPTIQ_FAST=1 # demos at small sizes
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 

@@ -1,12 +1,15 @@
 """Every rounding and every peer at the same true bytes, scored by one scorer: dequantized weights, float32, PyTorch.
 
-    python3 bench/peers/ours.py --model MODEL --calibration valid.txt --test test.txt [--only uniform,sweeps,ours,mlxlm,dwq] -o results.json
+    python3 bench/peers/ours.py --model MODEL --calibration valid.txt --test test.txt [--only PARTS] -o results.json
+    python3 bench/peers/ours.py --merge a.json,b.json -o results.json
 
-`uniform`  one format for all (min-max), mxfp4, nvfp4, mlx-lm's mixed recipes; mlx-optiq's plan if --optiq FOLDER holds its result
+`uniform`  one format for all (min-max), mxfp4, nvfp4, mlx-lm's mixed recipes
 `sweeps`   KL of every unit in every candidate, under each rounding; needed by `ours` and `dwq`
 `ours`     plans at each target from each sweep, rounded as they were measured; with --alternatives the same plan rounded otherwise
-`mlxlm`    mlx-lm's dynamic_quant, gptq, awq and dwq, called as libraries with our calibration tokens (runs on MLX's default device)
-`dwq`      mlx-lm's dwq on our plans
+`dwq`      mlx-lm's dwq on our GPTQ plans
+`dynamic`, `gptq`, `awq`, `tuned`  mlx-lm's dynamic_quant, gptq, awq, and dwq on uniform formats, called as libraries with our
+           calibration tokens, on MLX's default device
+`optiq`    mlx-optiq 0.7.7 with mlx-lm 0.32.0; --optiq FOLDER holds both unpacked wheels, see mlx_optiq.py
 
 Results are written after each row, and a row that is there already is not measured again. All tools see the same calibration tokens;
 the text that is scored is another file. A row's `kl_each` has a value per test sequence, so that differences can be tested pairwise.
@@ -14,8 +17,11 @@ the text that is scored is another file. A row's `kl_each` has a value per test 
 import argparse
 import copy
 import json
+import os
+import subprocess
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,7 +32,7 @@ from optiq.calibration import fingerprint, passages, token_batch
 from optiq.convert import convert, stored_bytes
 from optiq.evals.perplexity import evaluate, evaluation_tokens, overrides_of
 from optiq.evals.report import machine
-from optiq.formats import AS_IS, Format, parse_format
+from optiq.formats import AS_IS, quantize_minmax
 from optiq.knapsack import allocate, make_plan, recipe, uniform
 from optiq.models import Checkpoint
 from optiq.rounding import as_overrides, dwq, round_model, round_to_files
@@ -44,10 +50,22 @@ class Bench:
         self.test = evaluation_tokens(args.test, self.c.tokenizer, args.test_n, 256, 'all' if Path(args.test).is_file() else 'test')
         self.targets, self.out = [float(t) for t in args.targets.split(',')], Path(args.output)
         about = dict(model=self.c.fingerprint, calibration=f'{args.n} × {args.seq_len} tokens, {fingerprint(self.tokens)}',
-                     test=f'{args.test_n} × 256 tokens, {fingerprint(self.test)}', device=device(), command=' '.join(sys.argv), **machine())
+                     test=f'{args.test_n} × 256 tokens, {fingerprint(self.test)}', device=device(), command=' '.join(sys.argv), note=args.note, **machine())
         self.results = json.loads(self.out.read_text()) if self.out.exists() else dict(about=about, rows={}, seconds={})
         for k in ('model', 'calibration', 'test'):
             if self.results['about'][k] != about[k]: raise SystemExit(f'{self.out} was measured on another {k}; give another -o')
+
+    @cached_property
+    def data(self):
+        "The calibration tokens for mlx-lm"
+        import mlx.core as mx
+        mx.set_cache_limit(2**33) # another process may need the memory
+        return mx.array(self.tokens)
+
+    def failed(self, name, e):
+        self.results['rows'][name] = dict(failed=f'{type(e).__name__}: {str(e)[:300]}')
+        self.save()
+        print(name, 'failed:', type(e).__name__, str(e)[:200], flush=True)
 
     def missing(self, name): return name not in self.results['rows']
 
@@ -90,11 +108,6 @@ def part_uniform(x):
     for name in ('mixed_2_6', 'mixed_3_4', 'mixed_3_6', 'mixed_4_6'):
         try: plans[f'mlx-lm {name}'] = recipe(x.c, name)
         except ValueError as e: print(name, e)
-    if x.args.optiq:
-        entries = json.loads((Path(x.args.optiq)/'config.json').read_text())['quantization']
-        get = lambda p: entries[p] if isinstance(entries.get(p), dict) else {} if entries.get(p) is not False else None
-        fmt = lambda e: AS_IS if e is None else Format(e.get('bits', entries['bits']), e.get('group_size', entries['group_size']))
-        plans[f'mlx-optiq {x.args.optiq_name}'] = make_plan(x.c, {u.path: fmt(get(u.path)) for u in x.c.units})
     for name, plan in plans.items():
         left = sum(f == AS_IS for f in plan.values())
         if x.missing(name): x.row(name, of_plan(plan), overrides_of(plan), 0, left_as_is=left)
@@ -128,46 +141,71 @@ def part_ours(x):
                       counts={str(f): n for f, n in plan.counts().items()}, embed=str(plan[x.c.units[0].path]))
                 del done
 
-def part_mlxlm(x):
-    import mlx.core as mx
-    from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
+def part_dynamic(x):
+    "mlx-lm's dynamic_quant: one estimate for each pair of widths, then a threshold for each target"
     from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
-    from mlx_lm.quant.gptq import gptq_quantize
     from mlx_lm.utils import quantize_model
-    data, config = mx.array(x.tokens), lambda: copy.deepcopy(x.c.config)
-    def attempt(name, make):
-        "Make a model, save it, and score what was saved; a peer that fails is a row that says so"
-        if not x.missing(name): return
-        print('…', name, flush=True)
-        try: (model, q), s = timed(make)
-        except Exception as e:
-            x.results['rows'][name] = dict(failed=f'{type(e).__name__}: {str(e)[:300]}')
-            x.save()
-            return print(name, 'failed:', type(e).__name__, str(e)[:200], flush=True)
-        with TemporaryDirectory() as d: score_saved(x, name, save_mlx(x, model, q, d), s)
+    found, g = {}, 64
     for low, high, target in x.args.dynamic:
         def dynamic():
-            model, g = x.c.load(), 64
-            key = f'{low} {high}'
-            if key not in sensitivities: sensitivities[key] = dict(estimate_sensitivities(model, data, low, g, high, g))
-            found = sensitivities[key]
-            edge = estimate_threshold(model, found, target_bpw=target, low_bits=low, low_group_size=g, high_bits=high, high_group_size=g)
-            rule = lambda p, m: hasattr(m, 'to_quantized') and (dict(bits=high, group_size=g) if found[p] > edge else True)
-            model, q = quantize_model(model, config(), group_size=g, bits=low, quant_predicate=rule)
+            model = x.c.load()
+            if (low, high) not in found: found[low, high] = dict(estimate_sensitivities(model, x.data, low, g, high, g))
+            scores = found[low, high]
+            edge = estimate_threshold(model, scores, target_bpw=target, low_bits=low, low_group_size=g, high_bits=high, high_group_size=g)
+            rule = lambda p, m: hasattr(m, 'to_quantized') and (dict(bits=high, group_size=g) if scores[p] > edge else True)
+            model, q = quantize_model(model, copy.deepcopy(x.c.config), group_size=g, bits=low, quant_predicate=rule)
             return model, q['quantization']
-        sensitivities = x.__dict__.setdefault('sensitivities', {})
-        attempt(f'mlx-lm dynamic_quant {low}/{high} at {target:g}', dynamic)
-    for bits, fallback in ((4, 6), (4, 5), (4, 4), (2, 6)):
-        attempt(f'mlx-lm gptq {bits}g64, rest {fallback}g64', lambda: gptq_quantize(x.c.load(), data, bits, 64, fallback, 64))
-    for bits, embed in ((4, 6), (4, 4), (3, 6)):
+        attempt(x, f'mlx-lm dynamic_quant {low}/{high} at {target:g}', dynamic)
+
+def part_gptq(x):
+    "mlx-lm's gptq; the embedding, which it leaves to min-max, at several widths from one run"
+    from mlx_lm.quant.gptq import gptq_quantize
+    for bits, widths in ((4, (6, 5, 4)), (2, (6, 4))):
+        kept = {}
+        for width in widths:
+            def run():
+                if not kept:
+                    model = x.c.load()
+                    kept['embed'] = model.model.embed_tokens
+                    kept['model'] = gptq_quantize(model, x.data, bits, 64, width, 64)[0]
+                kept['model'].model.embed_tokens = kept['embed'].to_quantized(group_size=64, bits=width)
+                return kept['model'], None
+            attempt(x, f'mlx-lm gptq {bits}g64, embedding {width}g64', run)
+
+def part_awq(x):
+    from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
+    for bits, embed in ((4, 6), (3, 6), (4, 4), (3, 4)):
         def awq():
             model = x.c.load()
-            awq_quantize(model, data, AWQ_MODEL_CONFIGS[x.c.config['model_type']], 64, bits, 64, embed)
+            awq_quantize(model, x.data, AWQ_MODEL_CONFIGS[x.c.config['model_type']], 64, bits, 64, embed)
             return model, None
-        attempt(f'mlx-lm awq {bits}g64, embedding {embed}g64', awq)
-    for fmt in ('4g64', '5g64', '3g64'):
-        name, plan = f'mlx-lm dwq {fmt}', uniform(x.c, fmt)
-        if x.missing(name): polished(x, name, plan, None)
+        attempt(x, f'mlx-lm awq {bits}g64, embedding {embed}g64', awq)
+
+def part_tuned(x):
+    "mlx-lm's dwq on uniform formats"
+    for fmt in ('4g64', '5g64', '3g64', '4g32', '3g32'): polished(x, f'mlx-lm dwq {fmt}', uniform(x.c, fmt))
+
+def part_optiq(x):
+    "mlx-optiq in its own environment, on the sequences that our sweeps measure on"
+    folder = x.out.with_name('mlx-optiq')
+    tokens = x.out.with_name('tokens.json')
+    tokens.write_text(json.dumps(x.tokens[:x.args.sweep_n].tolist()))
+    plans = x.args.optiq_plans.split(';')
+    if any(x.missing(f'mlx-optiq {p}') for p in plans):
+        env = os.environ | dict(PYTHONPATH=os.pathsep.join([x.args.optiq, os.environ.get('MLX_SITE', '')]), HF_HUB_OFFLINE='1')
+        subprocess.run([sys.executable, Path(__file__).with_name('mlx_optiq.py'), x.c.folder.resolve(), tokens, folder, *plans], env=env, check=True,
+                       stdout=subprocess.DEVNULL)
+    for p in plans:
+        about = json.loads((folder/p.replace(':', '-')/'peer.json').read_text())
+        if x.missing(f'mlx-optiq {p}'): score_saved(x, f'mlx-optiq {p}', folder/p.replace(':', '-'), about.pop('seconds'), **about)
+
+def attempt(x, name, make):
+    "Make a model, save it, and score what was saved; a peer that fails is a row that says so"
+    if not x.missing(name): return
+    print('…', name, flush=True)
+    try: (model, entries), s = timed(make)
+    except Exception as e: return x.failed(name, e)
+    with TemporaryDirectory() as d: score_saved(x, name, save_mlx(x, model, entries, d), s)
 
 def save_mlx(x, model, entries, folder):
     "Write an mlx-lm model; its entries are read off its layers if they are not known"
@@ -180,35 +218,46 @@ def save_mlx(x, model, entries, folder):
     return folder
 
 def score_saved(x, name, folder, seconds, **more):
+    from mlx_lm.utils import compute_bits_per_weight
     saved = Checkpoint(folder)
-    x.row(name, dict(true_bits=8*stored_bytes(saved)/x.c.params, bytes=stored_bytes(saved)), TorchBackend(saved), seconds, **more)
+    size = dict(true_bits=8*stored_bytes(saved)/x.c.params, bytes=stored_bytes(saved))
+    more |= dict(mlx_lm_bits=float(compute_bits_per_weight(saved.load())), file_bytes=sum(f.stat().st_size for f in saved.files))
+    x.row(name, size, TorchBackend(saved), seconds, **more)
 
-def polished(x, name, plan, quantizer):
+def polished(x, name, plan, quantizer=quantize_minmax):
     "Write a plan, train its scales and biases with mlx-lm's dwq, and score what was saved"
-    from optiq.formats import quantize_minmax
+    if not x.missing(name): return
+    print('…', name, flush=True)
     with TemporaryDirectory() as d:
-        convert(x.c, plan, Path(d)/'model', quantizer=quantizer or quantize_minmax)
+        convert(x.c, plan, Path(d)/'model', quantizer=quantizer)
         try: _, s = timed(lambda: dwq(Path(d)/'model', x.c, x.tokens, epochs=x.args.epochs, learning_rate=x.args.learning_rate))
-        except Exception as e: return print(name, 'failed:', type(e).__name__, str(e)[:200], flush=True)
+        except Exception as e: return x.failed(name, e)
         score_saved(x, name, Path(d)/'model', s, epochs=x.args.epochs, learning_rate=x.args.learning_rate)
 
 def part_dwq(x):
-    for rounding in x.args.roundings.split(',')[::-1]:
-        if rounding == 'search': continue
-        for t in x.targets:
-            name = f'ours {t:g} {rounding} + dwq'
-            if not x.missing(name): continue
-            try: plan = allocate(sweep_of(x, rounding), true_bits=t)
-            except ValueError as e: print(name, e); continue
-            with TemporaryDirectory() as d:
-                polished(x, name, plan, round_to_files(x.b, x.tokens, plan, rounding, d, progress=False))
+    "dwq on our plans, rounded as before"
+    for t in x.targets:
+        name = f'ours {t:g} gptq + dwq'
+        if not x.missing(name): continue
+        try: plan = allocate(sweep_of(x, 'gptq'), true_bits=t)
+        except ValueError as e: print(name, e); continue
+        with TemporaryDirectory() as d: polished(x, name, plan, round_to_files(x.b, x.tokens, plan, 'gptq', d, progress=False))
+
+def merge(out, files):
+    "One results file of several that were measured on the same model and tokens"
+    parts = [json.loads(Path(f).read_text()) for f in files]
+    for k in ('model', 'calibration', 'test', 'device'):
+        if len({p['about'][k] for p in parts}) > 1: raise SystemExit(f'the files differ in {k}')
+    about = parts[0]['about'] | dict(command=[p['about']['command'] for p in parts])
+    rows, seconds = ({k: v for p in parts for k, v in p[part].items()} for part in ('rows', 'seconds'))
+    Path(out).write_text(json.dumps(dict(about=about, rows=rows, seconds=seconds), indent=1, ensure_ascii=False)+'\n')
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', default='demo')
     p.add_argument('--calibration', default='bundled')
     p.add_argument('--test', default='bundled')
-    p.add_argument('--only', default='uniform,sweeps,ours,mlxlm,dwq')
+    p.add_argument('--only', default='uniform,ours,dynamic,gptq,awq,tuned,dwq')
     p.add_argument('--targets', default='6,5,4.5,4,3.5,3', help='true bits per weight')
     p.add_argument('--formats', default=SWEPT, help='candidates of the sweeps')
     p.add_argument('--roundings', default='minmax,search,gptq')
@@ -218,12 +267,15 @@ def main():
     p.add_argument('--test-n', type=int, default=64, help='test sequences of 256 tokens')
     p.add_argument('--epochs', type=int, default=2, help='of dwq')
     p.add_argument('--learning-rate', type=float, default=1e-5, help='of dwq')
-    p.add_argument('--dynamic', default='4/5/5,4/8/5,4/8/6,3/5/4.5,3/5/4', help='dynamic_quant: low/high/target, comma separated')
-    p.add_argument('--optiq', help='folder that mlx-optiq wrote')
-    p.add_argument('--optiq-name', default='0.7.7')
+    p.add_argument('--dynamic', default='4/8/6,4/5/5,4/8/5,3/5/4.5,3/5/4,2/4/3.5,2/4/3', help='dynamic_quant: low/high/target, comma separated')
+    p.add_argument('--optiq', help='folder of unpacked wheels: mlx-optiq 0.7.7 and mlx-lm 0.32.0')
+    p.add_argument('--optiq-plans', default='5:4,8;4.5:4,6;4.2:4,5;4:3,5;3.5:3,4;3:2,4', help="target:candidate bits, as mlx-optiq's options")
+    p.add_argument('--note', default='', help='kept with the results')
+    p.add_argument('--merge', help='result files to join, comma separated')
     p.add_argument('--alternatives', action='store_true')
     p.add_argument('-o', '--output', default='peers.json')
     args = p.parse_args()
+    if args.merge: return merge(args.output, args.merge.split(','))
     args.dynamic = [(int(a), int(b), float(t)) for a, b, t in (d.split('/') for d in args.dynamic.split(','))]
     x = Bench(args)
     x.reference()

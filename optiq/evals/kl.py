@@ -86,7 +86,7 @@ def cache_folder() -> Path:
 
 # %% ../../nbs/10_evals.kl.ipynb #45d840b9
 def reference(
-    model: 'str | Backend', # name, Checkpoint or Backend, of which only the name is needed if it was computed before
+    model: 'str | Checkpoint | Backend', # of which only the name is needed if it was computed before
     tokens: np.ndarray, # (n, T)
     top_k: int | None = 256, # words kept for each token; None keeps all
     cache: 'str | Path | None' = None, # folder of references; see `cache_folder`

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from ..backends import Backend, open_backend
-from ..calibration import fingerprint, overlap, passages, token_batch
+from ..calibration import fingerprint, overlap, passages, positions, samples_of, token_batch, token_ids
 from ..formats import AS_IS, for_unit, quantize_dequantize
 from ..models import Checkpoint
 from ..sensitivity import kl_rows, logit_slices, on_gpu
@@ -61,13 +61,19 @@ class Score:
     def of(cls, tokens: np.ndarray): # (3, n, T); the last token's likelihood is not known
         return cls(tokens[0, :, :-1].mean(1), tokens[1].mean(1), tokens[2].mean(1), tokens)
 
+    @classmethod
+    def of_samples(cls, rows: list): # of (3, T) with a T of their own; NaN where nothing is known
+        with np.errstate(all='ignore'): means = np.array([[r[k][np.isfinite(r[k])].mean() for r in rows] for k in range(3)])
+        wide = max(r.shape[1] for r in rows)
+        return cls(*means, np.stack([np.pad(r, ((0, 0), (0, wide-r.shape[1])), constant_values=np.nan) for r in rows], 1))
+
     @property
     def flips(self): return 1-self.agree # (n,) share of tokens whose best token changed
     @property
-    def kl_p99(self): return float(np.quantile(self.tokens[1], .99)) # of single tokens: the rare bad ones
+    def kl_p99(self): return float(np.nanquantile(self.tokens[1], .99)) # of single tokens: the rare bad ones
     def by_position(self, edges): # ▸ (len(edges)-1,) mean KL of the tokens between these positions, and its standard error
         "KL early and late in a sequence"
-        parts = [self.tokens[1][:, a:b].mean(1) for a, b in zip(edges, edges[1:])]
+        parts = [np.nanmean(self.tokens[1][:, a:b], 1) for a, b in zip(edges, edges[1:])]
         return np.array([p.mean() for p in parts]), np.array([_se(p) for p in parts])
 
     @property
@@ -84,13 +90,14 @@ def _se(x): return float(x.std(ddof=1)/np.sqrt(len(x))) if len(x) > 1 else float
 # %% ../../nbs/10_evals.perplexity.ipynb #ecc2e078
 def evaluate(
     model: 'str | Checkpoint | Backend', # the reference
-    tokens: np.ndarray, # (n, T)
+    tokens: 'np.ndarray | list', # (n, T), or samples
     variants: dict = {}, # name ▸ overrides (see `overrides_of`), or another Backend
     batch: int | None = None, # sequences at a time; about 4,096 tokens by default
 ) -> dict: # name ▸ Score, with 'reference' first
     "Score the model, and any number of variants of it, on the same tokens"
     b = open_backend(model)
     everyone = {n: (v, {}) if isinstance(v, Backend) else (b, v) for n, v in ({'reference': {}} | variants).items()}
+    if not b.stacks: return _evaluate_samples(samples_of(tokens), everyone)
     batch, parts = batch or max(1, 4096//tokens.shape[1]), {n: [] for n in everyone}
     for ids in (tokens[k:k+batch] for k in range(0, len(tokens), batch)):
         states = {n: m.embed(ids, _at(m, v, None)) for n, (m, v) in everyone.items()}
@@ -128,9 +135,27 @@ def _score(ids, states, everyone):
 def _nll(b, z, nexts):
     "Negative log-likelihood of the next tokens, (B, t)"
     if not nexts.size: return 0
-    normaliser = b.numpy(b.xp.logsumexp(z, axis=-1))
-    rows, columns = np.indices(nexts.shape)
-    return normaliser-b.numpy(z)[rows, columns, nexts]
+    found = z[tuple(b.xp.asarray(i) for i in (*np.indices(nexts.shape), nexts))] # where the logits are: they are many
+    return b.numpy(b.xp.logsumexp(z, axis=-1)-found)
+
+# %% ../../nbs/10_evals.perplexity.ipynb #ea85c059
+def _evaluate_samples(samples, everyone):
+    "name ▸ Score"
+    b, rows = everyone['reference'][0], {n: [] for n in everyone}
+    for s in samples:
+        z_p = b.logits(s)
+        best = b.numpy(z_p.argmax(-1))[0]
+        for n, (m, v) in everyone.items():
+            z = z_p if n == 'reference' else m.logits(s, v)
+            rows[n].append(np.stack([_nll_of_sample(m, z, s), kl_rows(b, z_p, z), m.numpy(z.argmax(-1))[0] == best]))
+    return {n: Score.of_samples(r) for n, r in rows.items()}
+
+def _nll_of_sample(b, z, sample):
+    "Negative log-likelihood of what comes next at each scored position; NaN at the very end"
+    at, ids = positions(sample), token_ids(sample)[0]
+    out, known = np.full(len(at), np.nan), at < len(ids)-1
+    out[known] = _nll(b, z[:, :int(known.sum())], ids[at[known]+1][None])[0] if known.any() else np.nan
+    return out
 
 # %% ../../nbs/10_evals.perplexity.ipynb #dd82e44c
 def overrides_of(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'TO_REFERENCE', 'SIZES', 'COLUMNS', 'machine', 'Metric', 'metric', 'mean_figure', 'share_figure', 'joined',
            'paired', 'verdict', 'test', 'holm', 'Report', 'size_of', 'score_row', 'cells', 'columns', 'text_table',
-           'html_table', 'plot_report', 'compare_reports', 'plot_panels', 'interval']
+           'fit', 'html_table', 'plot_report', 'compare_reports', 'plot_panels', 'interval']
 
 # %% ../../nbs/10_evals.report.ipynb #880b5d5a
 import json
@@ -17,6 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+
+from ..knapsack import COLOURS
 
 # %% ../../nbs/10_evals.report.ipynb #4250e0cd
 def machine() -> dict: # cpu, cores, system, versions, date
@@ -222,10 +224,18 @@ def _titles(keys): return [COLUMNS.get(k) or metric(k).title for k in keys]
 def text_table(rows: list) -> str:
     "A table for a terminal"
     lines, keys = [cells(r) for r in rows], columns(rows)
-    table = [_titles(keys), *([r.get(k, '') for k in keys] for r in lines)]
-    width = [max(len(r[i]) for r in table) for i in range(len(keys))]
-    show = lambda r: '  '.join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, width))).rstrip()
-    return '\n'.join([show(table[0]), '─'*(sum(width)+2*len(width)-2), *map(show, table[1:])])
+    return fit([_titles(keys), *([r.get(k, '') for k in keys] for r in lines)])
+
+def fit(
+    table: list, # rows of texts, the first one the head
+    room: int = 80, # columns of the terminal
+) -> str:
+    "A table no wider than a terminal: columns that find no room go into a second one below, with the names again"
+    width = [max(len(r[i]) for r in table) for i in range(len(table[0]))]
+    n = next((i for i in range(2, len(width)) if sum(width[:i+1])+2*i > room), len(width))
+    show = lambda r: '  '.join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r[:n], width))).rstrip()
+    text = '\n'.join([show(table[0]), '─'*min(room, sum(width[:n])+2*n-2), *map(show, table[1:])])
+    return text if n == len(width) else f'{text}\n\n{fit([[r[0], *r[n:]] for r in table], room)}'
 
 def html_table(rows: list) -> str:
     "A table for Jupyter"
@@ -242,7 +252,7 @@ def plot_report(report: Report, ax=None, metric: str = 'kl'):
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(6, 3.5))[1]
     for i, r in enumerate(r for r in report.rows if r.get(metric)):
-        ax.errorbar(r['true_bpw'], r[metric], yerr=2*r.get(f'{metric}_se', 0), marker='osD^vPX*'[i % 8], color=f'C{i % 10}',
+        ax.errorbar(r['true_bpw'], r[metric], yerr=2*r.get(f'{metric}_se', 0), marker='osD^vPX*'[i % 8], color=COLOURS[i % len(COLOURS)],
                     ls='', ms=7, capsize=2, label=r['name'])
     ax.set(xlabel='true bits per weight', ylabel=COLUMNS.get(metric, metric), yscale='log' if metric == 'kl' else 'linear')
     ax.legend(frameon=False, fontsize=8)
@@ -283,7 +293,7 @@ def plot_panels(report: Report): # ▸ matplotlib axes
             low, high = interval(r, k)
             won = report.verdicts.get(k, {}).get('winner') == r['name']
             look = dict(marker='*', ms=11) if won else dict(marker='o', ms=5)
-            ax.errorbar(r[k], i, xerr=[[r[k]-low], [high-r[k]]], color=f'C{i % 10}', capsize=2, **look)
+            ax.errorbar(r[k], i, xerr=[[r[k]-low], [high-r[k]]], color=COLOURS[i % len(COLOURS)], capsize=2, **look)
         ax.set(title=metric(k).title)
         ax.grid(axis='x', alpha=.3)
         if '%' in metric(k).spec: ax.xaxis.set_major_formatter(lambda v, _: f'{v:.0%}')

@@ -178,11 +178,12 @@ def run_task(
 ) -> Report: # the baseline's row first
     "Score a model on a task, and compare it with a baseline"
     if n < 1: raise ValueError(f'{n} samples are none; give --n-samples 1 or more')
-    f = find_task(task)
+    f, options = find_task(task), {k: v for k, v in options.items() if v is not None} # a task has defaults of its own
     if options.get('kv') and task not in ('gsm8k', 'needle'): raise ValueError(
         f'a KV configuration is tested by gsm8k and needle, not by {task}')
     if not isinstance(TASKS.get(task), str): model, baseline = (m and Checkpoint(m, trust_remote_code) for m in (model, baseline))
     if task == 'kl': return f(model, baseline=baseline, n=n, **options)
+    options = {k: v for k, v in options.items() if v is not None} # a task has defaults of its own
     own = dict(kv=None, out=f'{options["out"]}.baseline' if options.get('out') else None) # the baseline keeps its own cache
     reports = [f(m, n=n, **options | part) for m, part in ((baseline, own), (model, {})) if m]
     return Report.compare(*reports) if baseline else reports[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..backends import open_backend
-from ..calibration import fingerprint, passages, token_batch
+from ..calibration import batch_for, fingerprint, token_batch
 from ..convert import check, overrides_of_saved, stored_bytes
 from .perplexity import evaluate, evaluation_tokens
 from ..formats import AS_IS, nbytes
@@ -109,10 +109,10 @@ def _same_reference(sweep, plan, c, reference):
 # %% ../../nbs/10_evals.verify.ipynb #265f63fe
 def _kl(c, plan, sweep, reference, text, within):
     if not reference: raise Unknown('no reference given')
-    if not plan or not plan.kl or not sweep: return _kl_alone(c, reference, text)
+    if not plan or not np.isfinite(plan.predicted_kl) or not sweep: return _kl_alone(c, reference, text)
     tokens = _calibration_tokens(c, sweep, text)
     what = 'on the calibration tokens' if tokens is not None else 'on other text'
-    if tokens is None: tokens = evaluation_tokens(text, c.tokenizer, 4, 256)
+    if tokens is None: tokens = _other_text(c, text)
     found = evaluate(reference, tokens, {'saved': overrides_of_saved(c)})['saved'].kl
     measured, want = float(found.mean()), plan.predicted_kl
     slack = 3*float(found.std(ddof=1)/len(found)**.5) if what == 'on other text' else 0. # the same tokens: nothing was sampled
@@ -123,34 +123,38 @@ def _kl(c, plan, sweep, reference, text, within):
 
 # %% ../../nbs/10_evals.verify.ipynb #6837656d
 def _kl_alone(c, reference, text):
-    kl = evaluate(reference, evaluation_tokens(text, c.tokenizer, 4, 256), {'saved': overrides_of_saved(c)})['saved'].kl
+    kl = evaluate(reference, _other_text(c, text), {'saved': overrides_of_saved(c)})['saved'].kl
     return f'{kl.mean():.4f}; nothing was predicted'
+
+def _other_text(c, text):
+    return evaluation_tokens(text, c.tokenizer, 4, 256) if c.model_type == 'llm' else batch_for(c, text, 4, split='test')
 
 def _calibration_tokens(c, sweep, text):
     "The tokens of a sweep, if this text gives them again"
     n, T = sweep.header['shape']
     for split in ('train', 'all'):
-        try: tokens = token_batch(passages(text, split), c.tokenizer, n, T)
-        except (ValueError, KeyError): continue
+        try: tokens = batch_for(c, text, n, T, split)
+        except (ValueError, KeyError, ModuleNotFoundError): continue
         if fingerprint(tokens) == sweep.header['fingerprint']['tokens']: return tokens
 
 # %% ../../nbs/10_evals.verify.ipynb #7ac0bc0f
 def verify(
     model: str, # a converted model
     reference: str | None = None, # the full-precision model it was made from
-    text: str = 'bundled', # calibration text, or any other to measure KL on
+    text: 'str | list' = 'bundled', # calibration text, pictures or speech, or any other to measure KL on; or samples
     within: float = 2., # factor between predicted and measured KL
     backend: str = 'auto',
     trust_remote_code: bool = False,
+    model_type: str = 'auto',
 ) -> Checks:
     "Open a model again and check it against its plan, its sweep and its reference"
     checks, opened = Checks(str(model)), []
     def opens():
-        opened.append(Checkpoint(model, trust_remote_code))
+        opened.append(Checkpoint(model, trust_remote_code, model_type))
         return f'{opened[0].params:,} parameters in {len(opened[0].files)} files'
     if not checks.run('opens', opens): return checks
     c, folder = opened[0], opened[0].folder/'optiq'
-    ref = Checkpoint(reference, trust_remote_code) if reference else None
+    ref = Checkpoint(reference, trust_remote_code, model_type) if reference else None
     loaded = {}
     def load(kind, name):
         if not (folder/name).is_file(): raise Unknown(f'no optiq/{name} in the folder')
@@ -161,7 +165,7 @@ def verify(
     checks.run('formats', _formats, c, plan)
     checks.run('bytes', _bytes, c, plan)
     if checks.run('tokenizer', _tokenizer, c, ref) is not False:
-        tokens = token_batch([SAMPLE]*9, c.tokenizer, 1, 16)
+        tokens = token_batch([SAMPLE]*9, c.tokenizer, 1, 16) if c.model_type != 'audio' else batch_for(c, text, 1)
         if checks.run('finite', lambda: _finite(c, open_backend(c, backend), tokens)) and ref:
             checks.run('reference', _same_reference, sweep, plan, c, ref)
             checks.run('KL', _kl, c, plan, sweep, open_backend(ref, backend), text, within)

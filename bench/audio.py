@@ -1,0 +1,160 @@
+"""What mixed precision costs and buys in a speech model: KL to full precision and word error rate, on clips held out.
+
+    python bench/audio.py --model MODEL --clips FOLDER -o results.json
+
+`fidelity`  full precision in mlx-audio and in transformers, float32, greedy: transcripts and word error rate of both
+`uniform`   8, 4 and 3 bits, the decoder alone (the encoder left as it is) and encoder included
+`sweep`     KL that quantizing each tensor alone causes (min-max), per clip: the decoder at 3, 4 and 5 bits, the encoder at 4
+`optiq`     at no more bytes than uniform 4 bits, cross-validated: formats chosen and codes rounded (gptq) on some clips,
+            scored on the others, in turn
+
+Every part is written when it is done, and one that is there is not done again. On a Linux CPU preload OpenBLAS: MLX's own
+BLAS is twenty times slower.
+"""
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from optiq.audio import speech_samples, transcribe
+from optiq.backends import open_backend
+from optiq.evals.perplexity import evaluate, overrides_of
+from optiq.evals.report import machine, mean_figure
+from optiq.evals.wer import errors, wer_figure, write_down
+from optiq.formats import AS_IS, Format
+from optiq.knapsack import allocate, make_plan
+from optiq.rounding import as_overrides, round_model
+from optiq.sensitivity import Sweep, measure
+from optiq.speech import RATE, clips
+
+def heard_by_transformers(folder, heard):
+    "Greedy transcripts of transformers"
+    import torch
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, PreTrainedTokenizerFast
+    torch.set_num_threads(1)
+    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    extract, tokenizer = WhisperFeatureExtractor.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    def listen(clip):
+        x = extract(clip.audio, sampling_rate=RATE, return_tensors='pt').input_features
+        with torch.no_grad(): ids = model.generate(x, max_new_tokens=220)[0]
+        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return write_down(listen, heard)
+
+def figures(done, kl=None):
+    "Word error rate, KL and what was written"
+    w = wer_figure(done)
+    out = {k: v for k, v in w.items() if k.startswith('wer')} | dict(
+        errors=sum(map(errors, done)), words=sum(r['words'] for r in done), written=[r['response'] for r in done])
+    if kl is None: return out
+    k = mean_figure('kl', kl)
+    return out | {n: v for n, v in k.items() if n.startswith('kl')} | dict(kl_by_clip=[float(f'{v:.5g}') for v in kl])
+
+class Bench:
+    def __init__(self, args):
+        self.args, self.out = args, Path(args.output)
+        self.found = json.loads(self.out.read_text()) if self.out.exists() else {}
+        self.heard = clips(args.clips, 'all')
+        self.b = open_backend(args.model)
+        self.c, self.samples = self.b.checkpoint, speech_samples(self.b.model, self.heard)
+        self.b.model.dtype = mx.float32
+        self.references = {}
+
+    def save(self, key, value):
+        self.found[key] = value
+        self.out.write_text(json.dumps(self.found, indent=1, ensure_ascii=False)+'\n')
+        print(key, flush=True)
+
+    def score(self, overrides, which): # indices of clips ▸ KL of each, what was written
+        "KL on the transcript, and the greedy transcript"
+        kl = evaluate(self.b, [self.samples[i] for i in which], {'it': overrides})['it'].kl
+        with self.b.swapped(overrides): done = write_down(lambda c: transcribe(self.b.model, c.audio), [self.heard[i] for i in which])
+        return list(kl), done
+
+    def sizes(self, plan): return dict(nominal_bpw=plan.nominal_bits, true_bpw=plan.true_bits, size_mb=plan.size_mb, bytes=plan.nbytes)
+
+    def of_scope(self, scope, fmt): # uniform
+        return make_plan(self.c, {u.path: AS_IS if scope == 'decoder' and u.part == 'encoder' else fmt for u in self.c.units}, f'uniform {fmt}')
+
+    def fidelity(self):
+        full = write_down(lambda c: transcribe(self.b.model, c.audio), self.heard)
+        torch = heard_by_transformers(self.args.model, self.heard)
+        same = sum(a['response'] == b['response'] for a, b in zip(full, torch))
+        self.save('fidelity', dict(clips=len(full), same_transcripts=same, mlx_audio=figures(full), transformers=figures(torch),
+                                   **self.sizes(make_plan(self.c, self.c.formats))))
+
+    def uniform(self, widths=(4, 8, 3)):
+        rows = self.found.get('uniform', [])
+        for bits in widths:
+            for scope in ('all', 'decoder'):
+                if any((r['scope'], r['bits']) == (scope, bits) for r in rows): continue
+                plan = self.of_scope(scope, Format(bits, 64))
+                kl, done = self.score(overrides_of(plan), range(len(self.heard)))
+                rows.append(dict(scope=scope, bits=bits, name=f'uniform {bits} bits', **self.sizes(plan), **figures(done, kl)))
+                self.save('uniform', rows)
+
+    def sweep(self):
+        start, rows = time.perf_counter(), self.found.get('sweep', dict(rows=[]))['rows']
+        have = {(r['unit'], r['format']) for r in rows}
+        wanted = [(u, Format(k, 64)) for part, bits in (('decoder', (3, 4, 5)), ('encoder', (4,))) for k in bits
+                  for u in self.c.units if u.part == part]
+        todo = [(u, f) for u, f in wanted if (u.path, str(f)) not in have]
+        for k in range(0, len(todo), 12):
+            for (u, f), v in zip(todo[k:k+12], measure(self.b, self.samples, todo[k:k+12])):
+                rows.append(dict(unit=u.path, part=u.part, kind=u.kind, block=u.block, format=str(f), params=u.params, kl=[float(f'{x:.4g}') for x in v]))
+            self.save('sweep', dict(rounding='minmax', seconds=time.perf_counter()-start, rows=rows))
+
+    def optiq(self, scope):
+        formats = [Format(k, 64) for k in (3, 4, 5)]
+        values = {(r['unit'], f): np.array(r['kl']) for r in self.found['sweep']['rows'] for f in formats if str(f) == r['format']}
+        about = dict(model=self.c.name, params=self.c.params, other_bytes=self.c.other_bytes)
+        folds, n = [[0, 5], [1, 3], [2, 4]], len(self.heard)
+        if n != 6: folds = [[*range(k, n, 3)] for k in range(3)]
+        parts = self.found.get('folds', [])
+        for held in folds:
+            if any((p['scope'], p['held']) == (scope, held) for p in parts): continue
+            start, learn = time.perf_counter(), [i for i in range(n) if i not in held]
+            s = Sweep(self.c.units, formats, {k: v[learn] for k, v in values.items()}, about)
+            encoder = [u.path for u in self.c.units if u.part == 'encoder']
+            plan = allocate(s, max_bytes=self.of_scope(scope, Format(4, 64)).nbytes,
+                            formats=formats+[AS_IS]*(scope == 'decoder'), protect=encoder if scope == 'decoder' else ())
+            rounded = as_overrides(dict(round_model(self.b, [self.samples[i] for i in learn], plan, 'gptq')))
+            kl, done = self.score(rounded, held)
+            parts.append(dict(scope=scope, held=held, kl=[float(k) for k in kl], done=done, counts={str(f): k for f, k in plan.counts().items()},
+                              predicted_kl=plan.predicted_kl, seconds=time.perf_counter()-start, **self.sizes(plan)))
+            self.save('folds', parts)
+        others = [r for r in self.found.get('optiq', []) if r['scope'] != scope]
+        self.save('optiq', others+[self.joined([p for p in parts if p['scope'] == scope], scope)])
+
+    def joined(self, parts, scope):
+        "The clips of all folds, each scored by a model that never heard it"
+        by = {i: (k, d) for p in parts for i, k, d in zip(p['held'], p['kl'], p['done'])}
+        kl, done = zip(*(by[i] for i in sorted(by)))
+        four = next(r for r in self.found['uniform'] if (r['scope'], r['bits']) == (scope, 4))
+        sizes = {k: max(p[k] for p in parts) for k in ('nominal_bpw', 'true_bpw', 'size_mb', 'bytes')}
+        ratio, d = float(np.mean(kl)/four['kl']), np.subtract(four['kl_by_clip'], kl)
+        return dict(scope=scope, name='optiq, gptq', **sizes, **figures(list(done), list(kl)), ratio_to_uniform_4=ratio,
+                    gain=float(d.mean()), gain_se=float(d.std(ddof=1)/len(d)**.5), uniform_4_bytes=four['bytes'])
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--model', required=True)
+    p.add_argument('--clips', required=True)
+    p.add_argument('-o', '--output', required=True)
+    args = p.parse_args()
+    bench = Bench(args)
+    if 'about' not in bench.found: bench.save('about', dict(
+        **machine(), blas='OpenBLAS, preloaded, one thread' if 'openblas' in os.environ.get('LD_PRELOAD', '') else "MLX's own",
+        command='python bench/audio.py --model whisper --clips speech -o audio-whisper.json', model='Whisper tiny.en, 37,184,256 parameters',
+        computed='float32, weights after the round trip', clips=[dict(name=c.name, seconds=round(c.seconds, 1), said=c.text,
+        scored=int(s['scored'].sum())) for c, s in zip(bench.heard, bench.samples)]))
+    if 'fidelity' not in bench.found: bench.fidelity()
+    bench.uniform([4])
+    bench.sweep()
+    for scope in ('all', 'decoder'): bench.optiq(scope)
+    bench.uniform()
+
+if __name__ == '__main__': main()

@@ -1,0 +1,76 @@
+"What is shown: five nouns in Jupyter, tables in a terminal, demos by name"
+import json
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from optiq.cli import main
+from optiq.demos import find_demo, names, published
+from optiq.evals.report import Report, fit, text_table
+from optiq.formats import AS_IS, Format
+from optiq.knapsack import Frontier, allocate, frontier_text, uniform
+from optiq.models import Checkpoint
+from optiq.sensitivity import Sweep
+
+@pytest.fixture(scope='module')
+def sweep():
+    c, r = Checkpoint('demo'), np.random.default_rng(0)
+    fmts = [Format(b) for b in (3, 4, 8)]
+    return Sweep(c.units, fmts, {(u.path, f): r.lognormal(-f.bits, .3, 4) for u in c.units for f in fmts},
+                 dict(model='demo', params=c.params, other_bytes=c.other_bytes))
+
+def rows(n=3): return [dict(name=f'optiq 4.5 (4,8) {i}', nominal_bpw=4.5, true_bpw=5., size_mb=123.4, kl=.1, kl_se=.01,
+                            perplexity=12., perplexity_se=1., agreement=.9, agreement_se=.1, gsm8k=.5, gsm8k_low=.4, gsm8k_high=.6, gsm8k_n=9, needle=.5) for i in range(n)]
+
+def test_the_five_nouns_in_jupyter(sweep):
+    plan = allocate(sweep, target_bits=4.5)
+    for noun in (Format(4, 64), Format(8, 32, 'mxfp8'), AS_IS, sweep.units[0], sweep.units[1], sweep, plan, Report(rows())):
+        html = noun._repr_html_()
+        assert '<table' in html and '</table>' in html and len(repr(noun)) < 2000
+    assert '4.500' in Format(4, 64)._repr_html_() and 'bytes' in sweep.units[0]._repr_html_()
+
+def test_frames_are_tidy(sweep):
+    plan = allocate(sweep, target_bits=4.5)
+    assert len(sweep.to_frame()) == 3*len(sweep.units) and len(plan.to_frame()) == len(plan) and len(Report(rows()).to_frame()) == 3
+
+def test_plots_draw_on_the_axes_they_are_given(sweep):
+    from matplotlib.figure import Figure
+    for noun in (sweep, allocate(sweep, target_bits=4.5), Report(rows()), Frontier([uniform(sweep, 4)])):
+        ax = Figure().subplots()
+        assert noun.plot(ax) is ax and ax.has_data()
+
+def test_wide_tables_fit_a_terminal(sweep):
+    text = text_table(rows())
+    assert max(map(len, text.splitlines())) <= 80 and text.count('optiq 4.5 (4,8) 2') > 1
+    assert all(x in text for x in ('perplexity', 'agreement', 'GSM8K', 'needle'))
+    flat = [uniform(sweep, f) for f in sweep.formats]
+    curve = Frontier([allocate(sweep, target_bits=t) for t in (4, 5)], flat, scores={p.name: np.full(4, .1) for p in flat})
+    assert max(map(len, frontier_text(curve).splitlines()[:6])) <= 80
+
+def test_fit_keeps_every_cell():
+    table = [[f'{c}{r}'*4 for c in 'abcdefghijklm'] for r in range(3)]
+    text = fit(table)
+    assert max(map(len, text.splitlines())) <= 80 and all(x in text for r in table for x in r)
+    assert fit([['a', 'b'], ['x'*90, '1']]).count('x'*90) == 1 # what cannot fit is not lost
+
+def test_published_figures_are_marked():
+    for name in ('llm', 'vlm', 'audio', 'pareto', 'hardware', 'kv-cache', 'combined'):
+        assert published(name)
+        for t in published(name):
+            assert 'not measured here' in repr(t) and 'not measured here' in t._repr_html_()
+            assert all(len(r) == len(t.columns) for r in t.rows) and max(map(len, repr(t).splitlines()[1:])) <= 80
+
+def test_demos_are_found_by_name(monkeypatch):
+    assert {'llm', 'pareto', 'hardware', 'kv-cache', 'combined'} <= set(names())
+    with pytest.raises(ValueError, match='no demo .*kv-cache'): find_demo('models') # a module, but none that has a demo
+    import sys, types
+    monkeypatch.setitem(sys.modules, 'optiq.vlm', types.SimpleNamespace(demo=len, __spec__=object()))
+    assert find_demo('vlm') is len
+
+def test_demo_on_the_command_line(tmp_path):
+    r = CliRunner().invoke(main, ['demo', 'kv-cache', '--fast', '--json', '-o', str(tmp_path/'d')])
+    assert r.exit_code == 0, r.stderr
+    d = json.loads(r.stdout)
+    assert d['demo'] == 'kv-cache' and d['about']['cpu'] and len(d['published']) == 3
+    assert {p.name for p in (tmp_path/'d').iterdir()} == {'tables.txt', 'demo.json', 'kv-analysis.png'}
+    r = CliRunner().invoke(main, ['demo', 'kv-cache', '--chip', 'M1'])
+    assert r.exit_code == 2 and '--chip' in r.stderr

@@ -82,7 +82,7 @@ def on_cpu(tmp_path, monkeypatch):
 def statistics(r, G, D, mean=1):
     return KeyPrecondition(mean*r.standard_normal((G, 1, D)).astype(np.float32), np.exp(.3*r.standard_normal((G, 1, D))).astype(np.float32))
 
-@pytest.mark.parametrize('D, G, N, kb, vb, T', [(128, 2, 2, 4, 4, 290), (64, 1, 3, 3, 2, 130), (64, 1, 8, 6, 5, 1), (128, 1, 1, 8, 3, 64)])
+@pytest.mark.parametrize('D, G, N, kb, vb, T', [(128, 2, 2, 4, 4, 290), (64, 1, 3, 3, 2, 130), (64, 1, 8, 8, 5, 1)])
 def test_kernels_do_what_the_composed_form_does(D, G, N, kb, vb, T, on_cpu, monkeypatch):
     r = np.random.default_rng(D+kb)
     k, v = (mx.array(r.standard_normal((1, G, T, D)).astype(np.float32)) for _ in 'kv')

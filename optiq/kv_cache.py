@@ -274,13 +274,8 @@ class Codec:
         "What is stored, as numbers"
         return mx.dequantize(*arrays, dtype=dtype, **self.how)
 
-    def encode_both(self, other, keys, values): # `other` is the codec of the values
-        "What the cache stores of both sides"
-        return self.encode(keys), other.encode(values)
-
     def turn(self, x): return x # queries into the space of stored keys
     def back(self, x): return x # outputs out of the space of stored values
-    def one(self, q, keys, values, scale): return None # attention of one query in a kernel of the codec's own, if it has one
 
 # %% ../nbs/06_kv_cache.ipynb #5f237784
 class Dense(Codec):
@@ -316,7 +311,6 @@ class At:
     def dense(self, arrays, dtype): return self.codec.dense(arrays, dtype)[:, :, :self.tokens]
     def turn(self, x): return self.codec.turn(x)
     def back(self, x): return self.codec.back(x)[..., :self.dim]
-    def one(self, *args): return self.codec.one(*args)
 
 # %% ../nbs/06_kv_cache.ipynb #b5141863
 class Stored:
@@ -334,9 +328,6 @@ AT_ONCE = 2**24 # elements of keys that are unpacked at a time
 
 def attend(q, keys: Stored, values: Stored, *, scale: float, mask=None, sinks=None, **_): # q (B, Hq, L, D) ▸ (B, Hq, L, Dv)
     "Attention over a stored cache"
-    if q.shape[2] == 1 and mask is None and sinks is None:
-        out = keys.codec.one(q, keys, values, scale)
-        if out is not None: return out
     many = q.shape[2] >= MANY
     out = (attend_dense if many else attend_packed)(keys.codec.turn(q), keys, values, scale, mask, sinks)
     return values.codec.back(out)
@@ -391,8 +382,7 @@ class Mixed:
     def write(self, keys, values, at: int): # (B, heads, T, D) each
         "Store keys and values behind the first `at` tokens"
         if self.keys is None: self.dims, self.dtype = (keys.shape[3], values.shape[3]), str(keys.dtype).split('.')[-1]
-        first, second = map(codec_of, self.formats)
-        new = first.encode_both(second, keys, values)
+        new = [codec_of(f).encode(x) for f, x in zip(self.formats, (keys, values))]
         self.keys, self.values = ([put(o, n, at, self.step) for o, n in zip(old or [None]*len(n_), n_)]
                                   for old, n_ in zip((self.keys, self.values), new))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATISTICS', 'KeyPrecondition', 'mlx_constant', 'watch_attention', 'key_statistics', 'save_preconditions',
-           'load_preconditions', 'preconditioned', 'RotatedCodec', 'rotation', 'turning', 'grid', 'group_of', 'centre',
-           'way_back', 'Turned', 'turned', 'findable', 'TurboQuantKVCache', 'BatchTurboQuantKVCache', 'turbo_cache',
+           'load_preconditions', 'preconditioned', 'RotatedCodec', 'rotation', 'turning', 'way_back', 'grid',
+           'group_of', 'Turned', 'turned', 'findable', 'TurboQuantKVCache', 'BatchTurboQuantKVCache', 'turbo_cache',
            'use_turbo_cache', 'make_turbo', 'TurboQuantStateCache']
 
 # %% ../nbs/08_turbo_cache.ipynb #68c6f3d1
@@ -24,7 +24,6 @@ from .backends import Backend, mlx_blocks
 from .formats import Format, parse_format
 from .kv_cache import (BatchMixedKVCache, Codec, MixedKVCache, codec_of, kv_layers, kv_layout, own_caches, read_kv_config)
 from .models import blocks_path
-from .turbo_kernels import attend_token, encode_token, fits
 from .turboquant import encode, library, pack, padded, rotation_matrix
 
 # %% ../nbs/08_turbo_cache.ipynb #0ee05dfc
@@ -184,19 +183,8 @@ class RotatedCodec(Codec):
 
     def back(self, x): # (B, query heads, L, padded D) ▸ the same, turned back
         if self.precondition is None: return x @ rotation(x.shape[-1], self.seed, x.dtype).T
-        (B, H, L, D), m = x.shape, way_back(self.precondition.scale.shape[-1], self.seed, self.precondition, x.dtype)
+        (B, H, L, D), m = x.shape, way_back(self.precondition, self.seed, x.dtype)
         return (x.reshape(B, len(m), -1, D) @ m).reshape(B, H, L, -1)
-
-    def encode_both(self, other, keys, values):
-        (_, G, T, D), short = keys.shape, isinstance(other, RotatedCodec) and keys.shape == values.shape
-        if T > 1 or not short or not fits(D, G, G): return super().encode_both(other, keys, values)
-        turns = (rotation(D, c.seed, mx.float32) for c in (self, other))
-        return encode_token(keys, values, *centre(self.precondition, other.precondition, G, D), *turns, (self.bits, other.bits))
-
-    def one(self, q, keys, values, scale):
-        other, (_, G, tokens, D) = values.codec.codec, keys.shape
-        if not isinstance(other, RotatedCodec) or D != values.shape[3] or not fits(D, G, q.shape[1]): return None
-        return attend_token(self.turn(q), keys.arrays, values.arrays, way_back(D, other.seed, other.precondition), tokens, scale, (self.bits, other.bits))
 
 # %% ../nbs/08_turbo_cache.ipynb #33ea8796
 def _encode(y, bits):
@@ -219,6 +207,13 @@ def turning(p: KeyPrecondition, seed: int, dtype): # (heads, D, padded D)
     mx.eval(m)
     return m
 
+@lru_cache(256)
+def way_back(p: KeyPrecondition, seed: int, dtype): # (heads, padded D, D)
+    "The inverse of the rotation, and of the scale of values"
+    m = mx.contiguous(rotation(p.scale.shape[-1], seed, mx.float32).T*mlx_constant(p, p.scale)).astype(dtype)
+    mx.eval(m)
+    return m
+
 # %% ../nbs/08_turbo_cache.ipynb #51912e69
 @lru_cache(16)
 def grid(shape: tuple, bits: int, dtype):
@@ -233,24 +228,6 @@ def group_of(codes, bits: int) -> tuple: # (size, groups in a vector)
     width = codes.shape[-1]*32//bits
     size = next(g for g in (128, 64, 32) if width % g == 0)
     return size, width//size
-
-# %% ../nbs/08_turbo_cache.ipynb #62aa2515
-@lru_cache(256)
-def centre(keys: KeyPrecondition | None, values: KeyPrecondition | None, heads: int, D: int) -> tuple: # (2, heads, D) float32 each
-    "Means and scales of both sides; 0 and 1 without a preconditioner"
-    means = [np.zeros((heads, D)) if p is None else p.mean[:, 0] for p in (keys, values)]
-    scales = [np.ones((heads, D)) if p is None else p.scale[:, 0] for p in (keys, values)]
-    pair = mx.array(np.stack(means), mx.float32), mx.array(np.stack(scales), mx.float32)
-    mx.eval(pair)
-    return pair
-
-@lru_cache(256)
-def way_back(D: int, seed: int, p: KeyPrecondition | None = None, dtype=mx.float32): # (padded D, D) or (heads, padded D, D)
-    "The inverse of the rotation, and of the scale of values"
-    m = rotation(D, seed, mx.float32).T
-    m = mx.contiguous(m if p is None else m*mlx_constant(p, p.scale)).astype(dtype)
-    mx.eval(m)
-    return m
 
 # %% ../nbs/08_turbo_cache.ipynb #4b574e7c
 @dataclass(frozen=True, order=True, repr=False)

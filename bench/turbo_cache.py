@@ -6,7 +6,7 @@
 
 `speed`    decode tokens/s and peak memory, random weights at the shapes of Qwen3-0.6B and Llama-3.1-8B, on MLX's default device
 `prefill`  seconds and peak memory of a prompt, the same models
-`checks`   attention of one query by every road against attention over the same numbers unpacked
+`checks`   attention of one query against attention in float32 over the same numbers unpacked
 `attention` microseconds of one layer's attention at a step
 `kl`       KL of whole models with every token quantized, rotated against affine and KIVI-style formats, and an allocation
 `compare`  error of attention on one model's keys and values, beside mlx-vlm's TurboQuant (where it is installed)
@@ -84,18 +84,17 @@ def cache_kinds(model):
             'tq4, dequantized first': make_turbo(model, 4),
             'tq3': make_turbo(model, 3), 'tq2': make_turbo(model, 2),
             'tq4, keys preconditioned': make_turbo(model, 4, precondition='prompt'),
-            'tq4, composed': make_turbo(model, 4), 'affine 4 bits, in one part': lambda: [MixedKVCache(affine, affine) for _ in range(n)]}
+            'affine 4 bits, in one part': lambda: [MixedKVCache(affine, affine) for _ in range(n)]}
 
 @contextmanager
 def road(kind):
     "The road of attention that a kind of cache takes"
-    from optiq import kv_cache, turbo_kernels
-    before = kv_cache.MANY, kv_cache.PART, turbo_kernels.FUSED
+    from optiq import kv_cache
+    before = kv_cache.MANY, kv_cache.PART
     if 'dequantized' in kind: kv_cache.MANY = 1
-    if 'dequantized' in kind or 'composed' in kind: turbo_kernels.FUSED = False
     if 'one part' in kind: kv_cache.PART = 0
     try: yield
-    finally: kv_cache.MANY, kv_cache.PART, turbo_kernels.FUSED = before
+    finally: kv_cache.MANY, kv_cache.PART = before
 
 def filled(model, shape, make, T, chunk=4096):
     "Caches of T tokens of random keys and values: a step's time does not depend on which"
@@ -145,7 +144,7 @@ def speed(args, report):
         mx.clear_cache()
     return figures()
 
-KINDS = ['fp16', 'affine 4 bits', 'tq4', 'affine 4 bits, mlx-lm', 'tq4, dequantized first', 'tq3', 'tq2', 'tq4, keys preconditioned', 'tq4, composed']
+KINDS = ['fp16', 'affine 4 bits', 'tq4', 'affine 4 bits, mlx-lm', 'tq4, dequantized first', 'tq3', 'tq2', 'tq4, keys preconditioned']
 
 def compared(model, name, T, kinds, args):
     import mlx.core as mx
@@ -228,20 +227,17 @@ def fill(model, caches, T, chunk=2048, vocab=1000):
 # attention by itself
 
 def checks(args, report):
-    "Relative distance of attention of one query on this device, by every road, from attention over the same numbers unpacked"
+    "Relative distance of attention of one query on this device from attention in float32 over the same numbers"
     import mlx.core as mx
-    from optiq import turbo_kernels
-    rows, fused = list(args.done.get('checks', {}).get('rows', [])), turbo_kernels.FUSED
+    rows = list(args.done.get('checks', {}).get('rows', []))
     for kind, *case in CHECKS:
         D, G, N, bits, T = case
         row = dict(kind=kind, head_dim=D, heads=G, queries=N, bits=bits, tokens=T+1)
-        if any(row.items() <= r.items() for r in rows) or kind == 'fused' and not fused: continue
+        if any(row.items() <= r.items() for r in rows): continue
         if time.time() > args.until: break
         q, (k, v) = mx.random.normal((1, G*N, 1, D)).astype(mx.bfloat16), mx.random.normal((2, 1, G, T, D)).astype(mx.bfloat16)
-        turbo_kernels.FUSED = fused and kind == 'fused'
         try: row |= far(kind, D, bits, q, k, v)
         except Exception as e: row |= dict(error=f'{type(e).__name__}: {" ".join(str(e).split())[:1500]}')
-        turbo_kernels.FUSED = fused
         rows.append(row)
         print(json.dumps(row), flush=True)
         report(dict(rows=rows))
@@ -249,8 +245,8 @@ def checks(args, report):
 
 FIRST = [(128, 8, 2, 4, 1000), (128, 8, 4, 4, 20000)] # head width, heads, queries a head, bits, tokens
 REST = [(128, 8, 4, 3, 5000), (128, 8, 4, 2, 5000), (64, 3, 3, 4, 700), (256, 2, 4, 6, 900), (128, 2, 8, 8, 300)]
-CHECKS = [('fused', *c) for c in FIRST+REST]+[(k, *c) for c in FIRST for k in ('composed', 'affine', 'affine, mlx-lm')]
-EVERY = CHECKS+[(k, *c) for c in REST for k in ('composed', 'affine', 'affine, mlx-lm')] # many kernels to compile
+CHECKS = [(k, *c) for c in FIRST for k in ('rotated', 'affine', 'affine, mlx-lm')]
+EVERY = CHECKS+[(k, *c) for c in REST for k in ('rotated', 'affine', 'affine, mlx-lm')] # many kernels to compile
 
 def far(kind, D, bits, q, k, v):
     "All but the last token in one go, the last one by itself, as in decoding"
@@ -265,45 +261,31 @@ def far(kind, D, bits, q, k, v):
         c.update_and_fetch(k, v)
         keys, values = c.update_and_fetch(*last)
         got = theirs(mx.array(q), keys, values, scale, None, 64, bits)
-        kk, vv = (mx.dequantize(*(mx.contiguous(a) for a in x), group_size=64, bits=bits) for x in (keys, values))
-        heads = lambda x: x
+        kk, vv = (mx.dequantize(*(mx.contiguous(a) for a in x), group_size=64, bits=bits, dtype=mx.float32) for x in (keys, values))
     else:
         c = MixedKVCache(f'{bits}g64', f'{bits}g64') if kind == 'affine' else TurboQuantKVCache(D, bits)
         c.update_and_fetch(k, v)
         keys, values = c.update_and_fetch(*last)
         got = attend(q, keys, values, scale=scale)
-        kk, vv = (x.codec.back(x.dense().astype(mx.float32)) for x in (keys, values))
-    want = mx.fast.scaled_dot_product_attention(q.astype(mx.float32), kk.astype(mx.float32), vv.astype(mx.float32), scale=scale)
-    off = mx.sqrt(((got.astype(mx.float32)-want)**2).sum()/(want**2).sum()).item()
-    out = dict(relative_error=off)
-    if kind == 'fused': # the last token's codes, against those that the composed road stores
-        from optiq.kv_cache import codec_of
-        a, b = (codec_of(f).encode(x) for f, x in zip(c.formats, last))
-        T = c.offset
-        out['codes_equal'] = float(np.mean([(np.array(x[:, :, T-1:T]) == np.array(y)).mean() for x, y in ((c.keys[0], a[0]), (c.values[0], b[0]))]))
-    return out
+        kk, vv = (x.codec.back(x.codec.dense(x.arrays, mx.float32)) for x in (keys, values)) # bfloat16 would add .5 % of its own
+    want = mx.fast.scaled_dot_product_attention(q.astype(mx.float32), kk, vv, scale=scale)
+    return dict(relative_error=mx.sqrt(((got.astype(mx.float32)-want)**2).sum()/(want**2).sum()).item())
 
 def attention(args, report):
-    "Microseconds of one layer's attention at a step, the storing of its token included, by road and by the length of the stretches"
+    "Microseconds of one layer's attention at a step, the storing of its token included"
     import mlx.core as mx
-    from mlx_lm.models.base import quantized_scaled_dot_product_attention as theirs
-    from mlx_lm.models.cache import KVCache, QuantizedKVCache
-    from optiq import turbo_kernels
-    from optiq.kv_cache import MixedKVCache, attend
+    from mlx_lm.models.cache import KVCache
+    from optiq.kv_cache import MixedKVCache
     from optiq.turbo_cache import TurboQuantKVCache
-    rows, before = [], turbo_kernels.STRETCHES
+    rows = []
     for T in args.contexts:
         for N in (4, 2):
             shape = dict(num_key_value_heads=8, head_dim=128)
             q = mx.random.normal((1, 8*N, 1, 128)).astype(mx.bfloat16)
             k, v = (mx.random.normal((1, 8, 1, 128)).astype(mx.bfloat16) for _ in 'kv')
-            kinds = {'fp16': KVCache, 'affine 4 bits': lambda: MixedKVCache('4g64', '4g64'), 'affine 4 bits, in one part': lambda: MixedKVCache('4g64', '4g64'),
-                     'tq4, composed': lambda: TurboQuantKVCache(128, 4), 'tq4, dequantized first': lambda: TurboQuantKVCache(128, 4)}
-            kinds |= {f'tq{b}, stretches of {c}': (lambda b=b: TurboQuantKVCache(128, b)) for b in (4, 3, 2) for c in ((128, 256, 512, 1024) if b == 4 else (512,))}
-            for kind, make in kinds.items():
-                if 'stretches' in kind:
-                    if not turbo_kernels.FUSED: continue
-                    turbo_kernels.STRETCHES = ((0, int(kind.split()[-1])),)
+            affine, rotated = lambda: MixedKVCache('4g64', '4g64'), lambda: TurboQuantKVCache(128, 4)
+            for kind, make in {'fp16': KVCache, 'affine 4 bits': affine, 'affine 4 bits, in one part': affine, 'tq4': rotated,
+                               'tq4, in one part': rotated, 'tq4, dequantized first': rotated}.items():
                 row = dict(context=T, queries=N, cache=kind)
                 try:
                     with road(kind):
@@ -318,10 +300,9 @@ def attention(args, report):
                         rounds(3)
                         row['us'] = 1e6*float(np.median([rounds(20) for _ in range(5)]))
                 except Exception as e: row['error'] = f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'
-                finally: turbo_kernels.STRETCHES = before
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-            report(dict(rows=rows))
+                report(dict(rows=rows))
     return dict(rows=rows)
 
 # quality

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'PART', 'MANY', 'AT_ONCE', 'KVLayer', 'kv_layers', 'own_caches', 'KVLayout', 'kv_layout', 'kv_sweep',
-           'at_context', 'plot_kv', 'kv_config', 'save_kv_config', 'read_kv_config', 'Codec', 'Dense', 'codec_of', 'At',
-           'Stored', 'attend', 'attend_packed', 'attend_dense', 'hook', 'Mixed', 'put', 'MixedKVCache', 'Padded',
-           'aligned', 'BatchMixedKVCache', 'use_kv_config', 'mixed_caches', 'generate_with_mixed_kv', 'cache_bytes',
-           'memory_table', 'optimize_kv', 'open_with_texts', 'untested', 'layer_table', 'memory_lines', 'write_kv',
-           'combine', 'parts', 'joint_plan', 'configurations', 'optimize_with_kv']
+           'at_context', 'plot_kv', 'kv_config', 'save_kv_config', 'read_kv_config', 'summable', 'Codec', 'Dense',
+           'codec_of', 'At', 'Stored', 'attend', 'attend_packed', 'attend_dense', 'hook', 'Mixed', 'put',
+           'MixedKVCache', 'Padded', 'aligned', 'BatchMixedKVCache', 'use_kv_config', 'mixed_caches',
+           'generate_with_mixed_kv', 'cache_bytes', 'memory_table', 'optimize_kv', 'open_with_texts', 'untested',
+           'layer_table', 'memory_lines', 'write_kv', 'combine', 'parts', 'joint_plan', 'configurations',
+           'optimize_with_kv']
 
 # %% ../nbs/06_kv_cache.ipynb #e99b884b
 import hashlib
@@ -257,6 +258,10 @@ def _check_fit(where, d, found, layers):
             if not divides(f, (1, dim)): raise ValueError(f'{where}: layer {l.index} is {dim} wide, which {f} does not divide')
 
 # %% ../nbs/06_kv_cache.ipynb #d1bfc04f
+def summable(a):
+    "Queries or weights in a type in which a product may be summed"
+    return a.astype(mx.float32) if mx.default_device() == mx.cpu else a
+
 class Codec:
     "Keys or values in one of MLX's quantized formats"
     def __init__(self, fmt: Format):
@@ -268,7 +273,7 @@ class Codec:
 
     def product(self, a, arrays, transpose: bool): # (B, heads, rows, D or T) ▸ (B, heads, rows, T or D)
         "`a` times what is stored, transposed or not"
-        return mx.quantized_matmul(a, *arrays, transpose=transpose, **self.how)
+        return mx.quantized_matmul(summable(a), *arrays, transpose=transpose, **self.how).astype(a.dtype)
 
     def dense(self, arrays, dtype): # ▸ (B, heads, T, D)
         "What is stored, as numbers"

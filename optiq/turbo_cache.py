@@ -22,7 +22,8 @@ from mlx_lm.models.cache import ArraysCache
 
 from .backends import Backend, mlx_blocks
 from .formats import Format, parse_format
-from .kv_cache import (BatchMixedKVCache, Codec, MixedKVCache, codec_of, kv_layers, kv_layout, own_caches, read_kv_config)
+from .kv_cache import (BatchMixedKVCache, Codec, MixedKVCache, codec_of, kv_layers, kv_layout, own_caches, read_kv_config,
+                            summable)
 from .models import blocks_path
 from .turboquant import encode, library, pack, padded, rotation_matrix
 
@@ -163,7 +164,7 @@ class RotatedCodec(Codec):
 
     def product(self, a, arrays, transpose):
         codes, scales = arrays
-        x = a.astype(mx.float32) if a.dtype == mx.float16 else a
+        x = a.astype(mx.float32) if a.dtype == mx.float16 else summable(a)
         scales = scales.swapaxes(-1, -2).astype(x.dtype)
         if not transpose: x = x*scales
         out = mx.quantized_matmul(mx.contiguous(x), codes, *self.grid(codes, x.dtype), transpose=transpose, **self.how(codes))

@@ -130,7 +130,7 @@ def peak(args):
     with tempfile.TemporaryDirectory() as d:
         model = random_model(f'{d}/m')
         layout = kv_layout(model, args.long)
-        for kind in ('dense', '8g64/8g64', '5g64/3g64', '4g64/4g64'):
+        for kind in ('dense', '8g64/8g64', '5g64/3g64', '4g64/4g64', 'tq4/tq4'):
             for _ in range(2 if GPU else 1): # the first one compiles
                 mx.clear_cache()
                 mx.reset_peak_memory()

@@ -62,13 +62,16 @@ def on_cpu(tmp_path, monkeypatch):
             made.append(name)
             given = [np.array(a) for a in inputs]
             out = [np.zeros(s, NP_TYPES[d]) for s, d in zip(output_shapes, output_dtypes)]
-            params = ', '.join([f'const {C_TYPES[a.dtype]}* {n}' for n, a in zip(ins, inputs)]+[f'{C_TYPES[d]}* {n}' for n, d in zip(outs, output_dtypes)])
+            params = ', '.join([f'const {C_TYPES[a.dtype]}* {n}' for n, a in zip(ins, inputs)]+
+                               [f'{C_TYPES[d]}* {n}' for n, d in zip(outs, output_dtypes)])
             using = ''.join(f'using {n} = {C_TYPES[d]};' for n, d in template)
             so = tmp_path/f'{name}.so'
             if not so.exists():
-                (tmp_path/'k.cpp').write_text(f'{CPU}static void kernel({params}) {{ {using}\n{body}\n}}\nextern "C" void run(int x_, int y_, int n_, {params}) '
+                (tmp_path/'k.cpp').write_text(f'{CPU}static void kernel({params}) {{ {using}\n{body}\n}}\n'
+                                              f'extern "C" void run(int x_, int y_, int n_, {params}) '
                                               f'{{ launch(x_, y_, n_, [=] {{ kernel({", ".join([*ins, *outs])}); }}); }}')
-                subprocess.run(['g++', '-std=c++20', '-O1', '-w', '-shared', '-fPIC', '-pthread', str(tmp_path/'k.cpp'), '-o', str(so)], check=True)
+                flags = '-std=c++20 -O1 -w -shared -fPIC -pthread'.split()
+                subprocess.run(['g++', *flags, str(tmp_path/'k.cpp'), '-o', str(so)], check=True)
             assert not grid[0] % threadgroup[0]
             ctypes.CDLL(str(so)).run(grid[0]//threadgroup[0], grid[1], threadgroup[0], *(a.ctypes.data_as(ctypes.c_void_p) for a in given+out))
             return [mx.array(a) for a in out]

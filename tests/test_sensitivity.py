@@ -43,24 +43,6 @@ def test_replay_equals_one_forward_per_probe(models, architecture, backend):
     np.testing.assert_allclose(got[large], want[large], rtol=1e-4)
     np.testing.assert_allclose(got[~large], want[~large], atol=1e-9)
 
-@pytest.mark.parametrize('backend', ['torch', 'mlx'])
-@pytest.mark.parametrize('architecture', TEXT)
-def test_probes_in_one_call_equal_probes_alone(models, architecture, backend, monkeypatch):
-    "As on a GPU: the probes of a block in one call, also in a model that is quantized already"
-    import optiq.products as products
-    calls, each = [], products.each
-    monkeypatch.setattr(products, 'each', lambda b, i, x, changes: calls.append(len(changes)) or each(b, i, x, changes))
-    c = models[architecture]
-    b, tokens = BACKENDS[backend](c), tokens_for(c)
-    base = {u.path: perturb((u, Format(6)))[u.path] for u in c.units[1:6]}
-    todo = probes(c.units, [Format(3), Format(8)])[::2]
-    for start in {}, base:
-        alone = measure(b, tokens, todo, base=start)
-        b.together = True
-        np.testing.assert_allclose(measure(b, tokens, todo, base=start), alone, rtol=1e-4, atol=1e-9)
-        b.together = False
-    assert max(calls) > 1
-
 @pytest.mark.parametrize('architecture', TEXT)
 def test_torch_and_mlx_agree(models, architecture):
     c = models[architecture]

@@ -125,9 +125,9 @@ def warm(*a): return all_units(*a)[:1]
 def part(*a): return all_units(*a)[::every]
 run = lambda: s.analyze_sensitivity_exact(model, lambda: [((t,), {}) for t in tokens], candidate_bits=[3, 4, 8], n_calibration=len(tokens))
 s._quantizable_linears = warm; run()
-s._quantizable_linears = part; start = time.time(); done = len(run())
+s._quantizable_linears = part; start, cpu = time.time(), time.process_time(); done = len(run())
 from importlib.metadata import version
-print(json.dumps(dict(seconds=time.time()-start, units=done, of=len(all_units(model, 64)), mlx_lm=version('mlx-lm'), mlx=version('mlx'))))
+print(json.dumps(dict(seconds=time.time()-start, cpu=time.process_time()-cpu, units=done, of=len(all_units(model, 64)), mlx_lm=version('mlx-lm'), mlx=version('mlx'))))
 """
 
 OURS = """
@@ -139,13 +139,14 @@ from optiq.sensitivity import estimate, measure, on_gpu, probes
 b, tokens, widths = TorchBackend(Checkpoint(sys.argv[1])), np.array(json.loads(sys.argv[2])), [Format(3), Format(4), Format(8)]
 todo = probes(b.checkpoint.units, widths)
 measure(b, tokens, todo if on_gpu(b) else todo[:8])
-told, start = estimate(b, widths, tokens)['seconds'], time.time()
+told, start, cpu = estimate(b, widths, tokens)['seconds'], time.time(), time.process_time()
 measure(b, tokens, todo)
-print(json.dumps(dict(seconds=time.time()-start, estimate_s=told, units=len(b.checkpoint.units))))
+print(json.dumps(dict(seconds=time.time()-start, cpu=time.process_time()-cpu, estimate_s=told, units=len(b.checkpoint.units))))
 """
 
 def peer(args, c, tokens):
-    "Each in a process of its own: as installed, then with OpenBLAS preloaded for both, where OPENBLAS names it"
+    """Each in a process of its own: as installed, then with OpenBLAS preloaded for both, where OPENBLAS names it.
+    Seconds of the cores, of all threads, stand beside those of the clock: other work on the machine leaves them nearly as they are."""
     every, texts = 1 if os.environ.get('CUDA_VISIBLE_DEVICES') else args.every, json.dumps(tokens[:2].tolist())
     def run(preload, python, *argv):
         r = subprocess.run([python, '-c', *argv], env=os.environ | dict(LD_PRELOAD=preload), capture_output=True, text=True)
@@ -156,9 +157,9 @@ def peer(args, c, tokens):
         if preload is None: continue
         ours = run(preload, sys.executable, OURS, str(c.folder), texts)
         theirs = run(preload, args.peer_python, PEER, args.peer, str(c.folder), texts, str(every))
-        total = theirs['seconds']/theirs['units']*ours['units']
+        total, cpu = (theirs[k]/theirs['units']*ours['units'] for k in ('seconds', 'cpu'))
         found[name] = dict(ours_s=ours['seconds'], estimate_s=ours['estimate_s'], seconds_for_our_units=total, ratio=total/ours['seconds'],
-                           units_timed=theirs['units'], units_it_scores=theirs['of'], versions={k: theirs[k] for k in ('mlx', 'mlx_lm')})
+                           cpu_seconds=[cpu, ours['cpu']], cpu_ratio=cpu/ours['cpu'], units_timed=theirs['units'], units_it_scores=theirs['of'], versions={k: theirs[k] for k in ('mlx', 'mlx_lm')})
         print(name, json.dumps(found[name]), flush=True)
     return dict(theirs=found, tokens=[2, tokens.shape[1]])
 

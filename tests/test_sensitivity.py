@@ -175,6 +175,15 @@ def test_estimate_names_time_and_memory(models):
     e = estimate(TorchBackend(models['qwen3']), ['4g64'], (4, 32))
     assert e['seconds'] > 0 and e['bytes'] > 0 and e['probes'] == len(probes(models['qwen3'].units, [Format(4)]))
 
+def test_estimate_is_right_within_a_factor_of_one_and_a_half(monkeypatch):
+    "By the clock of this process, which stands still while other work has the core"
+    monkeypatch.setattr('time.perf_counter', time.process_time)
+    b = TorchBackend(Checkpoint('demo'))
+    tokens = tokens_for(b.checkpoint, 2, 128)
+    told, start = estimate(b, ['4g64'], tokens)['seconds'], time.process_time()
+    kl_sweep(b, tokens, ['4g64'], progress=False)
+    assert 1/1.5 < told/(time.process_time()-start) < 1.5
+
 def test_experts_are_quantized_as_one_tensor(models):
     c = models['qwen3_moe']
     unit = next(u for u in c.units if u.kind == 'experts.up_proj')

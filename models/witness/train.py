@@ -83,19 +83,34 @@ def rows(tok, turns, length):
 
 def pixels(d): return np.asarray(d.draw())
 
+CELLS = D.GRID**2 # of 32 × 32 pixels: as many as the image has tokens
+FACTS = len(D.LETTERS)+len(D.COLOURS)+len(D.SHAPES)+1+2*CELLS+2*len(D.LETTERS)
+
+def facts(d):
+    "What stands in each cell, (CELLS, FACTS) of 0 and 1: label, colour, shape, anything; where its arrows lead and come from, by place and label"
+    at, out = {n.label: n.cell[1]*D.GRID+n.cell[0] for n in d.nodes}, np.zeros((CELLS, FACTS), np.uint8)
+    starts = np.cumsum([0, len(D.LETTERS), len(D.COLOURS), len(D.SHAPES), 1, CELLS, CELLS, len(D.LETTERS)])
+    for n in d.nodes:
+        what = D.LETTERS.index(n.label), list(D.COLOURS).index(n.colour), D.SHAPES.index(n.shape), 0
+        out[at[n.label], starts[:4]+what] = 1
+    for a, b in d.arrows:
+        out[at[a], [starts[4]+at[b], starts[6]+D.LETTERS.index(b)]] = 1
+        out[at[b], [starts[5]+at[a], starts[7]+D.LETTERS.index(a)]] = 1
+    return out
+
 def worker(k, tok_json, length, n, folder, queue):
     "Draw chunks of n training diagrams without end"
     from tokenizers import Tokenizer
     tok, r, i = Tokenizer.from_str(tok_json), random.Random(f'witness {k}'), 0
     while True:
-        drawn, turns = [], []
+        drawn, turns, known = [], [], []
         while len(drawn) < n:
             d = D.diagram(r)
-            if D.fits(d, 'train'): drawn.append(pixels(d)); turns += tasks_of(r, d)
+            if D.fits(d, 'train'): drawn.append(pixels(d)); known.append(facts(d)); turns += tasks_of(r, d)
         path = f'{folder}/{k}-{i}'
         np.stack(drawn).tofile(path)
         ids, spans = rows(tok, turns, length)
-        queue.put((path, ids.reshape(n, 4, -1), spans.reshape(n, 4, 2)))
+        queue.put((path, ids.reshape(n, 4, -1), spans.reshape(n, 4, 2), np.stack(known)))
         i += 1
 
 class Store:
@@ -105,16 +120,17 @@ class Store:
         self.images = torch.empty((room, D.SIZE, D.SIZE, 3), dtype=torch.uint8, device=device)
         self.ids = torch.empty((room, 4, length), dtype=torch.int16, device=device)
         self.spans = torch.empty((room, 4, 2), dtype=torch.int16, device=device)
+        self.known = torch.empty((room, CELLS, FACTS), dtype=torch.uint8, device=device)
         threading.Thread(target=self.fill, daemon=True).start()
     def fill(self):
         stream = torch.cuda.Stream() if self.device == 'cuda' else None
         while True:
-            path, ids, spans = self.queue.get()
+            path, ids, spans, known = self.queue.get()
             images = np.fromfile(path, np.uint8).reshape(-1, D.SIZE, D.SIZE, 3)
             os.remove(path)
             at = self.seen%self.room
             with torch.cuda.stream(stream):
-                for own, new in zip((self.images, self.ids, self.spans), (images, ids, spans)):
+                for own, new in zip((self.images, self.ids, self.spans, self.known), (images, ids, spans, known)):
                     own[at:at+self.chunk].copy_(torch.from_numpy(new))
                 if stream: stream.synchronize()
             self.seen += self.chunk
@@ -123,7 +139,7 @@ class Store:
         whole, margin = self.seen, 16*self.chunk
         oldest = max(0, whole-self.room+margin)
         i = torch.randint(oldest, whole, (n,), device=self.device)%self.room
-        return self.images[i], self.ids[i].long(), self.spans[i].long()
+        return self.images[i], self.ids[i].long(), self.spans[i].long(), self.known[i]
 
 # --- Qwen3-VL for images of one size ------------------------------------------------------------------------------
 
@@ -247,9 +263,10 @@ class Witness(nn.Module):
                     std *= (2*depth)**-.5
                 nn.init.normal_(p, 0, std)
             elif name.endswith('bias'): nn.init.zeros_(p)
-    def forward(self, images, ids): # (B, 160, 160, 3), (B, K, L) ▸ (B·K, L, vocab)
+    def forward(self, images, ids, tell=None): # (B, 160, 160, 3), (B, K, L) ▸ (B·K, L, vocab)
         lm, (B, K, L) = self.model.language_model, ids.shape
         seen, deep = self.model.visual(images)
+        if tell is not None: tell.append(seen)
         x, at = lm.embed_tokens(ids.view(B*K, L)), slice(self.first, self.first+TOKENS)
         def each(t): return t.repeat_interleave(K, 0).to(x.dtype)
         x = torch.cat([x[:, :self.first], each(seen), x[:, at.stop:]], 1)
@@ -269,6 +286,12 @@ def losses(logits, ids, spans):
     t = torch.arange(1, L, device=ids.device)
     on = ((t >= spans[..., :1]) & (t < spans[..., 1:])).float()
     return (ce*on).sum(-1)/on.sum(-1)
+
+def loss_of_facts(logits, known):
+    "Mean over all facts, those that hold and those that do not weighted alike"
+    known = known.to(logits.dtype)
+    ce = F.binary_cross_entropy_with_logits(logits, known, reduction='none')
+    return .5*((ce*known).sum()/known.sum()+(ce*(1-known)).sum()/(1-known).sum())
 
 class Exam:
     "Held-out questions, with pictures and with empty ones"
@@ -322,6 +345,7 @@ def main():
     p.add_argument('--minutes', type=float, default=7, help='of wall clock, until training ends')
     p.add_argument('--images', type=int, default=256, help='in a batch; four questions each')
     p.add_argument('--lr', type=float, default=1.2e-3)
+    p.add_argument('--facts', type=float, default=4., help='weight of what stands in each cell, read off the image tokens by a linear probe')
     p.add_argument('--workers', type=int, default=max(1, min(14, (os.cpu_count() or 2)-2)))
     p.add_argument('--room', type=int, default=360_448, help='diagrams kept on the device')
     p.add_argument('--exam', type=int, default=2000, help='held-out questions')
@@ -360,19 +384,22 @@ def train(a, tok, queue, chunk):
     store = Store(a.room//chunk*chunk, chunk, a.length, device, queue)
     while store.seen < chunk*(2 if a.smoke else 24): time.sleep(.1)
     log(f'{store.seen} diagrams drawn')
-    groups = [dict(params=[p for p in model.parameters() if (p.dim() > 1) == big], weight_decay=.05*big) for big in (True, False)]
+    probe = nn.Linear(config['vision_config']['out_hidden_size'], FACTS).to(device) # helps to train, and is thrown away
+    params = [*model.parameters(), *probe.parameters()]
+    groups = [dict(params=[p for p in params if (p.dim() > 1) == big], weight_decay=.05*big) for big in (True, False)]
     adam = torch.optim.AdamW(groups, lr=a.lr, betas=(.9, .98), fused=device == 'cuda')
 
     def step(lr):
         for g in adam.param_groups: g['lr'] = lr
-        images, ids, spans = store.batch(a.images)
-        with half: logits = model(images, ids)
-        each = losses(logits, ids, spans)
+        images, ids, spans, known = store.batch(a.images)
+        seen = []
+        with half: logits, told = model(images, ids, seen), probe(seen[0])
+        each, facts_lost = losses(logits, ids, spans), loss_of_facts(told.float(), known)
         adam.zero_grad(set_to_none=True)
-        each.mean().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        (each.mean()+a.facts*facts_lost).backward()
+        nn.utils.clip_grad_norm_(params, 1.)
         adam.step()
-        return each.detach().mean(0)
+        return torch.cat([each.detach().mean(0), facts_lost.detach()[None]])
 
     def blocks(): return [*model.model.visual.blocks, *model.model.language_model.layers]
     if not a.eager:

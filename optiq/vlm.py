@@ -192,15 +192,15 @@ def demo(
     from optiq.knapsack import allocate, default_of_vlm, make_plan, uniform
     from optiq.sensitivity import kl_sweep
     b, s = open_backend(Checkpoint(model or find_witness(), model_type='vlm')), sizes(fast)
-    c, asked = b.checkpoint, questions_of(questions, s.problems)
-    sweep = kl_sweep(b, samples(c, text, s.n), [2, 3, 4, 6], progress=not fast)
+    c, asked = b.checkpoint, questions_of(questions, s.problems//2)
+    sweep = kl_sweep(b, samples(c, text, s.n//2), [2, 3, 4], progress=not fast)
     plans = {'as it is': make_plan(c, c.formats), 'mlx-vlm, vision at 16': default_of_vlm(c)}
     for k in (4, 3): plans |= {f'uniform {k}': uniform(c, k), f'optiq, bytes of {k}': allocate(sweep, max_bytes=uniform(c, k).nbytes)}
     plans['uniform 2'] = uniform(c, 2)
     variants, best = rounded(b, dict(list(plans.items())[1:])), plans['optiq, bytes of 4']
     if out is not None: variants['optiq, bytes of 4'] = overrides_of_saved(convert(c, best, out, sweep, True, calibration=text))
-    about = dict(model=c.name, text=text, calibration=f'{s.n} pictures', evaluation=f'{5*s.eval_n} other pictures',
+    about = dict(model=c.name, text=text, calibration=f'{s.n//2} pictures', evaluation=f'{2*s.eval_n} other pictures',
                  questions=f'{len(asked)} of {questions}', **machine())
-    report = Report(seen(b, samples(c, text, 5*s.eval_n, 'test'), asked, plans, variants), about)
+    report = Report(seen(b, samples(c, text, 2*s.eval_n, 'test'), asked, plans, variants), about)
     figures = dict(sensitivity=partial(sweep.plot, fmt='2g64'), quality=report.plot)
     return Demo('vlm', [report, by_part(c, sweep, best)], figures, about, dict(sweep=sweep, plans=plans))

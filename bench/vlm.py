@@ -17,20 +17,19 @@ import tempfile
 import time
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 from optiq.backends import open_backend
 from optiq.calibration import fingerprint
 from optiq.evals.ai2d import ai2d
-from optiq.evals.perplexity import evaluate, overrides_of
+from optiq.evals.perplexity import evaluate
 from optiq.evals.report import Report, joined, machine, score_row
-from optiq.formats import AS_IS, Format, quantize_dequantize
+from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate, make_plan, uniform
 from optiq.models import Checkpoint, read_header
 from optiq.rounding import as_overrides, round_model
 from optiq.sensitivity import Sweep, kl_sweep
-from optiq.vlm import samples
+from optiq.vlm import rounded, samples
 
 WIDTHS = [Format(k, 64) for k in (2, 3, 4, 5, 6)]
 PARTS = 'vision', 'projector', 'language'
@@ -44,13 +43,6 @@ def default_plan(c, **options):
         stored = sum(t['data_offsets'][1]-t['data_offsets'][0] for f in saved.files for t in read_header(f).values())
         return make_plan(c, {u.path: saved.formats[u.path] for u in c.units}, 'mlx-vlm 4 bits, vision at 16'), stored
 
-def ready(b, plan, quantize=quantize_dequantize) -> dict:
-    "The weights of a plan after the round trip, computed once"
-    def kept(x): return lambda w: x
-    out = {path: f(b.unit_weight(path)) for path, f in overrides_of(plan, quantize).items()}
-    mx.eval(out)
-    return {path: kept(x) for path, x in out.items()}
-
 def mean(x): return dict(kl=float(x.mean()), se=float(x.std(ddof=1)/len(x)**.5), n=len(x))
 
 def sweep(args, b):
@@ -60,8 +52,8 @@ def sweep(args, b):
     seconds, frame = time.time()-start, found.to_frame()
     found.save(args.sweep)
     scored, units = samples(b.checkpoint, n=args.parts_n, split='test'), b.checkpoint.units
-    whole = {f'{p} {f}': ready(b, make_plan(b.checkpoint, {u.path: f if u.part == p else AS_IS for u in units})) for p in PARTS for f in WIDTHS[:3]}
-    joint = evaluate(b, scored, whole)
+    whole = {f'{p} {f}': make_plan(b.checkpoint, {u.path: f if u.part == p else AS_IS for u in units}) for p in PARTS for f in WIDTHS[:3]}
+    joint = evaluate(b, scored, rounded(b, whole))
     rows = [dict(unit=r.unit, part=r.part, kind=r.kind, block=b.checkpoint.unit[r.unit].block, format=r.format,
                  params=int(r.params), kl=float(f'{r.kl:.4g}'), se=float(f'{r.se:.3g}')) for r in frame.itertuples()]
     return dict(seconds=round(seconds), samples=args.n, calibration=fingerprint(calibration), units=rows,
@@ -77,7 +69,7 @@ def compare(args, b):
              'optiq, bytes of mlx-vlm': allocate(found, max_bytes=default.nbytes, formats=[*WIDTHS, AS_IS])}
     for k in (4, 3): plans |= {f'uniform {k} bits': flat[k], f'optiq, bytes of {k} bits': allocate(found, max_bytes=flat[k].nbytes)}
     plans['uniform 2 bits'] = flat[2]
-    variants = {n: ready(b, p) for n, p in plans.items() if n != 'bfloat16'}
+    variants = rounded(b, {n: p for n, p in plans.items() if n != 'bfloat16'})
     again = [(n, 'gptq') for n in plans if n[-6:] in ('4 bits', '3 bits') and 'vision' not in n]+[('optiq, bytes of 4 bits', 'search')]
     for n, method in again:
         plans[f'{n}, {method}'] = plans[n]
@@ -88,6 +80,7 @@ def compare(args, b):
         row = score_row(n, p, scores['reference' if n == 'bfloat16' else n], on)
         if args.questions: row = joined(row, ai2d(b, args.questions, 'diagrams', free=False, overrides=variants.get(n, {}), name=n, size=p).rows[0])
         for k in ('perplexity', 'perplexity_se', 'agreement', 'agreement_se'): row.pop(k)
+        row['items'] = dict(kl=[float(f'{x:.4g}') for x in row['items']['kl']], **{k: v for k, v in row['items'].items() if k == 'diagrams'})
         rows.append(row | dict(nbytes=int(p.nbytes), raised=raised(c, p)))
         print(n, f'KL {row["kl"]:.3g} ± {row["kl_se"]:.2g}', f'{p.nbytes:,} bytes', row.get('diagrams'), flush=True)
     report = Report.compare(Report(rows, dict(samples=args.eval_n, rounded_on=args.rounding_n, questions=args.questions)))

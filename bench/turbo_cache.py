@@ -266,7 +266,6 @@ def far(kind, D, bits, q, k, v):
         keys, values = c.update_and_fetch(*last)
         got = theirs(mx.array(q), keys, values, scale, None, 64, bits)
         kk, vv = (mx.dequantize(*(mx.contiguous(a) for a in x), group_size=64, bits=bits) for x in (keys, values))
-        heads = lambda x: x
     else:
         c = MixedKVCache(f'{bits}g64', f'{bits}g64') if kind == 'affine' else TurboQuantKVCache(D, bits)
         c.update_and_fetch(k, v)

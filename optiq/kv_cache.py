@@ -300,7 +300,7 @@ PART = 1024 if mx.cuda.is_available() else 0 # tokens in a part of the product w
 
 class At:
     "A codec at a moment: `tokens` of the room are used, heads are `dim` wide"
-    def __init__(self, codec: Codec, tokens: int, dim: int): self.codec, self.tokens, self.dim = codec, tokens, dim
+    def __init__(self, codec, tokens: int, dim: int): self.codec, self.tokens, self.dim = codec, tokens, dim
 
     def product(self, a, arrays, transpose):
         if transpose: return self.codec.product(a, arrays, True)[..., :self.tokens]

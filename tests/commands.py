@@ -19,10 +19,11 @@ def documents() -> dict: # name ▸ its Markdown
     return text | {p.relative_to(root).as_posix(): p.read_text(encoding='utf-8') for p in (root/'models').rglob('*.md')}
 
 def commands_of(text: str) -> list[str]:
-    "The lines of its shell blocks, continued ones joined, comments taken off"
+    "The lines of its shell blocks, continued ones joined, comments taken off; of what a shell would source, the command that writes it"
     blocks = re.findall(r'^```(?:sh|bash|shell|console)\n(.*?)^```', text, re.S | re.M)
     lines = re.sub(r'\s*\\\n\s*', ' ', '\n'.join(blocks)).splitlines()
-    return [c for line in lines if (c := re.sub(r'(^|\s+)#.*', '', line).removeprefix('$ ').strip())]
+    found = [c for line in lines if (c := re.sub(r'(^|\s+)#.*', '', line).removeprefix('$ ').strip())]
+    return [re.sub(r'^eval "\$\((.*)\)"$|^(.*) \| source$', r'\1\2', c) for c in found]
 
 def split(command: str) -> tuple: # environment, words
     words = shlex.split(command)
@@ -36,7 +37,7 @@ def run(command: str, folder: Path) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     start = time.time()
-    r = CliRunner().invoke(main, words[1:], env=env, default_map=SMALL)
+    r = CliRunner().invoke(main, words[1:], prog_name='optiq', env=env, default_map=SMALL)
     return dict(code=r.exit_code, seconds=round(time.time()-start, 1), output=r.output[-1500:])
 
 if __name__ == '__main__':

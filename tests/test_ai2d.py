@@ -7,17 +7,19 @@ ANIMALS = ['fox', 'field mouse', 'grass', 'mouse']
 CASES = [
     ('B', 'B'), ('B.', 'B'), ('b', 'B'), ('b)', 'B'), ('(B)', 'B'), ('[b]', 'B'), (' C\n', 'C'), ('**D**', 'D'), ('`A`', 'A'), ('Ｂ', 'B'),
     ('B. field mouse', 'B'), ('C: grass', 'C'), ('A) fox', 'A'), ('- D', 'D'), ('# C', 'C'), ('A', 'A'), ('a', 'A'), ('A.', 'A'),
-    ('Answer: B', 'B'), ('answer is c', 'C'), ('The answer is (b).', 'B'), ('The correct answer is **C**.', 'C'), ('The correct option is D', 'D'),
-    ('The answer is option C.', 'C'), ('The answer should be B, not A.', 'B'), ('Option D', 'D'), ('I choose B', 'B'), ('I would pick (c).', 'C'),
-    (r'\boxed{B}', 'B'), (r'$\boxed{\text{D}}$', 'D'), (r'So the answer is $\boxed{\mathrm{C}}$.', 'C'), ('Answer = A', 'A'),
-    ('A or B? The answer is B.', 'B'), ('The arrow from A leads to B. Answer: C', 'C'), ('Answer: A. Wait, the answer is C.', 'C'),
-    ('B because A is wrong', 'B'), ('A because the fox eats it', 'A'), ('A is right', 'A'), ('It is D.', 'D'), ("It's not A, it's C.", 'C'),
-    ('Not A but B', 'B'), ('Rather than B, D', 'D'), ('A mouse eats the grass, so the answer is D.', 'D'), ('A fox', 'A'), ('a field mouse', 'B'),
-    ('fox', 'A'), ('The field mouse.', 'B'), ('Grass!', 'C'), ('It is the mouse', 'D'), ('I think it is the fox.', 'A'), ('I', None),
-    ('<think>A? B? No.</think>\nC', 'C'), ('<think>It may be A', None), ('C\n\nQuestion: and B?\nA', 'C'), ('C</s>', 'C'), ('B<|im_end|>', 'B'),
-    ('A and C', None), ('A, B', None), ('The answer is A or B.', None), ('Either C or D', None), ('A. fox\nB. field mouse\nC. grass\nD. mouse', None),
-    ('A. fox\nB. field mouse\nC. grass\nD. mouse\nAnswer: D', 'D'), ('E', None), ('The answer is E.', None), ('', None), ('?', None), ('None of them', None),
-    ('The fox eats the grass', None), ('Because', None), ("I can't tell", None), ("It's the hawk", None), ('A lion', None)]
+    ('Answer: B', 'B'), ('answer is c', 'C'), ('The answer is (b).', 'B'), ('The correct answer is **C**.', 'C'),
+    ('The correct option is D', 'D'), ('The answer is option C.', 'C'), ('The answer should be B, not A.', 'B'), ('Option D', 'D'),
+    ('I choose B', 'B'), ('I would pick (c).', 'C'), (r'\boxed{B}', 'B'), (r'$\boxed{\text{D}}$', 'D'),
+    (r'So the answer is $\boxed{\mathrm{C}}$.', 'C'), ('Answer = A', 'A'), ('A or B? The answer is B.', 'B'),
+    ('The arrow from A leads to B. Answer: C', 'C'), ('Answer: A. Wait, the answer is C.', 'C'), ('B because A is wrong', 'B'),
+    ('A because the fox eats it', 'A'), ('A is right', 'A'), ('It is D.', 'D'), ("It's not A, it's C.", 'C'), ('Not A but B', 'B'),
+    ('Rather than B, D', 'D'), ('A mouse eats the grass, so the answer is D.', 'D'), ('A fox', 'A'), ('a field mouse', 'B'), ('fox', 'A'),
+    ('The field mouse.', 'B'), ('Grass!', 'C'), ('It is the mouse', 'D'), ('I think it is the fox.', 'A'), ('I', None),
+    ('<think>A? B? No.</think>\nC', 'C'), ('<think>It may be A', None), ('C\n\nQuestion: and B?\nA', 'C'), ('C</s>', 'C'),
+    ('B<|im_end|>', 'B'), ('A and C', None), ('A, B', None), ('The answer is A or B.', None), ('Either C or D', None),
+    ('A. fox\nB. field mouse\nC. grass\nD. mouse', None), ('A. fox\nB. field mouse\nC. grass\nD. mouse\nAnswer: D', 'D'), ('E', None),
+    ('The answer is E.', None), ('', None), ('?', None), ('None of them', None), ('The fox eats the grass', None), ('Because', None),
+    ("I can't tell", None), ("It's the hawk", None), ('A lion', None)]
 
 @pytest.mark.parametrize('text,want', CASES)
 def test_letter(text, want): assert letter_of(text, ANIMALS) == want

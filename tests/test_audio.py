@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip('mlx_audio')
 import mlx.core as mx
-from optiq.audio import family, load_speech, qwen3_asr_sample, speech_samples, transcribe, whisper_sample
+from optiq.audio import load_speech, qwen3_asr_sample, speech_samples, transcribe, whisper_sample
 from optiq.speech import RATE, Clip, clips
 from optiq.tiny import tiny
 

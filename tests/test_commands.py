@@ -22,12 +22,13 @@ HERE = [(name, c) for name, c in OPTIQ if not any(re.search(p, c) for p in ELSEW
 
 def test_something_was_found():
     assert len(HERE) >= 20 and len(OPTIQ) > len(HERE) and len(FOUND) > len(OPTIQ)
-    assert commands_of('```sh\na b \\\n  c # d\n# e\n$ f\n```\n`x`\n```python\ng\n```') == ['a b c', 'f']
+    assert commands_of('```sh\na b \\\n  c # d\n# e\n$ f\neval "$(g)"\nh | source\n```\n`x`\n```python\ni\n```') == ['a b c', 'f', 'g', 'h']
 
 def parsed(words: list):
     "Click's reading of a command; raises where an option or a value is not known"
     from optiq.cli import main
     group = main.make_context('optiq', words[:1], resilient_parsing=True)
+    if not words: return group
     name, command, _ = main.resolve_command(group, words[:1])
     return command.make_context(name, words[1:], parent=group)
 

@@ -42,7 +42,8 @@ def sample_for(b, seed=0):
     if kind == 'whisper': return dict(mel=r.standard_normal((1, 200, 80)), tokens=r.integers(0, 512, (1, 9)), scored=np.eye(9)[None, 3:7].sum(1))
     if c.model_type == 'vlm': return vision_sample(c, seed)
     features, mask, n = b.model._preprocess_audio(r.standard_normal(8000).astype('f4'))
-    return dict(input_ids=np.array(b.model._build_prompt(n, 'English')), input_features=np.array(features), feature_attention_mask=np.array(mask))
+    return dict(input_ids=np.array(b.model._build_prompt(n, 'English')),
+                input_features=np.array(features), feature_attention_mask=np.array(mask))
 
 @pytest.fixture(scope='module')
 def samples(backends): return {a: [sample_for(b, seed) for seed in range(2)] for a, b in backends.items()}

@@ -18,8 +18,9 @@ def sweep():
     return Sweep(c.units, fmts, {(u.path, f): r.lognormal(-f.bits, .3, 4) for u in c.units for f in fmts},
                  dict(model='demo', params=c.params, other_bytes=c.other_bytes))
 
-def rows(n=3): return [dict(name=f'optiq 4.5 (4,8) {i}', nominal_bpw=4.5, true_bpw=5., size_mb=123.4, kl=.1, kl_se=.01,
-                            perplexity=12., perplexity_se=1., agreement=.9, agreement_se=.1, gsm8k=.5, gsm8k_low=.4, gsm8k_high=.6, gsm8k_n=9, needle=.5) for i in range(n)]
+def rows(n=3):
+    return [dict(name=f'optiq 4.5 (4,8) {i}', nominal_bpw=4.5, true_bpw=5., size_mb=123.4, kl=.1, kl_se=.01, perplexity=12., perplexity_se=1.,
+                 agreement=.9, agreement_se=.1, gsm8k=.5, gsm8k_low=.4, gsm8k_high=.6, gsm8k_n=9, needle=.5) for i in range(n)]
 
 def test_the_five_nouns_in_jupyter(sweep):
     plan = allocate(sweep, target_bits=4.5)

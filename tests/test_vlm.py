@@ -29,7 +29,6 @@ def witness():
 @pytest.fixture(scope='module')
 def model(training, witness):
     "The witness as its training script computes it"
-    import torch
     from safetensors.torch import load_file
     found = training.Witness(json.loads((FOLDER/'config.json').read_text()), first(training))
     found.load_state_dict({k: v.float() for f in witness.files for k, v in load_file(f).items()})

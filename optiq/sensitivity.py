@@ -560,21 +560,20 @@ class Ranks:
         part.unlink()
 
 # %% ../nbs/03_sensitivity.ipynb #db25ed85
-def sweep_quantizer(b: Backend, tokens: np.ndarray, formats: list, rounding: str) -> tuple: # quantizer, its name
+def sweep_quantizer(b: Backend, tokens: np.ndarray, formats: list, rounding: str, blocks: bool = False) -> tuple: # quantizer, its name
     "What rounds the weights of a sweep: MLX's rule, or one that learns from these tokens"
     if rounding == 'minmax': return quantize_dequantize, rounding
     from optiq.rounding import RoundTrips
-    quantize = RoundTrips(b, tokens, formats, rounding)
+    quantize = RoundTrips(b, tokens, formats, rounding, blocks)
     return quantize, quantize.name
 
-def shortcut_sweep(b, tokens, formats, method, rounding, targets, out, progress) -> Sweep:
+def shortcut_sweep(b, tokens, formats, method, quantize, name, targets, out, progress) -> Sweep:
     "A sweep by gradients, or one that is exact only where it matters"
     if not b.stacks: raise ValueError(f'method {method!r} knows text models only; a {b.checkpoint.model_type} model takes method exact')
     if method not in ('gradient', 'screened'): raise ValueError(f'no method {method!r}; there are exact, gradient and screened')
-    if rounding != 'minmax': raise ValueError(f'method {method!r} knows min-max rounding only; use method exact for {rounding}')
     from optiq.gradient import gradient_sweep, screened_sweep
-    if method == 'gradient': return gradient_sweep(b, tokens, formats, out=out)
-    return screened_sweep(b, tokens, formats, targets, out=out, progress=progress)
+    if method == 'gradient': return gradient_sweep(b, tokens, formats, quantize=quantize, name=name, out=out)
+    return screened_sweep(b, tokens, formats, targets, quantize=quantize, name=name, out=out, progress=progress)
 
 # %% ../nbs/03_sensitivity.ipynb #38aea943
 def kl_sweep(
@@ -600,8 +599,8 @@ def kl_sweep(
     b, formats = open_backend(model, backend), [parse_format(f) for f in formats]
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
     if tokens is None: tokens = batch_for(b.checkpoint, calibration, n, seq_len)
-    if method != 'exact': return shortcut_sweep(b, tokens, formats, method, rounding, targets, out, progress)
     quantize, name = sweep_quantizer(b, tokens if rounding_tokens is None else rounding_tokens, formats, rounding)
+    if method != 'exact': return shortcut_sweep(b, tokens, formats, method, quantize, name, targets, out, progress)
     log = SweepLog(b, tokens, formats, out, max_memory, of, name)
     warn_of_idle(log.header.get('experts', {}))
     with progress_bar(log, progress) as bar:

@@ -156,10 +156,12 @@ def test_the_sweep_scores_with_the_rounding_that_saves(models, tmp_path):
     with pytest.raises(ValueError, match='quantizer'): kl_sweep(b, tokens, formats, out=out, progress=False)
     with pytest.raises(ValueError, match='no rounding'): kl_sweep(b, tokens, formats, rounding='gtpq', progress=False)
     quick = {r: kl_sweep(b, tokens, formats, rounding=r, method='gradient') for r in ('minmax', 'gptq')}
-    assert quick['gptq'].header['fingerprint']['quantizer'].startswith('gptq, ') and quick['gptq'].header['fingerprint']['quantizer'].endswith(', gradient')
+    name = quick['gptq'].header['fingerprint']['quantizer']
+    assert name.startswith('gptq, ') and name.endswith(', gradient')
     assert all(quick['gptq'].kl(p, formats[0]) != quick['minmax'].kl(p, formats[0]) for p in stored)
     screened = kl_sweep(b, tokens, formats, rounding='gptq', method='screened', targets=[3], progress=False)
-    assert np.allclose([screened.kl(p, formats[0]) for p in screened.header['exact']], [sweep.kl(p, formats[0]) for p in screened.header['exact']], rtol=1e-3)
+    one, other = ([x.kl(p, formats[0]) for p in screened.header['exact']] for x in (screened, sweep))
+    assert np.allclose(one, other, rtol=1e-3)
 
 def test_plans_are_verified_with_the_rounding_that_saves(models, tmp_path, monkeypatch):
     from optiq import rounding
@@ -177,7 +179,8 @@ def test_plans_are_verified_with_the_rounding_that_saves(models, tmp_path, monke
     got = evaluate(b, tokens, {'saved': overrides_of_saved(saved)})['saved'].kl
     np.testing.assert_allclose(got, v.kl[v.kept], rtol=1e-5)
     assert not np.allclose(got, joint_kl(b, tokens, {'x': v.plan})['x'], rtol=1e-3) # min-max is something else
-    r = optimize(str(c.folder), target_bits=4, formats=formats, rounding='gptq', n=2, seq_len=32, eval_n=1, eval_len=32, compare=False, backend='torch')
+    r = optimize(str(c.folder), target_bits=4, formats=formats, rounding='gptq', n=2, seq_len=32, eval_n=1, eval_len=32,
+                 compare=False, backend='torch')
     assert r['verified'].kept in r['verified'].tried and r['figures']['calibration_kl'] > 0
     r['sweep'].save(tmp_path/'s.json')
     curve = trade_off(str(c.folder), (3, 4), ['all'], sweep=tmp_path/'s.json', verify=1, n=2, seq_len=32, eval_n=1, eval_len=32, backend='torch')

@@ -1,6 +1,8 @@
 SHELL := /bin/bash
 python := .venv/bin/python
 ready := .venv/.ready
+# MLX is ten times as fast with it on a Linux CPU
+blas := $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libopenblas.so.0)
 
 .PHONY: help setup demo demo-vlm test docs lab bench readme fill clean
 help:           ## list these targets
@@ -15,7 +17,7 @@ demo: $(ready)   ## convert the model that comes with the project and print the 
 	$(python) models/demo/run.py
 
 demo-vlm: $(ready) ## convert the witness, a small model that sees, and print the result
-	$(python) models/witness/run.py
+	$(if $(blas),LD_PRELOAD=$(blas)) $(python) models/witness/run.py
 
 test: $(ready)   ## run all notebooks, then all tests
 	tools/test.sh

@@ -1,12 +1,16 @@
 """What mixed precision costs and buys in a speech model: KL to full precision and word error rate, on clips held out.
 
-    python bench/audio.py --model MODEL --clips FOLDER -o results.json
+    python bench/speak.py TEXT -n 8 -o SPOKEN
+    python bench/audio.py --model MODEL --clips FOLDER --spoken SPOKEN -o results.json
 
 `fidelity`  full precision in mlx-audio and in transformers, float32, greedy: transcripts and word error rate of both
 `uniform`   8, 4 and 3 bits, the decoder alone (the encoder left as it is) and encoder included
 `sweep`     KL that quantizing each tensor alone causes (min-max), per clip: the decoder at 3, 4 and 5 bits, the encoder at 4
 `optiq`     at no more bytes than uniform 4 bits, cross-validated: formats chosen and codes rounded (gptq) on some clips,
             scored on the others, in turn
+`spoken`    the same bytes, and everything learned from synthesised speech alone, so that no clip has to be spared: KL at
+            4 bits, carried to other formats by the squared error weighted with the inputs, to which it is proportional
+            where errors are small; then codes (gptq), on some hundred tokens where four clips have a hundred
 
 Every part is written when it is done, and one that is there is not done again. On a Linux CPU preload OpenBLAS: MLX's own
 BLAS is twenty times slower.
@@ -14,6 +18,8 @@ BLAS is twenty times slower.
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -22,14 +28,30 @@ import numpy as np
 
 from optiq.audio import speech_samples, transcribe
 from optiq.backends import open_backend
+from optiq.convert import convert
 from optiq.evals.perplexity import evaluate, overrides_of
 from optiq.evals.report import machine, mean_figure
 from optiq.evals.wer import errors, wer_figure, write_down
-from optiq.formats import AS_IS, Format
+from optiq.formats import AS_IS, Format, parse_format, quantize_dequantize
 from optiq.knapsack import allocate, make_plan
-from optiq.rounding import as_overrides, round_model
+from optiq.rounding import Statistics, as_overrides, round_model
 from optiq.sensitivity import Sweep, measure
 from optiq.speech import RATE, clips
+
+PLAIN = """import json, sys
+import numpy as np, mlx.core as mx
+from mlx_audio.stt import load
+from mlx_audio.stt.utils import load_audio
+model = load({folder!r})
+model.set_dtype(mx.float32)
+model.dtype = mx.float32
+def written(file):
+    x = np.array(load_audio(file, 16000))
+    return model.generate(mx.array(np.pad(x, (0, 480000-len(x)))), temperature=0., sample_len=224, return_timestamps=False, fp16=False).text.strip()
+assert 'optiq' not in sys.modules
+print(json.dumps([written(f) for f in {files}]))"""
+
+CARRIED = '2g64 3g128 3g64 4g128 4g64 4g32 5g128 5g64 6g64 8g64'.split()
 
 def heard_by_transformers(folder, heard):
     "Greedy transcripts of transformers"
@@ -129,20 +151,76 @@ class Bench:
         others = [r for r in self.found.get('optiq', []) if r['scope'] != scope]
         self.save('optiq', others+[self.joined([p for p in parts if p['scope'] == scope], scope)])
 
+    def spoken_samples(self): return speech_samples(self.b.model, clips(self.args.spoken, 'all'))
+
+    def spoken_sweep(self, n=2): # KL on the first n clips, what matrices are multiplied with on all
+        start, samples, four = time.perf_counter(), self.spoken_samples(), Format(4, 64)
+        rows = self.found.get('spoken_sweep', dict(rows=[]))['rows']
+        units, stats = sorted(self.c.units, key=lambda u: u.block is None), Statistics(self.b, samples, whole=False)
+        todo = [u for u in units if u.path not in {r['unit'] for r in rows}]
+        for k in range(0, len(todo), 8):
+            for u, v in zip(todo[k:k+8], measure(self.b, samples[:n], [(u, four) for u in todo[k:k+8]])):
+                w, a = self.b.unit_weight(u.path), stats[u.path].importance()
+                e = {f: float((a*(w-quantize_dequantize(w, parse_format(f))).astype(mx.float32)**2).sum()) for f in CARRIED}
+                rows.append(dict(unit=u.path, part=u.part, kind=u.kind, kl=[float(f'{x:.4g}') for x in v],
+                                 error={f: float(f'{x/e[str(four)]:.4g}') for f, x in e.items()}))
+            self.save('spoken_sweep', dict(rounding='minmax', measured=str(four), clips=len(samples), scored=n,
+                                           seconds=time.perf_counter()-start, rows=rows))
+
+    def spoken_plan(self, cap, encoder): # bytes of uniform 4 bits in which scope; whether the encoder may change
+        values = {(r['unit'], parse_format(f)): np.array(r['kl'])*e for r in self.found['spoken_sweep']['rows'] for f, e in r['error'].items()}
+        formats = [parse_format(f) for f in CARRIED]
+        sweep = Sweep(self.c.units, formats, values, dict(model=self.c.name, params=self.c.params, other_bytes=self.c.other_bytes))
+        return allocate(sweep, max_bytes=self.of_scope(cap, Format(4, 64)).nbytes, formats=formats+[AS_IS],
+                        protect=() if encoder else [u.path for u in self.c.units if u.part == 'encoder'])
+
+    def spoken(self, name, plan, cap, save=None):
+        rows = self.found.get('spoken', [])
+        if any((r['name'], r['scope']) == (name, cap) for r in rows): return
+        start = time.perf_counter()
+        rounded = dict(round_model(self.b, self.spoken_samples(), plan, 'gptq'))
+        took = time.perf_counter()-start
+        kl, done = self.score(as_overrides(rounded), range(len(self.heard)))
+        rows.append(dict(scope=cap, name=name, counts={str(f): k for f, k in plan.counts().items()}, rounding_seconds=took,
+                         predicted_kl=plan.predicted_kl, **self.sizes(plan), **figures(done, kl), **self.against(cap, kl),
+                         formats={p: str(f) for p, f in plan.items()}))
+        self.save('spoken', rows)
+        if save: convert(self.c, plan, save, overwrite=True, quantizer={p: lambda w, fmt, r=r: r.stored() for p, r in rounded.items()})
+
+    def saved(self, folder, which=(3, 4)): # by mlx-audio alone, in a process of its own
+        code = PLAIN.format(folder=str(folder), files=[str(Path(self.args.clips)/self.heard[i].name) for i in which])
+        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=''), cwd='/', check=True)
+        written, mine = json.loads(done.stdout.splitlines()[-1]), next(r for r in self.found['spoken'] if r['scope'] == 'all')['written']
+        self.save('saved', dict(bytes=sum(f.stat().st_size for f in Path(folder).glob('*.safetensors')), clips=len(written),
+                                same_transcripts=sum(a == mine[i] for i, a in zip(which, written)), written=written))
+
+    def learn_from_speech(self):
+        self.spoken_sweep()
+        folder = Path(f'{self.out.with_suffix("")}-saved')
+        self.spoken('optiq, gptq', self.spoken_plan('all', True), 'all', folder)
+        if folder.exists() and 'saved' not in self.found: self.saved(folder)
+        self.spoken('optiq, gptq', self.spoken_plan('decoder', False), 'decoder')
+        self.spoken('optiq, gptq, encoder too', self.spoken_plan('decoder', True), 'decoder')
+        for scope in ('all', 'decoder'): self.spoken('uniform 4 bits, gptq', self.of_scope(scope, Format(4, 64)), scope)
+
+    def against(self, scope, kl): # uniform 4 bits, min-max
+        four = next(r for r in self.found['uniform'] if (r['scope'], r['bits']) == (scope, 4))
+        d = np.subtract(four['kl_by_clip'], kl)
+        return dict(ratio_to_uniform_4=float(np.mean(kl)/four['kl']), gain=float(d.mean()), gain_se=float(d.std(ddof=1)/len(d)**.5),
+                    uniform_4_bytes=four['bytes'])
+
     def joined(self, parts, scope):
         "The clips of all folds, each scored by a model that never heard it"
         by = {i: (k, d) for p in parts for i, k, d in zip(p['held'], p['kl'], p['done'])}
         kl, done = zip(*(by[i] for i in sorted(by)))
-        four = next(r for r in self.found['uniform'] if (r['scope'], r['bits']) == (scope, 4))
         sizes = {k: max(p[k] for p in parts) for k in ('nominal_bpw', 'true_bpw', 'size_mb', 'bytes')}
-        ratio, d = float(np.mean(kl)/four['kl']), np.subtract(four['kl_by_clip'], kl)
-        return dict(scope=scope, name='optiq, gptq', **sizes, **figures(list(done), list(kl)), ratio_to_uniform_4=ratio,
-                    gain=float(d.mean()), gain_se=float(d.std(ddof=1)/len(d)**.5), uniform_4_bytes=four['bytes'])
+        return dict(scope=scope, name='optiq, gptq', **sizes, **figures(list(done), list(kl)), **self.against(scope, kl))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', required=True)
     p.add_argument('--clips', required=True)
+    p.add_argument('--spoken', help='synthesised speech, for the part of that name')
     p.add_argument('-o', '--output', required=True)
     args = p.parse_args()
     bench = Bench(args)
@@ -156,5 +234,6 @@ def main():
     bench.sweep()
     for scope in ('all', 'decoder'): bench.optiq(scope)
     bench.uniform()
+    if args.spoken: bench.learn_from_speech()
 
 if __name__ == '__main__': main()

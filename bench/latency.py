@@ -1,12 +1,13 @@
 """How well does the roofline predict decode speed? Random weights at the shapes of Qwen3, on this machine.
 
     python bench/latency.py -o latency.json [--shapes 0.6B,1.7B,8B] [--bits 3,4,6,8] [--rounds 40] [--contexts 2048]
-    python bench/latency.py --from latency.json
+    python bench/latency.py --from latency.json [MORE.json …] [-o together.json]
 
 The first measures: the chip (bandwidth, overheads, matrix-vector products for every format and shape), then the decode speed of
 every plan of every shape, in many short rounds, so that drift hits all plans alike, and the time of a block on the device alone.
-Then it predicts, with one calibration point per shape, and prints the tables. The second predicts again from what a file holds,
-without a machine. Every part is written when it is done, with all single times. It takes about 5 minutes on an H100, of which one
+Then it predicts, with one calibration point per shape, and prints the tables: for the median of the rounds, and for the fastest
+one, which is nearest to a machine that nothing else disturbs. The second predicts again from what files hold, several of one chip
+together, without a machine. Every part is written when it is done, with all single times. It takes about 5 minutes on an H100, of which one
 compiles kernels; on a Mac name the shapes that fit: `python bench/latency.py -o mac.json --shapes 0.6B,1.7B`.
 
 `--shapes tiny` is for trying it out on a CPU.
@@ -129,46 +130,76 @@ def measure(args):
         mx.clear_cache()
     return out
 
+def block_error(d, draws=1000):
+    "Standard error of a block's microseconds, by bootstrap of the medians it is the difference of"
+    rng, medians = np.random.default_rng(0), []
+    for raw in (np.array(r)[:, 1] for depth in d['raw'] for r in depth['raw']):
+        medians.append(np.median(rng.choice(raw, (draws, len(raw))), 1))
+    few, many, deep_few, deep_many = medians
+    return 1e6*float(np.std((deep_many-deep_few)-(many-few))/3)
+
 def on_device(found, chip, s):
     "Microseconds of one block on the device alone: measured, and predicted with overheads learned at the calibration format"
     reads = reads_of(skeleton(c := config_of(s)), c)
-    plans, measured = plans_of(reads, found['bits']), {n: 1e6*d['seconds'] for n, d in found['blocks'].get(s, {}).items()}
-    if CALIBRATION not in measured: return []
-    lat, inner = Latency(chip, reads), [u for u in reads.units if u.block is not None]
-    read = {n: 1e3*sum(lat(u, plans[n][u.path]) for u in inner)/reads.layers for n in measured}
-    rest = measured[CALIBRATION]-read[CALIBRATION]
-    return [dict(name=n, measured=measured[n], predicted=read[n]+rest, error=(read[n]+rest)/measured[n]-1, calibration=n == CALIBRATION,
-                 as_measured_on_the_chip=read[n]+chip.dispatch) for n in measured]
+    plans, blocks = plans_of(reads, found['bits']), found['blocks'].get(s, {})
+    if CALIBRATION not in blocks: return []
+    lat, inner, rows = Latency(chip, reads), [u for u in reads.units if u.block is not None], []
+    read = {n: 1e3*sum(lat(u, plans[n][u.path]) for u in inner)/reads.layers for n in blocks}
+    rest = 1e6*blocks[CALIBRATION]['seconds']-read[CALIBRATION]
+    for n, d in blocks.items():
+        measured = 1e6*d['seconds']
+        rows.append(dict(name=n, measured=measured, measured_se=block_error(d), predicted=read[n]+rest, error=(read[n]+rest)/measured-1,
+                         calibration=n == CALIBRATION, as_measured_on_the_chip=read[n]+chip.dispatch))
+    return rows
+
+def against(chip, reads, plans, speeds):
+    "Prediction with one calibration point, and its table"
+    lat = Latency(chip, reads, round(speeds[CALIBRATION].context))
+    lat = lat.learn(plans[CALIBRATION], speeds[CALIBRATION].ms, name=CALIBRATION)
+    return lat, compare_speeds(lat, plans, {n: v for n, v in speeds.items() if n in plans})
 
 def predict(found):
     "Tables of predicted and measured speed, one calibration point per shape"
-    chip, tables, shorts = Chip(**found['chip']), {}, []
+    chip, tables, shorts = Chip(**found['chip']), {}, dict(median=[], fastest=[])
     for s in found['decode']:
         reads = reads_of(skeleton(c := config_of(s)), c)
         plans = plans_of(reads, found['bits'])
         speeds = {n: Speed(np.array(d['runs']), d['context']) for n, d in found['decode'][s].items()}
-        lat = Latency(chip, reads, round(speeds[CALIBRATION].context))
-        before = lat.terms(plans[CALIBRATION])
-        lat = lat.learn(plans[CALIBRATION], speeds[CALIBRATION].ms, name=CALIBRATION)
-        table = compare_speeds(lat, plans, {n: v for n, v in speeds.items() if n in plans})
-        shorts += [abs(e) for n, e in table.errors().items() if n != CALIBRATION]
-        print(f'\nQwen3-{s} on {chip.name}, context {lat.context}\n{table}')
+        best = {n: Speed(v.runs.max(keepdims=True), v.context) for n, v in speeds.items()}
+        (lat, table), (_, fastest) = (against(chip, reads, plans, v) for v in (speeds, best))
+        for kind, t in dict(median=table, fastest=fastest).items():
+            shorts[kind] += [abs(e) for n, e in t.errors().items() if n != CALIBRATION]
+        print(f'\nQwen3-{s} on {chip.name}, context {lat.context}, median of {len(speeds[CALIBRATION].runs)} rounds\n{table}')
+        print('fastest round:', ', '.join(f'{r["name"]} {r["measured"]:.1f} ({fastest.errors()[r["name"]]:+.1%})' for r in fastest.rows),
+              f'mean absolute error {fastest.mean_error:.1%}')
         far = {n: replace(lat, context=round(v.context)).tps(plans[n.split(', context')[0]])
                for n, v in speeds.items() if n not in plans}
         for n, p in far.items(): print(f'{n}: predicted {p:.1f}, measured {speeds[n]}, {p/speeds[n].tps-1:+.1%}')
-        print('terms of the calibration point in ms, as measured on the chip:', {k: round(v, 3) for k, v in before.items()})
+        plain = Latency(chip, reads, lat.context)
+        print('terms of the calibration point in ms, as measured on the chip:',
+              {k: round(v, 3) for k, v in plain.terms(plans[CALIBRATION]).items()})
         blocks = on_device(found, chip, s)
-        for r in blocks: print(f'one block on the device, {r["name"]}: predicted {r["predicted"]:.1f} µs, measured {r["measured"]:.1f} µs, '
-                               f'{r["error"]:+.1%}'+' *'*r['calibration'])
-        tables[s] = dict(rows=table.rows, blocks=blocks, mean_error=table.mean_error, terms=before, long_context=far,
+        for r in blocks: print(f'one block on the device, {r["name"]}: predicted {r["predicted"]:.1f} µs, measured {r["measured"]:.1f} '
+                               f'± {r["measured_se"]:.1f} µs, {r["error"]:+.1%}'+' *'*r['calibration'])
+        tables[s] = dict(rows=table.rows, fastest=fastest.rows, blocks=blocks, mean_error=table.mean_error, long_context=far,
+                         fastest_mean_error=fastest.mean_error, terms={n: plain.terms(p) for n, p in plans.items()},
                          learned={k: getattr(lat.chip, k) for k in LEARNED})
-    print(f'\nmean absolute error of {len(shorts)} plans: {np.mean(shorts):.2%}, worst {max(shorts):.2%}')
-    return dict(tables=tables, mean_error=float(np.mean(shorts)), worst=float(max(shorts)))
+    for kind, e in shorts.items(): print(f'{kind}: mean absolute error of {len(e)} plans: {np.mean(e):.2%}, worst {max(e):.2%}')
+    return dict(tables=tables, **{k: dict(mean_error=float(np.mean(e)), worst=float(max(e))) for k, e in shorts.items()})
+
+def joined(files):
+    "Runs on one chip as one, with what each of them measured"
+    parts = [json.loads(Path(f).read_text()) for f in files]
+    first = parts[0]
+    if any(p['chip'] != first['chip'] for p in parts): raise SystemExit('the files are of different chips: predict from each by itself')
+    decode, blocks = ({s: v for p in parts for s, v in p[k].items()} for k in ('decode', 'blocks'))
+    further = {', '.join(p['decode']): dict(about=p['about']) for p in parts[1:]}
+    return dict(about=first['about'], further=further, bits=first['bits'], chip=first['chip'], raw=first['raw'], decode=decode, blocks=blocks)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('-o', default='latency.json')
-    p.add_argument('--from', dest='source', help='predict from this file, measure nothing')
+    p.add_argument('-o', help='latency.json by default')
+    p.add_argument('--from', dest='source', nargs='+', help='predict from these files, measure nothing')
     p.add_argument('--chip', help='take the chip from the file of an earlier run, and measure decoding only')
     p.add_argument('--shapes', default='0.6B,1.7B,8B')
     p.add_argument('--bits', default='3,4,6,8')
@@ -180,8 +211,11 @@ def main():
     p.add_argument('--tokens', type=int, default=24, help='per round')
     args = p.parse_args()
     if args.source:
-        predict(json.loads(Path(args.source).read_text()))
+        found = joined(args.source)
+        found |= predict(found)
+        if args.o: Results(args.o).keep(**found)
         return
+    args.o = args.o or 'latency.json'
     out = measure(args)
     out.keep(**predict(json.loads(Path(args.o).read_text())))
 

@@ -60,15 +60,11 @@ def against_plain(b, tokens, part):
     told, repeats = estimate(b, WIDTHS, tokens)['seconds'], 3 if on_gpu(b) else 1
     def timed(): return sorted((seconds(b, lambda: measure(b, tokens, todo)) for _ in range(repeats)), key=lambda t: t[0])[repeats//2]
     fast, kl = timed()
-    b.together = on_gpu(b)
-    one_call, again = timed() if b.together else (None, kl) # the probes of a block in one call
-    b.together = False
     slow, want = seconds(b, lambda: plain(b, tokens, todo[::part]))
     got, large = kl[::part], want > 1e-6
-    return dict(probes=len(todo), tokens=list(tokens.shape), replay_s=fast, estimate_s=told, together_s=one_call,
+    return dict(probes=len(todo), tokens=list(tokens.shape), replay_s=fast, estimate_s=told,
                 plain_s=slow*len(todo)/len(todo[::part]), of=len(todo[::part]), ratio=slow*len(todo)/len(todo[::part])/fast,
-                largest_relative_difference=float(abs(got/want-1)[large].max()),
-                together_against_alone=float(abs(again/kl-1)[kl > 1e-6].max()))
+                largest_relative_difference=float(abs(got/want-1)[large].max()))
 
 def replay(args, c, tokens):
     b = TorchBackend(c)
@@ -129,31 +125,43 @@ def warm(*a): return all_units(*a)[:1]
 def part(*a): return all_units(*a)[::every]
 run = lambda: s.analyze_sensitivity_exact(model, lambda: [((t,), {}) for t in tokens], candidate_bits=[3, 4, 8], n_calibration=len(tokens))
 s._quantizable_linears = warm; run()
-s._quantizable_linears = part; start = time.time(); done = len(run())
+s._quantizable_linears = part; start, cpu = time.time(), time.process_time(); done = len(run())
 from importlib.metadata import version
-print(json.dumps(dict(seconds=time.time()-start, units=done, of=len(all_units(model, 64)), mlx_lm=version('mlx-lm'), mlx=version('mlx'))))
+print(json.dumps(dict(seconds=time.time()-start, cpu=time.process_time()-cpu, units=done, of=len(all_units(model, 64)), mlx_lm=version('mlx-lm'), mlx=version('mlx'))))
+"""
+
+OURS = """
+import sys, time, json, numpy as np
+from optiq.backends import TorchBackend
+from optiq.formats import Format
+from optiq.models import Checkpoint
+from optiq.sensitivity import estimate, measure, on_gpu, probes
+b, tokens, widths = TorchBackend(Checkpoint(sys.argv[1])), np.array(json.loads(sys.argv[2])), [Format(3), Format(4), Format(8)]
+todo = probes(b.checkpoint.units, widths)
+measure(b, tokens, todo if on_gpu(b) else todo[:8])
+told, start, cpu = estimate(b, widths, tokens)['seconds'], time.time(), time.process_time()
+measure(b, tokens, todo)
+print(json.dumps(dict(seconds=time.time()-start, cpu=time.process_time()-cpu, estimate_s=told, units=len(b.checkpoint.units))))
 """
 
 def peer(args, c, tokens):
-    b = TorchBackend(c)
-    todo = probes(c.units, WIDTHS)
-    if on_gpu(b): measure(b, tokens[:2], todo)
-    ours, _ = seconds(b, lambda: measure(b, tokens[:2], todo))
-    b.together = on_gpu(b)
-    together = seconds(b, lambda: measure(b, tokens[:2], todo))[0] if b.together else None # the probes of a block in one call
-    del b
-    every = 1 if os.environ.get('CUDA_VISIBLE_DEVICES') else args.every
-    theirs = {}
-    for name, preload in dict(default='', openblas=os.environ.get('OPENBLAS', '')).items():
-        if name == 'openblas' and not preload: continue
-        r = subprocess.run([args.peer_python, '-c', PEER, args.peer, str(c.folder), json.dumps(tokens[:2].tolist()), str(every)],
-                           env=os.environ | dict(LD_PRELOAD=preload), capture_output=True, text=True)
+    """Each in a process of its own: as installed, then with OpenBLAS preloaded for both, where OPENBLAS names it.
+    Seconds of the cores, of all threads, stand beside those of the clock: other work on the machine leaves them nearly as they are."""
+    every, texts = 1 if os.environ.get('CUDA_VISIBLE_DEVICES') else args.every, json.dumps(tokens[:2].tolist())
+    def run(preload, python, *argv):
+        r = subprocess.run([python, '-c', *argv], env=os.environ | dict(LD_PRELOAD=preload), capture_output=True, text=True)
         if r.returncode: raise RuntimeError(r.stderr[-2000:])
-        d = json.loads(r.stdout.strip().splitlines()[-1])
-        per_unit = d['seconds']/d['units']
-        theirs[name] = dict(seconds_for_our_units=per_unit*len(c.units), units_timed=d['units'], units_it_scores=d['of'],
-                            versions=dict(mlx=d['mlx'], mlx_lm=d['mlx_lm']), ratio=per_unit*len(c.units)/ours)
-    return dict(ours_s=ours, ours_together_s=together, theirs=theirs, tokens=[2, tokens.shape[1]])
+        return json.loads(r.stdout.strip().splitlines()[-1])
+    found = {}
+    for name, preload in dict(default='', openblas=os.environ.get('OPENBLAS')).items():
+        if preload is None: continue
+        ours = run(preload, sys.executable, OURS, str(c.folder), texts)
+        theirs = run(preload, args.peer_python, PEER, args.peer, str(c.folder), texts, str(every))
+        total, cpu = (theirs[k]/theirs['units']*ours['units'] for k in ('seconds', 'cpu'))
+        found[name] = dict(ours_s=ours['seconds'], estimate_s=ours['estimate_s'], seconds_for_our_units=total, ratio=total/ours['seconds'],
+                           cpu_seconds=[cpu, ours['cpu']], cpu_ratio=cpu/ours['cpu'], units_timed=theirs['units'], units_it_scores=theirs['of'], versions={k: theirs[k] for k in ('mlx', 'mlx_lm')})
+        print(name, json.dumps(found[name]), flush=True)
+    return dict(theirs=found, tokens=[2, tokens.shape[1]])
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,7 +179,7 @@ if __name__ == '__main__':
     out = Path(args.o)
     done = json.loads(out.read_text()) if out.exists() else {}
     gpu = __import__('torch').cuda
-    about = machine()|dict(gpu=gpu.get_device_name() if gpu.is_available() else None, command=' '.join(sys.argv))
+    about = machine()|dict(gpu=gpu.get_device_name() if gpu.is_available() else None, load=os.getloadavg()[0], command=' '.join(sys.argv))
     for name in args.only.split(','):
         try: done[name] = globals()[name](args, c, tokens)|dict(about=about)
         except Exception as e:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'SAMPLES', 'load_speech', 'in_float32', 'family', 'transcribe', 'whisper_sample', 'transcript_mask',
-           'qwen3_asr_sample', 'speech_samples', 'samples']
+           'qwen3_asr_sample', 'speech_samples', 'samples', 'by_part', 'heard_rows', 'demo']
 
 # %% ../nbs/21_audio.ipynb #1c8c8e9d
 import json
@@ -104,3 +104,58 @@ def samples(
 ) -> list[dict]:
     "What a speech model is measured on"
     return speech_samples(c.load(), clips(source, split, n))
+
+# %% ../nbs/21_audio.ipynb #5b7c0a12
+def by_part(units: list, sweep): # ▸ optiq.demos.Table
+    "Where the sensitivity sits"
+    from optiq.demos import Table
+    low, rows = min(sweep.formats, key=lambda f: f.bits), []
+    for part in dict.fromkeys(u.part for u in units):
+        us = [u for u in units if u.part == part]
+        rows.append([part, len(us), sum(u.params for u in us)/1e6, sum(sweep.kl(u.path, low) for u in us if u.takes(low))])
+    return Table('By part', ['part', 'units', 'M parameters', f'sum of KL at {low}'], rows)
+
+# %% ../nbs/21_audio.ipynb #5b7c0a13
+def heard_rows(b, heard: list[Clip], plans: dict, new_tokens: int = 224) -> list: # name ▸ Plan ▸ rows of a Report
+    "KL on the transcripts and word error rate of plans, the first being the model itself"
+    from optiq.calibration import fingerprint
+    from optiq.evals.perplexity import evaluate, overrides_of
+    from optiq.evals.report import joined, score_row
+    from optiq.evals.wer import wer_report, write_down
+    scored = speech_samples(b.model, heard)
+    variants, rows = {n: overrides_of(p) for n, p in list(plans.items())[1:]}, []
+    scores = evaluate(b, scored, variants)
+    for name, plan in plans.items():
+        row = score_row(name, plan, scores[name if name in variants else 'reference'], fingerprint(scored))
+        with b.swapped(variants.get(name, {})):
+            words = wer_report({}, write_down(lambda c: transcribe(b.model, c.audio, new_tokens), heard)).rows[0]
+        rows.append(joined({k: v for k, v in row.items() if k.split('_')[0] not in ('perplexity', 'agreement')}, words))
+    return rows
+
+# %% ../nbs/21_audio.ipynb #5b7c0a14
+def demo(
+    model: 'str | Path | None' = None, # a folder or a Hub id; a small Qwen3-ASR of random weights by default
+    fast: bool | None = None, # small sizes; by default if OPTIQ_FAST is set
+    text: str = 'bundled', # speech to calibrate and, its other side, to score on; see `clips`
+): # ▸ optiq.demos.Demo
+    "Which parts of a speech model can be rounded, and what that costs in words"
+    from functools import partial
+    from optiq.backends import open_backend
+    from optiq.demos import Demo, sizes
+    from optiq.evals.report import Report, machine
+    from optiq.knapsack import allocate, make_plan, uniform
+    from optiq.models import Checkpoint
+    from optiq.sensitivity import kl_sweep
+    from optiq.tiny import tiny
+    one = dict(thinker_config=dict(text_config=dict(num_hidden_layers=1), audio_config=dict(encoder_layers=1)))
+    c, s = Checkpoint(model or tiny('qwen3_asr', shape=one), model_type='audio'), sizes(fast)
+    b = open_backend(c)
+    learned, heard = (clips(text, side, k, fewer=True) for side, k in (('train', s.n//2), ('test', s.eval_n//2)))
+    sweep = kl_sweep(b, speech_samples(b.model, learned), [3, 4, 6], progress=not fast)
+    four = uniform(c, 4)
+    plans = {'as it is': make_plan(c, c.formats), 'uniform 4': four, 'optiq, bytes of 4': allocate(sweep, max_bytes=four.nbytes)}
+    about = dict(model=c.name if model else 'a small Qwen3-ASR of random weights: its figures say nothing about quality', text=text,
+                 calibration=f'{len(learned)} clips', evaluation=f'{len(heard)} other clips', **machine())
+    report = Report(heard_rows(b, heard, plans, 224 if model else 8), about)
+    return Demo('audio', [report, by_part(c.units, sweep)], dict(sensitivity=partial(sweep.plot, fmt='3g64'), quality=report.plot),
+                about, dict(sweep=sweep, plans=plans))

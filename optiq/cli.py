@@ -233,7 +233,7 @@ def as_targets(text: str) -> list[float]:
 @click.option('--profiles', callback=as_names, help='of compact, quality and all; default: those that the formats allow')
 @click.option('--targets', default='3.0:8.0:0.25', show_default=True, help='nominal bits, from:to:step or a list')
 @click.option('--bits', default='2,3,4,5,6,8', show_default=True, help='widths to sweep, if a model is given')
-@options('formats', 'group_size', 'protect', 'tie')
+@options('formats', 'group_size', 'protect', 'tie', 'rounding', 'rounding_n')
 @click.option('--verify', type=click.IntRange(min=0), default=0, show_default=True, metavar='N',
               help='points of each curve to measure on evaluation text, with all baselines')
 @click.option('-o', '--output', 'out', type=click.Path(), metavar='DIR', help='folder for table, figure, sweep and plans')

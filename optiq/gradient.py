@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .backends import Backend, open_backend
-from .formats import AS_IS, parse_format, quantize_dequantize
+from .formats import AS_IS, for_unit, parse_format, quantize_dequantize
 from .sensitivity import Sweep, SweepLog, fingerprint_of, measure, probes, to_sweep
 
 # %% ../nbs/03a_gradient.ipynb #573b52e4
@@ -52,6 +52,8 @@ def gradient_sweep(
     *,
     groups: int = 2, # backward passes, each on its share of the sequences
     seed: int = 42, # of the labels
+    quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip, or a mapping of paths to such functions
+    name: str = 'minmax', # what to call it in the file
     out: 'str | Path | None' = None, # file to write
 ) -> Sweep: # values per group instead of per sequence
     "½ Σ g² Δ² of every unit in every format: the second-order estimate of its KL"
@@ -62,9 +64,9 @@ def gradient_sweep(
         g = gradients(b, batch, seed+k)
         for u, f in todo:
             w = b.unit_weight(u.path)
-            step = b.cast(quantize_dequantize(w, f))-b.cast(w)
+            step = b.cast(for_unit(quantize, u.path)(w, f))-b.cast(w)
             values.setdefault((u.path, f), []).append(float(((g[u.path]*step)**2).sum())/2/batch.size)
-    header = SweepLog(b, tokens, formats).header | dict(fingerprint=fingerprint_of(b, tokens, formats, 'minmax, gradient'))
+    header = SweepLog(b, tokens, formats).header | dict(fingerprint=fingerprint_of(b, tokens, formats, f'{name}, gradient'))
     sweep = Sweep(b.checkpoint.units, formats, {k: np.array(v) for k, v in values.items()}, header)
     if out is not None: sweep.save(out)
     return sweep
@@ -90,18 +92,20 @@ def screened_sweep(
     *,
     first: int = 16, # units measured to learn how far estimates are off
     sigmas: float = 1., # doubt, in standard deviations of the log ratio
+    quantize = quantize_dequantize, # as for `gradient_sweep`
+    name: str = 'minmax',
     out: 'str | Path | None' = None, # file to write
     progress: bool = True,
 ) -> Sweep: # header['exact']: paths that were measured exactly
     "Exact where it can change a plan at one of the targets, a calibrated estimate elsewhere"
     if not targets: raise ValueError('screening needs the targets that matter; give some, for example 4.5')
     b, formats = open_backend(model), [parse_format(f) for f in formats]
-    estimate, log = gradient_sweep(b, tokens, formats), {}
+    estimate, log = gradient_sweep(b, tokens, formats, quantize=quantize, name=name), {}
     ranked = sorted({p for p, _ in estimate.values}, key=lambda p: estimate.kl(p, min(formats)))
     wanted = {ranked[i] for i in np.linspace(0, len(ranked)-1, min(first, len(ranked))).round().astype(int)}
     while wanted:
         todo = [p for p in probes(b.checkpoint.units, formats) if p[0].path in wanted]
-        kl = np.concatenate([measure(b, tokens[k:k+4], todo) for k in range(0, len(tokens), 4)], 1)
+        kl = np.concatenate([measure(b, tokens[k:k+4], todo, quantize) for k in range(0, len(tokens), 4)], 1)
         log |= {(u.path, f): v for (u, f), v in zip(todo, kl)}
         best, spread = calibrated(estimate, log)
         wanted = in_doubt(best, log, spread, targets, sigmas)

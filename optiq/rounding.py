@@ -514,11 +514,12 @@ class RoundTrips(Mapping):
         tokens: np.ndarray, # (n, T) calibration tokens
         formats: list, # candidates, rounded together
         method: str = 'gptq', # 'minmax', 'search' or 'gptq'
+        blocks: bool = False, # hold a whole block: for plans, which are many and go through it together
     ):
         if method not in QUANTIZERS: raise ValueError(f'no rounding {method!r}; there are {", ".join(QUANTIZERS)}')
-        self.b, self.formats, self.method = open_backend(model), list(formats), method
+        self.b, self.formats, self.method, self.blocks = open_backend(model), list(formats), method, blocks
         self.stats = Statistics(self.b, enough(tokens), whole=False) if method == 'search' else Statistics(self.b, tokens)
-        self.last, self.ends = (None, {}), {}
+        self.at, self.held, self.ends = None, {}, {}
         self.name = f'{method}, {" × ".join(map(str, shape_of(tokens)))} tokens {fingerprint(tokens)}'
 
     def __getitem__(self, path): return partial(self.round_trip, path)
@@ -527,13 +528,13 @@ class RoundTrips(Mapping):
 
     def round_trip(self, path, w, fmt):
         if self.method == 'minmax' or fmt == AS_IS: return quantize_dequantize(w, fmt)
-        held = self.ends.get(path) or (self.last[1] if self.last[0] == path else {})
+        unit = self.b.checkpoint.unit[path]
+        at = unit.block if self.blocks else path
+        if unit.block is not None and at != self.at: self.at, self.held = at, {}
+        held = (self.ends if unit.block is None else self.held).setdefault(path, {})
         if fmt not in held:
-            unit, stats = self.b.checkpoint.unit[path], self.stats[path]
-            formats = [f for f in {fmt: 0} | dict.fromkeys(self.formats) if f != AS_IS and divides(f, unit.shape)]
-            held = {r.fmt: r.dequantize() for r in round_all(self.b.unit_weight(path), formats, stats, self.method)}
-            if unit.block is None: self.ends[path] = held
-            else: self.last = path, held
+            formats = [f for f in {fmt: 0} | dict.fromkeys(self.formats) if f != AS_IS and f not in held and divides(f, unit.shape)]
+            held |= {r.fmt: r.dequantize() for r in round_all(self.b.unit_weight(path), formats, self.stats[path], self.method)}
         return held[fmt]
 
 # %% ../nbs/05a_rounding.ipynb #67ba08cb

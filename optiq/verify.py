@@ -17,6 +17,7 @@ import numpy as np
 from .backends import Backend, open_backend
 from .calibration import fingerprint, shape_of
 from .evals.perplexity import evaluate, overrides_of
+from .formats import quantize_dequantize
 from .knapsack import Frontier, Plan, Question, pose, smoothed, solve, thoughtless, undominated
 from .sensitivity import measure, passes_of, plan_passes
 
@@ -25,12 +26,13 @@ def joint_kl(
     b: Backend,
     tokens: np.ndarray, # (n, T)
     plans: dict, # name ▸ Plan
+    quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip, or a mapping of paths to such functions
 ) -> dict: # name ▸ (n,)
     "KL of whole plans, per sequence; plans that are equal are measured once"
     key = lambda p: tuple(p.formats.items())
     first = {}
     for name, p in plans.items(): first.setdefault(key(p), name)
-    scores = evaluate(b, tokens, {name: overrides_of(plans[name]) for name in first.values()})
+    scores = evaluate(b, tokens, {name: overrides_of(plans[name], quantize) for name in first.values()})
     return {name: scores[first[key(p)]].kl for name, p in plans.items()}
 
 # %% ../nbs/04a_verify.ipynb #834d20cd
@@ -75,12 +77,13 @@ def around(
     plan: Plan,
     paths: set, # units to measure again
     formats: dict, # unit path ▸ formats to try
+    quantize = quantize_dequantize, # as for `joint_kl`
 ) -> dict: # (path, Format) ▸ (n,) joint KL of the plan with this unit in that format
     "What the plan would cost if one unit changed"
     todo = [(u, f) for u in plan.units if u.path in paths for f in formats[u.path]]
-    values, base = {}, overrides_of(plan)
+    values, base = {}, overrides_of(plan, quantize)
     for p in passes_of(todo, len(tokens), *plan_passes(b, todo, shape_of(tokens))):
-        for (u, f), kl in zip(p.todo, measure(b, tokens[p.start:p.stop], list(p.todo), base=base)):
+        for (u, f), kl in zip(p.todo, measure(b, tokens[p.start:p.stop], list(p.todo), quantize, base=base)):
             values.setdefault((u.path, f), []).append(kl)
     return {k: np.concatenate(v) for k, v in values.items()}
 
@@ -148,7 +151,7 @@ def verdict(v: Verified) -> str:
     return f'{what}; KL forecast {last["forecast"]:.4f}, measured {last["joint"]:.4f}{more}'
 
 # %% ../nbs/04a_verify.ipynb #e073374b
-def improve(b, tokens, q, tried, kl, best, tolerance, rounds):
+def improve(b, tokens, q, tried, kl, best, tolerance, rounds, quantize):
     "Measure again around the best plan while the forecast is off; adds to `tried` and `kl`, returns the best and its history"
     forecast, history, near = tried[best].predicted_kl, [], list(tried.values())
     while True:
@@ -158,12 +161,12 @@ def improve(b, tokens, q, tried, kl, best, tolerance, rounds):
         paths = {p for x in near for p in x.diff(tried[best])}
         if not paths: return best, history
         options = {p: o for row, o in zip(q.problem.rows, q.problem.options) for p in row}
-        plan, guess = solve_again(q, tried[best], around(b, tokens, tried[best], paths, options))
+        plan, guess = solve_again(q, tried[best], around(b, tokens, tried[best], paths, options, quantize))
         history[-1]['units'] = len(paths)
         if plan in tried.values(): return best, history # nothing new
         name = f'measured again {len(history)}'
         tried[name] = plan
-        kl |= joint_kl(b, tokens, {name: plan})
+        kl |= joint_kl(b, tokens, {name: plan}, quantize)
         if kl[name].mean() >= joint: return best, history
         best, forecast = name, guess
 
@@ -173,6 +176,7 @@ def verified(
     tokens: np.ndarray, # (n, T) calibration tokens
     sweep, # Sweep of the same model
     *,
+    quantize = quantize_dequantize, # what will save the plan, as for `joint_kl`
     n: int = 6, # near-optimal alternatives
     tolerance: float = .15, # how far forecast and measurement may be apart
     rounds: int = 2, # how often units are measured again
@@ -187,8 +191,8 @@ def verified(
     if set(plan) != set(b.checkpoint.unit): raise ValueError(f'the sweep is of another model, {sweep.header.get("model")}')
     ours, flats = {'allocated': plan} | alternatives(q, plan, n, seed=seed), within(q, plan)
     if progress: print(f'verifying {len(ours)+len(flats)} plans on {prod(shape_of(tokens)):,} tokens', file=sys.stderr)
-    kl = joint_kl(b, tokens, ours | flats)
-    best, history = improve(b, tokens, q, ours, kl, min(ours, key=lambda x: kl[x].mean()), tolerance, rounds)
+    kl = joint_kl(b, tokens, ours | flats, quantize)
+    best, history = improve(b, tokens, q, ours, kl, min(ours, key=lambda x: kl[x].mean()), tolerance, rounds, quantize)
     tried = ours | flats
     kept = min(tried, key=lambda x: kl[x].mean())
     return Verified(stamped(q, plan, tried, kl, kept, tokens), kept, tried, kl, history, tuple(flats))
@@ -209,10 +213,11 @@ def measured(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: np.ndarray, # (n, T) evaluation tokens
     each: int = 4, # points of each curve, evenly spread; 0 for the baselines and their rivals alone
+    quantize = quantize_dequantize, # as for `joint_kl`; baselines are rounded likewise
 ) -> Frontier: # the same, with scores
     "Measure points of a frontier, and everything that they are to be compared with"
     curves, todo = {}, [*frontier.rivals.values(), *frontier.baselines]
     for p in frontier: curves.setdefault(p.name.rsplit(' ', 1)[0], []).append(p)
     for plans in curves.values(): todo += [plans[i] for i in sorted(set(np.linspace(0, len(plans)-1, each).round().astype(int)))]
-    frontier.scores |= joint_kl(open_backend(model), tokens, {p.name: p for p in todo})
+    frontier.scores |= joint_kl(open_backend(model), tokens, {p.name: p for p in todo}, quantize)
     return frontier

@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from optiq.backends import MLXBackend, StreamingBackend, TorchBackend
-from optiq.convert import check, convert, stored_bytes
+from optiq.convert import check, convert, overrides_of_saved, stored_bytes
+from optiq.evals.perplexity import evaluate
 from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, AS_IS, Format
 from optiq.knapsack import make_plan, uniform
 from optiq.models import Checkpoint
-from optiq.pipeline import optimize
+from optiq.pipeline import optimize, trade_off
 from optiq.rounding import (Inputs, MinMax, RoundTrips, Statistics, compensated, dwq, gptq, gptq_all, pack_codes,
                              prepared, round_to_files, search, second_look, to_mlx)
-from optiq.sensitivity import kl_sweep, measure, probes
+from optiq.sensitivity import kl_sweep, measure, probes, sweep_quantizer
 from optiq.tiny import tiny
+from optiq.verify import joint_kl, verified
 
 BACKENDS = dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend)
 
@@ -153,7 +155,36 @@ def test_the_sweep_scores_with_the_rounding_that_saves(models, tmp_path):
     assert np.allclose([sweep.kl(p, formats[0]) for p in stored], want, rtol=1e-3)
     with pytest.raises(ValueError, match='quantizer'): kl_sweep(b, tokens, formats, out=out, progress=False)
     with pytest.raises(ValueError, match='no rounding'): kl_sweep(b, tokens, formats, rounding='gtpq', progress=False)
-    with pytest.raises(ValueError, match='min-max rounding only'): kl_sweep(b, tokens, formats, rounding='gptq', method='gradient')
+    quick = {r: kl_sweep(b, tokens, formats, rounding=r, method='gradient') for r in ('minmax', 'gptq')}
+    name = quick['gptq'].header['fingerprint']['quantizer']
+    assert name.startswith('gptq, ') and name.endswith(', gradient')
+    assert all(quick['gptq'].kl(p, formats[0]) != quick['minmax'].kl(p, formats[0]) for p in stored)
+    screened = kl_sweep(b, tokens, formats, rounding='gptq', method='screened', targets=[3], progress=False)
+    one, other = ([x.kl(p, formats[0]) for p in screened.header['exact']] for x in (screened, sweep))
+    assert np.allclose(one, other, rtol=1e-3)
+
+def test_plans_are_verified_with_the_rounding_that_saves(models, tmp_path, monkeypatch):
+    from optiq import rounding
+    c, asked, plain = models['llama'], [], rounding.round_all
+    tokens, formats = tokens_for(c), [Format(3, 32), Format(4, 32)]
+    b = TorchBackend(c)
+    sweep = kl_sweep(b, tokens, formats, rounding='search', progress=False)
+    quantize, _ = sweep_quantizer(b, tokens, formats, 'search', blocks=True)
+    monkeypatch.setattr(rounding, 'round_all', lambda w, fmts, *more: (asked.append(fmts), plain(w, fmts, *more))[1])
+    kl = joint_kl(b, tokens, {'a': uniform(c, formats[0]), 'b': uniform(c, formats[1])}, quantize)
+    assert asked == [formats]*len(c.units) # every unit once, for all plans
+    v = verified(b, tokens, sweep, target_bits=3.5, n=2, quantize=quantize, progress=False)
+    assert v.tried.keys() > {'allocated'} and set(kl) == {'a', 'b'}
+    saved = convert(c, v.plan, tmp_path/'out', quantizer=round_to_files(b, tokens, v.plan, 'search', tmp_path, progress=False))
+    got = evaluate(b, tokens, {'saved': overrides_of_saved(saved)})['saved'].kl
+    np.testing.assert_allclose(got, v.kl[v.kept], rtol=1e-5)
+    assert not np.allclose(got, joint_kl(b, tokens, {'x': v.plan})['x'], rtol=1e-3) # min-max is something else
+    r = optimize(str(c.folder), target_bits=4, formats=formats, rounding='gptq', n=2, seq_len=32, eval_n=1, eval_len=32,
+                 compare=False, backend='torch')
+    assert r['verified'].kept in r['verified'].tried and r['figures']['calibration_kl'] > 0
+    r['sweep'].save(tmp_path/'s.json')
+    curve = trade_off(str(c.folder), (3, 4), ['all'], sweep=tmp_path/'s.json', verify=1, n=2, seq_len=32, eval_n=1, eval_len=32, backend='torch')
+    assert curve['figures']['about']['rounding'] == 'gptq'
 
 def test_errors_of_a_conversion(models, tmp_path):
     c = models['llama']

@@ -244,13 +244,22 @@ def part_dwq(x):
         with TemporaryDirectory() as d: polished(x, name, plan, round_to_files(x.b, x.tokens, plan, 'gptq', d, progress=False))
 
 def merge(out, files):
-    "One results file of several that were measured on the same model and tokens"
+    "One results file of several that were scored on the same text; where they differ in what else matters, each row says what it was made with"
     parts = [json.loads(Path(f).read_text()) for f in files]
-    for k in ('model', 'calibration', 'test', 'device'):
+    for k in ('model', 'test'):
         if len({p['about'][k] for p in parts}) > 1: raise SystemExit(f'the files differ in {k}')
-    about = parts[0]['about'] | dict(command=[p['about']['command'] for p in parts])
+    about = parts[0]['about'] | dict(command=[c for p in parts for c in listed(p['about']['command'])])
+    for k in ('calibration', 'device', 'python', 'torch', 'transformers', 'cpu', 'cores', 'note'):
+        found = [str(p['about'].get(k, '')) for p in parts]
+        if len(set(found)) == 1: continue
+        about[k] = '; '.join(dict.fromkeys(filter(None, found)))
+        if k in ('calibration', 'device'):
+            for p in parts:
+                for r in p['rows'].values(): r.setdefault(k, p['about'][k])
     rows, seconds = ({k: v for p in parts for k, v in p[part].items()} for part in ('rows', 'seconds'))
     Path(out).write_text(json.dumps(dict(about=about, rows=rows, seconds=seconds), indent=1, ensure_ascii=False)+'\n')
+
+def listed(x): return x if isinstance(x, list) else [x]
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

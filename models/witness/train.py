@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from optiq import diagrams as D
-from optiq.tiny import END, ID, SPECIAL, TEMPLATE, hub_config
+from optiq.tiny import END, SPECIAL, TEMPLATE, hub_config
 
 T0 = time.time()
 def log(*a): print(f'[{time.time()-T0:6.1f}s]', *a, flush=True)
@@ -87,7 +87,7 @@ CELLS = D.GRID**2 # of 32 × 32 pixels: as many as the image has tokens
 FACTS = len(D.LETTERS)+len(D.COLOURS)+len(D.SHAPES)+1+2*CELLS+2*len(D.LETTERS)
 
 def facts(d):
-    "What stands in each cell, (CELLS, FACTS) of 0 and 1: label, colour, shape, anything; where its arrows lead and come from, by place and label"
+    "(CELLS, FACTS) of 0 and 1: label, colour, shape, anything there; where its arrows lead and come from, by place and by label"
     at, out = {n.label: n.cell[1]*D.GRID+n.cell[0] for n in d.nodes}, np.zeros((CELLS, FACTS), np.uint8)
     starts = np.cumsum([0, len(D.LETTERS), len(D.COLOURS), len(D.SHAPES), 1, CELLS, CELLS, len(D.LETTERS)])
     for n in d.nodes:
@@ -259,7 +259,8 @@ class Witness(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 std = .02 if 'embed' in name and 'patch' not in name else .7*p[0].numel()**-.5
-                if name.endswith(('proj.weight', 'fc2.weight')) and any(k in name for k in ('o_proj', 'down_proj', 'attn.proj', 'mlp.linear_fc2')):
+                ends = 'o_proj', 'down_proj', 'attn.proj', 'mlp.linear_fc2'
+                if name.endswith(('proj.weight', 'fc2.weight')) and any(k in name for k in ends):
                     std *= (2*depth)**-.5
                 nn.init.normal_(p, 0, std)
             elif name.endswith('bias'): nn.init.zeros_(p)

@@ -206,6 +206,7 @@ def cells(row: dict) -> dict: # column ▸ text
     def show(k, v):
         if k == 'name' or k in SIZES: return v if k == 'name' else f'{v:.2f}'
         spec, se, low = metric(k).spec, row.get(f'{k}_se'), row.get(f'{k}_low')
+        if spec == '.4f' and 0 < abs(v) < 5e-4: spec = '.1e' # a tiny KL is not none
         if low is not None and low == low:
             text = f'{v:{spec}} [{low:{spec}}, {row[f"{k}_high"]:{spec}}]'
             return text.replace('%', '', 2) if '%' in spec else text # one sign for all three

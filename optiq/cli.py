@@ -124,7 +124,7 @@ def convert(model, target, model_type, target_tps, chip, candidate_bits, formats
     optiq convert Qwen/Qwen3-0.6B-base --target-bpw 4.5 --candidate-bits 4,8
     optiq convert demo --target-size 5 --candidate-bits 3,4,6 --protect embed --tie qkv -o ./small
     optiq convert demo --target-bpw 3.5 --candidate-bits 2,3,4,6 --rounding gptq
-    optiq convert demo --kv --context 4096 --target-size 12
+    optiq convert demo --kv --context 4096 --target-size 20
     """
     fmts, given = as_formats(formats, candidate_bits, group_size), check_caps(given | dict(model_type=model_type), target_tps, kv)
     out = None if dry_run else output or default_output(model, ending_of(given, target_tps, kv))

@@ -373,10 +373,10 @@ def hook():
     import mlx_lm.models.cache as known
     known.MixedKVCache, known.BatchMixedKVCache = MixedKVCache, BatchMixedKVCache
     before = mx.fast.scaled_dot_product_attention
-    if getattr(before, 'takes_stored', False): return
+    if getattr(before, 'takes', None) is Stored: return
     def scaled_dot_product_attention(q, k, v, **options):
         return attend(q, k, v, **options) if isinstance(k, Stored) else before(q, k, v, **options)
-    scaled_dot_product_attention.takes_stored = True
+    scaled_dot_product_attention.takes = Stored
     mx.fast.scaled_dot_product_attention = scaled_dot_product_attention
 
 # %% ../nbs/06_kv_cache.ipynb #404f8145

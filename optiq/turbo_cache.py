@@ -218,11 +218,10 @@ def way_back(p: KeyPrecondition, seed: int, dtype): # (heads, padded D, D)
 # %% ../nbs/08_turbo_cache.ipynb #51912e69
 @lru_cache(16)
 def grid(shape: tuple, bits: int, dtype):
-    "Scale 1 and the bias that centres the codes, in the shape that MLX's kernels ask for"
-    ones = mx.ones(shape, dtype)
-    bias = ones*(-(2**bits-1)/2)
-    mx.eval(ones, bias)
-    return ones, bias
+    "The step and the bias that put the codes within ±1, in the shape that MLX's kernels ask for"
+    step, bias = mx.full(shape, 2/2**bits, dtype), mx.full(shape, 1/2**bits-1, dtype)
+    mx.eval(step, bias)
+    return step, bias
 
 def group_of(codes, bits: int) -> tuple: # (size, groups in a vector)
     "The largest group that MLX has and that divides a vector"

@@ -387,7 +387,7 @@ def encode(
     length, best = xp.sqrt((y*y).sum(-1, keepdims=True)), None
     for m in steps:
         codes = xp.clip(xp.floor(y/(length*float(m*(points[1]-points[0]))+1e-30)+n/2), 0, n-1)
-        c = codes-(n-1)/2
+        c = (2*codes-(n-1))/n # within ±1: so the scale is of the size of the coordinates, which float16 holds
         size = xp.sqrt((c*c).sum(-1, keepdims=True))
         cosine = (y*c).sum(-1, keepdims=True)/size # the larger, the smaller the angle
         if best is None: best = codes, size, cosine
@@ -397,7 +397,7 @@ def encode(
 # %% ../nbs/07_turboquant.ipynb #11df148c
 def decode(codes, scales, bits: int): # ▸ (…, D) float32
     "The rotated vectors that codes and scales stand for"
-    return (codes-(2**bits-1)/2)*as_type(scales, 'float32')
+    return (2*codes-(2**bits-1))/2**bits*as_type(scales, 'float32')
 
 # %% ../nbs/07_turboquant.ipynb #45d8c44e
 def round_trip(

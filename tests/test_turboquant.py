@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from optiq.formats import Format, nbytes, parse_format, quantize_dequantize
 from optiq.turboquant import (STEPS, PANTER_DITE, Rotation, TurboQuantMSE, TurboQuantProd, TurboQuantSplit, cells, codebook, density,
@@ -327,6 +327,7 @@ def test_formats_that_are_none(name):
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(2, 8).filter(lambda b: b != 7), st.sampled_from([64, 80, 128]), st.floats(1e-3, 1e3), st.integers(0, 2**31))
+@example(8, 80, 1e-3, 0)
 def test_scaling_a_vector_scales_what_comes_back(bits, d, factor, seed):
     x = unit(2, d, seed)
     assert np.allclose(round_trip(x*np.float32(factor), bits), factor*round_trip(x, bits), rtol=5e-3, atol=1e-3*factor)

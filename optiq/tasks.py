@@ -215,8 +215,9 @@ def word_problem(
     template = _template(r, split)
     ranges, steps, question, answer = _parse(template)
     stretch = 1 if split == 'train' else STRETCH
+    spans = {k: range(lo, int(hi*stretch)+1) for k, (lo, hi) in ranges.items()}
     while True:
-        v = {k: r.randint(lo, int(hi*stretch)) for k, (lo, hi) in ranges.items()}
+        v = {k: r.choice(span) for k, span in spans.items()}
         numbers = list(v.values())
         operands = _work_out(steps, v)
         if operands and number_split(numbers, operands) == ('train' if split == 'train' else 'test'): break

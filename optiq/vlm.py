@@ -167,7 +167,7 @@ def by_part(c: Checkpoint, sweep, plan): # ▸ Table
     "Where the sensitivity sits, and where the bits went"
     from optiq.demos import Table
     low, rows = min(sweep.formats, key=lambda f: f.bits), []
-    for part in dict.fromkeys(u.part for u in c.units):
+    for part in sorted({u.part for u in c.units}, key=('vision', 'projector', 'language').index):
         us = [u for u in c.units if u.part == part]
         bits = [plan[u.path].bits for u in us]
         rows.append([part, len(us), sum(u.params for u in us)/1e6, sum(sweep.kl(u.path, low) for u in us if u.takes(low)),

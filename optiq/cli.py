@@ -81,8 +81,8 @@ SHARED = dict(
     protect=(['--protect'], dict(metavar='NAMES', callback=as_names, help='units that get the widest candidate: embed, lm_head, '
              'first, last, paths or kinds, separated by commas')),
     tie=(['--tie'], dict(metavar='NAMES', callback=as_names, help='units that share a format: qkv, kv, gate_up')),
-    rounding=(['--rounding'], dict(type=click.Choice(['minmax', 'search', 'gptq']), default='minmax', show_default=True,
-              help='how codes, scales and biases are chosen; the sweep scores with the same')),
+    rounding=(['--rounding'], dict(type=click.Choice(['minmax', 'search', 'gptq']),
+              help='how codes, scales and biases are chosen; the sweep scores with the same  [default: as the sweep given, or search]')),
     rounding_n=(['--rounding-samples', 'rounding_n'], dict(default=32, show_default=True,
                 help='calibration sequences that search, gptq and dwq learn from')),
     overwrite=(['--overwrite'], dict(is_flag=True, help='replace the output folder')),
@@ -199,9 +199,11 @@ def sweep(model, output, bits, formats, group_size, targets, until_stable, sampl
     """
     from optiq.calibration import batch_for
     from optiq.models import Checkpoint
+    from optiq.pipeline import rounding_for
     from optiq.sensitivity import kl_sweep
     if not resume and os.path.exists(output):
         raise FileExistsError(f'{output} exists; give another -o, or --resume to go on with it')
+    given['rounding'] = rounding_for(given['rounding'], None)
     c, more = Checkpoint(model, trust_remote_code, model_type), rounding_n if given['rounding'] != 'minmax' else 0
     tokens = batch_for(c, calibration, max(samples, more), seq_len)
     s = kl_sweep(c, tokens[:samples], as_formats(formats, bits, group_size), targets=as_targets(targets), rounding_tokens=tokens,

@@ -3,7 +3,7 @@
     python3 bench/peers/times.py --model MODEL --calibration valid.txt [--plan 4g64] [--n 32] [--seq-len 128] -o times.json
 
 `load_s` opens the model for the calibration pass (a sweep has done that before), `round_s` learns and rounds, `write_s` packs, saves, and compares
-what was saved tensor by tensor. Peak memory is that of the whole process; `before_gb` is what it held before it rounded.
+what was saved tensor by tensor. Seconds of the clock, and of all cores together (`cpu_…`), which another program's load changes little. Peak memory is that of the whole process; `before_gb` is what it held before it rounded.
 """
 import argparse
 import json
@@ -23,9 +23,11 @@ def one(args):
     from optiq.knapsack import uniform
     from optiq.models import Checkpoint
     from optiq.rounding import round_to_files
-    c, t = Checkpoint(args.model), [time.perf_counter()]
+    c, t, cpu = Checkpoint(args.model), [time.perf_counter()], [time.process_time()]
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
-    tick = lambda: t.append(time.perf_counter())
+    def tick():
+        t.append(time.perf_counter())
+        cpu.append(time.process_time())
     text = passages(args.calibration, 'all' if Path(args.calibration).is_file() else 'train')
     tokens, plan = token_batch(text, c.tokenizer, args.n, args.seq_len), uniform(c, args.plan)
     tick()
@@ -37,8 +39,8 @@ def one(args):
         tick()
         convert(c, plan, Path(d)/'out', quantizer=quantizer)
         tick()
-    load, rounding, write = (b-a for a, b in zip(t[1:], t[2:]))
-    print(json.dumps(dict(load_s=load, round_s=rounding, write_s=write, conversion_s=rounding+write, before_gb=before, peak_gb=peak())))
+    spent = lambda t, name='': dict(zip((f'{name}load_s', f'{name}round_s', f'{name}write_s'), (b-a for a, b in zip(t[1:], t[2:])))) | {f'{name}conversion_s': t[-1]-t[2]}
+    print(json.dumps(spent(t) | spent(cpu, 'cpu_') | dict(before_gb=before, peak_gb=peak())))
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,7 +65,8 @@ if __name__ == '__main__':
             found.append(json.loads(out.stdout.splitlines()[-1]))
             print(rounding, found[-1], flush=True)
     best = {r: min(found, key=lambda x: x['conversion_s']) for r, found in runs.items()}
-    for r in best.values(): r['times_minmax'] = r['conversion_s']/best['minmax']['conversion_s']
+    for r in best.values():
+        for k in ('', 'cpu_'): r[f'{k}times_minmax'] = r[f'{k}conversion_s']/best['minmax'][f'{k}conversion_s']
     Path(args.output).write_text(json.dumps(dict(about=dict(model=args.model, calibration=f'{args.n} × {args.seq_len} tokens', plan=args.plan,
         command=' '.join(sys.argv), **machine()), best=best, runs=runs), indent=1, ensure_ascii=False)+'\n')
     print(json.dumps(best, indent=1))

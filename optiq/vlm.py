@@ -199,7 +199,7 @@ def demo(
     plans['uniform 2'] = uniform(c, 2)
     variants, best = rounded(b, dict(list(plans.items())[1:])), plans['optiq, bytes of 4']
     if out is not None: variants['optiq, bytes of 4'] = overrides_of_saved(convert(c, best, out, sweep, True, calibration=text))
-    about = dict(model=c.name, text=text, calibration=f'{s.n//2} pictures', evaluation=f'{2*s.eval_n} other pictures',
+    about = dict(model=c.name, text=str(text), calibration=f'{s.n//2} pictures', evaluation=f'{2*s.eval_n} other pictures',
                  questions=f'{len(asked)} of {questions}', **machine())
     report = Report(seen(b, samples(c, text, 2*s.eval_n, 'test'), asked, plans, variants), about)
     figures = dict(sensitivity=partial(sweep.plot, fmt='2g64'), quality=report.plot)

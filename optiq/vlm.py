@@ -167,12 +167,13 @@ def by_part(c: Checkpoint, sweep, plan): # ▸ Table
     "Where the sensitivity sits, and where the bits went"
     from optiq.demos import Table
     low, rows = min(sweep.formats, key=lambda f: f.bits), []
+    def kl(units): return sum(sweep.kl(u.path, low) for u in units if u.takes(low))
     for part in sorted({u.part for u in c.units}, key=('vision', 'projector', 'language').index):
         us = [u for u in c.units if u.part == part]
-        bits = [plan[u.path].bits for u in us]
-        rows.append([part, len(us), sum(u.params for u in us)/1e6, sum(sweep.kl(u.path, low) for u in us if u.takes(low)),
-                     f'{sum(k > 4 for k in bits)}', f'{sum(k < 4 for k in bits)}', float(np.average(bits, weights=[u.params for u in us]))])
-    return Table('By part', ['part', 'units', 'M parameters', f'sum of KL at {low}', 'above 4 bits', 'below 4', 'mean bits'], rows)
+        bits, params = [plan[u.path].bits for u in us], [u.params for u in us]
+        rows.append([part, len(us), sum(params)/1e6, kl(us), f'{kl(us)/kl(c.units):.0%}', f'{sum(k > 4 for k in bits)}',
+                     f'{sum(k < 4 for k in bits)}', float(np.average(bits, weights=params))])
+    return Table('By part', ['part', 'units', 'M parameters', f'sum of KL at {low}', 'share', 'above 4 bits', 'below 4', 'mean bits'], rows)
 
 # %% ../nbs/20_vlm.ipynb #1e2836a4
 def demo(

@@ -181,7 +181,7 @@ def test_rounding_goes_through_all_parts(backends, samples, tmp_path):
     assert all(set(d) == set(plan) for d in done.values())
     kl = {n: s.kl.mean() for n, s in evaluate(b, some, done).items()}
     assert kl['gptq'] < kl['search'] < kl['minmax'] and kl['gptq'] < kl['minmax']/2
-    saved = convert(b.checkpoint, plan, tmp_path/'m', quantizer=round_to_files(b, some, plan, 'search', tmp_path, progress=False))
+    saved = convert(b.checkpoint, plan, tmp_path/'m', quantizer=round_to_files(b, some, plan, 'search', tmp_path))
     assert abs(evaluate(b, some, dict(s=overrides_of_saved(saved)))['s'].kl.mean()-kl['search']) < 1e-5
 
 def test_sweep_resumes_and_knows_its_samples(backends, samples, tmp_path):

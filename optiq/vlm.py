@@ -194,7 +194,7 @@ def demo(
     from optiq.sensitivity import kl_sweep
     b, s = open_backend(Checkpoint(model or find_witness(), model_type='vlm')), sizes(fast)
     c, asked = b.checkpoint, questions_of(questions, s.problems//2)
-    sweep = kl_sweep(b, samples(c, text, s.n//2), [2, 3, 4], progress=not fast)
+    sweep = kl_sweep(b, samples(c, text, s.n//2), [2, 3, 4, 6], progress=not fast)
     plans = {'as it is': make_plan(c, c.formats), 'mlx-vlm, vision at 16': default_of_vlm(c)}
     for k in (4, 3): plans |= {f'uniform {k}': uniform(c, k), f'optiq, bytes of {k}': allocate(sweep, max_bytes=uniform(c, k).nbytes)}
     plans['uniform 2'] = uniform(c, 2)

@@ -93,7 +93,7 @@ def test_demo(blind, tmp_path):
     from PIL import Image
     from optiq.vlm import demo
     (tmp_path/'pictures').mkdir()
-    for i in range(40): Image.new('RGB', (64, 48), (6*i, 0, 0)).save(tmp_path/'pictures'/f'{i}.png') # shorter than diagrams with their descriptions
+    for i in range(40): Image.new('RGB', (64, 48), (6*i, 0, 0)).save(tmp_path/'pictures'/f'{i}.png') # shorter than diagrams
     found = demo(blind.folder, True, tmp_path/'m', tmp_path/'pictures')
     found.save(tmp_path/'d')
     assert {p.name for p in (tmp_path/'d').iterdir()} == {'tables.txt', 'demo.json', 'quality.png', 'sensitivity.png'}
@@ -135,7 +135,8 @@ def test_coco(blind, monkeypatch):
     from optiq.vlm import from_coco, samples
     class Stored(list): # what `load_dataset` gives, as far as it is used
         def __getitem__(self, i): return [r[i] for r in self] if isinstance(i, str) else list.__getitem__(self, i)
-    rows = Stored(dict(image=Image.new('RGB', (64, 48), (4*i, 0, 0)), file_name=f'{i:012}.jpg', answer=[f' A picture, {i}.', 'Red']) for i in range(60))
+    image = Image.new('RGB', (64, 48), 'red')
+    rows = Stored(dict(image=image, file_name=f'{i:012}.jpg', answer=[f' A picture, {i}.', 'Red']) for i in range(60))
     def load_dataset(name, split): return dict(val=rows)[split] if name == 'lmms-lab/COCO-Caption2017' else None
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
     sides = {side: {r['answer'] for r in from_coco(60, side, 1)} for side in ('train', 'test')}

@@ -5,6 +5,7 @@
 `sweep`     KL of each unit at each width on diagrams, and each part of the model (vision, projector, language) at 2, 3 and 4 bits
 `compare`   KL and accuracy of full precision, mlx-vlm's default 4 bits (the vision tower at 16), uniform 4, 3 and 2 bits everywhere
             and OptiQ at the bytes of the first three, rounded plainly and with GPTQ (at 4 bits also with a search)
+`ratios`    KL over that of the plan it competes with, from what `compare` kept of each diagram
 
 Each step is written when it is done. The real shape of Qwen3-VL-2B is in bench/parts.py. On a Linux CPU it is ten times as fast
 with OpenBLAS preloaded (LD_PRELOAD).
@@ -84,17 +85,30 @@ def compare(args, b):
         rows.append(row | dict(nbytes=int(p.nbytes), raised=raised(c, p)))
         print(n, f'KL {row["kl"]:.3g} ± {row["kl_se"]:.2g}', f'{p.nbytes:,} bytes', row.get('diagrams'), flush=True)
     report = Report.compare(Report(rows, dict(samples=args.eval_n, rounded_on=args.rounding_n, questions=args.questions)))
-    kl = {n: s.kl for n, s in scores.items()}
-    ratios = [ratio(kl, n, f'uniform {n[16]} bits') for n in plans if n.startswith('optiq') and n[16].isdigit()]
-    return dict(report=dict(optiq='report', rows=report.rows, about=report.about),
-                ratios=ratios+[ratio(kl, 'optiq, bytes of mlx-vlm', 'mlx-vlm 4 bits, vision at 16')])
+    return dict(report=dict(optiq='report', rows=report.rows, about=report.about), ratios=ratios_of(report.rows))
+
+PAIRS = [('optiq, bytes of mlx-vlm', 'mlx-vlm 4 bits, vision at 16'),
+         *((f'{p} {k} bits{r}', f'uniform {k} bits{q}') for k in (4, 3) for p, r, q in (
+             ('optiq, bytes of', '', ''), ('optiq, bytes of', ', search', ''), ('optiq, bytes of', ', gptq', ''),
+             ('optiq, bytes of', ', gptq', ', gptq'), ('uniform', ', gptq', ''))),
+         *((f'optiq, bytes of 4 bits, {r}', 'optiq, bytes of 4 bits') for r in ('search', 'gptq'))]
+
+def ratios_of(rows: list) -> list:
+    kl = {r['name']: np.array(r['items']['kl']) for r in rows}
+    return [ratio(kl, n, baseline) for n, baseline in PAIRS if {n, baseline} <= kl.keys()]
 
 def ratio(kl, name, baseline, n=4000) -> dict:
-    "Mean KL over the baseline's, with a 95 % interval from resampled diagrams"
+    "Mean KL over the baseline's, and the same of geometric means, with 95 % intervals from resampled diagrams"
     x, y, i = kl[name], kl[baseline], np.random.default_rng(0).integers(0, len(kl[name]), (n, len(kl[name])))
-    low, high = np.quantile(x[i].mean(1)/y[i].mean(1), (.025, .975))
-    return dict(name=name, baseline=baseline, ratio=float(x.mean()/y.mean()), low=float(low), high=float(high),
+    log = np.log(np.maximum(x, 1e-10)/np.maximum(y, 1e-10)) # what rounds to nothing in float32 counts as 1e-10
+    def interval(draws): return [float(v) for v in np.quantile(draws, (.025, .975))]
+    return dict(name=name, baseline=baseline, ratio=float(x.mean()/y.mean()), interval=interval(x[i].mean(1)/y[i].mean(1)),
+                typical=float(np.exp(log.mean())), typical_interval=interval(np.exp(log[i].mean(1))),
                 diagrams_better=int((x < y).sum()), diagrams=len(x))
+
+def ratios(args, b):
+    found = json.loads(args.o.read_text())['compare']
+    return found | dict(ratios=ratios_of(found['report']['rows']))
 
 def raised(c, plan) -> dict:
     "Of each part's units, the share that has more than 4 bits, and its mean bits"
@@ -123,8 +137,8 @@ def main():
     about = machine() | {'mlx-vlm': version('mlx-vlm'), 'openblas': 'openblas' in os.environ.get('LD_PRELOAD', '')}
     for name in args.only.split(','):
         start = time.time()
-        done[name] = globals()[name](args, b)
-        done[name]['about'] = about | dict(command='python '+' '.join(sys.argv), seconds=round(time.time()-start))
+        made, kept = globals()[name](args, b), 'compare' if name == 'ratios' else name
+        done[kept] = dict(about=about | dict(command='python '+' '.join(sys.argv), seconds=round(time.time()-start))) | made
         args.o.parent.mkdir(parents=True, exist_ok=True)
         args.o.write_text(json.dumps(done, indent=1)+'\n')
         print(name, f'{time.time()-start:.0f} s', flush=True)

@@ -557,10 +557,10 @@ def rounding_seconds(
     learned = tokens if method == 'gptq' else enough(tokens)
     part = learned[:-(-len(learned)//8)]
     stats = Statistics(b, part, method == 'gptq')
-    heard = stats[first.path] # the first block also wakes the libraries up
+    start, heard = stats.states, stats[first.path] # the first block also wakes the libraries up
     if heard is None: return 0.
     def listen():
-        stats.i = 0
+        stats.i, stats.states = 0, start # states that passed the block would not be heard there again
         stats.advance()
         return b.numpy(stats.held[first.path].importance())
     def round_it(): return b.numpy(library(heard.moments)[1](QUANTIZERS[method](b.unit_weight(first.path), plan[first.path], heard).dequantize()))

@@ -360,7 +360,8 @@ def write_weights(
 
 # %% ../nbs/02a_tiny.ipynb #25d9773c
 IMAGES = dict(image_processor_type='Qwen2VLImageProcessorFast', processor_class='Qwen3VLProcessor',
-              size=dict(shortest_edge=65536, longest_edge=16777216), patch_size=16, temporal_patch_size=2,
+              size=dict(shortest_edge=4096, longest_edge=16777216), # 64 × 64 pixels at least; the hub's are 256 × 256
+              patch_size=16, temporal_patch_size=2,
               merge_size=2, image_mean=[0.5]*3, image_std=[0.5]*3)
 SPEECH = dict(feature_extractor_type='WhisperFeatureExtractor', processor_class='Qwen3ASRProcessor',
               feature_size=128, sampling_rate=16000, chunk_length=30, n_fft=400, hop_length=160,

@@ -167,12 +167,13 @@ def by_part(c: Checkpoint, sweep, plan): # ▸ Table
     "Where the sensitivity sits, and where the bits went"
     from optiq.demos import Table
     low, rows = min(sweep.formats, key=lambda f: f.bits), []
+    def kl(units): return sum(sweep.kl(u.path, low) for u in units if u.takes(low))
     for part in sorted({u.part for u in c.units}, key=('vision', 'projector', 'language').index):
         us = [u for u in c.units if u.part == part]
-        bits = [plan[u.path].bits for u in us]
-        rows.append([part, len(us), sum(u.params for u in us)/1e6, sum(sweep.kl(u.path, low) for u in us if u.takes(low)),
-                     f'{sum(k > 4 for k in bits)}', f'{sum(k < 4 for k in bits)}', float(np.average(bits, weights=[u.params for u in us]))])
-    return Table('By part', ['part', 'units', 'M parameters', f'sum of KL at {low}', 'above 4 bits', 'below 4', 'mean bits'], rows)
+        bits, params = [plan[u.path].bits for u in us], [u.params for u in us]
+        rows.append([part, len(us), sum(params)/1e6, kl(us), f'{kl(us)/kl(c.units):.0%}', f'{sum(k > 4 for k in bits)}',
+                     f'{sum(k < 4 for k in bits)}', float(np.average(bits, weights=params))])
+    return Table('By part', ['part', 'units', 'M parameters', f'sum of KL at {low}', 'share', 'above 4 bits', 'below 4', 'mean bits'], rows)
 
 # %% ../nbs/20_vlm.ipynb #1e2836a4
 def demo(
@@ -193,13 +194,13 @@ def demo(
     from optiq.sensitivity import kl_sweep
     b, s = open_backend(Checkpoint(model or find_witness(), model_type='vlm')), sizes(fast)
     c, asked = b.checkpoint, questions_of(questions, s.problems//2)
-    sweep = kl_sweep(b, samples(c, text, s.n//2), [2, 3, 4], progress=not fast)
+    sweep = kl_sweep(b, samples(c, text, s.n//2), [2, 3, 4, 6], progress=not fast)
     plans = {'as it is': make_plan(c, c.formats), 'mlx-vlm, vision at 16': default_of_vlm(c)}
     for k in (4, 3): plans |= {f'uniform {k}': uniform(c, k), f'optiq, bytes of {k}': allocate(sweep, max_bytes=uniform(c, k).nbytes)}
     plans['uniform 2'] = uniform(c, 2)
     variants, best = rounded(b, dict(list(plans.items())[1:])), plans['optiq, bytes of 4']
     if out is not None: variants['optiq, bytes of 4'] = overrides_of_saved(convert(c, best, out, sweep, True, calibration=text))
-    about = dict(model=c.name, text=text, calibration=f'{s.n//2} pictures', evaluation=f'{2*s.eval_n} other pictures',
+    about = dict(model=c.name, text=str(text), calibration=f'{s.n//2} pictures', evaluation=f'{2*s.eval_n} other pictures',
                  questions=f'{len(asked)} of {questions}', **machine())
     report = Report(seen(b, samples(c, text, 2*s.eval_n, 'test'), asked, plans, variants), about)
     figures = dict(sensitivity=partial(sweep.plot, fmt='2g64'), quality=report.plot)

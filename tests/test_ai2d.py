@@ -40,3 +40,14 @@ def test_answers_of_a_file(tmp_path):
     assert found['answer'] == 'B' and found['image'] == tmp_path/'a.png'
     with pytest.raises(ValueError, match='has 1 questions, not 2'): questions_of(tmp_path, 2)
     with pytest.raises(FileNotFoundError, match='give ai2d'): questions_of('nowhere')
+
+def test_questions_of_the_hub(monkeypatch):
+    "AI2D as `datasets` gives it, and a line that helps where it cannot be had"
+    import datasets
+    rows = [dict(image=None, question='What eats grass?', options=['fox', 'mouse', 'hawk', 'snake'], answer=str(i)) for i in (1, 3)]
+    monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: rows if (name, split) == ('lmms-lab/ai2d', 'test') else None)
+    assert [q['answer'] for q in questions_of('ai2d')] == ['B', 'D'] and questions_of('ai2d', 1)[0]['options'] == rows[0]['options']
+    with pytest.raises(ValueError, match='has 2 questions, not 3'): questions_of('ai2d', 3)
+    def gone(name, split): raise OSError('no network')
+    monkeypatch.setattr(datasets, 'load_dataset', gone)
+    with pytest.raises(ConnectionError, match='cannot be fetched .OSError.; give --questions diagrams'): questions_of('ai2d')

@@ -1,5 +1,5 @@
 "Models of several parts: their units, the replay of their own forward pass, and what plain loaders make of them"
-import os, shutil, subprocess, sys
+import json, os, shutil, subprocess, sys
 import numpy as np
 import pytest
 
@@ -112,7 +112,7 @@ def test_parts_and_blocks(backends):
 
 def test_widths_that_no_group_divides_stay(backends, samples):
     b = backends['qwen2_5_vl']
-    sweep = kl_sweep(b, samples['qwen2_5_vl'], ['3g64', '8g64'], progress=False)
+    sweep = kl_sweep(b, samples['qwen2_5_vl'][:1], ['3g64', '8g64'], progress=False)
     assert {u.kind for u in sweep.left} == {'down_proj'} and len(sweep.left) == 3 and '3 units of a width' in repr(sweep)
     plan = allocate(sweep, target_bits=5)
     assert all(plan[u.path] == AS_IS for u in sweep.left) and 4.5 < plan.nominal_bits <= 5
@@ -121,37 +121,48 @@ def test_widths_that_no_group_divides_stay(backends, samples):
     assert {u.part for u in b.checkpoint.units if default[u.path] == AS_IS} == {'vision', 'projector'}
 
 PLAIN = '''
-import sys, numpy as np, mlx.core as mx
-kind, folder, file, out = sys.argv[1:]
-if kind == 'vlm':
-    import mlx_vlm
-    model, processor = mlx_vlm.load(folder)
-    from PIL import Image
-    prompt = mlx_vlm.apply_chat_template(processor, model.config, 'What?', num_images=1)
-    assert mlx_vlm.generate(model, processor, prompt, image=[Image.new('RGB', (84, 56), 'teal')], max_tokens=2) is not None
-else:
-    from mlx_audio.stt import load
-    model = load(folder)
+import json, sys, numpy as np, mlx.core as mx
+for kind, folder, file, out in json.loads(sys.argv[1]):
+    if kind == 'vlm':
+        import mlx_vlm
+        model, processor = mlx_vlm.load(folder)
+        from PIL import Image
+        prompt = mlx_vlm.apply_chat_template(processor, model.config, 'What?', num_images=1)
+        assert mlx_vlm.generate(model, processor, prompt, image=[Image.new('RGB', (84, 56), 'teal')], max_tokens=2) is not None
+    else:
+        from mlx_audio.stt import load
+        model = load(folder)
+    z = model(**{k: mx.array(v) for k, v in np.load(file).items()})
+    np.save(out, np.array(getattr(z, 'logits', z).astype(mx.float32)))
 assert not any(m.split('.')[0] == 'optiq' for m in sys.modules)
-z = model(**{k: mx.array(v) for k, v in np.load(file).items()})
-np.save(out, np.array(getattr(z, 'logits', z).astype(mx.float32)))
 '''
 
-@pytest.mark.parametrize('architecture', ALL)
-def test_plain_loaders_open_what_is_converted(architecture, backends, samples, tmp_path):
-    b, s = backends[architecture], samples[architecture][0]
-    c, formats = b.checkpoint, [Format(3, 32), Format(4, 64), Format(8, 64), Format(5, 32), AS_IS]
-    if architecture != 'whisper': formats.append(Format(4, 32, 'mxfp4'))
-    plan = make_plan(c, {u.path: f if u.takes(f := formats[i % len(formats)]) else AS_IS for i, u in enumerate(c.units)})
-    saved = convert(c, plan, tmp_path/'m')
-    assert saved.model_type == c.model_type and dict(saved.formats) == dict(plan)
-    np.savez(tmp_path/'in.npz', **{k: narrow(v) for k, v in s.items() if k != 'scored'})
+def mixed(c):
+    formats = [Format(3, 32), Format(4, 64), Format(8, 64), Format(5, 32), AS_IS]
+    if c.config['model_type'] != 'whisper': formats.append(Format(4, 32, 'mxfp4'))
+    return make_plan(c, {u.path: f if u.takes(f := formats[i % len(formats)]) else AS_IS for i, u in enumerate(c.units)})
+
+@pytest.fixture(scope='module')
+def opened(backends, samples, tmp_path_factory):
+    "Where each architecture, converted, and what plain loaders compute with it lie; one process, as its imports are what takes long"
+    root, jobs = tmp_path_factory.mktemp('plain'), []
+    for a, b in backends.items():
+        c, s, folder = b.checkpoint, samples[a][0], root/a
+        saved = convert(c, mixed(c), folder/'m')
+        assert saved.model_type == c.model_type and dict(saved.formats) == dict(mixed(c))
+        np.savez(folder/'in.npz', **{k: narrow(v) for k, v in s.items() if k != 'scored'})
+        jobs.append([c.model_type, *(str(folder/n) for n in ('m', 'in.npz', 'out.npy'))])
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-    subprocess.run([sys.executable, '-c', PLAIN, c.model_type, str(tmp_path/'m'), str(tmp_path/'in.npz'), str(tmp_path/'out.npy')],
-                   check=True, env=env, cwd=tmp_path, capture_output=True)
-    theirs, ours = np.load(tmp_path/'out.npy')[:, positions(s)], b.numpy(b.logits(s, overrides_of(plan)))
+    subprocess.run([sys.executable, '-c', PLAIN, json.dumps(jobs)], check=True, env=env, cwd=root, capture_output=True)
+    return root
+
+@pytest.mark.xdist_group('plain loaders')
+@pytest.mark.parametrize('architecture', ALL)
+def test_plain_loaders_open_what_is_converted(architecture, backends, samples, opened):
+    b, s, folder = backends[architecture], samples[architecture][0], opened/architecture
+    theirs, ours = np.load(folder/'out.npy')[:, positions(s)], b.numpy(b.logits(s, overrides_of(mixed(b.checkpoint))))
     assert abs(theirs-ours).max() < (3e-2 if architecture == 'whisper' else 2e-3)*abs(ours).max() # Whisper is opened in float16
-    again = b.numpy(b.logits(s, overrides_of_saved(saved)))
+    again = b.numpy(b.logits(s, overrides_of_saved(folder/'m')))
     assert abs(again-ours).max() < 1e-4
 
 def test_whisper_cannot_take_float_modes(backends, tmp_path):
@@ -171,7 +182,7 @@ def test_rounding_goes_through_all_parts(backends, samples, tmp_path):
     assert all(set(d) == set(plan) for d in done.values())
     kl = {n: s.kl.mean() for n, s in evaluate(b, some, done).items()}
     assert kl['gptq'] < kl['search'] < kl['minmax'] and kl['gptq'] < kl['minmax']/2
-    saved = convert(b.checkpoint, plan, tmp_path/'m', quantizer=round_to_files(b, some, plan, 'search', tmp_path, progress=False))
+    saved = convert(b.checkpoint, plan, tmp_path/'m', quantizer=round_to_files(b, some, plan, 'search', tmp_path))
     assert abs(evaluate(b, some, dict(s=overrides_of_saved(saved)))['s'].kl.mean()-kl['search']) < 1e-5
 
 def test_sweep_resumes_and_knows_its_samples(backends, samples, tmp_path):

@@ -19,7 +19,7 @@ import numpy as np
 
 from .backends import open_backend
 from .calibration import batch_for, block_hashes, fingerprint, overlap, shape_of
-from .convert import convert, overrides_of_saved, whole_folder
+from .convert import convert, overrides_of_saved, refuse_quantized, whole_folder
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_calibration, refuse_overlap
 from .evals.report import Report, machine, score_row
 from .evals.run import same_words, text_tokens
@@ -151,6 +151,7 @@ def optimize(
     feasible(c, **options)
     rounding = rounding_for(rounding, sweep)
     refuse_rounding(rounding, polish, out)
+    if out is not None: refuse_quantized(c)
     if out is not None and Path(out).exists() and not overwrite:
         with whole_folder(out): pass # raises the error that names the flag
     b, plain = open_backend(c, backend), rounding == 'minmax' and not polish

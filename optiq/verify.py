@@ -148,7 +148,7 @@ def verdict(v: Verified) -> str:
     won = v.kept in v.baselines
     what = f'{v.kept} measured better than every plan that was allocated, so it is kept' if won else f'kept: {v.kept}'
     more = f'; {again} units were measured again around a plan' if again else ''
-    return f'{what}; KL forecast {last["forecast"]:.4f}, measured {last["joint"]:.4f}{more}'
+    return f'{what}; KL forecast {last["forecast"]:.3g}, measured {last["joint"]:.3g}{more}'
 
 # %% ../nbs/04a_verify.ipynb #e073374b
 def improve(b, tokens, q, tried, kl, best, tolerance, rounds, quantize):

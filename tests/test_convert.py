@@ -13,6 +13,7 @@ from optiq.convert import check, convert, stored_bytes
 from optiq.formats import AS_IS, Format
 from optiq.knapsack import make_plan, uniform
 from optiq.models import Checkpoint
+from optiq.pipeline import optimize
 from optiq.tiny import tiny
 
 @pytest.fixture(scope='module')
@@ -160,4 +161,5 @@ def test_quantized_models_are_not_quantized_again(llama, tmp_path):
     c = Checkpoint(tmp_path/'out')
     assert set(c.formats.values()) == {Format(4)}
     with pytest.raises(ValueError, match='quantized already'): convert(c, uniform(c, Format(4)), tmp_path/'twice')
-    assert not (tmp_path/'twice').exists() and np.isfinite(c.params)
+    with pytest.raises(ValueError, match='quantized already'): optimize(str(c.folder), tmp_path/'twice', target_bits=4)
+    assert {p.name for p in tmp_path.iterdir()} == {'out'} and np.isfinite(c.params)

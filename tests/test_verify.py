@@ -16,8 +16,6 @@ from optiq.sensitivity import Sweep, kl_sweep, measure, probes
 from optiq.tiny import tiny
 from optiq.verify import around, joint_kl, solve_again, verified, within
 
-pytestmark = pytest.mark.xdist_group('verify') # so that the sweep is measured once
-
 @pytest.fixture(scope='module')
 def b(): return TorchBackend(Checkpoint('demo'))
 

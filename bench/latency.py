@@ -158,6 +158,31 @@ def against(chip, reads, plans, speeds):
     lat = lat.learn(plans[CALIBRATION], speeds[CALIBRATION].ms, name=CALIBRATION)
     return lat, compare_speeds(lat, plans, {n: v for n, v in speeds.items() if n in plans})
 
+ESTIMATES = dict(median=lambda ms: 1/np.median(1/ms), fastest=np.min, mean=np.mean) # of milliseconds per token; the median is that of speeds
+
+def variants(found, chip):
+    """Other models of time and other estimates of speed, each calibrated with one plan per shape: model ▸ estimate ▸ errors of all other plans.
+    `in pairs` calibrates each round with the calibration plan's run of that round, and takes the median of what the prediction is off."""
+    out = {}
+    for s, decode in found['decode'].items():
+        reads, c = reads_of(skeleton(c := config_of(s)), c), CALIBRATION
+        plans = plans_of(reads, found['bits'])
+        ms, lat = {n: 1e3/np.array(decode[n]['runs']) for n in plans}, Latency(chip, reads, round(decode[c]['context']))
+        device = {n: lat.device(p) for n, p in plans.items()}
+        models = {'max(device, host)': lambda n, t: lat.learn(plans[c], t).ms(plans[n]), # as the package has it
+                  'max(device, host), the rest is the host': lambda n, t: max(device[n], t),
+                  'device + rest': lambda n, t: device[n]+t-device[c],
+                  'one speed for all': lambda n, t: t}
+        for name, model in models.items():
+            for n in [n for n in plans if n != c]:
+                for kind, of in ESTIMATES.items():
+                    out.setdefault(name, {}).setdefault(kind, {})[f'{s} {n}'] = float(of(ms[n])/model(n, float(of(ms[c])))-1)
+                off = [t/model(n, float(at))-1 for t, at in zip(ms[n], ms[c])]
+                out[name].setdefault('in pairs', {})[f'{s} {n}'] = float(np.median(off))
+    for name, kinds in out.items():
+        print(name, {k: f'{np.mean(np.abs(list(e.values()))):.1%}' for k, e in kinds.items()})
+    return out
+
 def predict(found):
     "Tables of predicted and measured speed, one calibration point per shape"
     chip, tables, shorts = Chip(**found['chip']), {}, dict(median=[], fastest=[])
@@ -185,7 +210,7 @@ def predict(found):
                          fastest_mean_error=fastest.mean_error, terms={n: plain.terms(p) for n, p in plans.items()},
                          learned={k: getattr(lat.chip, k) for k in LEARNED})
     for kind, e in shorts.items(): print(f'{kind}: mean absolute error of {len(e)} plans: {np.mean(e):.2%}, worst {max(e):.2%}')
-    return dict(tables=tables, **{k: dict(mean_error=float(np.mean(e)), worst=float(max(e))) for k, e in shorts.items()})
+    return dict(tables=tables, variants=variants(found, chip), **{k: dict(mean_error=float(np.mean(e)), worst=float(max(e))) for k, e in shorts.items()})
 
 def joined(files):
     "Runs on one chip as one, with what each of them measured"
@@ -193,7 +218,7 @@ def joined(files):
     first = parts[0]
     if any(p['chip'] != first['chip'] for p in parts): raise SystemExit('the files are of different chips: predict from each by itself')
     decode, blocks = ({s: v for p in parts for s, v in p[k].items()} for k in ('decode', 'blocks'))
-    further = {', '.join(p['decode']): dict(about=p['about']) for p in parts[1:]}
+    further = first.get('further', {}) | {', '.join(p['decode']): dict(about=p['about']) for p in parts[1:]}
     return dict(about=first['about'], further=further, bits=first['bits'], chip=first['chip'], raw=first['raw'], decode=decode, blocks=blocks)
 
 def main():

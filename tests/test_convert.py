@@ -4,11 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from optiq.cli import main
 from optiq.convert import check, convert, stored_bytes
 from optiq.formats import AS_IS, Format
 from optiq.knapsack import make_plan, uniform
@@ -19,9 +22,14 @@ from optiq.tiny import tiny
 @pytest.fixture(scope='module')
 def llama(tmp_path_factory): return tiny('llama', tmp_path_factory.mktemp('llama')/'model')
 
-def optiq(*args, env={}, **kwargs):
-    return subprocess.run([sys.executable, '-m', 'optiq.cli', *map(str, args)], capture_output=True, text=True,
-                          env=os.environ | dict(HF_HUB_OFFLINE='1') | env, **kwargs)
+def process(*args, env={}):
+    "The command in a process of its own"
+    return subprocess.run([sys.executable, '-m', 'optiq.cli', *map(str, args)], capture_output=True, text=True, env=os.environ | env)
+
+def optiq(*args):
+    "The command in this process, which has everything imported"
+    r = CliRunner().invoke(main, [*map(str, args)], prog_name='optiq')
+    return SimpleNamespace(returncode=r.exit_code, stdout=r.stdout, stderr=r.stderr)
 
 def mixed(c):
     "A plan with four formats"
@@ -60,7 +68,7 @@ def test_a_wrong_tensor_is_found(llama, tmp_path):
 
 def test_command_writes_one_json_object(llama, tmp_path):
     out = tmp_path/'out'
-    r = optiq('convert', llama, '--target-bpw', 5, '--n-calibration', 2, '--seq-len', 32, '--n-samples', 2, '-o', out, '--json')
+    r = process('convert', llama, '--target-bpw', 5, '--n-calibration', 2, '--seq-len', 32, '--n-samples', 2, '-o', out, '--json')
     assert r.returncode == 0, r.stderr
     figures = json.loads(r.stdout)
     assert r.stdout.count('\n') == 1
@@ -126,9 +134,9 @@ def test_wrong_requests(llama, tmp_path, args, says):
     assert not list(tmp_path.iterdir())
 
 def test_no_such_model(tmp_path):
-    assert_error(optiq('convert', 'nobody/nothing', '-o', tmp_path/'out'), 'nobody/nothing')
+    assert_error(process('convert', 'nobody/nothing', '-o', tmp_path/'out'), 'nobody/nothing')
     assert_error(optiq('convert', tmp_path/'missing', '-o', tmp_path/'out'), 'missing')
-    debug = optiq('convert', tmp_path/'missing', env=dict(OPTIQ_DEBUG='1'))
+    debug = process('convert', tmp_path/'missing', env=dict(OPTIQ_DEBUG='1'))
     assert 'Traceback' in debug.stderr and debug.returncode == 1
 
 def test_existing_output_is_kept(llama, tmp_path):

@@ -339,3 +339,20 @@ def test_verify_full_precision_and_nothing():
     assert verify('demo').ok and held(verify('demo'))['plan.json'] is None
     v = verify('no-such-model')
     assert not v.ok and held(v) == dict(opens=False)
+
+def test_exit_status_and_json_of_the_commands(saved, tmp_path):
+    from click.testing import CliRunner
+    from optiq.cli import main
+    def optiq(*args): return CliRunner().invoke(main, [*map(str, args)], prog_name='optiq')
+    r = optiq('verify', saved, '--reference', 'demo', '--json')
+    assert r.exit_code == 0 and json.loads(r.stdout)['ok'] is True
+    shutil.copytree(saved, tmp_path/'x')
+    (tmp_path/'x'/'tokenizer.json').write_text('{')
+    r = optiq('verify', tmp_path/'x', '--json')
+    assert r.exit_code == 1 and json.loads(r.stdout)['ok'] is False
+    r = optiq('eval', saved, '--task', 'perplexity', '--baseline', 'demo', '--n-samples', 3, '--limit-tokens', 96, '--seq-len', 32, '--json')
+    figures = json.loads(r.stdout)
+    assert r.exit_code == 0 and {'task', 'metric', 'value', 'low', 'high', 'n', 'baseline', 'p_value'} <= set(figures)
+    assert figures['metric'] == 'perplexity' and figures['n'] == figures['baseline']['n'] == 3
+    r = optiq('eval', saved, '--task', 'kl')
+    assert r.exit_code == 1 and r.stderr.startswith('error: KL is a distance between two models') and not r.stdout

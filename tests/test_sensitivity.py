@@ -1,15 +1,18 @@
 "The sweep: exact on every architecture and backend, survives anything, refuses what is stale"
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import optiq.sensitivity as S
 from optiq.backends import MLXBackend, StreamingBackend, TorchBackend
 from optiq.calibration import fingerprint
 from optiq.formats import Format, parse_format, quantize_dequantize
@@ -107,66 +110,70 @@ def test_save_and_load(models, tmp_path):
     assert list(d.columns[:7]) == ['unit', 'kind', 'block', 'format', 'params', 'kl', 'se'] and 'kl_1' in d
     assert '<table' in s._repr_html_()
 
-SLOW_SWEEP = '''
-import sys, time, numpy as np
-import optiq.sensitivity as s
-from optiq.backends import TorchBackend
-from optiq.models import Checkpoint
-s.plan_passes = lambda *a: (1, 5)
-add = s.SweepLog.add
-def slow(self, *a):
-    add(self, *a)
-    time.sleep(.02)
-s.SweepLog.add = slow
-b = TorchBackend(Checkpoint(sys.argv[1]))
-tokens = np.random.default_rng(0).integers(0, b.checkpoint.vocabulary, (3, 16)).astype(np.int32)
-print('ready', flush=True)
-s.kl_sweep(b, tokens, [3, 4], out=sys.argv[2], progress=False)
-'''
+def slow_sweep(model, out, ready):
+    "A sweep in a process of its own that takes its time after each pass"
+    S.plan_passes = lambda *a: (1, 5)
+    add = S.SweepLog.add
+    def slow(self, *a):
+        add(self, *a)
+        time.sleep(.02)
+    S.SweepLog.add = slow
+    b = TorchBackend(Checkpoint(model))
+    ready.set()
+    kl_sweep(b, tokens_for(b.checkpoint, 3, 16), [3, 4], out=out, progress=False)
 
 def test_killed_at_any_moment(models, tmp_path):
-    "Three here, twenty in `make bench`: kill -9, go on, same file"
-    run = lambda out: subprocess.Popen([sys.executable, '-c', SLOW_SWEEP, str(models['llama'].folder), str(out)],
-                                       stdout=subprocess.PIPE, text=True)
-    p = run(tmp_path/'whole.jsonl')
-    p.stdout.readline()
-    start = time.time()
-    assert p.wait() == 0
+    "Three here, twenty in `make bench`: kill -9, go on, same file; all are forked from one process that has everything imported"
+    apart = multiprocessing.get_context('forkserver')
+    apart.set_forkserver_preload(['test_sensitivity', 'transformers.models.llama.modeling_llama', 'mlx_lm.models.llama'])
+    def run(out):
+        ready = apart.Event()
+        p = apart.Process(target=slow_sweep, args=(str(models['llama'].folder), str(out), ready))
+        p.start()
+        assert ready.wait(100)
+        return p
+    def end(p):
+        p.join()
+        return p.exitcode
+    p, start = run(tmp_path/'whole.jsonl'), time.time()
+    assert end(p) == 0
     took, killed = time.time()-start, 0
     for k in range(int(os.environ.get('OPTIQ_KILLS', 3))):
         out = tmp_path/f'{k}.jsonl'
         p = run(out)
-        p.stdout.readline()
         time.sleep(random.Random(k).random()*took*.8)
-        p.send_signal(signal.SIGKILL)
-        killed += p.wait() != 0
-        assert run(out).wait() == 0
+        p.kill()
+        killed += end(p) == -signal.SIGKILL
+        assert end(run(out)) == 0
         a, b = (read_log(f) for f in (out, tmp_path/'whole.jsonl'))
         assert a[1] == b[1]
     assert killed
 
 RANKS = '''
-import sys, numpy as np
-import optiq.sensitivity as s
-from optiq.backends import TorchBackend
-from optiq.models import Checkpoint
-s.plan_passes = lambda *a: (1, 7)
-b = TorchBackend(Checkpoint(sys.argv[1]))
-tokens = np.random.default_rng(0).integers(0, b.checkpoint.vocabulary, (2, 16)).astype(np.int32)
-s.kl_sweep(b, tokens, [4], out=sys.argv[2], progress=False)
+import sys
+from test_sensitivity import ranked
+ranked(*sys.argv[1:])
 '''
 
-@pytest.mark.parametrize('launch', [['mlx.launch', '-n', '2', '--backend', 'ring', '--'],
-                                    ['torchrun', '--nproc-per-node', '2', '--master-port', '29517']])
-def test_two_ranks_write_what_one_writes(models, tmp_path, launch):
-    script = tmp_path/'ranks.py'
+def ranked(backend, model, out):
+    S.plan_passes = lambda *a: (1, 7)
+    b = BACKENDS[backend](Checkpoint(model))
+    kl_sweep(b, tokens_for(b.checkpoint, 2, 16), [4], out=out, progress=False)
+
+@pytest.mark.parametrize('backend, launch', dict(mlx=['mlx.launch', '-n', '2', '--backend', 'ring', '--', sys.executable],
+                                                 torch=['torchrun', '--nproc-per-node', '2', '--master-port', '29517']).items())
+def test_two_ranks_write_what_one_writes(models, tmp_path, monkeypatch, backend, launch):
+    import torch # not on top: ranks of MLX do without
+    model, script = str(models['mistral'].folder), tmp_path/'ranks.py'
     script.write_text(RANKS)
-    command = [os.path.join(os.path.dirname(sys.executable), launch[0]), *launch[1:]]
-    python = [sys.executable] if launch[0] == 'mlx.launch' else []
-    env = os.environ | dict(OMP_NUM_THREADS='1')
-    model = str(models['mistral'].folder)
-    subprocess.run([sys.executable, script, model, tmp_path/'one.jsonl'], check=True, env=env)
-    r = subprocess.run([*command, *python, script, model, tmp_path/'two.jsonl'], env=env, capture_output=True, text=True, timeout=300)
+    monkeypatch.setattr(S, 'plan_passes', S.plan_passes)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: ranked(backend, model, tmp_path/'one.jsonl')
+    finally: torch.set_num_threads(threads)
+    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    command = [os.path.join(os.path.dirname(sys.executable), launch[0]), *launch[1:], script, backend, model, tmp_path/'two.jsonl']
+    r = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert (tmp_path/'two.jsonl').exists(), r.stderr[-2000:]
     assert (tmp_path/'one.jsonl').read_text() == (tmp_path/'two.jsonl').read_text()
     assert not list(tmp_path.glob('*.rank*'))

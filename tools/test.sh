@@ -12,4 +12,4 @@ nbdev_test --timing --n_workers 2 | tee "$log"
 count=$(grep -c '\.ipynb: [0-9]* secs$' "$log" || true)
 [ "$count" -gt 0 ] || { echo "nbdev_test found no notebook" >&2; exit 1; }
 echo "$count notebooks passed"
-pytest -q -n 2 --dist loadgroup tests
+pytest -q -n 2 --dist loadfile tests # a file in one worker, so that what its tests share is made once

@@ -5,6 +5,7 @@
 `quality`   sweep, allocation at 5, 4 and 3 bits with keys and values apart and tied, uniform formats; KL predicted and
             measured (PyTorch)
 `combined`  one allocation over weights and cache; full and quantized weights × caches as they are, 8, 4 bits, mixed (PyTorch)
+`three`     how far below uniform 3 bits allocation can get in the same bytes: several ways, each scored (PyTorch)
 `kernels`   both products of attention with a stored cache against their dense form, every width and head width (MLX, this device)
 `peak`      peak memory of a prompt of --long tokens, and exact bytes of the cache, mixed against as it is (MLX, random weights)
 `speed`     tokens per second at several lengths, mixed against as it is and mlx-lm's own 4 and 8 bits (MLX, random weights)
@@ -24,12 +25,14 @@ from optiq.backends import TorchBackend
 from optiq.calibration import passages, token_batch
 from optiq.evals.perplexity import evaluate, evaluation_tokens, overrides_of
 from optiq.evals.report import machine, score_row
-from optiq.formats import AS_IS, Format, divides, parse_format
-from optiq.knapsack import allocate, uniform
-from optiq.kv_cache import (MixedKVCache, attend, cache_bytes, configurations, joint_plan, kv_config, kv_layout, kv_sweep,
+from optiq.formats import AS_IS, Format, divides, parse_format, quantize_dequantize
+from optiq.knapsack import allocate, pose, uniform
+from optiq.kv_cache import (MixedKVCache, attend, cache_bytes, configurations, helped, joint_plan, kv_config, kv_layout, kv_sweep,
                             memory_table, own_caches, read_kv_config)
 from optiq.models import Checkpoint
+from optiq.sensitivity import Sweep
 from optiq.tiny import tiny
+from optiq.verify import alternatives, improve, joint_kl
 
 GPU = mx.default_device().type == mx.DeviceType.gpu
 
@@ -82,6 +85,58 @@ def combined(args):
                 rows=report.rows, changed=changed, units=len(joint['cache']),
                 predicted_kl=joint['weights'].predicted_kl+joint['cache'].predicted_kl,
                 calibration_kl=float(evaluate(b, tokens, {'joint': both})['joint'].kl.mean()))
+
+def three(args):
+    "How far below uniform 3-bit groups of 64 can allocation get, in the same bytes? Several ways, each scored on evaluation text"
+    c = Checkpoint(args.model)
+    b, (tokens, scored) = TorchBackend(c), texts(args, c)
+    more = token_batch(passages(args.calibration, 'train'), c.tokenizer, 3*args.n, args.seq_len)
+    affine = [f'{n}g{g}' for n in (2, 3, 4) for g in (32, 64, 128)]+['5g64', '6g64']
+    rotated = [f'tq{n}' for n in (2, 3, 4, 5)]
+    with helped(b, tokens, [parse_format('tq3')]):
+        whole = kv_sweep(b, tokens, affine+rotated, context=args.context, out=args.sweep, progress=False)
+        print('sweep', len(whole.values), flush=True)
+        long = kv_sweep(b, more, ['2g64', '3g64', '4g64', '5g64', '6g64'], context=args.context, out=args.sweep and f'{args.sweep}.more',
+                        progress=False)
+        base = uniform(whole, '3g64')
+        def some(keep, of=whole):
+            keep = [parse_format(f) for f in keep]
+            return Sweep(of.units, [f for f in of.formats if f in keep], {k: v for k, v in of.values.items() if k[1] in keep}, of.header)
+        alike = some(['2g64', '3g64', '4g64', '5g64', '6g64'])
+        asked = {'keys and values apart': (alike, {}), 'tied': (alike, dict(tie='cache')), 'three times the text': (long, {}),
+                 'groups of 32, 64, 128': (some(affine), {}), 'rotated beside affine': (whole, {}), 'rotated alone': (some(rotated), {})}
+        plans = {'uniform 3g64': base, 'uniform tq3': uniform(whole, 'tq3')}
+        plans |= {n: allocate(s, max_bytes=base.nbytes, **o) for n, (s, o) in asked.items()}
+        plans['rotated alone, bytes of tq3'] = allocate(some(rotated), max_bytes=plans['uniform tq3'].nbytes)
+        tried = {}
+        for name, (s, t) in {'apart, measured jointly': (alike, tokens), 'apart, measured jointly on three times the text': (long, more),
+                             'groups of 32, 64, 128, measured jointly': (some(affine), tokens)}.items():
+            plans[name], tried[name] = searched(b, t, s, base)
+            print(name, tried[name], flush=True)
+        scores = evaluate(b, scored, {n: overrides_of(p) for n, p in plans.items()})
+    return dict(model=c.name, tokens=list(tokens.shape), more=list(more.shape), scored=list(scored.shape), tried=tried,
+                rows=[against(n, p, scores[n].kl, scores['uniform 3g64'].kl) for n, p in plans.items()])
+
+def searched(b, tokens, sweep, base):
+    "The plan that measured best among near-optimal ones, then measured again around, until nothing gets better"
+    q = pose(sweep, max_bytes=base.nbytes)
+    plan = q.solve('exact')
+    tried = {'allocated': plan, 'uniform': base} | alternatives(q, plan)
+    kl = joint_kl(b, tokens, tried)
+    best = min(tried, key=lambda n: kl[n].mean())
+    best, history = improve(b, tokens, q, tried, kl, best, 0, 3, quantize_dequantize)
+    best = min(tried, key=lambda n: kl[n].mean())
+    return tried[best], dict(kept=best, rounds=history, joint={n: float(kl[n].mean()) for n in tried})
+
+def against(name, plan, kl, flat):
+    "KL of a plan, and its ratio to uniform 3g64 with an interval over sequences drawn again"
+    draws = np.random.default_rng(0).integers(0, len(kl), (4000, len(kl)))
+    low, high = np.quantile(kl[draws].mean(1)/flat[draws].mean(1), [.025, .975])
+    found = dict(name=name, nominal_bpw=plan.nominal_bits, true_bpw=plan.true_bits, predicted_kl=plan.predicted_kl, kl=float(kl.mean()),
+                 kl_se=float(kl.std(ddof=1)/len(kl)**.5), ratio=float(kl.mean()/flat.mean()), ratio_95=[float(low), float(high)],
+                 counts={str(f): k for f, k in plan.counts().items()}, formats={p: str(f) for p, f in plan.items()})
+    print('{name:48} {nominal_bpw:.3f} / {true_bpw:.3f} bits  KL {kl:.4f} ± {kl_se:.4f}  of uniform {ratio:.3f} {ratio_95}'.format(**found), flush=True)
+    return found
 
 def kernels(args):
     out = {}

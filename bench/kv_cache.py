@@ -91,31 +91,31 @@ def three(args):
     c = Checkpoint(args.model)
     b, (tokens, scored) = TorchBackend(c), texts(args, c)
     more = token_batch(passages(args.calibration, 'train'), c.tokenizer, 3*args.n, args.seq_len)
-    affine = [f'{n}g{g}' for n in (2, 3, 4) for g in (32, 64, 128)]+['5g64', '6g64']
-    rotated = [f'tq{n}' for n in (2, 3, 4, 5)]
+    affine, rotated = [f'{n}g{g}' for n in (2, 3, 4) for g in (32, 64, 128)]+['5g64', '6g64'], [f'tq{n}' for n in (2, 3, 4, 5)]
+    plain, found = ['2g64', '3g64', '4g64', '5g64', '6g64'], dict(model=c.name, tokens=list(tokens.shape), scored=list(scored.shape), rows=[])
     with helped(b, tokens, [parse_format('tq3')]):
+        def add(plans, **more):
+            scores = evaluate(b, scored, {n: overrides_of(p) for n, p in plans.items()})
+            found['flat'] = flat = found.get('flat') or scores['uniform 3g64'].kl.tolist()
+            found['rows'] += [against(n, p, scores[n].kl, np.array(flat)) for n, p in plans.items()]
+            args.keep('three', found | more)
         whole = kv_sweep(b, tokens, affine+rotated, context=args.context, out=args.sweep, progress=False)
-        print('sweep', len(whole.values), flush=True)
-        long = kv_sweep(b, more, ['2g64', '3g64', '4g64', '5g64', '6g64'], context=args.context, out=args.sweep and f'{args.sweep}.more',
-                        progress=False)
-        base = uniform(whole, '3g64')
-        def some(keep, of=whole):
-            keep = [parse_format(f) for f in keep]
-            return Sweep(of.units, [f for f in of.formats if f in keep], {k: v for k, v in of.values.items() if k[1] in keep}, of.header)
-        alike = some(['2g64', '3g64', '4g64', '5g64', '6g64'])
-        asked = {'keys and values apart': (alike, {}), 'tied': (alike, dict(tie='cache')), 'three times the text': (long, {}),
-                 'groups of 32, 64, 128': (some(affine), {}), 'rotated beside affine': (whole, {}), 'rotated alone': (some(rotated), {})}
-        plans = {'uniform 3g64': base, 'uniform tq3': uniform(whole, 'tq3')}
-        plans |= {n: allocate(s, max_bytes=base.nbytes, **o) for n, (s, o) in asked.items()}
-        plans['rotated alone, bytes of tq3'] = allocate(some(rotated), max_bytes=plans['uniform tq3'].nbytes)
-        tried = {}
-        for name, (s, t) in {'apart, measured jointly': (alike, tokens), 'apart, measured jointly on three times the text': (long, more),
-                             'groups of 32, 64, 128, measured jointly': (some(affine), tokens)}.items():
-            plans[name], tried[name] = searched(b, t, s, base)
-            print(name, tried[name], flush=True)
-        scores = evaluate(b, scored, {n: overrides_of(p) for n, p in plans.items()})
-    return dict(model=c.name, tokens=list(tokens.shape), more=list(more.shape), scored=list(scored.shape), tried=tried,
-                rows=[against(n, p, scores[n].kl, scores['uniform 3g64'].kl) for n, p in plans.items()])
+        base, flat = uniform(whole, '3g64'), uniform(whole, 'tq3')
+        asked = {'keys and values apart': (plain, {}), 'tied': (plain, dict(tie='cache')), 'groups of 32, 64, 128': (affine, {}),
+                 'rotated beside affine': (affine+rotated, {}), 'rotated alone': (rotated, {}),
+                 'rotated alone, bytes of tq3': (rotated, dict(max_bytes=flat.nbytes))}
+        plans = {n: allocate(some(whole, fs), **dict(max_bytes=base.nbytes) | o) for n, (fs, o) in asked.items()}
+        add({'uniform 3g64': base, 'uniform tq3': flat} | plans)
+        plan, tried = searched(b, tokens, some(whole, plain), base)
+        add({'apart, measured jointly': plan}, tried=tried)
+        long = kv_sweep(b, more, plain, context=args.context, out=args.sweep and f'{args.sweep}.more', progress=False)
+        add({'apart, on three times the text': allocate(long, max_bytes=base.nbytes)}, tried=tried, more=list(more.shape))
+    return found | dict(tried=tried, more=list(more.shape))
+
+def some(sweep, formats):
+    "A sweep of fewer formats"
+    keep = [parse_format(f) for f in formats]
+    return Sweep(sweep.units, keep, {k: v for k, v in sweep.values.items() if k[1] in keep}, sweep.header)
 
 def searched(b, tokens, sweep, base):
     "The plan that measured best among near-optimal ones, then measured again around, until nothing gets better"
@@ -124,7 +124,7 @@ def searched(b, tokens, sweep, base):
     tried = {'allocated': plan, 'uniform': base} | alternatives(q, plan)
     kl = joint_kl(b, tokens, tried)
     best = min(tried, key=lambda n: kl[n].mean())
-    best, history = improve(b, tokens, q, tried, kl, best, 0, 3, quantize_dequantize)
+    best, history = improve(b, tokens, q, tried, kl, best, 0, 1, quantize_dequantize)
     best = min(tried, key=lambda n: kl[n].mean())
     return tried[best], dict(kept=best, rounds=history, joint={n: float(kl[n].mean()) for n in tried})
 
@@ -245,13 +245,15 @@ if __name__ == '__main__':
     cuda = __import__('torch').cuda
     about = machine() | dict(gpu=cuda.get_device_name() if cuda.is_available() else None, mlx_device=str(mx.default_device()),
                              command=' '.join(Path(a).name if a.startswith('/') else a for a in sys.argv))
+    def keep(name, figures):
+        done[name] = figures | dict(about=about)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(done, indent=1)+'\n')
+    args.keep = keep
     for name in args.only.split(','):
         print('==', name, flush=True)
         start = time.perf_counter()
-        try: done[name] = globals()[name](args) | dict(seconds=time.perf_counter()-start, about=about)
+        try: keep(name, globals()[name](args) | dict(seconds=time.perf_counter()-start))
         except Exception as e:
             if os.environ.get('OPTIQ_DEBUG'): raise
             print(f'{name} failed: {type(e).__name__}: {e}', file=sys.stderr)
-            continue
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(done, indent=1)+'\n')

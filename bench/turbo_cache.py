@@ -12,6 +12,8 @@
 `compare`  error of attention on one model's keys and values, beside mlx-vlm's TurboQuant (where it is installed)
 `needle`   retrieval on the demo model: hit rate with Wilson intervals, and margins
 
+On a CPU: python bench/turbo_cache.py --only speed --shapes smollm2-135m --contexts 1024,4096 --kinds 'fp16;affine 4 bits;tq4;tq4, dequantized first'
+
 FOLDER holds valid.txt (calibration) and test.txt (evaluation). `--shapes tiny` is a rehearsal for any machine.
 """
 import argparse
@@ -55,6 +57,9 @@ SHAPES = {'qwen3-0.6b': dict(model_type='qwen3', hidden_size=1024, num_hidden_la
           'llama-3.1-8b': dict(model_type='llama', hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32,
                                num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=False,
                                max_position_embeddings=2**17, rope_theta=5e5, rms_norm_eps=1e-5),
+          'smollm2-135m': dict(model_type='llama', hidden_size=576, num_hidden_layers=30, intermediate_size=1536, num_attention_heads=9,
+                               num_key_value_heads=3, head_dim=64, vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=8192,
+                               rope_theta=1e5, rms_norm_eps=1e-5),
           'tiny': dict(model_type='llama', hidden_size=256, num_hidden_layers=2, intermediate_size=512, num_attention_heads=4,
                        num_key_value_heads=2, head_dim=128, vocab_size=1024, tie_word_embeddings=True, max_position_embeddings=2**17,
                        rope_theta=5e5, rms_norm_eps=1e-5)}

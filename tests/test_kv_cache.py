@@ -505,3 +505,15 @@ def test_a_model_and_its_rotated_cache(folder, text, tmp_path):
     assert len(found) == 3 and all(f.precondition is not None for pair in found.values() for f in pair)
     assert (tmp_path/'m'/'optiq'/kv.STATISTICS).is_file() and not list((tmp_path/'m').glob('key*'))
     model(mx.array([[3, 4, 5]]), cache=mixed_caches(model, found))
+
+def test_generation_and_server_take_the_statistics(rotated, folder):
+    from mlx_lm import generate, load
+    from optiq.serve import find_config
+    from optiq.turbo_cache import turbo_cache
+    file = find_config(Checkpoint(folder).folder, rotated[0]/'kv_config.json')
+    model, tokenizer = load(str(folder))
+    text = generate_with_mixed_kv(model, tokenizer, [30, 31, 32], kv_config=file, max_tokens=12)
+    assert text and text == generate(model, tokenizer, [30, 31, 32], prompt_cache=turbo_cache(model, kv_config=file), max_tokens=12)
+    served = use_kv_config(model, file).make_cache() # what the server's provider calls
+    assert [c.formats for c in served] == list(read_kv_config(file).values())
+    assert any(getattr(f, 'precondition', None) for c in served for f in c.formats)

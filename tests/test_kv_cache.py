@@ -454,7 +454,8 @@ def test_statistics_are_stored_with_the_config_and_used(rotated, folder, text):
     assert {type(x) for x in made} == {TurboQuantKVCache} and [x.formats for x in made] == list(found.values())
     assert [x.formats for x in turbo_cache(model, kv_config=out/'kv_config.json')] == list(found.values())
     with preconditioned(b, stats): # what was scored is what the cache does; a border between codes may fall to either side
-        want = b.numpy(b.logits(tokens[:1], overrides_of({f'cache.{i}.{k}': f for i, p in found.items() for k, f in zip(('keys', 'values'), p)})))
+        plan = {f'cache.{i}.{k}': f for i, p in found.items() for k, f in zip(('keys', 'values'), p)}
+        want = b.numpy(b.logits(tokens[:1], overrides_of(plan)))
     got, plain = (np.array(model(mx.array(tokens[:1]), cache=mixed_caches(model, f))) for f in (found, {}))
     assert abs(got-want).mean() < .1*abs(plain-want).mean()
 
@@ -499,7 +500,8 @@ def evaluate_(b, tokens, f):
     return b.numpy(b.logits(tokens, overrides_of({'cache.0.keys': parse_format(f)}))).tolist()
 
 def test_a_model_and_its_rotated_cache(folder, text, tmp_path):
-    optimize_with_kv(str(folder), tmp_path/'m', 1.2*2**20, 512, [4, 8], ['tq3', 'tq4'], calibration=text, n=2, seq_len=32, eval_n=2, backend='torch')
+    optimize_with_kv(str(folder), tmp_path/'m', 1.2*2**20, 512, [4, 8], ['tq3', 'tq4'], calibration=text, n=2, seq_len=32,
+                     eval_n=2, backend='torch')
     model, where = Checkpoint(tmp_path/'m').load(), tmp_path/'m'/'kv_config.json'
     found = read_kv_config(where, model)
     assert len(found) == 3 and all(f.precondition is not None for pair in found.values() for f in pair)

@@ -5,6 +5,7 @@
 `quality`   sweep, allocation at 5, 4 and 3 bits with keys and values apart and tied, uniform formats; KL predicted and
             measured (PyTorch)
 `combined`  one allocation over weights and cache; full and quantized weights × caches as they are, 8, 4 bits, mixed (PyTorch)
+`three`     how far below uniform 3 bits allocation can get in the same bytes: several ways, each scored (PyTorch)
 `kernels`   both products of attention with a stored cache against their dense form, every width and head width (MLX, this device)
 `peak`      peak memory of a prompt of --long tokens, and exact bytes of the cache, mixed against as it is (MLX, random weights)
 `speed`     tokens per second at several lengths, mixed against as it is and mlx-lm's own 4 and 8 bits (MLX, random weights)
@@ -24,12 +25,14 @@ from optiq.backends import TorchBackend
 from optiq.calibration import passages, token_batch
 from optiq.evals.perplexity import evaluate, evaluation_tokens, overrides_of
 from optiq.evals.report import machine, score_row
-from optiq.formats import AS_IS, Format, divides, parse_format
-from optiq.knapsack import allocate, uniform
-from optiq.kv_cache import (MixedKVCache, attend, cache_bytes, configurations, joint_plan, kv_config, kv_layout, kv_sweep,
+from optiq.formats import AS_IS, Format, divides, parse_format, quantize_dequantize
+from optiq.knapsack import allocate, pose, uniform
+from optiq.kv_cache import (MixedKVCache, attend, cache_bytes, configurations, helped, joint_plan, kv_config, kv_layout, kv_sweep,
                             memory_table, own_caches, read_kv_config)
 from optiq.models import Checkpoint
+from optiq.sensitivity import Sweep
 from optiq.tiny import tiny
+from optiq.verify import alternatives, improve, joint_kl
 
 GPU = mx.default_device().type == mx.DeviceType.gpu
 
@@ -82,6 +85,58 @@ def combined(args):
                 rows=report.rows, changed=changed, units=len(joint['cache']),
                 predicted_kl=joint['weights'].predicted_kl+joint['cache'].predicted_kl,
                 calibration_kl=float(evaluate(b, tokens, {'joint': both})['joint'].kl.mean()))
+
+def three(args):
+    "How far below uniform 3-bit groups of 64 can allocation get, in the same bytes? Several ways, each scored on evaluation text"
+    c = Checkpoint(args.model)
+    b, (tokens, scored) = TorchBackend(c), texts(args, c)
+    more = token_batch(passages(args.calibration, 'train'), c.tokenizer, 3*args.n, args.seq_len)
+    affine, rotated = [f'{n}g{g}' for n in (2, 3, 4) for g in (32, 64, 128)]+['5g64', '6g64'], [f'tq{n}' for n in (2, 3, 4, 5)]
+    plain, found = ['2g64', '3g64', '4g64', '5g64', '6g64'], dict(model=c.name, tokens=list(tokens.shape), scored=list(scored.shape), rows=[])
+    with helped(b, tokens, [parse_format('tq3')]):
+        def add(plans, **more):
+            scores = evaluate(b, scored, {n: overrides_of(p) for n, p in plans.items()})
+            found['flat'] = flat = found.get('flat') or scores['uniform 3g64'].kl.tolist()
+            found['rows'] += [against(n, p, scores[n].kl, np.array(flat)) for n, p in plans.items()]
+            args.keep('three', found | more)
+        whole = kv_sweep(b, tokens, affine+rotated, context=args.context, out=args.sweep, progress=False)
+        base, flat = uniform(whole, '3g64'), uniform(whole, 'tq3')
+        asked = {'keys and values apart': (plain, {}), 'tied': (plain, dict(tie='cache')), 'groups of 32, 64, 128': (affine, {}),
+                 'rotated beside affine': (affine+rotated, {}), 'rotated alone': (rotated, {}),
+                 'rotated alone, bytes of tq3': (rotated, dict(max_bytes=flat.nbytes))}
+        plans = {n: allocate(some(whole, fs), **dict(max_bytes=base.nbytes) | o) for n, (fs, o) in asked.items()}
+        add({'uniform 3g64': base, 'uniform tq3': flat} | plans)
+        plan, tried = searched(b, tokens, some(whole, plain), base)
+        add({'apart, measured jointly': plan}, tried=tried)
+        long = kv_sweep(b, more, plain, context=args.context, out=args.sweep and f'{args.sweep}.more', progress=False)
+        add({'apart, on three times the text': allocate(long, max_bytes=base.nbytes)}, tried=tried, more=list(more.shape))
+    return found | dict(tried=tried, more=list(more.shape))
+
+def some(sweep, formats):
+    "A sweep of fewer formats"
+    keep = [parse_format(f) for f in formats]
+    return Sweep(sweep.units, keep, {k: v for k, v in sweep.values.items() if k[1] in keep}, sweep.header)
+
+def searched(b, tokens, sweep, base):
+    "The plan that measured best among near-optimal ones, then measured again around, until nothing gets better"
+    q = pose(sweep, max_bytes=base.nbytes)
+    plan = q.solve('exact')
+    tried = {'allocated': plan, 'uniform': base} | alternatives(q, plan)
+    kl = joint_kl(b, tokens, tried)
+    best = min(tried, key=lambda n: kl[n].mean())
+    best, history = improve(b, tokens, q, tried, kl, best, 0, 1, quantize_dequantize)
+    best = min(tried, key=lambda n: kl[n].mean())
+    return tried[best], dict(kept=best, rounds=history, joint={n: float(kl[n].mean()) for n in tried})
+
+def against(name, plan, kl, flat):
+    "KL of a plan, and its ratio to uniform 3g64 with an interval over sequences drawn again"
+    draws = np.random.default_rng(0).integers(0, len(kl), (4000, len(kl)))
+    low, high = np.quantile(kl[draws].mean(1)/flat[draws].mean(1), [.025, .975])
+    found = dict(name=name, nominal_bpw=plan.nominal_bits, true_bpw=plan.true_bits, predicted_kl=plan.predicted_kl, kl=float(kl.mean()),
+                 kl_se=float(kl.std(ddof=1)/len(kl)**.5), ratio=float(kl.mean()/flat.mean()), ratio_95=[float(low), float(high)],
+                 counts={str(f): k for f, k in plan.counts().items()}, formats={p: str(f) for p, f in plan.items()})
+    print('{name:48} {nominal_bpw:.3f} / {true_bpw:.3f} bits  KL {kl:.4f} ± {kl_se:.4f}  of uniform {ratio:.3f} {ratio_95}'.format(**found), flush=True)
+    return found
 
 def kernels(args):
     out = {}
@@ -190,13 +245,15 @@ if __name__ == '__main__':
     cuda = __import__('torch').cuda
     about = machine() | dict(gpu=cuda.get_device_name() if cuda.is_available() else None, mlx_device=str(mx.default_device()),
                              command=' '.join(Path(a).name if a.startswith('/') else a for a in sys.argv))
+    def keep(name, figures):
+        done[name] = figures | dict(about=about)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(done, indent=1)+'\n')
+    args.keep = keep
     for name in args.only.split(','):
         print('==', name, flush=True)
         start = time.perf_counter()
-        try: done[name] = globals()[name](args) | dict(seconds=time.perf_counter()-start, about=about)
+        try: keep(name, globals()[name](args) | dict(seconds=time.perf_counter()-start))
         except Exception as e:
             if os.environ.get('OPTIQ_DEBUG'): raise
             print(f'{name} failed: {type(e).__name__}: {e}', file=sys.stderr)
-            continue
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(done, indent=1)+'\n')

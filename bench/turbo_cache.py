@@ -12,6 +12,8 @@
 `compare`  error of attention on one model's keys and values, beside mlx-vlm's TurboQuant (where it is installed)
 `needle`   retrieval on the demo model: hit rate with Wilson intervals, and margins
 
+On a CPU: python bench/turbo_cache.py --only speed --shapes smollm2-135m --contexts 1024,4096 --kinds 'fp16;affine 4 bits;tq4;tq4, dequantized first'
+
 FOLDER holds valid.txt (calibration) and test.txt (evaluation). `--shapes tiny` is a rehearsal for any machine.
 """
 import argparse
@@ -55,6 +57,9 @@ SHAPES = {'qwen3-0.6b': dict(model_type='qwen3', hidden_size=1024, num_hidden_la
           'llama-3.1-8b': dict(model_type='llama', hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32,
                                num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=False,
                                max_position_embeddings=2**17, rope_theta=5e5, rms_norm_eps=1e-5),
+          'smollm2-135m': dict(model_type='llama', hidden_size=576, num_hidden_layers=30, intermediate_size=1536, num_attention_heads=9,
+                               num_key_value_heads=3, head_dim=64, vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=8192,
+                               rope_theta=1e5, rms_norm_eps=1e-5),
           'tiny': dict(model_type='llama', hidden_size=256, num_hidden_layers=2, intermediate_size=512, num_attention_heads=4,
                        num_key_value_heads=2, head_dim=128, vocab_size=1024, tie_word_embeddings=True, max_position_embeddings=2**17,
                        rope_theta=5e5, rms_norm_eps=1e-5)}
@@ -456,21 +461,23 @@ def needle(args, report):
     stats = key_statistics(b, token_batch(passages('bundled'), tokenizer, 4, 128))
     units, ids = kv_layout(b.checkpoint).units, lambda s: tokenizer.encode(s, add_special_tokens=False)
     for task, keys in (('needle', 1), ('recall', None)):
-        for length in args.lengths:
-            if any((r['task'], r['length'], r['trials']) == (task, length, args.trials) for r in rows): continue
-            texts, found = recall(args.trials, length, 'test', keys=keys, count=lambda s: len(ids(s))), []
+        for length in args.lengths if task in args.tasks.split(',') else ():
+            have = {(r['bits'], r['cache']) for r in rows if (r['task'], r['length'], r['trials']) == (task, length, args.trials)}
+            todo = [c for c in CACHES if c[:2] not in have and (args.caches in c[1] or c[0] == 16)]
+            if not any(args.caches in c[1] for c in todo): continue
+            texts, reference = recall(args.trials, length, 'test', keys=keys, count=lambda s: len(ids(s))), None
             pairs = [(ids(r['prompt']), ids(' '+r['answer'])) for r in texts]
-            for bits, kind, name in CACHES:
+            for bits, kind, name in [CACHES[0], *(c for c in todo if c[0] < 16)]:
                 plan = overrides_of({u.path: parse_format(name) for u in units}) if bits < 16 else {}
                 with preconditioned(b, stats if 'preconditioned' in kind else {}): m = margins(b, pairs, plan)
-                reference = m if bits == 16 else reference
+                reference = m if reference is None else reference
+                if (bits, kind) in have: continue
                 hits = int((m > 0).sum())
-                found.append(dict(task=task, length=length, bits=bits, cache=kind, trials=len(m), hits=hits,
-                                  wilson=list(binomtest(hits, len(m)).proportion_ci(method='wilson')), margin=mean_se(m),
-                                  margin_lost=mean_se(reference-m), margin_quartiles=np.quantile(m, (.25, .5, .75)).tolist()))
-                print(json.dumps(found[-1]), flush=True)
-            rows += found
-            report(dict(rows=rows, model='demo'))
+                rows.append(dict(task=task, length=length, bits=bits, cache=kind, trials=len(m), hits=hits,
+                                 wilson=list(binomtest(hits, len(m)).proportion_ci(method='wilson')), margin=mean_se(m),
+                                 margin_lost=mean_se(reference-m), margin_quartiles=np.quantile(m, (.25, .5, .75)).tolist()))
+                print(json.dumps(rows[-1]), flush=True)
+                report(dict(rows=rows, model='demo'))
     return dict(rows=rows, model='demo')
 
 CACHES = [(16, 'fp16', 'as-is'), *((n, 'rotated, preconditioned', f'tq{n}') for n in (4, 3, 2)), *((n, 'rotated', f'tq{n}') for n in (4, 3, 2)),
@@ -494,6 +501,8 @@ if __name__ == '__main__':
     p.add_argument('--chunk', type=int, default=2048)
     p.add_argument('--lengths', type=lambda s: [int(x) for x in s.split(',')], default=[128, 256, 512, 1024])
     p.add_argument('--trials', type=int, default=200)
+    p.add_argument('--tasks', default='needle,recall', help='needle: which of the two')
+    p.add_argument('--caches', default='', help='needle: only caches with this in their name, and fp16')
     p.add_argument('-o', default='nbs/results/turbo.json')
     args = p.parse_args()
     done = args.done = json.loads(Path(args.o).read_text()) if Path(args.o).exists() else {}

@@ -100,6 +100,7 @@ class Backend(Blocks, Head, Overrides):
     checkpoint: Checkpoint
     n_blocks: int
     stacks = True # sequences of a batch run together
+    statistics = None # cache unit ▸ preconditioner, while rotated formats have one
 
     def inputs(self, i: int | None, states, hear, overrides: dict = {}):
         "Run block `i` (None: the head), telling `hear(path, x, experts)` what each unit there is multiplied with"

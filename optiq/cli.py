@@ -107,7 +107,7 @@ SHARED = dict(
 @options('formats', 'group_size', 'protect', 'tie', 'rounding', 'rounding_n')
 @click.option('--polish', type=click.Choice(['dwq']), help="train scales and biases at the end, by mlx-lm's dwq")
 @click.option('--kv', is_flag=True, help='one allocation over weights and KV cache under --target-size')
-@click.option('--kv-candidate-bits', default='4,8', show_default=True, help='widths of keys and values, for --kv')
+@click.option('--kv-candidate-bits', default='4,8', show_default=True, help='widths of keys and values, or formats such as tq3, for --kv')
 @click.option('-o', '--output', type=click.Path(), help='folder to write; default: optiq_output/<model>-<target>')
 @click.option('--n-calibration', 'n', default=8, show_default=True, help='calibration sequences')
 @options('seq_len', 'calibration', 'evaluation', 'eval_n', 'sweep')
@@ -128,7 +128,7 @@ def convert(model, target, model_type, target_tps, chip, candidate_bits, formats
     """
     fmts, given = as_formats(formats, candidate_bits, group_size), check_caps(given | dict(model_type=model_type), target_tps, kv)
     out = None if dry_run else output or default_output(model, ending_of(given, target_tps, kv))
-    if kv: figures, text = convert_with_cache(model, out, fmts, as_formats(None, kv_candidate_bits, group_size), given)
+    if kv: figures, text = convert_with_cache(model, out, fmts, (kv_candidate_bits, group_size), given)
     else: figures, text = convert_weights(model, out, fmts, target_tps, chip, given)
     finish(figures, as_json, f'{text}\n{"dry run: nothing was written" if dry_run else f"written to {out}"}')
 
@@ -155,12 +155,12 @@ def convert_weights(model, out, fmts, target_tps, chip, given) -> tuple: # figur
     return r['figures'], '\n'.join([f'{r["report"]}\n', repr(r['plan']), *([verdict(r['verified'])] if r['verified'] else [])])
 
 # %% ../nbs/90_cli.ipynb #0da8272d
-def convert_with_cache(model, out, fmts, kv_formats, given) -> tuple: # figures, text
+def convert_with_cache(model, out, fmts, kv_formats: tuple, given) -> tuple: # figures, text
     "`optimize_with_kv`"
-    from optiq.kv_cache import layer_table, optimize_with_kv
+    from optiq.kv_cache import layer_table, optimize_with_kv # which brings the rotated formats along
     names = 'calibration', 'evaluation', 'n', 'seq_len', 'eval_n', 'backend', 'overwrite', 'trust_remote_code'
     same = {k: given[k] for k in names}
-    r = optimize_with_kv(model, out, given['max_bytes'], given['context'] or 16384, fmts, kv_formats, **same)
+    r = optimize_with_kv(model, out, given['max_bytes'], given['context'] or 16384, fmts, as_formats(None, *kv_formats), **same)
     return r['figures'], f'{layer_table(r["config"])}\n\n{r["report"]}\n\n{r["weights"]!r}\n{r["cache"]!r}'
 
 # %% ../nbs/90_cli.ipynb #e4357a34

@@ -97,7 +97,7 @@ def perturb(probe: tuple[Unit, Format], quantize=quantize_dequantize) -> dict:
 
 def inside(b: Backend, overrides: dict, block: int | None) -> dict:
     "The overrides of one block, or, for None, of what lies outside the blocks"
-    return {p: f for p, f in overrides.items() if b.checkpoint.unit[p].block == block}
+    return {p: f for p, f in overrides.items() if b.checkpoint.find(p).block == block}
 
 # %% ../nbs/03_sensitivity.ipynb #77fa944f
 def on_gpu(b: Backend) -> bool:

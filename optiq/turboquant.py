@@ -356,6 +356,9 @@ class Rotated:
     def codec(fmt: Format):
         from optiq.turbo_cache import RotatedCodec
         return RotatedCodec(fmt)
+    def cache(keys: Format, values: Format):
+        from optiq.turbo_cache import TurboQuantKVCache
+        return TurboQuantKVCache.of(keys, values)
 
 FAMILIES['tq'] = Rotated
 

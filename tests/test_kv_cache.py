@@ -421,3 +421,101 @@ def test_several_caches_in_one_entry_are_all_counted(folder, monkeypatch):
     monkeypatch.setattr(qwen3.Model, 'make_cache', lambda self: [Both(ArraysCache(1), KVCache(), KVCache()) for _ in self.layers], raising=False)
     found = kv_layers(model)[0]
     assert 'no plain cache' in found.left and found.nbytes(100) == 2*plain.nbytes(100)+20
+
+# Rotated candidates and the statistics that come with them
+
+@pytest.fixture(scope='module')
+def rotated(folder, text, tmp_path_factory):
+    "A run of the command line with rotated and affine candidates"
+    from click.testing import CliRunner
+    from optiq.cli import main
+    out = tmp_path_factory.mktemp('rotated')/'kv'
+    r = CliRunner().invoke(main, ['kv-cache', str(folder), '--formats', 'tq2,tq4,8g64', '--target-bits', '4', '--calibration', text,
+        '--n-samples', '2', '--seq-len', '32', '--eval-samples', '2', '--context', '256', '--backend', 'torch', '-o', str(out), '--json'])
+    assert r.exit_code == 0, r.output
+    return out, json.loads(r.stdout.splitlines()[-1])
+
+def test_statistics_are_stored_with_the_config_and_used(rotated, folder, text):
+    from optiq.calibration import passages, token_batch
+    from optiq.turbo_cache import TurboQuantKVCache, key_statistics, load_preconditions, preconditioned, turbo_cache
+    out, figures = rotated
+    names = {f'cache.{r["layer"]}.{k}' for r in figures['layers'] for k in ('keys', 'values') if r[k].startswith('tq')}
+    assert names and json.loads((out/'kv_config.json').read_text())['statistics'] == kv.STATISTICS
+    assert set(load_preconditions(out/kv.STATISTICS)) == names == set(figures['statistics'])
+    c = Checkpoint(folder)
+    tokens = token_batch(passages(text, 'train'), c.tokenizer, 2, 32)
+    b, model = TorchBackend(c), c.load()
+    stats = key_statistics(b, tokens)
+    found = read_kv_config(out/'kv_config.json', model)
+    for i, pair in found.items():
+        for f, kind in zip(pair, ('keys', 'values')):
+            assert getattr(f, 'precondition', None) == (stats[f'cache.{i}.{kind}'] if kv.rotates(f) else None)
+    made = mixed_caches(model, found)
+    assert {type(x) for x in made} == {TurboQuantKVCache} and [x.formats for x in made] == list(found.values())
+    assert [x.formats for x in turbo_cache(model, kv_config=out/'kv_config.json')] == list(found.values())
+    with preconditioned(b, stats): # what was scored is what the cache does; a border between codes may fall to either side
+        plan = {f'cache.{i}.{k}': f for i, p in found.items() for k, f in zip(('keys', 'values'), p)}
+        want = b.numpy(b.logits(tokens[:1], overrides_of(plan)))
+    got, plain = (np.array(model(mx.array(tokens[:1]), cache=mixed_caches(model, f))) for f in (found, {}))
+    assert abs(got-want).mean() < .1*abs(plain-want).mean()
+
+def test_prompt_files_keep_the_statistics(rotated, folder, tmp_path):
+    model, ids = Checkpoint(folder).load(), mx.array(np.arange(20, 60))[None]
+    caches = use_kv_config(model, rotated[0]/'kv_config.json').make_cache()
+    model(ids, cache=caches)
+    save_prompt_cache(str(tmp_path/'p.safetensors'), caches)
+    loaded = load_prompt_cache(str(tmp_path/'p.safetensors'))
+    assert [x.formats for x in loaded] == [x.formats for x in caches]
+    assert abs(model(ids[:, :3], cache=loaded)-model(ids[:, :3], cache=caches)).max() == 0
+    assert caches[0].merge([caches[0], caches[0]]).extract(1).formats == caches[0].formats
+
+@pytest.mark.parametrize('change, message', [
+    (lambda d: (d/kv.STATISTICS).unlink(), 'key_statistics.safetensors, which is not beside it'),
+    (lambda d: mx.save_safetensors(str(d/kv.STATISTICS), {'x': mx.zeros(1)}), 'holds no key statistics'),
+    (lambda d: kv_statistics(d, 3), r"statistics of layer 0's keys have shape \(3, 1, 64\), not \(2, 1, 128\)")])
+def test_statistics_that_do_not_fit(rotated, folder, tmp_path, change, message):
+    import shutil
+    d = shutil.copytree(rotated[0], tmp_path/'kv')
+    change(d)
+    with pytest.raises(ValueError, match=message): read_kv_config(d/'kv_config.json', Checkpoint(folder).load())
+
+def kv_statistics(d, heads):
+    from optiq.turbo_cache import KeyPrecondition, save_preconditions
+    save_preconditions({'cache.0.keys': KeyPrecondition(*np.ones((2, heads, 1, 64), np.float32))}, d/kv.STATISTICS)
+
+def test_a_config_without_its_file_says_so(rotated):
+    d = json.loads((rotated[0]/'kv_config.json').read_text())
+    with pytest.raises(ValueError, match='this kv_config was made with the statistics of'): read_kv_config(d)
+
+def test_statistics_are_part_of_a_sweeps_fingerprint(backend, tokens, tmp_path):
+    from optiq.turbo_cache import key_statistics, preconditioned
+    assert backend.statistics is None
+    kv_sweep(backend, tokens, ['tq3'], out=tmp_path/'s.jsonl', progress=False)
+    with preconditioned(backend, key_statistics(backend, tokens)):
+        with pytest.raises(ValueError, match='statistics'): kv_sweep(backend, tokens, ['tq3'], out=tmp_path/'s.jsonl', progress=False)
+        a = evaluate_(backend, tokens, '4g64')
+    assert backend.statistics is None and a == evaluate_(backend, tokens, '4g64') # affine formats have no use for them
+
+def evaluate_(b, tokens, f):
+    return b.numpy(b.logits(tokens, overrides_of({'cache.0.keys': parse_format(f)}))).tolist()
+
+def test_a_model_and_its_rotated_cache(folder, text, tmp_path):
+    optimize_with_kv(str(folder), tmp_path/'m', 1.2*2**20, 512, [4, 8], ['tq3', 'tq4'], calibration=text, n=2, seq_len=32,
+                     eval_n=2, backend='torch')
+    model, where = Checkpoint(tmp_path/'m').load(), tmp_path/'m'/'kv_config.json'
+    found = read_kv_config(where, model)
+    assert len(found) == 3 and all(f.precondition is not None for pair in found.values() for f in pair)
+    assert (tmp_path/'m'/'optiq'/kv.STATISTICS).is_file() and not list((tmp_path/'m').glob('key*'))
+    model(mx.array([[3, 4, 5]]), cache=mixed_caches(model, found))
+
+def test_generation_and_server_take_the_statistics(rotated, folder):
+    from mlx_lm import generate, load
+    from optiq.serve import find_config
+    from optiq.turbo_cache import turbo_cache
+    file = find_config(Checkpoint(folder).folder, rotated[0]/'kv_config.json')
+    model, tokenizer = load(str(folder))
+    text = generate_with_mixed_kv(model, tokenizer, [30, 31, 32], kv_config=file, max_tokens=12)
+    assert text and text == generate(model, tokenizer, [30, 31, 32], prompt_cache=turbo_cache(model, kv_config=file), max_tokens=12)
+    served = use_kv_config(model, file).make_cache() # what the server's provider calls
+    assert [c.formats for c in served] == list(read_kv_config(file).values())
+    assert any(getattr(f, 'precondition', None) for c in served for f in c.formats)

@@ -7,8 +7,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from optiq.kv_cache import attend, attend_dense, attend_packed, own_caches
-from optiq.turbo_cache import (STATISTICS, BatchTurboQuantKVCache, KeyPrecondition, TurboQuantKVCache, TurboQuantStateCache,
+from optiq.kv_cache import STATISTICS, attend, attend_dense, attend_packed, own_caches
+from optiq.turbo_cache import (BatchTurboQuantKVCache, KeyPrecondition, TurboQuantKVCache, TurboQuantStateCache,
                                load_preconditions, save_preconditions, turbo_cache, use_turbo_cache)
 from optiq.turboquant import round_trip
 

@@ -199,7 +199,7 @@ class Bench:
         self.save('saved', dict(name='optiq, gptq', scope='all', held=held, file_bytes=size, planned_bytes=plan.nbytes, clips=len(written),
                                 same_transcripts=sum(a == r['response'] for a, r in zip(written, done)), written=written))
 
-    def decoder_table(self, sizes=(4.5, 3.5, 6, 4, 5)): # true bits of the decoder's matrices; the encoder as it is
+    def decoder_table(self, sizes): # true bits of the decoder's matrices; the encoder as it is
         rows, decoder = self.found.get('decoder', []), [u for u in self.c.units if u.part == 'decoder']
         rest, params = self.of_scope('all', AS_IS).nbytes-sum(u.nbytes(AS_IS) for u in decoder), sum(u.params for u in decoder)
         for bits in sizes:
@@ -236,6 +236,7 @@ def main():
     p.add_argument('--model', required=True)
     p.add_argument('--clips', required=True)
     p.add_argument('--spoken', help='synthesised speech, to round on as well')
+    p.add_argument('--sizes', default='4.5,3.5,6,4,5', help='true bits of the decoder, for the part of that name')
     p.add_argument('-o', '--output', required=True)
     args = p.parse_args()
     bench = Bench(args)
@@ -248,8 +249,8 @@ def main():
     if 'fidelity' not in bench.found: bench.fidelity()
     bench.uniform([4])
     bench.sweep()
-    for cap, encoder in (('all', True), ('decoder', False), ('decoder', True)): bench.optiq(cap, encoder)
+    for cap, encoder in (('all', True), ('decoder', True), ('decoder', False)): bench.optiq(cap, encoder)
     bench.uniform()
-    bench.decoder_table()
+    bench.decoder_table([float(k) for k in args.sizes.split(',') if k])
 
 if __name__ == '__main__': main()

@@ -89,7 +89,7 @@ def optiq(*args):
 def test_the_whole_road(tmp_path):
     "optiq convert and optiq eval --task wer on Qwen3-ASR; a process without optiq opens what was written"
     model, out = tiny('qwen3_asr', tmp_path/'m', shape=ONE), tmp_path/'out'
-    r = optiq('convert', model, '--model-type', 'audio', '--target-bpw', 5, '--n-calibration', 1, '--n-samples', 1, '--no-verify',
+    r = optiq('convert', model, '--model-type', 'audio', '--target-bpw', 5, '--n-calibration', 1, '--rounding-samples', 1, '--n-samples', 1, '--no-verify',
               '--skip-baselines', '-o', out, '--json')
     figures = json.loads(r.stdout.splitlines()[-1])
     assert r.exit_code == 0 and 0 < figures['kl'] < 1 and figures['nominal_bpw'] <= 5

@@ -7,10 +7,11 @@
 `uniform`   8, 4 and 3 bits, the decoder alone (the encoder left as it is) and encoder included
 `sweep`     KL that quantizing each tensor alone causes (min-max), per clip: the decoder at 3, 4 and 5 bits, the encoder at 4
 `optiq`     at no more bytes than uniform 4 bits, cross-validated: formats chosen and codes rounded (gptq) on some clips,
-            scored on the others, in turn
-`spoken`    the same bytes, and everything learned from synthesised speech alone, so that no clip has to be spared: KL at
-            4 bits, carried to other formats by the squared error weighted with the inputs, to which it is proportional
-            where errors are small; then codes (gptq), on some hundred tokens where four clips have a hundred
+            scored on the others, in turn. The KL at 4 bits is carried to other formats by the squared error weighted with the
+            inputs, to which it is proportional where errors are small. The decoder is rounded on synthesised speech as well:
+            four clips have a hundred tokens, fewer than a matrix has inputs. Nothing is scored on it
+`saved`     one of these models, converted, opened by mlx-audio in a process of its own
+`decoder`   the decoder alone at several sizes, with each rounding, cross-validated likewise
 
 Every part is written when it is done, and one that is there is not done again. On a Linux CPU preload OpenBLAS: MLX's own
 BLAS is twenty times slower.
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 import numpy as np
@@ -39,19 +41,21 @@ from optiq.sensitivity import Sweep, measure
 from optiq.speech import RATE, clips
 
 PLAIN = """import json, sys
-import numpy as np, mlx.core as mx
+import numpy as np, mlx.core as mx, soundfile
 from mlx_audio.stt import load
-from mlx_audio.stt.utils import load_audio
 model = load({folder!r})
 model.set_dtype(mx.float32)
 model.dtype = mx.float32
 def written(file):
-    x = np.array(load_audio(file, 16000))
+    x, rate = soundfile.read(file, dtype='float32') # mlx-audio's own reader needs ffmpeg for .ogg
+    assert rate == 16000
     return model.generate(mx.array(np.pad(x, (0, 480000-len(x)))), temperature=0., sample_len=224, return_timestamps=False, fp16=False).text.strip()
 assert 'optiq' not in sys.modules
 print(json.dumps([written(f) for f in {files}]))"""
 
-CARRIED = '2g64 3g128 3g64 4g128 4g64 4g32 5g128 5g64 6g64 8g64'.split()
+FOUR = Format(4, 64)
+FOLDS = [[0, 5], [1, 3], [2, 4]]
+CARRIED = '3g64 4g128 4g64 4g32 5g128 5g64 6g64 8g64'.split() # errors at 2 bits are not small
 
 def heard_by_transformers(folder, heard):
     "Greedy transcripts of transformers"
@@ -83,7 +87,7 @@ class Bench:
         self.b = open_backend(args.model)
         self.c, self.samples = self.b.checkpoint, speech_samples(self.b.model, self.heard)
         self.b.model.dtype = mx.float32
-        self.references = {}
+        self.spoken = speech_samples(self.b.model, clips(args.spoken, 'all')) if args.spoken else []
 
     def save(self, key, value):
         self.found[key] = value
@@ -129,79 +133,90 @@ class Bench:
                 rows.append(dict(unit=u.path, part=u.part, kind=u.kind, block=u.block, format=str(f), params=u.params, kl=[float(f'{x:.4g}') for x in v]))
             self.save('sweep', dict(rounding='minmax', seconds=time.perf_counter()-start, rows=rows))
 
-    def optiq(self, scope):
-        formats = [Format(k, 64) for k in (3, 4, 5)]
-        values = {(r['unit'], f): np.array(r['kl']) for r in self.found['sweep']['rows'] for f in formats if str(f) == r['format']}
-        about = dict(model=self.c.name, params=self.c.params, other_bytes=self.c.other_bytes)
-        folds, n = [[0, 5], [1, 3], [2, 4]], len(self.heard)
-        if n != 6: folds = [[*range(k, n, 3)] for k in range(3)]
-        parts = self.found.get('folds', [])
-        for held in folds:
-            if any((p['scope'], p['held']) == (scope, held) for p in parts): continue
-            start, learn = time.perf_counter(), [i for i in range(n) if i not in held]
-            s = Sweep(self.c.units, formats, {k: v[learn] for k, v in values.items()}, about)
-            encoder = [u.path for u in self.c.units if u.part == 'encoder']
-            plan = allocate(s, max_bytes=self.of_scope(scope, Format(4, 64)).nbytes,
-                            formats=formats+[AS_IS]*(scope == 'decoder'), protect=encoder if scope == 'decoder' else ())
-            rounded = as_overrides(dict(round_model(self.b, [self.samples[i] for i in learn], plan, 'gptq')))
-            kl, done = self.score(rounded, held)
-            parts.append(dict(scope=scope, held=held, kl=[float(k) for k in kl], done=done, counts={str(f): k for f, k in plan.counts().items()},
-                              predicted_kl=plan.predicted_kl, seconds=time.perf_counter()-start, **self.sizes(plan)))
-            self.save('folds', parts)
-        others = [r for r in self.found.get('optiq', []) if r['scope'] != scope]
-        self.save('optiq', others+[self.joined([p for p in parts if p['scope'] == scope], scope)])
+    def errors_of(self, stats): # path ▸ format ▸ squared error, weighted with the inputs, over that at 4 bits
+        found = {}
+        for u in sorted(self.c.units, key=lambda u: u.block is None): # what the last states say comes last
+            w, a = self.b.unit_weight(u.path), stats[u.path].importance()
+            e = {f: float((a*(w-quantize_dequantize(w, parse_format(f))).astype(mx.float32)**2).sum()) for f in CARRIED if u.takes(parse_format(f))}
+            found[u.path] = {f: float(f'{x/e[str(FOUR)]:.4g}') for f, x in e.items()}
+        return found
 
-    def spoken_samples(self): return speech_samples(self.b.model, clips(self.args.spoken, 'all'))
+    def carried(self, kl, errors): # both by path ▸ Sweep
+        values = {(p, parse_format(f)): np.array(kl[p])*e for p, found in errors.items() for f, e in found.items()}
+        return Sweep(self.c.units, [parse_format(f) for f in CARRIED], values,
+                     dict(model=self.c.name, params=self.c.params, other_bytes=self.c.other_bytes))
 
-    def spoken_sweep(self, n=2): # KL on the first n clips, what matrices are multiplied with on all
-        start, samples, four = time.perf_counter(), self.spoken_samples(), Format(4, 64)
-        rows = self.found.get('spoken_sweep', dict(rows=[]))['rows']
-        units, stats = sorted(self.c.units, key=lambda u: u.block is None), Statistics(self.b, samples, whole=False)
-        todo = [u for u in units if u.path not in {r['unit'] for r in rows}]
-        for k in range(0, len(todo), 8):
-            for u, v in zip(todo[k:k+8], measure(self.b, samples[:n], [(u, four) for u in todo[k:k+8]])):
-                w, a = self.b.unit_weight(u.path), stats[u.path].importance()
-                e = {f: float((a*(w-quantize_dequantize(w, parse_format(f))).astype(mx.float32)**2).sum()) for f in CARRIED}
-                rows.append(dict(unit=u.path, part=u.part, kind=u.kind, kl=[float(f'{x:.4g}') for x in v],
-                                 error={f: float(f'{x/e[str(four)]:.4g}') for f, x in e.items()}))
-            self.save('spoken_sweep', dict(rounding='minmax', measured=str(four), clips=len(samples), scored=n,
-                                           seconds=time.perf_counter()-start, rows=rows))
-
-    def spoken_plan(self, cap, encoder): # bytes of uniform 4 bits in which scope; whether the encoder may change
-        values = {(r['unit'], parse_format(f)): np.array(r['kl'])*e for r in self.found['spoken_sweep']['rows'] for f, e in r['error'].items()}
-        formats = [parse_format(f) for f in CARRIED]
-        sweep = Sweep(self.c.units, formats, values, dict(model=self.c.name, params=self.c.params, other_bytes=self.c.other_bytes))
-        return allocate(sweep, max_bytes=self.of_scope(cap, Format(4, 64)).nbytes, formats=formats+[AS_IS],
+    def plan(self, sweep, max_bytes, encoder): # whether the encoder may change
+        return allocate(sweep, max_bytes=max_bytes, formats=sweep.formats+[AS_IS],
                         protect=() if encoder else [u.path for u in self.c.units if u.part == 'encoder'])
 
-    def spoken(self, name, plan, cap, save=None):
-        rows = self.found.get('spoken', [])
-        if any((r['name'], r['scope']) == (name, cap) for r in rows): return
-        start = time.perf_counter()
-        rounded = dict(round_model(self.b, self.spoken_samples(), plan, 'gptq'))
-        took = time.perf_counter()-start
-        kl, done = self.score(as_overrides(rounded), range(len(self.heard)))
-        rows.append(dict(scope=cap, name=name, counts={str(f): k for f, k in plan.counts().items()}, rounding_seconds=took,
-                         predicted_kl=plan.predicted_kl, **self.sizes(plan), **figures(done, kl), **self.against(cap, kl),
-                         formats={p: str(f) for p, f in plan.items()}))
-        self.save('spoken', rows)
-        if save: convert(self.c, plan, save, overwrite=True, quantizer={p: lambda w, fmt, r=r: r.stored() for p, r in rounded.items()})
+    def folds(self): # indices of clips that are held out together
+        n = len(self.heard)
+        return FOLDS if n == 6 else [[*range(k, n, 3)] for k in range(3)]
 
-    def saved(self, folder, which=(3, 4)): # by mlx-audio alone, in a process of its own
-        code = PLAIN.format(folder=str(folder), files=[str(Path(self.args.clips)/self.heard[i].name) for i in which])
-        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=''), cwd='/', check=True)
-        written, mine = json.loads(done.stdout.splitlines()[-1]), next(r for r in self.found['spoken'] if r['scope'] == 'all')['written']
-        self.save('saved', dict(bytes=sum(f.stat().st_size for f in Path(folder).glob('*.safetensors')), clips=len(written),
-                                same_transcripts=sum(a == mine[i] for i, a in zip(which, written)), written=written))
+    def rounded(self, clips, spoken, plan, method): # ▸ path ▸ Rounded
+        "The encoder on clips, which have 1,500 frames each; the decoder, given that encoder, on synthesised speech as well"
+        part = lambda name: {u.path: plan[u.path] if u.part == name else AS_IS for u in self.c.units}
+        encoder = dict(round_model(self.b, clips, part('encoder'), method)) if any(f != AS_IS for f in part('encoder').values()) else {}
+        with self.b.swapped(as_overrides(encoder)): return encoder | dict(round_model(self.b, clips+spoken, part('decoder'), method))
 
-    def learn_from_speech(self):
-        self.spoken_sweep()
-        folder = Path(f'{self.out.with_suffix("")}-saved')
-        self.spoken('optiq, gptq', self.spoken_plan('all', True), 'all', folder)
-        if folder.exists() and 'saved' not in self.found: self.saved(folder)
-        self.spoken('optiq, gptq', self.spoken_plan('decoder', False), 'decoder')
-        self.spoken('optiq, gptq, encoder too', self.spoken_plan('decoder', True), 'decoder')
-        for scope in ('all', 'decoder'): self.spoken('uniform 4 bits, gptq', self.of_scope(scope, Format(4, 64)), scope)
+    def learned(self, held): # Sweep, (clips, spoken)
+        learn = [i for i in range(len(self.heard)) if i not in held]
+        errors, key, mine = self.found.get('errors', {}), ' '.join(map(str, learn)), [self.samples[i] for i in learn]
+        if key not in errors:
+            errors[key] = self.errors_of(Statistics(self.b, mine, whole=False))
+            self.save('errors', errors)
+        kl = {r['unit']: np.array(r['kl'])[learn] for r in self.found['sweep']['rows'] if r['format'] == str(FOUR)}
+        return self.carried(kl, errors[key]), (mine, self.spoken)
+
+    def optiq(self, cap, encoder): # at the bytes of uniform 4 bits in which scope; whether the encoder may change
+        name, parts = 'optiq, gptq'+', encoder too'*(encoder and cap == 'decoder'), self.found.get('folds', [])
+        mine = lambda r: (r['scope'], r['name']) == (cap, name)
+        for held in self.folds():
+            if any(mine(p) and p['held'] == held for p in parts): continue
+            start, (sweep, samples) = time.perf_counter(), self.learned(held)
+            plan = self.plan(sweep, self.of_scope(cap, FOUR).nbytes, encoder)
+            rounded = self.rounded(*samples, plan, 'gptq')
+            took = time.perf_counter()-start
+            kl, done = self.score(as_overrides(rounded), held)
+            parts.append(dict(scope=cap, name=name, held=held, kl=[float(k) for k in kl], done=done,
+                              counts={str(f): k for f, k in plan.counts().items()}, embedding=str(plan['decoder.token_embedding']),
+                              predicted_kl=plan.predicted_kl, seconds=took, **self.sizes(plan)))
+            self.save('folds', parts)
+            if cap == 'all' and held == self.folds()[0]: self.saved(plan, rounded, held, done)
+        others = [r for r in self.found.get('optiq', []) if not mine(r)]
+        self.save('optiq', others+[dict(name=name) | self.joined([p for p in parts if mine(p)], cap)])
+
+    def saved(self, plan, rounded, held, done): # by mlx-audio alone, in a process of its own
+        with TemporaryDirectory() as folder:
+            out = Path(folder)/'whisper'
+            convert(self.c, plan, out, quantizer={p: lambda w, fmt, r=r: r.stored() for p, r in rounded.items()}) # and checked
+            code = PLAIN.format(folder=str(out), files=[str(Path(self.args.clips).resolve()/self.heard[i].name) for i in held])
+            env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+            ran = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=folder)
+            if ran.returncode: raise RuntimeError(f'mlx-audio alone: {ran.stderr[-2000:]}')
+            written, size = json.loads(ran.stdout.splitlines()[-1]), sum(f.stat().st_size for f in out.glob('*.safetensors'))
+        self.save('saved', dict(name='optiq, gptq', scope='all', held=held, file_bytes=size, planned_bytes=plan.nbytes, clips=len(written),
+                                same_transcripts=sum(a == r['response'] for a, r in zip(written, done)), written=written))
+
+    def decoder_table(self, sizes): # true bits of the decoder's matrices; the encoder as it is
+        rows, decoder = self.found.get('decoder', []), [u for u in self.c.units if u.part == 'decoder']
+        rest, params = self.of_scope('all', AS_IS).nbytes-sum(u.nbytes(AS_IS) for u in decoder), sum(u.params for u in decoder)
+        for bits in sizes:
+            for rounding in ('minmax', 'search', 'gptq'):
+                if any((r['bits'], r['rounding']) == (bits, rounding) for r in rows): continue
+                start, kl, true = time.perf_counter(), {}, []
+                for held in self.folds():
+                    sweep, samples = self.learned(held)
+                    plan = self.plan(sweep, rest+int(bits*params/8), False)
+                    rounded = as_overrides(self.rounded(*samples, plan, rounding))
+                    kl |= dict(zip(held, map(float, evaluate(self.b, [self.samples[i] for i in held], {'it': rounded})['it'].kl)))
+                    true.append((plan.nbytes-rest)*8/params)
+                by_clip = [kl[i] for i in sorted(kl)]
+                k = mean_figure('kl', by_clip)
+                rows.append(dict(bits=bits, rounding=rounding, true_bits=max(true), seconds=time.perf_counter()-start,
+                                 kl=k['kl'], kl_se=k['kl_se'], kl_by_clip=[float(f'{v:.5g}') for v in by_clip]))
+                self.save('decoder', rows)
 
     def against(self, scope, kl): # uniform 4 bits, min-max
         four = next(r for r in self.found['uniform'] if (r['scope'], r['bits']) == (scope, 4))
@@ -214,26 +229,28 @@ class Bench:
         by = {i: (k, d) for p in parts for i, k, d in zip(p['held'], p['kl'], p['done'])}
         kl, done = zip(*(by[i] for i in sorted(by)))
         sizes = {k: max(p[k] for p in parts) for k in ('nominal_bpw', 'true_bpw', 'size_mb', 'bytes')}
-        return dict(scope=scope, name='optiq, gptq', **sizes, **figures(list(done), list(kl)), **self.against(scope, kl))
+        return dict(scope=scope, **sizes, **figures(list(done), list(kl)), **self.against(scope, kl))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', required=True)
     p.add_argument('--clips', required=True)
-    p.add_argument('--spoken', help='synthesised speech, for the part of that name')
+    p.add_argument('--spoken', help='synthesised speech, to round on as well')
+    p.add_argument('--sizes', default='4.5,3.5,6,4,5', help='true bits of the decoder, for the part of that name')
     p.add_argument('-o', '--output', required=True)
     args = p.parse_args()
     bench = Bench(args)
     if 'about' not in bench.found: bench.save('about', dict(
         **machine(), blas='OpenBLAS, preloaded, one thread' if 'openblas' in os.environ.get('LD_PRELOAD', '') else "MLX's own",
-        command='python bench/audio.py --model whisper --clips speech -o audio-whisper.json', model='Whisper tiny.en, 37,184,256 parameters',
+        command='python bench/audio.py --model whisper --clips speech --spoken spoken -o audio-whisper.json',
+        spoken=f'{len(bench.spoken)} clips, {sum(int(s["scored"].sum()) for s in bench.spoken)} tokens, by bench/speak.py', model='Whisper tiny.en, 37,184,256 parameters',
         computed='float32, weights after the round trip', clips=[dict(name=c.name, seconds=round(c.seconds, 1), said=c.text,
         scored=int(s['scored'].sum())) for c, s in zip(bench.heard, bench.samples)]))
     if 'fidelity' not in bench.found: bench.fidelity()
     bench.uniform([4])
     bench.sweep()
-    for scope in ('all', 'decoder'): bench.optiq(scope)
+    for cap, encoder in (('all', True), ('decoder', True), ('decoder', False)): bench.optiq(cap, encoder)
     bench.uniform()
-    if args.spoken: bench.learn_from_speech()
+    bench.decoder_table([float(k) for k in args.sizes.split(',') if k])
 
 if __name__ == '__main__': main()

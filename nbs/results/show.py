@@ -24,6 +24,11 @@ def hardware(about: dict) -> str:
     if gpu and 'cpu' not in str(gpu).lower(): return f'one {gpu}' if about.get('gpus', 1) == 1 else f'{about["gpus"]} × {gpu}'
     return f'{about.get("cores", "?")} cores of {about.get("cpu", "an unnamed CPU")}'
 
+def commands(about: dict) -> list:
+    "The command, or all of them"
+    found = about.get('command', 'no command')
+    return found if isinstance(found, list) else [found]
+
 def source(name: str, *only: str) -> Markdown:
     "Where figures come from: file, machine, date, command"
     d = result(name)
@@ -33,7 +38,7 @@ def source(name: str, *only: str) -> Markdown:
         if only and not (set(path) & set(only)): continue
         a = part['about']
         lines.append('  \n'.join([f'*{a.get("date", "no date")}, {hardware(a)}, mlx {a.get("mlx", "–")}, torch {a.get("torch", "–")}*',
-                                  f'`{a.get("command", "no command")}`', *([f'*sweep: {a["sweep"]}*'] if a.get('sweep') else [])]))
+                                  *(f'`{c}`' for c in commands(a)), *([f'*sweep: {a["sweep"]}*'] if a.get('sweep') else [])]))
     return Markdown('\n\n'.join(dict.fromkeys(lines)))
 
 def table(head: list, rows: list) -> Markdown:
@@ -64,7 +69,7 @@ def one_part(path: tuple, part: dict) -> str:
     single = ', '.join(f'{k} {plain(v)}' for k, v in part.items() if isinstance(v, (int, float, str)) and k not in ('optiq', 'text'))
     rows = part.get('rows') or part.get('points') or part.get('steps') or []
     if isinstance(rows, dict): rows = [dict(name=k, **v) for k, v in rows.items() if isinstance(v, dict)]
-    return (f'{title}<p><code>{html.escape(str(part["about"].get("command", "no command")))}</code></p>'
+    return (f'{title}<p>{"<br>".join(f"<code>{html.escape(c)}</code>" for c in commands(part["about"]))}</p>'
             f'<p>{html.escape(single)}</p>{all_columns(rows)}')
 
 def all_columns(rows: list) -> str:

@@ -109,8 +109,9 @@ class Sizes:
     eval_len: int = 128 # tokens in each
     problems: int = 40
 
-def sizes(fast: bool | None = None) -> Sizes:
-    "The full sizes, or small ones"
+def sizes(fast: bool | Sizes | None = None) -> Sizes:
+    "The full sizes, or small ones, or those given"
+    if isinstance(fast, Sizes): return fast
     if fast is None: fast = bool(os.environ.get('OPTIQ_FAST'))
     return Sizes(2, 64, 2, 64, 4) if fast else Sizes()
 
@@ -125,7 +126,7 @@ class Ground:
 
 def ground(
     model: str, # 'demo', a folder, or a Hub id
-    fast: bool | None,
+    fast: bool | Sizes | None,
     text: str = 'bundled', # 'bundled', 'wikitext2', or a file
 ) -> Ground:
     "What every demo starts with"
@@ -172,14 +173,14 @@ def with_answers(report: Report, answers: dict) -> Report:
 # %% ../nbs/40_demos.ipynb #95fcc92f
 def llm(
     model: str = 'demo', # or a folder, or a Hub id
-    fast: bool | None = None, # small sizes; by default if OPTIQ_FAST is set
+    fast: bool | Sizes | None = None, # small sizes, or sizes of your own; by default if OPTIQ_FAST is set
     out: 'str | Path | None' = None, # folder for the two models; they are not written without it
     text: str = 'bundled', # to calibrate and, its other side, to score on
     questions: str = 'gsm8k', # or a .jsonl file, for models other than demo
 ) -> Demo:
     "Pipeline, perplexity and word problems"
     g, s = ground(model, fast, text), sizes(fast)
-    sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast)
+    sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=fast is not True)
     plans = profiles(sweep)
     variants = {'as it is': {}} | {n: overrides_of(p) for n, p in plans.items()}
     if out is not None:

@@ -1,14 +1,15 @@
 """The commands of README and site, run in one process by `python tests/commands.py FOLDER < commands.json`
 
 Every optiq command goes through the real command line, with annotations checked by beartype on the way. Options that a
-command does not name have small defaults, so that all of them take about a minute; what it names is as written.
+command does not name have small defaults, so that all of them take about a minute; what it names is as written. All round
+the same few tensors, so a grid that was searched for once is remembered.
 """
-import json, os, re, shlex, sys, time, warnings
+import hashlib, json, os, re, shlex, sys, time, warnings
 from pathlib import Path
 
 root = Path(__file__).parents[1]
-SMALL = {'convert': dict(n=1, seq_len=32, eval_n=1, rounding_n=2), 'sweep': dict(samples=1, seq_len=32),
-         'pareto': dict(n=1, seq_len=32, eval_n=1), 'kv-cache': dict(n_samples=1, seq_len=64, eval_samples=1),
+SMALL = {'convert': dict(n=1, seq_len=32, eval_n=1, rounding_n=2), 'sweep': dict(samples=1, seq_len=32, rounding_n=2),
+         'pareto': dict(n=1, seq_len=32, eval_n=1, rounding_n=2), 'kv-cache': dict(n_samples=1, seq_len=64, eval_samples=1),
          'eval': dict(n_samples=2, seq_len=64), 'benchmark': dict(n_samples=2, seq_len=64)}
 
 def documents() -> dict: # name ▸ its Markdown
@@ -40,11 +41,25 @@ def run(command: str, folder: Path) -> dict:
     r = CliRunner().invoke(main, words[1:], prog_name='optiq', env=env, default_map=SMALL)
     return dict(code=r.exit_code, seconds=round(time.time()-start, 1), output=r.output[-1500:])
 
+def remember_grids():
+    "`find_grid`, with what it gave for the same weight, format and statistics"
+    import torch
+    from optiq import rounding
+    find, known = rounding.find_grid, {}
+    def same(x): return hashlib.sha1(x.contiguous().view(torch.uint8).numpy()).digest()
+    def find_grid(w, fmt, stats=None):
+        if not isinstance(w, torch.Tensor): return find(w, fmt, stats)
+        key = same(w), fmt, None if stats is None else same(stats.importance())
+        if key not in known: known[key] = find(w, fmt, stats)
+        return known[key]
+    rounding.find_grid = find_grid
+
 if __name__ == '__main__':
     from beartype import BeartypeConf
     from beartype.claw import beartype_package
     class Wrong(UserWarning): "A value that is not what its annotation says"
     beartype_package('optiq', conf=BeartypeConf(violation_type=Wrong, is_pep484_tower=True))
+    remember_grids()
     found, folder = [], Path(sys.argv[1])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('ignore')

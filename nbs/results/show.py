@@ -24,6 +24,11 @@ def hardware(about: dict) -> str:
     if gpu and 'cpu' not in str(gpu).lower(): return f'one {gpu}' if about.get('gpus', 1) == 1 else f'{about["gpus"]} × {gpu}'
     return f'{about.get("cores", "?")} cores of {about.get("cpu", "an unnamed CPU")}'
 
+def commands(about: dict) -> list:
+    "The command, or all of them"
+    found = about.get('command', 'no command')
+    return found if isinstance(found, list) else [found]
+
 def source(name: str, *only: str) -> Markdown:
     "Where figures come from: file, machine, date, command"
     d = result(name)
@@ -33,7 +38,7 @@ def source(name: str, *only: str) -> Markdown:
         if only and not (set(path) & set(only)): continue
         a = part['about']
         lines.append('  \n'.join([f'*{a.get("date", "no date")}, {hardware(a)}, mlx {a.get("mlx", "–")}, torch {a.get("torch", "–")}*',
-                                  f'`{a.get("command", "no command")}`', *([f'*sweep: {a["sweep"]}*'] if a.get('sweep') else [])]))
+                                  *(f'`{c}`' for c in commands(a)), *([f'*sweep: {a["sweep"]}*'] if a.get('sweep') else [])]))
     return Markdown('\n\n'.join(dict.fromkeys(lines)))
 
 def table(head: list, rows: list) -> Markdown:
@@ -62,9 +67,9 @@ def one_part(path: tuple, part: dict) -> str:
     "Command, single figures and rows of one part"
     title = f'<p><strong>{" ".join(path)}</strong></p>' if path else ''
     single = ', '.join(f'{k} {plain(v)}' for k, v in part.items() if isinstance(v, (int, float, str)) and k not in ('optiq', 'text'))
-    rows = part.get('rows') or part.get('points') or []
+    rows = part.get('rows') or part.get('points') or part.get('steps') or []
     if isinstance(rows, dict): rows = [dict(name=k, **v) for k, v in rows.items() if isinstance(v, dict)]
-    return (f'{title}<p><code>{html.escape(str(part["about"].get("command", "no command")))}</code></p>'
+    return (f'{title}<p>{"<br>".join(f"<code>{html.escape(c)}</code>" for c in commands(part["about"]))}</p>'
             f'<p>{html.escape(single)}</p>{all_columns(rows)}')
 
 def all_columns(rows: list) -> str:
@@ -84,31 +89,29 @@ def plain(v) -> str:
 
 # ---- the figure of the front page
 
-BLUE, ORANGE, GREEN, GREY, PINK = '#0072B2', '#D55E00', '#009E73', '#666666', '#CC79A7' # told apart by colour-blind eyes
+BLUE, ORANGE, GREEN, GREY, PINK, YELLOW, SKY = '#0072B2', '#D55E00', '#009E73', '#666666', '#CC79A7', '#B8860B', '#56B4E9' # told apart by colour-blind eyes
 
 def smollm2_series() -> dict: # label ▸ dict of colour, marker, line, points (true bits, KL, standard error, name)
-    "SmolLM2-135M by size: what mlx-lm gives, and what OptiQ gives"
-    found, peers = result('pareto-smollm2')['points'], (result('peers-smollm2') or dict(rows={}))['rows']
-    measured = lambda test: [(p['true_bpw'], p['kl'], p['kl_se'], p['name']) for p in found if p['kl'] and test(p['name'])]
-    scored = lambda test: [(r['true_bits'], r['kl'], r['kl_se'], n) for n, r in peers.items()
-                           if test(n) and r.get('kl') and not r.get('left_as_is')]
-    series = {
-        'uniform': dict(color=GREY, marker='s', points=(uniform := measured(lambda n: n.startswith('uniform')))
-            + scored(lambda n: n.startswith('uniform') and n not in [u[3] for u in uniform])),
-        "mlx-lm's recipes": dict(color=ORANGE, marker='D', points=measured(lambda n: n.startswith('mixed'))),
-        "mlx-lm's tuned (GPTQ, AWQ, DWQ, dynamic)": dict(color=PINK, marker='^', points=scored(
-            lambda n: n.startswith('mlx-lm ') and 'mixed' not in n)),
-        'OptiQ': dict(color=BLUE, marker='o', line=True, points=measured(lambda n: n.startswith('all at'))),
-        'OptiQ with GPTQ rounding': dict(color=GREEN, marker='o', line=True, points=scored(
-            lambda n: n.startswith('ours') and n.endswith('gptq')))}
-    return {k: v | dict(points=sorted(v['points'])) for k, v in series.items() if v['points']}
+    "SmolLM2-135M by size: what other tools give, and what OptiQ gives; one text, one file"
+    rows = {n: r for n, r in result('peers-smollm2')['rows'].items() if r.get('kl') and not r.get('left_as_is')}
+    def those(test, **look): return look | dict(points=sorted((r['true_bits'], r['kl'], r['kl_se'], n) for n, r in rows.items() if test(n)))
+    ours = lambda rounding: lambda n: n.startswith('ours') and n.endswith(rounding)
+    recipe = lambda n: n.startswith('mlx-lm mixed')
+    return {
+        'uniform': those(lambda n: n.startswith('uniform'), color=GREY, marker='s'),
+        "mlx-lm's recipes": those(recipe, color=ORANGE, marker='D'),
+        "mlx-lm's tuned (GPTQ, AWQ, DWQ, dynamic)": those(lambda n: n.startswith('mlx-lm ') and not recipe(n), color=PINK, marker='^'),
+        'mlx-optiq': those(lambda n: n.startswith('mlx-optiq'), color=YELLOW, marker='v'),
+        'OptiQ, min-max rounding': those(ours('minmax'), color=SKY, marker='o', line=True),
+        'OptiQ (search, the default)': those(ours('search'), color=BLUE, marker='o', line=True),
+        'OptiQ, GPTQ rounding': those(ours('gptq'), color=GREEN, marker='o', line=True)}
 
 def frontier(ax=None):
     "Size against quality, everything with two standard errors"
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(8, 4.6), layout='constrained')
     for label, s in smollm2_series().items():
-        inside = [p for p in s['points'] if 3.3 < p[0] < 6.7]
+        inside = [p for p in s['points'] if 2.9 < p[0] < 6.7 and p[1] < 4]
         bits, kl, se, names = zip(*inside)
         ax.errorbar(bits, kl, [2*e for e in se], color=s['color'], marker=s['marker'], ms=6, capsize=2, lw=1.4,
                     ls='-' if s.get('line') else '', label=label)

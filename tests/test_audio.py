@@ -89,8 +89,8 @@ def optiq(*args):
 def test_the_whole_road(tmp_path):
     "optiq convert and optiq eval --task wer on Qwen3-ASR; a process without optiq opens what was written"
     model, out = tiny('qwen3_asr', tmp_path/'m', shape=ONE), tmp_path/'out'
-    r = optiq('convert', model, '--model-type', 'audio', '--target-bpw', 5, '--n-calibration', 1, '--rounding-samples', 1, '--n-samples', 1, '--no-verify',
-              '--skip-baselines', '-o', out, '--json')
+    r = optiq('convert', model, '--model-type', 'audio', '--target-bpw', 5, '--n-calibration', 1, '--rounding-samples', 1, '--n-samples', 1,
+              '--no-verify', '--skip-baselines', '-o', out, '--json')
     figures = json.loads(r.stdout.splitlines()[-1])
     assert r.exit_code == 0 and 0 < figures['kl'] < 1 and figures['nominal_bpw'] <= 5
     code = f"""import sys, numpy as np, mlx.core as mx
@@ -188,7 +188,8 @@ model.dtype = mx.float32
 sound, rate = soundfile.read({file!r}, dtype='float32')
 sound = mx.array(np.pad(sound, (0, 480000-len(sound))))
 print(model.generate(sound, temperature=0., sample_len={tokens}, return_timestamps=False, fp16=False).text.strip())
-print(rate, 'optiq' in sys.modules, *(type(m).__name__ for m in (model.encoder.blocks[0].mlp1, model.decoder.blocks[0].mlp1, model.decoder.token_embedding)))"""
+three = model.encoder.blocks[0].mlp1, model.decoder.blocks[0].mlp1, model.decoder.token_embedding
+print(rate, 'optiq' in sys.modules, *(type(m).__name__ for m in three))"""
 
 def written_by_mlx_audio(out, file, tokens, cwd): # text, types of three layers
     "By a converted Whisper, in a process that knows nothing of optiq"

@@ -27,6 +27,7 @@ from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 import numpy as np
+import soundfile
 
 from optiq.audio import speech_samples, transcribe
 from optiq.backends import open_backend

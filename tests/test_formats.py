@@ -1,4 +1,7 @@
 "Formats against MLX itself: bytes, and every bit of the round trip"
+import subprocess
+import sys
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -54,3 +57,8 @@ def test_no_such_format(bad):
 def test_width_that_no_group_divides():
     for f in (lambda: nbytes(Format(4, 64), (8, 96)), lambda: quantize_dequantize(np.ones((8, 96), np.float32), Format(4, 64))):
         with pytest.raises(ValueError, match='groups of 64'): f()
+
+def test_a_family_is_found_by_its_name():
+    "In a process that has imported nothing else"
+    code = "from optiq.formats import parse_format; print(parse_format('tq3').bits)"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == '3\n'

@@ -84,13 +84,11 @@ def results(folder) -> dict:
 @pytest.fixture(scope='module')
 def ran(tmp_path_factory): return results(tmp_path_factory.mktemp('commands'))
 
-@pytest.mark.xdist_group('commands')
 def test_every_command_runs(ran):
     failed = [f'{r["document"]}: {r["command"]}\n{r["output"]}' for r in ran['runs'] if r['code']]
     assert not failed, '\n\n'.join(failed)
     assert len(ran['runs']) == len(HERE)
 
-@pytest.mark.xdist_group('commands')
 def test_annotations_hold(ran):
     "While those commands ran, every argument and result of the package was what its annotation says"
     assert not ran['wrong'], '\n'.join(ran['wrong'])

@@ -156,7 +156,6 @@ def opened(backends, samples, tmp_path_factory):
     subprocess.run([sys.executable, '-c', PLAIN, json.dumps(jobs)], check=True, env=env, cwd=root, capture_output=True)
     return root
 
-@pytest.mark.xdist_group('plain loaders')
 @pytest.mark.parametrize('architecture', ALL)
 def test_plain_loaders_open_what_is_converted(architecture, backends, samples, opened):
     b, s, folder = backends[architecture], samples[architecture][0], opened/architecture

@@ -64,6 +64,8 @@ SHAPES = {'qwen3-0.6b': dict(model_type='qwen3', hidden_size=1024, num_hidden_la
                        num_key_value_heads=2, head_dim=128, vocab_size=1024, tie_word_embeddings=True, max_position_embeddings=2**17,
                        rope_theta=5e5, rms_norm_eps=1e-5)}
 
+def shape_of(name, layers=None): return SHAPES[name] | (dict(num_hidden_layers=layers) if layers else {})
+
 def random_model(shape):
     import importlib
     import mlx.core as mx
@@ -140,7 +142,7 @@ def speed(args, report):
             have = {r['cache'] for r in rows if (r['model'], r['context']) == (name, T)}
             wanted = [k for k in (args.kinds.split(';') if args.kinds else KINDS) if k not in have]
             if not wanted: continue
-            model = model or random_model(SHAPES[name])
+            model = model or random_model(shape_of(name, args.layers))
             found = compared(model, name, T, list(dict.fromkeys([*(['affine 4 bits'] if have else []), *wanted])), args)
             rows += [r for r in found if r['cache'] not in have]
             report(figures())
@@ -202,7 +204,7 @@ def prefill(args, report):
             for kind in ('fp16', 'tq4', 'affine 4 bits', 'affine 4 bits, mlx-lm'):
                 if kind in slow or any((r['model'], r['context'], r['cache']) == (name, T, kind) for r in rows): continue
                 if time.time() > args.until: return dict(rows=rows, chunk=args.chunk, dtype='bfloat16')
-                model = model or random_model(SHAPES[name])
+                model = model or random_model(shape_of(name, args.layers))
                 try: row = fill(model, cache_kinds(model)[kind](), T, args.chunk)
                 except Exception as e: row = dict(error=f'{type(e).__name__}: {" ".join(str(e).split())[:300]}')
                 if row.get('prefill_s', 99) > 25: slow.add(kind)
@@ -494,6 +496,7 @@ if __name__ == '__main__':
     p.add_argument('--shapes', default='qwen3-0.6b,llama-3.1-8b')
     p.add_argument('--contexts', type=lambda s: [int(x) for x in s.split(',')], default=[65536, 4096, 32768])
     p.add_argument('--kinds', default='', help='caches to time, separated by ;')
+    p.add_argument('--layers', type=int, help='of the random models; 1 is enough to let MLX compile its kernels')
     p.add_argument('--every', action='store_true', help='checks: every road at every width')
     p.add_argument('--steps', type=int, default=16)
     p.add_argument('--rounds', type=int, default=7)

@@ -314,6 +314,10 @@ class Codec:
         "What the cache stores"
         return list(mx.quantize(x, **self.how))
 
+    def encode_both(self, other, keys, values): # `other` is the codec of the values
+        "What the cache stores of keys and of values"
+        return self.encode(keys), other.encode(values)
+
     def product(self, a, arrays, transpose: bool): # (B, heads, rows, D or T) ▸ (B, heads, rows, T or D)
         "`a` times what is stored, transposed or not"
         return mx.quantized_matmul(summable(a), *arrays, transpose=transpose, **self.how).astype(a.dtype)
@@ -430,7 +434,8 @@ class Mixed:
     def write(self, keys, values, at: int): # (B, heads, T, D) each
         "Store keys and values behind the first `at` tokens"
         if self.keys is None: self.dims, self.dtype = (keys.shape[3], values.shape[3]), str(keys.dtype).split('.')[-1]
-        new = [codec_of(f).encode(x) for f, x in zip(self.formats, (keys, values))]
+        first, second = map(codec_of, self.formats)
+        new = first.encode_both(second, keys, values)
         self.keys, self.values = ([put(o, n, at, self.step) for o, n in zip(old or [None]*len(n_), n_)]
                                   for old, n_ in zip((self.keys, self.values), new))
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KeyPrecondition', 'mlx_constant', 'watch_attention', 'key_statistics', 'save_preconditions', 'load_preconditions',
-           'preconditioned', 'RotatedCodec', 'rotation', 'turning', 'way_back', 'grid', 'group_of', 'Turned', 'turned',
-           'findable', 'TurboQuantKVCache', 'BatchTurboQuantKVCache', 'turbo_cache', 'use_turbo_cache', 'make_turbo',
-           'TurboQuantStateCache']
+           'preconditioned', 'RotatedCodec', 'encode_packed', 'encode_token', 'scaled', 'rotation', 'turning',
+           'way_back', 'grid', 'group_of', 'Turned', 'turned', 'findable', 'TurboQuantKVCache',
+           'BatchTurboQuantKVCache', 'turbo_cache', 'use_turbo_cache', 'make_turbo', 'TurboQuantStateCache']
 
 # %% ../nbs/08_turbo_cache.ipynb #68c6f3d1
 import hashlib
@@ -25,7 +25,7 @@ from .formats import Format, parse_format
 from .kv_cache import (BatchMixedKVCache, Codec, MixedKVCache, codec_of, kv_layers, kv_layout, own_caches, read_kv_config, rotates,
                             summable)
 from .models import blocks_path
-from .turboquant import encode, library, pack, padded, rotation_matrix
+from .turboquant import STEPS, codebook, encode, library, on_grid, pack, padded, rotation_matrix, scale_of
 
 # %% ../nbs/08_turbo_cache.ipynb #0ee05dfc
 @dataclass(frozen=True, eq=False, repr=False)
@@ -157,18 +157,25 @@ class RotatedCodec(Codec):
         self.seed, self.precondition = getattr(fmt, 'seed', 42), getattr(fmt, 'precondition', None)
 
     def encode(self, x): # (B, heads, T, D) ▸ packed codes (B, heads, T, ·) uint32, scales (B, heads, T, 1) float16
-        x = x.astype(mx.float32)
-        if self.precondition is not None: x = self.precondition.keys(x)
-        matrix = rotation(x.shape[-1], self.seed, mx.float32)
-        return list((_encode_compiled if x.shape[2] == 1 else _encode)(x @ matrix, self.bits))
+        return self.rotated(self.centred(x))
+
+    def centred(self, x): return x if self.precondition is None else self.precondition.keys(x.astype(mx.float32))
+    def rotated(self, x):
+        y = x.astype(mx.float32) @ rotation(x.shape[-1], self.seed, mx.float32)
+        return list((encode_token if x.shape[2] == 1 else encode_packed)(y, self.bits))
+
+    def encode_both(self, other, keys, values): # one token: as one, since many small kernels cost more than large ones
+        alike = getattr(other, 'bits', 0) == self.bits and getattr(other, 'seed', None) == self.seed
+        if keys.shape[2] > 1 or keys.shape != values.shape or not alike: return super().encode_both(other, keys, values)
+        both = self.rotated(mx.concatenate([self.centred(keys), other.centred(values)], 1))
+        return zip(*(mx.split(a, 2, 1) for a in both))
 
     def product(self, a, arrays, transpose):
         codes, scales = arrays
         x = a.astype(mx.float32) if a.dtype == mx.float16 else summable(a)
-        scales = scales.swapaxes(-1, -2).astype(x.dtype)
-        if not transpose: x = x*scales
+        if not transpose: x = scaled(x, scales)
         out = mx.quantized_matmul(mx.contiguous(x), codes, *self.grid(codes, x.dtype), transpose=transpose, **self.how(codes))
-        return (out*scales if transpose else out).astype(a.dtype)
+        return (scaled(out, scales) if transpose else out).astype(a.dtype)
 
     def dense(self, arrays, dtype): # ▸ (B, heads, T, padded D), still rotated
         codes, scales = arrays
@@ -188,11 +195,24 @@ class RotatedCodec(Codec):
         return (x.reshape(B, len(m), -1, D) @ m).reshape(B, H, L, -1)
 
 # %% ../nbs/08_turbo_cache.ipynb #33ea8796
-def _encode(y, bits):
+def encode_packed(y, bits: int): # (B, heads, T, D) float32 ▸ words (B, heads, T, ·) uint32, scales (B, heads, T, 1) float16
     codes, scales = encode(y, bits)
     return pack(codes, bits), scales
 
-_encode_compiled = mx.compile(_encode) # one token: a handful of small kernels, fused where possible
+@mx.compile
+def encode_token(y, bits: int):
+    "The same with all steps along an axis: a fifth of the kernels"
+    n, points, length = 2**bits, codebook(y.shape[-1], bits, 'uniform'), mx.sqrt((y*y).sum(-1, keepdims=True))
+    steps = mx.array(np.array(STEPS)*(points[1]-points[0]), mx.float32)[:, None]
+    cosine, *found = on_grid(y[..., None, :], length[..., None]*steps, n)
+    best = mx.argmax(cosine, -2, keepdims=True)
+    codes, square = (mx.take_along_axis(a, best, -2)[..., 0, :] for a in found)
+    return pack(codes+(n-1)/2, bits), scale_of(length, square, n)
+
+@partial(mx.compile, shapeless=True)
+def scaled(a, scales): # (B, heads, rows, T), (B, heads, T, 1) ▸ as `a`
+    "Scores or weights times the scale of each token's vector"
+    return a*scales.swapaxes(-1, -2).astype(a.dtype)
 
 @lru_cache(256)
 def rotation(D: int, seed: int, dtype): # (D, padded D)

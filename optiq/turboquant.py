@@ -6,7 +6,7 @@
 __all__ = ['SCALES', 'PANTER_DITE', 'STEPS', 'density', 'mass', 'moment', 'cells', 'distortion', 'codebook', 'hadamard',
            'rotation_matrix', 'library', 'as_type', 'Rotation', 'vector_scale', 'TurboQuantMSE', 'check_width',
            'nearest', 'distortion_curve', 'TurboQuantProd', 'TurboQuantSplit', 'pack', 'unpack', 'Rotated', 'padded',
-           'rotate', 'encode', 'decode', 'round_trip']
+           'rotate', 'on_grid', 'encode', 'scale_of', 'decode', 'round_trip']
 
 # %% ../nbs/07_turboquant.ipynb #484f735d
 import math
@@ -329,10 +329,13 @@ def pack(
 ): # (…, d·bits/32) uint32
     "Codes as MLX's affine format stores them"
     xp, constant = library(codes)
-    eights = as_type(codes, 'uint64').reshape(*codes.shape[:-1], -1, 8) << constant(np.arange(8, dtype=np.uint64)*np.uint64(bits))
-    eights = eights.sum(-1, keepdims=True) >> constant(np.arange(bits, dtype=np.uint64)*np.uint64(8))
-    octets = eights & constant(np.array([255], np.uint64))
-    return as_type(octets, 'uint8').reshape(*codes.shape[:-1], -1).view(xp.uint32)
+    whole = 32 % bits == 0 # no code crosses a word
+    kind, n = ('uint32', 32//bits) if whole else ('uint64', 8)
+    words = as_type(codes, kind).reshape(*codes.shape[:-1], -1, n) << constant((np.arange(n)*bits).astype(kind))
+    if whole: return as_type(words.sum(-1), kind)
+    octets = words.sum(-1, keepdims=True) >> constant(np.arange(bits, dtype=np.uint64)*np.uint64(8))
+    octets = as_type(octets & constant(np.array([255], np.uint64)), 'uint8')
+    return octets.reshape(*codes.shape[:-1], -1).view(xp.uint32)
 
 # %% ../nbs/07_turboquant.ipynb #9ef6e199
 def unpack(
@@ -376,26 +379,33 @@ def rotate(y, seed: int): # (…, D) float32 ▸ (…, padded(D))
     "`y`, padded with zeros, after the rotation"
     return y @ library(y)[1](rotation_matrix(padded(y.shape[-1]), seed, 'hadamard')[:y.shape[-1]])
 
-# %% ../nbs/07_turboquant.ipynb #c9aea974
+# %% ../nbs/07_turboquant.ipynb #5e1fd0aa
 STEPS = (1, .8, .9, 1.1, 1.2) # times the step that is best on average; what a vector keeps is the best for itself
 
+def on_grid(y, step, n: int): # (…, D), (…, 1), number of codes ▸ cosine (…, 1), codes around zero (…, D), their square (…, 1)
+    "Codes on a grid of equal steps, how near they come to the direction of `y`, and the square of their length"
+    xp, total = library(y)[0], lambda a: a.sum(-1, keepdims=True)
+    c = xp.clip(xp.floor(y/(step+1e-30)), -n/2, n/2-1)+.5
+    square = total(c*c)
+    return total(y*c)/xp.sqrt(square), c, square # the larger the cosine, the smaller the angle
+
+# %% ../nbs/07_turboquant.ipynb #c9aea974
 def encode(
     y, # (…, D) rotated, float32
     bits: int,
     steps: tuple = STEPS,
 ) -> tuple: # codes (…, D) float32, scales (…, 1) float16
     "Codes on a uniform grid, and the scale that keeps each vector's length"
-    xp, constant = library(y)
-    n, points = 2**bits, codebook(y.shape[-1], bits, 'uniform')
-    length, best = xp.sqrt((y*y).sum(-1, keepdims=True)), None
+    xp, n, best = library(y)[0], 2**bits, None
+    length, points = xp.sqrt((y*y).sum(-1, keepdims=True)), codebook(y.shape[-1], bits, 'uniform')
     for m in steps:
-        codes = xp.clip(xp.floor(y/(length*float(m*(points[1]-points[0]))+1e-30)+n/2), 0, n-1)
-        c = (2*codes-(n-1))/n # within ±1: so the scale is of the size of the coordinates, which float16 holds
-        size = xp.sqrt((c*c).sum(-1, keepdims=True))
-        cosine = (y*c).sum(-1, keepdims=True)/size # the larger, the smaller the angle
-        if best is None: best = codes, size, cosine
-        else: best = tuple(xp.where(cosine > best[2], a, b) for a, b in zip((codes, size, cosine), best))
-    return best[0], as_type(length/best[1], 'float16')
+        new = on_grid(y, length*float(m*(points[1]-points[0])), n)
+        best = new if best is None else [xp.where(new[0] > best[0], a, b) for a, b in zip(new, best)]
+    return best[1]+(n-1)/2, scale_of(length, best[2], n)
+
+def scale_of(length, square, n: int): # of a vector, of its codes around zero
+    "What makes codes as long as the vector; codes count as within ±1, so scales are of the size of the coordinates"
+    return as_type(length/library(length)[0].sqrt(square)*(n/2), 'float16')
 
 # %% ../nbs/07_turboquant.ipynb #11df148c
 def decode(codes, scales, bits: int): # ▸ (…, D) float32

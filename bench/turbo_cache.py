@@ -88,7 +88,7 @@ def cache_kinds(model):
             'affine 4 bits': lambda: [MixedKVCache(affine, affine) for _ in range(n)],
             'tq4': make_turbo(model, 4),
             'affine 4 bits, mlx-lm': lambda: [QuantizedKVCache(64, 4) for _ in range(n)],
-            'tq4, dequantized first': make_turbo(model, 4),
+            'tq4, composed': make_turbo(model, 4), 'tq4, dequantized first': make_turbo(model, 4),
             'tq3': make_turbo(model, 3), 'tq2': make_turbo(model, 2),
             'tq4, keys preconditioned': make_turbo(model, 4, precondition='prompt'),
             'affine 4 bits, in one part': lambda: [MixedKVCache(affine, affine) for _ in range(n)]}
@@ -96,12 +96,13 @@ def cache_kinds(model):
 @contextmanager
 def road(kind):
     "The road of attention that a kind of cache takes"
-    from optiq import kv_cache
-    before = kv_cache.MANY, kv_cache.PART
+    from optiq import kv_cache, turbo_kernels
+    before = kv_cache.MANY, kv_cache.PART, turbo_kernels.FUSED
     if 'dequantized' in kind: kv_cache.MANY = 1
     if 'one part' in kind: kv_cache.PART = 0
+    if 'composed' in kind: turbo_kernels.FUSED = False
     try: yield
-    finally: kv_cache.MANY, kv_cache.PART = before
+    finally: kv_cache.MANY, kv_cache.PART, turbo_kernels.FUSED = before
 
 def filled(model, shape, make, T, chunk=4096):
     "Caches of T tokens of random keys and values: a step's time does not depend on which"
@@ -151,7 +152,7 @@ def speed(args, report):
         mx.clear_cache()
     return figures()
 
-KINDS = ['fp16', 'affine 4 bits', 'tq4', 'affine 4 bits, mlx-lm', 'tq4, dequantized first', 'tq3', 'tq2', 'tq4, keys preconditioned']
+KINDS = ['fp16', 'affine 4 bits', 'tq4', 'tq4, composed', 'tq4, dequantized first', 'tq3', 'tq2', 'tq4, keys preconditioned', 'affine 4 bits, mlx-lm']
 
 def compared(model, name, T, kinds, args):
     import mlx.core as mx
@@ -164,7 +165,7 @@ def compared(model, name, T, kinds, args):
                 others = base-mx_bytes(model) # caches of other kinds
                 mx.reset_peak_memory()
                 decode(model, caches[kind], 2) # compiles, and grows the room
-                steps[kind] = int(np.clip(2/args.rounds/np.median(decode(model, caches[kind], 3)), 3, args.steps))
+                steps[kind] = int(np.clip(args.seconds/args.rounds/np.median(decode(model, caches[kind], 3)), 3, args.steps))
             out[kind] = dict(decode_peak_bytes=mx.get_peak_memory()-others, cache_bytes=sum(c.nbytes for c in caches[kind]))
             times[kind] = []
         except Exception as e:
@@ -201,7 +202,7 @@ def prefill(args, report):
     for name in args.shapes.split(','):
         model, slow = None, set()
         for T in sorted(args.contexts):
-            for kind in ('fp16', 'tq4', 'affine 4 bits', 'affine 4 bits, mlx-lm'):
+            for kind in args.kinds.split(';') if args.kinds else ('fp16', 'tq4', 'affine 4 bits', 'affine 4 bits, mlx-lm'):
                 if kind in slow or any((r['model'], r['context'], r['cache']) == (name, T, kind) for r in rows): continue
                 if time.time() > args.until: return dict(rows=rows, chunk=args.chunk, dtype='bfloat16')
                 model = model or random_model(shape_of(name, args.layers))
@@ -243,7 +244,8 @@ def checks(args, report):
         if any(row.items() <= r.items() for r in rows): continue
         if time.time() > args.until: break
         q, (k, v) = mx.random.normal((1, G*N, 1, D)).astype(mx.bfloat16), mx.random.normal((2, 1, G, T, D)).astype(mx.bfloat16)
-        try: row |= far(kind, D, bits, q, k, v)
+        try:
+            with road(kind): row |= far(kind, D, bits, q, k, v)
         except Exception as e: row |= dict(error=f'{type(e).__name__}: {" ".join(str(e).split())[:1500]}')
         rows.append(row)
         print(json.dumps(row), flush=True)
@@ -252,8 +254,9 @@ def checks(args, report):
 
 FIRST = [(128, 8, 2, 4, 1000), (128, 8, 4, 4, 20000)] # head width, heads, queries a head, bits, tokens
 REST = [(128, 8, 4, 3, 5000), (128, 8, 4, 2, 5000), (64, 3, 3, 4, 700), (256, 2, 4, 6, 900), (128, 2, 8, 8, 300)]
-CHECKS = [(k, *c) for c in FIRST for k in ('rotated', 'affine', 'affine, mlx-lm')]
-EVERY = CHECKS+[(k, *c) for c in REST for k in ('rotated', 'affine', 'affine, mlx-lm')] # many kernels to compile
+ROADS = 'rotated', 'rotated, composed', 'affine', 'affine, mlx-lm'
+CHECKS = [(k, *c) for c in FIRST for k in ROADS]
+EVERY = CHECKS+[(k, *c) for c in REST for k in ROADS] # many kernels to compile
 
 def far(kind, D, bits, q, k, v):
     "All but the last token in one go, the last one by itself, as in decoding"
@@ -292,7 +295,7 @@ def attention(args, report):
             k, v = (mx.random.normal((1, 8, 1, 128)).astype(mx.bfloat16) for _ in 'kv')
             affine, rotated = lambda: MixedKVCache('4g64', '4g64'), lambda: TurboQuantKVCache(128, 4)
             for kind, make in {'fp16': KVCache, 'affine 4 bits': affine, 'affine 4 bits, in one part': affine, 'tq4': rotated,
-                               'tq4, in one part': rotated, 'tq4, dequantized first': rotated}.items():
+                               'tq4, composed': rotated, 'tq4, dequantized first': rotated}.items():
                 row = dict(context=T, queries=N, cache=kind)
                 try:
                     with road(kind):
@@ -500,6 +503,7 @@ if __name__ == '__main__':
     p.add_argument('--every', action='store_true', help='checks: every road at every width')
     p.add_argument('--steps', type=int, default=16)
     p.add_argument('--rounds', type=int, default=7)
+    p.add_argument('--seconds', type=float, default=2, help='speed: for each kind of cache, about')
     p.add_argument('--until', type=float, default=1e12, help='prefill, checks: seconds since 1970 after which nothing new is begun')
     p.add_argument('--chunk', type=int, default=2048)
     p.add_argument('--lengths', type=lambda s: [int(x) for x in s.split(',')], default=[128, 256, 512, 1024])

@@ -328,6 +328,7 @@ class Codec:
 
     def turn(self, x): return x # queries into the space of stored keys
     def back(self, x): return x # outputs out of the space of stored values
+    def attend_token(self, q, keys, values, scale): return None # attention of one query, where the codec has a kernel for it
 
 # %% ../nbs/06_kv_cache.ipynb #5f237784
 class Dense(Codec):
@@ -363,6 +364,7 @@ class At:
     def dense(self, arrays, dtype): return self.codec.dense(arrays, dtype)[:, :, :self.tokens]
     def turn(self, x): return self.codec.turn(x)
     def back(self, x): return self.codec.back(x)[..., :self.dim]
+    def attend_token(self, *args): return self.codec.attend_token(*args)
 
 # %% ../nbs/06_kv_cache.ipynb #b5141863
 class Stored:
@@ -380,6 +382,9 @@ AT_ONCE = 2**24 # elements of keys that are unpacked at a time
 
 def attend(q, keys: Stored, values: Stored, *, scale: float, mask=None, sinks=None, **_): # q (B, Hq, L, D) ▸ (B, Hq, L, Dv)
     "Attention over a stored cache"
+    if q.shape[2] == 1 < MANY and mask is None and sinks is None:
+        out = keys.codec.attend_token(q, keys, values, scale)
+        if out is not None: return out
     many = q.shape[2] >= MANY
     out = (attend_dense if many else attend_packed)(keys.codec.turn(q), keys, values, scale, mask, sinks)
     return values.codec.back(out)

@@ -253,7 +253,7 @@ def checks(args, report):
     return dict(rows=rows)
 
 FIRST = [(128, 8, 2, 4, 1000), (128, 8, 4, 4, 20000)] # head width, heads, queries a head, bits, tokens
-REST = [(128, 8, 4, 3, 5000), (128, 8, 4, 2, 5000), (64, 3, 3, 4, 700), (256, 2, 4, 6, 900), (128, 2, 8, 8, 300)]
+REST = [(128, 8, 4, 3, 5000), (128, 8, 4, 2, 5000), (64, 3, 3, 4, 700), (256, 2, 4, 6, 900), (128, 2, 8, 8, 300), (32, 2, 2, 4, 200)]
 ROADS = 'rotated', 'rotated, composed', 'affine', 'affine, mlx-lm'
 CHECKS = [(k, *c) for c in FIRST for k in ROADS]
 EVERY = CHECKS+[(k, *c) for c in REST for k in ROADS] # many kernels to compile
@@ -267,13 +267,13 @@ def far(kind, D, bits, q, k, v):
     from optiq.turbo_cache import TurboQuantKVCache
     scale, last = D**-.5, (k[:, :, -1:]*.5, v[:, :, -1:]*.5)
     if kind == 'affine, mlx-lm':
-        c = QuantizedKVCache(64, bits)
+        c = QuantizedKVCache(min(D, 64), bits)
         c.update_and_fetch(k, v)
         keys, values = c.update_and_fetch(*last)
-        got = theirs(mx.array(q), keys, values, scale, None, 64, bits)
-        kk, vv = (mx.dequantize(*(mx.contiguous(a) for a in x), group_size=64, bits=bits, dtype=mx.float32) for x in (keys, values))
+        got = theirs(mx.array(q), keys, values, scale, None, min(D, 64), bits)
+        kk, vv = (mx.dequantize(*(mx.contiguous(a) for a in x), group_size=min(D, 64), bits=bits, dtype=mx.float32) for x in (keys, values))
     else:
-        c = MixedKVCache(f'{bits}g64', f'{bits}g64') if kind == 'affine' else TurboQuantKVCache(D, bits)
+        c = MixedKVCache(f'{bits}g{min(D, 64)}', f'{bits}g{min(D, 64)}') if kind == 'affine' else TurboQuantKVCache(D, bits)
         c.update_and_fetch(k, v)
         keys, values = c.update_and_fetch(*last)
         got = attend(q, keys, values, scale=scale)

@@ -288,3 +288,20 @@ def test_state_cache(tmp_path):
     plain = ArraysCache(2)
     plain[1] = loaded[0][1]
     assert loaded[0].nbytes-loaded[0][0].nbytes < .3*plain.cache[1].nbytes
+
+@pytest.mark.parametrize('D', [32, 64, 128])
+def test_no_product_with_a_single_group(D, monkeypatch):
+    "On CUDA such a product is wrong: the same numbers in more groups, or unpacked"
+    from optiq import kv_cache
+    k, v, q = (mx.random.normal((1, h, n, D), key=mx.random.key(h+n)) for h, n in ((2, 40), (2, 41), (4, 1)))
+    pairs = ('tq4', 'tq3'), ('4g32', '4g32'), (f'4g{D}', '8g32')
+    caches = [kv_cache.cache_of(*map(kv_cache.parse_format, pair)) for pair in pairs]
+    for c in caches: c.update_and_fetch(k, v[:, :, :40])
+    def out(): return [attend(q, *c.keys_and_values(), scale=.1) for c in caches]
+    want, before = out(), mx.quantized_matmul
+    def checked(x, w, scales, biases, transpose, **how):
+        assert not transpose or scales.shape[-1] > 1
+        return before(x, w, scales, biases, transpose=transpose, **how)
+    monkeypatch.setattr(kv_cache, 'GROUPS', 2)
+    monkeypatch.setattr(mx, 'quantized_matmul', checked)
+    for a, b in zip(out(), want): assert abs(a-b).max() < 1e-4

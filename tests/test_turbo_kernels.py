@@ -62,13 +62,21 @@ def on_cpu(tmp_path, monkeypatch):
             made.append(name)
             given = [np.array(a) for a in inputs]
             out = [np.zeros(s, NP_TYPES[d]) for s, d in zip(output_shapes, output_dtypes)]
-            params = ', '.join([f'const {C_TYPES[a.dtype]}* {n}' for n, a in zip(ins, inputs)]+[f'{C_TYPES[d]}* {n}' for n, d in zip(outs, output_dtypes)])
+            params = ', '.join([*(f'const {C_TYPES[a.dtype]}* {n}' for n, a in zip(ins, inputs)),
+                                *(f'{C_TYPES[d]}* {n}' for n, d in zip(outs, output_dtypes))])
             using = ''.join(f'using {n} = {C_TYPES[d]};' for n, d in template)
             so = tmp_path/f'{name}.so'
             if not so.exists():
-                (tmp_path/'k.cpp').write_text(f'{CPU}static void kernel({params}) {{ {using}\n{body}\n}}\nextern "C" void run(int x_, int y_, int n_, {params}) '
-                                              f'{{ launch(x_, y_, n_, [=] {{ kernel({", ".join([*ins, *outs])}); }}); }}')
-                subprocess.run(['g++', '-std=c++20', '-O1', '-w', '-shared', '-fPIC', '-pthread', str(tmp_path/'k.cpp'), '-o', str(so)], check=True)
+                code = f'''{CPU}
+static void kernel({params}) {{ {using}
+{body}
+}}
+extern "C" void run(int x_, int y_, int n_, {params}) {{
+    launch(x_, y_, n_, [=] {{ kernel({", ".join([*ins, *outs])}); }});
+}}'''
+                (tmp_path/'k.cpp').write_text(code)
+                options = '-std=c++20 -O1 -w -shared -fPIC -pthread'.split()
+                subprocess.run(['g++', *options, str(tmp_path/'k.cpp'), '-o', str(so)], check=True)
             assert not grid[0] % threadgroup[0]
             ctypes.CDLL(str(so)).run(grid[0]//threadgroup[0], grid[1], threadgroup[0], *(a.ctypes.data_as(ctypes.c_void_p) for a in given+out))
             return [mx.array(a) for a in out]
@@ -82,11 +90,11 @@ def on_cpu(tmp_path, monkeypatch):
 def statistics(r, G, D, mean=1):
     return KeyPrecondition(mean*r.standard_normal((G, 1, D)).astype(np.float32), np.exp(.3*r.standard_normal((G, 1, D))).astype(np.float32))
 
-@pytest.mark.parametrize('D, G, N, kb, vb, T', [(128, 2, 2, 4, 4, 290), (64, 1, 3, 3, 2, 130), (64, 1, 8, 8, 5, 1)])
-def test_kernels_do_what_the_composed_form_does(D, G, N, kb, vb, T, on_cpu, monkeypatch):
+@pytest.mark.parametrize('B, D, G, N, kb, vb, T', [(1, 128, 2, 2, 4, 4, 290), (2, 64, 2, 3, 3, 2, 130), (1, 64, 1, 8, 8, 5, 1)])
+def test_kernels_do_what_the_composed_form_does(B, D, G, N, kb, vb, T, on_cpu, monkeypatch):
     r = np.random.default_rng(D+kb)
-    k, v = (mx.array(r.standard_normal((1, G, T, D)).astype(np.float32)) for _ in 'kv')
-    q = mx.array(r.standard_normal((1, G*N, 1, D)).astype(np.float32))
+    k, v = (mx.array(r.standard_normal((B, G, T, D)).astype(np.float32)) for _ in 'kv')
+    q = mx.array(r.standard_normal((B, G*N, 1, D)).astype(np.float32))
     def run(fused):
         monkeypatch.setattr(tk, 'FUSED', fused)
         c = TurboQuantKVCache.of(turned(f'tq{kb}', 42, statistics(np.random.default_rng(0), G, D)),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HUB_FILES', 'LOADERS', 'LACKS', 'ROUTERS', 'PARTS', 'REST', 'OPEN', 'demo', 'find_model', 'read_header',
            'weight_files', 'is_vision', 'is_speech', 'model_type_of', 'check_type', 'Unit', 'blocks_path',
-           'block_lists', 'find_units', 'block_of', 'part_of', 'load_lazy', 'digest', 'Checkpoint', 'stored_format',
-           'unit_html']
+           'block_lists', 'find_units', 'block_of', 'part_of', 'load_lazy', 'digest', 'ModelFolder', 'stored_format',
+           'Listing', 'Checkpoint', 'unit_html']
 
 # %% ../nbs/02_models.ipynb #50ffd3a7
 import hashlib
@@ -24,12 +24,13 @@ import numpy as np
 
 from .formats import AS_IS, Format, divides, nbytes
 
-# %% ../nbs/02_models.ipynb #3d24b04f
-HUB_FILES = ['*.json', '*.safetensors', '*.jinja', '*.txt', 'tokenizer*', '*.model']
-
+# %% ../nbs/02_models.ipynb #9e007c40
 def demo() -> Path:
     "Folder of the small trained model that comes with the project"
     return Path(str(files('optiq')/'data'/'demo'))
+
+# %% ../nbs/02_models.ipynb #3d24b04f
+HUB_FILES = ['*.json', '*.safetensors', '*.jinja', '*.txt', 'tokenizer*', '*.model']
 
 def find_model(
     name: 'str | Path', # 'demo', a folder, or a Hub id such as Qwen/Qwen3-0.6B-base
@@ -37,13 +38,14 @@ def find_model(
     "The folder that holds the model"
     if str(name) == 'demo': return demo()
     if Path(name).is_dir(): return Path(name)
+    none = f'no model {str(name)!r}: it is no folder here, and '
     if str(name).count('/') != 1 or Path(name).is_absolute():
-        raise FileNotFoundError(f"no model {str(name)!r}: it is no folder here, and a Hub id looks like 'Qwen/Qwen3-0.6B'")
+        raise FileNotFoundError(f"{none}a Hub id looks like 'Qwen/Qwen3-0.6B'")
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
-    except Exception as e:
-        raise FileNotFoundError(f'no model {str(name)!r}: it is no folder here, and the Hub did not give it '
-                                f'({type(e).__name__}); check the name and the network, or download it elsewhere') from e
+    except Exception as e: raise FileNotFoundError(
+        f'{none}the Hub did not give it ({type(e).__name__}); '
+        'check the name and the network, or download it elsewhere') from e
 
 # %% ../nbs/02_models.ipynb #a92075d3
 def read_header(
@@ -63,32 +65,39 @@ def read_header(
     return header
 
 # %% ../nbs/02_models.ipynb #d0f232fa
-def weight_files(folder: Path) -> list[Path]:
-    "The safetensors files of a checkpoint, all there and all whole"
-    if not (folder/'config.json').is_file(): raise FileNotFoundError(f'{folder} is no checkpoint: it has no config.json')
-    found = sorted(folder.glob('model*.safetensors'))
-    index = folder/'model.safetensors.index.json'
-    if index.is_file():
-        named = set(json.loads(index.read_text())['weight_map'].values())
-        missing = sorted(named-{p.name for p in found})
-        if missing: raise FileNotFoundError(f'{folder} lacks {", ".join(missing)}, which its index names; fetch it again')
+def weight_files(
+    folder: Path, # of a checkpoint
+) -> list[Path]:
+    "Its safetensors files, all there and all whole"
+    found, index = sorted(folder.glob('model*.safetensors')), folder/'model.safetensors.index.json'
+    if not (folder/'config.json').is_file(): raise FileNotFoundError(
+        f'{folder} is no checkpoint: it has no config.json')
+    named = json.loads(index.read_text())['weight_map'].values() if index.is_file() else ()
+    missing = sorted({*named}-{p.name for p in found})
+    if missing: raise FileNotFoundError(
+        f'{folder} lacks {", ".join(missing)}, which its index names; fetch it again')
     if not found: raise FileNotFoundError(_no_weights(folder))
     for p in found: read_header(p)
     return found
 
+# %% ../nbs/02_models.ipynb #bdfde6ed
 def _no_weights(folder):
+    "What is there instead"
     pickles = [p.name for s in ('*.bin', '*.pt', '*.pth') for p in folder.glob(s)]
     if not pickles: return f'{folder} has no model*.safetensors'
-    return (f'{folder} has only pickle files ({pickles[0]}), which can run code when opened and are refused; convert them where '
-            "you trust them: transformers' from_pretrained(…, weights_only=True), then save_pretrained(…)")
+    return (f'{folder} has only pickle files ({pickles[0]}), which can run code when opened and are refused; '
+            "convert them where you trust them: transformers' from_pretrained(…, weights_only=True), "
+            'then save_pretrained(…)')
 
 # %% ../nbs/02_models.ipynb #650f359c
 LOADERS = dict(llm='mlx_lm', vlm='mlx_vlm', audio='mlx_audio') # the package that opens a type of model
 
+# %% ../nbs/02_models.ipynb #75b15eaf
 def is_vision(config: dict) -> bool: return bool(config.get('vision_config'))
 
 def is_speech(config: dict) -> bool:
-    return config.get('model_type') == 'whisper' or bool(config.get('thinker_config', config).get('audio_config'))
+    inner = config.get('thinker_config', config)
+    return config.get('model_type') == 'whisper' or bool(inner.get('audio_config'))
 
 # %% ../nbs/02_models.ipynb #678e0d22
 def model_type_of(
@@ -100,16 +109,23 @@ def model_type_of(
     return 'audio' if is_speech(config) else 'llm'
 
 # %% ../nbs/02_models.ipynb #68667296
-LACKS = dict(vlm=(is_vision, 'vision_config, so it has no vision tower'), audio=(is_speech, 'audio_config, so it has no audio encoder'))
+LACKS = dict(vlm=(is_vision, 'vision_config, so it has no vision tower'),
+             audio=(is_speech, 'audio_config, so it has no audio encoder'))
 
-def check_type(name: str, config: dict, model_type: str):
+def check_type(
+    name: str, # of the model, for the error
+    config: dict, # content of config.json
+    model_type: str, # a key of `LOADERS`
+):
     "Raise an error of one line if a model is not of this type, or its loader is not installed"
-    if model_type not in LOADERS: raise ValueError(f'no model type {model_type!r}; there are auto, {", ".join(LOADERS)}')
+    if model_type not in LOADERS: raise ValueError(
+        f'no model type {model_type!r}; there are auto, {", ".join(LOADERS)}')
     has, what = LACKS.get(model_type, (bool, ''))
     if not has(config): raise ValueError(f'{name}: config.json has no {what}; leave --model-type at auto')
     package = LOADERS[model_type]
     if not find_spec(package): raise ModuleNotFoundError(
-        f"{name} is opened by {package.replace('_', '-')}, which is not installed: pip install 'optiq[{model_type}]'")
+        f"{name} is opened by {package.replace('_', '-')}, which is not installed: "
+        f"pip install 'optiq[{model_type}]'")
 
 # %% ../nbs/02_models.ipynb #ae813a21
 @dataclass(frozen=True)
@@ -121,37 +137,32 @@ class Unit:
     block: int | None # index of its block; None before and after them
     dtype: str = 'bfloat16' # its type in the checkpoint
     part: str = 'language' # of the model: vision, projector, language, encoder, decoder
-    fixed: bool = False # it stays as it is: no group divides its width, or its loader opens it in no other form
+    fixed: bool = False # no group divides its width, or its loader opens it in no other form
 
     @property
     def params(self): return prod(self.shape)
-
     @property
     def itemsize(self): return 4 if self.dtype == 'float32' else 2
-
     def nbytes(self, fmt: Format) -> int: return nbytes(fmt, self.shape, self.itemsize)
-
     def takes(self, fmt: Format) -> bool: return fmt == AS_IS or not self.fixed and divides(fmt, self.shape)
-
     def bits(self, fmt: Format) -> int: return fmt.bits or 8*self.itemsize
 
 # %% ../nbs/02_models.ipynb #98b9a649
-ROUTERS = ('gate', 'router', 'shared_expert_gate')
-
 def blocks_path(
     model, # mlx-lm model
 ) -> str:
     "Path of the list that holds the model's blocks"
     for path, module in model.named_modules():
         found = module.get('layers') or []
-        if len(found) == len(model.layers) and found[0] is model.layers[0]: return f'{path}.layers'.lstrip('.')
+        if len(found) == len(model.layers) and found[0] is model.layers[0]:
+            return f'{path}.layers'.lstrip('.')
     raise ValueError(f'{type(model).__module__} keeps its blocks where they cannot be replayed')
 
 # %% ../nbs/02_models.ipynb #1d409124
 def block_lists(
     model, # mlx-vlm or mlx-audio model
 ) -> dict: # path ▸ number of blocks
-    "The lists that hold a model's blocks, in the order in which it makes them, which is the order in which it runs them"
+    "The lists that hold a model's blocks, in the order in which it makes them, and so runs them"
     first = getattr(model, 'layers', [None])[0]
     def walk(module, path):
         for name, child in module.items():
@@ -162,9 +173,12 @@ def block_lists(
             elif hasattr(child, 'named_modules'): yield from walk(child, here)
     return dict(walk(model, ''))
 
-def _attends(module): return any('attn' in path or 'attention' in path for path, _ in module.named_modules())
+# %% ../nbs/02_models.ipynb #7f31262d
+def _attends(module): return any('attn' in p or 'attention' in p for p, _ in module.named_modules())
 
 # %% ../nbs/02_models.ipynb #2217ff67
+ROUTERS = ('gate', 'router', 'shared_expert_gate')
+
 def find_units(
     model, # its weights may be lazy
     lists: dict | None = None, # of blocks, as `block_lists` gives them; an mlx-lm model's only one by default
@@ -175,63 +189,89 @@ def find_units(
     starts = dict(zip(lists, [0, *np.cumsum(list(lists.values())).tolist()]))
     for path, m in model.named_modules():
         if not (hasattr(m, 'to_quantized') or 'scales' in m) or path.rsplit('.', 1)[-1] in ROUTERS: continue
-        shape, dtype = tuple(m.weight.shape), m.weight.dtype
-        if 'scales' in m: shape, dtype = (*shape[:-1], shape[-1]*32//m.bits), m.biases.dtype if 'biases' in m else 'bfloat16'
-        found.append(Unit(path, _kind(path, m), shape, block_of(path, starts), str(dtype).split('.')[-1],
-                          part_of(path, model_type), shape[-1] % 16 > 0 or not _opens(model, path, m)))
+        (shape, dtype), block = _stored(m), block_of(path, starts)
+        fixed = shape[-1] % 16 > 0 or not _opens(model, path, m)
+        found.append(Unit(path, _kind(path, m), shape, block, dtype, part_of(path, model_type), fixed))
     return sorted(found, key=lambda u: u.block if u.block is not None else _place(u, starts, lists))
 
+# %% ../nbs/02_models.ipynb #b00ab749
+def _stored(m):
+    "Shape and type of a layer's weight before it was quantized"
+    shape, dtype = tuple(m.weight.shape), m.weight.dtype
+    if 'scales' in m:
+        shape, dtype = (*shape[:-1], shape[-1]*32//m.bits), m.biases.dtype if 'biases' in m else 'bfloat16'
+    return shape, str(dtype).split('.')[-1]
+
 # %% ../nbs/02_models.ipynb #0929c3b6
-def block_of(path: str, starts: dict) -> int | None: # starts: path of a list of blocks ▸ number of its first
+def block_of(
+    path: str, # of a unit
+    starts: dict, # path of a list of blocks ▸ number of its first
+) -> int | None:
     "The number of the block that a path lies in"
     for prefix, start in starts.items():
         if path.startswith(prefix+'.'): return start+int(path[len(prefix)+1:].split('.')[0])
 
+# %% ../nbs/02_models.ipynb #f37961a7
 def _place(u, starts, lists):
     "Where a unit outside the blocks stands: before or after the list of blocks nearest to it in the tree"
     near = max(starts, key=lambda p: (len(os.path.commonprefix([p, u.path])), starts[p]))
     return starts[near]-.5 if 'embed' in u.kind else starts[near]+lists[near]-.5
 
+# %% ../nbs/02_models.ipynb #7b60c215
 def _kind(path, module):
+    "What a layer is called in its block"
     name = path.rsplit('.', 1)[-1]
     if 'SwitchLinear' in type(module).__name__: return f'experts.{name}'
     return 'embed' if 'Embedding' in type(module).__name__ and 'pos' not in name else name
 
+# %% ../nbs/02_models.ipynb #55e4aed2
 def _opens(model, path, module):
     "Whether the loader, where a model has a say in it, opens this layer in another format than it has"
     return getattr(model, 'model_quant_predicate', lambda path, module: True)(path, module) is True
 
 # %% ../nbs/02_models.ipynb #13e96cd2
-PARTS = dict(projector='merger|projector|connector|aligner', vision='vision|visual', encoder='encoder|audio|speech', decoder='decoder')
+PARTS = dict(projector='merger|projector|connector|aligner', vision='vision|visual',
+             encoder='encoder|audio|speech', decoder='decoder')
 REST = dict(llm='language', vlm='language', audio='decoder') # the part of everything else
 
-def part_of(path: str, model_type: str) -> str:
+def part_of(
+    path: str, # of the unit
+    model_type: str, # a key of `LOADERS`
+) -> str:
     "The part of the model that a unit belongs to"
     if model_type == 'llm': return 'language'
     return next((part for part, words in PARTS.items() if re.search(words, path)), REST[model_type])
 
-# %% ../nbs/02_models.ipynb #0422ab71
-def load_lazy(folder: Path, config: dict, trust_remote_code: bool, model_type: str = 'llm'):
-    "A fresh model with lazy arrays; raises ValueError, naming what its loader cannot place"
-    try: return OPEN[model_type](folder, trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e: raise ValueError(
-        f'{folder}: {LOADERS[model_type].replace("_", "-")} cannot open this model of type {config.get("model_type", "unknown")!r}: '
-        f'{" ".join(str(e).split())[:200]}') from e
-
+# %% ../nbs/02_models.ipynb #3b73c0dc
 def _open_llm(folder, trust_remote_code):
     from mlx_lm.utils import load_model
     return load_model(folder, lazy=True, trust_remote_code=trust_remote_code)[0]
 
+# %% ../nbs/02_models.ipynb #d881bcd6
 def _open_vlm(folder, trust_remote_code):
     from mlx_vlm.utils import load_model
     return load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
 
+# %% ../nbs/02_models.ipynb #9e660434
 def _open_audio(folder, trust_remote_code):
     from mlx_audio.stt.utils import load_model
     model = load_model(folder, lazy=True, strict=True, model_name_parts=[]) # the folder's name says nothing
     return getattr(model, '_model', model) # some come in a wrapper
 
+# %% ../nbs/02_models.ipynb #0422ab71
 OPEN = dict(llm=_open_llm, vlm=_open_vlm, audio=_open_audio)
+
+def load_lazy(
+    folder: Path,
+    config: dict, # content of its config.json
+    trust_remote_code: bool, # run model code that comes with the checkpoint
+    model_type: str = 'llm', # a key of `LOADERS`
+):
+    "A fresh model with lazy arrays; raises ValueError, naming what its loader cannot place"
+    try: return OPEN[model_type](folder, trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e: raise ValueError(
+        f'{folder}: {LOADERS[model_type].replace("_", "-")} cannot open this model of type '
+        f'{config.get("model_type", "unknown")!r}: {" ".join(str(e).split())[:200]}') from e
 
 # %% ../nbs/02_models.ipynb #8e860818
 def digest(files: list[Path]) -> str:
@@ -242,31 +282,76 @@ def digest(files: list[Path]) -> str:
             while chunk := f.read(2**24): h.update(chunk)
     return h.hexdigest()[:16]
 
-# %% ../nbs/02_models.ipynb #37dd94e9
-class Checkpoint:
-    "A model folder, checked and listed; none of its weights are loaded"
-    def __init__(self,
-        name: 'str | Path', # 'demo', a folder, or a Hub id
-        trust_remote_code: bool = False, # run model code that comes with the checkpoint
-        model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by config.json and the tensors' names by default
-    ):
+# %% ../nbs/02_models.ipynb #5f46e1dc
+class ModelFolder:
+    "A model's files, checked; its arguments are those of `Checkpoint`"
+    def __init__(self, name: 'str | Path', trust_remote_code: bool = False, model_type: str = 'auto'):
         self.name, self.folder, self.trust_remote_code = str(name), find_model(name), trust_remote_code
         self.files = weight_files(self.folder)
         self.config = json.loads((self.folder/'config.json').read_text())
         names = (k for f in self.files for k in read_header(f))
         self.model_type = model_type_of(self.config, names) if model_type == 'auto' else model_type
         check_type(self.name, self.config, self.model_type)
-        self._list(self.load())
 
-    def _list(self, model):
-        self.blocks = {blocks_path(model): len(model.layers)} if self.model_type == 'llm' else block_lists(model)
-        self.units, self.n_blocks = find_units(model, self.blocks, self.model_type), sum(self.blocks.values())
+    def load(self):
+        "A fresh model with lazy arrays"
+        return load_lazy(self.folder, self.config, self.trust_remote_code, self.model_type)
+
+    @cached_property
+    def tokenizer(self):
+        "The tokenizer that comes with the model"
+        from transformers import AutoTokenizer
+        return AutoTokenizer.from_pretrained(
+            self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True)
+
+    @cached_property
+    def fingerprint(self): return digest([self.folder/'config.json', *self.files])
+
+# %% ../nbs/02_models.ipynb #10caabe5
+def stored_format(
+    module, # an mlx layer
+) -> Format:
+    "The format in which a layer's weight is stored"
+    return Format(module.bits, module.group_size, module.mode) if 'scales' in module else AS_IS
+
+# %% ../nbs/02_models.ipynb #d7e91bd2
+def _census(model, units):
+    "(parameters of the model, bytes of all that is no unit's stored weight)"
+    from mlx.utils import tree_flatten
+    mine = {f'{p}.{part}' for p in units for part in ('weight', 'scales', 'biases')}
+    other = [v for k, v in tree_flatten(model.parameters()) if k not in mine]
+    return sum(u.params for u in units.values())+sum(v.size for v in other), sum(v.nbytes for v in other)
+
+# %% ../nbs/02_models.ipynb #2fa3ff5e
+class Listing:
+    "The units of a model, in blocks, and everything else by weight"
+    def __init__(self,
+        model, # its weights may be lazy
+        model_type: str = 'llm', # a key of `LOADERS`
+    ):
+        self.blocks = {blocks_path(model): len(model.layers)} if model_type == 'llm' else block_lists(model)
+        self.units, self.n_blocks = find_units(model, self.blocks, model_type), sum(self.blocks.values())
         self.tied = not any(u.kind == 'lm_head' for u in self.units)
         self.formats = {p: stored_format(m) for p, m in model.named_modules() if p in self.unit}
         self.params, self.other_bytes = _census(model, self.unit)
 
     @cached_property
     def unit(self): return {u.path: u for u in self.units}
+
+    @property
+    def vocabulary(self):
+        return next(u for u in reversed(self.units) if u.kind in ('lm_head', 'embed')).shape[0]
+
+# %% ../nbs/02_models.ipynb #37dd94e9
+class Checkpoint(ModelFolder, Listing):
+    "A model folder, checked and listed; none of its weights are loaded"
+    def __init__(self,
+        name: 'str | Path', # 'demo', a folder, or a Hub id
+        trust_remote_code: bool = False, # run model code that comes with the checkpoint
+        model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by config.json and the tensors by default
+    ):
+        ModelFolder.__init__(self, name, trust_remote_code, model_type)
+        Listing.__init__(self, self.load(), self.model_type)
 
     @cached_property
     def cached(self):
@@ -278,47 +363,17 @@ class Checkpoint:
         "The weight, keys or values at a path"
         return self.unit[path] if path in self.unit else self.cached[path]
 
-    @property
-    def vocabulary(self): return next(u for u in reversed(self.units) if u.kind in ('lm_head', 'embed')).shape[0]
-
-    def load(self):
-        "A fresh model with lazy arrays; raises ValueError, naming what its loader cannot place"
-        return load_lazy(self.folder, self.config, self.trust_remote_code, self.model_type)
-
-    @cached_property
-    def tokenizer(self):
-        "The tokenizer that comes with the model"
-        from transformers import AutoTokenizer
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True)
-
-    @cached_property
-    def fingerprint(self):
-        "Sixteen hex digits that stand for the config and every byte of the weights"
-        return digest([self.folder/'config.json', *self.files])
-
     def __repr__(self):
         size, blocks = sum(map(os.path.getsize, self.files))/2**20, ' + '.join(map(str, self.blocks.values()))
-        return f'{self.name}: {self.params:,} parameters, {len(self.units)} units in {blocks} blocks, {size:.1f} MB'
-
-# %% ../nbs/02_models.ipynb #10caabe5
-def stored_format(
-    module, # an mlx layer
-) -> Format:
-    "The format in which a layer's weight is stored"
-    return Format(module.bits, module.group_size, module.mode) if 'scales' in module else AS_IS
-
-def _census(model, units):
-    "(parameters of the model, bytes of all that is no unit's stored weight)"
-    from mlx.utils import tree_flatten
-    mine = {f'{p}.{part}' for p in units for part in ('weight', 'scales', 'biases')}
-    other = [v for k, v in tree_flatten(model.parameters()) if k not in mine]
-    return sum(u.params for u in units.values())+sum(v.size for v in other), sum(v.nbytes for v in other)
+        units = f'{len(self.units)} units in {blocks} blocks'
+        return f'{self.name}: {self.params:,} parameters, {units}, {size:.1f} MB'
 
 # %% ../nbs/02_models.ipynb #b2a1c002
 def unit_html(u: Unit) -> str:
     "A unit's parts, and its bytes in a few formats"
     fmts = [AS_IS, *(Format(b) for b in (8, 4, 3) if u.shape[-1] % 64 == 0)]
-    parts = dict(path=u.path, kind=u.kind, block='' if u.block is None else u.block, shape=u.shape) | {f'{f}': f'{u.nbytes(f):,} bytes' for f in fmts}
+    parts = dict(path=u.path, kind=u.kind, block='' if u.block is None else u.block, shape=u.shape)
+    parts |= {f'{f}': f'{u.nbytes(f):,} bytes' for f in fmts}
     head, row = (''.join(f'<{t}>{x}</{t}>' for x in xs) for t, xs in (('th', parts), ('td', parts.values())))
     return f'<table><tr>{head}</tr><tr>{row}</tr></table>'
 

@@ -417,6 +417,9 @@ class MLXArrays:
 class MLXWeights:
     "Weights in their layers"
     def module(self, path: str): return _descend(self.model, path)
+    def check(self, units):
+        for u in units: check_finite(self.xp, self.module(u.path).weight, u.path)
+
     def unit_weight(self, path: str): # in the checkpoint's type
         return self.typed(self.module(path).weight, self.checkpoint.unit[path].dtype)
 
@@ -431,11 +434,14 @@ class MLXBackend(MLXArrays, MLXWeights, Backend):
     "Replays an mlx-lm model"
     name = 'mlx'
     def __init__(self, checkpoint: Checkpoint, dtype: str = 'float32'):
+        self.start(checkpoint, dtype)
+        self.check(checkpoint.units)
+
+    def start(self, checkpoint, dtype):
         import mlx.core as mx
         self.xp, self.dtype = mx, getattr(mx, dtype)
         self.checkpoint, self.n_blocks = checkpoint, checkpoint.n_blocks
         self.model = self.open()
-        for u in checkpoint.units: check_finite(mx, self.module(u.path).weight, u.path)
 
     def open(self): return _of_type(self.checkpoint, self.dtype)
     def forward(self, batch): return self.model(self.xp.array(np.asarray(batch)))
@@ -640,20 +646,16 @@ def _place(checkpoint, unit):
 class StreamedBlocks(Eager, MLXBackend):
     "Holds one block of an mlx-lm model at a time"
     def __init__(self, checkpoint: Checkpoint, dtype: str = 'float32'):
-        import mlx.core as mx
         if 'quantization' in checkpoint.config:
             raise ValueError('only full-precision checkpoints can be streamed')
-        self.xp, self.dtype = mx, getattr(mx, dtype)
-        self.checkpoint, self.n_blocks = checkpoint, checkpoint.n_blocks
-        self.model, self.held, self.overrides = self.open(), None, {}
-        self.ends = [u for u in checkpoint.units if u.block is None]
+        self.start(checkpoint, dtype)
+        self.held, self.overrides, self.ends = None, {}, [u for u in checkpoint.units if u.block is None]
 
     def block(self, i: int):
         if self.held != i:
             self.model, self.held = self.open(), i
             self.xp.clear_cache()
-            for u in self.checkpoint.units:
-                if u.block == i: check_finite(self.xp, self.module(u.path).weight, u.path)
+            self.check(u for u in self.checkpoint.units if u.block == i)
         return super().block(i)
 
     def unit_weight(self, path: str):

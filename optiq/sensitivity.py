@@ -6,8 +6,8 @@
 __all__ = ['kl_divergence', 'probes', 'perturb', 'inside', 'walk', 'on_gpu', 'kl_of_streams', 'logit_slices', 'kl_rows',
            'measure', 'measure_samples', 'Pass', 'plan_passes', 'passes_of', 'free_on_device', 'block_passes', 'Timing',
            'cost', 'estimate', 'Measured', 'sweep_frame', 'heat_table', 'plot_sweep', 'Sweep', 'tokens_per_expert',
-           'warn_of_idle', 'sweep_header', 'fingerprint_of', 'refuse_other', 'read_log', 'Journal', 'to_sweep',
-           'load_sweep', 'save_sweep', 'Ranks', 'TorchRanks', 'MLXRanks', 'ranks_here', 'SweepLog', 'moved',
+           'warn_of_idle', 'sweep_header', 'fingerprint_of', 'refuse_other', 'read_log', 'begin', 'go_on', 'Journal',
+           'to_sweep', 'load_sweep', 'save_sweep', 'Ranks', 'TorchRanks', 'MLXRanks', 'ranks_here', 'SweepLog', 'moved',
            'refuse_flat', 'gather', 'progress_bar', 'sweep_quantizer', 'shortcut_sweep', 'settled', 'complete',
            'kl_sweep']
 
@@ -500,24 +500,41 @@ def _document(data):
     d = json.loads(data)
     return [d, *d.pop('records')]
 
+# %% ../nbs/03_sensitivity.ipynb #5e7dcbe9
+def begin(path: Path, header: dict):
+    "Start a sweep file"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(header)+'\n')
+
+# %% ../nbs/03_sensitivity.ipynb #502db709
+def _no_line(data: bytes) -> bool:
+    "Whether not even the header of a sweep file was finished"
+    first = b'{"optiq": "sweep"'
+    return b'\n' not in data and (data.startswith(first) or first.startswith(data))
+
+# %% ../nbs/03_sensitivity.ipynb #cd6c1037
+def go_on(
+    path: Path, # a sweep file, or where there is to be one
+    header: dict, # what it should begin with
+) -> tuple[dict, dict]: # its header, and its records
+    "Go on where a sweep file ends, or start it; raises ValueError if it was measured on something else"
+    if not path.exists() or _no_line(path.read_bytes()): begin(path, header)
+    there, records, whole = read_log(path)
+    refuse_other(path, there['fingerprint'], header['fingerprint'])
+    with path.open('r+b') as f: f.truncate(whole)
+    return there, records
+
+# %% ../nbs/03_sensitivity.ipynb #7a7f63a7
+def _shortest(values):
+    "Each float32 in digits that tell it from all others"
+    return [float(f'{v:.9g}') for v in values]
+
 # %% ../nbs/03_sensitivity.ipynb #69220de7
 class Journal:
     "Values as they come, in memory and, if there is a path, in a file"
     def __init__(self, header: dict, path: Path | None = None):
-        self.header, self.path, self.records = header, path, {} # (unit, format, start) ▸ KL of each sequence
-        if path: self.open()
-
-    def open(self):
-        "Start the file, or go on where it ends"
-        if not self.path.exists() or _no_line(self.path.read_bytes()): self.start()
-        header, self.records, whole = read_log(self.path)
-        refuse_other(self.path, header['fingerprint'], self.header['fingerprint'])
-        self.header = header
-        with self.path.open('r+b') as f: f.truncate(whole)
-
-    def start(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.header)+'\n')
+        self.path = path
+        self.header, self.records = go_on(path, header) if path else (header, {})
 
     def add(self, p: Pass, kl: np.ndarray): # (len(p.todo), sequences)
         "Keep a finished pass, and write it down"
@@ -527,17 +544,6 @@ class Journal:
     def write(self, p: Pass):
         lines = [dict(zip(('unit', 'format', 'start'), k), kl=self.records[k]) for k in p.keys]
         with self.path.open('a') as f: f.writelines(json.dumps(line)+'\n' for line in lines)
-
-# %% ../nbs/03_sensitivity.ipynb #502db709
-def _no_line(data: bytes) -> bool:
-    "Whether not even the header of a sweep file was finished"
-    begin = b'{"optiq": "sweep"'
-    return b'\n' not in data and (data.startswith(begin) or begin.startswith(data))
-
-# %% ../nbs/03_sensitivity.ipynb #7a7f63a7
-def _shortest(values):
-    "Each float32 in digits that tell it from all others"
-    return [float(f'{v:.9g}') for v in values]
 
 # %% ../nbs/03_sensitivity.ipynb #88cb4898
 def to_sweep(
@@ -679,7 +685,7 @@ def gather(log: SweepLog):
     if log.path is None: return
     part, log.path = log.path, log.path.with_suffix('')
     if log.ranks.rank == 0:
-        log.start()
+        begin(log.path, log.header)
         for p in log.passes: log.write(p)
     part.unlink()
 

@@ -666,7 +666,7 @@ class StreamedBlocks(Eager, MLXBackend):
 
 # %% ../nbs/02b_backends.ipynb #4b5adfac
 class StreamedEnds(StreamedBlocks):
-    "And of the vocabulary the rows that are asked for"
+    "Holds one block, and of the vocabulary the rows that are asked for"
     def vocabulary(self, unit: Unit, rows): # rows of an embedding or head, perturbed if it is to be
         w = read_rows(self.checkpoint, unit, rows)
         new, n = self.overrides.get(unit.path, same)(w), len(w)

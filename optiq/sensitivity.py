@@ -397,7 +397,7 @@ def plot_sweep(
 
 # %% ../nbs/03_sensitivity.ipynb #4c90f0a9
 class Sweep(Measured):
-    "And it shows and saves itself"
+    "What was measured, as a table, a heat map and a file"
     def __repr__(self):
         n, formats = len(next(iter(self.values.values()))), ', '.join(map(str, self.formats))
         what = f'Sweep of {self.header["model"]}: {len(self.units)} units × {formats}, {n} sequences'

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -734,7 +735,8 @@ def shortcut_sweep(b, tokens, formats, method, quantize, name, targets, out, pro
 def settled(log: SweepLog, targets: list) -> bool:
     "Whether the plans at these targets are the same with and without the last sequences measured"
     from optiq.knapsack import allocate
-    done = sorted({start for _, _, start in log.records})
+    probes = {k[:2] for p in log.passes for k in p.keys}
+    done = sorted(s for s, n in Counter(s for *_, s in log.records).items() if n == len(probes)) # others are being measured
     if len(done) < 3: return False
     def up_to(stop): return to_sweep(log.header, {k: v for k, v in log.records.items() if k[2] <= stop})
     now, *shorter = map(up_to, (done[-1], done[-2], done[-3]))
@@ -750,6 +752,8 @@ def complete(
     targets: list | None = None, # nominal bits of the plans that may end it early
 ) -> Sweep:
     "Measure what a log lacks"
+    if targets is not None and log.ranks.size > 1: raise ValueError(
+        f"until='stable' compares plans of one process, and this is one of {log.ranks.size}; leave it out, or measure in one process")
     warn_of_idle(log.header.get('experts', {}))
     with progress_bar(log, progress) as bar:
         for p in log.missing():

@@ -68,6 +68,22 @@ def test_chunks_change_nothing(models):
     small = kl_sweep(b, tokens, [4], progress=False, max_memory=8*24*c.units[0].shape[-1]*6)
     for k, v in whole.values.items(): np.testing.assert_allclose(small.values[k], v, rtol=1e-4, atol=1e-9)
 
+def test_a_sweep_that_may_end_early_ends_with_whole_sequences(models, tmp_path):
+    c = models['qwen3']
+    b, tokens = TorchBackend(c), tokens_for(c, n=8)
+    def sweep(**options): return kl_sweep(b, tokens, [4, 8], targets=[6], until='stable', progress=False, **options)
+    small = 8*24*c.units[0].shape[-1]*6 # several passes for a sequence
+    whole, parts = kl_sweep(b, tokens, [4, 8], progress=False), sweep(max_memory=small, out=tmp_path/'s.jsonl')
+    n = len(next(iter(parts.values.values())))
+    assert 3 <= n < 8 and {len(v) for v in parts.values.values()} == {n}
+    for k, v in parts.values.items(): np.testing.assert_allclose(v, whole.values[k][:n], rtol=1e-4, atol=1e-9)
+
+def test_ranks_do_not_end_early(models, monkeypatch):
+    import optiq.sensitivity as s
+    monkeypatch.setattr(s.Ranks, 'size', 2)
+    with pytest.raises(ValueError, match="until='stable' compares plans of one process.*2"):
+        kl_sweep(TorchBackend(models['qwen3']), tokens_for(models['qwen3']), [4, 8], targets=[6], until='stable', progress=False)
+
 def test_noise_is_far_below_the_smallest_value(models):
     s = kl_sweep(TorchBackend(models['llama']), tokens_for(models['llama']), [8], progress=False)
     assert s.header['noise'] < 1e-10 < min(v.mean() for v in s.values.values())

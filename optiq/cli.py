@@ -128,7 +128,7 @@ def convert(model, target, model_type, target_tps, chip, candidate_bits, formats
     """
     fmts, given = as_formats(formats, candidate_bits, group_size), check_caps(given | dict(model_type=model_type), target_tps, kv)
     out = None if dry_run else output or default_output(model, ending_of(given, target_tps, kv))
-    if kv: figures, text = convert_with_cache(model, out, fmts, (kv_candidate_bits, group_size), given)
+    if kv: figures, text = convert_with_cache(model, out, fmts, as_formats(None, kv_candidate_bits, group_size), given)
     else: figures, text = convert_weights(model, out, fmts, target_tps, chip, given)
     finish(figures, as_json, f'{text}\n{"dry run: nothing was written" if dry_run else f"written to {out}"}')
 
@@ -155,12 +155,12 @@ def convert_weights(model, out, fmts, target_tps, chip, given) -> tuple: # figur
     return r['figures'], '\n'.join([f'{r["report"]}\n', repr(r['plan']), *([verdict(r['verified'])] if r['verified'] else [])])
 
 # %% ../nbs/90_cli.ipynb #0da8272d
-def convert_with_cache(model, out, fmts, kv_formats: tuple, given) -> tuple: # figures, text
+def convert_with_cache(model, out, fmts, kv_fmts, given) -> tuple: # figures, text
     "`optimize_with_kv`"
-    from optiq.kv_cache import layer_table, optimize_with_kv # which brings the rotated formats along
+    from optiq.kv_cache import layer_table, optimize_with_kv
     names = 'calibration', 'evaluation', 'n', 'seq_len', 'eval_n', 'backend', 'overwrite', 'trust_remote_code'
     same = {k: given[k] for k in names}
-    r = optimize_with_kv(model, out, given['max_bytes'], given['context'] or 16384, fmts, as_formats(None, *kv_formats), **same)
+    r = optimize_with_kv(model, out, given['max_bytes'], given['context'] or 16384, fmts, kv_fmts, **same)
     return r['figures'], f'{layer_table(r["config"])}\n\n{r["report"]}\n\n{r["weights"]!r}\n{r["cache"]!r}'
 
 # %% ../nbs/90_cli.ipynb #e4357a34

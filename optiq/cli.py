@@ -450,7 +450,7 @@ def serve(model, kv_config, options):
     """mlx-lm's server with mixed-precision caches; --port, --host, --temp and all its other options can follow.
 
     \b
-    optiq serve optiq_output/demo-12mb-kv --port 8080
+    optiq serve optiq_output/demo-20mb-kv --port 8080
     optiq serve mlx-community/Qwen3-0.6B-4bit --kv-config optiq_output/kv/kv_config.json
     """
     from optiq.serve import serve as run

@@ -75,3 +75,11 @@ def test_demo_on_the_command_line(tmp_path):
     assert {p.name for p in (tmp_path/'d').iterdir()} == {'tables.txt', 'demo.json', 'kv-analysis.png'}
     r = CliRunner().invoke(main, ['demo', 'kv-cache', '--chip', 'M1'])
     assert r.exit_code == 2 and '--chip' in r.stderr
+
+def test_help_tells_the_default_rounding(monkeypatch):
+    from optiq import pipeline, rounding
+    def told(command): return ' '.join(CliRunner().invoke(main, [command, '--help']).stdout.split())
+    for name in ('convert', 'sweep', 'pareto'):
+        assert f'[{"|".join(rounding.QUANTIZERS)}]' in told(name) and f'or {pipeline.ROUNDING}]' in told(name)
+    monkeypatch.setattr(pipeline, 'ROUNDING', 'something else')
+    assert 'or something else]' in told('convert')

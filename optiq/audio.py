@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'SAMPLES', 'load_speech', 'in_float32', 'family', 'transcribe', 'whisper_sample', 'transcript_mask',
-           'qwen3_asr_sample', 'speech_samples', 'samples', 'by_part', 'heard_rows', 'demo']
+           'qwen3_asr_sample', 'speech_samples', 'samples', 'heard_rows', 'demo']
 
 # %% ../nbs/21_audio.ipynb #1c8c8e9d
 import json
@@ -105,16 +105,6 @@ def samples(
     "What a speech model is measured on"
     return speech_samples(c.load(), clips(source, split, n))
 
-# %% ../nbs/21_audio.ipynb #5b7c0a12
-def by_part(units: list, sweep): # ▸ optiq.demos.Table
-    "Where the sensitivity sits"
-    from optiq.demos import Table
-    low, rows = min(sweep.formats, key=lambda f: f.bits), []
-    for part in dict.fromkeys(u.part for u in units):
-        us = [u for u in units if u.part == part]
-        rows.append([part, len(us), sum(u.params for u in us)/1e6, sum(sweep.kl(u.path, low) for u in us if u.takes(low))])
-    return Table('By part', ['part', 'units', 'M parameters', f'sum of KL at {low}'], rows)
-
 # %% ../nbs/21_audio.ipynb #5b7c0a13
 def heard_rows(b, heard: list[Clip], plans: dict, new_tokens: int = 224) -> list: # name ▸ Plan ▸ rows of a Report
     "KL on the transcripts and word error rate of plans, the first being the model itself"
@@ -141,7 +131,7 @@ def demo(
     "Which parts of a speech model can be rounded, and what that costs in words"
     from functools import partial
     from optiq.backends import open_backend
-    from optiq.demos import Demo, sizes
+    from optiq.demos import Demo, by_part, sizes
     from optiq.evals.report import Report, machine
     from optiq.knapsack import allocate, make_plan, uniform
     from optiq.models import Checkpoint
@@ -157,5 +147,5 @@ def demo(
     about = dict(model=c.name if model else 'a small Qwen3-ASR of random weights: its figures say nothing about quality', text=text,
                  calibration=f'{len(learned)} clips', evaluation=f'{len(heard)} other clips', **machine())
     report = Report(heard_rows(b, heard, plans, 224 if model else 8), about)
-    return Demo('audio', [report, by_part(c.units, sweep)], dict(sensitivity=partial(sweep.plot, fmt='3g64'), quality=report.plot),
+    return Demo('audio', [report, by_part(c.units, sweep, plans['optiq, bytes of 4'])], dict(sensitivity=partial(sweep.plot, fmt='3g64'), quality=report.plot),
                 about, dict(sweep=sweep, plans=plans))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['once_read', 'COMPACT', 'QUALITY', 'DEMOS', 'ELSEWHERE', 'Table', 'published', 'Demo', 'Sizes', 'sizes', 'Ground',
-           'ground', 'scored_rows', 'profiles', 'solved', 'with_answers', 'llm', 'pareto', 'speed_plans', 'validated',
-           'hardware', 'most_and_least', 'memory_rows', 'kv_cache', 'combined', 'names', 'find_demo']
+           'ground', 'scored_rows', 'profiles', 'solved', 'with_answers', 'llm', 'by_part', 'pareto', 'speed_plans',
+           'validated', 'hardware', 'most_and_least', 'memory_rows', 'kv_cache', 'combined', 'names', 'find_demo']
 
 # %% ../nbs/40_demos.ipynb #2efe6192
 import json
@@ -34,6 +34,7 @@ from .formats import Format
 from .knapsack import RECIPES, allocate, make_plan, pareto as curve_of, recipe, uniform
 from .kv_cache import (configurations, joint_plan, kv_config, kv_layout, kv_sweep, memory_table, read_kv_config)
 from .latency import calibrate, compare_speeds, hollow, latency, measure_plan, plot_frontier, speed_frontier
+from .models import ORDER
 from .plots import plot_kv_analysis, plot_memory
 from .sensitivity import kl_sweep
 
@@ -190,6 +191,22 @@ def llm(
     report = with_answers(scored_rows(g, plans), solved(g, variants, s.problems, questions))
     figures = dict(sensitivity=partial(sweep.plot, fmt='4g64'), quality=report.plot)
     return Demo('llm', [report], figures, g.about, dict(sweep=sweep, plans=plans))
+
+# %% ../nbs/40_demos.ipynb #01e6cd63
+def by_part(
+    units: list, # of a model
+    sweep, # Sweep of them
+    plan, # Plan for them
+) -> Table:
+    "Where the sensitivity sits, and where the bits went"
+    low, rows = min(sweep.formats, key=lambda f: f.bits), []
+    def kl(us): return sum(sweep.kl(u.path, low) for u in us if u.takes(low))
+    for part in sorted({u.part for u in units}, key=ORDER.index):
+        us = [u for u in units if u.part == part]
+        bits, params = np.array([u.bits(plan[u.path]) for u in us]), [u.params for u in us]
+        rows.append([part, len(us), sum(params)/1e6, kl(us), f'{kl(us)/kl(units):.0%}', f'{(bits > 4).sum()}',
+                     f'{(bits < 4).sum()}', float(np.average(bits, weights=params))])
+    return Table('By part', ['part', 'units', 'M parameters', f'sum of KL at {low}', 'share', 'above 4 bits', 'below 4', 'mean bits'], rows)
 
 # %% ../nbs/40_demos.ipynb #c70550d8
 COMPACT, QUALITY = (3.25, 3.75, 4.), (4.5, 5., 6.5, 8.) # nominal bits of the published points

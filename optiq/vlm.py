@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'PICTURES', 'load_processor', 'find_witness', 'read_image', 'sample', 'answer_ids', 'with_answer',
-           'from_diagrams', 'from_coco', 'from_folder', 'read_lines', 'samples', 'rounded', 'seen', 'by_part', 'demo']
+           'from_diagrams', 'from_coco', 'from_folder', 'read_lines', 'samples', 'rounded', 'seen', 'demo']
 
 # %% ../nbs/20_vlm.ipynb #3cca87dc
 import json
@@ -162,19 +162,6 @@ def seen(b, scored: list, questions: list, plans: dict, variants: dict) -> list:
         rows.append(joined({k: v for k, v in row.items() if k not in drop}, asked.rows[0]))
     return rows
 
-# %% ../nbs/20_vlm.ipynb #127774ed
-def by_part(c: Checkpoint, sweep, plan): # ▸ Table
-    "Where the sensitivity sits, and where the bits went"
-    from optiq.demos import Table
-    low, rows = min(sweep.formats, key=lambda f: f.bits), []
-    def kl(units): return sum(sweep.kl(u.path, low) for u in units if u.takes(low))
-    for part in sorted({u.part for u in c.units}, key=('vision', 'projector', 'language').index):
-        us = [u for u in c.units if u.part == part]
-        bits, params = [plan[u.path].bits for u in us], [u.params for u in us]
-        rows.append([part, len(us), sum(params)/1e6, kl(us), f'{kl(us)/kl(c.units):.0%}', f'{sum(k > 4 for k in bits)}',
-                     f'{sum(k < 4 for k in bits)}', float(np.average(bits, weights=params))])
-    return Table('By part', ['part', 'units', 'M parameters', f'sum of KL at {low}', 'share', 'above 4 bits', 'below 4', 'mean bits'], rows)
-
 # %% ../nbs/20_vlm.ipynb #1e2836a4
 def demo(
     model: 'str | Path | None' = None, # a folder or a Hub id; the witness by default
@@ -187,7 +174,7 @@ def demo(
     from functools import partial
     from optiq.backends import open_backend
     from optiq.convert import convert, overrides_of_saved
-    from optiq.demos import Demo, sizes
+    from optiq.demos import Demo, by_part, sizes
     from optiq.evals.ai2d import questions_of
     from optiq.evals.report import Report, machine
     from optiq.knapsack import allocate, default_of_vlm, make_plan, uniform
@@ -204,4 +191,4 @@ def demo(
                  questions=f'{len(asked)} of {questions}', **machine())
     report = Report(seen(b, samples(c, text, 2*s.eval_n, 'test'), asked, plans, variants), about)
     figures = dict(sensitivity=partial(sweep.plot, fmt='2g64'), quality=report.plot)
-    return Demo('vlm', [report, by_part(c, sweep, best)], figures, about, dict(sweep=sweep, plans=plans))
+    return Demo('vlm', [report, by_part(c.units, sweep, best)], figures, about, dict(sweep=sweep, plans=plans))

@@ -131,14 +131,14 @@ def demo(
     "Which parts of a speech model can be rounded, and what that costs in words"
     from functools import partial
     from optiq.backends import open_backend
-    from optiq.demos import Demo, by_part, sizes
+    from optiq.demos import Demo, Sizes, by_part
     from optiq.evals.report import Report, machine
     from optiq.knapsack import allocate, make_plan, uniform
     from optiq.models import Checkpoint
     from optiq.sensitivity import kl_sweep
     from optiq.tiny import tiny
     one = dict(thinker_config=dict(text_config=dict(num_hidden_layers=1), audio_config=dict(encoder_layers=1)))
-    c, s = Checkpoint(model or tiny('qwen3_asr', shape=one), model_type='audio'), sizes(fast)
+    c, s = Checkpoint(model or tiny('qwen3_asr', shape=one), model_type='audio'), Sizes.of(fast)
     b = open_backend(c)
     learned, heard = (clips(text, side, k, fewer=True) for side, k in (('train', s.n//2), ('test', s.eval_n//2)))
     sweep = kl_sweep(b, speech_samples(b.model, learned), [3, 4, 6], progress=not fast)

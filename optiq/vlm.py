@@ -174,12 +174,12 @@ def demo(
     from functools import partial
     from optiq.backends import open_backend
     from optiq.convert import convert, overrides_of_saved
-    from optiq.demos import Demo, by_part, sizes
+    from optiq.demos import Demo, Sizes, by_part
     from optiq.evals.ai2d import questions_of
     from optiq.evals.report import Report, machine
     from optiq.knapsack import allocate, default_of_vlm, make_plan, uniform
     from optiq.sensitivity import kl_sweep
-    b, s = open_backend(Checkpoint(model or find_witness(), model_type='vlm')), sizes(fast)
+    b, s = open_backend(Checkpoint(model or find_witness(), model_type='vlm')), Sizes.of(fast)
     c, asked = b.checkpoint, questions_of(questions, s.problems//2)
     sweep = kl_sweep(b, samples(c, text, s.n//2), [2, 3, 4, 6], progress=not fast)
     plans = {'as it is': make_plan(c, c.formats), 'mlx-vlm, vision at 16': default_of_vlm(c)}

@@ -244,8 +244,8 @@ def main():
     bench = Bench(args)
     if 'about' not in bench.found: bench.save('about', dict(
         **machine(), blas='OpenBLAS, preloaded, one thread' if 'openblas' in os.environ.get('LD_PRELOAD', '') else "MLX's own",
-        command='python bench/audio.py --model whisper --clips speech --spoken spoken -o audio-whisper.json',
-        spoken=f'{len(bench.spoken)} clips, {sum(int(s["scored"].sum()) for s in bench.spoken)} tokens, by bench/speak.py', model='Whisper tiny.en, 37,184,256 parameters',
+        command=' '.join(['python bench/audio.py', *(Path(a).name if a.startswith('/') else a for a in sys.argv[1:])]),
+        spoken=f'{len(bench.spoken)} clips, {sum(int(s["scored"].sum()) for s in bench.spoken)} tokens, by bench/speak.py', model=f'{Path(args.model).name}, {bench.c.params:,} parameters',
         computed='float32, weights after the round trip', clips=[dict(name=c.name, seconds=round(c.seconds, 1), said=c.text,
         scored=int(s['scored'].sum())) for c, s in zip(bench.heard, bench.samples)]))
     if 'fidelity' not in bench.found: bench.fidelity()

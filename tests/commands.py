@@ -8,9 +8,9 @@ import hashlib, json, os, re, shlex, sys, time, warnings
 from pathlib import Path
 
 root = Path(__file__).parents[1]
-SMALL = {'convert': dict(n=1, seq_len=32, eval_n=1, rounding_n=2), 'sweep': dict(samples=1, seq_len=32, rounding_n=2),
-         'pareto': dict(n=1, seq_len=32, eval_n=1, rounding_n=2), 'kv-cache': dict(n_samples=1, seq_len=64, eval_samples=1),
-         'eval': dict(n_samples=2, seq_len=64), 'benchmark': dict(n_samples=2, seq_len=64)}
+SMALL = {'convert': dict(n=1, seq_len=32, eval_n=1, rounding_n=2), 'sweep': dict(n=1, seq_len=32, rounding_n=2),
+         'pareto': dict(n=1, seq_len=32, eval_n=1, rounding_n=2), 'kv-cache': dict(n=1, seq_len=64, eval_n=1),
+         'eval': dict(n=2, seq_len=64), 'benchmark': dict(n=2, seq_len=64)}
 
 def documents() -> dict: # name ▸ its Markdown
     "The pages of the site and the files beside them"

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'TO_REFERENCE', 'SIZES', 'COLUMNS', 'machine', 'Metric', 'metric', 'mean_figure', 'share_figure', 'joined',
-           'paired', 'verdict', 'test', 'holm', 'Report', 'size_of', 'score_row', 'cells', 'columns', 'text_table',
-           'fit', 'html_table', 'plot_report', 'compare_reports', 'plot_panels', 'interval']
+           'paired', 'verdict', 'test', 'holm', 'columns', 'titles', 'cells', 'figure_text', 'fit', 'text_table',
+           'html_table', 'Measured', 'Report', 'size_of', 'score_row', 'plot_report', 'compare_reports', 'same_model',
+           'plot_panels', 'plot_panel', 'interval']
 
 # %% ../../nbs/10_evals.report.ipynb #880b5d5a
 import json
@@ -120,11 +121,10 @@ def verdict(
     best = max(have, key=lambda r: metric(name).better*r[name])
     tests = {r['name']: test(best, r, name) for r in have if r is not best}
     if None in tests.values(): return dict(winner=None, text='no paired test: the items differ, or were not kept')
-    p = {n: t['p_value'] for n, t in tests.items()}
-    unsure = {n: q for n, q in holm(p).items() if not q < level}
-    if not unsure: return dict(winner=best['name'], text=f'{best["name"]} ({_p(max(holm(p).values()))})')
-    others = ', '.join(f'{n} ({_p(q)})' for n, q in unsure.items())
-    return dict(winner=None, text=f'no difference shown between {best["name"]} and {others}')
+    p = holm({n: t['p_value'] for n, t in tests.items()})
+    unsure = ', '.join(f'{n} ({_p(q)})' for n, q in p.items() if not q < level)
+    if not unsure: return dict(winner=best['name'], text=f'{best["name"]} ({_p(max(p.values()))})')
+    return dict(winner=None, text=f'no difference shown between {best["name"]} and {unsure}')
 
 # %% ../../nbs/10_evals.report.ipynb #101820c7
 def test(a: dict, b: dict, name: str) -> dict | None:
@@ -141,36 +141,86 @@ def holm(p: dict) -> dict: # name ▸ corrected p-value
 
 def _p(p): return 'p < 0.001' if p < .001 else f'p = {p:.2g}'
 
-# %% ../../nbs/10_evals.report.ipynb #722bc356
+# %% ../../nbs/10_evals.report.ipynb #162b4927
 COLUMNS = dict(name='model', **SIZES, **{k: m.title for k, m in METRICS.items()})
+
+def columns(rows: list) -> list:
+    "The columns that some row has something in, known metrics first"
+    own = [k[:-2] for r in rows for k in r if k.endswith('_n') and k[:-2] not in COLUMNS and k[:-2] in r]
+    return [k for k in dict.fromkeys([*COLUMNS, *own]) if any(r.get(k) is not None for r in rows)]
+
+def titles(keys: list) -> list: return [COLUMNS.get(k) or metric(k).title for k in keys]
+
+# %% ../../nbs/10_evals.report.ipynb #24dadf73
+def cells(row: dict) -> dict: # column ▸ text
+    "A row as text"
+    return {k: row[k] if k == 'name' else f'{row[k]:.2f}' if k in SIZES else figure_text(row, k) for k in columns([row])}
+
+def figure_text(row: dict, name: str) -> str:
+    "A metric with its interval if it has one, else with its error"
+    v, spec, se, low = row[name], metric(name).spec, row.get(f'{name}_se'), row.get(f'{name}_low')
+    if spec == '.4f' and 0 < abs(v) < 5e-4: spec = '.1e' # a tiny KL is not none
+    if low is None or low != low: return f'{v:{spec}}'+(f' ± {se:{spec}}' if se is not None and se == se else '')
+    text = f'{v:{spec}} [{low:{spec}}, {row[f"{name}_high"]:{spec}}]'
+    return text.replace('%', '', 2) if '%' in spec else text # one sign for all three
+
+# %% ../../nbs/10_evals.report.ipynb #eb8304e1
+def fit(
+    table: list, # rows of texts, the first one the head
+    room: int = 80, # columns of the terminal
+) -> str:
+    "A table no wider than a terminal"
+    width = [max(len(r[i]) for r in table) for i in range(len(table[0]))]
+    n = next((i for i in range(2, len(width)) if sum(width[:i+1])+2*i > room), len(width))
+    def line(r): return '  '.join([r[0].ljust(width[0]), *(x.rjust(w) for x, w in zip(r[1:n], width[1:n]))]).rstrip()
+    text = '\n'.join([line(table[0]), '─'*min(room, sum(width[:n])+2*n-2), *map(line, table[1:])])
+    return text if n == len(width) else f'{text}\n\n{fit([[r[0], *r[n:]] for r in table], room)}'
+
+# %% ../../nbs/10_evals.report.ipynb #4e580d83
+def text_table(rows: list) -> str:
+    "A table for a terminal"
+    lines, keys = [cells(r) for r in rows], columns(rows)
+    return fit([titles(keys), *([r.get(k, '') for k in keys] for r in lines)])
+
+def html_table(rows: list) -> str:
+    "A table for Jupyter"
+    lines, keys = [cells(r) for r in rows], columns(rows)
+    tr = lambda tag, xs: '<tr>'+''.join(f'<{tag}>{x}</{tag}>' for x in xs)+'</tr>'
+    return f'<table>{tr("th", titles(keys))}{"".join(tr("td", [r.get(k, "") for k in keys]) for r in lines)}</table>'
 
 # %% ../../nbs/10_evals.report.ipynb #f6fa2c5e
 @dataclass(repr=False)
-class Report:
-    "Measured size and quality of models, side by side"
+class Measured:
+    "Rows of measured size and quality, and what they were measured with"
     rows: list # of dicts: name, nominal_bpw, true_bpw, size_mb, and metrics with <metric>_se, _low, _high, _n; items, on
-    about: dict = field(default_factory=dict, repr=False) # text, tokens, machine, command …; verdicts of a comparison
+    about: dict = field(default_factory=dict) # text, tokens, machine, command …; verdicts of a comparison
 
     @property
     def metrics(self): return [k for k in columns(self.rows) if k not in SIZES and k != 'name']
+    @property
+    def verdicts(self): return self.about.get('verdicts', {})
+    @property
+    def said(self): return [f'{metric(k).title}: {v["text"]}' for k, v in self.verdicts.items()]
     def to_frame(self): # ▸ pandas DataFrame
         import pandas as pd
         return pd.DataFrame([{k: v for k, v in r.items() if k not in ('items', 'on')} for r in self.rows])
-
-    def __repr__(self):
-        said = [f'{metric(k).title}: {v["text"]}' for k, v in self.verdicts.items()]
-        return '\n'.join([text_table(self.rows), *said])
+    def __repr__(self): return '\n'.join([text_table(self.rows), *self.said])
     def _repr_html_(self):
-        said = ''.join(f'<li>{metric(k).title}: {v["text"]}</li>' for k, v in self.verdicts.items())
-        return html_table(self.rows)+(f'<ul>{said}</ul>' if said else '')+f'<p><small>{_note(self.about)}</small></p>'
-    @property
-    def verdicts(self): return self.about.get('verdicts', {})
+        said = ''.join(f'<li>{s}</li>' for s in self.said)
+        note = ', '.join(f'{k}: {v}' for k, v in self.about.items() if not isinstance(v, (dict, list)))
+        return f'{html_table(self.rows)}{said and f"<ul>{said}</ul>"}<p><small>{note}</small></p>'
 
+# %% ../../nbs/10_evals.report.ipynb #744f53f0
+class Report(Measured):
+    "Measured size and quality of models, side by side"
     @classmethod
     def compare(cls, *reports): return compare_reports(*reports)
     def plot(self, ax=None, metric: str = 'kl'): return plot_report(self, ax, metric)
     def panels(self): return plot_panels(self)
-    def save(self, path): Path(path).write_text(json.dumps(dict(optiq='report', rows=self.rows, about=self.about), indent=1)+'\n')
+
+    def save(self, path):
+        d = dict(optiq='report', rows=self.rows, about=self.about)
+        Path(path).write_text(json.dumps(d, indent=1)+'\n')
     @classmethod
     def load(cls, path):
         try: d = json.loads(Path(path).read_text())
@@ -187,6 +237,7 @@ def size_of(
     "The size of a model, as a report has it"
     return dict(name=name, nominal_bpw=size.nominal_bits, true_bpw=size.true_bits, size_mb=size.size_mb)
 
+# %% ../../nbs/10_evals.report.ipynb #dcb02cf0
 def score_row(
     name: str,
     size, # Plan, which knows bits and bytes
@@ -200,62 +251,16 @@ def score_row(
                 perplexity_se=score.perplexity_se, agreement=float(score.agree.mean()), agreement_se=se(score.agree),
                 items={k: [float(f'{v:.9g}') for v in x] for k, x in items.items()}, on=dict.fromkeys(items, on))
 
-# %% ../../nbs/10_evals.report.ipynb #24dadf73
-def cells(row: dict) -> dict: # column ▸ text
-    "A row as text: metrics with their intervals if they have one, else with their errors"
-    def show(k, v):
-        if k == 'name' or k in SIZES: return v if k == 'name' else f'{v:.2f}'
-        spec, se, low = metric(k).spec, row.get(f'{k}_se'), row.get(f'{k}_low')
-        if spec == '.4f' and 0 < abs(v) < 5e-4: spec = '.1e' # a tiny KL is not none
-        if low is not None and low == low:
-            text = f'{v:{spec}} [{low:{spec}}, {row[f"{k}_high"]:{spec}}]'
-            return text.replace('%', '', 2) if '%' in spec else text # one sign for all three
-        return f'{v:{spec}}'+(f' ± {se:{spec}}' if se is not None and se == se else '')
-    return {k: show(k, row[k]) for k in columns([row])}
-
-# %% ../../nbs/10_evals.report.ipynb #162b4927
-def columns(rows: list) -> list:
-    "The columns that some row has something in, known metrics first"
-    own = [k[:-2] for r in rows for k in r if k.endswith('_n') and k[:-2] not in COLUMNS and k[:-2] in r]
-    return [k for k in dict.fromkeys([*COLUMNS, *own]) if any(r.get(k) is not None for r in rows)]
-
-def _titles(keys): return [COLUMNS.get(k) or metric(k).title for k in keys]
-
-# %% ../../nbs/10_evals.report.ipynb #4e580d83
-def text_table(rows: list) -> str:
-    "A table for a terminal"
-    lines, keys = [cells(r) for r in rows], columns(rows)
-    return fit([_titles(keys), *([r.get(k, '') for k in keys] for r in lines)])
-
-def fit(
-    table: list, # rows of texts, the first one the head
-    room: int = 80, # columns of the terminal
-) -> str:
-    "A table no wider than a terminal: columns that find no room go into a second one below, with the names again"
-    width = [max(len(r[i]) for r in table) for i in range(len(table[0]))]
-    n = next((i for i in range(2, len(width)) if sum(width[:i+1])+2*i > room), len(width))
-    show = lambda r: '  '.join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r[:n], width))).rstrip()
-    text = '\n'.join([show(table[0]), '─'*min(room, sum(width[:n])+2*n-2), *map(show, table[1:])])
-    return text if n == len(width) else f'{text}\n\n{fit([[r[0], *r[n:]] for r in table], room)}'
-
-def html_table(rows: list) -> str:
-    "A table for Jupyter"
-    lines, keys = [cells(r) for r in rows], columns(rows)
-    tr = lambda tag, xs: '<tr>'+''.join(f'<{tag}>{x}</{tag}>' for x in xs)+'</tr>'
-    return f'<table>{tr("th", _titles(keys))}{"".join(tr("td", [r.get(k, "") for k in keys]) for r in lines)}</table>'
-
-# %% ../../nbs/10_evals.report.ipynb #9915781e
-def _note(about): return ', '.join(f'{k}: {v}' for k, v in about.items() if not isinstance(v, (dict, list)))
-
 # %% ../../nbs/10_evals.report.ipynb #6de94263
 def plot_report(report: Report, ax=None, metric: str = 'kl'):
     "Quality against true bits per weight, with two standard errors"
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(6, 3.5))[1]
     for i, r in enumerate(r for r in report.rows if r.get(metric)):
-        ax.errorbar(r['true_bpw'], r[metric], yerr=2*r.get(f'{metric}_se', 0), marker='osD^vPX*'[i % 8], color=COLOURS[i % len(COLOURS)],
-                    ls='', ms=7, capsize=2, label=r['name'])
-    ax.set(xlabel='true bits per weight', ylabel=COLUMNS.get(metric, metric), yscale='log' if metric == 'kl' else 'linear')
+        ax.errorbar(r['true_bpw'], r[metric], yerr=2*r.get(f'{metric}_se', 0), marker='osD^vPX*'[i % 8],
+                    color=COLOURS[i % len(COLOURS)], ls='', ms=7, capsize=2, label=r['name'])
+    ax.set(xlabel='true bits per weight', ylabel=COLUMNS.get(metric, metric),
+           yscale='log' if metric == 'kl' else 'linear')
     ax.legend(frameon=False, fontsize=8)
     return ax
 
@@ -266,15 +271,18 @@ def compare_reports(
     "One table of all models and metrics, with a verdict on each metric that paired tests can give"
     rows = {}
     for r in (r for report in reports for r in report.rows):
-        rows[r['name']] = _merged(rows[r['name']], r) if r['name'] in rows else r
+        rows[r['name']] = same_model(rows[r['name']], r) if r['name'] in rows else r
     rows = list(rows.values())
     first = reports[0].about if reports else {}
     about = {k: v for k, v in first.items() if k != 'verdicts' and all(r.about.get(k) == v for r in reports)}
     said = {k: v for k in columns(rows) if k not in SIZES and k != 'name' for v in [verdict(rows, k)] if v}
     return Report(rows, about | dict(verdicts=said))
 
-def _merged(a, b):
-    odd = [k for k in a.keys() & b.keys() if k in METRICS and (a[k], a.get('on', {}).get(k)) != (b[k], b.get('on', {}).get(k))]
+# %% ../../nbs/10_evals.report.ipynb #063c0f9e
+def same_model(a: dict, b: dict) -> dict:
+    "Two rows of one model as one; raises ValueError where they contradict each other"
+    def of(r, k): return r[k], r.get('on', {}).get(k)
+    odd = [k for k in a.keys() & b.keys() if k in METRICS and of(a, k) != of(b, k)]
     if odd: raise ValueError(
         f'two reports give {metric(min(odd)).title} of {a["name"]} differently; compare reports made on the same data')
     return joined(a, b)
@@ -284,21 +292,25 @@ def plot_panels(report: Report): # ▸ matplotlib axes
     "A panel for the size and one for each metric, models from top to bottom, with 95 % intervals"
     import matplotlib.pyplot as plt
     keys, rows = report.metrics, report.rows
-    fig, axes = plt.subplots(1, 1+len(keys), figsize=(1.6+1.9*(1+len(keys)), 1+.32*len(rows)), sharey=True, layout='constrained')
+    shape = dict(figsize=(1.6+1.9*(1+len(keys)), 1+.32*len(rows)), sharey=True, layout='constrained')
+    axes = plt.subplots(1, 1+len(keys), **shape)[1]
     axes[0].barh(range(len(rows)), [r.get('true_bpw', 0) for r in rows], color='.75', height=.6)
     axes[0].set(yticks=range(len(rows)), yticklabels=[r['name'] for r in rows], title='true bits')
     axes[0].invert_yaxis()
-    for ax, k in zip(axes[1:], keys):
-        for i, r in enumerate(rows):
-            if r.get(k) is None: continue
-            low, high = interval(r, k)
-            won = report.verdicts.get(k, {}).get('winner') == r['name']
-            look = dict(marker='*', ms=11) if won else dict(marker='o', ms=5)
-            ax.errorbar(r[k], i, xerr=[[r[k]-low], [high-r[k]]], color=COLOURS[i % len(COLOURS)], capsize=2, **look)
-        ax.set(title=metric(k).title)
-        ax.grid(axis='x', alpha=.3)
-        if '%' in metric(k).spec: ax.xaxis.set_major_formatter(lambda v, _: f'{v:.0%}')
+    for ax, k in zip(axes[1:], keys): plot_panel(ax, rows, k, report.verdicts.get(k, {}).get('winner'))
     return axes
+
+# %% ../../nbs/10_evals.report.ipynb #e42605bd
+def plot_panel(ax, rows: list, name: str, winner: str | None = None):
+    "One metric, a star where the paired tests know a winner"
+    for i, r in enumerate(rows):
+        if r.get(name) is None: continue
+        low, high = interval(r, name)
+        look = dict(marker='*', ms=11) if winner == r['name'] else dict(marker='o', ms=5)
+        ax.errorbar(r[name], i, xerr=[[r[name]-low], [high-r[name]]], color=COLOURS[i % len(COLOURS)], capsize=2, **look)
+    ax.set(title=metric(name).title)
+    ax.grid(axis='x', alpha=.3)
+    if '%' in metric(name).spec: ax.xaxis.set_major_formatter(lambda v, _: f'{v:.0%}')
 
 # %% ../../nbs/10_evals.report.ipynb #91cf05d0
 def interval(row: dict, name: str) -> tuple: # low, high

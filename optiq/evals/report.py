@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'TO_REFERENCE', 'SIZES', 'COLUMNS', 'machine', 'Metric', 'metric', 'mean_figure', 'share_figure', 'joined',
            'paired', 'verdict', 'test', 'holm', 'columns', 'titles', 'cells', 'figure_text', 'fit', 'text_table',
-           'html_table', 'Measured', 'Report', 'size_of', 'score_row', 'plot_report', 'compare_reports', 'same_model',
-           'plot_panels', 'plot_panel', 'interval']
+           'html_table', 'Measured', 'Report', 'size_of', 'own_size', 'score_row', 'plot_report', 'compare_reports',
+           'same_model', 'plot_panels', 'plot_panel', 'interval']
 
 # %% ../../nbs/10_evals.report.ipynb #880b5d5a
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..knapsack import COLOURS
+from ..knapsack import COLOURS, make_plan
 
 # %% ../../nbs/10_evals.report.ipynb #4250e0cd
 def machine() -> dict: # cpu, cores, system, versions, date
@@ -154,7 +154,8 @@ def titles(keys: list) -> list: return [COLUMNS.get(k) or metric(k).title for k 
 # %% ../../nbs/10_evals.report.ipynb #24dadf73
 def cells(row: dict) -> dict: # column ▸ text
     "A row as text"
-    return {k: row[k] if k == 'name' else f'{row[k]:.2f}' if k in SIZES else figure_text(row, k) for k in columns([row])}
+    def show(k): return row[k] if k == 'name' else f'{row[k]:.2f}' if k in SIZES else figure_text(row, k)
+    return {k: show(k) for k in columns([row])}
 
 def figure_text(row: dict, name: str) -> str:
     "A metric with its interval if it has one, else with its error"
@@ -172,7 +173,8 @@ def fit(
     "A table no wider than a terminal"
     width = [max(len(r[i]) for r in table) for i in range(len(table[0]))]
     n = next((i for i in range(2, len(width)) if sum(width[:i+1])+2*i > room), len(width))
-    def line(r): return '  '.join([r[0].ljust(width[0]), *(x.rjust(w) for x, w in zip(r[1:n], width[1:n]))]).rstrip()
+    def line(r):
+        return '  '.join([r[0].ljust(width[0]), *(x.rjust(w) for x, w in zip(r[1:n], width[1:n]))]).rstrip()
     text = '\n'.join([line(table[0]), '─'*min(room, sum(width[:n])+2*n-2), *map(line, table[1:])])
     return text if n == len(width) else f'{text}\n\n{fit([[r[0], *r[n:]] for r in table], room)}'
 
@@ -186,7 +188,8 @@ def html_table(rows: list) -> str:
     "A table for Jupyter"
     lines, keys = [cells(r) for r in rows], columns(rows)
     tr = lambda tag, xs: '<tr>'+''.join(f'<{tag}>{x}</{tag}>' for x in xs)+'</tr>'
-    return f'<table>{tr("th", titles(keys))}{"".join(tr("td", [r.get(k, "") for k in keys]) for r in lines)}</table>'
+    body = ''.join(tr('td', [r.get(k, '') for k in keys]) for r in lines)
+    return f'<table>{tr("th", titles(keys))}{body}</table>'
 
 # %% ../../nbs/10_evals.report.ipynb #f6fa2c5e
 @dataclass(repr=False)
@@ -236,6 +239,10 @@ def size_of(
 ) -> dict: # columns of a row
     "The size of a model, as a report has it"
     return dict(name=name, nominal_bpw=size.nominal_bits, true_bpw=size.true_bits, size_mb=size.size_mb)
+
+def own_size(c, name: str | None = None, plan=None) -> dict: # Checkpoint ▸ columns of a row
+    "The size of a model as it is stored, or in a plan that stands for it"
+    return size_of(name or c.name, plan or make_plan(c, c.formats))
 
 # %% ../../nbs/10_evals.report.ipynb #dcb02cf0
 def score_row(
@@ -307,7 +314,8 @@ def plot_panel(ax, rows: list, name: str, winner: str | None = None):
         if r.get(name) is None: continue
         low, high = interval(r, name)
         look = dict(marker='*', ms=11) if winner == r['name'] else dict(marker='o', ms=5)
-        ax.errorbar(r[name], i, xerr=[[r[name]-low], [high-r[name]]], color=COLOURS[i % len(COLOURS)], capsize=2, **look)
+        ax.errorbar(r[name], i, xerr=[[r[name]-low], [high-r[name]]], color=COLOURS[i % len(COLOURS)], capsize=2,
+                    **look)
     ax.set(title=metric(name).title)
     ax.grid(axis='x', alpha=.3)
     if '%' in metric(name).spec: ax.xaxis.set_major_formatter(lambda v, _: f'{v:.0%}')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOTS', 'NEXT', 'GROUPED', 'NUMBER', 'SIGN', 'SCALE', 'WORDS', 'STOP', 'prompt_for', 'first_answer', 'plain',
-           'numbers', 'extract', 'right', 'questions', 'read_questions', 'gsm8k', 'label_of', 'judged',
+           'numbers', 'extract', 'right', 'questions', 'read_questions', 'Answers', 'gsm8k', 'label_of', 'judged',
            'score_responses']
 
 # %% ../../nbs/10_evals.gsm8k.ipynb #c5e14626
@@ -14,9 +14,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from ..backends import Backend, open_backend
-from .report import Report, machine, share_figure, size_of
+from .report import Report, machine, own_size, share_figure
 from .tasks import answers, compose
-from ..knapsack import make_plan
 from ..models import Checkpoint
 from ..sensitivity import refuse_other
 from ..tasks import PROMPT, word_problems
@@ -90,9 +89,9 @@ def extract(response: str): # ▸ Fraction, or None if there is no number
         line = numbers(m[1].rsplit('=', 1)[-1]) or numbers(m[1])
         if found is not None and '?' in text[end:m.start()]: break
         if line: found, end = line[0], m.end()
-    if found is None: found = ([None]+numbers(text))[-1]
-    return found
+    return ([None]+numbers(text))[-1] if found is None else found
 
+# %% ../../nbs/10_evals.gsm8k.ipynb #efaacc30
 def right(
     answer: str, # GSM8K's answer, or a bare number
     response: str, # what a model wrote
@@ -142,6 +141,41 @@ def _from_hub():
             f'openai/gsm8k cannot be fetched ({type(e).__name__}); give --questions a local .jsonl file with question '
                               'and answer, or word-problems, which the project makes itself') from e
 
+# %% ../../nbs/10_evals.gsm8k.ipynb #0f4ec850
+def _resume(path: Path, settings: dict, rows: list) -> list:
+    "The finished lines of a response file, or a new file with its header"
+    data = path.read_bytes() if path.exists() else b''
+    whole = data[:data.rfind(b'\n')+1]
+    if not whole:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(optiq='responses', settings=settings))+'\n')
+        return []
+    header, *done = [json.loads(line) for line in whole.decode().splitlines()]
+    if header.get('optiq') != 'responses': raise ValueError(f'{path} is no file of responses; give another name')
+    refuse_other(path, header['settings'], settings)
+    odd = [r for r, q in zip(done, rows) if (r['question'], r['answer']) != (q['question'], q['answer'])]
+    if odd or len(done) > len(rows): raise ValueError(
+        f'{path} holds answers to other questions; give another file, or remove it')
+    with path.open('r+b') as f: f.truncate(len(whole))
+    return done
+
+# %% ../../nbs/10_evals.gsm8k.ipynb #5eb9fed4
+class Answers(list):
+    "What was answered so far; with a file, on disk as it comes"
+    def __init__(self,
+        out: 'str | Path | None', # .jsonl file to write, and to go on with
+        settings: dict, # of the run; a file with others is refused
+        rows: list, # of dicts with question and answer: all that will be asked
+    ):
+        super().__init__([] if out is None else _resume(Path(out), settings, rows))
+        self.out = out
+
+    def add(self, records: list):
+        self.extend(records)
+        if self.out is None: return
+        with Path(self.out).open('a', encoding='utf-8') as f:
+            f.writelines(json.dumps(r, ensure_ascii=False)+'\n' for r in records)
+
 # %% ../../nbs/10_evals.gsm8k.ipynb #d2b79df0
 STOP = '\nQuestion:', '\n\nQuestion', '\nQ:', '\n\n\n'
 
@@ -163,17 +197,14 @@ def gsm8k(
     rows = questions() if rows is None else rows
     if not rows: raise ValueError('no questions to ask; give some')
     b = open_backend(model, 'mlx' if make_cache else 'auto')
-    settings = dict(model=b.checkpoint.fingerprint, shots=shots, new_tokens=new_tokens, cache=label_of(make_cache),
-                    name=name or b.checkpoint.name)
-    done = [] if out is None else _resume(Path(out), settings, rows)
-    for part in (rows[k:k+batch] for k in range(len(done), len(rows), batch)):
-        asked = [r | dict(prompt=prompt_for(r['question'], shots)) for r in part]
-        if figure == 'word_problems' and not make_cache: texts = answers(b, asked, overrides, new_tokens)
-        else: texts = compose(b, [r['prompt'] for r in asked], new_tokens, STOP, make_cache, overrides)
-        done += [judged(r | dict(response=text)) for r, text in zip(asked, texts)]
-        if out is not None: _append(Path(out), done[-len(part):])
-    size = size_of(settings['name'], size or make_plan(b.checkpoint, b.checkpoint.formats))
-    return _report(done, figure, size, settings)
+    how = dict(model=b.checkpoint.fingerprint, shots=shots, new_tokens=new_tokens, cache=label_of(make_cache))
+    done = Answers(out, settings := how | dict(name=name or b.checkpoint.name), rows)
+    for k in range(len(done), len(rows), batch):
+        part = [r | dict(prompt=prompt_for(r['question'], shots)) for r in rows[k:k+batch]]
+        if figure == 'word_problems' and not make_cache: texts = answers(b, part, overrides, new_tokens)
+        else: texts = compose(b, [r['prompt'] for r in part], new_tokens, STOP, make_cache, overrides)
+        done.add([judged(r | dict(response=text)) for r, text in zip(part, texts)])
+    return _report(done, figure, own_size(b.checkpoint, name, size), settings)
 
 # %% ../../nbs/10_evals.gsm8k.ipynb #6ceb27d1
 def label_of(make_cache) -> str:
@@ -187,31 +218,11 @@ def judged(r: dict) -> dict: # with question, answer and response
     return r | dict(extracted=None if got is None else str(got), right=right(r['answer'], r['response']))
 
 # %% ../../nbs/10_evals.gsm8k.ipynb #20eaa725
-def _report(done, figure, size, about):
+def _report(done: list, figure: str, size: dict, about: dict) -> Report:
     from zlib import crc32
     on = f'{crc32(json.dumps([[r["question"], r["answer"]] for r in done]).encode()):08x}'
     row = size | share_figure(figure, [r['right'] for r in done], on)
     return Report([row], about | dict(questions=len(done), **machine(), responses=done))
-
-def _append(path, records):
-    with path.open('a', encoding='utf-8') as f: f.writelines(json.dumps(r, ensure_ascii=False)+'\n' for r in records)
-
-# %% ../../nbs/10_evals.gsm8k.ipynb #0f4ec850
-def _resume(path, settings, rows) -> list:
-    "The finished lines of a response file, or a new file with its header"
-    data = path.read_bytes() if path.exists() else b''
-    whole = data[:data.rfind(b'\n')+1]
-    if not whole:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dict(optiq='responses', settings=settings))+'\n')
-        return []
-    header, *done = [json.loads(line) for line in whole.decode().splitlines()]
-    if header.get('optiq') != 'responses': raise ValueError(f'{path} is no file of responses; give another name')
-    refuse_other(path, header['settings'], settings)
-    odd = [r for r, q in zip(done, rows) if (r['question'], r['answer']) != (q['question'], q['answer'])]
-    if odd or len(done) > len(rows): raise ValueError(f'{path} holds answers to other questions; give another file, or remove it')
-    with path.open('r+b') as f: f.truncate(len(whole))
-    return done
 
 # %% ../../nbs/10_evals.gsm8k.ipynb #b1057bc7
 def score_responses(

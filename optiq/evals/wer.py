@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .gsm8k import _append, _resume
-from .report import Report, _figure, machine, size_of
-from ..knapsack import make_plan
+from .gsm8k import Answers
+from .report import Report, _figure, machine, own_size
 from ..models import Checkpoint
 from ..speech import clips
 
@@ -71,7 +70,7 @@ def wer(
     settings = dict(model=c.fingerprint, new_tokens=new_tokens)
     done = write_down(lambda clip: transcribe(speech, clip.audio, new_tokens), heard, out, settings)
     about = dict(speech=f'{source}, {len(heard)} clips', **settings)
-    return wer_report(size_of(name or c.name, make_plan(c, c.formats)), done, about)
+    return wer_report(own_size(c, name), done, about)
 
 # %% ../../nbs/10_evals.wer.ipynb #1c700bb0
 def write_down(
@@ -82,13 +81,13 @@ def write_down(
 ) -> list: # of dicts with question (the clip's name and key), answer (its transcript), response and errors
     "Let a model write down all clips"
     rows = [dict(question=f'{c.name} {c.key}', answer=c.text) for c in heard]
-    done = [] if out is None else _resume(Path(out), settings, rows)
+    done = Answers(out, settings, rows)
     for clip, row in zip(heard[len(done):], rows[len(done):]):
         text = listen(clip)
-        done.append(row | dict(response=text) | word_errors(clip.text, text))
-        if out is not None: _append(Path(out), done[-1:])
+        done.add([row | dict(response=text) | word_errors(clip.text, text)])
     return done
 
+# %% ../../nbs/10_evals.wer.ipynb #612ed3f7
 def wer_report(size: dict, done: list, about: dict = {}) -> Report: # size: columns of a row
     "The report of what was written down"
     from zlib import crc32

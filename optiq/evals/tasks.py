@@ -24,6 +24,42 @@ def writes_exactly(
     best = b.numpy(b.forward(ids[:, :-1]).argmax(-1))
     return [list(row[len(p)-1:len(p)+len(a)-1]) == a for row, (p, a) in zip(best, pairs)]
 
+# %% ../../nbs/10_evals.tasks.ipynb #fe68cece
+def _until(steps, end: int, over) -> list:
+    "Tokens up to the end token, or to where a text is over"
+    out = []
+    for token, _ in steps:
+        if int(token) == end: break
+        out.append(int(token))
+        if over(out): break
+    return out
+
+# %% ../../nbs/10_evals.tasks.ipynb #27ffb335
+def _write_mlx(b, prompts, new_tokens, end, stop, make_cache):
+    from mlx_lm.generate import BatchGenerator, generate_step
+    caches = [make_cache(b.model) for _ in prompts] if make_cache else None
+    def over(ids): return any(s in b.checkpoint.tokenizer.decode(ids[-24:]) for s in stop)
+    if caches and not all(hasattr(c, 'merge') for c in caches[0]):
+        return [_until(generate_step(b.xp.array(p), b.model, max_tokens=new_tokens, prompt_cache=c), end, over)
+                for p, c in zip(prompts, caches)]
+    generator = BatchGenerator(b.model, max_tokens=new_tokens, stop_tokens=[[end]])
+    out = {u: [] for u in generator.insert(prompts, caches=caches)} # in the order of the prompts
+    while responses := generator.next_generated():
+        for r in responses:
+            if r.finish_reason != 'stop': out[r.uid].append(r.token)
+            if r.finish_reason is None and over(out[r.uid]): generator.remove([r.uid])
+    generator.close()
+    return list(out.values())
+
+# %% ../../nbs/10_evals.tasks.ipynb #94de8575
+def _write_torch(b, prompts, new_tokens, end, stop):
+    longest = max(map(len, prompts))
+    def padded(rows): return b.xp.tensor([[0]*(longest-len(r))+list(r) for r in rows], device=b.device)
+    stops = dict(stop_strings=list(stop), tokenizer=b.checkpoint.tokenizer) if stop else {}
+    out = b.model.generate(padded(prompts), attention_mask=padded([[1]*len(p) for p in prompts]), do_sample=False,
+                           max_new_tokens=new_tokens, pad_token_id=end, eos_token_id=end, **stops)
+    return [r[:r.index(end)] if end in r else r for r in out[:, longest:].tolist()]
+
 # %% ../../nbs/10_evals.tasks.ipynb #1f6bb964
 def write(
     b: Backend,
@@ -36,40 +72,7 @@ def write(
     "Greedy continuations, as token ids"
     if b.name == 'mlx': return _write_mlx(b, prompts, new_tokens, end, stop, make_cache)
     if make_cache: raise ValueError('KV configurations need the MLX backend: open the model with backend="mlx"')
-    longest = max(map(len, prompts))
-    ids, mask = (b.xp.tensor([[pad]*(longest-len(p))+f(p) for p in prompts], device=b.device)
-                 for pad, f in ((0, list), (0, lambda p: [1]*len(p))))
-    stops = dict(stop_strings=list(stop), tokenizer=b.checkpoint.tokenizer) if stop else {}
-    out = b.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=end,
-                           eos_token_id=end, **stops)
-    return [row[:row.index(end)] if end in row else row for row in out[:, longest:].tolist()]
-
-# %% ../../nbs/10_evals.tasks.ipynb #27ffb335
-def _write_mlx(b, prompts, new_tokens, end, stop, make_cache):
-    from mlx_lm.generate import BatchGenerator, generate_step
-    caches = [make_cache(b.model) for _ in prompts] if make_cache else None
-    def over(ids): return any(s in b.checkpoint.tokenizer.decode(ids[-24:]) for s in stop)
-    if caches and not all(hasattr(c, 'merge') for c in caches[0]):
-        return [_until(generate_step(b.xp.array(p), b.model, max_tokens=new_tokens, prompt_cache=c), end, over)
-                for p, c in zip(prompts, caches)]
-    generator = BatchGenerator(b.model, max_tokens=new_tokens, stop_tokens=[[end]])
-    uids = generator.insert(prompts, caches=caches)
-    out = {u: [] for u in uids}
-    while responses := generator.next_generated():
-        for r in responses:
-            if r.finish_reason != 'stop': out[r.uid].append(r.token)
-            if r.finish_reason is None and over(out[r.uid]): generator.remove([r.uid])
-    generator.close()
-    return [out[u] for u in uids]
-
-# %% ../../nbs/10_evals.tasks.ipynb #fe68cece
-def _until(steps, end, over):
-    out = []
-    for token, _ in steps:
-        if int(token) == end: break
-        out.append(int(token))
-        if over(out): break
-    return out
+    return _write_torch(b, prompts, new_tokens, end, stop)
 
 # %% ../../nbs/10_evals.tasks.ipynb #42ff2f40
 def compose(
@@ -86,6 +89,17 @@ def compose(
     texts = [t.decode(x) for x in ids]
     return [s[:min((s.find(x) for x in stop if x in s), default=len(s))] for s in texts]
 
+# %% ../../nbs/10_evals.tasks.ipynb #97fbbd5c
+def _parts(which, lengths: list, room: int): # of indices
+    "Batches of what is about as long, each of at most `room` tokens when padded"
+    part = []
+    for i in sorted(which, key=lengths.__getitem__):
+        if part and (len(part)+1)*lengths[i] > room:
+            yield part
+            part = []
+        part.append(i)
+    if part: yield part
+
 # %% ../../nbs/10_evals.tasks.ipynb #3f4251e5
 def answers(
     model, # name, Checkpoint or Backend
@@ -95,29 +109,18 @@ def answers(
     batch_tokens: int = 8192, # prompt and answer tokens at a time
 ) -> list[str]:
     "What the model writes after each prompt"
-    b = open_backend(model)
+    b, out = open_backend(model), {}
     t, end = b.checkpoint.tokenizer, b.checkpoint.tokenizer.eos_token_id
     pairs = [(t.encode(r['prompt']), t.encode(' '+r['answer'])+[end]) for r in rows]
-    order, out = sorted(range(len(rows)), key=lambda i: sum(map(len, pairs[i]))), {}
+    lengths = [len(p)+len(a) for p, a in pairs]
     with b.swapped(overrides):
-        for part in _parts(order, lambda i: sum(map(len, pairs[i])), batch_tokens):
+        for part in _parts(range(len(rows)), lengths, batch_tokens):
             out |= {i: rows[i]['answer'] for i, ok in zip(part, writes_exactly(b, [pairs[i] for i in part])) if ok}
-        rest = [i for i in order if i not in out]
-        for part in _parts(rest, lambda i: sum(map(len, pairs[i])), 4*batch_tokens): # a step costs the same for few and many
+        rest = [i for i in range(len(rows)) if i not in out]
+        for part in _parts(rest, lengths, 4*batch_tokens): # a step costs the same for few and many
             longest = min(new_tokens, 5+max(len(pairs[i][1]) for i in part))
             out |= {i: t.decode(x) for i, x in zip(part, write(b, [pairs[i][0] for i in part], longest, end))}
     return [out[i] for i in range(len(rows))]
-
-# %% ../../nbs/10_evals.tasks.ipynb #97fbbd5c
-def _parts(order, length, room):
-    "Split a list that is sorted by length, so that a padded batch has at most `room` tokens"
-    part = []
-    for i in order:
-        if part and (len(part)+1)*length(i) > room:
-            yield part
-            part = []
-        part.append(i)
-    if part: yield part
 
 # %% ../../nbs/10_evals.tasks.ipynb #1b0a8258
 @dataclass
@@ -136,6 +139,7 @@ class Share:
     def se(self): return (self.value*(1-self.value)/self.n)**.5
     def __repr__(self): return f'{self.value:.1%} [{self.interval[0]:.1%}, {self.interval[1]:.1%}] of {self.n}'
 
+# %% ../../nbs/10_evals.tasks.ipynb #dd4e61a7
 def score_rows(model, rows: list, overrides: dict = {}) -> Share:
     "How many of the rows a model gets right"
     return Share(sum(correct(r, text) for r, text in zip(rows, answers(model, rows, overrides))), len(rows))

@@ -6,8 +6,7 @@
 __all__ = ['adapter', 'harness', 'items_of']
 
 # %% ../../nbs/10_evals.harness.ipynb #ab70f6d5
-from .report import Report, machine, mean_figure, share_figure, size_of
-from ..knapsack import make_plan
+from .report import Report, machine, mean_figure, own_size, share_figure
 from ..models import Checkpoint
 
 # %% ../../nbs/10_evals.harness.ipynb #15ae7104
@@ -39,7 +38,7 @@ def harness(
     on, items = items_of(found, task)
     figure = share_figure if set(items) <= {0, 1} else mean_figure
     versions = dict(lm_eval=getattr(lm_eval, '__version__', None), shots=shots, limit=limit, metric=on)
-    return Report([size_of(name or c.name, make_plan(c, c.formats)) | figure(f'harness:{task}', items, on)], versions | machine())
+    return Report([own_size(c, name) | figure(f'harness:{task}', items, on)], versions | machine())
 
 # %% ../../nbs/10_evals.harness.ipynb #8c3e3ad9
 def items_of(

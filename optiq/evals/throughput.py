@@ -11,8 +11,7 @@ import time
 import numpy as np
 
 from .gsm8k import label_of
-from .report import Report, machine, size_of
-from ..knapsack import make_plan
+from .report import Report, machine, own_size
 from ..models import Checkpoint
 
 # %% ../../nbs/10_evals.throughput.ipynb #f646444c
@@ -27,9 +26,9 @@ def one_run(
     from mlx_lm.generate import generate_step
     mx.clear_cache()
     mx.reset_peak_memory()
-    times = [time.perf_counter()]
-    caches = make_cache(model) if make_cache else None
-    for _ in generate_step(mx.array(prompt), model, max_tokens=new_tokens, prompt_cache=caches): times.append(time.perf_counter())
+    times, caches = [time.perf_counter()], make_cache(model) if make_cache else None
+    for _ in generate_step(mx.array(prompt), model, max_tokens=new_tokens, prompt_cache=caches):
+        times.append(time.perf_counter())
     return dict(prompt_tps=len(prompt)/(times[1]-times[0]), decode_tps=(new_tokens-1)/(times[-1]-times[1]),
                 peak_mb=mx.get_peak_memory()/2**20)
 
@@ -48,15 +47,15 @@ def throughput(
     if prompt_tokens < 1 or new_tokens < 2 or repeats < 1: raise ValueError(
         'speed needs a prompt token, two new ones and one repeat at least')
     c = model if isinstance(model, Checkpoint) else Checkpoint(model, trust_remote_code)
-    opened = c.load()
+    opened, row = c.load(), own_size(c, name)
     mx.eval(opened.parameters())
     prompt = np.random.default_rng(42).integers(0, c.vocabulary, prompt_tokens).tolist()
     runs = [one_run(opened, prompt, new_tokens, make_cache) for _ in range(1+repeats)][1:]
-    row = size_of(name or c.name, make_plan(c, c.formats))
     for k in runs[0]: row |= _spread(k, [r[k] for r in runs])
-    about = dict(prompt_tokens=prompt_tokens, new_tokens=new_tokens, cache=label_of(make_cache),
-                 interval='smallest and largest run')
-    return Report([row], about | dict(device=str(mx.default_device()), chip=mx.device_info().get('device_name', ''), **machine()))
+    how = dict(prompt_tokens=prompt_tokens, new_tokens=new_tokens, cache=label_of(make_cache),
+               interval='smallest and largest run', device=str(mx.default_device()),
+               chip=mx.device_info().get('device_name', ''))
+    return Report([row], how | machine())
 
 # %% ../../nbs/10_evals.throughput.ipynb #3d3a3709
 def _spread(name, x):

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'PICTURES', 'load_processor', 'find_witness', 'read_image', 'sample', 'answer_ids', 'with_answer',
-           'from_diagrams', 'from_coco', 'from_folder', 'read_lines', 'samples', 'rounded', 'seen', 'demo']
+           'from_diagrams', 'from_coco', 'from_folder', 'read_lines', 'samples', 'rounded', 'seen', 'plans_at_bytes',
+           'demo']
 
 # %% ../nbs/20_vlm.ipynb #3cca87dc
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +68,7 @@ def answer_ids(processor, answer: str) -> list:
     t = getattr(processor, 'tokenizer', processor)
     return [*t.encode(answer, add_special_tokens=False), t.eos_token_id]
 
+# %% ../nbs/20_vlm.ipynb #aecee6a1
 def with_answer(arrays: dict, answer: list, image_token: int | None) -> dict:
     "A sample with the tokens of an answer behind, and a mask of what is scored"
     n = arrays['input_ids'].shape[1]
@@ -113,6 +116,7 @@ def from_folder(folder, n: int, split: str, seed: int) -> list:
     mine = [r for r in rows if split == 'all' or is_test(Path(r['image']).name) == (split == 'test')]
     return [mine[i] for i in np.random.default_rng(seed).permutation(len(mine))[:n]]
 
+# %% ../nbs/20_vlm.ipynb #af10b3c9
 def read_lines(path, fields: tuple) -> list:
     "The records of a .jsonl file, each with these fields"
     rows = []
@@ -148,19 +152,29 @@ def rounded(b, plans: dict) -> dict: # name ▸ overrides
     from optiq.rounding import as_overrides, round_model
     return {n: as_overrides(dict(round_model(b, None, p, 'minmax'))) for n, p in plans.items()}
 
+# %% ../nbs/20_vlm.ipynb #0dd32c29
 def seen(b, scored: list, questions: list, plans: dict, variants: dict) -> list: # of rows for a Report
     "KL and right letters of plans, those without a variant being the model itself"
     from optiq.calibration import fingerprint
     from optiq.evals.ai2d import ai2d
     from optiq.evals.perplexity import evaluate
     from optiq.evals.report import joined, score_row
-    scores, rows = evaluate(b, scored, variants), []
-    for n, p in plans.items():
-        row = score_row(n, p, scores[n if n in variants else 'reference'], fingerprint(scored))
-        asked = ai2d(b, questions=questions, free=False, overrides=variants.get(n, {}), name=n, size=p)
-        drop = 'perplexity', 'perplexity_se', 'agreement', 'agreement_se'
-        rows.append(joined({k: v for k, v in row.items() if k not in drop}, asked.rows[0]))
-    return rows
+    scores, drop = evaluate(b, scored, variants), ('perplexity', 'agreement')
+    def row(name, plan):
+        kl = score_row(name, plan, scores[name if name in variants else 'reference'], fingerprint(scored))
+        asked = ai2d(b, questions=questions, free=False, overrides=variants.get(name, {}), name=name, size=plan)
+        return joined({k: v for k, v in kl.items() if k.split('_')[0] not in drop}, asked.rows[0])
+    return [row(n, p) for n, p in plans.items()]
+
+# %% ../nbs/20_vlm.ipynb #3ce7eba1
+def plans_at_bytes(c: Checkpoint, sweep) -> dict: # name ▸ Plan
+    "The model as it is, its loader's default, uniform widths, and plans of the same bytes"
+    from optiq.knapsack import allocate, default_of_vlm, make_plan, uniform
+    plans = {'as it is': make_plan(c, c.formats), 'mlx-vlm, vision at 16': default_of_vlm(c)}
+    for k in (4, 3):
+        flat = uniform(c, k)
+        plans |= {f'uniform {k}': flat, f'optiq, bytes of {k}': allocate(sweep, max_bytes=flat.nbytes)}
+    return plans | {'uniform 2': uniform(c, 2)}
 
 # %% ../nbs/20_vlm.ipynb #1e2836a4
 def demo(
@@ -171,24 +185,22 @@ def demo(
     questions: str = 'diagrams', # see `optiq.evals.ai2d.questions_of`
 ): # ▸ optiq.demos.Demo
     "What a model still sees with fewer bits, and where it needs them"
-    from functools import partial
     from optiq.backends import open_backend
     from optiq.convert import convert, overrides_of_saved
     from optiq.demos import Demo, Sizes, by_part
     from optiq.evals.ai2d import questions_of
     from optiq.evals.report import Report, machine
-    from optiq.knapsack import allocate, default_of_vlm, make_plan, uniform
     from optiq.sensitivity import kl_sweep
     b, s = open_backend(Checkpoint(model or find_witness(), model_type='vlm')), Sizes.of(fast)
     c, asked = b.checkpoint, questions_of(questions, s.problems//2)
     sweep = kl_sweep(b, samples(c, text, s.n//2), [2, 3, 4, 6], progress=not fast)
-    plans = {'as it is': make_plan(c, c.formats), 'mlx-vlm, vision at 16': default_of_vlm(c)}
-    for k in (4, 3): plans |= {f'uniform {k}': uniform(c, k), f'optiq, bytes of {k}': allocate(sweep, max_bytes=uniform(c, k).nbytes)}
-    plans['uniform 2'] = uniform(c, 2)
-    variants, best = rounded(b, dict(list(plans.items())[1:])), plans['optiq, bytes of 4']
-    if out is not None: variants['optiq, bytes of 4'] = overrides_of_saved(convert(c, best, out, sweep, True, calibration=text))
+    plans, best = plans_at_bytes(c, sweep), 'optiq, bytes of 4'
+    variants = rounded(b, {n: p for n, p in plans.items() if n != 'as it is'})
+    if out is not None:
+        saved = convert(c, plans[best], out, sweep, True, calibration=text)
+        variants[best] = overrides_of_saved(saved)
     about = dict(model=c.name, text=str(text), calibration=f'{s.n//2} pictures', evaluation=f'{2*s.eval_n} other pictures',
                  questions=f'{len(asked)} of {questions}', **machine())
     report = Report(seen(b, samples(c, text, 2*s.eval_n, 'test'), asked, plans, variants), about)
     figures = dict(sensitivity=partial(sweep.plot, fmt='2g64'), quality=report.plot)
-    return Demo('vlm', [report, by_part(c.units, sweep, best)], figures, about, dict(sweep=sweep, plans=plans))
+    return Demo('vlm', [report, by_part(c.units, sweep, plans[best])], figures, about, dict(sweep=sweep, plans=plans))

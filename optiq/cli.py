@@ -97,7 +97,8 @@ SHARED |= dict(
     group_size=click.option('--group-size', default=64, show_default=True, help='group of the candidate widths'),
     protect=click.option('--protect', metavar='NAMES', callback=as_names, help='units that get the widest '
         'candidate: embed, lm_head, first, last, paths or kinds, separated by commas'),
-    tie=click.option('--tie', metavar='NAMES', callback=as_names, help='units that share a format: qkv, kv, gate_up'),
+    tie=click.option('--tie', metavar='NAMES', callback=as_names,
+        help='units that share a format: qkv, kv, gate_up'),
     rounding=click.option('--rounding', cls=Rounding, type=click.Choice(['minmax', 'search', 'gptq']),
         help='how codes, scales and biases are chosen; the sweep scores with the same  '
              '[default: as the sweep given, or {default}]'),
@@ -244,7 +245,7 @@ def sweep(model, out, bits, formats, group_size, targets, resume, as_json, **giv
     finish(*told_of(measured(model, out=out, **given), out), as_json)
 
 # %% ../nbs/90_cli.ipynb #7d9f5ab1
-def measured(model, calibration, n, seq_len, rounding, rounding_n, model_type, trust_remote_code, **given): # ▸ Sweep
+def measured(model, calibration, n, seq_len, rounding, rounding_n, model_type, trust_remote_code, **given):
     "`kl_sweep`, with the tokens that it measures on and those that rounding learns from"
     from optiq.calibration import batch_for
     from optiq.models import Checkpoint
@@ -302,7 +303,8 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
     from optiq.pipeline import trade_off
     fmts = as_formats(formats, bits, group_size)
     found = trade_off(source, as_targets(targets), profiles or None, fmts, out=out, **given)
-    finish(found['figures'], '\n'.join([repr(found['frontier']), *([f'written to {out}'] if out else [])]), as_json)
+    text = f'{found["frontier"]!r}\nwritten to {out}' if out else repr(found['frontier'])
+    finish(found['figures'], text, as_json)
 
 # %% ../nbs/90_cli.ipynb #c3973217
 @main.command('kv-cache', short_help='Choose formats for the KV cache.')
@@ -314,7 +316,8 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
 @click.option('--candidate-bits', 'bits', default='4,8', show_default=True, help='widths to choose from')
 @options('formats', 'group_size')
 @click.option('--split-kv/--tie-kv', 'tie', default=True, show_default=True,
-              callback=lambda ctx, param, split: not split, help='keys and values of a layer apart, or in one format')
+              callback=lambda ctx, param, split: not split,
+              help='keys and values of a layer apart, or in one format')
 @click.option('-o', '--output', type=click.Path(), help='folder to write; default: optiq_output/<model>-kv')
 @click.option('--n-samples', 'n', default=5, show_default=True, help='calibration sequences')
 @click.option('--seq-len', default=512, show_default=True, help='tokens in each')
@@ -331,8 +334,8 @@ def kv_cache(model, target_bits, max_bytes, bits, formats, group_size, output, a
     if target_bits is None and max_bytes is None: target_bits = 5.0
     fmts, out = as_formats(formats, bits, group_size), output or default_output(model, 'kv')
     r = optimize_kv(model, out, target_bits, max_bytes, fmts, **given)
-    finish(r['figures'], '\n\n'.join([layer_table(r['config']), memory_lines(r['figures']['memory']), str(r['report']),
-                                      f'{r["plan"]!r}\nwritten to {out}']), as_json)
+    parts = layer_table(r['config']), memory_lines(r['figures']['memory']), str(r['report']), repr(r['plan'])
+    finish(r['figures'], '\n\n'.join(parts)+f'\nwritten to {out}', as_json)
 
 # %% ../nbs/90_cli.ipynb #314b1dd1
 @main.command(short_help='Predict how fast a model decodes.')
@@ -437,7 +440,8 @@ def benchmark(model, baseline, prompt_tokens, new_tokens, repeats, speed, as_jso
     quality, models = compare(model, baseline, **given), dict.fromkeys((baseline or model, model))
     how = dict(trust_remote_code=given['trust_remote_code'])
     timed = has_gpu() if speed is None else speed
-    full = with_speeds(quality, [throughput(m, prompt_tokens, new_tokens, repeats, **how) for m in models if timed])
+    speeds = [throughput(m, prompt_tokens, new_tokens, repeats, **how) for m in models if timed]
+    full = with_speeds(quality, speeds)
     rows = [{k: v for k, v in r.items() if k not in ('items', 'on')} for r in full.rows]
     finish(dict(rows=rows, about=full.about), str(full), as_json)
 

@@ -157,9 +157,11 @@ def check_kl(c: Checkpoint, plan, sweep, reference: Backend | None, text, within
     predicted = plan and sweep and np.isfinite(plan.predicted_kl)
     tokens = calibration_tokens(c, sweep, text) if predicted else None
     same = tokens is not None
-    kl = evaluate(reference, tokens if same else other_text(c, text), {'saved': overrides_of_saved(c)})['saved'].kl
+    if not same: tokens = other_text(c, text)
+    kl = evaluate(reference, tokens, {'saved': overrides_of_saved(c)})['saved'].kl
     if not predicted: return f'{kl.mean():.4f}; nothing was predicted'
-    seen = f'{kl.mean():.4f} on {"the calibration tokens" if same else "other text"}, {plan.predicted_kl:.4f} predicted'
+    what = 'the calibration tokens' if same else 'other text'
+    seen = f'{kl.mean():.4f} on {what}, {plan.predicted_kl:.4f} predicted'
     if not in_range(kl, plan, within, same): raise ValueError(f'{seen}: more than a factor of {within:g} apart')
     return seen
 
@@ -170,9 +172,9 @@ def other_text(c: Checkpoint, text): # ▸ tokens, or samples
     return evaluation_tokens(text, c.tokenizer, 4, 256)
 
 # %% ../../nbs/10_evals.verify.ipynb #6837656d
-def in_range(kl: np.ndarray, plan: Plan, within: float, same: bool) -> bool: # same: tokens, so nothing was sampled
+def in_range(kl: np.ndarray, plan: Plan, within: float, same: bool) -> bool:
     "Whether a measured KL is what the plan predicts, give or take a factor"
-    slack = 0. if same else 3*float(kl.std(ddof=1)/len(kl)**.5)
+    slack = 0. if same else 3*float(kl.std(ddof=1)/len(kl)**.5) # the same tokens: nothing was sampled
     low = 0 if plan.solver.get('rounding') else plan.predicted_kl/within-slack # polished: better is no fault
     return bool(low <= kl.mean() <= plan.predicted_kl*within+slack)
 
@@ -196,7 +198,8 @@ def verify(
 ) -> Checks:
     "Open a model again and check it against its plan, its sweep and its reference"
     checks, how = Checks(str(model)), (trust_remote_code, model_type)
-    c = checks.found('opens', Checkpoint, model, *how, show=lambda c: f'{c.params:,} parameters in {len(c.files)} files')
+    size = lambda c: f'{c.params:,} parameters in {len(c.files)} files'
+    c = checks.found('opens', Checkpoint, model, *how, show=size)
     if c is None: return checks
     ref = Checkpoint(reference, *how) if reference else None
     plan, sweep = (checks.found(name, beside, c, name) for name in KINDS)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SHOTS', 'NEXT', 'GROUPED', 'NUMBER', 'SIGN', 'SCALE', 'WORDS', 'STOP', 'prompt_for', 'first_answer', 'plain',
            'numbers', 'extract', 'right', 'questions', 'read_questions', 'Answers', 'gsm8k', 'label_of', 'judged',
-           'score_responses']
+           'fingerprint_of', 'score_responses']
 
 # %% ../../nbs/10_evals.gsm8k.ipynb #c5e14626
 import json
 import re
 from fractions import Fraction
 from pathlib import Path
+from zlib import crc32
 
 from ..backends import Backend, open_backend
 from .report import Report, machine, own_size, share_figure
@@ -218,10 +219,12 @@ def judged(r: dict) -> dict: # with question, answer and response
     return r | dict(extracted=None if got is None else str(got), right=right(r['answer'], r['response']))
 
 # %% ../../nbs/10_evals.gsm8k.ipynb #20eaa725
+def fingerprint_of(rows: list) -> str: # of dicts with question and answer
+    "Eight hex digits that stand for exactly these questions, in this order"
+    return f'{crc32(json.dumps([[r["question"], r["answer"]] for r in rows]).encode()):08x}'
+
 def _report(done: list, figure: str, size: dict, about: dict) -> Report:
-    from zlib import crc32
-    on = f'{crc32(json.dumps([[r["question"], r["answer"]] for r in done]).encode()):08x}'
-    row = size | share_figure(figure, [r['right'] for r in done], on)
+    row = size | share_figure(figure, [r['right'] for r in done], fingerprint_of(done))
     return Report([row], about | dict(questions=len(done), **machine(), responses=done))
 
 # %% ../../nbs/10_evals.gsm8k.ipynb #b1057bc7

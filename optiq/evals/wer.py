@@ -6,13 +6,12 @@
 __all__ = ['normalizer', 'word_errors', 'errors', 'wer_figure', 'wer', 'write_down', 'wer_report']
 
 # %% ../../nbs/10_evals.wer.ipynb #395893df
-import json
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from .gsm8k import Answers
+from .gsm8k import Answers, fingerprint_of
 from .report import Report, _figure, machine, own_size
 from ..models import Checkpoint
 from ..speech import clips
@@ -90,7 +89,5 @@ def write_down(
 # %% ../../nbs/10_evals.wer.ipynb #612ed3f7
 def wer_report(size: dict, done: list, about: dict = {}) -> Report: # size: columns of a row
     "The report of what was written down"
-    from zlib import crc32
-    on = f'{crc32(json.dumps([[r["question"], r["answer"]] for r in done]).encode()):08x}'
     counts = {k: sum(r[k] for r in done) for k in ('words', 'substitutions', 'insertions', 'deletions')}
-    return Report([size | wer_figure(done, on)], about | counts | dict(**machine(), responses=done))
+    return Report([size | wer_figure(done, fingerprint_of(done))], about | counts | dict(**machine(), responses=done))

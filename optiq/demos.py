@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['once_read', 'COMPACT', 'QUALITY', 'DEMOS', 'ELSEWHERE', 'Table', 'published', 'Findings', 'Demo', 'Sizes', 'Ground',
-           'ground', 'scored_rows', 'profiles', 'solved', 'with_answers', 'llm', 'by_part', 'versus_table', 'pareto',
-           'speed_plans', 'validated', 'best_at_speeds', 'hardware', 'most_and_least', 'memory_rows', 'kv_cache',
-           'configuration_table', 'combined', 'names', 'find_demo']
+           'ground', 'scored_rows', 'profiles', 'solved', 'with_answers', 'saved', 'llm', 'by_part', 'versus_table',
+           'pareto', 'speed_plans', 'validated', 'best_at_speeds', 'hardware', 'most_and_least', 'memory_rows',
+           'kv_cache', 'configuration_table', 'combined', 'names', 'find_demo']
 
 # %% ../nbs/40_demos.ipynb #2efe6192
 import json
@@ -148,12 +148,16 @@ def ground(
     return Ground(b, tokens, scored, about)
 
 # %% ../nbs/40_demos.ipynb #0190ba60
-def scored_rows(g: Ground, plans: dict) -> Report: # name ▸ Plan
+def scored_rows(
+    g: Ground,
+    plans: dict, # name ▸ Plan
+    own = None, # Plan that stands for what is as it is; the model's by default
+) -> Report:
     "Quality of plans on the evaluation text, the model as it is first"
     c = g.b.checkpoint
     scores = evaluate(g.b, g.scored, {n: overrides_of(p) for n, p in plans.items()})
-    both = {'as it is': (make_plan(c, c.formats), scores['reference'])} | {n: (p, scores[n]) for n, p in plans.items()}
-    return Report([score_row(n, p, s) for n, (p, s) in both.items()], g.about)
+    sizes = {'as it is': own or make_plan(c, c.formats)} | plans
+    return Report([score_row(n, p, scores.get(n, scores['reference'])) for n, p in sizes.items()], g.about)
 
 # %% ../nbs/40_demos.ipynb #c0076ce5
 def profiles(sweep) -> dict: # name ▸ Plan
@@ -180,6 +184,14 @@ def with_answers(report: Report, answers: dict) -> Report:
     drop = 'agreement', 'agreement_se', 'nominal_bpw'
     return Report([{k: v for k, v in r.items() if k not in drop} | columns(answers[r['name']]) for r in report.rows], report.about)
 
+# %% ../nbs/40_demos.ipynb #4d0c7e11
+def saved(g: Ground, plans: dict, sweep, out: 'str | Path') -> dict: # name ▸ Plan ▸ name ▸ overrides
+    "Models in a folder, and what they hold"
+    def write(plan):
+        folder = Path(out)/f'{Path(g.about["model"]).name}-{plan.nominal_bits:.1f}bpw'
+        return convert(g.b.checkpoint, plan, folder, sweep, True, calibration=g.about['text'])
+    return {n: overrides_of_saved(write(p)) for n, p in plans.items()}
+
 # %% ../nbs/40_demos.ipynb #95fcc92f
 def llm(
     model: str = 'demo', # or a folder, or a Hub id
@@ -195,10 +207,7 @@ def llm(
     sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast)
     plans = profiles(sweep)
     variants = {'as it is': {}} | {n: overrides_of(p) for n, p in plans.items()}
-    if out is not None:
-        for name in list(plans)[:2]:
-            folder = Path(out)/f'{Path(model).name}-{plans[name].nominal_bits:.1f}bpw'
-            variants[name] = overrides_of_saved(convert(g.b.checkpoint, plans[name], folder, sweep, True, calibration=text))
+    if out is not None: variants |= saved(g, {n: plans[n] for n in list(plans)[:2]}, sweep, out)
     report = with_answers(scored_rows(g, plans), solved(g, variants, s.problems, questions))
     figures = dict(sensitivity=partial(sweep.plot, fmt='4g64'), quality=report.plot)
     return Demo('llm', [report], figures, g.about, dict(sweep=sweep, plans=plans))
@@ -320,11 +329,10 @@ def kv_cache(
     sweep = kv_sweep(g.b, g.tokens, [4, 8], context=context, progress=not fast)
     plans = {'uniform 8': uniform(sweep, 8), 'mixed 6': allocate(sweep, target_bits=6),
              'mixed 5': allocate(sweep, target_bits=5), 'uniform 4': uniform(sweep, 4)}
-    scores, c = evaluate(g.b, g.scored, {n: overrides_of(p) for n, p in plans.items()}), g.b.checkpoint
-    names = {'as it is': (make_plan(sweep, {}), scores['reference'])} | {n: (p, scores[n]) for n, p in plans.items()}
-    report, layout = Report([score_row(n, p, s) for n, (p, s) in names.items()], g.about), kv_layout(c, context)
+    c, layout = g.b.checkpoint, kv_layout(g.b.checkpoint, context)
     memory = memory_table(layout, read_kv_config(kv_config(plans['mixed 5'], layout)))
-    tables = [report, most_and_least(sweep), memory_rows(memory, make_plan(c, c.formats).size_mb)]
+    tables = [scored_rows(g, plans, make_plan(sweep, {})), most_and_least(sweep),
+              memory_rows(memory, make_plan(c, c.formats).size_mb)]
     figures = {'kv-analysis': partial(plot_kv_analysis, sweep, plans['mixed 5'], memory)}
     return Demo('kv-cache', tables, figures, g.about | dict(context=context), dict(sweep=sweep, plans=plans))
 

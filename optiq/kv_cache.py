@@ -8,8 +8,9 @@ __all__ = ['LOOK', 'VERSION', 'STATISTICS', 'GROUPS', 'PART', 'MANY', 'AT_ONCE',
            'read_kv_config', 'summable', 'Codec', 'Dense', 'codec_of', 'At', 'Stored', 'attend', 'attend_packed',
            'attend_dense', 'hook', 'Mixed', 'put', 'MixedKVCache', 'Padded', 'aligned', 'BatchMixedKVCache',
            'use_kv_config', 'mixed_caches', 'cache_of', 'generate_with_mixed_kv', 'cache_bytes', 'memory_table',
-           'optimize_kv', 'open_with_texts', 'helped', 'untested', 'layer_table', 'memory_lines', 'write_kv', 'combine',
-           'parts', 'joint_plan', 'configurations', 'optimize_with_kv', 'ends_of']
+           'opened_cache', 'untested', 'open_with_texts', 'helped', 'beside_uniform', 'kv_figures', 'planned_cache',
+           'layer_table', 'memory_lines', 'write_kv', 'optimize_kv', 'combine', 'parts', 'joint_plan', 'every_pair',
+           'configurations', 'ends_of', 'planned_together', 'write_with_kv', 'optimize_with_kv']
 
 # %% ../nbs/06_kv_cache.ipynb #e99b884b
 import hashlib
@@ -683,7 +684,97 @@ def memory_table(
     rows = [dict(context=n, fp16_bytes=cache_bytes(layout, {}, n), bytes=cache_bytes(layout, formats, n)) for n in contexts]
     return [r | dict(ratio=r['fp16_bytes']/r['bytes']) for r in rows]
 
-# %% ../nbs/06_kv_cache.ipynb #92ea1157
+# %% ../nbs/06_kv_cache.ipynb #d470885c
+def opened_cache(model, context: int, out, overwrite: bool, trust_remote_code: bool) -> tuple: # Checkpoint, KVLayout
+    "A model and what it caches; raises FileExistsError if `out` is there and has to stay"
+    c = Checkpoint(model, trust_remote_code)
+    layout = kv_layout(c, context)
+    if out is not None and Path(out).exists() and not overwrite:
+        with whole_folder(out): pass # raises the error that names the flag
+    return c, layout
+
+# %% ../nbs/06_kv_cache.ipynb #1412de77
+def untested(source, formats: list) -> Sweep: # of a Checkpoint or KVLayout
+    "A sweep with made-up values, to see whether a cap can be met"
+    values = {(u.path, f): np.array([1/f.bits]) for u in source.units for f in formats if divides(f, u.shape)}
+    return Sweep(source.units, formats, values,
+                 dict(model=source.name, params=source.params, other_bytes=source.other_bytes))
+
+# %% ../nbs/06_kv_cache.ipynb #b9a45a95
+def open_with_texts(c: Checkpoint, backend: str, calibration: str, evaluation: str | None, n: int, seq_len: int, eval_n: int):
+    "Backend, calibration tokens, evaluation tokens, and what a report says of them; the two texts are disjoint"
+    b, split = open_backend(c, backend), 'all' if evaluation and evaluation != calibration else 'train'
+    tokens = token_batch(passages(calibration, split), c.tokenizer, n, seq_len)
+    evaluation, split = evaluation or calibration, 'test' if split == 'train' else split
+    scored = evaluation_tokens(evaluation, c.tokenizer, eval_n, seq_len, split)
+    about = dict(model=c.name, calibration=f'{calibration}, {n} × {seq_len} tokens, {fingerprint(tokens)}',
+                 evaluation=f'{evaluation}, {eval_n} × {seq_len} tokens, {fingerprint(scored)}')
+    return b, tokens, scored, about | machine()
+
+# %% ../nbs/06_kv_cache.ipynb #1d96d7e2
+@contextmanager
+def helped(b, tokens: np.ndarray, formats: list): # ▸ unit path ▸ preconditioner; none if no format rotates
+    "While this lasts, rotated formats have the statistics of the calibration text"
+    from optiq.turbo_cache import key_statistics, preconditioned
+    statistics = key_statistics(b, tokens) if any(map(rotates, formats)) else {}
+    with preconditioned(b, statistics): yield statistics
+
+# %% ../nbs/06_kv_cache.ipynb #48fca4ae
+def beside_uniform(b, scored: np.ndarray, sweep: Sweep, plan: Plan, about: dict = {}) -> Report:
+    "Quality and size of a plan, of the cache as it is, and of uniform formats"
+    plans = {'mixed': plan} | {str(f): uniform(sweep, f) for f in sweep.formats}
+    scores = evaluate(b, scored, {k: overrides_of(p) for k, p in plans.items()})
+    plans = {'fp16': make_plan(sweep, {})} | plans
+    return Report([score_row(k, p, scores.get(k, scores['reference'])) for k, p in plans.items()], about)
+
+# %% ../nbs/06_kv_cache.ipynb #ab0a2525
+def kv_figures(out, layout: KVLayout, plans: list, report: Report, config: dict, **more) -> dict:
+    "What a run found, ready for JSON; `plans` are those of all that counts in its bytes"
+    return dict(output=out and str(out), context=layout.context, bytes=sum(p.nbytes for p in plans),
+                predicted_kl=sum(p.predicted_kl for p in plans), rows=report.rows, layers=config['layers'],
+                left={str(i): why for i, why in layout.left.items()}, about=report.about, **more)
+
+# %% ../nbs/06_kv_cache.ipynb #7e84089b
+def planned_cache(texts: tuple, layout: KVLayout, formats: list, caps: dict, out=None) -> dict:
+    "Measure, choose, score; `texts` are of `open_with_texts`, `caps` of `allocate`"
+    b, tokens, scored, about = texts
+    with helped(b, tokens, formats) as statistics:
+        sweep = kv_sweep(b, tokens, formats, context=layout.context, out=out and f'{out}.sweep.jsonl')
+        plan = allocate(sweep, **caps)
+        report = beside_uniform(b, scored, sweep, plan, about)
+        joint = float(evaluate(b, tokens, {'mixed': overrides_of(plan)})['mixed'].kl.mean())
+    config = kv_config(plan, layout, statistics)
+    return dict(report=report, plan=plan, sweep=sweep, config=config, figures=kv_figures(
+        out, layout, [plan], report, config, nominal_bits=plan.nominal_bits, true_bits=plan.true_bits,
+        predicted_kl_se=plan.predicted_kl_se, calibration_kl=joint, statistics=sorted(config.get('statistics', ())),
+        memory=memory_table(layout, read_kv_config(config))))
+
+# %% ../nbs/06_kv_cache.ipynb #f132ee88
+def layer_table(config: dict) -> str:
+    "Layer × keys and values, as text"
+    rows = [[str(r[k]) for k in ('layer', 'keys', 'values')]+[r.get('left', '')] for r in config['layers']]
+    rows.insert(0, ['layer', 'keys', 'values', ''])
+    return '\n'.join('  '.join(x.rjust(6) for x in r[:3])+'  '+r[3] for r in rows)
+
+# %% ../nbs/06_kv_cache.ipynb #f406a38e
+def memory_lines(memory: list) -> str:
+    "Rows of `memory_table`, as text"
+    return '\n'.join(f'{r["context"]:6} tokens  as it is {r["fp16_bytes"]/2**20:9.2f} MB  '
+                     f'mixed {r["bytes"]/2**20:9.2f} MB  ({r["ratio"]:.2f} ×)' for r in memory)
+
+# %% ../nbs/06_kv_cache.ipynb #78389957
+def write_kv(found: dict, out: 'str | Path', overwrite: bool = False): # what `planned_cache` returned for `out`
+    "Write everything that was found into a folder"
+    from importlib.util import find_spec
+    with whole_folder(out, overwrite) as folder:
+        for name in ('sweep', 'plan', 'report'): found[name].save(folder/f'{name}.json')
+        save_kv_config(found['config'], folder/'kv_config.json')
+        said = layer_table(found['config']), memory_lines(found['figures']['memory']), str(found['report'])
+        (folder/'table.txt').write_text('\n\n'.join(said)+'\n', encoding='utf-8')
+        if find_spec('matplotlib'): plot_kv(found['sweep']).figure.savefig(folder/'sensitivity.svg', bbox_inches='tight')
+    Path(f'{out}.sweep.jsonl').unlink()
+
+# %% ../nbs/06_kv_cache.ipynb #8dde5ef6
 def optimize_kv(
     model: str, # 'demo', a folder, or a Hub id; quantized or not
     out: 'str | Path | None' = None, # folder to write; nothing is written without it
@@ -703,77 +794,14 @@ def optimize_kv(
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
 ) -> dict: # report, plan, sweep, config, figures
     "Measure a cache's sensitivities, choose formats within the cap, score them on other text, write kv_config.json"
-    formats, c = [parse_format(f) for f in formats], Checkpoint(model, trust_remote_code)
-    layout = kv_layout(c, context)
-    if out is not None and Path(out).exists() and not overwrite:
-        with whole_folder(out): pass # raises the error that names the flag
+    formats = [parse_format(f) for f in formats]
     caps = dict(target_bits=target_bits, max_bytes=max_bytes, tie='cache' if tie else None)
+    c, layout = opened_cache(model, context, out, overwrite, trust_remote_code)
     allocate(untested(layout, formats), **caps) # raises before anything is measured if no plan fits
-    b, tokens, scored, names = open_with_texts(c, backend, calibration, evaluation, n, seq_len, eval_n)
-    log = out and Path(f'{out}.sweep.jsonl')
-    with helped(b, tokens, formats) as statistics:
-        sweep = kv_sweep(b, tokens, formats, context=context, out=log)
-        plan = allocate(sweep, **caps)
-        plans = {'fp16': make_plan(layout, {}), 'mixed': plan} | {str(f): uniform(sweep, f) for f in formats}
-        scores = evaluate(b, scored, {k: overrides_of(p) for k, p in plans.items() if k != 'fp16'})
-        joint = float(evaluate(b, tokens, {'mixed': overrides_of(plan)})['mixed'].kl.mean())
-    about = dict(model=c.name, **names, **machine())
-    report = Report([score_row(k, p, scores.get(k, scores['reference'])) for k, p in plans.items()], about)
-    config = kv_config(plan, layout, statistics)
-    memory = memory_table(layout, read_kv_config(config))
-    if out is not None:
-        with whole_folder(out, overwrite) as part: write_kv(part, sweep, plan, config, report, memory)
-        log.unlink()
-    return dict(report=report, plan=plan, sweep=sweep, config=config, figures=dict(
-        output=out and str(out), nominal_bits=plan.nominal_bits, true_bits=plan.true_bits, context=context, bytes=plan.nbytes,
-        predicted_kl=plan.predicted_kl, predicted_kl_se=plan.predicted_kl_se, calibration_kl=joint, rows=report.rows,
-        left={str(i): why for i, why in layout.left.items()}, memory=memory, layers=config['layers'], statistics=sorted(config.get('statistics', ())), about=report.about))
-
-# %% ../nbs/06_kv_cache.ipynb #bcd0843f
-def open_with_texts(c: Checkpoint, backend: str, calibration: str, evaluation: str | None, n: int, seq_len: int, eval_n: int):
-    "Backend, calibration tokens, evaluation tokens, and what to call both texts; the two are disjoint"
-    b, split = open_backend(c, backend), 'all' if evaluation and evaluation != calibration else 'train'
-    tokens = token_batch(passages(calibration, split), c.tokenizer, n, seq_len)
-    scored = evaluation_tokens(evaluation or calibration, c.tokenizer, eval_n, seq_len, 'test' if split == 'train' else split)
-    names = dict(calibration=f'{calibration}, {n} × {seq_len} tokens, {fingerprint(tokens)}',
-                 evaluation=f'{evaluation or calibration}, {eval_n} × {seq_len} tokens, {fingerprint(scored)}')
-    return b, tokens, scored, names
-
-@contextmanager
-def helped(b, tokens: np.ndarray, formats: list): # ▸ unit path ▸ preconditioner; none if no format rotates
-    "While this lasts, rotated formats have the statistics of the calibration text"
-    from optiq.turbo_cache import key_statistics, preconditioned
-    statistics = key_statistics(b, tokens) if any(map(rotates, formats)) else {}
-    with preconditioned(b, statistics): yield statistics
-
-def untested(source, formats: list) -> Sweep: # of a Checkpoint or KVLayout
-    "A sweep with made-up values, to see whether a cap can be met"
-    values = {(u.path, f): np.array([1/f.bits]) for u in source.units for f in formats if divides(f, u.shape)}
-    return Sweep(source.units, formats, values, dict(model=source.name, params=source.params, other_bytes=source.other_bytes))
-
-# %% ../nbs/06_kv_cache.ipynb #17fe6f3c
-def layer_table(config: dict) -> str:
-    "Layer × keys and values, as text"
-    rows = [[str(r[k]) for k in ('layer', 'keys', 'values')]+[r.get('left', '')] for r in config['layers']]
-    rows.insert(0, ['layer', 'keys', 'values', ''])
-    return '\n'.join('  '.join(x.rjust(6) for x in r[:3])+'  '+r[3] for r in rows)
-
-def memory_lines(memory: list) -> str:
-    "Rows of `memory_table`, as text"
-    return '\n'.join(f'{r["context"]:6} tokens  as it is {r["fp16_bytes"]/2**20:9.2f} MB  mixed {r["bytes"]/2**20:9.2f} MB  '
-                     f'({r["ratio"]:.2f} ×)' for r in memory)
-
-# %% ../nbs/06_kv_cache.ipynb #7393710f
-def write_kv(folder: Path, sweep: Sweep, plan: Plan, config: dict, report: Report, memory: list):
-    "Everything that was found, into a folder"
-    from importlib.util import find_spec
-    sweep.save(folder/'sweep.json')
-    plan.save(folder/'plan.json')
-    report.save(folder/'report.json')
-    save_kv_config(config, folder/'kv_config.json')
-    text = '\n\n'.join([layer_table(config), memory_lines(memory), str(report)])
-    (folder/'table.txt').write_text(text+'\n', encoding='utf-8')
-    if find_spec('matplotlib'): plot_kv(sweep).figure.savefig(folder/'sensitivity.svg', bbox_inches='tight')
+    texts = open_with_texts(c, backend, calibration, evaluation, n, seq_len, eval_n)
+    found = planned_cache(texts, layout, formats, caps, out)
+    if out is not None: write_kv(found, out, overwrite)
+    return found
 
 # %% ../nbs/06_kv_cache.ipynb #b10b7f19
 def combine(
@@ -785,8 +813,10 @@ def combine(
         raise ValueError('the two sweeps have different numbers of sequences; measure both on the same tokens')
     formats = list(dict.fromkeys([*weights.formats, *cache.formats]))
     sums = {k: weights.header[k]+cache.header[k] for k in ('params', 'other_bytes')}
-    return Sweep(weights.units+cache.units, formats, weights.values | cache.values, dict(model=weights.header['model'], **sums))
+    header = dict(model=weights.header['model'], **sums)
+    return Sweep(weights.units+cache.units, formats, weights.values | cache.values, header)
 
+# %% ../nbs/06_kv_cache.ipynb #6cb828bd
 def parts(plan: Plan, weights: Sweep, cache: Sweep) -> tuple[Plan, Plan]:
     "A plan of both as a plan of the weights and a plan of the cache"
     return tuple(make_plan(s, {u.path: plan[u.path] for u in s.units}) for s in (weights, cache))
@@ -801,7 +831,7 @@ def joint_plan(
     kv_formats: list = ('4g64', '8g64'), # candidates of the cache
     weight_sweep: Sweep | None = None, # if it was measured before
     progress: bool = True,
-) -> dict: # weights, cache: Plans; weight_sweep, cache_sweep, full_sweep; changed: units
+) -> dict: # weights, cache: Plans; weight_sweep, cache_sweep; full_sweep: of the cache, on full weights
     "One allocation over weights and cache, the cache measured on the weights that it will serve"
     full = kv_sweep(b, tokens, kv_formats, context=context, progress=progress)
     w = weight_sweep or kl_sweep(b, tokens, formats, progress=progress)
@@ -810,6 +840,19 @@ def joint_plan(
     weights, mine = parts(allocate(combine(w, cache), max_bytes=max_bytes), w, cache)
     return dict(weights=weights, cache=mine, weight_sweep=w, cache_sweep=cache, full_sweep=full)
 
+# %% ../nbs/06_kv_cache.ipynb #d21400c9
+def every_pair(
+    joint: dict, # of `joint_plan`
+    kv_formats: list, # uniform caches to compare with
+) -> dict: # name ▸ (Plan of the weights, Plan of the cache)
+    "Full and quantized weights × caches as they are, uniform and mixed"
+    w, cache, limit = joint['weight_sweep'], joint['cache_sweep'], joint['cache'].nbytes
+    weights = {'full': (make_plan(w, {}), joint['full_sweep']), 'quantized': (joint['weights'], cache)}
+    caches = {'fp16': make_plan(cache, {}), **{str(f): uniform(cache, f) for f in kv_formats}}
+    pairs = {f'{x} weights, {y} cache': (p, q) for x, (p, measured) in weights.items()
+             for y, q in (caches | {'mixed': allocate(measured, max_bytes=limit)}).items()}
+    return pairs | {'weights and cache together': (joint['weights'], joint['cache'])}
+
 # %% ../nbs/06_kv_cache.ipynb #04092a3b
 def configurations(
     b, # Backend
@@ -817,19 +860,41 @@ def configurations(
     joint: dict, # of `joint_plan`
     kv_formats: list, # uniform caches to compare with
     about: dict = {},
-) -> tuple[Report, list]: # every pair of weights and cache; cache units that differ between the two kinds of weights
-    "Full and quantized weights × caches as they are, uniform and mixed: quality and memory"
-    w, cache, limit = joint['weight_sweep'], joint['cache_sweep'], joint['cache'].nbytes
-    mixed = {'full': allocate(joint['full_sweep'], max_bytes=limit), 'quantized': allocate(cache, max_bytes=limit)}
-    caches = {'fp16': make_plan(cache, {}), **{str(f): uniform(cache, f) for f in kv_formats}}
-    weights = {'full': make_plan(w, {}), 'quantized': joint['weights']}
-    pairs = {f'{x} weights, {y} cache': (weights[x], p) for x in weights for y, p in (caches | {'mixed': mixed[x]}).items()}
-    pairs['weights and cache together'] = joint['weights'], joint['cache']
+) -> tuple[Report, list]: # every pair; cache units that differ between the two kinds of weights
+    "Quality and memory of every pair of weights and cache"
+    pairs, both = every_pair(joint, kv_formats), combine(joint['weight_sweep'], joint['cache_sweep'])
     scores = evaluate(b, scored, {k: overrides_of(p) | overrides_of(q) for k, (p, q) in pairs.items()})
-    both = combine(w, cache)
     rows = [score_row(k, make_plan(both, {**p, **q}), scores[k]) | dict(weight_mb=p.size_mb, cache_mb=q.size_mb)
             for k, (p, q) in pairs.items()]
-    return Report(rows, about), list(mixed['full'].diff(mixed['quantized']))
+    on_full, on_quantized = (pairs[f'{x} weights, mixed cache'][1] for x in ('full', 'quantized'))
+    return Report(rows, about), list(on_full.diff(on_quantized))
+
+# %% ../nbs/06_kv_cache.ipynb #0876ff0d
+def ends_of(formats: list) -> list:
+    "The widest and the narrowest"
+    return sorted({f(formats, key=lambda f: f.bits) for f in (max, min)}, key=lambda f: -f.bits)
+
+# %% ../nbs/06_kv_cache.ipynb #04f95317
+def planned_together(texts: tuple, layout: KVLayout, formats: list, kv_formats: list, max_bytes: float, out=None) -> dict:
+    "Measure, choose, score; `texts` are of `open_with_texts`"
+    b, tokens, scored, about = texts
+    with helped(b, tokens, kv_formats) as statistics:
+        joint = joint_plan(b, tokens, max_bytes, layout.context, formats, kv_formats)
+        report, changed = configurations(b, scored, joint, ends_of(kv_formats), about)
+    weights, cache = joint['weights'], joint['cache']
+    config = kv_config(cache, layout, statistics)
+    return joint | dict(report=report, config=config, figures=kv_figures(
+        out, layout, [weights, cache], report, config, changed=changed, weight_mb=weights.size_mb, cache_mb=cache.size_mb))
+
+# %% ../nbs/06_kv_cache.ipynb #be9803c9
+def write_with_kv(found: dict, c: Checkpoint, out: 'str | Path', overwrite: bool, calibration: str):
+    "Write the model with its kv_config.json; `found` is what `planned_together` returned"
+    cache = found['cache']
+    def extra(folder):
+        save_kv_config(found['config'], folder/'kv_config.json', f'optiq/{STATISTICS}')
+        found['cache_sweep'].save(folder/'optiq'/'kv_sweep.json')
+        return {'cache': f'{cache.size_mb:.1f} MB at {found["config"]["context"]:,} tokens, see kv_config.json'}
+    convert(c, found['weights'], out, found['weight_sweep'], overwrite, calibration=calibration, measured=extra)
 
 # %% ../nbs/06_kv_cache.ipynb #ddcc4d37
 def optimize_with_kv(
@@ -848,32 +913,12 @@ def optimize_with_kv(
     backend: str = 'auto', # 'auto', 'torch' or 'mlx'
     overwrite: bool = False, # replace `out`
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
-) -> dict: # report, weights, cache, config, figures
+) -> dict: # report, config, figures, and what `joint_plan` returns
     "Measure weights and cache, choose formats for both under one cap, write the model with its kv_config.json"
     formats, kv_formats = ([parse_format(f) for f in fs] for fs in (formats, kv_formats))
-    c = Checkpoint(model, trust_remote_code)
-    layout = kv_layout(c, context)
-    if out is not None and Path(out).exists() and not overwrite:
-        with whole_folder(out): pass # raises the error that names the flag
+    c, layout = opened_cache(model, context, out, overwrite, trust_remote_code)
     allocate(combine(untested(c, formats), untested(layout, kv_formats)), max_bytes=max_bytes) # raises if nothing fits
-    b, tokens, scored, names = open_with_texts(c, backend, calibration, evaluation, n, seq_len, eval_n)
-    with helped(b, tokens, kv_formats) as statistics:
-        joint = joint_plan(b, tokens, max_bytes, context, formats, kv_formats)
-        report, changed = configurations(b, scored, joint, ends_of(kv_formats), dict(model=c.name, **names, **machine()))
-    config = kv_config(joint['cache'], layout, statistics)
-    def extra(folder): # written beside the weights before the folder gets its name
-        save_kv_config(config, folder/'kv_config.json', f'optiq/{STATISTICS}') # where no loader takes it for weights
-        joint['cache_sweep'].save(folder/'optiq'/'kv_sweep.json')
-        return {'cache': f'{joint["cache"].size_mb:.1f} MB at {context:,} tokens, see kv_config.json'}
-    if out is not None:
-        convert(c, joint['weights'], out, joint['weight_sweep'], overwrite, calibration=calibration, measured=extra)
-    total = joint['weights'].nbytes+joint['cache'].nbytes
-    return dict(report=report, weights=joint['weights'], cache=joint['cache'], config=config, figures=dict(
-        output=out and str(out), context=context, bytes=total, weight_mb=joint['weights'].size_mb,
-        cache_mb=joint['cache'].size_mb, predicted_kl=joint['weights'].predicted_kl+joint['cache'].predicted_kl,
-        changed=changed, rows=report.rows,
-        layers=config['layers'], left={str(i): why for i, why in layout.left.items()}, about=report.about))
-
-def ends_of(formats: list) -> list:
-    "The widest and the narrowest"
-    return sorted({f(formats, key=lambda f: f.bits) for f in (max, min)}, key=lambda f: -f.bits)
+    texts = open_with_texts(c, backend, calibration, evaluation, n, seq_len, eval_n)
+    found = planned_together(texts, layout, formats, kv_formats, max_bytes, out)
+    if out is not None: write_with_kv(found, c, out, overwrite, calibration)
+    return found

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'VERSION', 'STATISTICS', 'PART', 'MANY', 'AT_ONCE', 'CACHES', 'KVLayer', 'own_caches', 'Ear', 'kv_layers',
-           'KVUnits', 'digest_of', 'KVLayout', 'kv_layout', 'check_candidates', 'check_heard', 'kv_sweep', 'at_context',
-           'plot_kv', 'rotates', 'kv_config', 'save_kv_config', 'read_kv_config', 'summable', 'Codec', 'Dense',
-           'codec_of', 'At', 'Stored', 'attend', 'attend_packed', 'attend_dense', 'hook', 'Pair', 'put', 'Written',
-           'Growing', 'Mixed', 'MixedKVCache', 'Padded', 'aligned', 'Joined', 'Picked', 'BatchMixedKVCache', 'cache_of',
-           'mixed_caches', 'use_kv_config', 'generate_with_mixed_kv', 'cache_bytes', 'memory_table', 'opened_cache',
-           'untested', 'open_with_texts', 'helped', 'beside_uniform', 'kv_figures', 'planned_cache', 'layer_table',
-           'memory_lines', 'write_kv', 'optimize_kv', 'combine', 'parts', 'joint_plan', 'every_pair', 'configurations',
-           'ends_of', 'planned_together', 'write_with_kv', 'optimize_with_kv']
+           'KVUnits', 'hashed', 'digest_of', 'KVLayout', 'kv_layout', 'check_candidates', 'check_heard', 'kv_sweep',
+           'at_context', 'plot_kv', 'rotates', 'kv_config', 'save_kv_config', 'read_kv_config', 'summable', 'Codec',
+           'Dense', 'codec_of', 'At', 'Stored', 'attend', 'attend_packed', 'attend_dense', 'hook', 'Pair', 'put',
+           'Written', 'Growing', 'Mixed', 'MixedKVCache', 'Padded', 'aligned', 'Joined', 'Picked', 'BatchMixedKVCache',
+           'cache_of', 'mixed_caches', 'use_kv_config', 'generate_with_mixed_kv', 'cache_bytes', 'memory_table',
+           'opened_cache', 'untested', 'open_with_texts', 'helped', 'beside_uniform', 'kv_figures', 'planned_cache',
+           'layer_table', 'memory_lines', 'write_kv', 'optimize_kv', 'combine', 'parts', 'joint_plan', 'every_pair',
+           'configurations', 'ends_of', 'planned_together', 'write_with_kv', 'optimize_with_kv']
 
 # %% ../nbs/06_kv_cache.ipynb #e99b884b
 import hashlib
@@ -57,8 +57,8 @@ class KVLayer:
 
     def nbytes(self, context: int) -> int:
         "Bytes at a context, as it is"
-        tokens = min(context, self.window or context)
-        return self.constant+tokens*self.heads*(self.key_dim+self.value_dim)*(4 if self.dtype == 'float32' else 2)
+        tokens, size = min(context, self.window or context), 4 if self.dtype == 'float32' else 2
+        return self.constant+tokens*self.heads*(self.key_dim+self.value_dim)*size
 
 # %% ../nbs/06_kv_cache.ipynb #4d45b30e
 def own_caches(model) -> list:
@@ -70,7 +70,9 @@ def own_caches(model) -> list:
 # %% ../nbs/06_kv_cache.ipynb #330d49ca
 class Ear:
     "Writes down what caches are given, by which block, and whether what they return arrives in attention"
-    def __init__(self, blocks): self.blocks, self.block, self.calls, self.arrived = list(blocks), None, {}, Counter()
+    def __init__(self, blocks):
+        self.blocks, self.block = list(blocks), None
+        self.calls, self.arrived = {}, Counter() # cache ▸ what it was given and returned, how often that arrived
 
     def listen(self, i, cache):
         update = cache.update_and_fetch
@@ -84,7 +86,7 @@ class Ear:
         return self.blocks[i](*args, **kwargs)
 
     def attended(self, k, v):
-        self.arrived.update(i for i, found in self.calls.items() for *_, out in found if k is out[0] and v is out[1])
+        self.arrived.update(i for i, found in self.calls.items() for *_, (a, b) in found if k is a and v is b)
         return k, v
 
 # %% ../nbs/06_kv_cache.ipynb #2a3f7d26
@@ -99,15 +101,15 @@ def _left(c, arrived: int) -> str:
 # %% ../nbs/06_kv_cache.ipynb #f6e07af5
 def _layer(i, c, calls, arrived):
     "One layer from what was recorded"
-    still, name = [p for p in getattr(c, 'caches', [c]) if not hasattr(p, 'update_and_fetch')], type(c).__name__
+    name, window = type(c).__name__, getattr(c, 'max_size', None)
+    still = [p for p in getattr(c, 'caches', [c]) if not hasattr(p, 'update_and_fetch')]
     constant = sum(a.nbytes for p in still for _, a in tree_flatten(p.state) if isinstance(a, mx.array))
-    if not calls: return KVLayer(i, None, constant=constant,
-                                 left='recurrent state' if name == 'ArraysCache' else f'{name} holds no keys and values')
-    _, keys, values, _ = zip(*calls)
+    if not calls: return KVLayer(i, None, constant=constant, left='recurrent state' if name == 'ArraysCache'
+                                 else f'{name} holds no keys and values')
     block, k, v, _ = calls[0]
     heads, dims = k.shape[1], (k.shape[3], v.shape[3])
-    if len(calls) > 1: heads, dims = 1, [sum(a.shape[1]*a.shape[3] for a in side) for side in (keys, values)] # left alone
-    window = getattr(c, 'max_size', None)
+    if len(calls) > 1: # several caches, left alone
+        heads, dims = 1, [sum(c[j].shape[1]*c[j].shape[3] for c in calls) for j in (1, 2)]
     return KVLayer(i, block, heads, *dims, str(k.dtype).split('.')[-1], window, constant, _left(c, arrived))
 
 # %% ../nbs/06_kv_cache.ipynb #84234e8f
@@ -136,7 +138,8 @@ class KVUnits:
     @property
     def units(self):
         return [Unit(f'cache.{l.index}.{kind}', kind, (self.context, l.heads, dim), l.block, l.dtype)
-                for l in self.layers if not l.left for kind, dim in (('keys', l.key_dim), ('values', l.value_dim))]
+                for l in self.layers if not l.left
+                for kind, dim in (('keys', l.key_dim), ('values', l.value_dim))]
 
     @property
     def other_bytes(self): return sum(l.nbytes(self.context) for l in self.layers if l.left)
@@ -148,23 +151,25 @@ class KVUnits:
     def left(self): return {l.index: l.left for l in self.layers if l.left}
 
 # %% ../nbs/06_kv_cache.ipynb #be2fe5cc
+def hashed(text: str) -> str: return hashlib.sha256(text.encode()).hexdigest()[:12]
+
 def digest_of(statistics: Mapping) -> str: # unit path ▸ preconditioner
     "A few letters that tell one set of statistics from another"
-    return hashlib.sha256(repr(sorted((p, s.digest) for p, s in statistics.items())).encode()).hexdigest()[:12]
+    return hashed(repr(sorted((p, s.digest) for p, s in statistics.items())))
 
 # %% ../nbs/06_kv_cache.ipynb #40c1986f
 @dataclass(frozen=True)
 class KVLayout(KVUnits):
     "And what else a sweep depends on"
-    weights: Mapping | None = field(default=None, repr=False) # the formats of the weights, if they are quantized meanwhile
-    statistics: Mapping | None = field(default=None, repr=False) # unit path ▸ preconditioner of rotated formats, if there are any
+    weights: Mapping | None = field(default=None, repr=False) # their formats, if they are quantized meanwhile
+    statistics: Mapping | None = field(default=None, repr=False) # unit path ▸ preconditioner of rotated formats
 
     @property
     def header(self): return dict(layers=[asdict(l) for l in self.layers], context=self.context)
     @property
     def stamp(self): # what a sweep's fingerprint says of it
         formats = json.dumps({p: str(f) for p, f in (self.weights or {}).items()})
-        said = dict(units='keys and values', weights=self.weights and hashlib.sha256(formats.encode()).hexdigest()[:12])
+        said = dict(units='keys and values', weights=self.weights and hashed(formats))
         return said | ({'statistics': digest_of(self.statistics)} if self.statistics else {})
 
 # %% ../nbs/06_kv_cache.ipynb #56e4be10
@@ -177,26 +182,28 @@ def kv_layout(
     "What a model caches; raises ValueError if nothing of it can be quantized"
     if context < 1: raise ValueError(f'a context of {context} tokens is none; give --context 1 or more')
     c = Checkpoint(model) if isinstance(model, (str, Path)) else model
-    layout = KVLayout(tuple(kv_layers(c.load() if isinstance(c, Checkpoint) else c)), getattr(c, 'name', ''), context,
-                      weights, statistics)
+    layers = kv_layers(c.load() if isinstance(c, Checkpoint) else c)
+    layout = KVLayout(tuple(layers), getattr(c, 'name', ''), context, weights, statistics)
     if not layout.units: raise ValueError('nothing of this cache can be quantized: '+', '.join(
         f'{what} ({n} layers)' for what, n in Counter(layout.left.values()).items()))
     return layout
 
 # %% ../nbs/06_kv_cache.ipynb #eedf25f5
 def check_candidates(b, layout: KVLayout, formats: list):
-    "Raise ValueError if no candidate fits any head, or if the backend cannot hold quantized weights meanwhile"
+    "Raise ValueError if no candidate fits, or if the backend cannot hold quantized weights meanwhile"
     if not any(divides(f, u.shape) for u in layout.units for f in formats): raise ValueError(
         f'no candidate fits heads of {layout.units[0].shape[-1]}; affine formats need a multiple of 32')
     if layout.weights and isinstance(b, StreamingBackend): raise ValueError(
-        'a streamed model cannot hold quantized weights for the length of a sweep; use --backend torch or mlx')
+        'a streamed model cannot hold quantized weights for the length of a sweep; '
+        'use --backend torch or mlx')
 
 # %% ../nbs/06_kv_cache.ipynb #cf055fc2
 def check_heard(sweep: Sweep, b):
     "Raise ValueError if a perturbation changed nothing: then attention did not see it"
     dead = [p for (p, _), v in sweep.values.items() if not v.any()]
-    if dead: raise ValueError(f'{dead[0]} at {len(dead)} formats changed nothing: attention of this model does not pass '
-                              f'through the {b.name} backend; use --backend {"mlx" if b.name == "torch" else "torch"}')
+    if dead: raise ValueError(
+        f'{dead[0]} at {len(dead)} formats changed nothing: attention of this model does not pass through '
+        f'the {b.name} backend; use --backend {"mlx" if b.name == "torch" else "torch"}')
 
 # %% ../nbs/06_kv_cache.ipynb #d864fc27
 def kv_sweep(
@@ -211,7 +218,8 @@ def kv_sweep(
 ) -> Sweep:
     "Measure the KL that quantizing each layer's keys, and each layer's values, costs"
     b = open_backend(model, backend)
-    layout, formats = kv_layout(b.checkpoint, context, weights, b.statistics), [parse_format(f) for f in formats]
+    formats = [parse_format(f) for f in formats]
+    layout = kv_layout(b.checkpoint, context, weights, b.statistics)
     check_candidates(b, layout, formats)
     with b.swapped(overrides_of(weights or {})): sweep = kl_sweep(b, tokens, formats, of=layout, **options)
     check_heard(sweep, b)
@@ -237,10 +245,11 @@ def plot_kv(
     import matplotlib.pyplot as plt
     fmt = parse_format(fmt) if fmt else min(sweep.formats, key=lambda f: f.bits)
     ax = ax or plt.subplots(figsize=(8, 3))[1]
-    for kind, style in (('keys', dict(marker='o', color='#0072B2')), ('values', dict(marker='s', color='#D55E00'))):
+    for kind, marker, colour in (('keys', 'o', '#0072B2'), ('values', 's', '#D55E00')):
         us = [u for u in sweep.units if u.kind == kind and (u.path, fmt) in sweep.values]
         ax.errorbar([int(u.path.split('.')[1]) for u in us], [sweep.kl(u.path, fmt) for u in us],
-                    [2*np.nan_to_num(sweep.se(u.path, fmt)) for u in us], capsize=2, lw=1, ms=4, label=kind, **style)
+                    [2*np.nan_to_num(sweep.se(u.path, fmt)) for u in us], capsize=2, lw=1, ms=4,
+                    label=kind, marker=marker, color=colour)
     ax.set(yscale='log', xlabel='layer', ylabel='KL', title=f'{sweep.header["model"]} at {fmt}')
     ax.legend(frameon=False)
     return ax
@@ -262,12 +271,12 @@ def kv_config(
     formats = {p: str(f) for p, f in plan.items()}
     def layer(l):
         keys, values = (formats.get(f'cache.{l.index}.{k}', str(AS_IS)) for k in ('keys', 'values'))
-        return dict(layer=l.index, heads=l.heads, key_dim=l.key_dim, value_dim=l.value_dim, keys=keys, values=values,
-                    **{'left': l.left} if l.left else {})
+        return dict(layer=l.index, heads=l.heads, key_dim=l.key_dim, value_dim=l.value_dim,
+                    keys=keys, values=values, **{'left': l.left} if l.left else {})
     used = {p: s for p, s in statistics.items() if p in plan and rotates(plan[p])}
     mine = make_plan(layout, {u.path: plan[u.path] for u in layout.units})
-    head = dict(optiq='kv_config', version=VERSION, model=plan.model or layout.name, nominal_bits=mine.nominal_bits)
-    return dict(head, context=layout.context, nbytes=mine.nbytes,
+    return dict(optiq='kv_config', version=VERSION, model=plan.model or layout.name,
+                nominal_bits=mine.nominal_bits, context=layout.context, nbytes=mine.nbytes,
                 **{'statistics': used} if used else {}, layers=[layer(l) for l in layout.layers])
 
 # %% ../nbs/06_kv_cache.ipynb #a7b90bc9
@@ -289,8 +298,9 @@ def save_kv_config(
 # %% ../nbs/06_kv_cache.ipynb #61e1b455
 def _load_config(config: 'str | Path | dict') -> tuple: # what to call it, its folder, what it holds
     "A config as a dict; raises ValueError if it is none or of another version"
-    where, folder = ('this kv_config', None) if isinstance(config, dict) else (str(config), Path(config).parent)
-    try: d = json.loads(Path(config).read_text()) if folder else config
+    file = None if isinstance(config, dict) else Path(config)
+    where, folder = str(config) if file else 'this kv_config', file and file.parent
+    try: d = json.loads(file.read_text()) if file else config
     except ValueError: d = {}
     if not isinstance(d, dict) or d.get('optiq') != 'kv_config': raise ValueError(
         f'{where} is no kv_config; `optiq kv-cache` writes one')
@@ -312,8 +322,9 @@ def _check_fit(where, d, found, layers):
     if sorted(found) != [l.index for l in layers]: raise ValueError(
         f'{made}: it has {len(found)} layers, this model has {len(layers)}')
     for r, l in zip(sorted(d['layers'], key=lambda r: r['layer']), layers):
-        theirs, ours = (r.get('heads'), r.get('key_dim'), r.get('value_dim')), (l.heads, l.key_dim, l.value_dim)
-        if theirs != ours: raise ValueError(f'{made}: layer {l.index} has heads and widths {theirs} there, {ours} here')
+        theirs, ours = (tuple(map(x.get, ('heads', 'key_dim', 'value_dim'))) for x in (r, vars(l)))
+        if theirs != ours: raise ValueError(
+            f'{made}: layer {l.index} has heads and widths {theirs} there, {ours} here')
         _check_layer(f'{where}: layer {l.index}', l, found[l.index])
 
 # %% ../nbs/06_kv_cache.ipynb #badb8e3e
@@ -323,7 +334,8 @@ def _check_statistics(where, layers: list, known: Mapping):
         for kind, dim in (('keys', 'key_dim'), ('values', 'value_dim')):
             p, shape = known.get(f'cache.{r["layer"]}.{kind}'), (r.get('heads'), 1, r.get(dim))
             if p is not None and p.scale.shape != shape: raise ValueError(
-                f'{where}: the statistics of layer {r["layer"]}\'s {kind} have shape {p.scale.shape}, not {shape}')
+                f'{where}: the statistics of layer {r["layer"]}\'s {kind} have shape '
+                f'{p.scale.shape}, not {shape}')
 
 # %% ../nbs/06_kv_cache.ipynb #b525854c
 def _with_statistics(where, d, found, folder):
@@ -337,8 +349,8 @@ def _with_statistics(where, d, found, folder):
             'give the file where `optiq kv-cache` wrote both')
         known = load_preconditions(folder/known)
     _check_statistics(where, d['layers'], known)
-    return {i: tuple(turned(f, precondition=known.get(f'cache.{i}.{kind}')) for f, kind in zip(pair, ('keys', 'values')))
-            for i, pair in found.items()}
+    def own(i, kind, f): return turned(f, precondition=known.get(f'cache.{i}.{kind}'))
+    return {i: (own(i, 'keys', k), own(i, 'values', v)) for i, (k, v) in found.items()}
 
 # %% ../nbs/06_kv_cache.ipynb #13c05056
 def read_kv_config(
@@ -348,7 +360,8 @@ def read_kv_config(
     "A config, checked; raises ValueError saying which layer is wrong"
     where, folder, d = _load_config(config)
     try: found = {int(r['layer']): tuple(parse_format(r[k]) for k in ('keys', 'values')) for r in d['layers']}
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{where}: {type(e).__name__} in layers: {e}') from None
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f'{where}: {type(e).__name__} in layers: {e}') from None
     if model is not None: _check_fit(where, d, found, kv_layers(model))
     found = {i: pair for i, pair in found.items() if pair != (AS_IS, AS_IS)}
     return _with_statistics(where, d, found, folder)
@@ -389,8 +402,9 @@ class Codec:
 class Dense(Codec):
     "Keys or values as they are"
     def encode(self, x): return [x]
-    def product(self, a, arrays, transpose): return a @ (arrays[0].swapaxes(-1, -2) if transpose else arrays[0])
     def dense(self, arrays, dtype): return arrays[0].astype(dtype)
+    def product(self, a, arrays, transpose):
+        return a @ (arrays[0].swapaxes(-1, -2) if transpose else arrays[0])
 
 # %% ../nbs/06_kv_cache.ipynb #3ee42773
 @lru_cache
@@ -437,11 +451,8 @@ class Stored:
 MANY = 32 # queries from which unpacking pays
 AT_ONCE = 2**24 # elements of keys that are unpacked at a time
 
-def attend(q, keys: Stored, values: Stored, *, scale: float, mask=None, sinks=None, **_): # q (B, Hq, L, D) ▸ (B, Hq, L, Dv)
-    "Attention over a stored cache"
-    if q.shape[2] == 1 < MANY and mask is None and sinks is None:
-        out = keys.codec.attend_token(q, keys, values, scale)
-        if out is not None: return out
+def attend(q, keys: Stored, values: Stored, *, scale: float, mask=None, sinks=None, **_): # ▸ (B, Hq, L, Dv)
+    "Attention over a stored cache, for queries of shape (B, Hq, L, D)"
     many = q.shape[2] >= MANY
     out = (attend_dense if many else attend_packed)(keys.codec.turn(q), keys, values, scale, mask, sinks)
     return values.codec.back(out)
@@ -494,7 +505,8 @@ class Pair:
 
     def each(self, f):
         "Apply `f` to every array, if there are any"
-        if self.keys is not None: self.keys, self.values = ([f(a) for a in arrays] for arrays in (self.keys, self.values))
+        if self.empty(): return
+        self.keys, self.values = ([f(a) for a in arrays] for arrays in (self.keys, self.values))
 
     def empty(self): return self.keys is None
 
@@ -594,7 +606,9 @@ class MixedKVCache(Mixed):
     @classmethod
     def merge(cls, caches): return BatchMixedKVCache.merge(caches)
 
-    def __repr__(self): return f'MixedKVCache({self.formats[0]}, {self.formats[1]}), {self.offset} tokens, {self.nbytes:,} bytes'
+    def __repr__(self):
+        keys, values = self.formats
+        return f'MixedKVCache({keys}, {values}), {self.offset} tokens, {self.nbytes:,} bytes'
 
 # %% ../nbs/06_kv_cache.ipynb #700b5051
 class Padded(Mixed):
@@ -620,7 +634,7 @@ class Padded(Mixed):
 
 # %% ../nbs/06_kv_cache.ipynb #a3acec7d
 def aligned(c, arrays, j: int, like, length: int): # ▸ (B, heads, length, …)
-    "Array `j` of a batch, moved right so that it ends at `length`; zeros shaped as `like` if the batch is empty"
+    "Array `j` of a batch, moved right so that it ends at `length`; zeros shaped as `like` if it is empty"
     if arrays is None: return mx.zeros((c.offset.shape[0], like.shape[1], length, like.shape[3]), like.dtype)
     return mx.pad(arrays[j][:, :, :c.length], [(0, 0), (0, 0), (length-c.length, 0), (0, 0)])
 
@@ -630,8 +644,9 @@ class Joined(Padded):
     def join(self, others: list): # of Padded
         "Hold the texts of these, one under another"
         length, like = max(c.length for c in others), next((c for c in others if not c.empty()), self)
-        def stacked(side): return [mx.concatenate([aligned(c, getattr(c, side), j, a, length) for c in others])
-                                   for j, a in enumerate(getattr(like, side))]
+        def stacked(side): return [
+            mx.concatenate([aligned(c, getattr(c, side), j, a, length) for c in others])
+            for j, a in enumerate(getattr(like, side))]
         if not like.empty(): self.keys, self.values = map(stacked, ('keys', 'values'))
         self.left_padding = mx.concatenate([c.left_padding+(length-c.length) for c in others])
         self.offset, self.length = mx.concatenate([c.offset for c in others]), length
@@ -643,8 +658,10 @@ class Joined(Padded):
     @classmethod
     def merge(cls, caches: list): # of MixedKVCache
         "One batch of several caches"
-        if len({c.formats for c in caches}) > 1: raise ValueError('caches of different formats cannot be one batch')
-        def alone(c): return cls.from_state((c.keys, c.values, mx.array([c.offset]), mx.array([0]), c.offset, *c.about))
+        if len({c.formats for c in caches}) > 1:
+            raise ValueError('caches of different formats cannot be one batch')
+        def alone(c): return cls.from_state(
+            (c.keys, c.values, mx.array([c.offset]), mx.array([0]), c.offset, *c.about))
         return cls([0], *caches[0].formats).join(list(map(alone, caches)))
 
 # %% ../nbs/06_kv_cache.ipynb #2f12bd7b
@@ -662,15 +679,17 @@ class Picked(Joined):
         "The cache of one text"
         start = self.left_padding.tolist()[idx]
         def cut(arrays): return arrays and [mx.contiguous(a[idx:idx+1, :, start:self.length]) for a in arrays]
-        return MixedKVCache.from_state((cut(self.keys), cut(self.values), self.length-start if self.keys else 0, *self.about))
+        length = self.length-start if self.keys else 0
+        return MixedKVCache.from_state((cut(self.keys), cut(self.values), length, *self.about))
 
 # %% ../nbs/06_kv_cache.ipynb #001a2b62
 class BatchMixedKVCache(Picked):
     "The cache of one layer for several texts: what mlx-lm's batch generator asks of it"
     def prepare(self, *, left_padding=None, lengths=None, right_padding=None):
         if left_padding is not None:
-            if self.keys is not None: raise ValueError('padding on the left can only be added to an empty cache')
-            self.left_padding, self.offset = self.left_padding+mx.array(left_padding), self.offset-mx.array(left_padding)
+            if not self.empty(): raise ValueError('padding on the left can only be added to an empty cache')
+            n = mx.array(left_padding)
+            self.left_padding, self.offset = self.left_padding+n, self.offset-n
         if right_padding is not None and max(right_padding) > 0: self.right_padding = mx.array(right_padding)
 
     def finalize(self):
@@ -719,8 +738,8 @@ def generate_with_mixed_kv(
     for name in ('prompt_cache', 'kv_bits', 'max_kv_size'):
         if generate_kwargs.get(name) is not None: raise ValueError(
             f'{name} and kv_config exclude each other; leave one of them out')
-    draft = generate_kwargs.get('draft_model')
-    caches = mixed_caches(model, read_kv_config(kv_config, model))+(own_caches(draft) if draft is not None else [])
+    draft, caches = generate_kwargs.get('draft_model'), mixed_caches(model, read_kv_config(kv_config, model))
+    if draft is not None: caches += own_caches(draft)
     return generate(model, tokenizer, prompt, prompt_cache=caches, **generate_kwargs)
 
 # %% ../nbs/06_kv_cache.ipynb #fc7d1c3d
@@ -729,11 +748,11 @@ def cache_bytes(
     formats: dict, # cache index ▸ (format of keys, format of values), as `read_kv_config` returns it
     context: int, # tokens
 ) -> int:
-    "Bytes that caches hold after `context` tokens: `nbytes` of real ones, filled; layers left alone as they are"
+    "Bytes that caches hold after `context` tokens: `nbytes` of real ones, filled; others as they are"
     def held(l):
         if l.index not in formats: return l.nbytes(context)
-        cache = cache_of(*formats[l.index])
-        cache.update_and_fetch(*(mx.zeros((1, l.heads, context, d), getattr(mx, l.dtype)) for d in (l.key_dim, l.value_dim)))
+        cache, dtype = cache_of(*formats[l.index]), getattr(mx, l.dtype)
+        cache.update_and_fetch(*(mx.zeros((1, l.heads, context, d), dtype) for d in (l.key_dim, l.value_dim)))
         return cache.nbytes
     return sum(map(held, layout.layers))
 
@@ -744,12 +763,12 @@ def memory_table(
     contexts: tuple = (1024, 4096, 16384, 32768), # tokens
 ) -> list[dict]: # context, fp16_bytes, bytes, ratio
     "Measured bytes of a mixed cache beside those of a cache that is left as it is"
-    rows = [dict(context=n, fp16_bytes=cache_bytes(layout, {}, n), bytes=cache_bytes(layout, formats, n)) for n in contexts]
-    return [r | dict(ratio=r['fp16_bytes']/r['bytes']) for r in rows]
+    def row(n, whole, mixed): return dict(context=n, fp16_bytes=whole, bytes=mixed, ratio=whole/mixed)
+    return [row(n, *(cache_bytes(layout, fs, n) for fs in ({}, formats))) for n in contexts]
 
 # %% ../nbs/06_kv_cache.ipynb #d470885c
-def opened_cache(model, context: int, out, overwrite: bool, trust_remote_code: bool) -> tuple: # Checkpoint, KVLayout
-    "A model and what it caches; raises FileExistsError if `out` is there and has to stay"
+def opened_cache(model, context: int, out, overwrite: bool, trust_remote_code: bool) -> tuple:
+    "Checkpoint and KVLayout of a model; raises FileExistsError if `out` is there and has to stay"
     c = Checkpoint(model, trust_remote_code)
     layout = kv_layout(c, context)
     if out is not None and Path(out).exists() and not overwrite:
@@ -764,8 +783,9 @@ def untested(source, formats: list) -> Sweep: # of a Checkpoint or KVLayout
                  dict(model=source.name, params=source.params, other_bytes=source.other_bytes))
 
 # %% ../nbs/06_kv_cache.ipynb #b9a45a95
-def open_with_texts(c: Checkpoint, backend: str, calibration: str, evaluation: str | None, n: int, seq_len: int, eval_n: int):
-    "Backend, calibration tokens, evaluation tokens, and what a report says of them; the two texts are disjoint"
+def open_with_texts(c: Checkpoint, backend: str, calibration: str, evaluation: str | None,
+                    n: int, seq_len: int, eval_n: int) -> tuple:
+    "Backend, calibration tokens, evaluation tokens, and what a report says of them; they are disjoint"
     b, split = open_backend(c, backend), 'all' if evaluation and evaluation != calibration else 'train'
     tokens = token_batch(passages(calibration, split), c.tokenizer, n, seq_len)
     evaluation, split = evaluation or calibration, 'test' if split == 'train' else split
@@ -809,8 +829,8 @@ def planned_cache(texts: tuple, layout: KVLayout, formats: list, caps: dict, out
     config = kv_config(plan, layout, statistics)
     return dict(report=report, plan=plan, sweep=sweep, config=config, figures=kv_figures(
         out, layout, [plan], report, config, nominal_bits=plan.nominal_bits, true_bits=plan.true_bits,
-        predicted_kl_se=plan.predicted_kl_se, calibration_kl=joint, statistics=sorted(config.get('statistics', ())),
-        memory=memory_table(layout, read_kv_config(config))))
+        predicted_kl_se=plan.predicted_kl_se, calibration_kl=joint,
+        statistics=sorted(config.get('statistics', ())), memory=memory_table(layout, read_kv_config(config))))
 
 # %% ../nbs/06_kv_cache.ipynb #f132ee88
 def layer_table(config: dict) -> str:
@@ -826,15 +846,16 @@ def memory_lines(memory: list) -> str:
                      f'mixed {r["bytes"]/2**20:9.2f} MB  ({r["ratio"]:.2f} ×)' for r in memory)
 
 # %% ../nbs/06_kv_cache.ipynb #78389957
-def write_kv(found: dict, out: 'str | Path', overwrite: bool = False): # what `planned_cache` returned for `out`
-    "Write everything that was found into a folder"
+def write_kv(found: dict, out: 'str | Path', overwrite: bool = False):
+    "Write what `planned_cache` found for `out` into that folder"
     from importlib.util import find_spec
     with whole_folder(out, overwrite) as folder:
         for name in ('sweep', 'plan', 'report'): found[name].save(folder/f'{name}.json')
         save_kv_config(found['config'], folder/'kv_config.json')
         said = layer_table(found['config']), memory_lines(found['figures']['memory']), str(found['report'])
         (folder/'table.txt').write_text('\n\n'.join(said)+'\n', encoding='utf-8')
-        if find_spec('matplotlib'): plot_kv(found['sweep']).figure.savefig(folder/'sensitivity.svg', bbox_inches='tight')
+        if find_spec('matplotlib'):
+            plot_kv(found['sweep']).figure.savefig(folder/'sensitivity.svg', bbox_inches='tight')
     Path(f'{out}.sweep.jsonl').unlink()
 
 # %% ../nbs/06_kv_cache.ipynb #8dde5ef6
@@ -856,7 +877,7 @@ def optimize_kv(
     overwrite: bool = False, # replace `out`
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
 ) -> dict: # report, plan, sweep, config, figures
-    "Measure a cache's sensitivities, choose formats within the cap, score them on other text, write kv_config.json"
+    "Measure a cache's sensitivities, choose formats within the cap, score them, write kv_config.json"
     formats = [parse_format(f) for f in formats]
     caps = dict(target_bits=target_bits, max_bytes=max_bytes, tie='cache' if tie else None)
     c, layout = opened_cache(model, context, out, overwrite, trust_remote_code)
@@ -872,8 +893,8 @@ def combine(
     cache: Sweep, # at the context for which memory is planned
 ) -> Sweep:
     "Weights and cache as one list of units"
-    if {len(v) for s in (weights, cache) for v in s.values.values()} != {len(next(iter(weights.values.values())))}:
-        raise ValueError('the two sweeps have different numbers of sequences; measure both on the same tokens')
+    if len({len(v) for s in (weights, cache) for v in s.values.values()}) > 1: raise ValueError(
+        'the two sweeps have different numbers of sequences; measure both on the same tokens')
     formats = list(dict.fromkeys([*weights.formats, *cache.formats]))
     sums = {k: weights.header[k]+cache.header[k] for k in ('params', 'other_bytes')}
     header = dict(model=weights.header['model'], **sums)
@@ -927,10 +948,10 @@ def configurations(
     "Quality and memory of every pair of weights and cache"
     pairs, both = every_pair(joint, kv_formats), combine(joint['weight_sweep'], joint['cache_sweep'])
     scores = evaluate(b, scored, {k: overrides_of(p) | overrides_of(q) for k, (p, q) in pairs.items()})
-    rows = [score_row(k, make_plan(both, {**p, **q}), scores[k]) | dict(weight_mb=p.size_mb, cache_mb=q.size_mb)
-            for k, (p, q) in pairs.items()]
+    def row(k, p, q): return score_row(k, make_plan(both, {**p, **q}), scores[k]) | dict(
+        weight_mb=p.size_mb, cache_mb=q.size_mb)
     on_full, on_quantized = (pairs[f'{x} weights, mixed cache'][1] for x in ('full', 'quantized'))
-    return Report(rows, about), list(on_full.diff(on_quantized))
+    return Report([row(k, *pair) for k, pair in pairs.items()], about), list(on_full.diff(on_quantized))
 
 # %% ../nbs/06_kv_cache.ipynb #0876ff0d
 def ends_of(formats: list) -> list:
@@ -938,7 +959,8 @@ def ends_of(formats: list) -> list:
     return sorted({f(formats, key=lambda f: f.bits) for f in (max, min)}, key=lambda f: -f.bits)
 
 # %% ../nbs/06_kv_cache.ipynb #04f95317
-def planned_together(texts: tuple, layout: KVLayout, formats: list, kv_formats: list, max_bytes: float, out=None) -> dict:
+def planned_together(texts: tuple, layout: KVLayout, formats: list, kv_formats: list,
+                     max_bytes: float, out=None) -> dict:
     "Measure, choose, score; `texts` are of `open_with_texts`"
     b, tokens, scored, about = texts
     with helped(b, tokens, kv_formats) as statistics:
@@ -947,17 +969,19 @@ def planned_together(texts: tuple, layout: KVLayout, formats: list, kv_formats: 
     weights, cache = joint['weights'], joint['cache']
     config = kv_config(cache, layout, statistics)
     return joint | dict(report=report, config=config, figures=kv_figures(
-        out, layout, [weights, cache], report, config, changed=changed, weight_mb=weights.size_mb, cache_mb=cache.size_mb))
+        out, layout, [weights, cache], report, config, changed=changed,
+        weight_mb=weights.size_mb, cache_mb=cache.size_mb))
 
 # %% ../nbs/06_kv_cache.ipynb #be9803c9
 def write_with_kv(found: dict, c: Checkpoint, out: 'str | Path', overwrite: bool, calibration: str):
     "Write the model with its kv_config.json; `found` is what `planned_together` returned"
-    cache = found['cache']
+    mb, context = found['cache'].size_mb, found['config']['context']
     def extra(folder):
         save_kv_config(found['config'], folder/'kv_config.json', f'optiq/{STATISTICS}')
         found['cache_sweep'].save(folder/'optiq'/'kv_sweep.json')
-        return {'cache': f'{cache.size_mb:.1f} MB at {found["config"]["context"]:,} tokens, see kv_config.json'}
-    convert(c, found['weights'], out, found['weight_sweep'], overwrite, calibration=calibration, measured=extra)
+        return {'cache': f'{mb:.1f} MB at {context:,} tokens, see kv_config.json'}
+    convert(c, found['weights'], out, found['weight_sweep'], overwrite,
+            calibration=calibration, measured=extra)
 
 # %% ../nbs/06_kv_cache.ipynb #ddcc4d37
 def optimize_with_kv(
@@ -977,10 +1001,11 @@ def optimize_with_kv(
     overwrite: bool = False, # replace `out`
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
 ) -> dict: # report, config, figures, and what `joint_plan` returns
-    "Measure weights and cache, choose formats for both under one cap, write the model with its kv_config.json"
+    "Measure weights and cache, choose formats under one cap, write the model with its kv_config.json"
     formats, kv_formats = ([parse_format(f) for f in fs] for fs in (formats, kv_formats))
     c, layout = opened_cache(model, context, out, overwrite, trust_remote_code)
-    allocate(combine(untested(c, formats), untested(layout, kv_formats)), max_bytes=max_bytes) # raises if nothing fits
+    both = combine(untested(c, formats), untested(layout, kv_formats))
+    allocate(both, max_bytes=max_bytes) # raises before anything is measured if no plan fits
     texts = open_with_texts(c, backend, calibration, evaluation, n, seq_len, eval_n)
     found = planned_together(texts, layout, formats, kv_formats, max_bytes, out)
     if out is not None: write_with_kv(found, c, out, overwrite, calibration)

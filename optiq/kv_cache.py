@@ -7,7 +7,7 @@ __all__ = ['LOOK', 'VERSION', 'STATISTICS', 'GROUPS', 'PART', 'MANY', 'AT_ONCE',
            'kv_layers', 'KVUnits', 'hashed', 'digest_of', 'KVLayout', 'kv_layout', 'check_candidates', 'check_heard',
            'kv_sweep', 'at_context', 'plot_kv', 'rotates', 'kv_config', 'save_kv_config', 'read_kv_config', 'summable',
            'Codec', 'Dense', 'codec_of', 'At', 'Stored', 'attend', 'attend_packed', 'attend_dense', 'hook', 'Pair',
-           'put', 'Written', 'Growing', 'Mixed', 'MixedKVCache', 'Padded', 'aligned', 'Joined', 'Picked',
+           'put', 'Written', 'Growing', 'Mixed', 'MixedKVCache', 'Padded', 'aligned', 'stacked', 'Joined', 'Picked',
            'BatchMixedKVCache', 'cache_of', 'mixed_caches', 'use_kv_config', 'generate_with_mixed_kv', 'cache_bytes',
            'memory_table', 'opened_cache', 'untested', 'open_with_texts', 'helped', 'beside_uniform', 'kv_figures',
            'planned_cache', 'layer_table', 'memory_lines', 'write_kv', 'optimize_kv', 'combine', 'parts', 'joint_plan',
@@ -72,7 +72,7 @@ class Ear:
     "Writes down what caches are given, by which block, and whether what they return arrives in attention"
     def __init__(self, blocks):
         self.blocks, self.block = list(blocks), None
-        self.calls, self.arrived = {}, Counter() # cache ▸ what it was given and returned, how often that arrived
+        self.calls, self.arrived = {}, Counter() # by cache: what went in and out, how often that arrived
 
     def listen(self, i, cache):
         update = cache.update_and_fetch
@@ -162,7 +162,7 @@ def digest_of(statistics: Mapping) -> str: # unit path ▸ preconditioner
 class KVLayout(KVUnits):
     "And what else a sweep depends on"
     weights: Mapping | None = field(default=None, repr=False) # their formats, if they are quantized meanwhile
-    statistics: Mapping | None = field(default=None, repr=False) # unit path ▸ preconditioner of rotated formats
+    statistics: Mapping | None = field(default=None, repr=False) # unit path ▸ preconditioner
 
     @property
     def header(self): return dict(layers=[asdict(l) for l in self.layers], context=self.context)
@@ -643,16 +643,19 @@ def aligned(c, arrays, j: int, like, length: int): # ▸ (B, heads, length, …)
     if arrays is None: return mx.zeros((c.offset.shape[0], like.shape[1], length, like.shape[3]), like.dtype)
     return mx.pad(arrays[j][:, :, :c.length], [(0, 0), (0, 0), (length-c.length, 0), (0, 0)])
 
+# %% ../nbs/06_kv_cache.ipynb #8b45e884
+def stacked(caches: list, side: str, like, length: int) -> list: # of arrays
+    "Keys, or values, of several batches, one under another"
+    return [mx.concatenate([aligned(c, getattr(c, side), j, a, length) for c in caches])
+            for j, a in enumerate(getattr(like, side))]
+
 # %% ../nbs/06_kv_cache.ipynb #0930aaaf
 class Joined(Padded):
     "And made of others"
     def join(self, others: list): # of Padded
         "Hold the texts of these, one under another"
         length, like = max(c.length for c in others), next((c for c in others if not c.empty()), self)
-        def stacked(side): return [
-            mx.concatenate([aligned(c, getattr(c, side), j, a, length) for c in others])
-            for j, a in enumerate(getattr(like, side))]
-        if not like.empty(): self.keys, self.values = map(stacked, ('keys', 'values'))
+        if not like.empty(): self.keys, self.values = (stacked(others, s, like, length) for s in ('keys', 'values'))
         self.left_padding = mx.concatenate([c.left_padding+(length-c.length) for c in others])
         self.offset, self.length = mx.concatenate([c.offset for c in others]), length
         self.dims, self.dtype = like.dims, like.dtype

@@ -675,6 +675,7 @@ class Joined(Padded):
 # %% ../nbs/06_kv_cache.ipynb #2f12bd7b
 class Picked(Joined):
     "And some, or one, taken out"
+    one = MixedKVCache # what holds a single text
     def filter(self, batch_indices):
         "Keep some of the texts"
         self.each(lambda a: a[batch_indices])
@@ -688,7 +689,7 @@ class Picked(Joined):
         start = self.left_padding.tolist()[idx]
         def cut(arrays): return arrays and [mx.contiguous(a[idx:idx+1, :, start:self.length]) for a in arrays]
         length = self.length-start if self.keys else 0
-        return MixedKVCache.from_state((cut(self.keys), cut(self.values), length, *self.about))
+        return self.one.from_state((cut(self.keys), cut(self.values), length, *self.about))
 
 # %% ../nbs/06_kv_cache.ipynb #001a2b62
 class BatchMixedKVCache(Picked):

@@ -382,17 +382,12 @@ class TurboQuantKVCache(FromPrompt):
 @findable
 class BatchTurboQuantKVCache(_Turbo, BatchMixedKVCache):
     "The rotated cache of one layer for several texts"
+    one = TurboQuantKVCache
     @classmethod
     def merge(cls, caches):
         if len({c.formats for c in caches}) > 1: raise ValueError(
             "caches of different formats or preconditioners cannot be one batch; with precondition='prompt' each has its own")
         return super().merge(caches)
-
-    def extract(self, idx: int) -> TurboQuantKVCache:
-        start = self.left_padding.tolist()[idx]
-        def cut(arrays): return arrays and [mx.contiguous(a[idx:idx+1, :, start:self.length]) for a in arrays]
-        length = self.length-start if self.keys else 0
-        return TurboQuantKVCache.from_state((cut(self.keys), cut(self.values), length, *self.about))
 
 # %% ../nbs/08_turbo_cache.ipynb #053df323
 def turbo_cache(

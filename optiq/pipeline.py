@@ -79,10 +79,8 @@ def texts(
     "Tokens to choose on, and tokens to report on"
     other = calibration if evaluation is None else evaluation
     split = 'train' if str(other) == str(calibration) else 'all'
-    try: learned = batch_for(c, calibration, max(n, more), seq_len, split)
-    except ValueError: # there are fewer
-        if more <= n: raise
-        learned = batch_for(c, calibration, n, seq_len, split)
+    learned = batch_for(c, calibration, max(n, more), seq_len, split, fewer=True)
+    if len(learned) < n: learned = batch_for(c, calibration, n, seq_len, split) # whose error says what is missing
     held_out = 'test' if split == 'train' else split
     scored = evaluation_tokens(other, c.tokenizer, *eval_shape, held_out) if c.model_type == 'llm' else batch_for(c, other, eval_shape[0], split=held_out)
     refuse_overlap(overlap(block_hashes(learned), scored))

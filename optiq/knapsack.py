@@ -695,7 +695,8 @@ def contradiction(
 ) -> ValueError:
     "The error that names the caps which cannot be met together, and none that has no part in it"
     def possible(ks):
-        try: return solve(replace(p, costs=p.costs[ks], caps=p.caps[ks], kl=undominated(p.samples.mean(2), p.costs[ks])))
+        kl = undominated(p.samples.mean(2), p.costs[ks])
+        try: return solve(replace(p, costs=p.costs[ks], caps=p.caps[ks], kl=kl))
         except ValueError: return False
     guilty = list(range(len(budgets)))
     for k in range(len(budgets)):
@@ -819,8 +820,9 @@ def allocate(
 ) -> Plan:
     "The plan with the least KL within the caps"
     if method not in METHODS: raise ValueError(f'no method {method!r}; there are {", ".join(METHODS)}')
-    return pose(sweep, formats, protect, tie, budgets, target_bits=target_bits, true_bits=true_bits, max_bytes=max_bytes,
-                max_memory=max_memory, cache=cache, max_ms=max_ms, costs_ms=costs_ms).solve(method)
+    q = pose(sweep, formats, protect, tie, budgets, target_bits=target_bits, true_bits=true_bits,
+             max_bytes=max_bytes, max_memory=max_memory, cache=cache, max_ms=max_ms, costs_ms=costs_ms)
+    return q.solve(method)
 
 # %% ../nbs/04_knapsack.ipynb #a0689a94
 def plan_grid(plan: Plan) -> tuple: # kinds, formats, (kinds, blocks+2) index of a format or NaN
@@ -997,7 +999,8 @@ class Frontier(list):
     def to_frame(self):
         import pandas as pd
         return pd.DataFrame(self.points())
-    def _repr_html_(self): return self.to_frame().to_html(index=False, border=0, float_format='{:.4g}'.format, na_rep='')
+    def _repr_html_(self):
+        return self.to_frame().to_html(index=False, border=0, float_format='{:.4g}'.format, na_rep='')
     def plot(self, ax=None): return plot_frontier(self, ax)
     def __repr__(self): return frontier_text(self)
 

@@ -99,7 +99,8 @@ def cache_bytes(
     return sum(bytes_after(c, min(context, window(c))) for c in leaf_caches(model))
 
 # %% ../nbs/09_latency.ipynb #ea1cc8b1
-TOP_K = ('num_experts_per_tok', 'num_experts_per_token', 'top_k_experts', 'moe_top_k', 'moe_topk', 'moe_router_topk', 'top_k')
+TOP_K = ('num_experts_per_tok', 'num_experts_per_token', 'top_k_experts', 'moe_top_k', 'moe_topk', 'moe_router_topk',
+         'top_k')
 
 def experts_per_token(config: dict) -> int:
     "How many experts a token visits; raises ValueError if the config does not say"
@@ -391,7 +392,8 @@ def measure_overheads(
     for model in map(small_model, depths):
         device.append(per_step(token_chain(model), 1, 2, first, 3*runs))
         host.append(measure_decode(model, 1, 64 if on_gpu() else 12, runs))
-    (d, c), (h, ch) = (line_through(depths, x) for x in ([x['seconds'] for x in device], [x.ms/1e3 for x in host]))
+    d, c = line_through(depths, [x['seconds'] for x in device])
+    h, ch = line_through(depths, [x.ms/1e3 for x in host])
     return dict(dispatch=max(0., d), constant=c, host=max(0., h), host_constant=ch,
                 raw=dict(depths=depths, device=device, host=[x.runs.tolist() for x in host]))
 
@@ -520,7 +522,8 @@ def extend(
 ) -> Chip:
     "Measure the price of a byte where it is not known yet"
     factors = {k: list(v) if isinstance(v, list) else v for k, v in chip.factors.items()}
-    first, log = keep_busy(chip.bandwidth) if on_gpu() else None, [] if raw is None else raw.setdefault('products', [])
+    first = keep_busy(chip.bandwidth) if on_gpu() else None
+    log = [] if raw is None else raw.setdefault('products', [])
     for fmt in formats:
         known = factors.setdefault(str(fmt), [])
         for shape in shapes:
@@ -597,7 +600,8 @@ def latency(
     wanted = dict.fromkeys([*map(parse_format, formats), *(f for p, f in c.formats.items() if reads.active[p][0])])
     chip, points = this_machine(reads.shapes(), list(wanted), folder)
     same = [p for p in points if p['of'] == signature(reads)] or points
-    return Latency(replace(chip, **same[-1]['learned']), reads, context, same[-1]) if same else Latency(chip, reads, context)
+    if not same: return Latency(chip, reads, context)
+    return Latency(replace(chip, **same[-1]['learned']), reads, context, same[-1])
 
 # %% ../nbs/09_latency.ipynb #33ddd3d1
 LEARNED = ('bandwidth', 'dispatch', 'constant', 'host', 'host_constant') # fields of a chip

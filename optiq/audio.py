@@ -103,9 +103,10 @@ def samples(
     source, # 'librispeech', 'bundled' (beeps, no speech), or a folder of sound files with a .txt beside each
     n: int = 8, # clips
     split: str = 'train', # 'train' to calibrate on, 'test' to evaluate on, 'all' for a whole folder
+    fewer: bool = False, # take what there is if there are fewer
 ) -> list[dict]:
     "What a speech model is measured on"
-    return speech_samples(c.load(), clips(source, split, n))
+    return speech_samples(c.load(), clips(source, split, n, fewer=fewer))
 
 # %% ../nbs/21_audio.ipynb #5b7c0a13
 def heard_rows(b, heard: list[Clip], plans: dict, new_tokens: int = 224) -> list: # name ▸ Plan ▸ rows of a Report

@@ -94,14 +94,18 @@ def token_batch(
     n: int = 8, # sequences
     seq_len: int = 128, # tokens in each
     seed: int | None = 42, # of the shuffle; None keeps the order
+    fewer: bool = False, # take what there is if there are fewer
 ) -> np.ndarray: # (n, seq_len) int32
     "`n` sequences of exactly `seq_len` tokens"
     order = range(len(texts)) if seed is None else np.random.default_rng(seed).permutation(len(texts))
     ids = []
     for i in order:
         ids += encode(tokenizer, texts[i]+'\n')
-        if len(ids) >= n*seq_len: return np.array(ids[:n*seq_len], dtype=np.int32).reshape(n, seq_len)
-    raise ValueError(f'the text has {len(ids)} tokens; {n} sequences of {seq_len} need {n*seq_len}')
+        if len(ids) >= n*seq_len: break
+    rows = min(n, len(ids)//seq_len)
+    if rows < n and not fewer: raise ValueError(
+        f'the text has {len(ids)} tokens; {n} sequences of {seq_len} need {n*seq_len}')
+    return np.array(ids[:rows*seq_len], dtype=np.int32).reshape(rows, seq_len)
 
 # %% ../nbs/01_calibration.ipynb #93aaacb6
 def samples_of(tokens) -> list: # of dicts
@@ -135,12 +139,13 @@ def batch_for(
     n: int = 8, # sequences or samples
     seq_len: int = 128, # tokens in each sequence of text
     split: str = 'train', # 'train' to calibrate on, 'test' to evaluate on
+    fewer: bool = False, # take what there is if there are fewer
 ): # ▸ (n, seq_len) tokens, or a list of samples
     "What a model of this type is measured on"
     if isinstance(source, list): return source[:n]
     if c.model_type != 'llm':
-        return import_module(f'optiq.{c.model_type}').samples(c, source, n=n, split=split)
-    return token_batch(passages(source, split), c.tokenizer, n, seq_len)
+        return import_module(f'optiq.{c.model_type}').samples(c, source, n, split, fewer=fewer)
+    return token_batch(passages(source, split), c.tokenizer, n, seq_len, fewer=fewer)
 
 # %% ../nbs/01_calibration.ipynb #e77fcbcf
 def fingerprint(

@@ -136,13 +136,15 @@ def samples(
     n: int = 8, # samples
     split: str = 'train', # 'train' to calibrate on, 'test' to evaluate on, 'all' for a whole folder
     seed: int = 42,
+    fewer: bool = False, # take what there is if there are fewer
 ) -> list: # of dicts, see `sample`
     "Pictures with questions as a model takes them: what it is measured on"
     named = dict(diagrams=from_diagrams, bundled=from_diagrams, coco=from_coco)
     if str(source) not in named and not Path(source).is_dir():
         raise FileNotFoundError(f'no pictures {str(source)!r}: neither a folder nor one of diagrams, coco')
     rows = named[str(source)](n, split, seed) if str(source) in named else from_folder(source, n, split, seed)
-    if len(rows) < n: raise ValueError(f'{source} has {len(rows)} pictures on the {split} side, not {n}; give fewer samples or more pictures')
+    if len(rows) < n and not fewer: raise ValueError(
+        f'{source} has {len(rows)} pictures on the {split} side, not {n}; give fewer samples or more pictures')
     p = load_processor(c)
     return [sample(c, p, r['image'], r['question'], r.get('answer')) for r in rows]
 

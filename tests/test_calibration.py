@@ -47,6 +47,8 @@ def test_tokens_are_seeded_and_of_fixed_length():
     in_order = token_batch(LINES, Letters(), 2, 20, None)
     assert ''.join(map(chr, in_order.ravel())) == LINES[0][:40] and in_order.dtype == np.int32
     with pytest.raises(ValueError, match='need 1000000'): token_batch(LINES, Letters(), 1000, 1000)
+    there = sum(len(t)+1 for t in LINES)//20
+    assert token_batch(LINES, Letters(), 1000, 20, fewer=True).shape == (there, 20)
 
 def test_bundled_sides_are_disjoint():
     assert not set(passages('bundled')) & set(passages('bundled', 'test'))

@@ -6,12 +6,13 @@
 __all__ = ['LOOK', 'VERSION', 'STATISTICS', 'GROUPS', 'PART', 'MANY', 'AT_ONCE', 'CACHES', 'KVLayer', 'own_caches', 'Ear',
            'kv_layers', 'KVUnits', 'hashed', 'digest_of', 'KVLayout', 'kv_layout', 'check_candidates', 'check_heard',
            'kv_sweep', 'at_context', 'plot_kv', 'rotates', 'kv_config', 'save_kv_config', 'read_kv_config', 'summable',
-           'Codec', 'Dense', 'codec_of', 'At', 'Stored', 'attend', 'attend_packed', 'attend_dense', 'hook', 'Pair',
-           'put', 'Written', 'Growing', 'Mixed', 'MixedKVCache', 'Padded', 'aligned', 'stacked', 'Joined', 'Picked',
-           'BatchMixedKVCache', 'cache_of', 'mixed_caches', 'use_kv_config', 'generate_with_mixed_kv', 'cache_bytes',
-           'memory_table', 'opened_cache', 'untested', 'open_with_texts', 'helped', 'beside_uniform', 'kv_figures',
-           'planned_cache', 'layer_table', 'memory_lines', 'write_kv', 'optimize_kv', 'combine', 'parts', 'joint_plan',
-           'every_pair', 'configurations', 'ends_of', 'planned_together', 'write_with_kv', 'optimize_with_kv']
+           'Codec', 'Dense', 'codec_of', 'At', 'Stored', 'attend', 'attend_packed', 'attend_dense', 'findable',
+           'name_caches', 'hook', 'Pair', 'put', 'Written', 'Growing', 'Mixed', 'MixedKVCache', 'Padded', 'aligned',
+           'stacked', 'Joined', 'Picked', 'BatchMixedKVCache', 'cache_of', 'mixed_caches', 'use_kv_config',
+           'generate_with_mixed_kv', 'cache_bytes', 'memory_table', 'opened_cache', 'untested', 'open_with_texts',
+           'helped', 'beside_uniform', 'kv_figures', 'planned_cache', 'layer_table', 'memory_lines', 'write_kv',
+           'optimize_kv', 'combine', 'parts', 'joint_plan', 'every_pair', 'configurations', 'ends_of',
+           'planned_together', 'write_with_kv', 'optimize_with_kv']
 
 # %% ../nbs/06_kv_cache.ipynb #e99b884b
 import hashlib
@@ -490,12 +491,21 @@ def attend_dense(q, keys, values, scale, mask, sinks):
     return mx.concatenate(parts, 1) if len(parts) > 1 else parts[0]
 
 # %% ../nbs/06_kv_cache.ipynb #30a53252
-CACHES = [] # classes that mlx-lm has to find by name, in prompt files
+CACHES = []
 
-def hook():
-    "Let attention understand stored keys and values, and mlx-lm find our caches by name; done once"
+def findable(cls):
+    "A cache that mlx-lm has to find by its name, in prompt files"
+    CACHES.append(cls)
+    return cls
+
+def name_caches():
+    "Tell mlx-lm the names of our caches"
     import mlx_lm.models.cache as known
     for cls in CACHES: setattr(known, cls.__name__, cls)
+
+def hook():
+    "Let attention understand stored keys and values, and mlx-lm find our caches; done once"
+    name_caches()
     before = mx.fast.scaled_dot_product_attention
     if getattr(before, 'takes', None) is Stored: return
     def scaled_dot_product_attention(q, k, v, **options):
@@ -577,8 +587,6 @@ class Mixed(Growing):
         super().__init__(keys, values)
         hook()
 
-    def __init_subclass__(cls): CACHES.append(cls)
-
     @property
     def about(self): return *map(str, self.formats), self.dims, self.dtype
     @about.setter
@@ -594,6 +602,7 @@ class Mixed(Growing):
         return obj
 
 # %% ../nbs/06_kv_cache.ipynb #1214c7f0
+@findable
 class MixedKVCache(Mixed):
     "The cache of one layer, keys and values each in a format of their own"
     def __init__(self, keys: 'Format | str' = '8g64', values: 'Format | str' = '8g64'):
@@ -692,6 +701,7 @@ class Picked(Joined):
         return self.one.from_state((cut(self.keys), cut(self.values), length, *self.about))
 
 # %% ../nbs/06_kv_cache.ipynb #001a2b62
+@findable
 class BatchMixedKVCache(Picked):
     "The cache of one layer for several texts: what mlx-lm's batch generator asks of it"
     def prepare(self, *, left_padding=None, lengths=None, right_padding=None):

@@ -6,8 +6,8 @@
 __all__ = ['mlx_constant', 'KeyPrecondition', 'watch_attention', 'key_statistics', 'save_preconditions', 'load_preconditions',
            'preconditioned', 'encode_packed', 'encode_token', 'rotation', 'RotatedStore', 'StoresBoth', 'both_sides',
            'grid', 'group_of', 'scaled', 'RotatedProducts', 'turning', 'way_back', 'RotatedCodec', 'by_heads', 'Turned',
-           'turned', 'findable', 'FromPrompt', 'TurboQuantKVCache', 'BatchTurboQuantKVCache', 'turbo_cache',
-           'use_turbo_cache', 'make_turbo', 'RotatedState', 'TurboQuantStateCache']
+           'turned', 'FromPrompt', 'TurboQuantKVCache', 'BatchTurboQuantKVCache', 'turbo_cache', 'use_turbo_cache',
+           'make_turbo', 'RotatedState', 'TurboQuantStateCache']
 
 # %% ../nbs/08_turbo_cache.ipynb #68c6f3d1
 import hashlib
@@ -17,14 +17,13 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import mlx.core as mx
-import mlx_lm.models.cache
 import numpy as np
 from mlx_lm.models.cache import ArraysCache
 
 from .backends import Backend, mlx_blocks
 from .formats import Format, parse_format
-from .kv_cache import (BatchMixedKVCache, Codec, MixedKVCache, codec_of, kv_layers, kv_layout, own_caches, read_kv_config, rotates,
-                            summable)
+from .kv_cache import (BatchMixedKVCache, Codec, MixedKVCache, codec_of, findable, kv_layers, kv_layout,
+                            name_caches, own_caches, read_kv_config, rotates, summable)
 from . import kv_cache, turbo_kernels
 from .models import blocks_path
 from .turboquant import STEPS, codebook, encode, library, on_grid, pack, padded, rotation_matrix, scale_of
@@ -330,12 +329,6 @@ class _Turbo:
         given = [None if x is None else KeyPrecondition(*map(np.array, x)) for x in given]
         self.formats = tuple(map(turned, self.formats, seeds, given))
 
-# %% ../nbs/08_turbo_cache.ipynb #0fb97a85
-def findable(cls):
-    "Let mlx-lm find a cache of ours by its name, in prompt files"
-    setattr(mlx_lm.models.cache, cls.__name__, cls)
-    return cls
-
 # %% ../nbs/08_turbo_cache.ipynb #82e3c8fb
 class FromPrompt(_Turbo, MixedKVCache):
     "Takes the mean off keys from what it is given first, if it is asked to"
@@ -478,3 +471,5 @@ class TurboQuantStateCache(RotatedState):
         like = next((c for c in caches if not c.empty()), caches[0])
         together = ArraysCache.merge([c.plain() for c in caches])
         return cls.from_state((together.cache, together.left_padding, None, *like.about))
+
+name_caches() # a prompt file may be the first thing that is opened

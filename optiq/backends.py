@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['EVERYTHING', 'KINDS', 'Recorded', 'Entry', 'repeated', 'Blocks', 'Head', 'same', 'Overrides', 'Heard', 'Backend',
-           'check_finite', 'torch_blocks', 'torch_stand_ins', 'torch_slot', 'torch_weights', 'torch_attention',
-           'torch_ear', 'eager_experts', 'load_torch', 'TorchArrays', 'TorchWeights', 'TorchBackend', 'mlx_blocks',
-           'mlx_attention', 'mlx_listening', 'mlx_weights', 'MLXArrays', 'MLXWeights', 'MLXBackend', 'Passed', 'fresh',
-           'as_answer', 'arrays_in', 'alike', 'forgetful', 'narrow', 'as_sample', 'OneSample', 'recall', 'Forward',
-           'ReplayBackend', 'Eager', 'StreamedReplay', 'read_rows', 'StreamedBlocks', 'StreamedEnds',
-           'StreamingBackend', 'free_memory', 'open_backend']
+           'check_finite', 'damaged', 'check_logits', 'torch_blocks', 'torch_stand_ins', 'torch_slot', 'torch_weights',
+           'torch_attention', 'torch_ear', 'eager_experts', 'load_torch', 'TorchArrays', 'TorchWeights', 'TorchBackend',
+           'mlx_blocks', 'mlx_attention', 'mlx_listening', 'mlx_weights', 'MLXArrays', 'MLXWeights', 'MLXBackend',
+           'Passed', 'fresh', 'as_answer', 'arrays_in', 'alike', 'forgetful', 'narrow', 'as_sample', 'OneSample',
+           'recall', 'Forward', 'ReplayBackend', 'Eager', 'StreamedReplay', 'read_rows', 'StreamedBlocks',
+           'StreamedEnds', 'StreamingBackend', 'free_memory', 'open_backend']
 
 # %% ../nbs/02b_backends.ipynb #b684d45f
 import os
@@ -120,6 +120,23 @@ def check_finite(xp, weight, path: str):
     "Raise ValueError if a weight holds NaN or infinity"
     if not bool(xp.isfinite(weight).all()): raise ValueError(
         f'{path} holds NaN or infinity: the checkpoint is damaged; fetch or make it again')
+
+# %% ../nbs/02b_backends.ipynb #5d0c71a2
+def damaged(checkpoint: Checkpoint) -> str | None:
+    "The first tensor of a checkpoint that holds NaN or infinity"
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    floats = ((k, a) for k, a in tree_flatten(checkpoint.load().parameters()) if mx.issubdtype(a.dtype, mx.floating))
+    return next((k for k, a in floats if not mx.isfinite(a).all()), None)
+
+# %% ../nbs/02b_backends.ipynb #5d0c71a3
+def check_logits(b, z): # (…, V) ▸ the same
+    "Raise ValueError, naming the model and its first damaged tensor, if a logit is NaN or infinite"
+    if bool(b.xp.isfinite(z.sum())) or bool(b.xp.isfinite(z).all()): return z
+    odd = damaged(b.checkpoint)
+    why = f'{odd} holds NaN or infinity: the checkpoint is damaged; fetch or make it again' if odd else (
+        'though all its weights are finite; it cannot be measured')
+    raise ValueError(f'{b.checkpoint.name} computes logits that are no numbers: {why}')
 
 # %% ../nbs/02b_backends.ipynb #8e997bca
 def torch_blocks(model, checkpoint):
@@ -306,7 +323,7 @@ class TorchBackend(TorchArrays, TorchWeights, Backend):
     def attention(self, changes: dict): return torch_attention(changes)
     def forward(self, batch):
         ids = self.xp.as_tensor(np.asarray(batch), device=self.device).long()
-        return self.model(input_ids=ids, use_cache=False).logits
+        return check_logits(self, self.model(input_ids=ids, use_cache=False).logits)
 
 # %% ../nbs/02b_backends.ipynb #535364cf
 class _StandIn:
@@ -444,7 +461,7 @@ class MLXBackend(MLXArrays, MLXWeights, Backend):
         self.model = self.open()
 
     def open(self): return _of_type(self.checkpoint, self.dtype)
-    def forward(self, batch): return self.model(self.xp.array(np.asarray(batch)))
+    def forward(self, batch): return check_logits(self, self.model(self.xp.array(np.asarray(batch))))
     def block(self, i: int): return _block(self.model, self.checkpoint.blocks, i)
     def stand_ins(self, stand_in): return mlx_blocks(self.model, self.checkpoint.blocks, stand_in)
     def attention(self, changes: dict): # block ▸ {'keys': function, 'values': function}
@@ -530,7 +547,7 @@ class OneSample:
         mx, known = self.xp, {k: v for k, v in as_sample(sample).items() if k != 'scored'}
         with forgetful(self.model): out = self.model(**{k: mx.array(narrow(v)) for k, v in known.items()})
         z = getattr(out, 'logits', out)
-        return z[:, mx.array(positions(sample))] if 'scored' in sample else z
+        return check_logits(self, z[:, mx.array(positions(sample))] if 'scored' in sample else z)
 
     def run_one(self, i, overrides, args, kwargs): # ▸ (states, number of outputs)
         with self.swapped(overrides): out = self.block(i)(*args, **kwargs)

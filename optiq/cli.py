@@ -258,7 +258,8 @@ def measured(model, calibration, n, seq_len, rounding, rounding_n, model_type, t
 # %% ../nbs/90_cli.ipynb #369af0d3
 def told_of(sweep, out: str) -> tuple: # figures, text
     "What a sweep found"
-    rows = [dict(unit=p, format=str(f), kl=sweep.kl(p, f), se=sweep.se(p, f)) for p, f in sweep.values]
+    from optiq.knapsack import known
+    rows = [dict(unit=p, format=str(f), kl=sweep.kl(p, f), se=known(sweep.se(p, f))) for p, f in sweep.values]
     figures = dict(output=out, model=sweep.header['model'], noise=sweep.header.get('noise'), rows=rows)
     return figures, '\n'.join([repr(sweep), *most_sensitive(rows), f'written to {out}'])
 
@@ -266,7 +267,8 @@ def told_of(sweep, out: str) -> tuple: # figures, text
 def most_sensitive(rows: list, n: int = 8) -> list: # lines
     "The units that suffer most"
     top = sorted(rows, key=lambda r: -r['kl'])[:n]
-    return [f'{r["kl"]:10.3e} ± {r["se"]:.0e}  {r["format"]:6} {r["unit"]}' for r in top]
+    def error(r): return '' if r['se'] is None else f' ± {r["se"]:.0e}'
+    return [f'{r["kl"]:10.3e}{error(r)}  {r["format"]:6} {r["unit"]}' for r in top]
 
 # %% ../nbs/90_cli.ipynb #b8dfcdf3
 def as_targets(text: str) -> list[float]:
@@ -359,7 +361,7 @@ def latency(model, calibrate, measure, context, chip, bits, formats, group_size,
     from optiq.models import Checkpoint
     c, candidates = Checkpoint(model, trust_remote_code), as_formats(formats, bits, group_size)
     s = predict_speeds(c, candidates, chip, context, calibrate, measure)
-    figures = dict(rows=s.rows, mean_error=None if s.mean_error != s.mean_error else s.mean_error, about=s.about)
+    figures = dict(rows=s.rows, mean_error=s.mean_error, about=s.about)
     finish(figures, '{chip}, {source}, context {context}; {point}\n'.format(**s.about)+str(s), as_json)
 
 # %% ../nbs/90_cli.ipynb #dd71ae1f

@@ -32,7 +32,7 @@ from .evals.tasks import score_rows, task_rows
 from .formats import Format
 
 # %% ../nbs/40_demos.ipynb #908f9fef
-from .knapsack import RECIPES, allocate, make_plan, pareto as curve_of, recipe, uniform
+from .knapsack import RECIPES, allocate, make_plan, pareto as curve_of, plus_minus, recipe, uniform
 from .kv_cache import (configurations, joint_plan, kv_config, kv_layout, kv_sweep, memory_table, read_kv_config)
 from .latency import calibrate, compare_speeds, hollow, latency, measure_plan, plot_frontier, speed_frontier
 from .models import ORDER
@@ -234,7 +234,7 @@ COMPACT, QUALITY = (3.25, 3.75, 4.), (4.5, 5., 6.5, 8.) # nominal bits of the pu
 
 def versus_table(curve) -> Table: # Frontier
     "Plans of a curve against what costs no thought"
-    def difference(v): return f'{v["difference"]:+.4f} ± {v["difference_se"]:.4f}'
+    def difference(v): return plus_minus(v['difference'], v['difference_se'], '+.4f')
     rows = [[v['baseline'], v['baseline_kl'], v['plan_kl'], difference(v), v['verdict']] for v in curve.versus()]
     return Table('Plans against what costs no thought, at its bytes',
                  ['baseline', 'KL', 'plan', 'difference', 'verdict'], rows)
@@ -343,7 +343,7 @@ def configuration_table(rows: list, context: int) -> Table: # of a report of `co
     "Weights and caches together, the best first"
     columns = ['configuration', 'perplexity', 'KL', 'weights MB', 'cache MB', 'MB']
     return Table(f'All configurations at {context:,} tokens', columns, [
-        [_short(r['name']), r['perplexity'], f'{r["kl"]:.4f} ± {r["kl_se"]:.4f}', r['weight_mb'], r['cache_mb'],
+        [_short(r['name']), r['perplexity'], plus_minus(r['kl'], r['kl_se']), r['weight_mb'], r['cache_mb'],
          r['weight_mb']+r['cache_mb']] for r in rows])
 
 # %% ../nbs/40_demos.ipynb #add83f1a

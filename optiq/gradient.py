@@ -36,7 +36,7 @@ def _mlx_gradients(b, batch, seed):
     import mlx.core as mx
     weights = {p: b.module(p).weight for p in b.checkpoint.unit}
     ids = mx.array(batch)
-    y = mx.random.categorical(b.model(ids), key=mx.random.key(seed))[..., None]
+    y = mx.random.categorical(b.logits(batch), key=mx.random.key(seed))[..., None]
     def total(w):
         for p in w: b.module(p).weight = w[p]
         z = b.model(ids)

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'TIES', 'METHODS', 'PROFILES', 'COLOURS', 'Sized', 'Choice', 'Plan', 'plan_point', 'plan_text', 'plan_html',
-           'plan_frame', 'save_plan', 'load_plan', 'isotonic', 'refuse_values', 'smoothed', 'predicted', 'mean_se',
-           'make_plan', 'uniform', 'recipe', 'default_of_vlm', 'thoughtless', 'Budget', 'show_figure',
+           'plan_frame', 'save_plan', 'known', 'load_plan', 'isotonic', 'refuse_values', 'smoothed', 'predicted',
+           'mean_se', 'make_plan', 'uniform', 'recipe', 'default_of_vlm', 'thoughtless', 'Budget', 'show_figure',
            'refuse_half_caps', 'budgets_of', 'leaf_caches', 'bytes_after', 'cache_bytes', 'Problem', 'undominated',
            'tie_key', 'protected', 'candidates', 'rows_of', 'numbers_of', 'make_problem', 'at_prices', 'lower_bound',
            'bisect', 'shadow_prices', 'fill_up', 'solve_lagrange', 'undecided', 'quiet_stdout', 'branch_and_bound',
            'solve_exact', 'solve_greedy', 'solve', 'contradiction', 'check_range', 'check_caps', 'Asked', 'Question',
            'pose', 'allocate', 'plan_grid', 'plot_plan', 'price_ranges', 'Reason', 'in_bytes', 'options_of', 'explain',
-           'menu', 'plans_of', 'rivals_of', 'pareto', 'Frontier', 'curves_of', 'frontier_text', 'plot_frontier',
-           'Stability', 'stability']
+           'menu', 'plans_of', 'rivals_of', 'pareto', 'Frontier', 'curves_of', 'plus_minus', 'frontier_text',
+           'plot_frontier', 'Stability', 'stability']
 
 # %% ../nbs/04_knapsack.ipynb #43b29907
 import json
@@ -99,8 +99,8 @@ def plan_point(
 ) -> dict:
     "The figures of a plan, under the names that reports use"
     target = plan.solver.get('caps', {}).get('target_bits')
-    return dict(name=plan.name, target=target, nominal_bpw=plan.nominal_bits, true_bpw=plan.true_bits,
-                size_mb=plan.size_mb, predicted_kl=plan.predicted_kl, predicted_kl_se=plan.predicted_kl_se)
+    return known(dict(name=plan.name, target=target, nominal_bpw=plan.nominal_bits, true_bpw=plan.true_bits,
+                      size_mb=plan.size_mb, predicted_kl=plan.predicted_kl, predicted_kl_se=plan.predicted_kl_se))
 
 # %% ../nbs/04_knapsack.ipynb #869a9a9c
 def plan_text(
@@ -150,13 +150,15 @@ def save_plan(
                 other_bytes=plan.other_bytes, counts={str(f): n for f, n in plan.counts().items()},
                 solver=plan.solver)
     rows = [dict(asdict(u), format=str(plan[u.path]), kl=plan.kl.get(u.path, nan)) for u in plan.units]
-    lines = ',\n'.join('  '+json.dumps(_no_nan(r), ensure_ascii=False) for r in rows)
-    text = json.dumps(_no_nan(head), indent=1, ensure_ascii=False)[:-2]
+    lines = ',\n'.join('  '+json.dumps(known(r), ensure_ascii=False) for r in rows)
+    text = json.dumps(known(head), indent=1, ensure_ascii=False)[:-2]
     Path(path).write_text(f'{text},\n "units": [\n{lines}\n ]\n}}\n')
 
 # %% ../nbs/04_knapsack.ipynb #30ad8aa3
-def _no_nan(x):
-    if isinstance(x, dict): return {k: _no_nan(v) for k, v in x.items()}
+def known(x):
+    "The same with None for every float that is no number: what was not measured is unknown, in rows and in files"
+    if isinstance(x, dict): return {k: known(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)): return [known(v) for v in x]
     return None if isinstance(x, float) and not isfinite(x) else x
 
 # %% ../nbs/04_knapsack.ipynb #ea4c2044
@@ -1014,7 +1016,7 @@ def curves_of(plans: list[Plan]) -> dict: # profile ▸ its plans
 # %% ../nbs/04_knapsack.ipynb #8411a6c7
 def _point(plan, kl):
     mean, se = mean_se(kl) if kl is not None else (None, None)
-    return _no_nan(plan_point(plan) | dict(kl=mean, kl_se=se))
+    return plan_point(plan) | dict(kl=mean, kl_se=known(se))
 
 # %% ../nbs/04_knapsack.ipynb #e2e25d54
 def _versus(frontier, flat):
@@ -1025,16 +1027,17 @@ def _versus(frontier, flat):
     diff, se = mean_se(a-b)
     verdict = 'lower' if diff < -2*se else 'higher' if diff > 2*se else 'no difference shown'
     return dict(baseline=flat.name, size_mb=flat.size_mb, plan_size_mb=plan.size_mb, baseline_kl=float(b.mean()),
-                plan_kl=float(a.mean()), difference=diff, difference_se=se,
+                plan_kl=float(a.mean()), difference=diff, difference_se=known(se),
                 verdict='the same plan' if plan == flat else verdict)
 
 # %% ../nbs/04_knapsack.ipynb #12646e7c
-def _plus_minus(mean, se):
-    return '' if mean is None else f'{mean:.4f}'+(f' ± {se:.4f}' if se is not None else '')
+def plus_minus(x, se, spec: str = '.4f') -> str:
+    "A figure with its standard error, as far as they are known"
+    return '' if x is None else f'{x:{spec}}'+('' if se is None else f' ± {se:{spec.lstrip("+")}}')
 
 def _versus_text(v):
-    return ('{baseline}: KL {baseline_kl:.4f}, a plan of the same bytes {plan_kl:.4f}, difference '
-            '{difference:+.4f} ± {difference_se:.4f}: {verdict}').format(**v)
+    return ('{baseline}: KL {baseline_kl:.4f}, a plan of the same bytes {plan_kl:.4f}, difference {off}: {verdict}').format(
+        **v, off=plus_minus(v['difference'], v['difference_se'], '+.4f'))
 
 # %% ../nbs/04_knapsack.ipynb #6236a49b
 def frontier_text(
@@ -1044,7 +1047,7 @@ def frontier_text(
     rows = [('plan', 'nominal', 'true', 'MB', 'predicted KL', 'KL')]
     for p in frontier.points():
         figures = [f'{p[k]:.2f}' for k in ('nominal_bpw', 'true_bpw', 'size_mb')]
-        kl = _plus_minus(p['predicted_kl'], p['predicted_kl_se']), _plus_minus(p['kl'], p['kl_se'])
+        kl = plus_minus(p['predicted_kl'], p['predicted_kl_se']), plus_minus(p['kl'], p['kl_se'])
         rows.append((p['name'], *figures, *kl))
     width = [max(map(len, column)) for column in zip(*rows)]
     def line(r): return '  '.join([r[0].ljust(width[0]), *map(str.rjust, r[1:], width[1:])]).rstrip()

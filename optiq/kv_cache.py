@@ -37,7 +37,7 @@ from .evals.report import Report, machine, score_row
 from .formats import AS_IS, FAMILIES, Format, divides, parse_format
 
 # %% ../nbs/06_kv_cache.ipynb #c5882c9d
-from .knapsack import Plan, allocate, make_plan, uniform
+from .knapsack import Plan, allocate, known, make_plan, uniform
 from .models import Checkpoint, Unit, blocks_path
 from .sensitivity import Sweep, kl_sweep, plot_sweep
 from . import turboquant # its formats, tq2 to tq8, join the others
@@ -848,7 +848,7 @@ def planned_cache(texts: tuple, layout: KVLayout, formats: list, caps: dict, out
     config = kv_config(plan, layout, statistics)
     return dict(report=report, plan=plan, sweep=sweep, config=config, figures=kv_figures(
         out, layout, [plan], report, config, nominal_bits=plan.nominal_bits, true_bits=plan.true_bits,
-        predicted_kl_se=plan.predicted_kl_se, calibration_kl=joint,
+        predicted_kl_se=known(plan.predicted_kl_se), calibration_kl=joint,
         statistics=sorted(config.get('statistics', ())), memory=memory_table(layout, read_kv_config(config))))
 
 # %% ../nbs/06_kv_cache.ipynb #f132ee88

@@ -652,10 +652,10 @@ class Speeds:
     def load(cls, path): return cls(*map(json.loads(Path(path).read_text()).get, ('rows', 'about')))
 
 # %% ../nbs/09_latency.ipynb #62d04d50
-def mean_error(rows: list) -> float: # of `Speeds`
-    "Mean absolute error over the rows that were measured, the calibration point left out"
+def mean_error(rows: list) -> float | None: # of `Speeds`
+    "Mean absolute error over the rows that were measured, the calibration point left out; None if none was"
     known = [abs(r['predicted']/r['measured']-1) for r in rows if r.get('measured') and not r.get('calibration')]
-    return float(np.mean(known)) if known else float('nan')
+    return float(np.mean(known)) if known else None
 
 # %% ../nbs/09_latency.ipynb #0bcefde8
 def speed_cells(s: Speeds) -> list: # rows of text, the first one the head
@@ -671,7 +671,7 @@ def speed_cells(s: Speeds) -> list: # rows of text, the first one the head
 
 # %% ../nbs/09_latency.ipynb #81a7516b
 def _foot(s):
-    if s.mean_error == s.mean_error: return f'mean absolute error {s.mean_error:.1%}, without the calibration point (*)'
+    if s.mean_error is not None: return f'mean absolute error {s.mean_error:.1%}, without the calibration point (*)'
     return '* the calibration point' if any(r.get('calibration') for r in s.rows) else ''
 
 # %% ../nbs/09_latency.ipynb #7aeaf90d

@@ -25,7 +25,7 @@ from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_
 from .evals.report import Report, machine, score_row
 from .evals.run import same_words, text_tokens
 from .formats import AS_IS, Format, parse_format, quantize_minmax
-from .knapsack import PROFILES, allocate, cache_bytes, make_plan, pareto, thoughtless
+from .knapsack import PROFILES, allocate, cache_bytes, known, make_plan, pareto, thoughtless
 from .models import Checkpoint
 
 # %% ../nbs/11_pipeline.ipynb #ea8d98c1
@@ -201,7 +201,7 @@ def summary(report: Report, plan, joint, v, out, seconds: float) -> dict:
     mine, reference = rows.pop('optiq'), rows.pop('reference')
     few = 'name', 'nominal_bpw', 'true_bpw', 'size_mb', 'kl', 'kl_se', 'perplexity'
     return dict(output=None if out is None else str(out), nominal_bpw=plan.nominal_bits, true_bpw=plan.true_bits,
-                size_mb=plan.size_mb, predicted_kl=plan.predicted_kl, predicted_kl_se=plan.predicted_kl_se,
+                size_mb=plan.size_mb, predicted_kl=known(plan.predicted_kl), predicted_kl_se=known(plan.predicted_kl_se),
                 calibration_kl=float(joint.mean()), kl=mine['kl'], kl_se=mine['kl_se'],
                 perplexity=mine['perplexity'], perplexity_se=mine['perplexity_se'],
                 reference_perplexity=reference['perplexity'], seconds=seconds,

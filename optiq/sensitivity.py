@@ -755,6 +755,7 @@ def complete(
     if targets is not None and log.ranks.size > 1: raise ValueError(
         f"until='stable' compares plans of one process, and this is one of {log.ranks.size}; leave it out, or measure in one process")
     warn_of_idle(log.header.get('experts', {}))
+    if log.missing(): measure(log.b, tokens[:1], []) # a model whose logits are no numbers is refused before anything is rounded
     with progress_bar(log, progress) as bar:
         for p in log.missing():
             log.add(p, measure(log.b, tokens[p.start:p.stop], p.todo, quantize, bar.update))

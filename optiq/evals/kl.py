@@ -150,6 +150,8 @@ def score_against(
         out[0, rows, at] = likelihoods(b, z, tokens[rows], at)
         out[1, rows, at] = kl_rows(b, z_p, z_q).reshape(z.shape[:2])
         out[2, rows, at] = b.numpy(z.argmax(-1)) == stored.best[rows, at]
+    if not np.isfinite(out).all(): raise ValueError(
+        f'{stored.folder} holds predictions that are no numbers; remove it, and they are computed again')
     return Score.of(out)
 
 # %% ../../nbs/10_evals.kl.ipynb #3d41300f

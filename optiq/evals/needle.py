@@ -14,6 +14,7 @@ import numpy as np
 from ..backends import Backend, open_backend
 from .gsm8k import label_of
 from .report import Report, joined, machine, mean_figure, own_size, share_figure
+from ..knapsack import known, mean_se
 from ..tasks import recall_one
 
 # %% ../../nbs/10_evals.needle.ipynb #c652d373
@@ -126,7 +127,7 @@ def cell(m: np.ndarray) -> dict: # of margins
     "Hits of one depth and length with Wilson's interval, and the mean margin"
     f = share_figure('x', m > 0)
     return dict(n=len(m), hits=int((m > 0).sum()), low=f['x_low'], high=f['x_high'], margin=float(m.mean()),
-                margin_se=float(m.std(ddof=1)/len(m)**.5) if len(m) > 1 else float('nan'))
+                margin_se=known(mean_se(m)[1]))
 
 def grid_of(rows: list, m: np.ndarray) -> list: # of cells
     "All depths of one length after another"

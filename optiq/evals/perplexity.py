@@ -15,6 +15,7 @@ import numpy as np
 from ..backends import Backend, open_backend
 from ..calibration import fingerprint, overlap, passages, positions, samples_of, token_batch, token_ids
 from ..formats import AS_IS, for_unit, quantize_dequantize
+from ..knapsack import known, plus_minus
 from ..models import Checkpoint
 from ..sensitivity import kl_rows, logit_slices, on_gpu
 
@@ -67,7 +68,7 @@ class Scored:
 
     @classmethod
     def of_samples(cls, rows: list): # of (3, T) with a T of their own; NaN where nothing is known
-        with np.errstate(all='ignore'): means = np.array([[r[k][np.isfinite(r[k])].mean() for r in rows] for k in range(3)])
+        with np.errstate(all='ignore'): means = np.array([[r[k][~np.isnan(r[k])].mean() for r in rows] for k in range(3)])
         wide = max(r.shape[1] for r in rows)
         return cls(*means, np.stack([np.pad(r, ((0, 0), (0, wide-r.shape[1])), constant_values=np.nan) for r in rows], 1))
 
@@ -89,8 +90,9 @@ class Score(Scored):
         return np.array([p.mean() for p in parts]), np.array([_se(p) for p in parts])
 
     def __repr__(self):
-        return (f'perplexity {self.perplexity:.2f} ± {self.perplexity_se:.2f}, KL {self.kl.mean():.4f} ± '
-                f'{_se(self.kl):.4f}, agreement {self.agree.mean():.1%} ± {_se(self.agree):.1%}')
+        figures = (('perplexity', self.perplexity, self.perplexity_se, '.2f'), ('KL', self.kl.mean(), _se(self.kl), '.4f'),
+                   ('agreement', self.agree.mean(), _se(self.agree), '.1%'))
+        return ', '.join(f'{name} {plus_minus(known(x), known(se), spec)}' for name, x, se, spec in figures)
 
 # %% ../../nbs/10_evals.perplexity.ipynb #ecc2e078
 def evaluate(

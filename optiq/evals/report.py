@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..knapsack import COLOURS, make_plan
+from ..knapsack import COLOURS, known, make_plan, mean_se
 
 # %% ../../nbs/10_evals.report.ipynb #4250e0cd
 def machine() -> dict: # cpu, cores, system, versions, date
@@ -65,6 +65,7 @@ def mean_figure(
     "A mean with its standard error and Student's 95 % interval"
     from scipy.stats import t
     x = np.asarray(items, float)
+    if not np.isfinite(x).all(): raise ValueError(f'{metric(name).title}: an item is no number, so there is no mean')
     se = float(x.std(ddof=1)/len(x)**.5) if len(x) > 1 else float('nan')
     half = float(t.ppf(.975, len(x)-1))*se if len(x) > 1 else float('nan')
     return _figure(name, float(x.mean()), se, x.mean()-half, x.mean()+half, x, on)
@@ -84,8 +85,8 @@ def share_figure(
 
 # %% ../../nbs/10_evals.report.ipynb #7f3dcd4f
 def _figure(name, value, se, low, high, items, on):
-    return {name: value, f'{name}_se': se, f'{name}_low': float(low), f'{name}_high': float(high), f'{name}_n': len(items),
-            'items': {name: [round(v, 9) for v in items.tolist()]}, 'on': {name: on}}
+    ends = {f'{name}_se': known(se), f'{name}_low': known(float(low)), f'{name}_high': known(float(high))}
+    return {name: value, **ends, f'{name}_n': len(items), 'items': {name: [round(v, 9) for v in items.tolist()]}, 'on': {name: on}}
 
 def joined(*parts: dict) -> dict:
     "One row of several: sizes and figures side by side"
@@ -101,13 +102,14 @@ def paired(
     "Mean of x − y, its 95 % interval, and how likely so large a difference is by chance (McNemar 1947 exact, else t)"
     from scipy.stats import binomtest, t, ttest_1samp
     d = np.subtract(x, y, dtype=float)
+    if not np.isfinite(d).all(): raise ValueError('an item is no number, so the two cannot be compared')
     n, mean = len(d), float(d.mean())
     half = float(t.ppf(.975, n-1)*d.std(ddof=1)/n**.5) if n > 1 else float('nan')
     up, down = int((d > 0).sum()), int((d < 0).sum())
     if not d.any(): p = 1.
     elif set(np.unique([x, y])) <= {0, 1}: p = float(binomtest(up, up+down).pvalue)
     else: p = float(ttest_1samp(d, 0).pvalue) if n > 1 else float('nan')
-    return dict(difference=mean, low=mean-half, high=mean+half, p_value=p)
+    return known(dict(difference=mean, low=mean-half, high=mean+half, p_value=p))
 
 # %% ../../nbs/10_evals.report.ipynb #f4c19e06
 def verdict(
@@ -121,6 +123,7 @@ def verdict(
     best = max(have, key=lambda r: metric(name).better*r[name])
     tests = {r['name']: test(best, r, name) for r in have if r is not best}
     if None in tests.values(): return dict(winner=None, text='no paired test: the items differ, or were not kept')
+    if any(t['p_value'] is None for t in tests.values()): return dict(winner=None, text='no paired test: one item shows no difference')
     p = holm({n: t['p_value'] for n, t in tests.items()})
     unsure = ', '.join(f'{n} ({_p(q)})' for n, q in p.items() if not q < level)
     if not unsure: return dict(winner=best['name'], text=f'{best["name"]} ({_p(max(p.values()))})')
@@ -252,11 +255,12 @@ def score_row(
     on: str = '', # fingerprint of the tokens
 ) -> dict:
     "A row of a report"
-    se = lambda x: float(x.std(ddof=1)/len(x)**.5) if len(x) > 1 else float('nan')
-    items = dict(kl=score.kl, perplexity=score.nll, agreement=score.agree)
-    return dict(size_of(name, size), kl=float(score.kl.mean()), kl_se=se(score.kl), perplexity=score.perplexity,
-                perplexity_se=score.perplexity_se, agreement=float(score.agree.mean()), agreement_se=se(score.agree),
-                items={k: [float(f'{v:.9g}') for v in x] for k, x in items.items()}, on=dict.fromkeys(items, on))
+    (kl, kl_se), (agree, agree_se) = mean_se(score.kl), mean_se(score.agree)
+    items = {k: x for k, x in dict(kl=score.kl, perplexity=score.nll, agreement=score.agree).items() if np.isfinite(x).all()}
+    figures = dict(kl=kl, kl_se=kl_se, perplexity=score.perplexity, perplexity_se=score.perplexity_se, agreement=agree,
+                   agreement_se=agree_se)
+    return dict(size_of(name, size), **known(figures), items={k: [float(f'{v:.9g}') for v in x] for k, x in items.items()},
+                on=dict.fromkeys(items, on))
 
 # %% ../../nbs/10_evals.report.ipynb #6de94263
 def plot_report(report: Report, ax=None, metric: str = 'kl'):
@@ -264,7 +268,7 @@ def plot_report(report: Report, ax=None, metric: str = 'kl'):
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(6, 3.5))[1]
     for i, r in enumerate(r for r in report.rows if r.get(metric)):
-        ax.errorbar(r['true_bpw'], r[metric], yerr=2*r.get(f'{metric}_se', 0), marker='osD^vPX*'[i % 8],
+        ax.errorbar(r['true_bpw'], r[metric], yerr=2*(r.get(f'{metric}_se') or 0), marker='osD^vPX*'[i % 8],
                     color=COLOURS[i % len(COLOURS)], ls='', ms=7, capsize=2, label=r['name'])
     ax.set(xlabel='true bits per weight', ylabel=COLUMNS.get(metric, metric),
            yscale='log' if metric == 'kl' else 'linear')

@@ -19,6 +19,7 @@ from ..calibration import fingerprint, passages, token_batch
 from .perplexity import evaluate, refuse_calibration
 from .report import Report, joined, machine, mean_figure, own_size, share_figure, test
 from ..formats import parse_format
+from ..knapsack import known
 from ..models import Checkpoint
 
 # %% ../../nbs/10_evals.run.ipynb #00293847
@@ -46,9 +47,9 @@ def checkpoint_of(model) -> Checkpoint: # name or Checkpoint
 def perplexity_figure(nll: np.ndarray, on: str = '') -> dict:
     "The exponential of a mean likelihood, and of its interval's ends"
     f = mean_figure('perplexity', nll, on)
-    value, low, high = (float(np.exp(f[k])) for k in ('perplexity', 'perplexity_low', 'perplexity_high'))
-    return f | dict(perplexity=value, perplexity_se=value*f['perplexity_se'], perplexity_low=low,
-                    perplexity_high=high)
+    value, se = float(np.exp(f['perplexity'])), f['perplexity_se']
+    ends = {k: f[k] and float(np.exp(f[k])) for k in ('perplexity_low', 'perplexity_high')}
+    return f | ends | dict(perplexity=value, perplexity_se=None if se is None else value*se)
 
 def text_about(source, tokens: np.ndarray) -> dict:
     "What a text was, and what it was scored with"
@@ -88,7 +89,7 @@ def p99_figure(kl: np.ndarray, draws: int = 200): # (n, T)
     r = np.random.default_rng(42)
     again = [np.quantile(kl[r.integers(0, len(kl), len(kl))], .99) for _ in range(draws)] if len(kl) > 1 else [np.nan]
     low, high = np.quantile(again, [.025, .975])
-    return dict(kl_p99=float(np.quantile(kl, .99)), kl_p99_low=float(low), kl_p99_high=float(high), kl_p99_n=kl.size)
+    return known(dict(kl_p99=float(np.quantile(kl, .99)), kl_p99_low=float(low), kl_p99_high=float(high), kl_p99_n=kl.size))
 
 # %% ../../nbs/10_evals.run.ipynb #d58cd433
 def kl_figures(
@@ -109,7 +110,7 @@ def by_position(
     T = score.tokens.shape[2]
     edges = [0, *(e for e in (16, 64, 256, 1024) if e < T), T]
     rows = zip(edges, edges[1:], *score.by_position(edges))
-    return [dict(start=i, stop=j, kl=float(m), se=float(e)) for i, j, m, e in rows]
+    return [known(dict(start=i, stop=j, kl=float(m), se=float(e))) for i, j, m, e in rows]
 
 # %% ../../nbs/10_evals.run.ipynb #644caac2
 def kl(
@@ -227,15 +228,13 @@ def find_task(task: str):
     return getattr(import_module(f), task)
 
 # %% ../../nbs/10_evals.run.ipynb #62f64cc7
-def _number(x): return None if x is None or x != x else x
-
 def one_figure(name, task, row, base=None) -> dict:
     "A metric of a row, that of the baseline, and the p-value of their difference"
     def get(r):
-        ends = {k: _number(r.get(f'{name}_{k}')) for k in ('low', 'high', 'n')}
+        ends = {k: known(r.get(f'{name}_{k}')) for k in ('low', 'high', 'n')}
         return dict(task=task, metric=name, value=r.get(name), **ends, model=r['name'])
     t = test(base, row, name) if base else None
-    return get(row) | dict(baseline=get(base) if base else None, p_value=_number(t['p_value']) if t else None)
+    return get(row) | dict(baseline=get(base) if base else None, p_value=t['p_value'] if t else None)
 
 # %% ../../nbs/10_evals.run.ipynb #2a24af6a
 def as_figures(

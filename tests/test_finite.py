@@ -1,0 +1,113 @@
+"NaN in a tensor is an error of one line wherever a model is measured, and no figure is NaN: what is not known is null"
+import json
+import shutil
+from math import nan
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from optiq.backends import open_backend
+from optiq.cli import main
+from optiq.evals.kl import reference, score_against
+from optiq.evals.report import Report, compare_reports, mean_figure, paired
+from optiq.tiny import tiny
+
+FEW = ['--n-samples', 1]
+TEXT = dict(sweep=['--samples', 1, '--seq-len', 32, '--rounding', 'minmax'], convert=['--target-bpw', 5, *FEW, '--n-calibration', 1, '--rounding', 'minmax'],
+            pareto=['--samples', 1, '--seq-len', 32, '--rounding', 'minmax'], perplexity=[*FEW, '--seq-len', 32], kl=[*FEW, '--seq-len', 32],
+            benchmark=[*FEW, '--seq-len', 32, '--no-speed'], verify=[]) | {'kv-cache': [*FEW, '--seq-len', 32]}
+PARTS = dict(sweep=['--samples', 1, '--rounding', 'minmax'], convert=['--target-bpw', 5, *FEW, '--n-calibration', 1, '--rounding', 'minmax'], benchmark=FEW, verify=[])
+MODELS = dict( # what is damaged: a norm, the row of an embedding, a bias
+    llama=('layers.1.input_layernorm.weight', 'embed_tokens.weight', 'layers.0.self_attn.k_proj.bias'),
+    qwen3_vl=('visual.blocks.1.norm1.weight', 'language_model.embed_tokens.weight', 'visual.blocks.0.attn.qkv.bias'),
+    qwen3_asr=('audio_tower.layers.0.final_layer_norm.weight', 'model.embed_tokens.weight', 'audio_tower.layers.0.fc1.bias'))
+SHAPES = dict(
+    llama=dict(attention_bias=True, num_hidden_layers=2), qwen3_vl=dict(text_config=dict(num_hidden_layers=1)),
+    qwen3_asr=dict(thinker_config=dict(text_config=dict(num_hidden_layers=1), audio_config=dict(encoder_layers=1))))
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+    "A checkpoint of each kind, and its copies with NaN in one tensor"
+    def made(architecture):
+        folder = tmp_path_factory.mktemp(architecture)
+        tiny(architecture, folder/'whole', shape=SHAPES[architecture])
+        for name in MODELS[architecture]: damage(shutil.copytree(folder/'whole', folder/name), name)
+        return folder
+    return {a: made(a) for a in MODELS}
+
+def damage(folder, end):
+    file = folder/'model.safetensors'
+    w = dict(mx.load(str(file)).items())
+    name, = [k for k in w if k.endswith(end)]
+    w[name] = mx.array(np.array(w[name].astype(mx.float32))).astype(w[name].dtype)
+    w[name][0] = nan # of the embedding, the row of '<|endoftext|>'
+    if end.endswith('embed_tokens.weight'): w[name][:] = nan
+    mx.eval(w)
+    mx.save_safetensors(str(file), w, {'format': 'pt'})
+
+def optiq(*args): return CliRunner().invoke(main, [str(a) for a in args], prog_name='optiq')
+
+def cases():
+    for a, tensors in MODELS.items():
+        for t in tensors: # of models of several parts, which take longer, each tensor by one command and the first by all
+            for c in TEXT if a == 'llama' else PARTS if t == tensors[0] else ['benchmark']: yield pytest.param(a, t, c, id=f'{a} {t} {c}')
+
+@pytest.mark.parametrize('architecture, tensor, command', list(cases()))
+def test_a_damaged_model_is_refused_in_one_line(models, tmp_path, architecture, tensor, command):
+    whole, odd = models[architecture]/'whole', models[architecture]/tensor
+    more = (TEXT if architecture == 'llama' else PARTS)[command]
+    words = ['eval', odd, '--task', command] if command in ('perplexity', 'kl') else [command, odd]
+    if command == 'kl' or command == 'benchmark': words += ['--baseline', whole]
+    if command in ('sweep', 'convert', 'pareto', 'kv-cache'): words += ['-o', tmp_path/'out']
+    r = optiq(*words, *more)
+    assert r.exit_code == 1, r.output
+    said = r.stderr.strip().splitlines()[-1] if command != 'verify' else r.stdout
+    assert 'NaN' in said and tensor.split('.')[-2] in said
+    assert command == 'verify' or said.startswith('error: ')
+    assert not (tmp_path/'out').is_dir()
+    left = tmp_path/'out'
+    assert not left.is_file() or 'NaN' not in left.read_text()
+
+@pytest.mark.parametrize('side', ['model', 'baseline'])
+def test_neither_side_of_a_comparison_may_be_damaged(models, side):
+    whole, odd = models['llama']/'whole', models['llama']/MODELS['llama'][0]
+    pair = (odd, whole) if side == 'model' else (whole, odd)
+    r = optiq('benchmark', pair[0], '--baseline', pair[1], *TEXT['benchmark'])
+    assert r.exit_code == 1 and 'NaN' in r.stderr
+
+def test_one_sequence_has_no_error_and_json_says_null(models, tmp_path):
+    "`json` would write NaN, which other readers refuse"
+    whole = models['llama']/'whole'
+    def refuse(constant): raise AssertionError(constant)
+    words = dict(TEXT, latency=['--chip', 'M3 Max'])
+    for command, more in words.items():
+        start = ['eval', whole, '--task', command] if command in ('perplexity', 'kl') else [command, whole]
+        if command in ('kl', 'benchmark'): start += ['--baseline', whole]
+        if command in ('sweep', 'convert', 'pareto', 'kv-cache'): start += ['-o', tmp_path/command]
+        r = optiq(*start, *more, '--json')
+        assert r.exit_code == 0, r.output
+        json.loads(r.stdout.splitlines()[-1], parse_constant=refuse)
+        files = [tmp_path/command] if (tmp_path/command).is_file() else (tmp_path/command).rglob('*.json*')
+        for file in files:
+            for text in file.read_text().splitlines() if file.suffix != '.json' else [file.read_text()]: json.loads(text, parse_constant=refuse)
+
+def test_predictions_that_are_no_numbers_are_not_taken_from_the_disk(models, tmp_path):
+    tokens, b = np.arange(2, 18)[None], open_backend(models['llama']/'whole')
+    stored = reference(b, tokens, None, tmp_path)
+    file = stored.folder/'logits.npy'
+    z = np.load(file)
+    z[0, 3, 5] = nan
+    np.save(file, z)
+    with pytest.raises(ValueError, match='remove it'): score_against(reference(b, tokens, None, tmp_path), b, tokens)
+
+def test_items_that_are_no_numbers():
+    for f in (lambda: mean_figure('kl', [1., nan]), lambda: paired([1., 2.], [nan, 2.])):
+        with pytest.raises(ValueError, match='no number'): f()
+
+def test_one_item_shows_no_difference():
+    rows = [dict(name=n) | mean_figure('margin', [x], 'same') for n, x in (('a', 1.), ('b', 2.))]
+    assert rows[0]['margin_se'] is None and rows[0]['margin_low'] is None
+    found = compare_reports(*(Report([r]) for r in rows))
+    assert found.verdicts['margin']['winner'] is None and 'nan' not in repr(found)
+    assert json.dumps(found.rows, allow_nan=False)

@@ -7,8 +7,8 @@ __all__ = ['LOOK', 'VERSION', 'STATISTICS', 'GROUPS', 'PART', 'MANY', 'AT_ONCE',
            'kv_layers', 'KVUnits', 'hashed', 'digest_of', 'KVLayout', 'kv_layout', 'check_candidates', 'check_heard',
            'kv_sweep', 'at_context', 'plot_kv', 'rotates', 'kv_config', 'save_kv_config', 'read_kv_config', 'summable',
            'Codec', 'Dense', 'codec_of', 'At', 'Stored', 'attend', 'attend_packed', 'attend_dense', 'findable',
-           'name_caches', 'hook', 'Pair', 'put', 'Written', 'Growing', 'Mixed', 'MixedKVCache', 'Padded', 'aligned',
-           'stacked', 'Joined', 'Picked', 'BatchMixedKVCache', 'cache_of', 'mixed_caches', 'use_kv_config',
+           'name_caches', 'hook', 'Pair', 'put', 'in_full', 'Written', 'Growing', 'Mixed', 'MixedKVCache', 'Padded',
+           'aligned', 'stacked', 'Joined', 'Picked', 'BatchMixedKVCache', 'cache_of', 'mixed_caches', 'use_kv_config',
            'generate_with_mixed_kv', 'cache_bytes', 'memory_table', 'opened_cache', 'untested', 'open_with_texts',
            'helped', 'beside_uniform', 'kv_figures', 'planned_cache', 'layer_table', 'memory_lines', 'write_kv',
            'optimize_kv', 'combine', 'parts', 'joint_plan', 'every_pair', 'configurations', 'ends_of',
@@ -538,12 +538,18 @@ def put(old, new, at: int, step: int): # (B, heads, room, …), (B, heads, T, �
     old[:, :, at:stop] = new
     return old
 
+# %% ../nbs/06_kv_cache.ipynb #6e0c51a2
+def in_full(fmt: Format, *parameters) -> Format: # ▸ with `parameters`: those given, its own, or its family's defaults
+    "A format with all that its codec has to know"
+    family = FAMILIES.get(fmt.mode)
+    return family.in_full(fmt, *parameters) if hasattr(family, 'in_full') else fmt
+
 # %% ../nbs/06_kv_cache.ipynb #35e12cf9
 class Written(Pair):
     "And in formats, with room for more tokens than there are"
     step = 256 # tokens by which room grows
     dims = dtype = None # widths of a head's key and value, and their type
-    def __init__(self, keys: Format, values: Format): self.formats = keys, values
+    def __init__(self, keys: Format, values: Format): self.formats = in_full(keys), in_full(values)
 
     def write(self, keys, values, at: int): # (B, heads, T, D) each
         "Store keys and values behind the first `at` tokens"
@@ -588,11 +594,12 @@ class Mixed(Growing):
         hook()
 
     @property
-    def about(self): return *map(str, self.formats), self.dims, self.dtype
+    def about(self): return *([str(f), *getattr(f, 'parameters', ())] for f in self.formats), self.dims, self.dtype
     @about.setter
     def about(self, v):
         *formats, dims, self.dtype = v
-        self.formats, self.dims = tuple(map(parse_format, formats)), dims and tuple(dims)
+        self.formats = tuple(in_full(parse_format(name), *parameters) for name, *parameters in formats)
+        self.dims = dims and tuple(dims)
         hook()
 
     @classmethod
@@ -640,11 +647,11 @@ class Padded(Mixed):
         return create_causal_mask(N, offset=self.length, left_padding=self.left_padding, **options)
 
     @property
-    def state(self): return self.keys, self.values, self.offset, self.left_padding, self.length, *self.about
+    def state(self):
+        return self.keys, self.values, self.offset, self.left_padding, self.length, self.right_padding, *self.about
     @state.setter
     def state(self, v):
-        self.keys, self.values, self.offset, self.left_padding, self.length, *self.about = v
-        self.right_padding = None
+        self.keys, self.values, self.offset, self.left_padding, self.length, self.right_padding, *self.about = v
 
 # %% ../nbs/06_kv_cache.ipynb #a3acec7d
 def aligned(c, arrays, j: int, like, length: int): # ▸ (B, heads, length, …)
@@ -662,8 +669,10 @@ def stacked(caches: list, side: str, like, length: int) -> list: # of arrays
 class Joined(Padded):
     "And made of others"
     def join(self, others: list): # of Padded
-        "Hold the texts of these, one under another"
-        length, like = max(c.length for c in others), next((c for c in others if not c.empty()), self)
+        "Hold the texts of these, one under another; raises ValueError if their formats differ"
+        if len({c.formats for c in others}) > 1: raise ValueError(
+            "caches of different formats or statistics cannot be one batch; with precondition='prompt' each has its own")
+        length, like = max(c.length for c in others), next((c for c in others if not c.empty()), others[0])
         if not like.empty(): self.keys, self.values = (stacked(others, s, like, length) for s in ('keys', 'values'))
         self.left_padding = mx.concatenate([c.left_padding+(length-c.length) for c in others])
         self.offset, self.length = mx.concatenate([c.offset for c in others]), length
@@ -675,10 +684,8 @@ class Joined(Padded):
     @classmethod
     def merge(cls, caches: list): # of MixedKVCache
         "One batch of several caches"
-        if len({c.formats for c in caches}) > 1:
-            raise ValueError('caches of different formats cannot be one batch')
         def alone(c): return cls.from_state(
-            (c.keys, c.values, mx.array([c.offset]), mx.array([0]), c.offset, *c.about))
+            (c.keys, c.values, mx.array([c.offset]), mx.array([0]), c.offset, None, *c.about))
         return cls([0], *caches[0].formats).join(list(map(alone, caches)))
 
 # %% ../nbs/06_kv_cache.ipynb #2f12bd7b

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['EVERYTHING', 'KINDS', 'Recorded', 'Entry', 'repeated', 'Blocks', 'Head', 'same', 'Overrides', 'Heard', 'Backend',
-           'check_finite', 'torch_blocks', 'torch_stand_ins', 'torch_slot', 'torch_weights', 'torch_attention',
-           'torch_ear', 'eager_experts', 'load_torch', 'TorchArrays', 'TorchWeights', 'TorchBackend', 'mlx_blocks',
-           'mlx_attention', 'mlx_listening', 'mlx_weights', 'MLXArrays', 'MLXWeights', 'MLXBackend', 'Passed', 'fresh',
-           'as_answer', 'arrays_in', 'alike', 'forgetful', 'narrow', 'as_sample', 'OneSample', 'recall', 'Forward',
-           'ReplayBackend', 'Eager', 'StreamedReplay', 'read_rows', 'StreamedBlocks', 'StreamedEnds',
-           'StreamingBackend', 'free_memory', 'open_backend']
+           'check_finite', 'torch_blocks', 'torch_stand_ins', 'torch_slot', 'torch_weights', 'torch_attending',
+           'torch_attention', 'torch_ear', 'eager_experts', 'load_torch', 'TorchArrays', 'TorchWeights', 'TorchBackend',
+           'mlx_blocks', 'mlx_attention', 'mlx_listening', 'mlx_weights', 'MLXArrays', 'MLXWeights', 'MLXBackend',
+           'Passed', 'fresh', 'as_answer', 'arrays_in', 'alike', 'forgetful', 'narrow', 'as_sample', 'OneSample',
+           'recall', 'Forward', 'ReplayBackend', 'Eager', 'StreamedReplay', 'read_rows', 'StreamedBlocks',
+           'StreamedEnds', 'StreamingBackend', 'free_memory', 'open_backend']
 
 # %% ../nbs/02b_backends.ipynb #b684d45f
 import os
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -185,17 +186,27 @@ def torch_weights(b, overrides: dict): # unit path ▸ function from its weight 
 
 # %% ../nbs/02b_backends.ipynb #bd493aec
 @contextmanager
-def torch_attention(changes: dict): # block ▸ {'keys': function, 'values': function}
-    "While this lasts, attention in these blocks sees changed keys and values"
+def torch_attending(model, attend): # called with (attention, module, query, key, value, …) in the place of attention
+    "While this lasts, `attend` is asked for a transformers model's attention"
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
-    before = table['sdpa']
-    def attend(module, query, key, value, *args, **kwargs):
+    name = model.config.get_text_config()._attn_implementation
+    before = table.get(name)
+    def instead(module, *args, **kwargs):
+        return attend(before or sys.modules[type(module).__module__].eager_attention_forward, module, *args, **kwargs)
+    table[name] = instead
+    try: yield
+    finally:
+        del table[name]
+        if table.get(name) is not before: table[name] = before
+
+# %% ../nbs/02b_backends.ipynb #6e0c51c1
+def torch_attention(model, changes: dict): # block ▸ {'keys': function, 'values': function}
+    "While this lasts, attention in these blocks sees changed keys and values"
+    def attend(attention, module, query, key, value, *args, **kwargs):
         change = changes.get(getattr(module, 'layer_idx', None), {})
         key, value = change.get('keys', same)(key), change.get('values', same)(value)
-        return before(module, query, key, value, *args, **kwargs)
-    table.register('sdpa', attend if changes else before)
-    try: yield
-    finally: table.register('sdpa', before)
+        return attention(module, query, key, value, *args, **kwargs)
+    return torch_attending(model, attend) if changes else nullcontext()
 
 # %% ../nbs/02b_backends.ipynb #0a697287
 def torch_ear(hear, names: dict): # id of a parameter ▸ paths of its units
@@ -234,7 +245,7 @@ def load_torch(checkpoint: Checkpoint, dtype):
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     logging.disable_progress_bar()
-    options = dict(dtype=dtype, attn_implementation='sdpa', trust_remote_code=checkpoint.trust_remote_code)
+    options = dict(dtype=dtype, trust_remote_code=checkpoint.trust_remote_code)
     if 'quantization' in checkpoint.config: return _load_quantized(checkpoint, options)
     return AutoModelForCausalLM.from_pretrained(
         checkpoint.folder, local_files_only=True, use_safetensors=True, **options)
@@ -303,7 +314,7 @@ class TorchBackend(TorchArrays, TorchWeights, Backend):
 
     def block(self, i: int): return self.blocks[i]
     def stand_ins(self, stand_in): return torch_stand_ins(self.blocks, stand_in)
-    def attention(self, changes: dict): return torch_attention(changes)
+    def attention(self, changes: dict): return torch_attention(self.model, changes)
     def forward(self, batch):
         ids = self.xp.as_tensor(np.asarray(batch), device=self.device).long()
         return self.model(input_ids=ids, use_cache=False).logits

@@ -291,7 +291,7 @@ def thoughtless(
 ) -> list[Plan]:
     "Plans that need no measurement, the smallest first: uniform formats, mlx-lm's recipes, what mlx-vlm does by default"
     units = getattr(source, 'units', source)
-    free = [u for u in units if not u.fixed and u.shape[-1] % 32 == 0] # the others stay as they are
+    free = [u for u in units if any(u.takes(f) for f in ALL_FORMATS)] # the others stay as they are
     found = [uniform(source, f) for f in formats if all(u.takes(f) for u in free)]
     if {u.part for u in units} == {'language'} and any('down_proj' in u.path for u in units): # mlx-lm needs some
         found += [recipe(source, name) for name in RECIPES]

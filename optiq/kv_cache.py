@@ -39,7 +39,7 @@ from .formats import AS_IS, FAMILIES, Format, divides, parse_format
 # %% ../nbs/06_kv_cache.ipynb #c5882c9d
 from .knapsack import Plan, allocate, make_plan, uniform
 from .models import Checkpoint, Unit, blocks_path
-from .sensitivity import Sweep, kl_sweep, plot_sweep
+from .sensitivity import Sweep, kl_sweep, plot_sweep, probes
 from . import turboquant # its formats, tq2 to tq8, join the others
 
 # %% ../nbs/06_kv_cache.ipynb #099d6331
@@ -192,8 +192,7 @@ def kv_layout(
 # %% ../nbs/06_kv_cache.ipynb #eedf25f5
 def check_candidates(b, layout: KVLayout, formats: list):
     "Raise ValueError if no candidate fits, or if the backend cannot hold quantized weights meanwhile"
-    if not any(divides(f, u.shape) for u in layout.units for f in formats): raise ValueError(
-        f'no candidate fits heads of {layout.units[0].shape[-1]}; affine formats need a multiple of 32')
+    probes(layout.units, formats)
     if layout.weights and isinstance(b, StreamingBackend): raise ValueError(
         'a streamed model cannot hold quantized weights for the length of a sweep; '
         'use --backend torch or mlx')
@@ -803,8 +802,8 @@ def opened_cache(model, context: int, out, overwrite: bool, trust_remote_code: b
 
 # %% ../nbs/06_kv_cache.ipynb #1412de77
 def untested(source, formats: list) -> Sweep: # of a Checkpoint or KVLayout
-    "A sweep with made-up values, to see whether a cap can be met"
-    values = {(u.path, f): np.array([1/f.bits]) for u in source.units for f in formats if divides(f, u.shape)}
+    "A sweep with made-up values, to see whether a cap can be met; raises ValueError for a format that does not fit"
+    values = {(u.path, f): np.array([1/f.bits]) for u, f in probes(source.units, formats)}
     return Sweep(source.units, formats, values,
                  dict(model=source.name, params=source.params, other_bytes=source.other_bytes))
 

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .backends import Backend, free_memory, open_backend
 from .calibration import batch_for, block_hashes, fingerprint, samples_of, shape_of
-from .formats import AS_IS, Format, divides, for_unit, parse_format, quantize_dequantize
+from .formats import AS_IS, WORD, Format, divides, for_unit, parse_format, quantize_dequantize
 from .models import Checkpoint, Unit
 
 # %% ../nbs/03_sensitivity.ipynb #c1b6c308
@@ -64,9 +64,12 @@ def probes(
     for u in units:
         for f in formats:
             if divides(f, u.shape): found.append((u, f))
-            elif u.shape[-1] % 32 == 0: raise ValueError(
-                f'{u.path} is {u.shape[-1]} wide, which groups of {f.group_size} do not divide; '
-                f'use --group-size {32 if u.shape[-1] % 64 else 64}')
+            elif u.shape[-1] % WORD == 0:
+                smaller = Format(f.bits, 32 if u.shape[-1] % 64 else 64)
+                raise ValueError(f'{u.path} is {u.shape[-1]} wide, which groups of {f.group_size} do not divide; '
+                                 f'use groups of {smaller.group_size}, such as {smaller}')
+    if formats and not found: raise ValueError(
+        f'no candidate fits {units[0].path}, {units[0].shape[-1]} wide, or another unit: MLX needs a multiple of {WORD}')
     return found
 
 # %% ../nbs/03_sensitivity.ipynb #6217875f
@@ -283,18 +286,23 @@ def _time(f):
 # %% ../nbs/03_sensitivity.ipynb #c7f561fa
 def _timing(b, batch, probes):
     "Of a batch of tokens and as many probes"
-    states, u = b.embed(batch), max((u for u in b.checkpoint.units if u.block == 0), key=lambda u: u.params)
-    many, change = _stack(b, [states]*8)[0], perturb((u, Format(4, 32)))
+    states, u = b.embed(batch), _largest(b, 0)
+    many, change = _stack(b, [states]*8)[0], perturb((u, Format(4, WORD))) if u else {}
     def block(x, change={}): return _time(lambda: b.numpy(b.run_block(0, x, change)[:1, :1]))
     k, head = len(many)//len(batch), _time(lambda: kl_of_streams(b, states, [({}, [many])]))
-    return Timing(block(many)/k, head/(k+1), max(0, block(states, change)-block(states))/u.params,
-                  8*batch.size*(probes+1)*b.checkpoint.units[0].shape[-1])
+    weight = max(0, block(states, change)-block(states))/u.params if u else 0
+    return Timing(block(many)/k, head/(k+1), weight, 8*batch.size*(probes+1)*b.checkpoint.units[0].shape[-1])
+
+def _largest(b, block):
+    "The largest unit of a block, or of the model, that some group divides; None if there is none"
+    fit = (u for u in b.checkpoint.units if block in (u.block, None) and divides(Format(4, WORD), u.shape))
+    return max(fit, key=lambda u: u.params, default=None)
 
 # %% ../nbs/03_sensitivity.ipynb #a8213c40
 def _timing_of_sample(b, sample):
     "Of one sample"
-    u = max((u for u in b.checkpoint.units if divides(Format(4, 32), u.shape)), key=lambda u: u.params)
-    weight = _time(lambda: b.numpy(quantize_dequantize(b.unit_weight(u.path), Format(4, 32))[:1, :1]))
+    u = _largest(b, None)
+    weight = _time(lambda: b.numpy(quantize_dequantize(b.unit_weight(u.path), Format(4, WORD))[:1, :1]))
     passed, _ = b.record(sample)
     kept = [x for xs in passed.given.values() for x in xs]+[x for x, _ in passed.answers.values()]
     block = _time(lambda: b.numpy(b.logits(sample)))/b.n_blocks

@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import ArraysCache
 
-from .backends import Backend, mlx_blocks
+from .backends import Backend, mlx_blocks, torch_attending
 from .formats import Format, parse_format
 from .kv_cache import (BatchMixedKVCache, Codec, MixedKVCache, codec_of, findable, kv_layers, kv_layout,
                             name_caches, own_caches, read_kv_config, rotates, summable)
@@ -80,16 +80,11 @@ class KeyPrecondition(_Same):
         return cls(0*p.mean, p.scale)
 
 # %% ../nbs/08_turbo_cache.ipynb #a29386c3
-@contextmanager
-def _watch_torch(see):
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
-    before = table['sdpa']
-    def attend(module, query, key, value, *args, **kwargs):
+def _watch_torch(model, see):
+    def attend(attention, module, query, key, value, *args, **kwargs):
         see(module.layer_idx, query, key, value)
-        return before(module, query, key, value, *args, **kwargs)
-    table.register('sdpa', attend)
-    try: yield
-    finally: table.register('sdpa', before)
+        return attention(module, query, key, value, *args, **kwargs)
+    return torch_attending(model, attend)
 
 # %% ../nbs/08_turbo_cache.ipynb #71d2b7e9
 @contextmanager
@@ -111,7 +106,7 @@ def watch_attention(
     see, # called with (block, queries, keys, values), (B, heads, T, D) each
 ): # context manager
     "While this lasts, `see` is told of every attention"
-    return _watch_torch(see) if b.name == 'torch' else _watch_mlx(b.model, see)
+    return (_watch_torch if b.name == 'torch' else _watch_mlx)(b.model, see)
 
 # %% ../nbs/08_turbo_cache.ipynb #b87e3d76
 def key_statistics(

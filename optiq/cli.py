@@ -73,10 +73,11 @@ SHARED = dict(
     sweep=click.option('--sweep', type=click.Path(), help='use a sweep of MODEL that was saved before'))
 
 # %% ../nbs/90_cli.ipynb #ed1a9c8f
-def as_formats(formats: str | None, bits: str, group_size: int) -> list:
-    "The candidates that --formats, or --candidate-bits with --group-size, name"
+def as_formats(formats: str | None, bits: str | None, group_size: int, default: str | None = None) -> list | None:
+    "The candidates that --formats, or --candidate-bits with --group-size, name; None where nothing does"
     from optiq.formats import parse_format
-    return [parse_format(f, group_size) for f in (formats or bits).split(',') if f.strip()]
+    text = next((t for t in (formats, bits, default) if t is not None), None)
+    return None if text is None else [parse_format(f, group_size) for f in text.split(',') if f.strip()]
 
 # %% ../nbs/90_cli.ipynb #174bbc52
 def as_names(ctx, param, text: str | None) -> tuple:
@@ -162,7 +163,7 @@ def check_caps(given: dict, target_tps: float | None, kv: bool) -> dict:
 @click.option('--chip', metavar='NAME', help='on which chip, such as "M3 Max"; default: this machine, measured')
 @click.option('--context', type=int, metavar='N',
               help='tokens in the KV cache, for --target-memory, --target-tps and --kv')
-@click.option('--candidate-bits', 'bits', default='4,8', show_default=True, help='widths to choose from')
+@click.option('--candidate-bits', 'bits', help='widths to choose from  [default: all of the sweep given, or 4,8]')
 @options('formats', 'group_size', 'protect', 'tie', 'rounding', 'rounding_n')
 @click.option('--polish', type=click.Choice(['dwq']), help="train scales and biases at the end, by mlx-lm's dwq")
 @click.option('--kv', is_flag=True, help='one allocation over weights and KV cache under --target-size')
@@ -187,7 +188,8 @@ def convert(model, target, target_tps, chip, bits, formats, group_size, kv, kv_b
     optiq convert demo --target-bpw 3.5 --candidate-bits 2,3,4,6 --rounding gptq
     optiq convert demo --kv --context 4096 --target-size 20
     """
-    fmts, given = as_formats(formats, bits, group_size), check_caps(given, target_tps, kv)
+    fmts = as_formats(formats, bits, group_size, '4,8' if kv or given['sweep'] is None else None)
+    given = check_caps(given, target_tps, kv)
     out = None if dry_run else output or default_output(model, ending_of(given, target_tps, kv))
     if kv: figures, text = convert_with_cache(model, out, fmts, as_formats(None, kv_bits, group_size), given)
     else: figures, text = convert_weights(model, out, fmts, target_tps, chip, given)
@@ -196,11 +198,12 @@ def convert(model, target, target_tps, chip, bits, formats, group_size, kv, kv_b
 # %% ../nbs/90_cli.ipynb #69c9b0b7
 def convert_weights(model, out, fmts, target_tps, chip, given) -> tuple: # figures, text
     "`optimize`, with a speed turned into a budget first"
-    from optiq.pipeline import optimize
+    from optiq.pipeline import candidates_for, optimize
     from optiq.verify import verdict
     if target_tps is not None:
         from optiq.latency import latency
-        given = given | latency(model, chip, given['context'] or 512, fmts).budget(target_tps, fmts)
+        wanted = candidates_for(fmts, given['sweep'])
+        given = given | latency(model, chip, given['context'] or 512, wanted).budget(target_tps, wanted)
         if given['max_memory'] is None: given['context'] = None
     r = optimize(model, out, formats=fmts, **given)
     verified = [verdict(r['verified'])] if r['verified'] else []
@@ -283,8 +286,8 @@ def as_targets(text: str) -> list[float]:
 @click.argument('source', metavar='MODEL|SWEEP')
 @click.option('--profiles', callback=as_names,
               help='of compact, quality and all; default: those that the formats allow')
-@click.option('--targets', default='3.0:8.0:0.25', show_default=True, help='nominal bits, from:to:step or a list')
-@click.option('--bits', default='2,3,4,5,6,8', show_default=True, help='widths to sweep, if a model is given')
+@click.option('--targets', help='nominal bits, from:to:step or a list  [default: those of 3.0:8.0:0.25 that the formats reach]')
+@click.option('--bits', help='widths to choose from, and to sweep  [default: all of the sweep given, or 2,3,4,5,6,8]')
 @options('formats', 'group_size', 'protect', 'tie', 'rounding', 'rounding_n')
 @click.option('--verify', type=click.IntRange(min=0), default=0, show_default=True, metavar='N',
               help='points of each curve to measure on evaluation text, with all baselines')
@@ -301,8 +304,9 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
     optiq pareto curve/sweep.json --profiles compact --targets 3,3.5,4
     """
     from optiq.pipeline import trade_off
-    fmts = as_formats(formats, bits, group_size)
-    found = trade_off(source, as_targets(targets), profiles or None, fmts, out=out, **given)
+    saved = given['sweep'] is not None or os.path.isfile(source)
+    fmts = as_formats(formats, bits, group_size, None if saved else '2,3,4,5,6,8')
+    found = trade_off(source, targets and as_targets(targets), profiles or None, fmts, out=out, **given)
     text = f'{found["frontier"]!r}\nwritten to {out}' if out else repr(found['frontier'])
     finish(found['figures'], text, as_json)
 

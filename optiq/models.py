@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .formats import AS_IS, Format, divides, nbytes
+from .formats import ALL_FORMATS, AS_IS, Format, divides, nbytes
 
 # %% ../nbs/02_models.ipynb #9e007c40
 def demo() -> Path:
@@ -190,7 +190,7 @@ def find_units(
     for path, m in model.named_modules():
         if not (hasattr(m, 'to_quantized') or 'scales' in m) or path.rsplit('.', 1)[-1] in ROUTERS: continue
         (shape, dtype), block = _stored(m), block_of(path, starts)
-        fixed = shape[-1] % 16 > 0 or not _opens(model, path, m)
+        fixed = not any(divides(f, shape) for f in ALL_FORMATS) or not _opens(model, path, m)
         found.append(Unit(path, _kind(path, m), shape, block, dtype, part_of(path, model_type), fixed))
     return sorted(found, key=lambda u: u.block if u.block is not None else _place(u, starts, lists))
 

@@ -147,8 +147,9 @@ def find_grid(w, fmt: Format, stats=None): # w (out_dims, in_dims)
     xp, f32, cast = library(w)
     shape, n = (w.shape[0], w.shape[1]//fmt.group_size, fmt.group_size), 2**fmt.bits-1
     g = f32(w).reshape(shape)
-    a = xp.ones_like(g[0]) if stats is None else stats.importance().reshape(shape[1:])
-    a = xp.clip(a/xp.mean(a), 1e-4, None)
+    known = stats is not None and stats.count # an expert that no token reached reads nothing
+    a = stats.importance().reshape(shape[1:]) if known else xp.ones_like(g[0])
+    a = xp.clip(a/xp.clip(xp.mean(a), 1e-30, None), 1e-4, None)
     rows = max(1, 2**(24 if on_accelerator(w) else 18)//w.shape[1])
     parts = [fit_grid(xp, g[k:k+rows], a[None], n, cast) for k in range(0, len(g), rows)]
     return [xp.concatenate(x)[..., 0] for x in zip(*parts)]
@@ -422,9 +423,7 @@ def gptq_all(
         experts = enumerate(_per_expert(stats, len(weights[0])))
         return [_stack(r) for r in zip(*(gptq_all([w[e] for w in weights], formats, s) for e, s in experts))]
     pairs = list(zip(weights, formats))
-    if stats is None or stats.count < few_tokens(weights[0]):
-        seen = stats if stats is not None and stats.count else None
-        return [search(w, f, seen) for w, f in pairs]
+    if stats is None or stats.count < few_tokens(weights[0]): return [search(w, f, stats) for w, f in pairs]
     affine, done = [p for p in pairs if p[1].mode == 'affine'], []
     at_once = max(1, 2**(28 if on_accelerator(weights[0]) else 26)//max(prod(w.shape) for w in weights))
     for k in range(0, len(affine), at_once): done += _gptq(affine[k:k+at_once], stats)

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['mlx_constant', 'KeyPrecondition', 'watch_attention', 'key_statistics', 'save_preconditions', 'load_preconditions',
-           'preconditioned', 'encode_packed', 'encode_token', 'rotation', 'RotatedStore', 'StoresBoth', 'both_sides',
-           'grid', 'group_of', 'scaled', 'RotatedProducts', 'turning', 'way_back', 'RotatedCodec', 'by_heads', 'Turned',
-           'turned', 'FromPrompt', 'TurboQuantKVCache', 'BatchTurboQuantKVCache', 'turbo_cache', 'use_turbo_cache',
-           'make_turbo', 'RotatedState', 'TurboQuantStateCache']
+           'preconditioned', 'encode_packed', 'encode_token', 'rotation', 'Turned', 'turned', 'RotatedStore',
+           'StoresBoth', 'both_sides', 'grid', 'group_of', 'scaled', 'RotatedProducts', 'turning', 'way_back',
+           'RotatedCodec', 'by_heads', 'FromPrompt', 'TurboQuantKVCache', 'BatchTurboQuantKVCache', 'turbo_cache',
+           'use_turbo_cache', 'make_turbo', 'RotatedState', 'alike', 'TurboQuantStateCache']
 
 # %% ../nbs/08_turbo_cache.ipynb #68c6f3d1
 import hashlib
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import ArraysCache
 
-from .backends import Backend, mlx_blocks
+from .backends import Backend, mlx_blocks, torch_attending
 from .formats import Format, parse_format
 from .kv_cache import (BatchMixedKVCache, Codec, MixedKVCache, codec_of, findable, kv_layers, kv_layout,
                             name_caches, own_caches, read_kv_config, rotates, summable)
@@ -80,16 +80,11 @@ class KeyPrecondition(_Same):
         return cls(0*p.mean, p.scale)
 
 # %% ../nbs/08_turbo_cache.ipynb #a29386c3
-@contextmanager
-def _watch_torch(see):
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
-    before = table['sdpa']
-    def attend(module, query, key, value, *args, **kwargs):
+def _watch_torch(model, see):
+    def attend(attention, module, query, key, value, *args, **kwargs):
         see(module.layer_idx, query, key, value)
-        return before(module, query, key, value, *args, **kwargs)
-    table.register('sdpa', attend)
-    try: yield
-    finally: table.register('sdpa', before)
+        return attention(module, query, key, value, *args, **kwargs)
+    return torch_attending(model, attend)
 
 # %% ../nbs/08_turbo_cache.ipynb #71d2b7e9
 @contextmanager
@@ -111,7 +106,7 @@ def watch_attention(
     see, # called with (block, queries, keys, values), (B, heads, T, D) each
 ): # context manager
     "While this lasts, `see` is told of every attention"
-    return _watch_torch(see) if b.name == 'torch' else _watch_mlx(b.model, see)
+    return (_watch_torch if b.name == 'torch' else _watch_mlx)(b.model, see)
 
 # %% ../nbs/08_turbo_cache.ipynb #b87e3d76
 def key_statistics(
@@ -184,12 +179,39 @@ def rotation(D: int, seed: int, dtype): # (D, padded D)
     mx.eval(m)
     return m
 
+# %% ../nbs/08_turbo_cache.ipynb #4b574e7c
+@dataclass(frozen=True, order=True, repr=False)
+class Turned(Format):
+    "A rotated format with the seed of its rotation, and for keys a preconditioner"
+    seed: int = 42
+    precondition: 'KeyPrecondition | str | None' = None # 'prompt': that of the first keys, which are still to come
+    __str__ = __repr__ = Format.__str__
+
+    @property
+    def parameters(self): # as arrays that a prompt file holds
+        p = self.precondition
+        return self.seed, [mlx_constant(p, p.mean), mlx_constant(p, p.scale)] if isinstance(p, _Channels) else p
+
+def turned(
+    fmt: 'Format | str', # 'tq3' …; formats that do not rotate are returned as they are
+    seed: int | None = None, # that of `fmt` by default
+    precondition: 'KeyPrecondition | list | str | None' = None, # likewise; a list of mean and scale, as `parameters` has them
+) -> Format:
+    "A format of a cache, with what its rotation needs"
+    f = parse_format(fmt)
+    if isinstance(precondition, list): precondition = KeyPrecondition(*map(np.array, precondition))
+    given = {k: v for k, v in dict(seed=seed, precondition=precondition).items() if v is not None}
+    if f.mode != 'tq': return f
+    return replace(f, **given) if isinstance(f, Turned) else Turned(f.bits, f.group_size, f.mode, **given)
+
 # %% ../nbs/08_turbo_cache.ipynb #1d7e8325
 class RotatedStore(Codec):
     "Keys or values as rotated codes: how they are stored"
     def __init__(self, fmt: Format):
-        self.fmt, self.bits = fmt, fmt.bits
-        self.seed, self.precondition = getattr(fmt, 'seed', 42), getattr(fmt, 'precondition', None)
+        fmt = turned(fmt)
+        self.bits, self.seed, self.precondition = fmt.bits, fmt.seed, fmt.precondition
+        if self.precondition == 'prompt': raise ValueError(
+            "precondition='prompt' is for the cache of one text; a batch needs statistics that were made before")
 
     def encode(self, x): return self.rotated(self.centred(x)) # (B, heads, T, D) ▸ codes (B, heads, T, ·), scales (B, heads, T, 1)
     def centred(self, x): return x if self.precondition is None else self.precondition.keys(x.astype(mx.float32))
@@ -297,57 +319,25 @@ def by_heads(x, m): # (B, query heads, L, D), (D, E) or (heads, D, E) ▸ (B, qu
     B, H, L, D = x.shape
     return (x.reshape(B, len(m), -1, D) @ m).reshape(B, H, L, -1)
 
-# %% ../nbs/08_turbo_cache.ipynb #4b574e7c
-@dataclass(frozen=True, order=True, repr=False)
-class Turned(Format):
-    "A rotated format with the seed of its rotation, and for keys a preconditioner"
-    seed: int = 42
-    precondition: KeyPrecondition | None = field(default=None, compare=True)
-    __str__ = __repr__ = Format.__str__
-
-def turned(
-    fmt: 'Format | str', # 'tq3' …; formats that do not rotate are returned as they are
-    seed: int = 42,
-    precondition: KeyPrecondition | None = None,
-) -> Format:
-    "A format of a cache, with what its rotation needs"
-    f = parse_format(fmt)
-    return Turned(f.bits, f.group_size, f.mode, seed, precondition) if f.mode == 'tq' else f
-
-# %% ../nbs/08_turbo_cache.ipynb #6acadbe0
-class _Turbo:
-    "What the cache of one text and the cache of a batch share"
-    @property
-    def about(self):
-        p = [getattr(f, 'precondition', None) for f in self.formats]
-        return (*super().about, [getattr(f, 'seed', 0) for f in self.formats],
-                [None if x is None else [mlx_constant(x, x.mean), mlx_constant(x, x.scale)] for x in p])
-    @about.setter
-    def about(self, v):
-        *rest, seeds, given = v
-        super(_Turbo, type(self)).about.fset(self, rest)
-        given = [None if x is None else KeyPrecondition(*map(np.array, x)) for x in given]
-        self.formats = tuple(map(turned, self.formats, seeds, given))
-
 # %% ../nbs/08_turbo_cache.ipynb #82e3c8fb
-class FromPrompt(_Turbo, MixedKVCache):
+class FromPrompt(MixedKVCache):
     "Takes the mean off keys from what it is given first, if it is asked to"
-    head_dim, from_prompt = None, False
     @classmethod
-    def of(cls, keys: Format, values: Format, from_prompt: bool = False): # either may be a format that does not rotate
+    def of(cls, keys: Format, values: Format): # either may be a format that does not rotate
         "A cache of two formats"
         c = cls.__new__(cls)
-        c.from_prompt = from_prompt and keys.mode == 'tq'
         MixedKVCache.__init__(c, keys, values)
         return c
 
     def write(self, keys, values, at):
-        if self.head_dim not in (None, keys.shape[-1]): raise ValueError(
-            f'this cache was made with head_dim={self.head_dim}, the keys are {keys.shape[-1]} wide')
-        if self.from_prompt and self.keys is None:
+        if self.dims and self.dims[0] != keys.shape[-1]: raise ValueError(
+            f'this cache was made with head_dim={self.dims[0]}, the keys are {keys.shape[-1]} wide')
+        if self.waits():
             p = KeyPrecondition.of(np.array(keys.astype(mx.float32).swapaxes(1, 2)).reshape(-1, keys.shape[1], keys.shape[3]))
-            self.formats = (turned(self.formats[0], self.formats[0].seed, p), self.formats[1])
+            self.formats = turned(self.formats[0], precondition=p), self.formats[1]
         super().write(keys, values, at)
+
+    def waits(self): return getattr(self.formats[0], 'precondition', None) == 'prompt'
 
 # %% ../nbs/08_turbo_cache.ipynb #3170cbc6
 @findable
@@ -363,24 +353,21 @@ class TurboQuantKVCache(FromPrompt):
     ):
         if isinstance(precondition, str) and precondition != 'prompt': raise ValueError(
             f"precondition={precondition!r}: give a KeyPrecondition, 'prompt' or None")
-        self.head_dim, self.from_prompt = head_dim, precondition == 'prompt'
-        known = None if self.from_prompt else precondition
-        MixedKVCache.__init__(self, *(Turned(b or bits, None, 'tq', seed, p) for b, p in ((key_bits, known), (value_bits, None))))
+        MixedKVCache.__init__(self, *(Turned(b or bits, None, 'tq', seed, p) for b, p in ((key_bits, precondition), (value_bits, None))))
+        self.dims = head_dim, None
 
-    @classmethod
-    def merge(cls, caches): return BatchTurboQuantKVCache.merge(caches)
+    @property
+    def merge(self):
+        if self.waits(): raise AttributeError("with precondition='prompt' each text is served alone")
+        return BatchTurboQuantKVCache.merge
+
     def __repr__(self): return super().__repr__().replace('Mixed', 'TurboQuant', 1)
 
 # %% ../nbs/08_turbo_cache.ipynb #9d017dcd
 @findable
-class BatchTurboQuantKVCache(_Turbo, BatchMixedKVCache):
+class BatchTurboQuantKVCache(BatchMixedKVCache):
     "The rotated cache of one layer for several texts"
     one = TurboQuantKVCache
-    @classmethod
-    def merge(cls, caches):
-        if len({c.formats for c in caches}) > 1: raise ValueError(
-            "caches of different formats or preconditioners cannot be one batch; with precondition='prompt' each has its own")
-        return super().merge(caches)
 
 # %% ../nbs/08_turbo_cache.ipynb #053df323
 def turbo_cache(
@@ -415,10 +402,10 @@ def make_turbo(model, bits=4, key_bits=None, value_bits=None, *, kv_config=None,
     if isinstance(known, (str, Path)): known = load_preconditions(known)
     moved = next((p for p, s in known.items() if p.endswith('.values') and s.mean.any()), None)
     if moved: raise ValueError(f'{moved}: a mean cannot be taken off values; KeyPrecondition.of_values makes what can')
-    def own(f, p): return turned(f, seed, getattr(f, 'precondition', None) if p is None and not from_prompt else p)
-    formats = {i: [own(f, known.get(f'cache.{i}.{kind}')) for f, kind in zip(pair, ('keys', 'values'))] for i, pair in formats.items()}
+    def own(f, i, kind): return turned(f, seed, 'prompt' if from_prompt and kind == 'keys' else known.get(f'cache.{i}.{kind}'))
+    formats = {i: [own(f, i, kind) for f, kind in zip(pair, ('keys', 'values'))] for i, pair in formats.items()}
     def make_cache():
-        return [TurboQuantKVCache.of(*formats[i], from_prompt) if i in formats else c for i, c in enumerate(own_caches(model))]
+        return [TurboQuantKVCache.of(*formats[i]) if i in formats else c for i, c in enumerate(own_caches(model))]
     return make_cache
 
 # %% ../nbs/08_turbo_cache.ipynb #4fe1f1f5
@@ -440,6 +427,12 @@ class RotatedState(ArraysCache):
     def __getitem__(self, i):
         if i != 1 or self.cache[1] is None: return self.cache[i]
         return self.codec.back(self.codec.dense(self.cache[1:3], getattr(mx, self.dtype)))[..., :self.width]
+
+# %% ../nbs/08_turbo_cache.ipynb #6e0c51b4
+def alike(caches: list): # of RotatedState ▸ the first that holds something, or the first
+    "What they have in common; raises ValueError if their codes are not of one kind"
+    if len({(c.bits, c.seed) for c in caches}) > 1: raise ValueError('states of different bits or seeds cannot be one batch')
+    return next((c for c in caches if not c.empty()), caches[0])
 
 # %% ../nbs/08_turbo_cache.ipynb #a405ea1d
 @findable
@@ -464,11 +457,18 @@ class TurboQuantStateCache(RotatedState):
         c.cache = self.cache
         return c
 
-    def extract(self, idx): return self.from_state((self.plain().extract(idx).cache, None, None, *self.about))
+    def extract(self, idx):
+        one = [a if a is None else a[idx:idx+1] for a in self.cache]
+        return self.from_state((one, None, None, *self.about))
+
+    def extend(self, other):
+        like = alike([self, other])
+        super().extend(other)
+        self.width, self.dtype = like.width, like.dtype
 
     @classmethod
     def merge(cls, caches):
-        like = next((c for c in caches if not c.empty()), caches[0])
+        like = alike(caches)
         together = ArraysCache.merge([c.plain() for c in caches])
         return cls.from_state((together.cache, together.left_padding, None, *like.about))
 

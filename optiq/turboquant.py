@@ -368,6 +368,9 @@ class Rotated:
     def divides(fmt: Format, shape: tuple): return shape[-1] > 2
     def nbytes(fmt: Format, shape: tuple, itemsize: int = 2): return math.prod(shape[:-1])*(padded(shape[-1])*fmt.bits//8+2)
     def quantize_dequantize(x, fmt: Format): return round_trip(x, fmt.bits)
+    def in_full(fmt: Format, *parameters): # seed, statistics
+        from optiq.turbo_cache import turned
+        return turned(fmt, *parameters)
     def codec(fmt: Format):
         from optiq.turbo_cache import RotatedCodec
         return RotatedCodec(fmt)

@@ -147,7 +147,7 @@ def test_existing_output_is_kept(llama, tmp_path):
 
 def test_width_that_the_group_does_not_divide(tmp_path):
     model = tiny('llama', tmp_path/'model', shape=dict(intermediate_size=320))
-    assert_error(optiq('convert', model, '-o', tmp_path/'out', '--group-size', 128), 'down_proj', '--group-size 64')
+    assert_error(optiq('convert', model, '-o', tmp_path/'out', '--group-size', 128), 'down_proj', 'use groups of 64')
 
 def test_disk_that_fills_up(llama, tmp_path):
     "Writes fail beyond a limit, as on a full disk: nothing is left"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from optiq.formats import ALL_FORMATS, AS_IS, Format, config_entry, nbytes, parse_format, quantize_dequantize
+from optiq.formats import ALL_FORMATS, AS_IS, Format, config_entry, divides, nbytes, parse_format, quantize_dequantize
 
 DTYPES = {'float32': (torch.float32, mx.float32), 'bfloat16': (torch.bfloat16, mx.bfloat16),
           'float16': (torch.float16, mx.float16)}
@@ -57,6 +57,17 @@ def test_no_such_format(bad):
 def test_width_that_no_group_divides():
     for f in (lambda: nbytes(Format(4, 64), (8, 96)), lambda: quantize_dequantize(np.ones((8, 96), np.float32), Format(4, 64))):
         with pytest.raises(ValueError, match='groups of 64'): f()
+
+@pytest.mark.parametrize('fmt', ALL_FORMATS, ids=str)
+@pytest.mark.parametrize('width', [16, 48, 80, 96, 144, 160, 192])
+def test_divides_says_what_mlx_opens(fmt, width):
+    import mlx.nn as nn
+    from mlx_lm.utils import quantize_model
+    model = nn.Sequential(nn.Linear(width, 32, bias=False))
+    quantize_model(model, {}, group_size=32, bits=4, quant_predicate=lambda path, m: divides(fmt, m.weight.shape) and config_entry(fmt))
+    assert ('scales' in model.layers[0]) == divides(fmt, (32, width)) == (width % max(fmt.group_size, 32) == 0)
+    if not divides(fmt, (32, width)):
+        with pytest.raises(ValueError, match='groups of|multiple of 32'): nbytes(fmt, (32, width))
 
 def test_a_family_is_found_by_its_name():
     "In a process that has imported nothing else"

@@ -89,6 +89,13 @@ def test_what_was_installed_does_not_hide_the_models_own_caches(served):
     del model.make_cache
     assert {type(c) for c in make_prompt_cache(model)} == {KVCache}
 
+@pytest.mark.parametrize('dim, advice', [(96, 'groups of 32, such as 4g32'), (80, 'multiple of 32')])
+def test_heads_that_no_candidate_fits_are_told_before_anything_is_measured(dim, advice, tmp_path, monkeypatch):
+    model = tiny('qwen3', tmp_path/'m', shape=dict(num_hidden_layers=1, head_dim=dim))
+    monkeypatch.setattr(kv, 'open_with_texts', None)
+    for run in (lambda: optimize_kv(str(model), target_bits=5), lambda: optimize_with_kv(str(model), None, 2**22, 64)):
+        with pytest.raises(ValueError, match=f'cache.0.keys.*{dim} wide.*{advice}'): run()
+
 # Sweep and allocation
 
 def test_replay_equals_plain_passes(backend, sweep, tokens):
@@ -248,7 +255,7 @@ def test_a_family_joins_as_one_row(monkeypatch, tmp_path):
         monkeypatch.setattr(kv, 'MANY', many)
         assert abs(attend(q, keys, values, scale=.1)-want).max() < 1e-2
     c = Checkpoint(tiny('qwen3', tmp_path/'m', shape=dict(num_hidden_layers=2, head_dim=80)))
-    with pytest.raises(ValueError, match='no candidate fits heads of 80'): kv_sweep(TorchBackend(c), np.arange(20, 52)[None], [4])
+    with pytest.raises(ValueError, match='no candidate fits cache.0.keys, 80 wide'): kv_sweep(TorchBackend(c), np.arange(20, 52)[None], [4])
     s = kv_sweep(TorchBackend(c), np.arange(20, 52)[None], [f], progress=False)
     assert len(s.values) == 4
 

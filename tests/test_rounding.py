@@ -14,7 +14,7 @@ from optiq.knapsack import make_plan, uniform
 from optiq.models import Checkpoint
 from optiq.pipeline import optimize, trade_off
 from optiq.rounding import (Inputs, MinMax, RoundTrips, Statistics, compensated, dwq, gptq, gptq_all, pack_codes,
-                             prepared, round_to_files, search, second_look, to_mlx)
+                             prepared, round_model, round_to_files, search, second_look, to_mlx)
 from optiq.sensitivity import kl_sweep, measure, probes, sweep_quantizer
 from optiq.tiny import tiny
 from optiq.verify import joint_kl, verified
@@ -41,6 +41,24 @@ def weight(rows=24, width=128, dtype=torch.bfloat16): return torch.randn(rows, w
 def cost(w, r, h):
     d = w.float()-r.dequantize().float()
     return float(((d @ h)*d).sum())
+
+@pytest.mark.parametrize('backend', ['torch', 'mlx'])
+@pytest.mark.parametrize('rounding', ['search', 'gptq'])
+def test_an_expert_that_no_token_reached(models, rounding, backend):
+    c = models['qwen3_moe']
+    b, tokens, fmt = BACKENDS[backend](c), tokens_for(c, 1, 2), Format(4, 32) # two tokens, two experts each, of eight
+    plan = {u.path: fmt for u in c.units}
+    with pytest.warns(UserWarning, match='saw no calibration token'): sweep = kl_sweep(b, tokens, [fmt], rounding=rounding, progress=False)
+    assert all(np.isfinite(v).all() for v in sweep.values.values())
+    done, path = dict(round_model(b, tokens, plan, rounding)), 'model.layers.0.mlp.switch_mlp.up_proj'
+    idle = sweep.header['experts'][0].index(0)
+    plain = search(b.unit_weight(path)[idle], fmt)
+    assert mx.array_equal(to_mlx(done[path].dequantize()[idle]), to_mlx(plain.dequantize()))
+
+def test_inputs_that_are_all_zero_weigh_alike():
+    w, nothing = weight(), Inputs()
+    nothing.add(torch.zeros(9, 128))
+    assert torch.equal(search(w, Format(3), nothing).dequantize(), search(w, Format(3)).dequantize())
 
 @pytest.mark.parametrize('bits, group', list(product(AFFINE_BITS, AFFINE_GROUPS)))
 def test_codes_are_packed_as_mlx_packs_them(bits, group):

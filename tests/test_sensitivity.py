@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 
 import optiq.sensitivity as S
-from optiq.backends import MLXBackend, StreamingBackend, TorchBackend
+from optiq.backends import MLXBackend, StreamingBackend, TorchBackend, torch_attending, torch_attention
 from optiq.calibration import fingerprint
+from optiq.convert import convert
 from optiq.formats import Format, parse_format, quantize_dequantize
+from optiq.knapsack import allocate, uniform
 from optiq.models import Checkpoint
 from optiq.sensitivity import (Sweep, estimate, kl_divergence, kl_sweep, measure, perturb, probes, read_log,
                                tokens_per_expert)
-from optiq.tiny import tiny
+from optiq.tiny import CONFIGS, FROM_ONE, tiny
 
 TEXT = ['qwen3', 'qwen3_moe', 'qwen3_5', 'llama', 'gemma3', 'mistral', 'phi3']
 BACKENDS = dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend)
@@ -53,6 +55,35 @@ def test_torch_and_mlx_agree(models, architecture):
     a, b = (measure(B(c), tokens, todo) for B in (TorchBackend, MLXBackend))
     loose = 5e-2 if architecture == 'qwen3_5' else 2e-2 # mlx-lm adds 1 to its norms in bfloat16, which rounds them
     np.testing.assert_allclose(a, b, rtol=loose, atol=1e-8)
+
+@pytest.fixture(scope='module')
+def gemma2(tmp_path_factory):
+    "Attention that bends its scores: `sdpa` cannot"
+    with pytest.MonkeyPatch.context() as m:
+        changes = dict(architectures=['Gemma2ForCausalLM'], model_type='gemma2', attn_logit_softcapping=2., final_logit_softcapping=5.,
+                       head_dim=128, query_pre_attn_scalar=64, sliding_window=4096)
+        m.setitem(CONFIGS, 'gemma2', CONFIGS['gemma3'] | changes)
+        m.setitem(FROM_ONE, 'gemma2', FROM_ONE['gemma3_text'])
+        return Checkpoint(tiny('gemma2', tmp_path_factory.mktemp('gemma2')/'m', dtype='float32'))
+
+def test_bent_attention_on_both_backends(gemma2):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
+    tokens, todo = tokens_for(gemma2), probes(gemma2.units, [Format(4)])[::6]
+    t, m = TorchBackend(gemma2), MLXBackend(gemma2)
+    np.testing.assert_allclose(t.numpy(t.logits(tokens)), m.numpy(m.logits(tokens)), atol=1e-4)
+    np.testing.assert_allclose(measure(t, tokens, todo), measure(m, tokens, todo), rtol=2e-2, atol=1e-8)
+    heard = []
+    with torch_attending(t.model, lambda attention, module, *a, **k: heard.append(module.layer_idx) or attention(module, *a, **k)):
+        with torch_attention(t.model, {0: {'keys': lambda k: 0*k}}): z = t.logits(tokens)
+    assert heard == list(range(t.n_blocks)) and 'eager' not in table and abs(t.numpy(z-t.logits(tokens))).max() > 1e-3
+
+@pytest.mark.parametrize('shape', [dict(hidden_size=144), dict(intermediate_size=304)], ids=str)
+def test_widths_of_half_a_word_stay_as_they_are(shape, tmp_path):
+    c = Checkpoint(tiny('llama', tmp_path/'m', shape=shape | dict(num_hidden_layers=1)))
+    sweep = kl_sweep(TorchBackend(c), tokens_for(c), ['nvfp4', '4g32', 'mxfp8']) # told how long it takes
+    assert sweep.left and {u.shape[-1] for u in sweep.left} == {*shape.values()} and all(u.fixed for u in sweep.left)
+    saved = convert(c, allocate(sweep, max_bytes=uniform(sweep, 'nvfp4').nbytes), tmp_path/'out')
+    assert {f.mode for f in saved.formats.values()} == {'as-is', 'nvfp4'}
 
 def test_every_kind_of_unit_is_measured(models):
     kinds = {a: {u.kind for u in c.units} for a, c in models.items()}

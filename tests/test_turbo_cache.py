@@ -7,9 +7,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from optiq.kv_cache import STATISTICS, attend, attend_dense, attend_packed, own_caches
+from optiq.formats import parse_format
+from optiq.knapsack import uniform
+from optiq.kv_cache import (STATISTICS, MixedKVCache, attend, attend_dense, attend_packed, cache_of, kv_config, kv_layout, own_caches,
+                            use_kv_config)
 from optiq.turbo_cache import (BatchTurboQuantKVCache, KeyPrecondition, TurboQuantKVCache, TurboQuantStateCache,
-                               load_preconditions, save_preconditions, turbo_cache, use_turbo_cache)
+                               load_preconditions, save_preconditions, turbo_cache, turned, use_turbo_cache)
 from optiq.turboquant import round_trip
 
 def small_model(head_dim=64, heads=4, kv_heads=2, layers=2, seed=0):
@@ -201,6 +204,89 @@ def test_shared_statistics_may_be_batched_and_those_of_prompts_may_not(model):
     model(ids[:, :20], cache=a), model(ids[:, 20:40], cache=b)
     assert a[0].formats[0].precondition is not None
     with pytest.raises(ValueError, match='prompt'): a[0].merge([a[0], b[0]])
+
+# round trips
+
+def stated(c, path): return type(c).from_state(c.state)
+
+def in_a_file(c, path):
+    from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+    save_prompt_cache(f'{path}/p.safetensors', [c])
+    return load_prompt_cache(f'{path}/p.safetensors')[0]
+
+def batched(c, path): return c.merge([copy.deepcopy(c), c]).extract(1)
+
+def extended(c, path):
+    batch = c.merge([c])
+    batch.extend(c.merge([copy.deepcopy(c)]))
+    batch.filter(mx.array([1]))
+    return type(batch).from_state(batch.state).extract(0)
+
+def remembered(c, path): # as mlx-lm's server does
+    from mlx_lm.models.cache import LRUPromptCache
+    memory = LRUPromptCache()
+    memory.insert_cache('model', [1, 2, 3], [c])
+    return memory.fetch_nearest_cache('model', [1, 2, 3, 4])[0][0]
+
+def copied(c, path): return copy.deepcopy(c)
+
+ROADS = [stated, in_a_file, batched, extended, remembered, copied]
+MADE = dict(affine=lambda: MixedKVCache('4g64', '3g32'), floats=lambda: MixedKVCache('mxfp8', 'as-is'),
+            rotated=lambda: MixedKVCache('tq4', 'tq3'), seeded=lambda: MixedKVCache(turned('tq4', 7, precondition()), '4g64'),
+            turbo=lambda: TurboQuantKVCache(64, 3), turbo_seeded=lambda: TurboQuantKVCache(64, 4, seed=7),
+            turbo_helped=lambda: TurboQuantKVCache(64, 3, seed=7, precondition=precondition()),
+            turbo_pair=lambda: cache_of(*map(parse_format, ('tq3', '8g64'))),
+            turbo_prompt=lambda: TurboQuantKVCache(64, 3, precondition='prompt'),
+            state=lambda: TurboQuantStateCache(bits=4), state_seeded=lambda: TurboQuantStateCache(bits=6, seed=7))
+
+def step(c, seed, tokens=1):
+    "What attention, or the recurrence, gets from a cache after some more tokens"
+    r = np.random.default_rng(seed)
+    k, v, q = (mx.array(r.standard_normal((1, 2, tokens, 64)).astype(np.float32)) for _ in 'kvq')
+    if not isinstance(c, TurboQuantStateCache): return attend(q, *c.update_and_fetch(k, v), scale=.1, mask='causal' if tokens > 1 else None)
+    c[0], c[1] = q[:, :, -1:], k[:, :, -1:]+(0 if c[1] is None else c[1])
+    return c[1]
+
+@pytest.mark.parametrize('road', ROADS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize('kind', MADE)
+@pytest.mark.parametrize('full', [True, False], ids=['full', 'empty'])
+def test_a_round_trip_changes_nothing(kind, road, full, tmp_path):
+    plain, c = MADE[kind](), MADE[kind]()
+    if full: step(plain, 0, 20), step(c, 0, 20)
+    elif not hasattr(c, 'merge') and road in (batched, extended): return
+    for seed in range(2): # and another turn
+        c = road(c, tmp_path)
+        assert type(c) is type(plain)
+        assert abs(step(c, seed+1, 3-seed)-step(plain, seed+1, 3-seed)).max() < 1e-6
+    if 'prompt' in kind: return
+    assert getattr(c, 'formats', None) == getattr(MADE[kind](), 'formats', None)
+    fresh = MADE[kind]()
+    step(fresh, 9, 5)
+    both = fresh.merge([fresh, c]) # the two meet in a server's batch
+    assert abs(step(both.extract(1), 5)-step(c, 5)).max() < 1e-6
+
+def test_what_cannot_be_one_batch(model):
+    a, b = TurboQuantKVCache(64, seed=1), TurboQuantKVCache(64, seed=2)
+    with pytest.raises(ValueError, match='different formats or statistics'): a.merge([a, b])
+    with pytest.raises(ValueError, match='different formats or statistics'): a.merge([a]).extend(b.merge([b]))
+    with pytest.raises(ValueError, match='different bits or seeds'): TurboQuantStateCache.merge([TurboQuantStateCache(), TurboQuantStateCache(bits=4)])
+    waiting = turbo_cache(model, precondition='prompt')[0]
+    assert not hasattr(waiting, 'merge') and hasattr(a, 'merge')
+    with pytest.raises(ValueError, match='for the cache of one text'): step(BatchTurboQuantKVCache([0], *waiting.formats), 0)
+
+def test_sixteen_clients_on_a_fresh_server(model):
+    "Caches that a server remembers beside fresh ones, in the batch generator that it uses"
+    from mlx_lm.generate import BatchGenerator
+    layout = kv_layout(small_model())
+    m = use_kv_config(small_model(), kv_config(uniform(layout, 'tq4'), layout)) # without statistics
+    prompts = [ids[0, i:i+5+i % 3].tolist() for i in range(16)]
+    generator, left = BatchGenerator(m, max_tokens=2), {}
+    known = [type(c).from_state(c.state) for c in m.make_cache()]
+    uids = generator.insert(prompts, [2]*16, caches=[known if i % 2 else m.make_cache() for i in range(16)])
+    for _ in range(40):
+        for r in [x for part in generator.next() for x in part or []]:
+            if hasattr(r, 'token'): left[r.uid] = left.get(r.uid, 0)+1
+    assert left == dict.fromkeys(uids, 2)
 
 # preconditioning
 

@@ -5,13 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from click.testing import CliRunner
+
 from optiq.backends import MLXBackend, TorchBackend
 from optiq.calibration import passages, token_batch
+from optiq.cli import main
 from optiq.evals.perplexity import evaluate, overrides_of
 from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate, pose, recipe, uniform
 from optiq.models import Checkpoint
-from optiq.pipeline import find_sweep, optimize, trade_off
+from optiq.pipeline import find_sweep, narrowed, optimize, trade_off
 from optiq.sensitivity import Sweep, kl_sweep, measure, probes
 from optiq.tiny import tiny
 from optiq.verify import around, joint_kl, solve_again, verified, within
@@ -131,7 +134,7 @@ def test_another_models_sweep_is_refused(b, sweep, tokens, tmp_path):
 # The road and the curve
 
 def test_the_road_verifies_by_default(b, sweep, tmp_path):
-    options = dict(target_bits=4.5, n=2, seq_len=32, eval_n=2, eval_len=32, compare=True, backend='torch')
+    options = dict(target_bits=4.5, n=2, seq_len=32, eval_n=2, eval_len=32, compare=True, backend='torch', formats=[4, 8])
     sweep.save(tmp_path/'s.json')
     a, z = (optimize('demo', verify=v, sweep=tmp_path/'s.json', **options) for v in (True, False))
     f = a['figures']
@@ -140,6 +143,24 @@ def test_the_road_verifies_by_default(b, sweep, tmp_path):
     assert f['calibration_kl'] == pytest.approx(a['verified'].kl[a['verified'].kept].mean())
     assert {Format(4), Format(8)} >= set(z['plan'].values()) # of the sweep's four formats, those that were asked for
     json.dumps(f, allow_nan=False)
+
+def test_candidates_are_what_the_sweep_holds_unless_named(sweep, tmp_path):
+    options = dict(n=2, seq_len=32, eval_n=1, eval_len=32, compare=False, verify=False, backend='torch', sweep=sweep)
+    assert optimize('demo', target_bits=2.5, **options)['plan'].solver['formats'] == [str(f) for f in sweep.formats]
+    with pytest.raises(ValueError, match='below the smallest possible'): optimize('demo', target_bits=2.5, formats=[4, 8], **options)
+    narrow = narrowed(sweep, [Format(4), Format(8)])
+    narrow.save(tmp_path/'s.json')
+    for source, low in ((narrow, 4), (sweep, 3)):
+        curve = trade_off('demo', sweep=source)['frontier']
+        assert min(p.solver['caps']['target_bits'] for p in curve) == low and curve.curves().keys() >= {'quality', 'all'}
+    curve = trade_off('demo', sweep=sweep, formats=[3, 4])['frontier']
+    assert curve.curves().keys() >= {'compact', 'all'} and not {Format(2), Format(8)} & {f for p in curve for f in p.values()}
+    with pytest.raises(ValueError, match='6g64 was not measured'): trade_off('demo', sweep=sweep, formats=[6])
+    with pytest.raises(ValueError, match='below the smallest possible'): trade_off('demo', (3,), sweep=narrow)
+    r = CliRunner().invoke(main, ['pareto', str(tmp_path/'s.json'), '--json'])
+    assert r.exit_code == 0 and json.loads(r.output)['points'][0]['nominal_bpw'] == 4
+    r = CliRunner().invoke(main, ['convert', 'demo', '--sweep', str(tmp_path/'s.json'), '--target-bpw', '3', '--dry-run'])
+    assert r.exit_code == 1 and '4.00' in r.output
 
 def test_protection_ties_and_memory_on_the_road(sweep, tmp_path):
     sweep.save(tmp_path/'s.json')

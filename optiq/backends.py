@@ -243,7 +243,8 @@ def load_torch(checkpoint: Checkpoint, dtype):
 def _load_quantized(checkpoint, options):
     "The transformers model of a checkpoint that MLX quantized"
     from transformers import AutoConfig, AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    trust = dict(trust_remote_code=checkpoint.trust_remote_code)
+    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **trust)
     for key in ('quantization', 'quantization_config'): config.__dict__.pop(key, None)
     model = AutoModelForCausalLM.from_config(config, **options)
     found = model.load_state_dict(_dequantized_torch(checkpoint), strict=False)

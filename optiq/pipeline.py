@@ -186,12 +186,12 @@ def write_and_score(b, plan, others, t: Texts, v, out, sweep, overwrite, roundin
 # %% ../nbs/11_pipeline.ipynb #c990f0c3
 def write_model(b, plan, t: Texts, out, sweep, overwrite, rounding, polish, score):
     "Round, write, check, and score what was written"
-    calibration = t.about['calibration'].rsplit(', ', 1)[0]
+    c, calibration = b.checkpoint, t.about['calibration'].rsplit(', ', 1)[0]
     with TemporaryDirectory() as d:
         quantizer = quantize_minmax if rounding == 'minmax' else round_to_files(b, t.learned, plan, rounding, d)
-        finish = partial(dwq, source=b.checkpoint, tokens=t.learned) if polish else None
-        convert(b.checkpoint, plan, out, sweep, overwrite, quantizer, calibration=calibration, polish=finish,
-                measured=lambda folder: score(overrides_of_saved(folder)))
+        finish = partial(dwq, source=c, tokens=t.learned) if polish else None
+        convert(c, plan, out, sweep, overwrite, quantizer, calibration=calibration, polish=finish,
+                measured=lambda folder: score(overrides_of_saved(Checkpoint(folder, c.trust_remote_code, c.model_type))))
     Path(f'{out}.sweep.jsonl').unlink(missing_ok=True)
 
 # %% ../nbs/11_pipeline.ipynb #0f3351f3

@@ -724,7 +724,7 @@ def dwq(
     from mlx_lm.quant.dwq import dwq_quantize
     from mlx_lm.utils import load_model, save_model
     refuse_dwq(source, tokens, valid, batch_size)
-    student, teacher = load_model(Path(folder))[0], source.load()
+    student, teacher = load_model(Path(folder), trust_remote_code=source.trust_remote_code)[0], source.load()
     student.freeze() # mlx-lm unfreezes scales and biases; it would train the norms too
     rows, adam = [(t.tolist(), 0) for t in tokens], Adam(learning_rate, bias_correction=True)
     with redirect_stdout(sys.stderr):

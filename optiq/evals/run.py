@@ -206,8 +206,7 @@ def run_task(
     f, options = find_task(task), {k: v for k, v in options.items() if v is not None} # a task has defaults of its own
     if options.get('kv') and task not in ('gsm8k', 'needle'): raise ValueError(
         f'a KV configuration is tested by gsm8k and needle, not by {task}')
-    if not isinstance(TASKS.get(task), str):
-        model, baseline = (m and Checkpoint(m, trust_remote_code) for m in (model, baseline))
+    model, baseline = (m and Checkpoint(m, trust_remote_code) for m in (model, baseline))
     if task == 'kl': return f(model, baseline=baseline, n=n, **options)
     out = options.get('out')
     own = dict(kv=None, out=f'{out}.baseline' if out else None) # it keeps its own cache

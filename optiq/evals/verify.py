@@ -138,7 +138,7 @@ def check_reference(c: Checkpoint, plan: Plan | None, sweep: Sweep | None, refer
     how = plan.solver.get('rounding') or made.get('quantizer', 'minmax')
     if not how.startswith('minmax'): raise Unknown(
         f'it was rounded by {how}, which cannot be done again from what is stored')
-    check(c.folder, plan, reference)
+    check(c.folder, plan, reference, trust_remote_code=c.trust_remote_code)
     return f'weights are those of {reference.name}, rounded'
 
 # %% ../../nbs/10_evals.verify.ipynb #3765752f

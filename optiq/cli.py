@@ -520,16 +520,19 @@ def with_options(run: Callable, name: str, given: dict) -> Callable:
 @click.argument('model')
 @click.option('--kv-config', type=click.Path(), metavar='FILE',
               help='formats of the KV cache; default: kv_config.json beside the weights')
+@click.option('--also', metavar='MODEL', multiple=True, help='another model that may be asked for; can be given again')
+@options('trust')
 @click.argument('options', nargs=-1, type=click.UNPROCESSED, metavar='[OPTIONS OF mlx_lm.server]')
-def serve(model, kv_config, options):
+def serve(model, options, **given):
     """mlx-lm's server with mixed-precision caches; --port, --host, --temp and all its other options can follow.
 
     \b
     optiq serve optiq_output/demo-20mb-kv --port 8080
     optiq serve mlx-community/Qwen3-0.6B-4bit --kv-config optiq_output/kv/kv_config.json
+    optiq serve demo --allowed-origins http://localhost:3000,https://chat.example
     """
     from optiq.serve import serve as run
-    run(model, kv_config, options)
+    run(model, options=options, **given)
 
 # %% ../nbs/90_cli.ipynb #c1a0e004
 @main.command(short_help='Look at this machine: what is there, what is missing, what to do.')

@@ -18,7 +18,7 @@ from ..diagrams import diagrams, prompt
 from .gsm8k import Answers, first_answer
 from .report import Report, joined, machine, own_size, share_figure
 from ..models import Checkpoint
-from ..vlm import load_processor, read_image, read_lines, sample
+from ..vlm import load_processor, question_text, read_image, read_lines, sample
 
 # %% ../../nbs/10_evals.ai2d.ipynb #37dc6259
 LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
@@ -146,8 +146,8 @@ def write(
     overrides: dict = {}, # of a plan
 ) -> str:
     "What the model answers"
-    from mlx_vlm import apply_chat_template, generate
-    text = apply_chat_template(processor, b.checkpoint.config, prompt(row), num_images=1)
+    from mlx_vlm import generate
+    text = question_text(b.checkpoint, processor, prompt(row))
     with b.swapped(overrides):
         out = generate(b.model, processor, text, [read_image(row['image'])], max_tokens=new_tokens, temperature=0.)
     return out.text if hasattr(out, 'text') else out

@@ -7,12 +7,12 @@ __all__ = ['WINDOW', 'SAMPLES', 'load_speech', 'family', 'in_float32', 'transcri
            'qwen3_asr_sample', 'speech_samples', 'samples', 'heard_rows', 'small_asr', 'demo']
 
 # %% ../nbs/21_audio.ipynb #1c8c8e9d
-import json
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from .readers import read_json
 from .speech import RATE, Clip, clips
 
 WINDOW = 30*RATE # samples that Whisper hears at once
@@ -27,7 +27,7 @@ def load_speech(
     from mlx_audio.stt import load
     folder = Path(getattr(model, 'folder', model))
     for file in folder.glob('*config.json'):
-        if 'auto_map' in json.loads(file.read_text(encoding='utf-8')): raise ValueError(
+        if 'auto_map' in read_json(file, constants=True): raise ValueError(
             f'{file} names code that comes with the checkpoint, which mlx-audio would run; take the auto_map out of it')
     speech = load(folder)
     on_cpu = mx.default_device().type == mx.DeviceType.cpu

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['EVERYTHING', 'KINDS', 'Recorded', 'Entry', 'repeated', 'Blocks', 'Head', 'same', 'Overrides', 'Heard', 'Backend',
-           'check_finite', 'torch_blocks', 'torch_stand_ins', 'torch_slot', 'torch_weights', 'torch_attention',
-           'torch_ear', 'eager_experts', 'load_torch', 'TorchArrays', 'TorchWeights', 'TorchBackend', 'mlx_blocks',
-           'mlx_attention', 'mlx_listening', 'mlx_weights', 'MLXArrays', 'MLXWeights', 'MLXBackend', 'Passed', 'fresh',
-           'as_answer', 'arrays_in', 'alike', 'forgetful', 'narrow', 'as_sample', 'OneSample', 'recall', 'Forward',
-           'ReplayBackend', 'Eager', 'StreamedReplay', 'read_rows', 'StreamedBlocks', 'StreamedEnds',
-           'StreamingBackend', 'free_memory', 'open_backend']
+           'check_finite', 'check_all', 'check_ids', 'torch_blocks', 'torch_stand_ins', 'torch_slot', 'torch_weights',
+           'torch_attention', 'torch_ear', 'eager_experts', 'load_torch', 'TorchArrays', 'TorchWeights', 'TorchBackend',
+           'mlx_blocks', 'mlx_attention', 'mlx_listening', 'mlx_weights', 'MLXArrays', 'MLXWeights', 'MLXBackend',
+           'Passed', 'fresh', 'as_answer', 'arrays_in', 'alike', 'forgetful', 'narrow', 'as_sample', 'OneSample',
+           'recall', 'Forward', 'ReplayBackend', 'Eager', 'StreamedReplay', 'read_rows', 'StreamedBlocks',
+           'StreamedEnds', 'StreamingBackend', 'free_memory', 'open_backend']
 
 # %% ../nbs/02b_backends.ipynb #b684d45f
 import os
@@ -21,7 +21,7 @@ from importlib import import_module
 import numpy as np
 
 from .calibration import positions, samples_of
-from .models import Checkpoint, Unit, read_header
+from .models import Checkpoint, Unit, cannot_open, read_header
 
 os.environ.setdefault('MLX_ENABLE_TF32', '0') # float32 means float32
 
@@ -120,6 +120,24 @@ def check_finite(xp, weight, path: str):
     "Raise ValueError if a weight holds NaN or infinity"
     if not bool(xp.isfinite(weight).all()): raise ValueError(
         f'{path} holds NaN or infinity: the checkpoint is damaged; fetch or make it again')
+
+def check_all(checkpoint: Checkpoint, xp, weights):
+    "`check_finite` for (path, weight) of everything that is given, naming the file"
+    for path, w in weights:
+        try: check_finite(xp, w, path)
+        except ValueError as e: raise ValueError(f'{_file_of(checkpoint, path)}: {e}') from None
+
+def _file_of(checkpoint, path):
+    "The file that holds a tensor, or the folder, where it has another name there"
+    name = path.removesuffix('.weight')
+    return next((f for f in checkpoint.files for k in read_header(f) if k.removesuffix('.weight').endswith(name)), checkpoint.folder)
+
+def check_ids(checkpoint: Checkpoint, batch):
+    "Raise ValueError for token ids that the embedding has no row for: MLX would read whatever lies behind it"
+    ids, rows = np.asarray(batch), next(u for u in checkpoint.units if u.kind == 'embed').shape[0]
+    if ids.size and (ids.min() < 0 or ids.max() >= rows): raise ValueError(
+        f'{checkpoint.name}: its tokenizer gives ids from {ids.min()} to {ids.max()}, and the embedding has {rows:,} rows; '
+        'they are not of one model')
 
 # %% ../nbs/02b_backends.ipynb #8e997bca
 def torch_blocks(model, checkpoint):
@@ -236,8 +254,9 @@ def load_torch(checkpoint: Checkpoint, dtype):
     logging.disable_progress_bar()
     options = dict(dtype=dtype, attn_implementation='sdpa', trust_remote_code=checkpoint.trust_remote_code)
     if 'quantization' in checkpoint.config: return _load_quantized(checkpoint, options)
-    return AutoModelForCausalLM.from_pretrained(
+    try: return AutoModelForCausalLM.from_pretrained(
         checkpoint.folder, local_files_only=True, use_safetensors=True, **options)
+    except Exception as e: raise cannot_open(checkpoint.folder, checkpoint.config, 'transformers', e) from e
 
 # %% ../nbs/02b_backends.ipynb #69b46b72
 def _load_quantized(checkpoint, options):
@@ -299,12 +318,13 @@ class TorchBackend(TorchArrays, TorchWeights, Backend):
         self.model = load_torch(checkpoint, self.dtype).to(self.device).eval().requires_grad_(False)
         self.blocks = torch_blocks(self.model, checkpoint)
         self.slots = {u.path: torch_slot(self.model, self.blocks, u) for u in checkpoint.units}
-        for path, (param, _) in self.slots.items(): check_finite(torch, param.data, path)
+        check_all(checkpoint, torch, ((path, p.data) for path, p in self.model.named_parameters()))
 
     def block(self, i: int): return self.blocks[i]
     def stand_ins(self, stand_in): return torch_stand_ins(self.blocks, stand_in)
     def attention(self, changes: dict): return torch_attention(changes)
     def forward(self, batch):
+        check_ids(self.checkpoint, batch)
         ids = self.xp.as_tensor(np.asarray(batch), device=self.device).long()
         return self.model(input_ids=ids, use_cache=False).logits
 
@@ -417,8 +437,10 @@ class MLXArrays:
 class MLXWeights:
     "Weights in their layers"
     def module(self, path: str): return _descend(self.model, path)
-    def check(self, units):
-        for u in units: check_finite(self.xp, self.module(u.path).weight, u.path)
+    def check(self, prefix: str = ''): # of the paths to look at
+        from mlx.utils import tree_flatten
+        mine = ((k, a) for k, a in tree_flatten(self.model.parameters()) if k.startswith(prefix))
+        check_all(self.checkpoint, self.xp, ((k, a) for k, a in mine if self.xp.issubdtype(a.dtype, self.xp.floating)))
 
     def unit_weight(self, path: str): # in the checkpoint's type
         return self.typed(self.module(path).weight, self.checkpoint.unit[path].dtype)
@@ -435,7 +457,7 @@ class MLXBackend(MLXArrays, MLXWeights, Backend):
     name = 'mlx'
     def __init__(self, checkpoint: Checkpoint, dtype: str = 'float32'):
         self.start(checkpoint, dtype)
-        self.check(checkpoint.units)
+        self.check()
 
     def start(self, checkpoint, dtype):
         import mlx.core as mx
@@ -444,7 +466,9 @@ class MLXBackend(MLXArrays, MLXWeights, Backend):
         self.model = self.open()
 
     def open(self): return _of_type(self.checkpoint, self.dtype)
-    def forward(self, batch): return self.model(self.xp.array(np.asarray(batch)))
+    def forward(self, batch):
+        check_ids(self.checkpoint, batch)
+        return self.model(self.xp.array(np.asarray(batch)))
     def block(self, i: int): return _block(self.model, self.checkpoint.blocks, i)
     def stand_ins(self, stand_in): return mlx_blocks(self.model, self.checkpoint.blocks, stand_in)
     def attention(self, changes: dict): # block ▸ {'keys': function, 'values': function}
@@ -597,6 +621,13 @@ class StreamedReplay(Eager, ReplayBackend):
     "Replays a model of several parts with one of its blocks in memory"
     inner, held = None, None
 
+    def check(self, prefix: str = ''):
+        "File by file: the model in memory would hold on to what it looked at"
+        for file in self.checkpoint.files:
+            arrays = self.xp.load(str(file))
+            each = ((k, arrays.pop(k)) for k in [*arrays])
+            check_all(self.checkpoint, self.xp, ((k, a) for k, a in each if self.xp.issubdtype(a.dtype, self.xp.floating)))
+
     def block(self, i: int):
         if self.held != i:
             self.inner = None
@@ -650,12 +681,13 @@ class StreamedBlocks(Eager, MLXBackend):
             raise ValueError('only full-precision checkpoints can be streamed')
         self.start(checkpoint, dtype)
         self.held, self.overrides, self.ends = None, {}, [u for u in checkpoint.units if u.block is None]
+        for name in ('norm', 'model.norm', 'model.embedding_norm'): self.check(f'{name}.')
 
     def block(self, i: int):
         if self.held != i:
             self.model, self.held = self.open(), i
             self.xp.clear_cache()
-            self.check(u for u in self.checkpoint.units if u.block == i)
+            for path in self.checkpoint.blocks: self.check(f'{path}.{i}.')
         return super().block(i)
 
     def unit_weight(self, path: str):
@@ -689,6 +721,7 @@ class StreamingBackend(StreamedEnds):
     rows = 8192 # of the vocabulary in memory at once
 
     def embed(self, batch, overrides: dict = {}):
+        check_ids(self.checkpoint, batch)
         used, ids = np.unique(batch, return_inverse=True)
         self.model, self.held, unit = self.open(), None, self.ends[0]
         with self.swapped(overrides): self.module(unit.path).weight = self.vocabulary(unit, used)

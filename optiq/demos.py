@@ -9,7 +9,6 @@ __all__ = ['once_read', 'COMPACT', 'QUALITY', 'DEMOS', 'ELSEWHERE', 'Table', 'pu
            'kv_cache', 'configuration_table', 'combined', 'names', 'find_demo']
 
 # %% ../nbs/40_demos.ipynb #2efe6192
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from .evals.perplexity import evaluate, overrides_of
 from .evals.report import Report, fit, machine, score_row
 from .evals.tasks import score_rows, task_rows
 from .formats import Format
+from .readers import OBJECT, PROSE, dumps, read_json
 
 # %% ../nbs/40_demos.ipynb #908f9fef
 from .knapsack import RECIPES, allocate, make_plan, pareto as curve_of, recipe, uniform
@@ -67,7 +67,7 @@ def published(
     name: str, # of a demo
 ) -> list[Table]:
     "What was published earlier for the same demo on a real model"
-    d = json.loads((files('optiq')/'data'/'published.json').read_text())
+    d = read_json(str(files('optiq')/'data'/'published.json'), dict(source=PROSE, tables=OBJECT))
     note = f'published in the {d["source"]}; not measured here'
     return [Table(t['title'], t['columns'], t['rows'], note) for t in d['tables'].get(name, ())]
 
@@ -99,7 +99,7 @@ class Demo(Findings):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder/'tables.txt').write_text(f'{self!r}\n', encoding='utf-8')
-        results = json.dumps(self.results(), indent=1, ensure_ascii=False)
+        results = dumps(self.results(), indent=1, ensure_ascii=False)
         (folder/'demo.json').write_text(f'{results}\n', encoding='utf-8')
         for name, draw in self.figures.items():
             figure = np.ravel(draw())[0].figure

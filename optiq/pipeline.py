@@ -9,7 +9,6 @@ __all__ = ['ROUNDING', 'baselines', 'feasible', 'Texts', 'told', 'texts', 'load_
            'trade_off', 'compare']
 
 # %% ../nbs/11_pipeline.ipynb #e30aa8bb
-import json
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from .evals.run import same_words, text_tokens
 from .formats import AS_IS, Format, parse_format, quantize_minmax
 from .knapsack import PROFILES, allocate, cache_bytes, make_plan, pareto, thoughtless
 from .models import Checkpoint
+from .readers import write_json
 
 # %% ../nbs/11_pipeline.ipynb #ea8d98c1
 from .rounding import QUANTIZERS, as_overrides, dwq, round_model, round_to_files
@@ -264,7 +264,7 @@ def save_curve(curve, sweep, figures: dict, out, overwrite: bool = False):
     "Figures, drawing, sweep and plans in a folder that appears when all are written"
     import matplotlib.figure
     with whole_folder(out, overwrite) as part, matplotlib.rc_context({'svg.hashsalt': 'optiq'}):
-        (part/'pareto.json').write_text(json.dumps(figures, indent=1, ensure_ascii=False)+'\n')
+        write_json(part/'pareto.json', figures)
         ax = curve.plot(matplotlib.figure.Figure(figsize=(8, 4.5), layout='constrained').subplots())
         for kind in ('png', 'svg'): ax.figure.savefig(part/f'pareto.{kind}', dpi=150)
         sweep.save(part/'sweep.json')

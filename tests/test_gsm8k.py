@@ -167,7 +167,7 @@ def test_questions_say_what_is_wrong(tmp_path):
     p.write_text('\n')
     with pytest.raises(ValueError, match='is empty'): questions(p)
     p.write_text('{"question": "a"}\n')
-    with pytest.raises(ValueError, match='line 1, lacks answer'): questions(p)
+    with pytest.raises(ValueError, match='line 1 lacks answer'): questions(p)
     p.write_text('{"question": "a", "answer": "1"}\nnonsense\n')
     with pytest.raises(ValueError, match='line 2, is no JSON'): questions(p)
 

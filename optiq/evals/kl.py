@@ -7,7 +7,6 @@ __all__ = ['merged', 'largest', 'logits_of', 'Reference', 'cache_folder', 'refer
            'score_against', 'on_device']
 
 # %% ../../nbs/10_evals.kl.ipynb #6fdd625e
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..calibration import fingerprint
 from ..convert import whole_folder
 from .perplexity import Score, _at, _nll
 from ..models import Checkpoint
+from ..readers import read_ours, write_json
 from ..sensitivity import kl_rows, logit_slices
 
 # %% ../../nbs/10_evals.kl.ipynb #7517f973
@@ -76,7 +76,7 @@ class Reference:
     def perplexity(self): return float(np.exp(self.nll[:, :-1].mean()))
     @classmethod
     def load(cls, folder):
-        about = json.loads((Path(folder)/'about.json').read_text())
+        about = read_ours(Path(folder)/'about.json', 'reference')
         load = lambda name: np.load(Path(folder)/f'{name}.npy', mmap_mode='r', allow_pickle=False)
         return cls(Path(folder), about, load('logits'), load('ids') if about['top_k'] else None, load('nll'), load('best'))
 
@@ -117,7 +117,7 @@ def _compute(b, tokens, top_k, folder):
         for a in (logits, ids, nll, best): a is None or a.flush()
         about = dict(optiq='reference', model=c.name, fingerprint=c.fingerprint, tokens=fingerprint(tokens),
                      shape=[n, T], top_k=top_k, vocabulary=V, backend=b.name)
-        (part/'about.json').write_text(json.dumps(about, indent=1)+'\n')
+        write_json(part/'about.json', about)
 
 # %% ../../nbs/10_evals.kl.ipynb #225da39a
 def likelihoods(b, z, ids, at): # (B, t, V) logits of positions `at` ▸ (B, t)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AFFINE_BITS', 'AFFINE_GROUPS', 'FAMILIES', 'ELSEWHERE', 'FLOAT_MODES', 'AS_IS', 'FORMAT', 'ALL_FORMATS', 'Format',
-           'parse_format', 'nbytes', 'divides', 'quantize_dequantize', 'quantize_minmax', 'for_unit', 'config_entry',
-           'format_html']
+           'parse_format', 'check_storable', 'nbytes', 'divides', 'quantize_dequantize', 'quantize_minmax', 'for_unit',
+           'config_entry', 'format_html']
 
 # %% ../nbs/00_formats.ipynb #3c765c17
 import re
@@ -60,7 +60,7 @@ def parse_format(
     name = str(s).strip().lower()
     if name == 'as-is': return AS_IS
     if name in FLOAT_MODES: return Format(*FLOAT_MODES[name], name)
-    m = re.fullmatch(r'([a-z_-]*)(\d+)(?:g(\d+))?', name)
+    m = re.fullmatch(r'([a-z_-]*)([0-9]{1,4})(?:g([0-9]{1,4}))?', name)
     if m and m[1] in ELSEWHERE: import_module(ELSEWHERE[m[1]])
     if m and m[1] in FAMILIES: return Format(int(m[2]), int(m[3]) if m[3] else None, m[1])
     if not m or m[1]: raise ValueError(f"{s!r} is no format; write a width (4), a width with its group (4g64), or one of "
@@ -74,6 +74,13 @@ def _names_one(s):
     except ValueError: return False
 
 FORMAT = Form('a format, such as 4g64, mxfp4 or as-is', _names_one) # in a file
+
+# %% ../nbs/00_formats.ipynb #b8b12c8a
+def check_storable(formats: list[Format]) -> list[Format]: # the same
+    "Raise ValueError for a format in which MLX stores a cache, and no weights"
+    if odd := [f for f in formats if f.mode in FAMILIES]: raise ValueError(
+        f'{odd[0]} is a format of the KV cache; MLX stores no weights in it: give widths, or {", ".join(FLOAT_MODES)}')
+    return formats
 
 # %% ../nbs/00_formats.ipynb #cccd414c
 def nbytes(

@@ -38,7 +38,7 @@ def find_model(
 ) -> Path:
     "The folder that holds the model"
     if str(name) == 'demo': return demo()
-    if Path(name).is_dir(): return Path(name)
+    if os.path.isdir(name): return Path(name)
     none = f'no model {str(name)!r}: it is no folder here, and '
     if str(name).count('/') != 1 or Path(name).is_absolute():
         raise FileNotFoundError(f"{none}a Hub id looks like 'Qwen/Qwen3-0.6B'")
@@ -353,7 +353,7 @@ def load_lazy(
 def cannot_open(folder: Path, config: dict, library: str, e: Exception) -> ValueError:
     "What a loader's error says, and of which files"
     lacking = re.search(r"missing \d+ required .*arguments?: (.*)", str(e))
-    why = f'config.json lacks {lacking[1]}' if lacking else told(e)
+    why = f'config.json lacks {lacking[1]}' if lacking else told(e)[:300]
     return ValueError(f'{folder}: {library} cannot open this model of type {config.get("model_type", "unknown")!r} '
                       f'by its config.json: {why}')
 

@@ -23,7 +23,7 @@ from .convert import convert, overrides_of_saved, refuse_existing, refuse_quanti
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_calibration, refuse_overlap
 from .evals.report import Report, machine, score_row
 from .evals.run import same_words, text_tokens
-from .formats import AS_IS, Format, parse_format, quantize_minmax
+from .formats import AS_IS, Format, check_storable, parse_format, quantize_minmax
 from .knapsack import PROFILES, allocate, cache_bytes, make_plan, pareto, thoughtless
 from .models import Checkpoint
 from .readers import write_json
@@ -54,7 +54,7 @@ def feasible(
     **options, # of `allocate`
 ):
     "Raise ValueError if no plan fits the caps, or a format does not fit the model"
-    fmts = [f for f in formats if f != AS_IS]
+    fmts = check_storable([f for f in formats if f != AS_IS])
     values = {(u.path, f): np.array([1/f.bits]) for u, f in probes(c.units, fmts)}
     header = dict(model=c.name, params=c.params, other_bytes=c.other_bytes)
     allocate(Sweep(c.units, fmts, values, header), formats=formats, **options)
@@ -115,6 +115,7 @@ def refuse_sweep(found: Sweep, name, c: Checkpoint, formats: list, rounding: str
     if {u.path: u.shape for u in found.units} != {u.path: u.shape for u in c.units}:
         raise ValueError(f'{name} was measured on another model, {found.header["model"]}')
     refuse_other(name, dict(model=found.header['fingerprint']['model']), dict(model=c.fingerprint))
+    refuse_other(name, {k: found.header.get(k) for k in ('params', 'other_bytes')}, dict(params=c.params, other_bytes=c.other_bytes))
     if (was := rounding_of(found)) != rounding: raise ValueError(
         f'{name} was measured with {was}, and the model is to be saved with {rounding}; '
         f'measure it again, or give --rounding {was}')

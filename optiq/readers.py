@@ -71,7 +71,7 @@ def parse(
     "What JSON says; raises ValueError naming the place of the first thing that is none"
     try: return json.loads(text if isinstance(text, str) else text.decode('utf-8'), parse_constant=None if constants else _no_constant, object_pairs_hook=pairs)
     except json.JSONDecodeError as e: raise ValueError(
-        f'{where} is no JSON: {e.msg.lower()}, line {e.lineno}, column {e.colno}') from None
+        f'{where} is no JSON: {e.msg.lower()}{f", line {e.lineno}" if chr(10) in e.doc else ""}, column {e.colno}') from None
     except UnicodeDecodeError as e: raise ValueError(f'{where} is no JSON: byte {e.start} is no UTF-8') from None
     except RecursionError: raise ValueError(f'{where} is no JSON that anything writes: it is nested too deeply') from None
     except ValueError as e: raise ValueError(f'{where} cannot be read: {e}') from None
@@ -198,8 +198,8 @@ def write_json(path: 'str | Path', x, **how):
 # %% ../nbs/00b_readers.ipynb #1e99ff2c
 def told(e: BaseException) -> str:
     "What an error of a library says, on one line; of one that it did not mean to raise, where it arose"
-    text, frames = ' '.join(str(e).split())[:200], e.__traceback__
+    text, frames = ' '.join(str(e).split()), e.__traceback__
     if text and not isinstance(e, (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, AssertionError)): return text
     while frames is not None and frames.tb_next is not None: frames = frames.tb_next
     place = f' in {Path(frames.tb_frame.f_code.co_filename).name}, line {frames.tb_lineno}' if frames else ''
-    return f'it stumbled ({type(e).__name__}{place})'
+    return f'something is not as it should be ({type(e).__name__}{place}); OPTIQ_DEBUG=1 shows the whole story'

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .backends import Backend, free_memory, open_backend
 from .calibration import batch_for, block_hashes, fingerprint, samples_of, shape_of
-from .formats import AS_IS, FORMAT, Format, divides, for_unit, parse_format, quantize_dequantize
+from .formats import AS_IS, FORMAT, Format, check_storable, divides, for_unit, parse_format, quantize_dequantize
 from .models import Checkpoint, Unit, read_units
 from .readers import LIST, NAME, OBJECT, TEXT, PROSE, check, check_kind, dumps, maybe, number, one_of, parse, read_bytes, records_in, whole
 
@@ -819,6 +819,7 @@ def kl_sweep(
     "Measure the KL that each unit's quantization costs, in each format, one unit at a time"
     b, formats = open_backend(model, backend), [parse_format(f) for f in formats]
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
+    if of is None: check_storable(formats)
     if tokens is None: tokens = batch_for(b.checkpoint, calibration, n, seq_len)
     learned = tokens if rounding_tokens is None else rounding_tokens
     quantize, name = sweep_quantizer(b, learned, formats, rounding)

@@ -89,6 +89,8 @@ def check_bytes(c: Checkpoint, plan: Plan | None) -> str:
     "The files hold what the formats need"
     def needed(u): return nbytes(c.formats[u.path], u.shape, u.itemsize)
     want = plan.nbytes if plan else c.other_bytes+sum(map(needed, c.units))
+    if plan and plan.params != c.params: raise ValueError(
+        f'plan.json says params {plan.params:,}, and the model has {c.params:,}')
     if stored_bytes(c) != want: raise ValueError(
         f'{stored_bytes(c):,} bytes of tensors, and {want:,} were {"planned" if plan else "needed"}')
     return f'{want:,} bytes of tensors, {8*want/c.params:.3f} true bits'
@@ -133,6 +135,9 @@ def check_reference(c: Checkpoint, plan: Plan | None, sweep: Sweep | None, refer
         f'{reference.name} is another architecture')
     if not sweep or not plan: raise Unknown('no plan and sweep in the folder')
     made = sweep.header['fingerprint']
+    for k in ('params', 'other_bytes'):
+        if sweep.header[k] != getattr(reference, k): raise ValueError(
+            f'sweep.json says {k} {sweep.header[k]:,}, and {reference.name} has {getattr(reference, k):,}')
     if made['model'] != reference.fingerprint: raise ValueError(
         f'the sweep was measured on another model than {reference.name}')
     how = plan.solver.get('rounding') or made.get('quantizer', 'minmax')

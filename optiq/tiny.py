@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .readers import write_json
+
 # %% ../nbs/02a_tiny.ipynb #1d58b54a
 SPECIAL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>',
            '<|image_pad|>', '<|video_pad|>', '<|audio_start|>', '<|audio_end|>', '<|audio_pad|>',
@@ -225,7 +227,7 @@ def byte_pairs(more: list = ()): # special tokens behind the others ▸ Tokenize
     return tokenizer
 
 # %% ../nbs/02a_tiny.ipynb #6092236b
-def write_json(path, content): path.write_text(json.dumps(content, indent=2) + '\n')
+def _write(path, content): write_json(path, content, indent=2, ensure_ascii=True)
 
 # %% ../nbs/02a_tiny.ipynb #7607a7fc
 def write_tokenizer(
@@ -235,7 +237,7 @@ def write_tokenizer(
 ):
     "The tokenizer's two files, with a chat template"
     byte_pairs(more).save(str(out/'tokenizer.json'))
-    write_json(out/'tokenizer_config.json', dict(
+    _write(out/'tokenizer_config.json', dict(
         tokenizer_class='PreTrainedTokenizerFast', model_max_length=4096, chat_template=TEMPLATE,
         eos_token=end, pad_token='<|endoftext|>', clean_up_tokenization_spaces=False))
 
@@ -396,7 +398,7 @@ def write_weights(
     for file, part in files.items(): write_shard(out/file, part, config, seed)
     if len(files) == 1: return
     total = sum(byte_size(*item, config['torch_dtype']) for item in shapes.items())
-    write_json(out/'model.safetensors.index.json', dict(
+    _write(out/'model.safetensors.index.json', dict(
         metadata=dict(total_size=total), weight_map={name: file for file in files for name in files[file]}))
 
 # %% ../nbs/02a_tiny.ipynb #25d9773c
@@ -412,8 +414,8 @@ SPEECH = dict(feature_extractor_type='WhisperFeatureExtractor', processor_class=
 def write_processor(out, config):
     "Of a model that sees or hears"
     speech = dict(processor_class='WhisperProcessor', feature_size=80, return_attention_mask=False)
-    if 'thinker_config' in config: write_json(out/'preprocessor_config.json', SPEECH)
-    if config['model_type'] == 'whisper': write_json(out/'preprocessor_config.json', SPEECH | speech)
+    if 'thinker_config' in config: _write(out/'preprocessor_config.json', SPEECH)
+    if config['model_type'] == 'whisper': _write(out/'preprocessor_config.json', SPEECH | speech)
     if 'vision_config' in config: write_image_processor(out, config)
 
 # %% ../nbs/02a_tiny.ipynb #0a83e19f
@@ -422,10 +424,10 @@ def write_image_processor(out, config):
     family = {'qwen2_vl': 'Qwen2VL', 'qwen2_5_vl': 'Qwen2_5_VL'}.get(config['model_type'], 'Qwen3VL')
     patch = config['vision_config']['patch_size']
     images = IMAGES | dict(processor_class=f'{family}Processor', patch_size=patch)
-    write_json(out/'preprocessor_config.json', images)
+    _write(out/'preprocessor_config.json', images)
     kind = 'Qwen3VLVideoProcessor' if family == 'Qwen3VL' else 'Qwen2VLVideoProcessor'
     video = {k: v for k, v in images.items() if k != 'image_processor_type'}
-    write_json(out/'video_preprocessor_config.json', video | dict(video_processor_type=kind))
+    _write(out/'video_preprocessor_config.json', video | dict(video_processor_type=kind))
 
 # %% ../nbs/02a_tiny.ipynb #33949402
 def generation(config):
@@ -446,8 +448,8 @@ def tiny(
     config = hub_config(architecture, shape, dtype)
     out = Path(out or tempfile.mkdtemp(prefix=f'{architecture}-'))
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out/'config.json', config)
-    write_json(out/'generation_config.json', generation(config))
+    _write(out/'config.json', config)
+    _write(out/'generation_config.json', generation(config))
     write_tokenizer(out, *((WHISPER_IDS, SPECIAL[0]) if architecture == 'whisper' else ()))
     write_processor(out, config)
     write_weights(out, config, seed, max_shard)

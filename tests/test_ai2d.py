@@ -34,7 +34,7 @@ def test_answers_of_a_file(tmp_path):
         with pytest.raises(ValueError, match='none of the 3 options'): as_choice(bad, ['x', 'y', '1'], 'f')
     with pytest.raises(FileNotFoundError, match='questions.jsonl is missing'): questions_of(tmp_path)
     (tmp_path/'questions.jsonl').write_text(json.dumps(dict(image='a.png', question='What?', options=['x', 'y'], answer='y'))+'\n{"image": 1}\n')
-    with pytest.raises(ValueError, match='line 2, lacks question'): questions_of(tmp_path)
+    with pytest.raises(ValueError, match='line 2 lacks question'): questions_of(tmp_path)
     (tmp_path/'questions.jsonl').write_text(json.dumps(dict(image='a.png', question='What?', options=['x', 'y'], answer='y'))+'\n')
     found, = questions_of(tmp_path)
     assert found['answer'] == 'B' and found['image'] == tmp_path/'a.png'

@@ -96,6 +96,15 @@ HARD = [ # response, the number it gives
     ('18.5.', '18.5'),
     ('18...', '18'),
     ('', None), ('I cannot say.', None), ('####', None), ('m2', None),
+    # text after the answer
+    ('#### 18\n\nTom has 5 apples and gets 2 more. He has 7.\n#### 7', '18'), # the next problem, without a label
+    ('#### 18\nTom has 5 apples.\nHe gets 2 more.\n#### 7', '18'),
+    ('#### 17\n\nWait, that is wrong. It is 18.\n#### 18', '18'),
+    ('The answer is 26.\nAsk me if you want 3 more examples!', '26'),
+    ('The answer is 26. I used 2 steps.', '26'),
+    ('The final answer is: $13 * 2 = $26. It took 2 steps.', '26'),
+    ('The answer is not known, but there are 26', '26'),
+    ('#### '+'7'*5000, None), # no quantity
     # a second question that the model made up
     ('#### 18\n\nQuestion: Tom has 5 apples.\nAnswer: He has 5.\n#### 5', '18'),
     ('The answer is 18.\n\nQuestion: Tom has 5 apples.', '18'),
@@ -167,9 +176,9 @@ def test_questions_say_what_is_wrong(tmp_path):
     p.write_text('\n')
     with pytest.raises(ValueError, match='is empty'): questions(p)
     p.write_text('{"question": "a"}\n')
-    with pytest.raises(ValueError, match='line 1, lacks answer'): questions(p)
+    with pytest.raises(ValueError, match='line 1 lacks answer'): questions(p)
     p.write_text('{"question": "a", "answer": "1"}\nnonsense\n')
-    with pytest.raises(ValueError, match='line 2, is no JSON'): questions(p)
+    with pytest.raises(ValueError, match='line 2 is no JSON'): questions(p)
 
 def test_responses_are_scored_without_a_model(tmp_path):
     p = tmp_path/'r.jsonl'

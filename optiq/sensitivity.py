@@ -6,14 +6,15 @@
 __all__ = ['kl_divergence', 'probes', 'perturb', 'inside', 'walk', 'on_gpu', 'kl_of_streams', 'logit_slices', 'kl_rows',
            'measure', 'measure_samples', 'Pass', 'plan_passes', 'passes_of', 'free_on_device', 'block_passes', 'Timing',
            'cost', 'estimate', 'Measured', 'sweep_frame', 'heat_table', 'plot_sweep', 'Sweep', 'tokens_per_expert',
-           'warn_of_idle', 'sweep_header', 'fingerprint_of', 'refuse_other', 'read_log', 'begin', 'go_on', 'Journal',
-           'to_sweep', 'load_sweep', 'save_sweep', 'Ranks', 'TorchRanks', 'MLXRanks', 'ranks_here', 'SweepLog', 'moved',
-           'refuse_flat', 'gather', 'progress_bar', 'sweep_quantizer', 'shortcut_sweep', 'settled', 'complete',
-           'kl_sweep']
+           'warn_of_idle', 'sweep_header', 'fingerprint_of', 'refuse_other', 'read_log', 'settle', 'go_on', 'Journal',
+           'to_sweep', 'load_sweep', 'save_sweep', 'Ranks', 'TorchRanks', 'MLXRanks', 'ranks_here', 'log_files',
+           'read_logs', 'whole_passes', 'SweepLog', 'moved', 'refuse_flat', 'gather', 'close', 'progress_bar',
+           'sweep_quantizer', 'shortcut_sweep', 'settled', 'complete', 'kl_sweep']
 
 # %% ../nbs/03_sensitivity.ipynb #a15671c0
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -27,6 +28,7 @@ from tqdm.auto import tqdm
 
 from .backends import Backend, free_memory, open_backend
 from .calibration import batch_for, block_hashes, fingerprint, samples_of, shape_of
+from .files import append, as_path, own_file, refuse_gone, save_text
 from .formats import AS_IS, Format, divides, for_unit, parse_format, quantize_dequantize
 from .models import Checkpoint, Unit
 
@@ -502,27 +504,23 @@ def _document(data):
     return [d, *d.pop('records')]
 
 # %% ../nbs/03_sensitivity.ipynb #5e7dcbe9
-def begin(path: Path, header: dict):
-    "Start a sweep file"
+def settle(path: Path, text: str):
+    "Make a file hold this text, at once, unless it does"
+    if path.exists() and path.read_bytes() == text.encode(): return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(header)+'\n')
-
-# %% ../nbs/03_sensitivity.ipynb #502db709
-def _no_line(data: bytes) -> bool:
-    "Whether not even the header of a sweep file was finished"
-    first = b'{"optiq": "sweep"'
-    return b'\n' not in data and (data.startswith(first) or first.startswith(data))
+    save_text(path, text)
 
 # %% ../nbs/03_sensitivity.ipynb #cd6c1037
 def go_on(
     path: Path, # a sweep file, or where there is to be one
     header: dict, # what it should begin with
-) -> tuple[dict, dict]: # its header, and its records
-    "Go on where a sweep file ends, or start it; raises ValueError if it was measured on something else"
-    if not path.exists() or _no_line(path.read_bytes()): begin(path, header)
-    there, records, whole = read_log(path)
+) -> tuple[dict, dict]: # its header and its records; ours and none if it holds nothing yet
+    "What a sweep file has to go on with; raises an error if it is finished, or was measured on something else"
+    if not path.exists() or b'\n' not in path.read_bytes(): return header, {}
+    there, records, _ = read_log(path)
     refuse_other(path, there['fingerprint'], header['fingerprint'])
-    with path.open('r+b') as f: f.truncate(whole)
+    if 'noise' in there: raise FileExistsError(f'{path} is a finished sweep; give another file to measure again')
+    there.pop('journal', None)
     return there, records
 
 # %% ../nbs/03_sensitivity.ipynb #7a7f63a7
@@ -533,18 +531,27 @@ def _shortest(values):
 # %% ../nbs/03_sensitivity.ipynb #69220de7
 class Journal:
     "Values as they come, in memory and, if there is a path, in a file"
-    def __init__(self, header: dict, path: Path | None = None):
-        self.path = path
-        self.header, self.records = go_on(path, header) if path else (header, {})
+    def __init__(self,
+        header: dict,
+        records: dict, # (unit, format, start) ▸ values: what is known, as `go_on` gives it
+        path: Path | None = None, # file that will hold them, and is added to
+        mark: dict = {}, # what its first line says besides
+    ):
+        self.header, self.records, self.path, self.mark = header, records, path, mark
+        if path: settle(path, self.text())
+
+    def text(self) -> str:
+        "What its file holds"
+        return json.dumps(dict(optiq='sweep', **self.mark) | self.header)+'\n'+self.lines(self.records)
+
+    def lines(self, keys) -> str:
+        lines = (dict(zip(('unit', 'format', 'start'), k), kl=self.records[k]) for k in keys)
+        return ''.join(json.dumps(line)+'\n' for line in lines)
 
     def add(self, p: Pass, kl: np.ndarray): # (len(p.todo), sequences)
-        "Keep a finished pass, and write it down"
+        "Keep a finished pass, and write it down; raises FileNotFoundError if the file was deleted"
         self.records |= {k: _shortest(values) for k, values in zip(p.keys, np.float32(kl))}
-        if self.path: self.write(p)
-
-    def write(self, p: Pass):
-        lines = [dict(zip(('unit', 'format', 'start'), k), kl=self.records[k]) for k in p.keys]
-        with self.path.open('a') as f: f.writelines(json.dumps(line)+'\n' for line in lines)
+        if self.path: append(self.path, self.lines(p.keys))
 
 # %% ../nbs/03_sensitivity.ipynb #88cb4898
 def to_sweep(
@@ -556,7 +563,9 @@ def to_sweep(
     formats = [parse_format(f) for f in header['fingerprint']['formats']]
     values = {}
     for (unit, fmt, start), kl in sorted(records.items(), key=lambda r: r[0][2]):
-        values.setdefault((unit, parse_format(fmt)), []).extend(kl)
+        before = values.setdefault((unit, parse_format(fmt)), [])
+        if len(before) != start: raise ValueError('some sequences were not measured, or twice')
+        before.extend(kl)
     noise, order = values.pop((units[0].path, AS_IS), None), [(u.path, f) for u, f in probes(units, formats)]
     if {*order} != {*values} or len({*map(len, values.values())}) != 1:
         raise ValueError('some probes were not measured')
@@ -630,6 +639,42 @@ def ranks_here() -> Ranks:
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and 'RANK' in os.environ: return TorchRanks()
     return MLXRanks() if {'MLX_RANK', 'OMPI_COMM_WORLD_RANK'} & set(os.environ) else Ranks()
 
+# %% ../nbs/03_sensitivity.ipynb #17817eaa
+def log_files(out: Path) -> list[Path]:
+    "The files of a sweep that there are: that of one process, then those of ranks"
+    if not out.parent.is_dir(): return []
+    ranks = [f for f in out.parent.iterdir() if re.fullmatch(re.escape(out.name)+r'\.rank\d+', f.name)]
+    return [f for f in (out, *sorted(ranks)) if f.exists()]
+
+# %% ../nbs/03_sensitivity.ipynb #e67e6418
+def _agreed(ranks, begun, passes):
+    "The passes of the first rank that goes on with a file, or else of the first"
+    a = np.zeros((ranks.size, 1+len(passes)), np.float32)
+    a[ranks.rank] = begun, *passes
+    a = ranks.sum(a) # and nobody goes on to write before all have read
+    return [int(x) for x in a[a[:, 0].argmax(), 1:]]
+
+# %% ../nbs/03_sensitivity.ipynb #f8d1364a
+def read_logs(
+    out: Path | None, # the file that one process would write
+    header: dict, # what it should begin with
+    ranks: Ranks,
+    mark: dict = {}, # what it says besides
+) -> tuple[dict, dict]: # header with the passes that all ranks agree on, records
+    "What is known of a sweep, whoever measured it"
+    files = [own_file(f, 'sweep', **mark) for f in {out: 0, ranks.own(out): 0} | dict.fromkeys(log_files(out))] if out else []
+    found = [go_on(f, header) for f in files]
+    there = next((h for h, _ in found if h is not header), header)
+    passes = _agreed(ranks, there is not header, there['passes'])
+    records = {k: v for h, r in found if [*h['passes']] == passes for k, v in r.items()}
+    return there | dict(passes=passes), records
+
+# %% ../nbs/03_sensitivity.ipynb #0ed631d0
+def whole_passes(records: dict, passes: list[Pass]) -> dict:
+    "The records of passes that are complete, in their order"
+    def has(p): return all(len(records.get(k, ())) == p.stop-p.start for k in p.keys)
+    return {k: records[k] for p in passes if has(p) for k in p.keys}
+
 # %% ../nbs/03_sensitivity.ipynb #da846597
 class SweepLog(Journal):
     "The passes of a sweep, and which of them are still to be made"
@@ -641,24 +686,36 @@ class SweepLog(Journal):
         max_memory: float | None = None, # bytes for states
         of = None, # whose units: the checkpoint's by default, or a `KVLayout`
         quantizer: str = 'minmax', # its name
+        mark: dict = {}, # what its file says besides, see `optiq.files.own_file`
     ):
         self.b, self.shape, self.ranks, c = b, shape_of(tokens), ranks_here(), of or b.checkpoint
-        self.sample = None if b.stacks else samples_of(tokens)[0]
+        self.sample, self.out = None if b.stacks else samples_of(tokens)[0], None if out is None else as_path(out)
         todo = [(c.units[0], AS_IS), *probes(c.units, formats)]
         header = sweep_header(b, c, tokens) | dict(
             fingerprint=fingerprint_of(b, tokens, formats, quantizer) | getattr(c, 'stamp', {}),
             passes=plan_passes(b, todo, self.shape, max_memory))
-        super().__init__(header, self.ranks.own(out))
-        self.passes = passes_of(todo, len(tokens), *self.header['passes'])
+        header, records = read_logs(self.out, header, self.ranks, mark)
+        self.passes = passes_of(todo, len(tokens), *header['passes'])
+        super().__init__(header, whole_passes(records, self.passes), self.ranks.own(self.out), mark)
+        nobodys = [p for p, held in zip(self.passes, self.held().any(0)) if not held]
+        self.mine = nobodys[self.ranks.rank::self.ranks.size]
+
+    def has(self, p: Pass) -> bool: return self.records.keys() >= {*p.keys}
+
+    def held(self) -> np.ndarray: # (ranks, passes) 0 or 1
+        "Which rank has which pass"
+        a = np.zeros((self.ranks.size, len(self.passes)), np.float32)
+        a[self.ranks.rank] = [self.has(p) for p in self.passes]
+        return self.ranks.sum(a)
 
     def missing(self) -> list[Pass]:
         "Passes of this rank that are not complete"
-        mine = self.passes[self.ranks.rank::self.ranks.size]
-        return [p for p in mine if not self.records.keys() >= {*p.keys}]
+        return [p for p in self.mine if not self.has(p)]
 
     def finish(self) -> Sweep:
         "The sweep, gathered from all ranks; raises ValueError if nothing moved the output"
         if self.ranks.size > 1: gather(self)
+        close(self)
         return refuse_flat(self.b, to_sweep(self.header, self.records))
 
 # %% ../nbs/03_sensitivity.ipynb #d69fc064
@@ -678,17 +735,25 @@ def refuse_flat(b: Backend, sweep: Sweep) -> Sweep: # the same
 
 # %% ../nbs/03_sensitivity.ipynb #f2323f57
 def gather(log: SweepLog):
-    "Sum what the ranks have, each zero where it measured nothing; one file in place of one a rank"
+    "All records from all ranks, each from one of them: the others add zeros; raises ValueError if nobody has one"
+    held, rank = log.held(), log.ranks.rank
+    if not held.any(0).all(): raise ValueError('some passes were not measured; run the same command again')
+    mine = {k for p, by in zip(log.passes, held.argmax(0)) for k in p.keys if by == rank}
     lengths = {k: p.stop-p.start for p in log.passes for k in p.keys}
-    flat = np.float32(np.concatenate([log.records.get(k, [0.]*n) for k, n in lengths.items()]))
+    flat = np.float32(np.concatenate([log.records[k] if k in mine else [0.]*n for k, n in lengths.items()]))
     parts = np.split(log.ranks.sum(flat), np.cumsum([*lengths.values()])[:-1])
     log.records = {k: _shortest(part) for k, part in zip(lengths, parts)}
+
+# %% ../nbs/03_sensitivity.ipynb #8605b956
+def close(log: SweepLog):
+    "One file, as an undisturbed process would have written it; raises FileNotFoundError if it was deleted meanwhile"
+    log.records = whole_passes(log.records, log.passes)
     if log.path is None: return
-    part, log.path = log.path, log.path.with_suffix('')
-    if log.ranks.rank == 0:
-        begin(log.path, log.header)
-        for p in log.passes: log.write(p)
-    part.unlink()
+    refuse_gone(log.path)
+    if log.ranks.rank == 0: settle(log.out, log.text())
+    log.ranks.sum(np.zeros(1, np.float32)) # it is written before anything is deleted
+    gone = log_files(log.out) if log.ranks.rank == 0 else [log.path]
+    for f in {*gone}-{log.out}: f.unlink(missing_ok=True)
 
 # %% ../nbs/03_sensitivity.ipynb #bc30f7b7
 def _announce(c, shape, ranks):
@@ -757,8 +822,8 @@ def complete(
     warn_of_idle(log.header.get('experts', {}))
     with progress_bar(log, progress) as bar:
         for p in log.missing():
+            if targets is not None and settled(log, targets): break # also where an earlier run was
             log.add(p, measure(log.b, tokens[p.start:p.stop], p.todo, quantize, bar.update))
-            if targets is not None and settled(log, targets): break
     return log.finish()
 
 # %% ../nbs/03_sensitivity.ipynb #38aea943
@@ -780,8 +845,11 @@ def kl_sweep(
     max_memory: float | None = None, # bytes for states
     progress: bool = True, # announce time and memory, show a bar
     of = None, # whose units: the checkpoint's by default, or a `KVLayout`
+    journal: bool = False, # `out` is not for the user: it says so, and one that does not is refused
 ) -> Sweep:
     "Measure the KL that each unit's quantization costs, in each format, one unit at a time"
+    mark = dict(journal=True) if journal else {}
+    if out is not None: out = own_file(out, 'sweep', **mark) # before any work
     b, formats = open_backend(model, backend), [parse_format(f) for f in formats]
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
     if tokens is None: tokens = batch_for(b.checkpoint, calibration, n, seq_len)
@@ -789,5 +857,5 @@ def kl_sweep(
     quantize, name = sweep_quantizer(b, learned, formats, rounding)
     if method != 'exact':
         return shortcut_sweep(b, tokens, formats, method, quantize, name, targets, out, progress)
-    log = SweepLog(b, tokens, formats, out, max_memory, of, name)
+    log = SweepLog(b, tokens, formats, out, max_memory, of, name, mark)
     return complete(log, tokens, quantize, progress, targets if until == 'stable' else None)

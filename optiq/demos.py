@@ -29,6 +29,7 @@ from .evals.gsm8k import gsm8k, questions as find_questions
 from .evals.perplexity import evaluate, overrides_of
 from .evals.report import Report, fit, machine, score_row
 from .evals.tasks import score_rows, task_rows
+from .files import can_draw, whole_folder
 from .formats import Format
 
 # %% ../nbs/40_demos.ipynb #908f9fef
@@ -93,14 +94,19 @@ class Findings:
 # %% ../nbs/40_demos.ipynb #e764a902
 class Demo(Findings):
     "What a demo found, and a folder for it"
-    def save(self, folder: 'str | Path'):
+    def save(self,
+        folder: 'str | Path', # that appears when all is written
+        overwrite: bool = False, # replace it, if it is a demo's
+    ):
         "tables.txt, demo.json and the figures"
+        with whole_folder(folder, overwrite, made='demo') as part:
+            (part/'tables.txt').write_text(f'{self!r}\n', encoding='utf-8')
+            results = json.dumps(self.results(), indent=1, ensure_ascii=False)
+            (part/'demo.json').write_text(f'{results}\n', encoding='utf-8')
+            if can_draw('matplotlib', 'seaborn'): self.draw(part)
+
+    def draw(self, folder: Path):
         import matplotlib.pyplot as plt
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder/'tables.txt').write_text(f'{self!r}\n', encoding='utf-8')
-        results = json.dumps(self.results(), indent=1, ensure_ascii=False)
-        (folder/'demo.json').write_text(f'{results}\n', encoding='utf-8')
         for name, draw in self.figures.items():
             figure = np.ravel(draw())[0].figure
             figure.savefig(folder/f'{name}.png', dpi=150, bbox_inches='tight')

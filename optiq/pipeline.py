@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROUNDING', 'baselines', 'feasible', 'Texts', 'told', 'texts', 'load_sweep', 'rounding_of', 'rounding_for',
-           'refuse_sweep', 'find_sweep', 'refuse_rounding', 'refuse_output', 'quantizer_of_plans', 'choose',
-           'kl_on_calibration', 'write_and_score', 'write_model', 'summary', 'optimize', 'possible', 'save_curve',
-           'trade_off', 'compare']
+           'refuse_sweep', 'find_sweep', 'refuse_rounding', 'refuse_output', 'room_for', 'quantizer_of_plans', 'choose',
+           'kl_on_calibration', 'write_and_score', 'write_model', 'summary', 'optimize', 'possible', 'draw_curve',
+           'save_curve', 'trade_off', 'compare']
 
 # %% ../nbs/11_pipeline.ipynb #e30aa8bb
 import json
@@ -14,16 +14,16 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from .backends import open_backend
 from .calibration import batch_for, block_hashes, fingerprint, overlap, shape_of
-from .convert import convert, overrides_of_saved, refuse_existing, refuse_quantized, whole_folder
+from .convert import convert, overrides_of_saved, refuse_brackets, refuse_quantized
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_calibration, refuse_overlap
 from .evals.report import Report, machine, score_row
 from .evals.run import same_words, text_tokens
+from .files import can_draw, journal_of, own_output, refuse_full, scratch, whole_folder
 from .formats import AS_IS, Format, parse_format, quantize_minmax
 from .knapsack import PROFILES, allocate, cache_bytes, make_plan, pareto, thoughtless
 from .models import Checkpoint
@@ -52,12 +52,12 @@ def feasible(
     c: Checkpoint,
     formats: list[Format], # candidates
     **options, # of `allocate`
-):
+): # ▸ Plan of about the size that there will be
     "Raise ValueError if no plan fits the caps, or a format does not fit the model"
     fmts = [f for f in formats if f != AS_IS]
     values = {(u.path, f): np.array([1/f.bits]) for u, f in probes(c.units, fmts)}
     header = dict(model=c.name, params=c.params, other_bytes=c.other_bytes)
-    allocate(Sweep(c.units, fmts, values, header), formats=formats, **options)
+    return allocate(Sweep(c.units, fmts, values, header), formats=formats, **options)
 
 # %% ../nbs/11_pipeline.ipynb #c0593ced
 @dataclass
@@ -128,9 +128,8 @@ def find_sweep(b, t: Texts, formats, sweep, out, rounding='minmax') -> Sweep:
     if sweep is not None:
         refuse_sweep(found := load_sweep(sweep), sweep, b.checkpoint, formats, rounding)
         return found
-    log = Path(f'{out}.sweep.jsonl') if out is not None else None
-    if log: log.parent.mkdir(parents=True, exist_ok=True)
-    return kl_sweep(b, t.tokens, formats, out=log, rounding=rounding, rounding_tokens=t.learned)
+    log = journal_of(out) if out is not None else None
+    return kl_sweep(b, t.tokens, formats, out=log, rounding=rounding, rounding_tokens=t.learned, journal=True)
 
 # %% ../nbs/11_pipeline.ipynb #4dedca02
 def refuse_rounding(rounding: str, polish: str | None, out):
@@ -142,11 +141,15 @@ def refuse_rounding(rounding: str, polish: str | None, out):
         'dwq trains a model that is written; give an output, or leave the polish')
 
 # %% ../nbs/11_pipeline.ipynb #9f6bbe68
-def refuse_output(c: Checkpoint, out, overwrite: bool):
-    "Raise an error if `out` is given and the model cannot be converted, or not there"
+def refuse_output(c: Checkpoint, out, plan, rounding: str):
+    "Raise an error if `out` is given, and the model cannot be converted, or there is no room for such a plan"
     if out is None: return
     refuse_quantized(c)
-    refuse_existing(out, overwrite)
+    refuse_full(out.parent, room_for(plan, rounding))
+
+def room_for(plan, rounding: str) -> float: # bytes
+    "What a conversion needs on the disk: tensors that were rounded wait in files until they are written"
+    return plan.nbytes*(1 if rounding == 'minmax' else 2)
 
 # %% ../nbs/11_pipeline.ipynb #65e7a8a6
 def quantizer_of_plans(b, t: Texts, formats: list, rounding: str):
@@ -187,12 +190,11 @@ def write_and_score(b, plan, others, t: Texts, v, out, sweep, overwrite, roundin
 def write_model(b, plan, t: Texts, out, sweep, overwrite, rounding, polish, score):
     "Round, write, check, and score what was written"
     calibration = t.about['calibration'].rsplit(', ', 1)[0]
-    with TemporaryDirectory() as d:
+    with scratch(out, room_for(plan, rounding)) as d:
         quantizer = quantize_minmax if rounding == 'minmax' else round_to_files(b, t.learned, plan, rounding, d)
         finish = partial(dwq, source=b.checkpoint, tokens=t.learned) if polish else None
         convert(b.checkpoint, plan, out, sweep, overwrite, quantizer, calibration=calibration, polish=finish,
                 measured=lambda folder: score(overrides_of_saved(folder)))
-    Path(f'{out}.sweep.jsonl').unlink(missing_ok=True)
 
 # %% ../nbs/11_pipeline.ipynb #0f3351f3
 def summary(report: Report, plan, joint, v, out, seconds: float) -> dict:
@@ -231,19 +233,22 @@ def optimize(
     verify: bool = True, # measure the plan and its like on the calibration text, and keep the best
     compare: bool = True, # score the baselines too
     context: int | None = None, # tokens in the KV cache that counts towards `max_memory`
-    overwrite: bool = False, # replace `out`
+    overwrite: bool = False, # replace `out`, if it is ours
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by the checkpoint by default
     **options, # further conditions of `allocate`: protect, tie, true_bits, max_memory, max_ms with costs_ms
 ) -> dict: # report, plan, sweep, verified, and the figures that `optiq convert --json` prints
     "Measure a model's sensitivities, choose formats within the cap, write the model, and score what was written"
-    start, c = time.perf_counter(), Checkpoint(model, trust_remote_code, model_type)
+    start = time.perf_counter()
+    refuse_brackets(out)
+    out = own_output(out, overwrite, 'model', model, journal=sweep is None)
+    c = Checkpoint(model, trust_remote_code, model_type)
     fmts = [parse_format(f) for f in formats]
     options |= dict(formats=fmts, target_bits=target_bits, max_bytes=max_bytes)
     if context is not None: options['cache'] = cache_bytes(c, context)
-    feasible(c, **options)
+    likely = feasible(c, **options)
     refuse_rounding(rounding := rounding_for(rounding, sweep), polish, out)
-    refuse_output(c, out, overwrite)
+    refuse_output(c, out, likely, rounding)
     more = 0 if rounding == 'minmax' and not polish else rounding_n
     b, t = open_backend(c, backend), texts(c, calibration, evaluation, n, more, seq_len, (eval_n, eval_len))
     found = find_sweep(b, t, fmts, sweep, out, rounding)
@@ -251,6 +256,7 @@ def optimize(
     if polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
     others = baselines(c, plan, min(f for f in fmts if f != AS_IS)) if compare else {}
     report, joint = write_and_score(b, plan, others, t, v, out, found, overwrite, rounding, polish)
+    if out is not None and sweep is None: journal_of(out).unlink(missing_ok=True)
     figures = summary(report, plan, joint, v, out, time.perf_counter()-start)
     return dict(report=report, plan=plan, sweep=found, verified=v, figures=figures)
 
@@ -260,17 +266,21 @@ def possible(sweep) -> list: # names of PROFILES
     return [p for p, (bits, *_) in PROFILES.items() if all(parse_format(b) in sweep.formats for b in bits or ())]
 
 # %% ../nbs/11_pipeline.ipynb #e6ecd77c
+def draw_curve(curve, folder: Path):
+    "pareto.png and pareto.svg"
+    import matplotlib.figure
+    with matplotlib.rc_context({'svg.hashsalt': 'optiq'}):
+        ax = curve.plot(matplotlib.figure.Figure(figsize=(8, 4.5), layout='constrained').subplots())
+        for kind in ('png', 'svg'): ax.figure.savefig(folder/f'pareto.{kind}', dpi=150)
+
 def save_curve(curve, sweep, figures: dict, out, overwrite: bool = False):
     "Figures, drawing, sweep and plans in a folder that appears when all are written"
-    import matplotlib.figure
-    with whole_folder(out, overwrite) as part, matplotlib.rc_context({'svg.hashsalt': 'optiq'}):
+    with whole_folder(out, overwrite, made='pareto') as part:
         (part/'pareto.json').write_text(json.dumps(figures, indent=1, ensure_ascii=False)+'\n')
-        ax = curve.plot(matplotlib.figure.Figure(figsize=(8, 4.5), layout='constrained').subplots())
-        for kind in ('png', 'svg'): ax.figure.savefig(part/f'pareto.{kind}', dpi=150)
+        if can_draw(): draw_curve(curve, part)
         sweep.save(part/'sweep.json')
         (part/'plans').mkdir()
         for p in [*curve, *curve.rivals.values()]: p.save(part/'plans'/f'{p.name.replace(" ", "-")}.json')
-    Path(f'{out}.sweep.jsonl').unlink(missing_ok=True)
 
 # %% ../nbs/11_pipeline.ipynb #bbe815a2
 def trade_off(
@@ -291,14 +301,14 @@ def trade_off(
     rounding: str | None = None, # 'minmax', 'search' or 'gptq'; by default that of the sweep, or `ROUNDING`
     rounding_n: int = 32, # sequences that `search` and `gptq` learn from, the first `n` among them
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
-    overwrite: bool = False, # replace `out`
+    overwrite: bool = False, # replace `out`, if it is ours
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by the checkpoint by default
     **options, # of `allocate`: protect, tie
 ) -> dict: # frontier, sweep, figures
     "Size against quality of a model, from one sweep"
-    if out is not None: refuse_existing(out, overwrite)
     if Path(source).is_file(): sweep, source = source, Sweep.load(source).header['model']
+    out = own_output(out, overwrite, 'pareto', source, journal=sweep is None)
     fmts = [parse_format(f) for f in formats] if sweep is None else []
     if sweep is not None and not verify: found, about = load_sweep(sweep), machine()
     else:
@@ -311,6 +321,7 @@ def trade_off(
     if verify: measured(curve, b, t.scored, verify, quantizer_of_plans(b, t, found.formats, rounding))
     figures = dict(model=str(source), points=curve.points(), versus=curve.versus(), about=about)
     if out is not None: save_curve(curve, found, figures, out, overwrite)
+    if out is not None and sweep is None: journal_of(out).unlink(missing_ok=True)
     return dict(frontier=curve, sweep=found, figures=figures)
 
 # %% ../nbs/11_pipeline.ipynb #4dc5078e

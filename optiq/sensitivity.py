@@ -6,10 +6,10 @@
 __all__ = ['kl_divergence', 'probes', 'perturb', 'inside', 'walk', 'on_gpu', 'kl_of_streams', 'logit_slices', 'kl_rows',
            'measure', 'measure_samples', 'Pass', 'plan_passes', 'passes_of', 'free_on_device', 'block_passes', 'Timing',
            'cost', 'estimate', 'Measured', 'sweep_frame', 'heat_table', 'plot_sweep', 'Sweep', 'tokens_per_expert',
-           'warn_of_idle', 'sweep_header', 'fingerprint_of', 'refuse_other', 'read_log', 'settle', 'go_on', 'Journal',
-           'to_sweep', 'load_sweep', 'save_sweep', 'Ranks', 'TorchRanks', 'MLXRanks', 'ranks_here', 'log_files',
-           'read_logs', 'whole_passes', 'SweepLog', 'moved', 'refuse_flat', 'gather', 'close', 'progress_bar',
-           'sweep_quantizer', 'shortcut_sweep', 'settled', 'complete', 'kl_sweep']
+           'warn_of_idle', 'sweep_header', 'fingerprint_of', 'refuse_other', 'read_log', 'same_sweep', 'go_on',
+           'Journal', 'to_sweep', 'load_sweep', 'save_sweep', 'Ranks', 'TorchRanks', 'MLXRanks', 'ranks_here',
+           'log_files', 'read_logs', 'whole_passes', 'SweepLog', 'moved', 'refuse_flat', 'gather', 'close',
+           'progress_bar', 'sweep_quantizer', 'shortcut_sweep', 'settled', 'complete', 'kl_sweep']
 
 # %% ../nbs/03_sensitivity.ipynb #a15671c0
 import json
@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from .backends import Backend, free_memory, open_backend
 from .calibration import batch_for, block_hashes, fingerprint, samples_of, shape_of
-from .files import append, as_path, own_file, refuse_gone, save_text
+from .files import append, as_path, own_file, refuse_gone, settle
 from .formats import AS_IS, Format, divides, for_unit, parse_format, quantize_dequantize
 from .models import Checkpoint, Unit
 
@@ -503,24 +503,22 @@ def _document(data):
     d = json.loads(data)
     return [d, *d.pop('records')]
 
-# %% ../nbs/03_sensitivity.ipynb #5e7dcbe9
-def settle(path: Path, text: str):
-    "Make a file hold this text, at once, unless it does"
-    if path.exists() and path.read_bytes() == text.encode(): return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_text(path, text)
-
 # %% ../nbs/03_sensitivity.ipynb #cd6c1037
-def go_on(
+def same_sweep(
     path: Path, # a sweep file, or where there is to be one
     header: dict, # what it should begin with
 ) -> tuple[dict, dict]: # its header and its records; ours and none if it holds nothing yet
-    "What a sweep file has to go on with; raises an error if it is finished, or was measured on something else"
+    "What a sweep file holds; raises ValueError if it was measured on something else"
     if not path.exists() or b'\n' not in path.read_bytes(): return header, {}
     there, records, _ = read_log(path)
     refuse_other(path, there['fingerprint'], header['fingerprint'])
-    if 'noise' in there: raise FileExistsError(f'{path} is a finished sweep; give another file to measure again')
     there.pop('journal', None)
+    return there, records
+
+def go_on(path: Path, header: dict) -> tuple[dict, dict]: # as `same_sweep`
+    "What a sweep file has to go on with; raises FileExistsError if it was saved as a whole"
+    there, records = same_sweep(path, header)
+    if 'noise' in there: raise FileExistsError(f'{path} is a finished sweep; give another file to measure again')
     return there, records
 
 # %% ../nbs/03_sensitivity.ipynb #7a7f63a7
@@ -592,7 +590,7 @@ def save_sweep(
         json.dumps(dict(unit=p, format=str(f), start=0, kl=v.tolist())) for (p, f), v in sweep.values.items()]
     if str(path).endswith('.jsonl'): text = '\n'.join([head, *records])
     else: text = f'{head[:-1]}, "records": [\n'+',\n'.join(records)+'\n]}'
-    Path(path).write_text(text+'\n')
+    settle(Path(path), text+'\n')
 
 # %% ../nbs/03_sensitivity.ipynb #6699ead2
 class Ranks:

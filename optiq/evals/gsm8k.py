@@ -17,6 +17,7 @@ from zlib import crc32
 from ..backends import Backend, open_backend
 from .report import Report, machine, own_size, share_figure
 from .tasks import answers, compose
+from ..files import append, as_path, own_file, settle
 from ..models import Checkpoint
 from ..sensitivity import refuse_other
 from ..tasks import PROMPT, word_problems
@@ -145,14 +146,12 @@ def _from_hub():
 # %% ../../nbs/10_evals.gsm8k.ipynb #0f4ec850
 def _resume(path: Path, settings: dict, rows: list) -> list:
     "The finished lines of a response file, or a new file with its header"
-    data = path.read_bytes() if path.exists() else b''
+    data = path.read_bytes() if own_file(path, 'responses').exists() else b''
     whole = data[:data.rfind(b'\n')+1]
     if not whole:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dict(optiq='responses', settings=settings))+'\n')
+        settle(path, json.dumps(dict(optiq='responses', settings=settings))+'\n')
         return []
     header, *done = [json.loads(line) for line in whole.decode().splitlines()]
-    if header.get('optiq') != 'responses': raise ValueError(f'{path} is no file of responses; give another name')
     refuse_other(path, header['settings'], settings)
     odd = [r for r, q in zip(done, rows) if (r['question'], r['answer']) != (q['question'], q['answer'])]
     if odd or len(done) > len(rows): raise ValueError(
@@ -168,14 +167,12 @@ class Answers(list):
         settings: dict, # of the run; a file with others is refused
         rows: list, # of dicts with question and answer: all that will be asked
     ):
-        super().__init__([] if out is None else _resume(Path(out), settings, rows))
-        self.out = out
+        super().__init__([] if out is None else _resume(as_path(out), settings, rows))
+        self.out = None if out is None else as_path(out)
 
     def add(self, records: list):
         self.extend(records)
-        if self.out is None: return
-        with Path(self.out).open('a', encoding='utf-8') as f:
-            f.writelines(json.dumps(r, ensure_ascii=False)+'\n' for r in records)
+        if self.out is not None: append(self.out, ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in records))
 
 # %% ../../nbs/10_evals.gsm8k.ipynb #d2b79df0
 STOP = '\nQuestion:', '\n\nQuestion', '\nQ:', '\n\n\n'
@@ -200,11 +197,12 @@ def gsm8k(
     b = open_backend(model, 'mlx' if make_cache else 'auto')
     how = dict(model=b.checkpoint.fingerprint, shots=shots, new_tokens=new_tokens, cache=label_of(make_cache))
     done = Answers(out, settings := how | dict(name=name or b.checkpoint.name), rows)
-    for k in range(len(done), len(rows), batch):
+    for k in range(0, len(rows), batch): # what is padded with what must not depend on an interruption
+        if len(done) >= min(k+batch, len(rows)): continue
         part = [r | dict(prompt=prompt_for(r['question'], shots)) for r in rows[k:k+batch]]
         if figure == 'word_problems' and not make_cache: texts = answers(b, part, overrides, new_tokens)
         else: texts = compose(b, [r['prompt'] for r in part], new_tokens, STOP, make_cache, overrides)
-        done.add([judged(r | dict(response=text)) for r, text in zip(part, texts)])
+        done.add([judged(r | dict(response=text)) for r, text in zip(part, texts)][len(done)-k:])
     return _report(done, figure, own_size(b.checkpoint, name, size), settings)
 
 # %% ../../nbs/10_evals.gsm8k.ipynb #6ceb27d1

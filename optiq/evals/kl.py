@@ -16,7 +16,7 @@ import numpy as np
 
 from ..backends import Backend, open_backend
 from ..calibration import fingerprint
-from ..convert import whole_folder
+from ..files import whole_folder
 from .perplexity import Score, _at, _nll
 from ..models import Checkpoint
 from ..sensitivity import kl_rows, logit_slices
@@ -98,14 +98,16 @@ def reference(
         f'top_k is {top_k}, and {c.name} has {c.vocabulary:,} words: give fewer, or none to keep all')
     key = f'{c.fingerprint}-{fingerprint(tokens)}-{top_k or "all"}'
     folder = Path(cache or cache_folder())/'reference'/key
-    if not folder.exists(): _compute(open_backend(model), tokens, top_k, folder)
+    if not folder.exists():
+        try: _compute(open_backend(model), tokens, top_k, folder)
+        except FileExistsError: pass # another process was quicker
     return Reference.load(folder)
 
 # %% ../../nbs/10_evals.kl.ipynb #8fd1404d
 def _compute(b, tokens, top_k, folder):
     (n, T), V, c = tokens.shape, b.checkpoint.vocabulary, b.checkpoint
     width = top_k+1 if top_k else V
-    with whole_folder(folder, room=n*T*(4*(width+(top_k or 0))+8)) as part:
+    with whole_folder(folder, made='reference', room=n*T*(4*(width+(top_k or 0))+8)) as part:
         def array(name, *shape, dtype=np.float32):
             return np.lib.format.open_memmap(part/f'{name}.npy', 'w+', dtype, (n, T, *shape))
         logits, ids = array('logits', width), array('ids', top_k, dtype=np.int32) if top_k else None

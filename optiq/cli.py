@@ -38,9 +38,11 @@ def stoppable():
 
 def advice(ctx) -> str:
     "How to go on after an interruption"
-    if ctx.params.get('resume') is False: return 'run the same command with --resume in place of --no-resume to go on'
-    writes = any(ctx.params.get(k) for k in ('out', 'output')) or ctx.command.name in ('convert', 'kv-cache')
-    return f'run the same command again{" to go on where it stopped" if writes else ""}'
+    p = ctx.params
+    if p.get('resume') is False: return 'run the same command with --resume in place of --no-resume to go on'
+    keeps = dict(sweep=p.get('method') == 'exact', pareto=p.get('out'), eval=p.get('out'),
+                 convert=not p.get('kv') and not p.get('dry_run')) | {'kv-cache': True}
+    return f'run the same command again{" to go on where it stopped" if keeps.get(ctx.command.name) else ""}'
 
 # %% ../nbs/90_cli.ipynb #a59aa83a
 class Command(click.Command):

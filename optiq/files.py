@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MARK', 'as_path', 'names_in', 'write_mark', 'read_mark', 'save_text', 'settle', 'refuse_place', 'refuse_full',
-           'refuse_source', 'clear_stale', 'refuse_strange', 'own_folder', 'scratch', 'whole_folder', 'own_place',
-           'added_files', 'begins', 'own_file', 'append', 'refuse_gone', 'journal_of', 'own_output', 'can_draw']
+           'refuse_source', 'clear_stale', 'refuse_strange', 'own_folder', 'undisturbed', 'scratch', 'whole_folder',
+           'own_place', 'added_files', 'begins', 'own_file', 'append', 'refuse_gone', 'journal_of', 'own_output',
+           'can_draw']
 
 # %% ../nbs/00a_files.ipynb #a062670a
 import fcntl
@@ -13,7 +14,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -163,7 +166,21 @@ def own_folder(
         f'{out} exists; give another output, or overwrite it (--overwrite)')
     return out
 
-# %% ../nbs/00a_files.ipynb #1c941cb7
+# %% ../nbs/00a_files.ipynb #0f915ba2
+@contextmanager
+def undisturbed():
+    "A signal to end waits until the block is done"
+    caught, mine = [], threading.current_thread() is threading.main_thread()
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if mine else ()
+    before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in ends}
+    try: yield
+    finally:
+        for s, handler in before.items(): signal.signal(s, handler or signal.SIG_DFL)
+        for s in caught: signal.raise_signal(s)
+
+# %% ../nbs/00a_files.ipynb #7167d3a6
+def _old_of(part): return part.with_suffix('.optiq-old') # where what is replaced is set aside
+
 @contextmanager
 def scratch(
     out: 'str | Path', # where the result goes
@@ -179,18 +196,10 @@ def scratch(
         write_mark(part, 'part', [])
         yield part
     finally:
-        _remove(part)
-        if lock is not None: os.close(lock)
-
-# %% ../nbs/00a_files.ipynb #6d9a5a5e
-def _swap(part: Path, out: Path, overwrite: bool):
-    "Put a finished folder in its place, and what was there where the finished one was"
-    old = part.with_suffix('.optiq-old')
-    try:
-        if overwrite and out.exists(): out.rename(old)
-        part.rename(out) # fails if something was made there since it was judged
-    finally:
-        if old.exists(): old.rename(part if out.exists() else out)
+        with undisturbed():
+            if _old_of(part).exists(): _old_of(part).rename(part if out.exists() else out)
+            _remove(part)
+            if lock is not None: os.close(lock)
 
 # %% ../nbs/00a_files.ipynb #c326783e
 @contextmanager
@@ -207,7 +216,10 @@ def whole_folder(
         yield part
         part.chmod(0o755)
         write_mark(part, made)
-        _swap(part, own_folder(out, overwrite, made, source), overwrite)
+        own_folder(out, overwrite, made, source) # again: much can be put there in an hour
+        with undisturbed():
+            if out.exists(): out.rename(_old_of(part))
+            part.rename(out)
 
 # %% ../nbs/00a_files.ipynb #475bc21e
 def own_place(

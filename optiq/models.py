@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['HUB_FILES', 'LOADERS', 'LACKS', 'ROUTERS', 'PARTS', 'REST', 'ORDER', 'OPEN', 'demo', 'find_model', 'read_header',
            'weight_files', 'is_vision', 'is_speech', 'model_type_of', 'check_type', 'Unit', 'blocks_path',
-           'block_lists', 'find_units', 'block_of', 'part_of', 'load_lazy', 'digest', 'ModelFolder', 'stored_format',
-           'Listing', 'Checkpoint', 'unit_html']
+           'block_lists', 'find_units', 'block_of', 'part_of', 'said_for_mlx', 'reading', 'load_lazy', 'digest',
+           'ModelFolder', 'stored_format', 'Listing', 'Checkpoint', 'unit_html']
 
 # %% ../nbs/02_models.ipynb #50ffd3a7
 import hashlib
 import json
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -243,6 +245,38 @@ def part_of(
     if model_type == 'llm': return 'language'
     return next((part for part in reversed(PARTS) if re.search(PARTS[part], path)), REST[model_type])
 
+# %% ../nbs/02_models.ipynb #d7a10002
+def said_for_mlx(
+    config: dict, # content of config.json
+) -> dict: # the same, and what `rope_parameters` says in the names that MLX's models read
+    "A configuration as transformers 5 writes it, for mlx-lm, mlx-vlm and mlx-audio"
+    out = {k: said_for_mlx(v) if isinstance(v, dict) and k != 'rope_parameters' else v for k, v in config.items()}
+    rope = config.get('rope_parameters')
+    if not isinstance(rope, dict) or config.get('rope_scaling'): return out # transformers takes the latter
+    layers = {k: v for k, v in rope.items() if isinstance(v, dict)} # per type of layer
+    main = layers.get('full_attention') or next(iter(layers.values()), rope)
+    out |= {k: main[k] for k in ('rope_theta', 'partial_rotary_factor') if k in main}
+    if 'rope_theta' in (local := layers.get('sliding_attention', {})): out['rope_local_base_freq'] = local['rope_theta']
+    scaling = {k: v for k, v in main.items() if k not in ('rope_theta', 'partial_rotary_factor')}
+    kind = scaling.get('rope_type', scaling.get('type', 'default'))
+    if {*scaling}-{'rope_type', 'type'} or kind != 'default': out['rope_scaling'] = dict(scaling, type=kind)
+    return out
+
+# %% ../nbs/02_models.ipynb #d7a10005
+@contextmanager
+def reading(
+    folder: Path, # of a checkpoint
+    config: dict, # what its config.json is to say; {}: what it says
+): # ▸ the folder to give to a loader
+    "While this lasts, a folder in which config.json says so"
+    if not config or json.loads((folder/'config.json').read_text()) == config: yield folder
+    else:
+        with TemporaryDirectory(prefix='optiq-config-') as place:
+            for f in folder.iterdir():
+                if f.name != 'config.json': (Path(place)/f.name).symlink_to(f.resolve())
+            (Path(place)/'config.json').write_text(json.dumps(config))
+            yield Path(place)
+
 # %% ../nbs/02_models.ipynb #3b73c0dc
 def _open_llm(folder, trust_remote_code):
     from mlx_lm.utils import load_model
@@ -264,12 +298,13 @@ OPEN = dict(llm=_open_llm, vlm=_open_vlm, audio=_open_audio)
 
 def load_lazy(
     folder: Path,
-    config: dict, # content of its config.json
+    config: dict, # what its config.json is to say; {}: what it says
     trust_remote_code: bool, # run model code that comes with the checkpoint
     model_type: str = 'llm', # a key of `LOADERS`
 ):
     "A fresh model with lazy arrays; raises ValueError, naming what its loader cannot place"
-    try: return OPEN[model_type](folder, trust_remote_code)
+    try:
+        with reading(folder, config) as place: return OPEN[model_type](place, trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e: raise ValueError(
         f'{folder}: {LOADERS[model_type].replace("_", "-")} cannot open this model of type '
         f'{config.get("model_type", "unknown")!r}: {" ".join(str(e).split())[:200]}') from e
@@ -286,10 +321,12 @@ def digest(files: list[Path]) -> str:
 # %% ../nbs/02_models.ipynb #5f46e1dc
 class ModelFolder:
     "A model's files, checked; its arguments are those of `Checkpoint`"
-    def __init__(self, name: 'str | Path', trust_remote_code: bool = False, model_type: str = 'auto'):
+    def __init__(self, name: 'str | Path', trust_remote_code: bool = False, model_type: str = 'auto',
+                 plain: bool = False):
         self.name, self.folder, self.trust_remote_code = str(name), find_model(name), trust_remote_code
         self.files = weight_files(self.folder)
         self.config = json.loads((self.folder/'config.json').read_text())
+        if not plain: self.config = said_for_mlx(self.config)
         names = (k for f in self.files for k in read_header(f))
         self.model_type = model_type_of(self.config, names) if model_type == 'auto' else model_type
         check_type(self.name, self.config, self.model_type)
@@ -350,8 +387,9 @@ class Checkpoint(ModelFolder, Listing):
         name: 'str | Path', # 'demo', a folder, or a Hub id
         trust_remote_code: bool = False, # run model code that comes with the checkpoint
         model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by config.json and the tensors by default
+        plain: bool = False, # config.json as it is: what anyone's loader makes of this folder
     ):
-        ModelFolder.__init__(self, name, trust_remote_code, model_type)
+        ModelFolder.__init__(self, name, trust_remote_code, model_type, plain)
         Listing.__init__(self, self.load(), self.model_type)
 
     @cached_property

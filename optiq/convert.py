@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT_FILES', 'CARD', 'USE', 'refuse_existing', 'refuse_full', 'whole_folder', 'refuse_quantized', 'refuse_misfit',
            'pack', 'copy_texts', 'write', 'stored_bytes', 'check_sizes', 'dequantized', 'dequantized_units',
-           'check_weights', 'check', 'overrides_of_saved', 'model_card', 'save_beside', 'convert']
+           'check_weights', 'check', 'overrides_of_saved', 'as_saved', 'model_card', 'save_beside', 'convert']
 
 # %% ../nbs/05_convert.ipynb #5ee3bd76
 import json
@@ -19,8 +19,9 @@ from tempfile import mkdtemp
 import numpy as np
 
 from . import __version__
+from .backends import APART, Backend, apart, few_logits
 from .formats import AS_IS, Format, config_entry, for_unit, quantize_minmax
-from .models import LOADERS, Checkpoint, read_header
+from .models import LOADERS, Checkpoint, read_header, refuse_two_heads
 
 # %% ../nbs/05_convert.ipynb #f2f93b37
 def refuse_existing(out: 'str | Path', overwrite: bool = False):
@@ -81,6 +82,7 @@ def pack(
     "The quantized model in memory"
     from mlx_lm.utils import quantize_model
     refuse_quantized(checkpoint)
+    refuse_two_heads(checkpoint)
     refuse_misfit(checkpoint.units, plan)
     model = checkpoint.load()
     weights = {u.path: _module(model, u.path).weight for u in checkpoint.units}
@@ -176,6 +178,23 @@ def overrides_of_saved(saved: 'str | Path | Checkpoint') -> dict: # for `evaluat
         import torch
         return torch.from_numpy(np.array(weight.astype(mx.float32)))
     return {u.path: lambda w, x=x: stored(w, x) for u, x in zip(saved.units, dequantized_units(saved))}
+
+# %% ../nbs/05_convert.ipynb #d7c10002
+def as_saved(
+    b: Backend, # of the reference
+    folder: 'str | Path | Checkpoint', # of the saved model
+): # ▸ a Backend, or overrides of the reference's: a variant for `evaluate`
+    "A saved model as anyone's loader opens it; raises ValueError if its config.json makes another model of its weights"
+    c = folder.folder if isinstance(folder, Checkpoint) else folder
+    saved = Checkpoint(c, b.checkpoint.trust_remote_code, b.checkpoint.model_type, plain=True)
+    own = b.by_loader(saved)
+    if own is not None and not b.stands_in: return own
+    mine = overrides_of_saved(saved)
+    if own is None: print(f'{c}: too little memory to run it beside its reference, so its weights are scored', file=sys.stderr)
+    elif (off := apart(few_logits(b, mine), few_logits(own))) > APART: raise ValueError(
+        f'{c}: its own forward pass differs from what its weights give in the reference, by {off:.0%} of the logits: '
+        'its config.json says something else than that of the reference')
+    return mine
 
 # %% ../nbs/05_convert.ipynb #b7345ba8
 CARD = """---

@@ -20,7 +20,7 @@ import numpy as np
 
 from .backends import open_backend
 from .calibration import batch_for, block_hashes, fingerprint, overlap, shape_of
-from .convert import convert, overrides_of_saved, refuse_existing, refuse_quantized, whole_folder
+from .convert import as_saved, convert, refuse_existing, refuse_quantized, whole_folder
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_calibration, refuse_overlap
 from .evals.report import Report, machine, score_row
 from .evals.run import same_words, text_tokens
@@ -191,7 +191,7 @@ def write_model(b, plan, t: Texts, out, sweep, overwrite, rounding, polish, scor
         quantizer = quantize_minmax if rounding == 'minmax' else round_to_files(b, t.learned, plan, rounding, d)
         finish = partial(dwq, source=b.checkpoint, tokens=t.learned) if polish else None
         convert(b.checkpoint, plan, out, sweep, overwrite, quantizer, calibration=calibration, polish=finish,
-                measured=lambda folder: score(overrides_of_saved(folder)))
+                measured=lambda folder: score(as_saved(b, folder)))
     Path(f'{out}.sweep.jsonl').unlink(missing_ok=True)
 
 # %% ../nbs/11_pipeline.ipynb #0f3351f3

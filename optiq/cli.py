@@ -245,15 +245,11 @@ def sweep(model, out, bits, formats, group_size, targets, resume, as_json, **giv
     finish(*told_of(measured(model, out=out, **given), out), as_json)
 
 # %% ../nbs/90_cli.ipynb #7d9f5ab1
-def measured(model, calibration, n, seq_len, rounding, rounding_n, model_type, trust_remote_code, **given):
-    "`kl_sweep`, with the tokens that it measures on and those that rounding learns from"
-    from optiq.calibration import batch_for
+def measured(model, model_type, trust_remote_code, **given):
+    "`kl_sweep` of a model that is opened as the options say"
     from optiq.models import Checkpoint
-    from optiq.pipeline import rounding_for
     from optiq.sensitivity import kl_sweep
-    c, rounding = Checkpoint(model, trust_remote_code, model_type), rounding_for(rounding, None)
-    tokens = batch_for(c, calibration, n if rounding == 'minmax' else max(n, rounding_n), seq_len)
-    return kl_sweep(c, tokens[:n], rounding=rounding, rounding_tokens=tokens, **given)
+    return kl_sweep(Checkpoint(model, trust_remote_code, model_type), **given)
 
 # %% ../nbs/90_cli.ipynb #369af0d3
 def told_of(sweep, out: str) -> tuple: # figures, text
@@ -465,8 +461,8 @@ def has_gpu() -> bool:
 @click.option('--reference', help='the full-precision model it was made from')
 @click.option('--text', default='bundled', show_default=True, metavar='NAME|FILE',
               help='the calibration text, or another to measure KL on')
-@click.option('--within', default=2., show_default=True,
-              help='factor between predicted and measured KL that is accepted')
+@click.option('--within', type=float, metavar='FACTOR',
+              help="factor between predicted and measured KL that is accepted; default: the forecast's own error")
 @options('backend', 'model_type', 'trust', 'json')
 def verify(model, as_json, **given):
     """Open a converted model again: files, formats, bytes, tokenizer, finite logits, KL.

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TEXT_FILES', 'CARD', 'USE', 'refuse_existing', 'refuse_full', 'whole_folder', 'refuse_quantized', 'refuse_misfit',
            'pack', 'copy_texts', 'write', 'stored_bytes', 'check_sizes', 'dequantized', 'dequantized_units',
-           'check_weights', 'check', 'overrides_of_saved', 'as_saved', 'model_card', 'save_beside', 'convert']
+           'check_weights', 'check', 'overrides_of_saved', 'as_saved', 'model_card', 'save_beside', 'as_planned',
+           'convert']
 
 # %% ../nbs/05_convert.ipynb #5ee3bd76
 import json
@@ -14,7 +15,7 @@ import sys
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 
 import numpy as np
 
@@ -250,23 +251,36 @@ def save_beside(folder: Path, plan, sweep=None):
     plan.save(folder/'optiq'/'plan.json')
     if sweep is not None: sweep.save(folder/'optiq'/'sweep.json')
 
+# %% ../nbs/05_convert.ipynb #d7a30002
+def as_planned(plan, sweep, source, folder): # ▸ a quantizer
+    "What rounds as the plan's forecast was measured; raises ValueError if the sweep was rounded otherwise"
+    planned = getattr(plan, 'made', {}).get('rounding')
+    measured = sweep.header.get('fingerprint', {}).get('quantizer') if sweep is not None else None
+    if planned and measured and planned != measured: raise ValueError(
+        f'the plan was made for {planned}, and the sweep was measured with {measured}; give the sweep that it was made from')
+    if (planned or measured or 'minmax').split(',')[0] == 'minmax': return quantize_minmax
+    if sweep is None: raise ValueError(
+        f'the plan was made for {planned}, which is learned again from its sweep; give the sweep, or a quantizer')
+    return sweep.quantizer(source, plan, folder)
+
 # %% ../nbs/05_convert.ipynb #9d6858f4
 def convert(
-    source: 'str | Checkpoint', # 'demo', a folder, or a Hub id
+    source: 'str | Checkpoint | Backend', # 'demo', a folder, or a Hub id
     plan, # a Plan, for the units of this model
     out: 'str | Path', # folder to write
-    sweep = None, # saved beside the plan if given
+    sweep = None, # that the plan was made from: it says how to round, and is saved beside the plan
     overwrite: bool = False, # replace `out`
-    quantizer = quantize_minmax, # the one that the sweep simulated; or a mapping of paths, as `round_to_files` makes it
+    quantizer = None, # instead of what the sweep was rounded with; or a mapping of paths, as `round_to_files` makes it
     polish = None, # called on the checked folder, to train its scales and biases; see `optiq.rounding.dwq`
     calibration: str = 'the calibration text', # what to call it in the model card
     measured = lambda folder: {}, # called on the finished folder; label ▸ text for the model card
 ) -> Checkpoint: # the saved model
     "Write the model in the plan's formats; it is opened again and compared before it appears at `out`"
-    c = source if isinstance(source, Checkpoint) else Checkpoint(source)
+    c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)
     if odd := set(plan) ^ set(c.unit): raise ValueError(
         f'the plan is for another model: {min(odd)} is not in both')
-    with whole_folder(out, overwrite, plan.nbytes) as part:
+    with whole_folder(out, overwrite, plan.nbytes) as part, TemporaryDirectory() as rounded:
+        if quantizer is None: quantizer = as_planned(plan, sweep, source if isinstance(source, Backend) else c, rounded)
         write(c, plan, part, quantizer)
         check(part, plan, c, quantizer)
         if polish:

@@ -204,7 +204,7 @@ def llm(
     "Pipeline, perplexity and word problems"
     s = sizes or Sizes.of(fast)
     g = ground(model, s, text)
-    sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast)
+    sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast, rounding='minmax')
     plans = profiles(sweep)
     variants = {'as it is': {}} | {n: overrides_of(p) for n, p in plans.items()}
     if out is not None: variants |= saved(g, {n: plans[n] for n in list(plans)[:2]}, sweep, out)
@@ -247,7 +247,7 @@ def pareto(
 ) -> Demo:
     "Size against quality"
     g = ground(model, Sizes.of(fast), text)
-    sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast)
+    sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast, rounding='minmax')
     curve = curve_of(sweep, sorted({*COMPACT, *QUALITY}), ('compact', 'quality'))
     report = scored_rows(g, {p.name: p for p in curve.everyone()})
     curve.scores = {r['name']: np.array(r['items']['kl']) for r in report.rows}
@@ -292,7 +292,7 @@ def hardware(
     "Speed by prediction, and quality against speed"
     g = ground(model, Sizes.of(fast), text)
     if chip is None and Sizes.of(fast) != Sizes(): chip = 'M3 Max'
-    sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast)
+    sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast, rounding='minmax')
     plans, lat = speed_plans(sweep), latency(g.b.checkpoint, chip, context, [3, 4, 8])
     if chip is None: lat, speeds = validated(g, lat, plans, tokens=32, runs=3)
     else: speeds = compare_speeds(lat, plans, {}, g.about)

@@ -71,12 +71,13 @@ def gradient_sweep(
     quantize = quantize_dequantize, # as for `second_order`
     name: str = 'minmax', # what to call it in the file
     out: 'str | Path | None' = None, # file to write
+    about: dict = {}, # what else to say of it in the file
 ) -> Sweep: # values per group instead of per sequence
     "The second-order estimate of the KL of every unit in every format"
     b, formats = open_backend(model), [parse_format(f) for f in formats]
     todo, batches = probes(b.checkpoint.units, formats), np.array_split(tokens, min(groups, len(tokens)))
     found = np.array([second_order(b, batch, todo, quantize, seed+k) for k, batch in enumerate(batches)])
-    header = SweepLog(b, tokens, formats).header | dict(
+    header = SweepLog(b, tokens, formats, about=about).header | dict(
         fingerprint=fingerprint_of(b, tokens, formats, f'{name}, gradient'))
     sweep = Sweep(b.checkpoint.units, formats, {(u.path, f): v for (u, f), v in zip(todo, found.T)}, header)
     if out is not None: sweep.save(out)
@@ -162,12 +163,13 @@ def screened_sweep(
     quantize = quantize_dequantize, # as for `second_order`
     name: str = 'minmax', # what to call it in the file
     out: 'str | Path | None' = None, # file to write
+    about: dict = {}, # what else to say of it in the file
     progress: bool = True, # nothing is shown so far
 ) -> Sweep: # header['exact']: paths that were measured exactly
     "Exact where it can change a plan at one of the targets, a calibrated estimate elsewhere"
     if not targets: raise ValueError('screening needs the targets that matter; give some, for example 4.5')
     b, formats = open_backend(model), [parse_format(f) for f in formats]
-    estimate, exact = gradient_sweep(b, tokens, formats, quantize=quantize, name=name), {}
+    estimate, exact = gradient_sweep(b, tokens, formats, quantize=quantize, name=name, about=about), {}
     wanted = _spread(estimate, first)
     while wanted:
         todo = [p for p in probes(b.checkpoint.units, formats) if p[0].path in wanted]

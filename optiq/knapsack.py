@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'TIES', 'METHODS', 'PROFILES', 'COLOURS', 'Sized', 'Choice', 'Plan', 'plan_point', 'plan_text', 'plan_html',
-           'plan_frame', 'save_plan', 'load_plan', 'isotonic', 'refuse_values', 'smoothed', 'predicted', 'mean_se',
-           'make_plan', 'uniform', 'recipe', 'default_of_vlm', 'thoughtless', 'Budget', 'show_figure',
-           'refuse_half_caps', 'budgets_of', 'leaf_caches', 'bytes_after', 'cache_bytes', 'Problem', 'undominated',
-           'tie_key', 'protected', 'candidates', 'rows_of', 'numbers_of', 'make_problem', 'at_prices', 'lower_bound',
-           'bisect', 'shadow_prices', 'fill_up', 'solve_lagrange', 'undecided', 'quiet_stdout', 'branch_and_bound',
-           'solve_exact', 'solve_greedy', 'solve', 'contradiction', 'check_range', 'check_caps', 'Asked', 'Question',
-           'pose', 'allocate', 'plan_grid', 'plot_plan', 'price_ranges', 'Reason', 'in_bytes', 'options_of', 'explain',
-           'menu', 'plans_of', 'rivals_of', 'pareto', 'Frontier', 'curves_of', 'frontier_text', 'plot_frontier',
-           'Stability', 'stability']
+           'plan_frame', 'save_plan', 'load_plan', 'isotonic', 'refuse_noise', 'refuse_values', 'smoothed', 'predicted',
+           'mean_se', 'make_plan', 'made_from', 'uniform', 'recipe', 'default_of_vlm', 'thoughtless', 'Budget',
+           'show_figure', 'refuse_half_caps', 'budgets_of', 'leaf_caches', 'bytes_after', 'cache_bytes', 'Problem',
+           'undominated', 'tie_key', 'protected', 'candidates', 'rows_of', 'numbers_of', 'make_problem', 'at_prices',
+           'lower_bound', 'bisect', 'shadow_prices', 'fill_up', 'solve_lagrange', 'undecided', 'quiet_stdout',
+           'branch_and_bound', 'solve_exact', 'solve_greedy', 'solve', 'contradiction', 'check_range', 'check_caps',
+           'Asked', 'Question', 'pose', 'allocate', 'plan_grid', 'plot_plan', 'price_ranges', 'Reason', 'in_bytes',
+           'options_of', 'explain', 'menu', 'plans_of', 'rivals_of', 'pareto', 'Frontier', 'curves_of', 'frontier_text',
+           'plot_frontier', 'Stability', 'stability']
 
 # %% ../nbs/04_knapsack.ipynb #43b29907
 import json
@@ -63,6 +63,7 @@ class Choice(Sized, Mapping):
     name: str = '' # how it was made
     model: str = '' # for which model
     solver: dict = field(default_factory=dict) # method, bound, gap, prices, caps …
+    made: dict = field(default_factory=dict) # what its forecast holds for: rounding, what that learned from, text
 
     def __post_init__(self): self.formats = {u.path: self.formats.get(u.path, AS_IS) for u in self.units}
     def __getitem__(self, path): return self.formats[path]
@@ -76,6 +77,9 @@ class Plan(Choice):
     @property
     def predicted_kl(self):
         return float(sum(self.kl.get(p, 0. if f == AS_IS else nan) for p, f in self.items()))
+    @property
+    def rounding(self) -> str | None: # None if nothing was measured
+        return self.made['rounding'].split(',')[0] if self.made else None
     method, bound, gap = (property(lambda self, k=k: self.solver.get(k)) for k in ('method', 'bound', 'gap'))
 
     def counts(self): return dict(sorted(Counter(self.values()).items(), key=lambda c: _width(c[0])))
@@ -148,7 +152,7 @@ def save_plan(
     "Write a plan as JSON, one line per unit"
     head = dict(optiq='plan', **plan_point(plan), model=plan.model, params=plan.params,
                 other_bytes=plan.other_bytes, counts={str(f): n for f, n in plan.counts().items()},
-                solver=plan.solver)
+                made=plan.made, solver=plan.solver)
     rows = [dict(asdict(u), format=str(plan[u.path]), kl=plan.kl.get(u.path, nan)) for u in plan.units]
     lines = ',\n'.join('  '+json.dumps(_no_nan(r), ensure_ascii=False) for r in rows)
     text = json.dumps(_no_nan(head), indent=1, ensure_ascii=False)[:-2]
@@ -173,7 +177,7 @@ def load_plan(
     units = [Unit(**{**r, 'shape': tuple(r['shape'])}) for r in d['units']]
     se = d['predicted_kl_se']
     return Plan(units, formats, d['params'], d['other_bytes'], kl, nan if se is None else se, d['name'],
-                d['model'], d['solver'])
+                d['model'], d['solver'], d.get('made', {}))
 
 # %% ../nbs/04_knapsack.ipynb #2e175503
 def isotonic(
@@ -188,6 +192,14 @@ def isotonic(
             pools.append(((a*k+b*m)/(k+m), k+m))
     return np.concatenate([np.tile(row, (k, 1)) for row, k in pools])
 
+# %% ../nbs/04_knapsack.ipynb #d7e10004
+def refuse_noise(sweep):
+    "Raise ValueError for a sweep whose null measurement is as large as what it measured"
+    noise, signal = getattr(sweep, 'header', {}).get('noise'), float(np.mean([v.mean() for v in sweep.values.values()]))
+    if noise is not None and not noise < signal/10: raise ValueError(
+        f'a weight left as it is gave a KL of {noise:.2g}, and quantizing gave {signal:.2g} on average: '
+        'the measurement is all noise; look at the tokens and the backend, and measure it again')
+
 # %% ../nbs/04_knapsack.ipynb #db5ea10b
 def refuse_values(sweep):
     "Raise ValueError for a sweep without values, or with values that no measurement gives"
@@ -197,6 +209,7 @@ def refuse_values(sweep):
         if odd: raise ValueError(f'the sweep holds {odd} KL for {path} at {f}; measure it again')
     if not any(np.any(v) for v in sweep.values.values()): raise ValueError(
         'every KL of the sweep is zero, so nothing was perturbed; measure it again')
+    refuse_noise(sweep)
 
 # %% ../nbs/04_knapsack.ipynb #dda6b2a9
 def smoothed(
@@ -243,7 +256,17 @@ def make_plan(
     params = header.get('params') or getattr(source, 'params', sum(u.params for u in units))
     other = header.get('other_bytes', getattr(source, 'other_bytes', 0))
     model, (kl, se) = header.get('model') or getattr(source, 'name', ''), predicted(formats, table)
-    return Plan(units, formats, int(params), int(other), kl, se, name, str(model), solver or {})
+    return Plan(units, formats, int(params), int(other), kl, se, name, str(model), solver or {}, made_from(header))
+
+# %% ../nbs/04_knapsack.ipynb #d7e10002
+def made_from(
+    header: dict, # of a sweep; without one nothing was measured
+) -> dict: # rounding, learned (what rounding learned from), text (what KL was measured on)
+    "What a forecast holds for"
+    made = header.get('fingerprint', {})
+    if 'quantizer' not in made: return {}
+    text = dict(source=header.get('calibration'), shape=header.get('shape'), fingerprint=made.get('tokens'))
+    return dict(rounding=made['quantizer'], learned=header.get('learned'), text=text)
 
 # %% ../nbs/04_knapsack.ipynb #940cdf46
 def uniform(

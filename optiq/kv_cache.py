@@ -937,7 +937,7 @@ def joint_plan(
 ) -> dict: # weights, cache: Plans; weight_sweep, cache_sweep; full_sweep: of the cache, on full weights
     "One allocation over weights and cache, the cache measured on the weights that it will serve"
     full = kv_sweep(b, tokens, kv_formats, context=context, progress=progress)
-    w = weight_sweep or kl_sweep(b, tokens, formats, progress=progress)
+    w = weight_sweep or kl_sweep(b, tokens, formats, progress=progress, rounding='minmax')
     first = parts(allocate(combine(w, full), max_bytes=max_bytes), w, full)
     cache = kv_sweep(b, tokens, kv_formats, weights=first[0], context=context, progress=progress)
     weights, mine = parts(allocate(combine(w, cache), max_bytes=max_bytes), w, cache)

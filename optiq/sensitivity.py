@@ -9,7 +9,7 @@ __all__ = ['kl_divergence', 'probes', 'perturb', 'inside', 'walk', 'on_gpu', 'kl
            'warn_of_idle', 'sweep_header', 'fingerprint_of', 'refuse_other', 'read_log', 'begin', 'go_on', 'Journal',
            'to_sweep', 'load_sweep', 'save_sweep', 'Ranks', 'TorchRanks', 'MLXRanks', 'ranks_here', 'SweepLog', 'moved',
            'refuse_flat', 'gather', 'progress_bar', 'sweep_quantizer', 'shortcut_sweep', 'settled', 'complete',
-           'kl_sweep']
+           'texts_for', 'about_texts', 'rounding_of', 'learned_again', 'quantizer_of', 'kl_sweep']
 
 # %% ../nbs/03_sensitivity.ipynb #a15671c0
 import json
@@ -27,8 +27,10 @@ from tqdm.auto import tqdm
 
 from .backends import Backend, free_memory, open_backend
 from .calibration import batch_for, block_hashes, fingerprint, samples_of, shape_of
-from .formats import AS_IS, Format, divides, for_unit, parse_format, quantize_dequantize
+from .formats import AS_IS, Format, divides, for_unit, parse_format, quantize_dequantize, quantize_minmax
+from .knapsack import made_from, refuse_noise
 from .models import Checkpoint, Unit
+from .rounding import ROUNDING, RoundTrips, round_to_files
 
 # %% ../nbs/03_sensitivity.ipynb #c1b6c308
 def kl_divergence(
@@ -337,6 +339,7 @@ class Measured:
     formats: list # that were tried
     values: dict = field(repr=False) # (path, Format) ▸ (n,) KL
     header: dict = field(repr=False) # model, params, other_bytes, fingerprint, noise …
+    learned: object = field(default=None, repr=False) # what its rounding learned from, while it is at hand
 
     def kl(self, path: str, fmt: Format) -> float:
         "Mean over the sequences; 0 for a tensor left as is"
@@ -408,6 +411,7 @@ class Sweep(Measured):
     def _repr_html_(self):
         return f'<p>{self}</p>'+self.to_frame().nlargest(10, 'kl').to_html(index=False, border=0)
 
+    def quantizer(self, source, plan, folder): return quantizer_of(self, source, plan, folder)
     def to_frame(self, sequences: bool = False): return sweep_frame(self, sequences)
     def plot(self, ax=None, fmt: 'Format | str | None' = None): return plot_sweep(self, ax, fmt)
     def save(self, path): save_sweep(self, path)
@@ -641,11 +645,12 @@ class SweepLog(Journal):
         max_memory: float | None = None, # bytes for states
         of = None, # whose units: the checkpoint's by default, or a `KVLayout`
         quantizer: str = 'minmax', # its name
+        about: dict = {}, # what else to say of it in the file
     ):
         self.b, self.shape, self.ranks, c = b, shape_of(tokens), ranks_here(), of or b.checkpoint
         self.sample = None if b.stacks else samples_of(tokens)[0]
         todo = [(c.units[0], AS_IS), *probes(c.units, formats)]
-        header = sweep_header(b, c, tokens) | dict(
+        header = sweep_header(b, c, tokens) | about | dict(
             fingerprint=fingerprint_of(b, tokens, formats, quantizer) | getattr(c, 'stamp', {}),
             passes=plan_passes(b, todo, self.shape, max_memory))
         super().__init__(header, self.ranks.own(out))
@@ -659,7 +664,8 @@ class SweepLog(Journal):
     def finish(self) -> Sweep:
         "The sweep, gathered from all ranks; raises ValueError if nothing moved the output"
         if self.ranks.size > 1: gather(self)
-        return refuse_flat(self.b, to_sweep(self.header, self.records))
+        refuse_noise(sweep := refuse_flat(self.b, to_sweep(self.header, self.records)))
+        return sweep
 
 # %% ../nbs/03_sensitivity.ipynb #d69fc064
 def moved(b: Backend, sweep: Sweep) -> bool:
@@ -716,19 +722,17 @@ def sweep_quantizer(
 ) -> tuple: # quantizer, its name
     "What rounds the weights of a sweep: MLX's rule, or one that learns from these tokens"
     if rounding == 'minmax': return quantize_dequantize, rounding
-    from optiq.rounding import RoundTrips
     quantize = RoundTrips(b, tokens, formats, rounding, blocks)
     return quantize, quantize.name
 
 # %% ../nbs/03_sensitivity.ipynb #09b628a2
-def shortcut_sweep(b, tokens, formats, method, quantize, name, targets, out, progress) -> Sweep:
+def shortcut_sweep(b, tokens, formats, method, targets, progress, **how) -> Sweep:
     "A sweep by gradients, or one that is exact only where it matters"
     from optiq.gradient import gradient_sweep, screened_sweep
     if not b.stacks: raise ValueError(f'method {method!r} knows text models only; '
                                       f'a {b.checkpoint.model_type} model takes method exact')
-    if method == 'gradient': return gradient_sweep(b, tokens, formats, quantize=quantize, name=name, out=out)
-    if method == 'screened': return screened_sweep(
-        b, tokens, formats, targets, quantize=quantize, name=name, out=out, progress=progress)
+    if method == 'gradient': return gradient_sweep(b, tokens, formats, **how)
+    if method == 'screened': return screened_sweep(b, tokens, formats, targets, progress=progress, **how)
     raise ValueError(f'no method {method!r}; there are exact, gradient and screened')
 
 # %% ../nbs/03_sensitivity.ipynb #eddde69f
@@ -761,18 +765,62 @@ def complete(
             if targets is not None and settled(log, targets): break
     return log.finish()
 
+# %% ../nbs/03_sensitivity.ipynb #d7f10002
+def texts_for(c: Checkpoint, source: str, n: int, seq_len: int, more: int,
+              split: str = 'train') -> tuple: # tokens to measure on, to learn from
+    "Calibration tokens or samples, of which the first `n` measure, and up to `more` teach"
+    learned = batch_for(c, source, max(n, more), seq_len, split, fewer=True)
+    if len(learned) < n: learned = batch_for(c, source, n, seq_len, split) # its error says what is missing
+    return learned[:n], learned
+
+def about_texts(source: str | None, learned, rounding: str) -> dict:
+    "What the header of a sweep says of its texts"
+    about = {} if source is None else dict(calibration=str(source))
+    if rounding == 'minmax': return about
+    return about | dict(learned=dict(source=about.get('calibration'), shape=list(shape_of(learned)),
+                                     fingerprint=fingerprint(learned)))
+
+# %% ../nbs/03_sensitivity.ipynb #d7f10004
+def rounding_of(sweep: Measured) -> str: # 'minmax', 'search', 'gptq', or another of `QUANTIZERS`
+    "How a sweep was rounded"
+    return sweep.header.get('fingerprint', {}).get('quantizer', 'minmax').split(',')[0]
+
+def learned_again(sweep: Measured, c: Checkpoint): # ▸ tokens, or samples
+    "What a sweep's rounding learned from; raises ValueError if it cannot be had"
+    if sweep.learned is not None: return sweep.learned
+    said = sweep.header.get('learned') or {}
+    for split in ('train', 'all') if said.get('source') else ():
+        try: tokens = batch_for(c, said['source'], *said['shape'], split, fewer=True)
+        except (ValueError, OSError, ModuleNotFoundError): continue
+        if fingerprint(tokens) == said['fingerprint']: return tokens
+    raise ValueError(f'the sweep was rounded by {rounding_of(sweep)}, and the text that it learned from '
+                     f'({said.get("source") or "it has no name"}) is not to be had again; measure it again, or give a quantizer')
+
+# %% ../nbs/03_sensitivity.ipynb #d7f10005
+def quantizer_of(
+    sweep: Measured,
+    source, # 'demo', a folder, a Hub id, a Checkpoint or a Backend: the model that it was measured on
+    plan, # unit path ▸ Format
+    folder: 'str | Path', # where rounded tensors lie until the conversion has read them
+): # ▸ (weight, format) ▸ stored tensors, or a mapping of paths to such: a quantizer for `convert`
+    "What saves a plan as a sweep measured it"
+    if (rounding := rounding_of(sweep)) == 'minmax': return quantize_minmax
+    b = open_backend(source)
+    return round_to_files(b, learned_again(sweep, b.checkpoint), plan, rounding, folder)
+
 # %% ../nbs/03_sensitivity.ipynb #38aea943
 def kl_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: 'np.ndarray | list | None' = None, # (n, T), or samples; made from `calibration` by default
     formats: list = ('4g64', '8g64'), # candidates
     *,
-    calibration: str = 'bundled', # source of the tokens
+    calibration: str | None = None, # source of the tokens, 'bundled' by default; of `tokens` that are given, its name
     n: int = 8, # calibration sequences
     seq_len: int = 128, # tokens in each
     method: str = 'exact', # 'exact', 'gradient' or 'screened'
-    rounding: str = 'minmax', # 'minmax', 'search' or 'gptq': the one that will save the model
-    rounding_tokens: np.ndarray | None = None, # what `search` and `gptq` learn from; `tokens` by default
+    rounding: str | None = None, # 'minmax', 'search' or 'gptq', as `convert` will round; `ROUNDING` by default
+    rounding_n: int = 32, # sequences that `search` and `gptq` learn from, the first `n` among them
+    rounding_tokens: np.ndarray | None = None, # instead of these; `tokens` by default, if they are given
     targets: list = (), # nominal bits that `screened` and `until` look at
     until: str | None = None, # 'stable': stop when the plans at `targets` no longer change
     out: 'str | Path | None' = None, # file to write as it goes, and to resume from
@@ -784,10 +832,17 @@ def kl_sweep(
     "Measure the KL that each unit's quantization costs, in each format, one unit at a time"
     b, formats = open_backend(model, backend), [parse_format(f) for f in formats]
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
-    if tokens is None: tokens = batch_for(b.checkpoint, calibration, n, seq_len)
+    rounding = rounding or ('minmax' if of else ROUNDING) # a cache is rounded as it is written
+    if tokens is None:
+        tokens, rounding_tokens = texts_for(b.checkpoint, calibration := calibration or 'bundled', n, seq_len,
+                                            0 if rounding == 'minmax' else rounding_n)
     learned = tokens if rounding_tokens is None else rounding_tokens
     quantize, name = sweep_quantizer(b, learned, formats, rounding)
-    if method != 'exact':
-        return shortcut_sweep(b, tokens, formats, method, quantize, name, targets, out, progress)
-    log = SweepLog(b, tokens, formats, out, max_memory, of, name)
-    return complete(log, tokens, quantize, progress, targets if until == 'stable' else None)
+    about = about_texts(calibration, learned, name)
+    if method != 'exact': sweep = shortcut_sweep(b, tokens, formats, method, targets, progress, quantize=quantize,
+                                                 name=name, out=out, about=about)
+    else:
+        log = SweepLog(b, tokens, formats, out, max_memory, of, name, about)
+        sweep = complete(log, tokens, quantize, progress, targets if until == 'stable' else None)
+    sweep.learned = learned
+    return sweep

@@ -195,7 +195,7 @@ def demo(
     from optiq.sensitivity import kl_sweep
     b, s = open_backend(Checkpoint(model or find_witness(), model_type='vlm')), Sizes.of(fast)
     c, asked = b.checkpoint, questions_of(questions, s.problems//2)
-    sweep = kl_sweep(b, samples(c, text, s.n//2), [2, 3, 4, 6], progress=not fast)
+    sweep = kl_sweep(b, samples(c, text, s.n//2), [2, 3, 4, 6], progress=not fast, rounding='minmax')
     plans, best = plans_at_bytes(c, sweep), 'optiq, bytes of 4'
     variants = rounded(b, {n: p for n, p in plans.items() if n != 'as it is'})
     if out is not None:

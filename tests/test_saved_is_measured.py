@@ -30,7 +30,7 @@ def as_transformers_5(config):
     "Rope's numbers in `rope_parameters` alone"
     if isinstance(config.get('text_config'), dict): as_transformers_5(config['text_config'])
     if 'rope_theta' not in config: return
-    scaling = {{'type': 'rope_type'}.get(k, k): v for k, v in (config.pop('rope_scaling') or dict(rope_type='default')).items()}
+    scaling = {{'type': 'rope_type'}.get(k, k): v for k, v in (config.pop('rope_scaling', None) or dict(rope_type='default')).items()}
     rope = dict({k: 'default' if v == 'mrope' else v for k, v in scaling.items()}, rope_theta=config.pop('rope_theta'))
     local = config.pop('rope_local_base_freq', None)
     if local: rope = dict(full_attention=rope, sliding_attention=dict(rope_type='default', rope_theta=local))
@@ -121,10 +121,18 @@ def source(tmp_path_factory): return tiny('qwen3', tmp_path_factory.mktemp('sour
 SIZES = dict(n=2, seq_len=32, rounding_n=3)
 
 @pytest.fixture(scope='module')
+def text(tmp_path_factory):
+    "A calibration file of one's own"
+    words, r = [f'word{i}' for i in range(50)], np.random.default_rng(0)
+    file = tmp_path_factory.mktemp('text')/'mine.txt'
+    file.write_text('\n'.join(' '.join(r.choice(words, 40)) for _ in range(60)))
+    return str(file)
+
+@pytest.fixture(scope='module')
 def b(source): return open_backend(str(source), 'torch')
 
 @pytest.fixture(scope='module')
-def sweep(b): return kl_sweep(b, formats=[3, 8], progress=False, **SIZES)
+def sweep(b, text): return kl_sweep(b, formats=[3, 8], calibration=text, progress=False, **SIZES)
 
 @pytest.fixture(scope='module')
 def saved(b, sweep, tmp_path_factory):
@@ -138,22 +146,22 @@ def equal(folder, other):
     x, y = tensors(folder), tensors(other)
     return x.keys() == y.keys() and all(mx.array_equal(x[k], y[k]) for k in x)
 
-def test_python_and_the_command_save_the_same_model(source, sweep, saved, tmp_path):
+def test_python_and_the_command_save_the_same_model(source, sweep, saved, text, tmp_path):
     assert sweep.header['fingerprint']['quantizer'].startswith('search, 3 × 32 tokens')
-    r = optimize(str(source), tmp_path/'m', 5, formats=[3, 8], verify=False, compare=False, eval_n=2, eval_len=32, backend='torch', **SIZES)
+    r = optimize(str(source), tmp_path/'m', 5, formats=[3, 8], verify=False, compare=False, eval_n=2, eval_len=32, backend='torch', calibration=text, **SIZES)
     assert r['sweep'].header['fingerprint'] == sweep.header['fingerprint'] and r['plan'].made == allocate(sweep, target_bits=5).made
     assert equal(tmp_path/'m', saved)
     plan, again = Plan.load(saved/'optiq'/'plan.json'), Sweep.load(saved/'optiq'/'sweep.json')
-    assert again.learned is None and plan.rounding == 'search' and plan.made['text']['source'] == 'bundled'
+    assert again.learned is None and plan.rounding == 'search' and plan.made['text']['source'] == text
     convert(str(source), plan, tmp_path/'again', again) # what it learned from is read again
     assert equal(tmp_path/'again', saved)
     convert(str(source), plan, tmp_path/'plain', again, quantizer=quantize_minmax)
     assert not equal(tmp_path/'plain', saved)
 
-def test_a_plan_is_not_saved_as_it_was_not_measured(b, source, sweep, saved, tmp_path):
+def test_a_plan_is_not_saved_as_it_was_not_measured(b, sweep, saved, text, tmp_path):
     plan = Plan.load(saved/'optiq'/'plan.json')
     with pytest.raises(ValueError, match='was made for search.* give the sweep'): convert(b, plan, tmp_path/'x')
-    other = kl_sweep(b, formats=[3, 8], progress=False, rounding='minmax', **SIZES)
+    other = kl_sweep(b, formats=[3, 8], calibration=text, progress=False, rounding='minmax', **SIZES)
     with pytest.raises(ValueError, match='was made for search.* measured with minmax'): convert(b, plan, tmp_path/'x', other)
     lost = Sweep.load(saved/'optiq'/'sweep.json')
     lost.header['learned'] |= dict(fingerprint='of another text')
@@ -171,36 +179,31 @@ def test_noise_as_large_as_the_signal_is_refused(sweep):
 
 def rows(found): return {n: (held, seen) for n, held, seen in found.rows}
 
-def test_what_was_measured_is_verified(source, saved):
-    found = verify(saved, source, backend='torch')
-    assert found.ok and rows(found)['reference'][1].endswith('rounded by search') and rows(found)['KL'][0]
+def test_what_was_measured_is_verified(source, saved, text):
+    found = verify(saved, source, text, backend='torch')
+    assert found.ok and 'on the calibration tokens' in rows(found)['KL'][1] and rows(found)['reference'][1].endswith('rounded by search') and rows(found)['KL'][0]
 
-def test_another_rounding_is_not(source, sweep, saved, tmp_path):
+def test_another_rounding_is_not(source, sweep, saved, text, tmp_path):
     plan = Plan.load(saved/'optiq'/'plan.json')
     convert(str(source), plan, tmp_path/'m', sweep, quantizer=quantize_minmax)
-    found = verify(tmp_path/'m', source, backend='torch')
+    found = verify(tmp_path/'m', source, text, backend='torch')
     assert not found.ok and 'made for search, and the tensors were rounded by minmax' in rows(found)['reference'][1]
 
-def without_rope(config):
-    config['rope_parameters'] = dict(rope_type='default', rope_theta=config.pop('rope_theta'))
-    config['model_type'], config['architectures'] = 'mistral', ['MistralForCausalLM']
-
-@pytest.mark.parametrize('how, said', [('theta', 'finite'), ('tied', 'reference'), ('act', 'reference'), ('flag', 'opens')])
-def test_another_model_of_the_same_weights_is_not_verified(tmp_path, how, said):
+@pytest.mark.parametrize('how, said', [('theta', 'KL'), ('tied', 'reference'), ('act', 'reference'), ('flag', 'opens')])
+def test_another_model_of_the_same_weights_is_not_verified(tmp_path, text, how, said):
     source = tiny('qwen3' if how == 'tied' else 'mistral', tmp_path/'source', dict(num_hidden_layers=2))
     if how == 'theta': changed(source, as_transformers_5)
     b = TorchBackend(Checkpoint(source))
-    sweep = kl_sweep(b, formats=[8], progress=False, rounding='minmax', n=2, seq_len=16)
+    sweep = kl_sweep(b, formats=[8], calibration=text, progress=False, rounding='minmax', n=2, seq_len=16)
     convert(b, uniform(sweep, 8), tmp_path/'m', sweep)
-    assert verify(tmp_path/'m', source, backend='torch').ok
+    assert verify(tmp_path/'m', source, text, backend='torch').ok
     if how == 'theta': changed(tmp_path/'m', lambda c: c.pop('rope_theta')) # as it was saved before
     if how == 'tied': two_heads(source)
     if how == 'act': changed(source, lambda c: c.update(hidden_act='relu'))
     if how == 'flag': changed(tmp_path/'m', lambda c: c.update(tie_word_embeddings=True))
-    found = verify(tmp_path/'m', source, backend='torch')
+    found = verify(tmp_path/'m', source, text, backend='torch')
     assert not found.ok and 'NOT' in found.verdict
-    odd = [n for n, held, _ in found.rows if held is False]
-    print(found)
+    assert [n for n, held, _ in found.rows if held is False] == [said]
 
 @pytest.mark.parametrize('forecast, measured, fits', [(.0409, .0616, False), (.0409, .0455, True), (.0357, .0345, True),
     (.2637, .5165, True), (.0048, .0045, True), (.0048, .0020, False), (2.2, 9.05, True)])

@@ -73,8 +73,8 @@ def replay(args, c, tokens):
 def shortcuts(args, c, tokens):
     b = TorchBackend(c)
     gradient_sweep(b, tokens[:2], [Format(4)])
-    exact_s, exact = seconds(b, lambda: kl_sweep(b, tokens, [4, 8], progress=False))
-    one_s, one = seconds(b, lambda: kl_sweep(b, tokens, [4], progress=False))
+    exact_s, exact = seconds(b, lambda: kl_sweep(b, tokens, [4, 8], progress=False, rounding='minmax'))
+    one_s, one = seconds(b, lambda: kl_sweep(b, tokens, [4], progress=False, rounding='minmax'))
     fast_s, fast = seconds(b, lambda: gradient_sweep(b, tokens, [4]))
     screened_s, screened = seconds(b, lambda: screened_sweep(b, tokens, [4, 8], [4.5], progress=False))
     plans = {n: allocate(s, target_bits=4.5) for n, s in dict(exact=exact, screened=screened).items()}
@@ -99,7 +99,7 @@ from optiq.sensitivity import kl_sweep
 c = Checkpoint(sys.argv[1])
 ids = np.random.default_rng(0).integers(0, c.vocabulary, (1, 16)).astype(np.int32)
 import time; start = time.time()
-kl_sweep(StreamingBackend(c), ids, [4], progress=False)
+kl_sweep(StreamingBackend(c), ids, [4], progress=False, rounding='minmax')
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024, time.time()-start)
 """
 

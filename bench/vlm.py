@@ -49,7 +49,7 @@ def mean(x): return dict(kl=float(x.mean()), se=float(x.std(ddof=1)/len(x)**.5),
 def sweep(args, b):
     calibration = samples(b.checkpoint, n=args.n)
     start = time.time()
-    found = kl_sweep(b, calibration, WIDTHS, out=args.log, progress=False)
+    found = kl_sweep(b, calibration, WIDTHS, out=args.log, progress=False, rounding='minmax')
     seconds, frame = time.time()-start, found.to_frame()
     found.save(args.sweep)
     scored, units = samples(b.checkpoint, n=args.parts_n, split='test'), b.checkpoint.units

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .models import refuse_untrusted
+from .readers import read_json
 from .speech import RATE, Clip, clips
 
 WINDOW = 30*RATE # samples that Whisper hears at once
@@ -146,7 +147,7 @@ def demo(
     c, s = Checkpoint(model or small_asr(), model_type='audio'), Sizes.of(fast)
     b, four = open_backend(c), uniform(c, 4)
     learned, heard = (clips(text, side, k, fewer=True) for side, k in (('train', s.n//2), ('test', s.eval_n//2)))
-    sweep = kl_sweep(b, speech_samples(b.model, learned), [3, 4, 6], progress=not fast)
+    sweep = kl_sweep(b, speech_samples(b.model, learned), [3, 4, 6], progress=not fast, rounding='minmax')
     best = allocate(sweep, max_bytes=four.nbytes)
     plans = {'as it is': make_plan(c, c.formats), 'uniform 4': four, 'optiq, bytes of 4': best}
     name = c.name if model else 'a small Qwen3-ASR of random weights: its figures say nothing about quality'

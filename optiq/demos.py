@@ -9,7 +9,6 @@ __all__ = ['once_read', 'COMPACT', 'QUALITY', 'DEMOS', 'ELSEWHERE', 'Table', 'pu
            'kv_cache', 'configuration_table', 'combined', 'names', 'find_demo']
 
 # %% ../nbs/40_demos.ipynb #2efe6192
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +28,9 @@ from .evals.gsm8k import gsm8k, questions as find_questions
 from .evals.perplexity import evaluate, overrides_of
 from .evals.report import Report, fit, machine, score_row
 from .evals.tasks import score_rows, task_rows
+from .files import can_draw, whole_folder
 from .formats import Format
+from .readers import OBJECT, PROSE, dumps, read_json
 
 # %% ../nbs/40_demos.ipynb #908f9fef
 from .knapsack import RECIPES, allocate, make_plan, pareto as curve_of, plus_minus, recipe, uniform
@@ -67,7 +68,7 @@ def published(
     name: str, # of a demo
 ) -> list[Table]:
     "What was published earlier for the same demo on a real model"
-    d = json.loads((files('optiq')/'data'/'published.json').read_text())
+    d = read_json(str(files('optiq')/'data'/'published.json'), dict(source=PROSE, tables=OBJECT))
     note = f'published in the {d["source"]}; not measured here'
     return [Table(t['title'], t['columns'], t['rows'], note) for t in d['tables'].get(name, ())]
 
@@ -93,14 +94,19 @@ class Findings:
 # %% ../nbs/40_demos.ipynb #e764a902
 class Demo(Findings):
     "What a demo found, and a folder for it"
-    def save(self, folder: 'str | Path'):
+    def save(self,
+        folder: 'str | Path', # that appears when all is written
+        overwrite: bool = False, # replace it, if it is a demo's
+    ):
         "tables.txt, demo.json and the figures"
+        with whole_folder(folder, overwrite, made='demo') as part:
+            (part/'tables.txt').write_text(f'{self!r}\n', encoding='utf-8')
+            results = dumps(self.results(), indent=1, ensure_ascii=False)
+            (part/'demo.json').write_text(f'{results}\n', encoding='utf-8')
+            if can_draw('matplotlib', 'seaborn'): self.draw(part)
+
+    def draw(self, folder: Path):
         import matplotlib.pyplot as plt
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder/'tables.txt').write_text(f'{self!r}\n', encoding='utf-8')
-        results = json.dumps(self.results(), indent=1, ensure_ascii=False)
-        (folder/'demo.json').write_text(f'{results}\n', encoding='utf-8')
         for name, draw in self.figures.items():
             figure = np.ravel(draw())[0].figure
             figure.savefig(folder/f'{name}.png', dpi=150, bbox_inches='tight')
@@ -204,7 +210,7 @@ def llm(
     "Pipeline, perplexity and word problems"
     s = sizes or Sizes.of(fast)
     g = ground(model, s, text)
-    sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast)
+    sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast, rounding='minmax')
     plans = profiles(sweep)
     variants = {'as it is': {}} | {n: overrides_of(p) for n, p in plans.items()}
     if out is not None: variants |= saved(g, {n: plans[n] for n in list(plans)[:2]}, sweep, out)
@@ -247,7 +253,7 @@ def pareto(
 ) -> Demo:
     "Size against quality"
     g = ground(model, Sizes.of(fast), text)
-    sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast)
+    sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast, rounding='minmax')
     curve = curve_of(sweep, sorted({*COMPACT, *QUALITY}), ('compact', 'quality'))
     report = scored_rows(g, {p.name: p for p in curve.everyone()})
     curve.scores = {r['name']: np.array(r['items']['kl']) for r in report.rows}
@@ -292,7 +298,7 @@ def hardware(
     "Speed by prediction, and quality against speed"
     g = ground(model, Sizes.of(fast), text)
     if chip is None and Sizes.of(fast) != Sizes(): chip = 'M3 Max'
-    sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast)
+    sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast, rounding='minmax')
     plans, lat = speed_plans(sweep), latency(g.b.checkpoint, chip, context, [3, 4, 8])
     if chip is None: lat, speeds = validated(g, lat, plans, tokens=32, runs=3)
     else: speeds = compare_speeds(lat, plans, {}, g.about)

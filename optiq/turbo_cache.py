@@ -20,13 +20,14 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import ArraysCache
 
+from . import kv_cache, turbo_kernels
 from .backends import Backend, mlx_blocks, torch_attending
 from .formats import Format, parse_format
-from .kv_cache import (BatchMixedKVCache, Codec, MixedKVCache, codec_of, findable, kv_layers, kv_layout,
-                            name_caches, own_caches, read_kv_config, rotates, summable)
-from . import kv_cache, turbo_kernels
-from .models import blocks_path
-from .turboquant import STEPS, codebook, encode, library, on_grid, pack, padded, rotation_matrix, scale_of
+from .kv_cache import BatchMixedKVCache, Codec, MixedKVCache, codec_of, findable, kv_layers, kv_layout
+from .kv_cache import name_caches, own_caches, read_kv_config, rotates, summable
+from .models import blocks_path, read_header
+from .turboquant import STEPS, codebook, encode, library, on_grid, pack, padded, rotation_matrix
+from .turboquant import scale_of
 
 # %% ../nbs/08_turbo_cache.ipynb #0ee05dfc
 @dataclass(frozen=True, eq=False, repr=False)
@@ -133,10 +134,12 @@ def save_preconditions(statistics: dict, path: 'str | Path'):
 
 def load_preconditions(path: 'str | Path') -> dict: # 'cache.3.keys' ▸ KeyPrecondition
     "Read them; raises ValueError if the file holds something else"
+    read_header(Path(path))
     arrays = mx.load(str(path))
     names = sorted({k.rpartition('.')[0] for k in arrays})
     if set(arrays) != {f'{n}.{part}' for n in names for part in ('mean', 'scale')}: raise ValueError(
         f'{path} holds no key statistics; save_preconditions(key_statistics(…), path) writes them')
+    if odd := [k for k, a in arrays.items() if not mx.isfinite(a).all()]: raise ValueError(f'{path}: {odd[0]} holds NaN or infinity; measure it again')
     return {n: KeyPrecondition(*(np.array(arrays[f'{n}.{part}']) for part in ('mean', 'scale'))) for n in names}
 
 # %% ../nbs/08_turbo_cache.ipynb #1efd3510

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'PICTURES', 'load_processor', 'find_witness', 'read_image', 'question_text', 'sample', 'answer_ids',
-           'with_answer', 'from_diagrams', 'from_coco', 'from_folder', 'read_lines', 'samples', 'rounded', 'seen',
+           'with_answer', 'from_diagrams', 'from_coco', 'from_folder', 'read_samples', 'samples', 'rounded', 'seen',
            'plans_at_bytes', 'demo']
 
 # %% ../nbs/20_vlm.ipynb #3cca87dc
-import json
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -17,6 +16,7 @@ import numpy as np
 
 from .calibration import is_test
 from .models import Checkpoint
+from .readers import ANYTHING, LIST, PROSE, check, read_json, read_records
 
 # %% ../nbs/20_vlm.ipynb #990253aa
 def load_processor(c: Checkpoint):
@@ -122,7 +122,7 @@ def from_coco(n: int, split: str, seed: int) -> list:
 def from_folder(folder, n: int, split: str, seed: int) -> list:
     "Pictures of a folder, with the questions that stand beside them or some that suit every picture"
     folder, beside = Path(folder), Path(folder)/'questions.jsonl'
-    if beside.is_file(): rows = [r | dict(image=folder/r['image']) for r in read_lines(beside, ('image', 'question'))]
+    if beside.is_file(): rows = [r | dict(image=folder/r['image']) for r in read_samples(beside, ('image', 'question'))]
     else:
         files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
         rows = [dict(image=p, question=PROMPTS[i % len(PROMPTS)]) for i, p in enumerate(files)]
@@ -130,17 +130,10 @@ def from_folder(folder, n: int, split: str, seed: int) -> list:
     return [mine[i] for i in np.random.default_rng(seed).permutation(len(mine))[:n]]
 
 # %% ../nbs/20_vlm.ipynb #af10b3c9
-def read_lines(path, fields: tuple) -> list:
+def read_samples(path, fields: tuple) -> list:
     "The records of a .jsonl file, each with these fields"
-    rows = []
-    for i, line in enumerate(Path(path).read_text(encoding='utf-8').splitlines(), 1):
-        if not line.strip(): continue
-        try: r = json.loads(line)
-        except ValueError: raise ValueError(f'{path}, line {i}, is no JSON') from None
-        lacking = [f for f in fields if not isinstance(r, dict) or f not in r]
-        if lacking: raise ValueError(f'{path}, line {i}, lacks {" and ".join(lacking)}')
-        rows.append(r)
-    return rows
+    form = {f: LIST if f == 'options' else PROSE for f in fields if f != 'answer'} | {f: ANYTHING for f in fields if f == 'answer'}
+    return [check(r, form, f'{path}, line {i}') for i, r in read_records(path)]
 
 # %% ../nbs/20_vlm.ipynb #f467e797
 def samples(
@@ -208,7 +201,7 @@ def demo(
     from optiq.sensitivity import kl_sweep
     b, s = open_backend(Checkpoint(model or find_witness(), model_type='vlm')), Sizes.of(fast)
     c, asked = b.checkpoint, questions_of(questions, s.problems//2)
-    sweep = kl_sweep(b, samples(c, text, s.n//2), [2, 3, 4, 6], progress=not fast)
+    sweep = kl_sweep(b, samples(c, text, s.n//2), [2, 3, 4, 6], progress=not fast, rounding='minmax')
     plans, best = plans_at_bytes(c, sweep), 'optiq, bytes of 4'
     variants = rounded(b, {n: p for n, p in plans.items() if n != 'as it is'})
     if out is not None:

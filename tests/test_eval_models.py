@@ -42,7 +42,7 @@ def saved(b, tmp_path_factory):
     "The demo model, measured on a little text and converted"
     folder = tmp_path_factory.mktemp('saved')
     calibration = token_batch(passages('bundled'), b.checkpoint.tokenizer, 2, 64)
-    sweep = kl_sweep(b, calibration, [4, 8], progress=False)
+    sweep = kl_sweep(b, calibration, [4, 8], progress=False, rounding='minmax')
     convert('demo', allocate(sweep, target_bits=4.5), folder/'m', sweep)
     return folder/'m'
 

@@ -112,7 +112,7 @@ def test_parts_and_blocks(backends):
 
 def test_widths_that_no_group_divides_stay(backends, samples):
     b = backends['qwen2_5_vl']
-    sweep = kl_sweep(b, samples['qwen2_5_vl'][:1], ['3g64', '8g64'], progress=False)
+    sweep = kl_sweep(b, samples['qwen2_5_vl'][:1], ['3g64', '8g64'], progress=False, rounding='minmax')
     assert {u.kind for u in sweep.left} == {'down_proj'} and len(sweep.left) == 3 and '3 units of a width' in repr(sweep)
     plan = allocate(sweep, target_bits=5)
     assert all(plan[u.path] == AS_IS for u in sweep.left) and 4.5 < plan.nominal_bits <= 5
@@ -186,15 +186,15 @@ def test_rounding_goes_through_all_parts(backends, samples, tmp_path):
 
 def test_sweep_resumes_and_knows_its_samples(backends, samples, tmp_path):
     b, some, file = backends['qwen3_vl'], samples['qwen3_vl'], tmp_path/'s.jsonl'
-    whole = kl_sweep(b, some, ['4g64'], out=file, progress=False)
+    whole = kl_sweep(b, some, ['4g64'], out=file, progress=False, rounding='minmax')
     lines = file.read_text().splitlines(True)
     file.write_text(''.join(lines[:30])+lines[30][:20])
-    again = kl_sweep(b, some, ['4g64'], out=file, progress=False)
+    again = kl_sweep(b, some, ['4g64'], out=file, progress=False, rounding='minmax')
     assert all((whole.values[k] == again.values[k]).all() for k in whole.values) and whole.header['noise'] < 1e-9
     assert {u.part for u in load_sweep(file).units} == {'vision', 'projector', 'language'}
     assert set(whole.to_frame().part) == {'vision', 'projector', 'language'}
-    with pytest.raises(ValueError, match='tokens'): kl_sweep(b, some[:1]*2, ['4g64'], out=file, progress=False)
-    with pytest.raises(ValueError, match='exact'): kl_sweep(b, some, ['4g64'], method='gradient', progress=False)
+    with pytest.raises(ValueError, match='tokens'): kl_sweep(b, some[:1]*2, ['4g64'], out=file, progress=False, rounding='minmax')
+    with pytest.raises(ValueError, match='exact'): kl_sweep(b, some, ['4g64'], method='gradient', progress=False, rounding='minmax')
 
 def test_samples(samples):
     a, b = samples['qwen3_vl']

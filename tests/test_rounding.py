@@ -171,7 +171,7 @@ def test_the_sweep_scores_with_the_rounding_that_saves(models, tmp_path):
     want = measure(b, tokens, [p for p in todo if p[0].path in stored and p[1] == formats[0]],
                    {p: (lambda w, fmt, r=r: r.dequantize()) for p, r in stored.items()}).mean(1)
     assert np.allclose([sweep.kl(p, formats[0]) for p in stored], want, rtol=1e-3)
-    with pytest.raises(ValueError, match='quantizer'): kl_sweep(b, tokens, formats, out=out, progress=False)
+    with pytest.raises(ValueError, match='quantizer'): kl_sweep(b, tokens, formats, out=out, progress=False, rounding='minmax')
     with pytest.raises(ValueError, match='no rounding'): kl_sweep(b, tokens, formats, rounding='gtpq', progress=False)
     quick = {r: kl_sweep(b, tokens, formats, rounding=r, method='gradient') for r in ('minmax', 'gptq')}
     name = quick['gptq'].header['fingerprint']['quantizer']
@@ -208,7 +208,7 @@ def test_errors_of_a_conversion(models, tmp_path):
     c = models['llama']
     for wrong, says in ((dict(rounding='best'), 'no rounding'), (dict(polish='wax'), 'no polish'), (dict(polish='dwq'), 'give an output')):
         with pytest.raises(ValueError, match=says): optimize(str(c.folder), target_bits=5, **wrong)
-    kl_sweep(c, tokens_for(c), [4, 8], out=tmp_path/'s.jsonl', progress=False)
+    kl_sweep(c, tokens_for(c), [4, 8], out=tmp_path/'s.jsonl', progress=False, rounding='minmax')
     with pytest.raises(ValueError, match='--rounding minmax'): optimize(str(c.folder), target_bits=5, rounding='gptq', sweep=tmp_path/'s.jsonl')
 
 def test_dwq_trains_scales_and_nothing_else(models, tmp_path):

@@ -95,16 +95,16 @@ def test_every_kind_of_unit_is_measured(models):
 def test_chunks_change_nothing(models):
     c = models['qwen3']
     b, tokens = TorchBackend(c), tokens_for(c, n=4)
-    whole = kl_sweep(b, tokens, [4], progress=False)
-    small = kl_sweep(b, tokens, [4], progress=False, max_memory=8*24*c.units[0].shape[-1]*6)
+    whole = kl_sweep(b, tokens, [4], progress=False, rounding='minmax')
+    small = kl_sweep(b, tokens, [4], progress=False, max_memory=8*24*c.units[0].shape[-1]*6, rounding='minmax')
     for k, v in whole.values.items(): np.testing.assert_allclose(small.values[k], v, rtol=1e-4, atol=1e-9)
 
 def test_a_sweep_that_may_end_early_ends_with_whole_sequences(models, tmp_path):
     c = models['qwen3']
     b, tokens = TorchBackend(c), tokens_for(c, n=6)
-    def sweep(**options): return kl_sweep(b, tokens, [4, 8], targets=[6], until='stable', progress=False, **options)
+    def sweep(**options): return kl_sweep(b, tokens, [4, 8], targets=[6], until='stable', progress=False, **options, rounding='minmax')
     small = 8*24*c.units[0].shape[-1]*6 # several passes for a sequence
-    whole, parts = kl_sweep(b, tokens, [4, 8], progress=False), sweep(max_memory=small, out=tmp_path/'s.jsonl')
+    whole, parts = kl_sweep(b, tokens, [4, 8], progress=False, rounding='minmax'), sweep(max_memory=small, out=tmp_path/'s.jsonl')
     n = len(next(iter(parts.values.values())))
     assert 3 <= n < 6 and {len(v) for v in parts.values.values()} == {n}
     for k, v in parts.values.items(): np.testing.assert_allclose(v, whole.values[k][:n], rtol=1e-4, atol=1e-9)
@@ -113,10 +113,10 @@ def test_ranks_do_not_end_early(models, monkeypatch):
     import optiq.sensitivity as s
     monkeypatch.setattr(s.Ranks, 'size', 2)
     with pytest.raises(ValueError, match="until='stable' compares plans of one process.*2"):
-        kl_sweep(TorchBackend(models['qwen3']), tokens_for(models['qwen3']), [4, 8], targets=[6], until='stable', progress=False)
+        kl_sweep(TorchBackend(models['qwen3']), tokens_for(models['qwen3']), [4, 8], targets=[6], until='stable', progress=False, rounding='minmax')
 
 def test_noise_is_far_below_the_smallest_value(models):
-    s = kl_sweep(TorchBackend(models['llama']), tokens_for(models['llama']), [8], progress=False)
+    s = kl_sweep(TorchBackend(models['llama']), tokens_for(models['llama']), [8], progress=False, rounding='minmax')
     assert s.header['noise'] < 1e-10 < min(v.mean() for v in s.values.values())
 
 def test_kl_against_float64():
@@ -133,21 +133,21 @@ def test_weights_that_do_not_matter_are_refused(models, tmp_path):
     c = models['llama']
     class Flat(TorchBackend):
         def head(self, states, overrides={}): return super().head(states*0, overrides)
-    with pytest.raises(ValueError, match='1e-06|1e-6'): kl_sweep(Flat(c), tokens_for(c), [8], progress=False)
+    with pytest.raises(ValueError, match='1e-06|1e-6'): kl_sweep(Flat(c), tokens_for(c), [8], progress=False, rounding='minmax')
 
 def test_stale_files_are_refused_by_name(models, tmp_path):
     c, out = models['llama'], tmp_path/'s.jsonl'
     b, tokens = TorchBackend(c), tokens_for(c)
-    kl_sweep(b, tokens, [4], out=out, progress=False)
-    with pytest.raises(ValueError, match='tokens'): kl_sweep(b, tokens_for(c, seed=1), [4], out=out, progress=False)
-    with pytest.raises(ValueError, match='formats'): kl_sweep(b, tokens, [8], out=out, progress=False)
-    with pytest.raises(ValueError, match='backend'): kl_sweep(MLXBackend(c), tokens, [4], out=out, progress=False)
-    with pytest.raises(ValueError, match='model'): kl_sweep(TorchBackend(models['mistral']), tokens, [4], out=out, progress=False)
+    kl_sweep(b, tokens, [4], out=out, progress=False, rounding='minmax')
+    with pytest.raises(ValueError, match='tokens'): kl_sweep(b, tokens_for(c, seed=1), [4], out=out, progress=False, rounding='minmax')
+    with pytest.raises(ValueError, match='formats'): kl_sweep(b, tokens, [8], out=out, progress=False, rounding='minmax')
+    with pytest.raises(ValueError, match='backend'): kl_sweep(MLXBackend(c), tokens, [4], out=out, progress=False, rounding='minmax')
+    with pytest.raises(ValueError, match='model'): kl_sweep(TorchBackend(models['mistral']), tokens, [4], out=out, progress=False, rounding='minmax')
     (tmp_path/'x.jsonl').write_text('{"a": 1}\n')
     with pytest.raises(ValueError, match='no sweep'): Sweep.load(tmp_path/'x.jsonl')
 
 def test_save_and_load(models, tmp_path):
-    s = kl_sweep(TorchBackend(models['phi3']), tokens_for(models['phi3']), [4, 'mxfp4'], progress=False)
+    s = kl_sweep(TorchBackend(models['phi3']), tokens_for(models['phi3']), [4, 'mxfp4'], progress=False, rounding='minmax')
     for name in ('a.json', 'a.jsonl'):
         s.save(tmp_path/name)
         r = Sweep.load(tmp_path/name)
@@ -167,7 +167,7 @@ def slow_sweep(model, out, ready):
     S.SweepLog.add = slow
     b = TorchBackend(Checkpoint(model))
     ready.set()
-    kl_sweep(b, tokens_for(b.checkpoint, 3, 16), [3, 4], out=out, progress=False)
+    kl_sweep(b, tokens_for(b.checkpoint, 3, 16), [3, 4], out=out, progress=False, rounding='minmax')
 
 def test_killed_at_any_moment(models, tmp_path):
     "Three here, twenty in `make bench`: kill -9, go on, same file; all are forked from one process that has everything imported"
@@ -205,7 +205,7 @@ ranked(*sys.argv[1:])
 def ranked(backend, model, out):
     S.plan_passes = lambda *a: (1, 7)
     b = BACKENDS[backend](Checkpoint(model))
-    kl_sweep(b, tokens_for(b.checkpoint, 2, 16), [4], out=out, progress=False)
+    kl_sweep(b, tokens_for(b.checkpoint, 2, 16), [4], out=out, progress=False, rounding='minmax')
 
 @pytest.mark.parametrize('backend, launch', dict(mlx=['mlx.launch', '-n', '2', '--backend', 'ring', '--', sys.executable],
                                                  torch=['torchrun', '--nproc-per-node', '2', '--master-port', '29517']).items())
@@ -235,7 +235,7 @@ def test_estimate_is_right_within_a_factor_of_one_and_a_half(monkeypatch):
     b = TorchBackend(Checkpoint('demo'))
     tokens = tokens_for(b.checkpoint, 2, 128)
     told, start = estimate(b, ['4g64'], tokens)['seconds'], time.process_time()
-    kl_sweep(b, tokens, ['4g64'], progress=False)
+    kl_sweep(b, tokens, ['4g64'], progress=False, rounding='minmax')
     assert 1/1.5 < told/(time.process_time()-start) < 1.5
 
 def test_experts_are_quantized_as_one_tensor(models):
@@ -258,5 +258,5 @@ def test_tokens_are_counted_for_every_expert(models, backend):
 
 def test_idle_experts_are_warned_of(models):
     with pytest.warns(UserWarning, match='saw no calibration token'):
-        kl_sweep(TorchBackend(models['qwen3_moe']), tokens_for(models['qwen3_moe'], 1, 3), [4], progress=False)
+        kl_sweep(TorchBackend(models['qwen3_moe']), tokens_for(models['qwen3_moe'], 1, 3), [4], progress=False, rounding='minmax')
     assert tokens_per_expert(TorchBackend(models['llama']), tokens_for(models['llama'])) == {}

@@ -86,7 +86,7 @@ def test_a_sure_model_is_no_quantized_one(witness):
     assert log.finish().formats == [fmt]
     b = open_backend('demo', 'torch')
     for u in b.checkpoint.units: b.slots[u.path][0].data = on_the_grid(b.slots[u.path][0].data)
-    with pytest.raises(ValueError, match='quantized before'): kl_sweep(b, np.arange(2, 18)[None], [fmt], progress=False)
+    with pytest.raises(ValueError, match='quantized before'): kl_sweep(b, np.arange(2, 18)[None], [fmt], progress=False, rounding='minmax')
 
 def test_demo(blind, tmp_path):
     "Tables, figures and a model, from whatever sees"

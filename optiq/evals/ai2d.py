@@ -18,7 +18,7 @@ from ..diagrams import diagrams, prompt
 from .gsm8k import Answers, first_answer
 from .report import Report, joined, machine, own_size, share_figure
 from ..models import Checkpoint
-from ..vlm import load_processor, question_text, read_image, read_lines, sample
+from ..vlm import load_processor, question_text, read_image, read_samples, sample
 
 # %% ../../nbs/10_evals.ai2d.ipynb #37dc6259
 LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
@@ -106,7 +106,7 @@ def _from_hub():
 def _from_file(path):
     needs = 'it needs lines with image, question, options and answer'
     if not path.is_file(): raise FileNotFoundError(f'{path} is missing; {needs}')
-    rows = read_lines(path, ('image', 'question', 'options', 'answer'))
+    rows = read_samples(path, ('image', 'question', 'options', 'answer'))
     if not rows: raise ValueError(f'{path} is empty; {needs}')
     return [dict(r, image=path.parent/r['image'], answer=as_choice(r['answer'], r['options'], path)) for r in rows]
 

@@ -17,6 +17,7 @@ from zlib import crc32
 from ..backends import Backend, open_backend
 from .report import Report, machine, own_size, share_figure
 from .tasks import answers, compose
+from ..files import append, as_path, own_file, settle
 from ..models import Checkpoint
 from ..readers import OBJECT, PROSE, check, check_kind, dumps, read_records, records_in, shown
 from ..sensitivity import refuse_other
@@ -159,11 +160,10 @@ ANSWER = dict(question=PROSE, answer=PROSE, response=PROSE) # a line of the file
 
 def _resume(path: Path, settings: dict, rows: list) -> list:
     "The finished lines of a response file, or a new file with its header"
-    data = path.read_bytes() if path.exists() else b''
+    data = path.read_bytes() if own_file(path, 'responses').exists() else b''
     whole = data[:data.rfind(b'\n')+1]
     if not whole:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dumps(dict(optiq='responses', settings=settings))+'\n')
+        settle(path, dumps(dict(optiq='responses', settings=settings))+'\n')
         return []
     (_, header), *done = records_in(whole.split(b'\n'), path)
     check_kind(header, f'{path}, line 1', 'responses', dict(settings=OBJECT), '`optiq eval -o`')
@@ -183,14 +183,12 @@ class Answers(list):
         settings: dict, # of the run; a file with others is refused
         rows: list, # of dicts with question and answer: all that will be asked
     ):
-        super().__init__([] if out is None else _resume(Path(out), settings, rows))
-        self.out = out
+        super().__init__([] if out is None else _resume(as_path(out), settings, rows))
+        self.out = None if out is None else as_path(out)
 
     def add(self, records: list):
         self.extend(records)
-        if self.out is None: return
-        with Path(self.out).open('a', encoding='utf-8') as f:
-            f.writelines(dumps(r, ensure_ascii=False)+'\n' for r in records)
+        if self.out is not None: append(self.out, ''.join(dumps(r, ensure_ascii=False)+'\n' for r in records))
 
 # %% ../../nbs/10_evals.gsm8k.ipynb #d2b79df0
 STOP = '\nQuestion:', '\n\nQuestion', '\nQ:', '\n\n\n'
@@ -215,11 +213,12 @@ def gsm8k(
     b = open_backend(model, 'mlx' if make_cache else 'auto')
     how = dict(model=b.checkpoint.fingerprint, shots=shots, new_tokens=new_tokens, cache=label_of(make_cache))
     done = Answers(out, settings := how | dict(name=name or b.checkpoint.name), rows)
-    for k in range(len(done), len(rows), batch):
+    for k in range(0, len(rows), batch): # what is padded with what must not depend on an interruption
+        if len(done) >= min(k+batch, len(rows)): continue
         part = [r | dict(prompt=prompt_for(r['question'], shots)) for r in rows[k:k+batch]]
         if figure == 'word_problems' and not make_cache: texts = answers(b, part, overrides, new_tokens)
         else: texts = compose(b, [r['prompt'] for r in part], new_tokens, STOP, make_cache, overrides)
-        done.add([judged(r | dict(response=text)) for r, text in zip(part, texts)])
+        done.add([judged(r | dict(response=text)) for r, text in zip(part, texts)][len(done)-k:])
     return _report(done, figure, own_size(b.checkpoint, name, size), settings)
 
 # %% ../../nbs/10_evals.gsm8k.ipynb #6ceb27d1

@@ -7,7 +7,6 @@ __all__ = ['merged', 'largest', 'logits_of', 'Reference', 'cache_folder', 'refer
            'score_against', 'on_device']
 
 # %% ../../nbs/10_evals.kl.ipynb #6fdd625e
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,10 @@ import numpy as np
 
 from ..backends import Backend, open_backend
 from ..calibration import fingerprint
-from ..convert import whole_folder
 from .perplexity import Score, _at, _nll
+from ..files import whole_folder
 from ..models import Checkpoint
+from ..readers import read_ours, write_json
 from ..sensitivity import kl_rows, logit_slices
 
 # %% ../../nbs/10_evals.kl.ipynb #7517f973
@@ -76,7 +76,7 @@ class Reference:
     def perplexity(self): return float(np.exp(self.nll[:, :-1].mean()))
     @classmethod
     def load(cls, folder):
-        about = json.loads((Path(folder)/'about.json').read_text())
+        about = read_ours(Path(folder)/'about.json', 'reference')
         load = lambda name: np.load(Path(folder)/f'{name}.npy', mmap_mode='r', allow_pickle=False)
         return cls(Path(folder), about, load('logits'), load('ids') if about['top_k'] else None, load('nll'), load('best'))
 
@@ -98,14 +98,16 @@ def reference(
         f'top_k is {top_k}, and {c.name} has {c.vocabulary:,} words: give fewer, or none to keep all')
     key = f'{c.fingerprint}-{fingerprint(tokens)}-{top_k or "all"}'
     folder = Path(cache or cache_folder())/'reference'/key
-    if not folder.exists(): _compute(open_backend(model), tokens, top_k, folder)
+    if not folder.exists():
+        try: _compute(open_backend(model), tokens, top_k, folder)
+        except FileExistsError: pass # another process was quicker
     return Reference.load(folder)
 
 # %% ../../nbs/10_evals.kl.ipynb #8fd1404d
 def _compute(b, tokens, top_k, folder):
     (n, T), V, c = tokens.shape, b.checkpoint.vocabulary, b.checkpoint
     width = top_k+1 if top_k else V
-    with whole_folder(folder, room=n*T*(4*(width+(top_k or 0))+8)) as part:
+    with whole_folder(folder, made='reference', room=n*T*(4*(width+(top_k or 0))+8)) as part:
         def array(name, *shape, dtype=np.float32):
             return np.lib.format.open_memmap(part/f'{name}.npy', 'w+', dtype, (n, T, *shape))
         logits, ids = array('logits', width), array('ids', top_k, dtype=np.int32) if top_k else None
@@ -117,7 +119,7 @@ def _compute(b, tokens, top_k, folder):
         for a in (logits, ids, nll, best): a is None or a.flush()
         about = dict(optiq='reference', model=c.name, fingerprint=c.fingerprint, tokens=fingerprint(tokens),
                      shape=[n, T], top_k=top_k, vocabulary=V, backend=b.name)
-        (part/'about.json').write_text(json.dumps(about, indent=1)+'\n')
+        write_json(part/'about.json', about)
 
 # %% ../../nbs/10_evals.kl.ipynb #225da39a
 def likelihoods(b, z, ids, at): # (B, t, V) logits of positions `at` ▸ (B, t)

@@ -6,7 +6,6 @@
 __all__ = ['evaluation_tokens', 'refuse_calibration', 'refuse_overlap', 'Scored', 'Score', 'evaluate', 'overrides_of']
 
 # %% ../../nbs/10_evals.perplexity.ipynb #6d889d57
-import json
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,7 +16,7 @@ from ..calibration import fingerprint, overlap, passages, positions, samples_of,
 from ..formats import AS_IS, for_unit, quantize_dequantize
 from ..knapsack import known, plus_minus
 from ..models import Checkpoint
-from ..sensitivity import kl_rows, logit_slices, on_gpu
+from ..sensitivity import kl_rows, logit_slices, on_gpu, read_log
 
 # %% ../../nbs/10_evals.perplexity.ipynb #ea90def3
 def evaluation_tokens(
@@ -39,7 +38,7 @@ def refuse_calibration(
     "Raise ValueError if these tokens hold text that the model's formats were chosen on"
     file = checkpoint.folder/'optiq'/'sweep.json'
     if not file.is_file(): return
-    header = json.loads(file.read_text())
+    header, *_ = read_log(file)
     same = header['fingerprint']['tokens'] == fingerprint(tokens)
     refuse_overlap(1. if same else overlap(header.get('blocks', []), tokens), f' of {checkpoint.name}', most)
 

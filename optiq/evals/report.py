@@ -9,7 +9,6 @@ __all__ = ['METRICS', 'TO_REFERENCE', 'SIZES', 'COLUMNS', 'machine', 'Metric', '
            'same_model', 'plot_panels', 'plot_panel', 'interval']
 
 # %% ../../nbs/10_evals.report.ipynb #880b5d5a
-import json
 import os
 import platform
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..knapsack import COLOURS, known, make_plan, mean_se
+from ..readers import OBJECT, PROSE, read_ours, write_json
 
 # %% ../../nbs/10_evals.report.ipynb #4250e0cd
 def machine() -> dict: # cpu, cores, system, versions, date
@@ -225,14 +225,10 @@ class Report(Measured):
     def panels(self): return plot_panels(self)
 
     def save(self, path):
-        d = dict(optiq='report', rows=self.rows, about=self.about)
-        Path(path).write_text(json.dumps(d, indent=1)+'\n')
+        write_json(path, dict(optiq='report', rows=self.rows, about=self.about))
     @classmethod
     def load(cls, path):
-        try: d = json.loads(Path(path).read_text())
-        except ValueError: d = None
-        if not isinstance(d, dict) or d.get('optiq') != 'report': raise ValueError(
-            f'{path} is no report; `Report.save` writes one')
+        d = read_ours(path, 'report', dict(rows=[dict(name=PROSE)], about=OBJECT), '`Report.save`')
         return cls(d['rows'], d['about'])
 
 # %% ../../nbs/10_evals.report.ipynb #0b865b36

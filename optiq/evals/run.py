@@ -18,6 +18,7 @@ from ..backends import open_backend
 from ..calibration import fingerprint, passages, token_batch
 from .perplexity import evaluate, refuse_calibration
 from .report import Report, joined, machine, mean_figure, own_size, share_figure, test
+from ..files import own_file
 from ..formats import parse_format
 from ..knapsack import known
 from ..models import Checkpoint
@@ -207,10 +208,12 @@ def run_task(
     f, options = find_task(task), {k: v for k, v in options.items() if v is not None} # a task has defaults of its own
     if options.get('kv') and task not in ('gsm8k', 'needle'): raise ValueError(
         f'a KV configuration is tested by gsm8k and needle, not by {task}')
-    if not isinstance(TASKS.get(task), str):
-        model, baseline = (m and Checkpoint(m, trust_remote_code) for m in (model, baseline))
-    if task == 'kl': return f(model, baseline=baseline, n=n, **options)
     out = options.get('out')
+    if out and task not in ('gsm8k', 'ai2d', 'wer'): raise ValueError(
+        f'answers are written by gsm8k, ai2d and wer, not by {task}: leave the output')
+    for file in [out, f'{out}.baseline'][:2 if baseline else 1] if out else (): own_file(file, 'responses')
+    model, baseline = (m and Checkpoint(m, trust_remote_code) for m in (model, baseline))
+    if task == 'kl': return f(model, baseline=baseline, n=n, **options)
     own = dict(kv=None, out=f'{out}.baseline' if out else None) # it keeps its own cache
     reports = [f(m, n=n, **options | part) for m, part in ((baseline, own), (model, {})) if m]
     return Report.compare(*reports) if baseline else reports[0]

@@ -20,7 +20,7 @@ import numpy as np
 
 from . import __version__
 from .backends import APART, Backend, apart, few_logits
-from .files import as_path, whole_folder
+from .files import as_path, scratch, whole_folder
 from .formats import AS_IS, Format, config_entry, for_unit, quantize_minmax
 from .models import Checkpoint, LOADERS, TEXT_FILES, read_header, refuse_two_heads
 

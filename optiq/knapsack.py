@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SOLVER', 'PLAN', 'RECIPES', 'TIES', 'METHODS', 'PROFILES', 'TARGETS', 'COLOURS', 'Sized', 'Choice', 'Plan',
-           'plan_point', 'plan_text', 'plan_html', 'plan_frame', 'save_plan', 'known', 'load_plan', 'isotonic',
-           'refuse_noise', 'refuse_values', 'smoothed', 'predicted', 'mean_se', 'make_plan', 'made_from', 'uniform',
-           'recipe', 'default_of_vlm', 'thoughtless', 'Budget', 'show_figure', 'refuse_half_caps', 'budgets_of',
-           'leaf_caches', 'bytes_after', 'cache_bytes', 'Problem', 'undominated', 'tie_key', 'protected', 'candidates',
-           'rows_of', 'numbers_of', 'make_problem', 'at_prices', 'lower_bound', 'bisect', 'shadow_prices', 'fill_up',
+           'plan_point', 'plan_text', 'plan_html', 'plan_frame', 'save_plan', 'load_plan', 'isotonic', 'refuse_noise',
+           'refuse_values', 'smoothed', 'predicted', 'mean_se', 'make_plan', 'made_from', 'uniform', 'recipe',
+           'default_of_vlm', 'thoughtless', 'Budget', 'show_figure', 'refuse_half_caps', 'budgets_of', 'leaf_caches',
+           'bytes_after', 'cache_bytes', 'Problem', 'undominated', 'tie_key', 'protected', 'candidates', 'rows_of',
+           'numbers_of', 'make_problem', 'at_prices', 'lower_bound', 'bisect', 'shadow_prices', 'fill_up',
            'solve_lagrange', 'undecided', 'quiet_stdout', 'branch_and_bound', 'solve_exact', 'solve_greedy', 'solve',
            'contradiction', 'check_range', 'check_caps', 'Asked', 'Question', 'pose', 'allocate', 'plan_grid',
            'plot_plan', 'price_ranges', 'Reason', 'in_bytes', 'options_of', 'explain', 'menu', 'least_bits', 'plans_of',
@@ -158,13 +158,6 @@ def save_plan(
     lines = ',\n'.join('  '+dumps(r, ensure_ascii=False) for r in rows)
     text = dumps(head, indent=1, ensure_ascii=False)[:-2]
     Path(path).write_text(f'{text},\n "units": [\n{lines}\n ]\n}}\n', encoding='utf-8')
-
-# %% ../nbs/04_knapsack.ipynb #30ad8aa3
-def known(x):
-    "The same with None for every float that is no number: what was not measured is unknown, in rows and in files"
-    if isinstance(x, dict): return {k: known(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [known(v) for v in x]
-    return None if isinstance(x, float) and not isfinite(x) else x
 
 # %% ../nbs/04_knapsack.ipynb #ea4c2044
 SOLVER = {'method?': maybe(TEXT), 'rounding?': maybe(TEXT), 'caps?': OBJECT, 'protected?': [NAME], 'protect_cost?': maybe(number()),

@@ -13,6 +13,7 @@ __all__ = ['TEXT_FILES', 'HUB_FILES', 'NAMES_CODE', 'BITS', 'TENSOR', 'BESIDE', 
 
 # %% ../nbs/02_models.ipynb #50ffd3a7
 import hashlib
+import json
 import os
 import re
 from contextlib import contextmanager

@@ -218,6 +218,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('words', nargs='*', metavar='WORD')
     parser.add_argument('--all', action='store_true', help='run every test for each change')
+    parser.add_argument('--unchecked', action='store_true', help='do not run the tests on the code as it is')
     parser.add_argument('--list', action='store_true', help='print the changes and whether they can be made')
     args = parser.parse_args()
     picked, texts, survived = [c for c in CHANGES if not args.words or any(w in c.name for w in args.words)], sources(), []
@@ -229,7 +230,7 @@ def main():
         folder.mkdir()
         mirror(folder)
         everything = [] if args.all else [t for c in picked for t in c.tests.split()]
-        status, failed, said = run(folder, everything)
+        status, failed, said = (0, [], '') if args.unchecked else run(folder, everything)
         if status:
             print(said[-3000:], f'error: tests fail as the code is: {", ".join(failed)}', sep='\n', file=sys.stderr)
             sys.exit(2)

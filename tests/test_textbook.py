@@ -118,6 +118,14 @@ def test_a_sweeps_values_are_the_mean_kl_of_all_tokens(c, b, tokens):
         z_q = b.numpy(b.logits(tokens, {u.path: lambda w: quantize_dequantize(w, Format(3, 64))}))
         assert np.allclose(found.values[u.path, Format(3, 64)], textbook_kl(z_p, z_q).mean(1), rtol=2e-3), u.path
 
+def test_a_pass_that_was_cut_off_is_made_again(b, tokens, tmp_path):
+    file = tmp_path/'s.jsonl'
+    whole = kl_sweep(b, tokens, [Format(3, 64)], out=file, progress=False)
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(''.join(lines[:-3]))
+    again = kl_sweep(b, tokens, [Format(3, 64)], out=file, progress=False)
+    assert all(np.array_equal(v, again.values[k]) for k, v in whole.values.items())
+
 def test_kl_is_of_the_reference_to_the_model_and_not_the_other_way_round():
     z_p, z_q = np.random.default_rng(0).normal(0, 3, (2, 5, 40)).astype(np.float32)
     there, back = textbook_kl(z_p, z_q), textbook_kl(z_q, z_p)
@@ -263,6 +271,8 @@ def test_attention_reads_keys_and_values_of_two_bytes_each(monkeypatch, c):
     lat = [latency.Latency(latency.Chip('x', 100.), reads, n) for n in (16, 48)]
     plan = uniform(c, 4)
     assert lat[1].ms(plan)-lat[0].ms(plan) == pytest.approx(32*grows/100e6)
+    busy = latency.Latency(latency.Chip('x', 100., host=1e4), reads, 16) # the CPU prepares a token while the device works on another
+    assert busy.device(plan) == pytest.approx(lat[0].ms(plan)) and busy.ms(plan) == busy.host == 20
 
 # the cache
 

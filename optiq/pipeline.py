@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from .backends import open_backend
-from .calibration import batch_for, block_hashes, fingerprint, overlap, shape_of
+from .calibration import batch_for, block_hashes, fingerprint, overlap, shape_of, text_of
 from .convert import convert, overrides_of_saved, refuse_existing, refuse_quantized, whole_folder
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_calibration, refuse_overlap
 from .evals.report import Report, machine, score_row
@@ -92,7 +92,7 @@ def texts(
     if len(learned) < n: learned = batch_for(c, calibration, n, seq_len, side) # its error says what is missing
     if c.model_type == 'llm': scored = evaluation_tokens(other, c.tokenizer, *eval_shape, held_out)
     else: scored = batch_for(c, other, eval_shape[0], split=held_out)
-    refuse_overlap(overlap(block_hashes(learned), scored))
+    refuse_overlap(overlap(block_hashes(text_of(c, learned)), scored))
     about = dict(calibration=told(c, calibration, learned[:n]), evaluation=told(c, other, scored))
     return Texts(learned, learned[:n], scored, dict(model=c.name, **about, **machine()))
 

@@ -949,11 +949,14 @@ TARGETS = tuple(t/4 for t in range(12, 33)) # nominal bits, 3 to 8
 def least_bits(
     sweep, # Sweep
     formats: list, # candidates
-    **options, # of `allocate`: protect, tie
+    protect = (), # as for `allocate`
+    tie = None, # likewise
+    **_, # its other options
 ) -> float:
     "Nominal bits of the smallest plan"
-    q = pose(sweep, formats, target_bits=32., **options)
-    return float(32*q.problem.costs[0].min(1).sum()/q.budgets[0].cap)
+    fmts, (b,) = candidates(sweep, formats), budgets_of(sweep, target_bits=1.)
+    p = make_problem(sweep, smoothed(sweep)[0], fmts, [b], protected(sweep.units, protect), tie_key(tie))
+    return float(b.figure(p.costs[0].min(1).sum()))
 
 # %% ../nbs/04_knapsack.ipynb #ef79f293
 def plans_of(

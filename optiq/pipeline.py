@@ -118,7 +118,8 @@ def candidates_for(
 def narrowed(sweep: Sweep, formats: list) -> Sweep:
     "A sweep as if only these formats had been tried; raises ValueError for one that was not"
     fmts = candidates(sweep, [f for f in formats if f != AS_IS])
-    return replace(sweep, formats=fmts, values={k: v for k, v in sweep.values.items() if k[1] in fmts})
+    header = sweep.header | dict(fingerprint=sweep.header.get('fingerprint', {}) | dict(formats=[str(f) for f in fmts]))
+    return replace(sweep, formats=fmts, values={k: v for k, v in sweep.values.items() if k[1] in fmts}, header=header)
 
 # %% ../nbs/11_pipeline.ipynb #44966b04
 ROUNDING = 'search'

@@ -3,8 +3,21 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from optiq.calibration import fingerprint, passages, token_batch
+from optiq.backends import MLXBackend, TorchBackend
+from optiq.calibration import before, block_hashes, fingerprint, overlap, passages, token_batch, unscored
+from optiq.evals.kl import reference, score_against
+from optiq.evals.needle import pairs_of
+from optiq.evals.perplexity import evaluate, overrides_of
+from optiq.evals.run import text_tokens
+from optiq.formats import Format
+from optiq.gradient import second_order
+from optiq.knapsack import uniform
+from optiq.models import Checkpoint
+from optiq.sensitivity import kl_divergence, kl_sweep, perturb, probes
+from optiq.tiny import tiny
 
 LINES = [f'Passage number {i} is long enough to count, because it says the same thing more than once: {i}, {i}, {i}, {i}, {i}.'
          for i in range(60)]
@@ -52,3 +65,73 @@ def test_tokens_are_seeded_and_of_fixed_length():
 
 def test_bundled_sides_are_disjoint():
     assert not set(passages('bundled')) & set(passages('bundled', 'test'))
+
+# What a tokenizer puts before a text
+
+@pytest.fixture(scope='module', params=[TorchBackend, MLXBackend], ids=['torch', 'mlx'])
+def greeted(request, tmp_path_factory):
+    "A model whose tokenizer begins every text with a token of its own, and its tokens"
+    folder = tiny('llama', tmp_path_factory.mktemp('bos')/'m', shape=dict(num_hidden_layers=2), dtype='float32')
+    file = str(folder/'tokenizer.json')
+    t = Tokenizer.from_file(file)
+    t.post_processor = TemplateProcessing(single='<|endoftext|> $A', special_tokens=[('<|endoftext|>', 0)])
+    t.save(file)
+    b = request.param(Checkpoint(folder))
+    return b, token_batch(LINES, b.checkpoint.tokenizer, 2, 33)
+
+def in_text(b, tokens, overrides={}): # ▸ (n, T-1, V) logits after the first position
+    return b.logits(tokens, overrides)[:, 1:]
+
+def test_every_sequence_begins_as_the_tokenizer_begins_a_text(greeted):
+    b, tokens = greeted
+    t = b.checkpoint.tokenizer
+    assert before(t) == [0] and (tokens[:, 0] == 0).all() and tokens.shape == (2, 33) and unscored(b.checkpoint, tokens) == 1
+    del_bos = tokens[:, 1:]
+    assert t.decode(del_bos[0]) in '\n'.join(t.decode(t(line)['input_ids'][1:]) for line in LINES)
+    assert unscored(b.checkpoint, del_bos) == 0 and fingerprint(tokens) != fingerprint(del_bos)
+    with pytest.raises(ValueError, match='no room for text'): token_batch(LINES, t, 1, 1)
+    with pytest.raises(ValueError, match='two tokens at least'): text_tokens(b.checkpoint, n=1, seq_len=2)
+    demo = Checkpoint('demo')
+    assert before(demo.tokenizer) == [] and unscored(demo, np.zeros((2, 4), np.int32)) == 0
+
+def test_what_is_predicted_before_all_text_is_scored_nowhere(greeted, tmp_path):
+    b, tokens = greeted
+    sweep = kl_sweep(b, tokens, [Format(3)], progress=False)
+    z = in_text(b, tokens)
+    for u, f in probes(b.checkpoint.units, [Format(3)])[::4]:
+        want = b.numpy(kl_divergence(b.xp, z, in_text(b, tokens, perturb((u, f))))).mean(1)
+        np.testing.assert_allclose(sweep.values[u.path, f], want, rtol=1e-3, atol=1e-9)
+    plan = overrides_of(uniform(b.checkpoint, 3))
+    score, z_q = evaluate(b, tokens, {'3': plan}), in_text(b, tokens, plan)
+    np.testing.assert_allclose(score['3'].kl, b.numpy(kl_divergence(b.xp, z, z_q)).mean(1), rtol=1e-3)
+    np.testing.assert_allclose(score['3'].agree, (b.numpy(z.argmax(-1)) == b.numpy(z_q.argmax(-1))).mean(1))
+    log_p = b.numpy(z)-np.log(np.exp(b.numpy(z).astype(float)).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_p[:, :-1], tokens[:, 2:, None].astype(int), -1)[..., 0].mean(1)
+    np.testing.assert_allclose(score['reference'].nll, nll, rtol=1e-4)
+    stored = reference(b, tokens, None, tmp_path)
+    again = score_against(stored, b, tokens, plan)
+    np.testing.assert_allclose(again.kl, score['3'].kl, rtol=1e-3)
+    assert stored.perplexity == pytest.approx(score['reference'].perplexity, rel=1e-4)
+    assert again.tokens.shape == score['3'].tokens.shape == (3, 2, 32)
+
+def test_the_gradient_does_not_see_it_either(greeted, monkeypatch):
+    b, tokens = greeted
+    todo = probes(b.checkpoint.units, [Format(3)])[1:4]
+    want = second_order(b, tokens, todo)
+    if b.name == 'torch':
+        logits = b.logits
+        monkeypatch.setattr(b, 'logits', lambda batch: b.xp.cat([0*logits(batch)[:, :1], logits(batch)[:, 1:]], 1))
+        assert second_order(b, tokens, todo) == want
+    monkeypatch.setattr('optiq.gradient.unscored', lambda c, tokens: 0)
+    assert second_order(b, tokens, todo) != want
+
+def test_prompts_have_it_and_answers_have_not(greeted):
+    t = greeted[0].checkpoint.tokenizer
+    (prompt, answer), = pairs_of(t, [dict(prompt='The river', answer='low')])
+    assert prompt == t('The river')['input_ids'] and 0 not in answer
+
+def test_calibration_text_is_known_again_behind_it(greeted):
+    b, tokens = greeted
+    sweep = kl_sweep(b, tokens, [Format(3)], progress=False, method='gradient')
+    text = tokens[:, 1:].reshape(1, -1)
+    assert overlap(sweep.header['blocks'], text) == overlap(block_hashes(tokens[:, 1:]), text) == 1

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..backends import Backend, open_backend
+from ..calibration import encode
 from ..tasks import correct, lists, recall, word_problems
 
 # %% ../../nbs/10_evals.tasks.ipynb #903884f7
@@ -111,7 +112,7 @@ def answers(
     "What the model writes after each prompt"
     b, out = open_backend(model), {}
     t, end = b.checkpoint.tokenizer, b.checkpoint.tokenizer.eos_token_id
-    pairs = [(t.encode(r['prompt']), t.encode(' '+r['answer'])+[end]) for r in rows]
+    pairs = [(t.encode(r['prompt']), encode(t, ' '+r['answer'])+[end]) for r in rows]
     lengths = [len(p)+len(a) for p, a in pairs]
     with b.swapped(overrides):
         for part in _parts(range(len(rows)), lengths, batch_tokens):

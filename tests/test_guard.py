@@ -210,9 +210,13 @@ def test_many_clients_at_once_on_a_fresh_server(fmt):
     layout = kv_layout('demo')
     running = Running(kv_config(make_plan(layout, {u.path: parse_format(fmt) for u in layout.units}), layout))
     def ask(words): return running.send(dict(prompt=words, max_tokens=2))
+    words = [f'A river, {i % 5} and {i}' for i in range(16)]
     try:
-        for more in ('', ' and so on'): # the second time caches of the store meet new ones
-            with ThreadPoolExecutor(16) as pool: found = [*pool.map(ask, (f'A river, {i % 5} and {i}{more}' for i in range(16)))]
+        for turn in range(2): # in the second one caches of the store meet new ones
+            with ThreadPoolExecutor(16) as pool: found = [*pool.map(ask, words)]
             assert [f[0] for f in found] == [200]*16, {f[2] for f in found if f[0] != 200}
+            answers = [json.loads(f[2]) for f in found]
+            words = [w+a['choices'][0]['text']+' and so on' if i % 2 else f'{i}' for i, (w, a) in enumerate(zip(words, answers))]
+        assert any(a['usage'].get('prompt_tokens_details', {}).get('cached_tokens') for a in answers)
         assert running.healthy and not running.generator.failure
     finally: running.stop()

@@ -309,8 +309,9 @@ def replaced(owner, **attributes):
         for k, v in before.items(): setattr(owner, k, v)
 
 # %% ../nbs/12_serve.ipynb #59e3c88e
-def _answer_http(run, host: str, port: int, generator: Generator):
-    "mlx-lm's `_run_http_server`, which is `run`, with our server; the thread ends with it"
+def _answer_http(run, what: str, host: str, port: int, generator: Generator):
+    "mlx-lm's `_run_http_server`, which is `run`, with our server; tells what is served, and ends its thread"
+    print(what, file=sys.stderr)
     try: run(host, port, generator, type('Server', (Server,), dict(generator=generator)), Handler)
     finally: generator.stop_and_join()
 
@@ -333,9 +334,9 @@ def serve(
     config = find_config(Path(folder), kv_config, trust_remote_code)
     if config and any(o.startswith('--kv-bits') for o in options): raise ValueError(
         f'--kv-bits and {config} exclude each other; leave one of them out')
-    print(f'{model}, {f"caches of {config}" if config else "its own caches"}', file=sys.stderr)
+    what = f'{model}, {f"caches of {config}" if config else "its own caches"}'
     trust = ['--trust-remote-code'] if trust_remote_code else []
     arguments = ['mlx_lm.server', '--model', folder, '--allowed-origins', '', *trust, *options]
     ours = dict(ModelProvider=partial(Provider, names=names, config=config), ResponseGenerator=Generator,
-                _run_http_server=partial(_answer_http, server._run_http_server))
+                _run_http_server=partial(_answer_http, server._run_http_server, what))
     with replaced(server, **ours), replaced(sys, argv=arguments): server.main()

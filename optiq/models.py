@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT_FILES', 'HUB_FILES', 'NAMES_CODE', 'BESIDE', 'LOADERS', 'LACKS', 'ROUTERS', 'PARTS', 'REST', 'ORDER', 'OPEN',
-           'demo', 'find_model', 'refuse_links', 'refuse_untrusted', 'read_header', 'weight_files', 'refuse_foreign',
+           'demo', 'find_model', 'refuse_links', 'refuse_untrusted', 'read_header', 'weight_files', 'refuse_others',
            'is_vision', 'is_speech', 'model_type_of', 'check_type', 'Unit', 'blocks_path', 'block_lists', 'find_units',
            'block_of', 'part_of', 'load_lazy', 'digest', 'ModelFolder', 'stored_format', 'Listing', 'Checkpoint',
            'unit_html']
@@ -149,7 +149,7 @@ def _others(config):
 # %% ../nbs/02_models.ipynb #436f82c3
 BESIDE = {'hf_quant_config.json': 'modelopt', 'quantize_config.json': 'gptq', 'quant_config.json': 'awq'}
 
-def refuse_foreign(name: str, folder: Path, config: dict):
+def refuse_others(name: str, folder: Path, config: dict):
     "Raise ValueError for weights that another library than MLX has quantized"
     if config.get('quantization'): return
     said, file = _others(config), next((f for f in BESIDE if (folder/f).is_file()), None)
@@ -361,7 +361,7 @@ class ModelFolder:
         refuse_untrusted(self.folder, trust_remote_code)
         self.files = weight_files(self.folder)
         self.config = json.loads((self.folder/'config.json').read_text())
-        refuse_foreign(self.name, self.folder, self.config)
+        refuse_others(self.name, self.folder, self.config)
         for k in ('quantization', 'quantization_config'):
             if not self.config.get(k): self.config.pop(k, None) # null says nothing
         names = (k for f in self.files for k in read_header(f))

@@ -191,7 +191,7 @@ def write_model(b, plan, t: Texts, out, sweep, overwrite, rounding, polish, scor
         quantizer = quantize_minmax if rounding == 'minmax' else round_to_files(b, t.learned, plan, rounding, d)
         finish = partial(dwq, source=c, tokens=t.learned) if polish else None
         convert(c, plan, out, sweep, overwrite, quantizer, calibration=calibration, polish=finish,
-                measured=lambda folder: score(overrides_of_saved(Checkpoint(folder, c.trust_remote_code, c.model_type))))
+                measured=lambda d: score(overrides_of_saved(Checkpoint(d, c.trust_remote_code, c.model_type))))
     Path(f'{out}.sweep.jsonl').unlink(missing_ok=True)
 
 # %% ../nbs/11_pipeline.ipynb #0f3351f3

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'FIELDS', 'LONGEST', 'PATHS', 'Provider', 'check_request', 'read_request', 'check_for_model', 'Generator',
            'Server', 'Refused', 'is_here', 'check_origin', 'read_body', 'check_names', 'Handler', 'find_config',
-           'replaced', 'named', 'serve']
+           'replaced', 'names_of', 'serve']
 
 # %% ../nbs/12_serve.ipynb #ac5e87bf
 import json
@@ -84,11 +84,13 @@ def _table(xs): return isinstance(xs, dict) and all(map(_text, xs.values()))
 
 FIELDS = dict(
     prompt=(lambda x: _text(x) and x, 'one text that is not empty'),
-    messages=(lambda x: _all(_message)(x) and x, 'a list of messages, each with a role and with text or data: URLs of pictures'),
+    messages=(lambda x: _all(_message)(x) and x,
+              'a list of messages, each with a role and with text or data: URLs of pictures'),
     stop=(lambda x: x and _text(x) or _all(lambda s: s and _text(s))(x) and len(x) <= 16, 'a text or up to 16 texts'),
     logit_bias=(_bias, 'ids of tokens with a number for each'),
     tools=(_all(lambda x: isinstance(x, dict)), 'a list of objects'), role_mapping=(_table, 'texts by role'),
-    stream_options=(lambda x: isinstance(x, dict) and isinstance(x.get('include_usage'), bool), '{"include_usage": true}'),
+    stream_options=(lambda x: isinstance(x, dict) and x.get('include_usage') in (True, False),
+                    '{"include_usage": true}'),
     chat_template_kwargs=(lambda x: isinstance(x, dict), 'an object'),
     seed=(lambda x: isinstance(x, int) and 0 <= x < 2**63, 'a whole number from 0 on'),
     temperature=(_above(1e-4), '0, or a number from 0.0001 on'),
@@ -122,8 +124,10 @@ def check_for_model(
     "Raise ValueError for what this model cannot do"
     from transformers import PreTrainedTokenizerBase
     words, taken = args.logits.logit_bias or {}, signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-    if max(words, default=0) >= vocabulary: raise ValueError(f'logit_bias: {max(words)} is no token; the model has {vocabulary}')
-    if args.sampling.top_k >= vocabulary: raise ValueError(f'top_k has to be below the {vocabulary} tokens of the model')
+    if max(words, default=0) >= vocabulary: raise ValueError(
+        f'logit_bias: {max(words)} is no token; the model has {vocabulary}')
+    if args.sampling.top_k >= vocabulary: raise ValueError(
+        f'top_k has to be below the {vocabulary} tokens of the model')
     if odd := set(args.chat_template_kwargs or ()) & set(taken): raise ValueError(
         f'chat_template_kwargs: {min(odd)} is no variable of a template')
 
@@ -213,7 +217,8 @@ def check_names(body: dict, provider: Provider):
                  adapters=[provider.cli_args.adapter_path])
     for field, names in known.items():
         if body.get(field) is not None and body[field] not in names: raise Refused(
-            404, f'no {field} {str(body[field])[:200]!r} is served here; there are {", ".join(filter(None, names)) or "none"}')
+            404, f'no {field} {str(body[field])[:200]!r} is served here; '
+                 f'there are {", ".join(filter(None, names)) or "none"}')
 
 # %% ../nbs/12_serve.ipynb #1128a188
 class Handler(server.APIHandler):
@@ -262,7 +267,8 @@ def _may_read(handler):
     handler.send_header('Vary', 'Origin')
 
 def _list_models(handler):
-    names, one = handler.response_generator.model_provider.names, handler.path.removeprefix('/v1/models').strip('/')
+    names = handler.response_generator.model_provider.names
+    one = handler.path.removeprefix('/v1/models').strip('/')
     found = [dict(id=n, object='model', created=handler.created) for n in names if one in ('', n)]
     handler.answer(dict(object='list', data=found))
 
@@ -309,12 +315,13 @@ def replaced(owner, **attributes):
         for k, v in before.items(): setattr(owner, k, v)
 
 # %% ../nbs/12_serve.ipynb #59e3c88e
-def _answer_http(run, host: str, port: int, generator: Generator):
-    "mlx-lm's `_run_http_server`, which is `run`, with our server; the thread ends with it"
+def _answer_http(run, what: str, host: str, port: int, generator: Generator):
+    "mlx-lm's `_run_http_server`, which is `run`, with our server; tells what is served, and ends its thread"
+    print(what, file=sys.stderr)
     try: run(host, port, generator, type('Server', (Server,), dict(generator=generator)), Handler)
     finally: generator.stop_and_join()
 
-def named(models: Sequence, trust_remote_code: bool = False) -> dict:
+def names_of(models: Sequence, trust_remote_code: bool = False) -> dict:
     "What a client may call some models ▸ their folders; raises ValueError for a model that may not be opened"
     folders = {str(m): ModelFolder(m, trust_remote_code, 'llm').folder for m in models}
     return {str(n): str(f) for name, f in folders.items() for n in (name, f.resolve())}
@@ -328,14 +335,14 @@ def serve(
     trust_remote_code: bool = False, # run model code that comes with a checkpoint
 ):
     "Serve a model over OpenAI's protocol until it is interrupted; raises RuntimeError when it cannot generate any more"
-    names = named((model, *also), trust_remote_code)
+    names = names_of((model, *also), trust_remote_code)
     folder = names[str(model)]
     config = find_config(Path(folder), kv_config, trust_remote_code)
     if config and any(o.startswith('--kv-bits') for o in options): raise ValueError(
         f'--kv-bits and {config} exclude each other; leave one of them out')
-    print(f'{model}, {f"caches of {config}" if config else "its own caches"}', file=sys.stderr)
+    what = f'{model}, {f"caches of {config}" if config else "its own caches"}'
     trust = ['--trust-remote-code'] if trust_remote_code else []
     arguments = ['mlx_lm.server', '--model', folder, '--allowed-origins', '', *trust, *options]
     ours = dict(ModelProvider=partial(Provider, names=names, config=config), ResponseGenerator=Generator,
-                _run_http_server=partial(_answer_http, server._run_http_server))
+                _run_http_server=partial(_answer_http, server._run_http_server, what))
     with replaced(server, **ours), replaced(sys, argv=arguments): server.main()

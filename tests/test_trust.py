@@ -21,7 +21,8 @@ COMMANDS = dict(
     baseline=['eval', 'demo', '--task', 'kl', '--baseline', '{m}'], wer=['eval', '{m}', '--task', 'wer'],
     benchmark=['benchmark', '{m}'], verify=['verify', '{m}'], reference=['verify', 'demo', '--reference', '{m}'],
     latency=['latency', '{m}', '--chip', 'M3 Max'], kv=['kv-cache', '{m}', '-o', '{out}'], serve=['serve', '{m}'],
-    draft=['serve', 'demo', '--draft-model', '{m}'])
+    draft=['serve', 'demo', '--draft-model', '{m}'], also=['serve', 'demo', '--also', '{m}'])
+COMMANDS |= {f'demo {n}': ['demo', n, '--model', '{m}', '-o', '{out}'] for n in ('llm', 'vlm', 'audio', 'pareto', 'hardware', 'kv-cache', 'combined')}
 
 @pytest.fixture(scope='module', params=['qwen3', 'qwen3_vl', 'qwen3_asr'])
 def model(request, tmp_path_factory): return tiny(request.param, tmp_path_factory.mktemp(request.param)/'m')

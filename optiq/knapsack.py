@@ -158,7 +158,7 @@ def save_plan(
 SOLVER = {'method?': maybe(TEXT), 'rounding?': maybe(TEXT), 'caps?': OBJECT, 'protected?': [NAME], 'protect_cost?': maybe(number()),
           'verified?': {'joint_kl': number(0)}, 'bound?': maybe(number()), 'gap?': maybe(number())}
 PLAN = dict(name=PROSE, model=PROSE, params=whole(), other_bytes=whole(0), predicted_kl_se=maybe(number(0)), solver=SOLVER)
-PLAN |= dict(units=[dict(format=FORMAT, kl=maybe(number(0)))]*2)
+PLAN |= dict(units=[dict(format=FORMAT, kl=maybe(number(0, 1e30)))]*2)
 
 def load_plan(
     path: 'str | Path', # what `Plan.save` wrote
@@ -542,7 +542,7 @@ def bisect(
     while not fits(high) and high < 1e300: high *= 8
     low = high
     while low > 1e-300 and fits(low): low /= 8
-    while high > low*(1+1e-9): high, low = (m, low) if fits(m := sqrt(high*low)) else (high, m)
+    while high > low*(1+1e-9): high, low = (m, low) if fits(m := sqrt(high)*sqrt(low)) else (high, m)
     return np.array([high])
 
 # %% ../nbs/04_knapsack.ipynb #fccfb05b

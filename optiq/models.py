@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['HUB_FILES', 'BITS', 'NOTES', 'TENSOR', 'LOADERS', 'SIZE', 'CONFIG', 'LACKS', 'UNIT', 'ROUTERS', 'PARTS', 'REST',
-           'ORDER', 'OPEN', 'TOKENIZER', 'demo', 'find_model', 'read_header', 'weight_files', 'is_vision', 'is_speech',
-           'model_type_of', 'read_config', 'check_type', 'Unit', 'read_units', 'blocks_path', 'block_lists',
-           'find_units', 'block_of', 'part_of', 'load_lazy', 'cannot_open', 'digest', 'open_tokenizer', 'refuse_stray',
-           'ModelFolder', 'stored_format', 'refuse_odd', 'Listing', 'Checkpoint', 'unit_html']
+           'ORDER', 'OPEN', 'TOKENIZER', 'BESIDE', 'demo', 'find_model', 'read_header', 'weight_files', 'is_vision',
+           'is_speech', 'model_type_of', 'read_config', 'check_type', 'Unit', 'read_units', 'blocks_path',
+           'block_lists', 'find_units', 'block_of', 'part_of', 'load_lazy', 'cannot_open', 'digest', 'check_beside',
+           'open_tokenizer', 'refuse_stray', 'ModelFolder', 'stored_format', 'refuse_odd', 'Listing', 'Checkpoint',
+           'unit_html']
 
 # %% ../nbs/02_models.ipynb #50ffd3a7
 import hashlib
@@ -368,16 +369,21 @@ def digest(files: list[Path]) -> str:
     return h.hexdigest()[:16]
 
 # %% ../nbs/02_models.ipynb #a319a8e4
-TOKENIZER = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'generation_config.json')
+TOKENIZER = 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'
+BESIDE = 'generation_config.json', 'hf_quant_config.json', 'preprocessor_config.json', 'processor_config.json', 'video_preprocessor_config.json'
+
+def check_beside(folder: Path, names: tuple):
+    "Raise an error that names the file unless those of these that are there hold a JSON object"
+    for f in names:
+        if os.path.lexists(folder/f): read_json(folder/f, constants=True)
 
 def open_tokenizer(folder: Path, trust_remote_code: bool = False):
     "The tokenizer of a checkpoint; raises ValueError naming the file that is damaged"
-    for f in TOKENIZER:
-        if os.path.lexists(folder/f): read_json(folder/f, constants=True)
+    check_beside(folder, TOKENIZER)
     from transformers import AutoTokenizer
     try: found = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as e: raise ValueError(f'{folder}: its tokenizer files cannot be opened: {told(e)}') from e
-    if len(found): return found
+    if len(found) and found.encode('The 1st.', add_special_tokens=False): return found
     raise ValueError(f'{folder} has no tokenizer that holds a word (tokenizer.json, tokenizer.model …); fetch it again')
 
 # %% ../nbs/02_models.ipynb #22e28e37
@@ -396,6 +402,7 @@ class ModelFolder:
         self.files = weight_files(self.folder)
         names = [k for f in self.files for k in read_header(f)]
         self.config = read_config(self.folder/'config.json', len(names))
+        check_beside(self.folder, BESIDE)
         self.model_type = model_type_of(self.config, names) if model_type == 'auto' else model_type
         check_type(self.name, self.config, self.model_type)
         if self.model_type != 'llm': refuse_stray(self.folder, self.files, self.model_type)

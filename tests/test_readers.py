@@ -238,7 +238,7 @@ def test_the_solver_ends_with_any_scale(good):
 TEXTS = {'a.json': json.dumps([dict(text=PASSAGE+str(i)) for i in range(40)]), 'a.JSONL': '\n'.join(json.dumps(dict(text=PASSAGE+str(i))) for i in range(40)),
          'a.ndjson': '\n'.join(json.dumps(dict(question=PASSAGE, answer=str(i))) for i in range(40)), 'a.data': '\n'.join(json.dumps(dict(text=PASSAGE+str(i))) for i in range(40)),
          'strings.jsonl': '\n'.join(json.dumps(PASSAGE+str(i)) for i in range(40)), 'lists.jsonl': '\n'.join(json.dumps(dict(text=[PASSAGE, str(i)])) for i in range(40)),
-         'nulls.jsonl': '\n'.join(json.dumps(dict(text=[PASSAGE+str(i), None][i%2])) for i in range(80)), 'one.txt': PASSAGE*60,
+         'nulls.jsonl': '\n'.join(json.dumps(dict(text=[PASSAGE+str(i), None][i%2])) for i in range(80)), 'one.txt': ' '.join(f'{i} {PASSAGE}' for i in range(60)),
          'wrapped.txt': '\n\n'.join('\n'.join(f'{i} {PASSAGE}'[k:k+72] for k in range(0, 340, 72)) for i in range(40)),
          'seps.jsonl': '\n'.join(json.dumps(dict(text=f'{i}\u2028{PASSAGE}\x85'), ensure_ascii=False) for i in range(40)), 'seps.txt': '\n'.join(f'{i}\u2028{PASSAGE}' for i in range(40))}
 

@@ -164,9 +164,9 @@ def check_logits(b, z): # (…, V) ▸ the same
     "Raise ValueError, naming the model and its first damaged tensor, if a logit is NaN or infinite"
     if bool(b.xp.isfinite(z.sum())) or bool(b.xp.isfinite(z).all()): return z
     odd = damaged(b.checkpoint)
-    why = f'{odd} holds NaN or infinity: the checkpoint is damaged; fetch or make it again' if odd else (
-        'though all its weights are finite; it cannot be measured')
-    raise ValueError(f'{b.checkpoint.name} computes logits that are no numbers: {why}')
+    why = f': {odd} holds NaN or infinity, so the checkpoint is damaged; fetch or make it again' if odd else (
+        ', though all its weights are finite; it cannot be measured')
+    raise ValueError(f'{b.checkpoint.name} computes logits that are no numbers{why}')
 
 # %% ../nbs/02b_backends.ipynb #8e997bca
 def torch_blocks(model, checkpoint):

@@ -12,20 +12,21 @@ from pathlib import Path
 import numpy as np
 
 from .backends import Backend, open_backend
+from .calibration import unscored
 from .files import own_file
 from .formats import AS_IS, Format, for_unit, parse_format, quantize_dequantize
 from .models import Unit
 from .sensitivity import Sweep, SweepLog, fingerprint_of, measure, probes, same_sweep, to_sweep
 
 # %% ../nbs/03a_gradient.ipynb #573b52e4
-def _torch_gradients(b, batch, seed):
+def _torch_gradients(b, batch, seed, skip):
     "path ▸ gradient of Σ log p(y) over the batch, in the unit's shape"
     import torch
     generator = torch.Generator(b.device).manual_seed(seed)
     params = {id(p): p for p, _ in b.slots.values()}.values()
     for p in params: p.requires_grad_(True)
     try:
-        log_p = b.logits(batch).log_softmax(-1).flatten(0, 1)
+        log_p = b.logits(batch)[:, skip:].log_softmax(-1).flatten(0, 1)
         y = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         log_p.gather(1, y).sum().backward()
         return {path: p.grad[part] for path, (p, part) in b.slots.items()}
@@ -33,15 +34,15 @@ def _torch_gradients(b, batch, seed):
         for p in params: p.requires_grad_(False).grad = None
 
 # %% ../nbs/03a_gradient.ipynb #dc982ba9
-def _mlx_gradients(b, batch, seed):
+def _mlx_gradients(b, batch, seed, skip):
     "path ▸ gradient of Σ log p(y) over the batch"
     import mlx.core as mx
     weights = {p: b.module(p).weight for p in b.checkpoint.unit}
     ids = mx.array(batch)
-    y = mx.random.categorical(b.logits(batch), key=mx.random.key(seed))[..., None]
+    y = mx.random.categorical(b.logits(batch)[:, skip:], key=mx.random.key(seed))[..., None]
     def total(w):
         for p in w: b.module(p).weight = w[p]
-        z = b.model(ids)
+        z = b.model(ids)[:, skip:]
         return (mx.take_along_axis(z, y, -1)[..., 0]-mx.logsumexp(z, axis=-1)).sum()
     try: return mx.grad(total)(weights)
     finally:
@@ -56,11 +57,12 @@ def second_order(
     seed: int = 42, # of the labels
 ) -> list: # of the estimates
     "½ Σ g² Δ² of every probe, per token"
-    g = (_torch_gradients if b.name == 'torch' else _mlx_gradients)(b, batch, seed)
+    skip = unscored(b.checkpoint, batch)
+    g = (_torch_gradients if b.name == 'torch' else _mlx_gradients)(b, batch, seed, skip)
     def step(u, f):
         w = b.unit_weight(u.path)
         return b.cast(for_unit(quantize, u.path)(w, f))-b.cast(w)
-    return [float(((g[u.path]*step(u, f))**2).sum())/2/batch.size for u, f in todo]
+    return [float(((g[u.path]*step(u, f))**2).sum())/2/batch[:, skip:].size for u, f in todo]
 
 # %% ../nbs/03a_gradient.ipynb #7b1345ba
 def sweep_to_write(b: Backend, tokens, formats: list[Format], name: str, out, about: dict = {}) -> dict: # its header

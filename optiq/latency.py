@@ -557,7 +557,7 @@ def save_chip(
     part.replace(file)
 
 # %% ../nbs/09_latency.ipynb #93831ef9
-CHIP = {k: number(0) for k in ('bandwidth', 'dispatch', 'constant', 'host', 'host_constant', 'launch')}
+CHIP = {k: number(0, 1e12) for k in ('bandwidth', 'dispatch', 'constant', 'host', 'host_constant', 'launch')}
 CHIP |= dict(name=PROSE, factors=OBJECT, source=PROSE, measured=FLAG)
 
 def load_chip(file: Path) -> tuple[Chip, list]: # chip, calibration points

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .backends import open_backend
-from .calibration import batch_for, block_hashes, fingerprint, overlap, shape_of
+from .calibration import batch_for, block_hashes, fingerprint, overlap, shape_of, text_of
 from .convert import as_saved, convert, refuse_brackets, refuse_quantized
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_calibration
 from .evals.perplexity import refuse_overlap
@@ -94,7 +94,7 @@ def texts(
     tokens, learned = texts_for(c, calibration, n, seq_len, more, side)
     if c.model_type == 'llm': scored = evaluation_tokens(other, c.tokenizer, *eval_shape, held_out)
     else: scored = batch_for(c, other, eval_shape[0], split=held_out)
-    refuse_overlap(overlap(block_hashes(learned), scored))
+    refuse_overlap(overlap(block_hashes(text_of(c, learned)), scored))
     about = dict(calibration=told(c, calibration, tokens), evaluation=told(c, other, scored))
     return Texts(learned, tokens, scored, dict(model=c.name, **about, **machine()),
                  None if isinstance(calibration, list) else str(calibration))
@@ -120,7 +120,8 @@ def candidates_for(
 def narrowed(sweep: Sweep, formats: list) -> Sweep:
     "A sweep as if only these formats had been tried; raises ValueError for one that was not"
     fmts = candidates(sweep, [f for f in formats if f != AS_IS])
-    return replace(sweep, formats=fmts, values={k: v for k, v in sweep.values.items() if k[1] in fmts})
+    header = sweep.header | dict(fingerprint=sweep.header.get('fingerprint', {}) | dict(formats=[str(f) for f in fmts]))
+    return replace(sweep, formats=fmts, values={k: v for k, v in sweep.values.items() if k[1] in fmts}, header=header)
 
 # %% ../nbs/11_pipeline.ipynb #44966b04
 def rounding_for(rounding: str | None, sweep) -> str:

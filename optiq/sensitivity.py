@@ -27,7 +27,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .backends import Backend, free_memory, open_backend
-from .calibration import batch_for, block_hashes, fingerprint, samples_of, shape_of
+from .calibration import batch_for, block_hashes, fingerprint, samples_of, shape_of, text_of, unscored
 from .files import append, as_path, own_file, refuse_gone, settle
 from .formats import AS_IS, FORMAT, Format, WORD, check_storable, divides, for_unit, parse_format
 from .formats import quantize_dequantize, quantize_minmax
@@ -133,19 +133,20 @@ def kl_of_streams(
     b: Backend,
     reference, # (B, T, D) states
     groups: list, # of (overrides of the head, list of (k·B, T, D) states)
+    skip: int = 0, # positions at the start that are not scored
 ) -> np.ndarray: # (streams, B) mean over tokens
     "KL of each stream against the reference, per sequence, groups one after another"
     B, T = reference.shape[:2]
     step, many = logit_slices(b, B, T)
     kl = np.zeros((sum(len(s) for _, g in groups for s in g), T))
-    for t in range(0, T, step):
+    for t in range(skip, T, step):
         z_p, row = b.head(reference[:, t:t+step]), 0
         for overrides, streams in groups:
             with b.swapped(overrides):
                 for part in (s[k:k+many*B, t:t+step] for s in streams for k in range(0, len(s), many*B)):
                     kl[row:row+len(part), t:t+step] = kl_rows(b, z_p, b.head(part)).reshape(len(part), -1)
                     row += len(part)
-    return kl.mean(1).reshape(-1, B)
+    return kl[:, skip:].mean(1).reshape(-1, B)
 
 # %% ../nbs/03_sensitivity.ipynb #98181876
 def logit_slices(b, B, T):
@@ -196,7 +197,8 @@ def measure(
     reference, streams = walk(b, batch, [p for p in todo if p[0].kind != 'lm_head'], quantize, tick, base)
     def head(p=None): return inside(b, base, None) | (perturb(p, quantize) if p else {})
     groups = _head_groups(b, len(batch), todo, reference, streams, head)
-    return finite(b, kl_of_streams(b, walk(b, batch, [])[0] if base else reference, groups), todo)
+    kl = kl_of_streams(b, walk(b, batch, [])[0] if base else reference, groups, unscored(b.checkpoint, batch))
+    return finite(b, kl, todo)
 
 # %% ../nbs/03_sensitivity.ipynb #6c2d88ac
 def measure_samples(
@@ -484,7 +486,7 @@ def sweep_header(
     "What is needed to plan without the model, and to know the calibration text again"
     return dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes,
                 shape=list(shape_of(tokens)), units=[asdict(u) for u in c.units], **getattr(c, 'header', {}),
-                experts=tokens_per_expert(b, tokens), blocks=block_hashes(tokens))
+                experts=tokens_per_expert(b, tokens), blocks=block_hashes(text_of(b.checkpoint, tokens)))
 
 # %% ../nbs/03_sensitivity.ipynb #e15b234f
 def fingerprint_of(

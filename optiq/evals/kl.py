@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..backends import Backend, open_backend
-from ..calibration import fingerprint
+from ..calibration import fingerprint, unscored
 from .perplexity import Score, _at, _nll
 from ..files import whole_folder
 from ..models import Checkpoint
@@ -73,7 +73,9 @@ class Reference:
     best: np.ndarray = field(repr=False) # (n, T) most likely token
 
     @property
-    def perplexity(self): return float(np.exp(self.nll[:, :-1].mean()))
+    def scored(self): return self.nll[:, self.about.get('unscored', 0):-1] # (n, T') likelihoods of the text
+    @property
+    def perplexity(self): return float(np.exp(self.scored.mean()))
     @classmethod
     def load(cls, folder):
         about = read_ours(Path(folder)/'about.json', 'reference')
@@ -118,7 +120,7 @@ def _compute(b, tokens, top_k, folder):
             nll[rows, at], best[rows, at] = likelihoods(b, z, tokens[rows], at), b.numpy(z.argmax(-1))
         for a in (logits, ids, nll, best): a is None or a.flush()
         about = dict(optiq='reference', model=c.name, fingerprint=c.fingerprint, tokens=fingerprint(tokens),
-                     shape=[n, T], top_k=top_k, vocabulary=V, backend=b.name)
+                     shape=[n, T], unscored=unscored(c, tokens), top_k=top_k, vocabulary=V, backend=b.name)
         write_json(part/'about.json', about)
 
 # %% ../../nbs/10_evals.kl.ipynb #225da39a
@@ -154,7 +156,7 @@ def score_against(
         out[2, rows, at] = b.numpy(z.argmax(-1)) == stored.best[rows, at]
     if not np.isfinite(out).all(): raise ValueError(
         f'{stored.folder} holds predictions that are no numbers; remove it, and they are computed again')
-    return Score.of(out)
+    return Score.of(out[:, :, stored.about.get('unscored', 0):])
 
 # %% ../../nbs/10_evals.kl.ipynb #3d41300f
 def on_device(b: Backend, a: np.ndarray):

@@ -12,6 +12,7 @@ import random
 import numpy as np
 
 from ..backends import Backend, open_backend
+from ..calibration import before, encode
 from .gsm8k import label_of
 from .report import Report, joined, machine, mean_figure, own_size, share_figure
 from ..knapsack import known, mean_se
@@ -35,8 +36,8 @@ def needle_trials(
 # %% ../../nbs/10_evals.needle.ipynb #4d692cba
 def pairs_of(tokenizer, rows: list) -> list: # of (prompt ids, answer ids)
     "Trials as token ids, the answer with the space before it"
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
-    return [(encode(r['prompt']), encode(' '+r['answer'])) for r in rows]
+    first = before(tokenizer)
+    return [(first+encode(tokenizer, r['prompt']), encode(tokenizer, ' '+r['answer'])) for r in rows]
 
 # %% ../../nbs/10_evals.needle.ipynb #8c4a9f79
 def smallest_margin(

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..backends import Backend, open_backend
 from ..calibration import fingerprint, overlap, passages, positions, samples_of, token_batch, token_ids
+from ..calibration import unscored
 from ..formats import AS_IS, for_unit, quantize_dequantize
 from ..knapsack import known, plus_minus
 from ..models import Checkpoint
@@ -111,7 +112,8 @@ def evaluate(
             for n, (m, v) in everyone.items():
                 if i < m.n_blocks: states[n] = m.run_block(i, states[n], _at(m, v, i))
         for n, rows in _score(ids, states, everyone).items(): parts[n].append(rows)
-    return {n: Score.of(np.concatenate(rows, 1)) for n, rows in parts.items()}
+    skip = unscored(b.checkpoint, tokens)
+    return {n: Score.of(np.concatenate(rows, 1)[:, :, skip:]) for n, rows in parts.items()}
 
 # %% ../../nbs/10_evals.perplexity.ipynb #e9752f3a
 def _at(b, overrides, block):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..backends import open_backend
-from ..calibration import fingerprint, passages, token_batch
+from ..calibration import before, fingerprint, passages, token_batch
 from .perplexity import evaluate, refuse_calibration
 from .report import Report, joined, machine, mean_figure, own_size, share_figure, test
 from ..files import own_file
@@ -32,7 +32,8 @@ def text_tokens(
     limit: int | None = None, # tokens in all
 ) -> np.ndarray: # (n, seq_len)
     "Windows of text in its own order, as many as asked for"
-    if min(n, seq_len-1, 1 if limit is None else limit-1) < 1: raise ValueError(
+    least = 1+len(before(c.tokenizer))
+    if min(n, seq_len-least, 1 if limit is None else limit-least) < 1: raise ValueError(
         'text to score needs a sequence of two tokens at least')
     if limit is not None: n, seq_len = max(1, min(n, limit//seq_len)), min(seq_len, limit)
     split = 'test' if source in ('bundled', 'wikitext2') else 'all'
@@ -136,7 +137,7 @@ def kl(
     for m in (a, c): refuse_calibration(m, tokens)
     stored = reference(a, tokens, None if exact else min(top_k, a.vocabulary//2), cache)
     s, on = score_against(stored, open_backend(c, backend), tokens), fingerprint(tokens)
-    rows = [joined(own_size(a), kl_figures(0*s.tokens[1], 0*s.flips, stored.nll[:, :-1].mean(1), on))]
+    rows = [joined(own_size(a), kl_figures(0*s.tokens[1], 0*s.flips, stored.scored.mean(1), on))]
     if c.name != a.name: rows.append(joined(own_size(c), kl_figures(s.tokens[1], s.flips, s.nll, on)))
     kept = f'top {k} and the tail' if (k := stored.about['top_k']) else 'all words'
     return Report(rows, dict(kept=kept, by_position=by_position(s)) | text_about(source, tokens))

@@ -72,7 +72,7 @@ def test_demo_on_the_command_line(tmp_path):
     assert r.exit_code == 0, r.stderr
     d = json.loads(r.stdout)
     assert d['demo'] == 'kv-cache' and d['about']['cpu'] and len(d['published']) == 3
-    assert {p.name for p in (tmp_path/'d').iterdir()} == {'tables.txt', 'demo.json', 'kv-analysis.png'}
+    assert {p.name for p in (tmp_path/'d').iterdir()} == {'.optiq', 'tables.txt', 'demo.json', 'kv-analysis.png'}
     r = CliRunner().invoke(main, ['demo', 'kv-cache', '--chip', 'M1'])
     assert r.exit_code == 2 and '--chip' in r.stderr
 

@@ -185,7 +185,7 @@ def test_trade_off(sweep, tmp_path):
     assert points['quality 4']['kl'] == points['uniform 4g64']['kl'] and points['mixed_4_6']['predicted_kl'] is None
     assert {v['baseline'] for v in found['figures']['versus']} >= {'uniform 3g64', 'uniform 4g64', 'uniform 8g64'}
     names = {f.name for f in (tmp_path/'curve').iterdir()}
-    assert names == {'pareto.json', 'pareto.png', 'pareto.svg', 'sweep.json', 'plans'}
+    assert names == {'.optiq', 'pareto.json', 'pareto.png', 'pareto.svg', 'sweep.json', 'plans'}
     assert json.loads((tmp_path/'curve'/'pareto.json').read_text()) == json.loads(json.dumps(found['figures']))
     with pytest.raises(FileExistsError, match='--overwrite'): trade_off('demo', out=tmp_path/'curve', **options)
     again = trade_off(tmp_path/'curve'/'sweep.json', **options)

@@ -96,7 +96,7 @@ def test_demo(blind, tmp_path):
     for i in range(40): Image.new('RGB', (64, 48), (6*i, 0, 0)).save(tmp_path/'pictures'/f'{i}.png') # shorter than diagrams
     found = demo(blind.folder, True, tmp_path/'m', tmp_path/'pictures')
     found.save(tmp_path/'d')
-    assert {p.name for p in (tmp_path/'d').iterdir()} == {'tables.txt', 'demo.json', 'quality.png', 'sensitivity.png'}
+    assert {p.name for p in (tmp_path/'d').iterdir()} == {'.optiq', 'tables.txt', 'demo.json', 'quality.png', 'sensitivity.png'}
     rows = {r['name']: r for r in found.tables[0].rows}
     assert rows['optiq, bytes of 4']['size_mb'] <= rows['uniform 4']['size_mb'] and rows['uniform 2']['kl'] > rows['as it is']['kl'] == 0
     assert [r[0] for r in found.tables[1].rows] == ['vision', 'projector', 'language'] and len(found.published) > 0

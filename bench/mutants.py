@@ -221,6 +221,7 @@ def main():
     parser.add_argument('--unchecked', action='store_true', help='do not run the tests on the code as it is')
     parser.add_argument('--list', action='store_true', help='print the changes and whether they can be made')
     args = parser.parse_args()
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore:resource_tracker') # of locks that a test left when its process ended
     picked, texts, survived = [c for c in CHANGES if not args.words or any(w in c.name for w in args.words)], sources(), []
     try: edits = {c: changed(c, texts) for c in picked}
     except ValueError as e: sys.exit(f'error: {e}') if not args.list else print(f'error: {e}')

@@ -9,7 +9,7 @@ __all__ = ['joint_kl', 'redrawn', 'alternatives', 'within', 'around', 'solve_aga
 # %% ../nbs/04a_verify.ipynb #7e1c333f
 import sys
 from dataclasses import dataclass, field, replace
-from math import isfinite, prod
+from math import prod
 from types import SimpleNamespace
 
 import numpy as np

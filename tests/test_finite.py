@@ -2,12 +2,13 @@
 import json
 import shutil
 from math import nan
+from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from optiq.backends import open_backend
+from optiq.backends import check_logits, open_backend
 from optiq.cli import main
 from optiq.evals.kl import reference, score_against
 from optiq.evals.report import Report, compare_reports, mean_figure, paired
@@ -91,6 +92,13 @@ def test_one_sequence_has_no_error_and_json_says_null(models, tmp_path):
         files = [tmp_path/command] if (tmp_path/command).is_file() else (tmp_path/command).rglob('*.json*')
         for file in files:
             for text in file.read_text().splitlines() if file.suffix != '.json' else [file.read_text()]: json.loads(text, parse_constant=refuse)
+
+@pytest.mark.parametrize('value', [nan, float('inf'), -float('inf')])
+def test_logits_that_are_no_numbers(value):
+    b = SimpleNamespace(xp=np, checkpoint=SimpleNamespace(name='m', load=lambda: SimpleNamespace(parameters=lambda: dict(w=mx.ones(2)))))
+    huge = np.full((2, 3), 3e38, np.float32) # whose sum is too large for float32
+    assert check_logits(b, huge) is huge
+    with pytest.raises(ValueError, match='^m computes logits that are no numbers, though'): check_logits(b, np.array([[1., value, 0.]]))
 
 def test_predictions_that_are_no_numbers_are_not_taken_from_the_disk(models, tmp_path):
     tokens, b = np.arange(2, 18)[None], open_backend(models['llama']/'whole')

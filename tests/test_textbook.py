@@ -17,6 +17,7 @@ from optiq.evals import throughput as speed
 from optiq.evals.gsm8k import right
 from optiq.evals.perplexity import Score, evaluate, evaluation_tokens, refuse_overlap
 from optiq.evals.report import mean_figure, paired
+from optiq.evals.wer import wer_figure
 from optiq.formats import Format, quantize_dequantize
 from optiq.knapsack import Frontier, Plan, allocate, mean_se, uniform
 from optiq.kv_cache import KVLayer, KVUnits
@@ -26,7 +27,7 @@ from optiq.rounding import Inputs, gptq, search, to_mlx
 from optiq.sensitivity import Sweep, fingerprint_of, kl_sweep, measure
 from optiq.tiny import tiny
 from optiq.turbo_cache import KeyPrecondition, key_statistics, watch_attention
-from optiq.verify import Verified, verified_row
+from optiq.verify import Verified, verified, verified_row
 
 TWO = dict(num_hidden_layers=2, max_window_layers=2)
 
@@ -156,6 +157,12 @@ def test_rows_are_read_from_where_they_stand(c):
     assert mx.array_equal(read_rows(c, u, rows), whole[mx.array(rows)])
     assert mx.array_equal(whole, MLXBackend(c).unit_weight(u.path))
 
+def test_both_libraries_hold_the_same_tensors(tmp_path):
+    "Gate and up of experts are halves of one tensor in PyTorch"
+    c = Checkpoint(tiny('qwen3_moe', tmp_path/'m', shape=dict(num_hidden_layers=1)))
+    mine, theirs = TorchBackend(c), MLXBackend(c)
+    for u in c.units: assert np.array_equal(numbers(mine.unit_weight(u.path).float()), numbers(theirs.unit_weight(u.path).astype(mx.float32))), u.path
+
 # errors of figures
 
 ITEMS = [.3, 1.1, .2, .9, 2.5, .4]
@@ -180,6 +187,18 @@ def test_errors_of_differences_are_those_of_the_differences():
     row = verified_row(Verified(one, 'a', dict(a=one, b=one), dict(a=a, b=b)), 'b')
     assert row['difference_se'] == pytest.approx(se) and row['difference'] == pytest.approx(.1/6)
 
+def test_a_rates_error_is_that_of_drawing_as_many_files():
+    e = np.random.default_rng(0).poisson(2, 50)
+    f = wer_figure([dict(words=10, substitutions=int(x), insertions=0, deletions=0) for x in e])
+    assert f['wer_se'] == pytest.approx(textbook_se(e.tolist())/10, rel=.05)
+    assert f['wer_high']-f['wer_low'] == pytest.approx(2*1.96*f['wer_se'], rel=.05)
+
+def test_the_plan_that_measured_best_is_kept(monkeypatch, b, tokens):
+    sweep = kl_sweep(b, tokens, [Format(3, 64), Format(8, 64)], progress=False)
+    monkeypatch.setattr('optiq.verify.joint_kl', lambda b, tokens, plans, quantize: {n: np.full(2, i+1.) for i, n in enumerate(plans)})
+    found = verified(b, tokens, sweep, rounds=0, progress=False, target_bits=5)
+    assert found.kept == 'allocated' and len(found.tried) > 2
+
 # what a cap allows
 
 def test_a_cap_is_kept_to_the_byte():
@@ -192,6 +211,16 @@ def test_a_cap_is_kept_to_the_byte():
         for method in ('exact', 'lagrange', 'greedy'):
             assert allocate(sweep, max_bytes=size-1, method=method).nbytes <= less
         assert allocate(sweep, max_bytes=size).nbytes <= size
+    free = allocate(sweep, max_bytes=sizes[-1]) # a byte more would buy nothing
+    assert free.solver['prices'] == dict(max_bytes=0.) and free.gap == 0
+
+def test_nominal_bits_are_the_average_over_weights():
+    small, large = Unit('a', 'q_proj', (8, 64), 0), Unit('b', 'v_proj', (24, 64), 0)
+    assert Plan([small, large], dict(a=Format(8, 64), b=Format(4, 64)), 2048, 0).nominal_bits == 5
+
+def test_each_format_is_bought_between_two_prices():
+    found = knapsack.price_ranges(np.array([4., 1., 0.]), np.array([1., 2., 3.])) # 3 KL for the first byte more, 1 for the second
+    assert found.tolist() == [[3., math.inf], [1., 3.], [0., 1.]]
 
 def test_a_saved_model_is_neither_smaller_nor_larger_than_its_plan(monkeypatch, c):
     plan = uniform(c, 4)

@@ -1,6 +1,6 @@
 "Whole plans, measured: the best is kept, and what the curve says was measured"
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -144,23 +144,41 @@ def test_the_road_verifies_by_default(b, sweep, tmp_path):
     assert {Format(4), Format(8)} >= set(z['plan'].values()) # of the sweep's four formats, those that were asked for
     json.dumps(f, allow_nan=False)
 
-def test_candidates_are_what_the_sweep_holds_unless_named(sweep, tmp_path):
-    options = dict(n=2, seq_len=32, eval_n=1, eval_len=32, compare=False, verify=False, backend='torch', sweep=sweep)
-    assert optimize('demo', target_bits=2.5, **options)['plan'].solver['formats'] == [str(f) for f in sweep.formats]
-    with pytest.raises(ValueError, match='below the smallest possible'): optimize('demo', target_bits=2.5, formats=[4, 8], **options)
-    narrow = narrowed(sweep, [Format(4), Format(8)])
+def made_up(c, formats):
+    r = np.random.default_rng(0)
+    values = {(u.path, f): np.exp(-f.bits+.1*r.standard_normal(2)) for u in c.units for f in formats}
+    header = dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes, units=[asdict(u) for u in c.units],
+                  fingerprint=dict(model=c.fingerprint, quantizer='minmax', formats=[str(f) for f in formats]))
+    return Sweep(c.units, formats, values, header)
+
+def test_candidates_are_what_the_sweep_holds_unless_named(tmp_path):
+    c = Checkpoint(tiny('llama', tmp_path/'m', dict(num_hidden_layers=1)))
+    name, sweep = str(c.folder), made_up(c, [Format(b) for b in (2, 3, 4, 8)])
+    narrow = narrowed(sweep, [4, 8])
     narrow.save(tmp_path/'s.json')
+    options = dict(target_bits=2.5, polish='dwq') # has nothing to work on, which is found out later
+    with pytest.raises(ValueError, match='dwq trains a model that is written'): optimize(name, sweep=sweep, **options)
+    with pytest.raises(ValueError, match='below the smallest possible'): optimize(name, sweep=tmp_path/'s.json', **options)
+    with pytest.raises(ValueError, match='below the smallest possible'): optimize(name, sweep=sweep, formats=[4, 8], **options)
     for source, low in ((narrow, 4), (sweep, 3)):
-        curve = trade_off('demo', sweep=source)['frontier']
+        curve = trade_off(name, sweep=source)['frontier']
         assert min(p.solver['caps']['target_bits'] for p in curve) == low and curve.curves().keys() >= {'quality', 'all'}
-    curve = trade_off('demo', sweep=sweep, formats=[3, 4])['frontier']
-    assert curve.curves().keys() >= {'compact', 'all'} and not {Format(2), Format(8)} & {f for p in curve for f in p.values()}
-    with pytest.raises(ValueError, match='6g64 was not measured'): trade_off('demo', sweep=sweep, formats=[6])
-    with pytest.raises(ValueError, match='below the smallest possible'): trade_off('demo', (3,), sweep=narrow)
-    r = CliRunner().invoke(main, ['pareto', str(tmp_path/'s.json'), '--json'])
-    assert r.exit_code == 0 and json.loads(r.output)['points'][0]['nominal_bpw'] == 4
-    r = CliRunner().invoke(main, ['convert', 'demo', '--sweep', str(tmp_path/'s.json'), '--target-bpw', '3', '--dry-run'])
-    assert r.exit_code == 1 and '4.00' in r.output
+    curve = trade_off(name, (3, 4), sweep=sweep, formats=[3, 4])['frontier']
+    assert curve.curves().keys() == {'compact', 'all'} and not {Format(2), Format(8)} & {f for p in curve for f in p.values()}
+    with pytest.raises(ValueError, match='6g64 was not measured'): trade_off(name, sweep=sweep, formats=[6])
+    with pytest.raises(ValueError, match='below the smallest possible'): trade_off(name, (3,), sweep=narrow)
+
+def test_the_command_takes_what_the_sweep_holds(tmp_path):
+    c = Checkpoint(tiny('llama', tmp_path/'m', dict(num_hidden_layers=1)))
+    made_up(c, [Format(3), Format(6)]).save(tmp_path/'s.json')
+    def optiq(*words): return CliRunner().invoke(main, list(map(str, words)))
+    r = optiq('pareto', tmp_path/'s.json', '--json')
+    assert r.exit_code == 0 and json.loads(r.output)['points'][0]['nominal_bpw'] == 3
+    for words, says in ((['--bits', '3,4'], '4g64 was not measured'), (['--targets', 2], 'below the smallest possible, 3.00 bits')):
+        r = optiq('pareto', tmp_path/'s.json', *words)
+        assert r.exit_code == 1 and says in r.output
+    r = optiq('convert', c.folder, '--sweep', tmp_path/'s.json', '--target-bpw', 2, '--dry-run')
+    assert r.exit_code == 1 and 'below the smallest possible, 3.00 bits' in r.output
 
 def test_protection_ties_and_memory_on_the_road(sweep, tmp_path):
     sweep.save(tmp_path/'s.json')

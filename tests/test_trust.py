@@ -115,10 +115,9 @@ def test_trusted_code_runs_and_is_taken_along(model, tmp_path):
     assert saved.trust_remote_code and type(saved.tokenizer).__name__ == 'Mine'
     with pytest.raises(ValueError, match='auto_map|model_file'): Checkpoint(tmp_path/'out')
 
-def test_a_flag_of_the_command_trusts(model, tmp_path):
-    if json.loads((model/'config.json').read_text())['model_type'] != 'qwen3': pytest.skip('one is enough')
-    folder = planted(model, tmp_path/'m', 'config.json', model_file='mine.py')
-    (folder/'mine.py').write_text((folder/'evil.py').read_text()+CODE['qwen3'])
+def test_a_flag_of_the_command_trusts(llama, tmp_path):
+    folder = planted(llama, tmp_path/'m', 'config.json', model_file='mine.py')
+    (folder/'mine.py').write_text((folder/'evil.py').read_text()+'from mlx_lm.models.llama import *')
     r = CliRunner().invoke(main, ['latency', str(folder), '--chip', 'M3 Max', '--trust-remote-code'])
     assert r.exit_code == 0 and (folder/'mark').exists(), r.output
 

@@ -130,10 +130,11 @@ def check(
         if len(x) < len(form)-1: raise ValueError(f'{where} has {len(x)} entries, and should have {len(form)-1} at least')
         for i, v in enumerate(x): check(v, form[0], f'{where}[{i}]')
         return x
+    lacking = [k for k in form if not k.endswith('?') and k not in x]
+    if lacking: raise ValueError(f'{where} lacks {" and ".join(lacking)}, which should be {getattr(form[lacking[0]], "words", "there")}')
     for k, f in form.items():
         name = k.rstrip('?')
-        if name in x: check(x[name], f, f'{where}: {name}' if ': ' not in where else f'{where}.{name}')
-        elif not k.endswith('?'): raise ValueError(f'{where} lacks {name}, which should be {getattr(f, "words", "there")}')
+        if name in x: check(x[name], f, f'{where}.{name}' if ': ' in where else f'{where}: {name}')
     return x
 
 # %% ../nbs/00b_readers.ipynb #e592e28c

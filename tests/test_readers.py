@@ -303,3 +303,16 @@ def test_errors_of_libraries():
 def test_forms():
     for x, form in ((True, whole()), (1., whole()), (float('inf'), number()), (True, number()), ('a\nb', NAME), ('', NAME), (10**400, number())):
         with pytest.raises(ValueError, match='here is .*should be'): check(x, form, 'here')
+
+def test_logits_that_are_no_numbers(copied):
+    from optiq.backends import open_backend
+    from optiq.evals.perplexity import evaluate
+    from optiq.sensitivity import kl_sweep
+    from safetensors.torch import load_file, save_file
+    file = copied('model/model.safetensors')
+    arrays = load_file(file)
+    arrays['model.norm.weight'].fill_(3e38) # finite, and the product is not
+    save_file(arrays, file)
+    b, tokens = open_backend(Checkpoint(file.parent), 'torch'), np.arange(16).reshape(2, 8)
+    for f in (lambda: evaluate(b, tokens), lambda: kl_sweep(b, tokens, [4], progress=False)):
+        with pytest.raises(ValueError, match='NaN|no numbers'): f()

@@ -53,7 +53,7 @@ class Command(click.Command):
         except (click.exceptions.ClickException, click.exceptions.Exit, click.Abort): raise
         except KeyboardInterrupt as e:
             click.echo(f'interrupted; {advice(ctx)}', err=True)
-            sys.exit(128+(e.args[0] if e.args else signal.SIGINT))
+            sys.exit(128+next((n for n in e.args if isinstance(n, int)), signal.SIGINT))
         except Exception as e:
             if os.environ.get('OPTIQ_DEBUG'): raise
             click.secho(f'error: {" ".join(str(e).split()) or type(e).__name__}', fg='red', err=True)
@@ -133,7 +133,7 @@ SHARED |= dict(
 
 # %% ../nbs/90_cli.ipynb #4a378e11
 SHARED |= dict(
-    overwrite=click.option('--overwrite', is_flag=True, help='replace the output folder'),
+    overwrite=click.option('--overwrite', is_flag=True, help='replace the output, if all of it was written by optiq'),
     backend=click.option('--backend', type=click.Choice(['auto', 'torch', 'mlx', 'stream']), default='auto',
         show_default=True),
     model_type=click.option('--model-type', type=click.Choice(['auto', 'llm', 'vlm', 'audio']), default='auto',
@@ -344,7 +344,8 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
 @click.option('--split-kv/--tie-kv', 'tie', default=True, show_default=True,
               callback=lambda ctx, param, split: not split,
               help='keys and values of a layer apart, or in one format')
-@click.option('-o', '--output', type=click.Path(), help='folder to write; default: optiq_output/<model>-kv')
+@click.option('-o', '--output', type=click.Path(), help='folder to write, or MODEL itself, to which files are added; '
+              'default: optiq_output/<model>-kv')
 @click.option('--n-samples', 'n', default=5, show_default=True, help='calibration sequences')
 @click.option('--seq-len', default=512, show_default=True, help='tokens in each')
 @click.option('--eval-samples', 'eval_n', default=4, show_default=True, help='evaluation sequences')

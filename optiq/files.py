@@ -124,7 +124,9 @@ def _traces(out: Path) -> list:
     name = re.compile(rf'\.{re.escape(out.name)}-[a-z0-9_]{{8}}\.optiq-(part|old)')
     if not out.parent.is_dir(): return []
     found = [f for f in out.parent.iterdir() if name.fullmatch(f.name) and f.is_dir() and not f.is_symlink()]
-    return [f for f in found if read_mark(f) or {*os.listdir(f)} <= {_part_of(f/MARK).name}] # marked, or not yet
+    return [f for f in found if os.access(f, os.W_OK | os.R_OK) and (read_mark(f) or _unmarked(f))]
+
+def _unmarked(part): return {*os.listdir(part)} <= {_part_of(part/MARK).name} # nothing was written there yet
 
 # %% ../nbs/00a_files.ipynb #6d50036d
 def clear_stale(out: Path):

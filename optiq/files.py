@@ -246,9 +246,10 @@ def own_place(
 
 # %% ../nbs/00a_files.ipynb #182ba336
 @contextmanager
-def added_files(folder: Path, *names: str, overwrite: bool = False): # ▸ folder to write to
+def added_files(folder: 'str | Path', *names: str, overwrite: bool = False): # ▸ folder to write to
     "What is written in the block is added to a folder when it is whole; arguments as for `own_place`"
-    with scratch(own_place(folder, *names, overwrite=overwrite)) as part:
+    folder = own_place(folder, *names, overwrite=overwrite)
+    with scratch(folder) as part:
         yield part
         own_place(folder, *names, overwrite=overwrite)
         mark, new = read_mark(folder), names_in(part)

@@ -31,7 +31,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from .backends import StreamingBackend, mlx_attention, mlx_blocks, open_backend
 from .calibration import fingerprint, passages, token_batch
-from .convert import convert, refuse_brackets
+from .convert import convert
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of
 from .evals.report import Report, machine, score_row
 from .files import (added_files, as_path, can_draw, journal_of, own_file, own_folder, own_place,
@@ -1034,7 +1034,6 @@ def optimize_with_kv(
 ) -> dict: # report, config, figures, and what `joint_plan` returns
     "Measure weights and cache, choose formats under one cap, write the model with its kv_config.json"
     formats, kv_formats = ([parse_format(f) for f in fs] for fs in (formats, kv_formats))
-    refuse_brackets(out)
     if out is not None: out = own_folder(out, overwrite, 'model', model)
     c = Checkpoint(model, trust_remote_code)
     layout = kv_layout(c, context)

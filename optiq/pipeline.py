@@ -19,7 +19,7 @@ import numpy as np
 
 from .backends import open_backend
 from .calibration import batch_for, block_hashes, fingerprint, overlap, shape_of
-from .convert import convert, overrides_of_saved, refuse_brackets, refuse_quantized
+from .convert import convert, overrides_of_saved, refuse_quantized
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_calibration, refuse_overlap
 from .evals.report import Report, machine, score_row
 from .evals.run import same_words, text_tokens
@@ -239,9 +239,7 @@ def optimize(
     **options, # further conditions of `allocate`: protect, tie, true_bits, max_memory, max_ms with costs_ms
 ) -> dict: # report, plan, sweep, verified, and the figures that `optiq convert --json` prints
     "Measure a model's sensitivities, choose formats within the cap, write the model, and score what was written"
-    start = time.perf_counter()
-    refuse_brackets(out)
-    out = own_output(out, overwrite, 'model', model, journal=sweep is None)
+    start, out = time.perf_counter(), own_output(out, overwrite, 'model', model, journal=sweep is None)
     c = Checkpoint(model, trust_remote_code, model_type)
     fmts = [parse_format(f) for f in formats]
     options |= dict(formats=fmts, target_bits=target_bits, max_bytes=max_bytes)

@@ -71,13 +71,17 @@ def settle(path: Path, text: str):
 def refuse_place(out: Path):
     "Raise an error for a place that is not ours to take, or where nothing can be written"
     if len(os.fsencode(out.name)) > 200: raise ValueError(f'{out}: the name is too long; give a shorter one')
-    if out.is_symlink(): raise FileExistsError(f'{out} is a link, and nothing is written through one; give the place itself')
+    if out.is_symlink(): raise FileExistsError(
+        f'{out} is a link, and nothing is written through one; give the place itself')
     for what, p in (('home', Path.home().resolve()), ('working', Path.cwd())):
         if out.resolve() in (p, *p.parents): raise ValueError(
-            f'{out} is the {what} folder or holds it, so it is no place for an output; give another, such as {out/"optiq_output"}')
+            f'{out} is the {what} folder or holds it, so it is no place for an output; '
+            f'give another, such as {out/"optiq_output"}')
     above = next(p for p in out.resolve().parents if p.exists())
-    if not above.is_dir(): raise NotADirectoryError(f'{above} is no folder, so {out} cannot be written; give another output')
-    if not os.access(above, os.W_OK | os.X_OK): raise PermissionError(f'{above} may not be written to; give another output')
+    if not above.is_dir(): raise NotADirectoryError(
+        f'{above} is no folder, so {out} cannot be written; give another output')
+    if not os.access(above, os.W_OK | os.X_OK): raise PermissionError(
+        f'{above} may not be written to; give another output')
 
 # %% ../nbs/00a_files.ipynb #f6811279
 def refuse_full(folder: Path, room: float):
@@ -124,7 +128,9 @@ def _traces(out: Path) -> list:
     name = re.compile(rf'\.{re.escape(out.name)}-[a-z0-9_]{{8}}\.optiq-(part|old)')
     if not out.parent.is_dir(): return []
     found = [f for f in out.parent.iterdir() if name.fullmatch(f.name) and f.is_dir() and not f.is_symlink()]
-    return [f for f in found if read_mark(f) or {*os.listdir(f)} <= {_part_of(f/MARK).name}] # marked, or not yet
+    return [f for f in found if os.access(f, os.W_OK | os.R_OK) and (read_mark(f) or _unmarked(f))]
+
+def _unmarked(part): return {*os.listdir(part)} <= {_part_of(part/MARK).name} # nothing was written there yet
 
 # %% ../nbs/00a_files.ipynb #6d50036d
 def clear_stale(out: Path):
@@ -143,9 +149,11 @@ def refuse_strange(folder: Path, made: str):
     there = names_in(folder) if mark else sorted(os.listdir(folder)) # a large folder of somebody's is not searched
     strange = [n for n in there if n not in mark.get('files', ())]
     if strange: raise FileExistsError(
-        f'{folder} holds {strange[0]}, which optiq did not write there, so it stays, also with --overwrite; give another output')
+        f'{folder} holds {strange[0]}, which optiq did not write there, so it stays, also with --overwrite; '
+        'give another output')
     if there and mark.get('made') != made: raise FileExistsError(
-        f'{folder} was made as {mark.get("made")!r}, and this would be {made!r}, so it stays, also with --overwrite; give another output')
+        f'{folder} was made as {mark.get("made")!r}, and this would be {made!r}, so it stays, also with --overwrite; '
+        'give another output')
 
 # %% ../nbs/00a_files.ipynb #0bc0f6f4
 def own_folder(
@@ -157,6 +165,8 @@ def own_folder(
     "Judge an output before any work; raises FileExistsError, ValueError or OSError if it cannot be written"
     out = as_path(out)
     refuse_place(out)
+    if made == 'model' and '[' in str(out): raise ValueError(
+        f'{out}: mlx-lm reads brackets in a name as a pattern and could not open a model there; give another output')
     if source is not None: refuse_source(out, source)
     clear_stale(out)
     if not out.exists(): return out
@@ -244,9 +254,10 @@ def own_place(
 
 # %% ../nbs/00a_files.ipynb #182ba336
 @contextmanager
-def added_files(folder: Path, *names: str, overwrite: bool = False): # ▸ folder to write to
+def added_files(folder: 'str | Path', *names: str, overwrite: bool = False): # ▸ folder to write to
     "What is written in the block is added to a folder when it is whole; arguments as for `own_place`"
-    with scratch(own_place(folder, *names, overwrite=overwrite)) as part:
+    folder = own_place(folder, *names, overwrite=overwrite)
+    with scratch(folder) as part:
         yield part
         own_place(folder, *names, overwrite=overwrite)
         mark, new = read_mark(folder), names_in(part)

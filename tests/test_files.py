@@ -164,6 +164,11 @@ def test_a_demo_without_matplotlib(home, monkeypatch, capsys):
     assert {*tree(Path('d'))} == {'.optiq', 'tables.txt', 'demo.json'} and 'optiq[lab]' in capsys.readouterr().err
     with pytest.raises(FileExistsError): Demo('llm', [], {}, {}).save('d')
     Demo('llm', [], {}, {}).save('d', overwrite=True)
+    ours(Path('e/model'), 'model') # `make demo` writes its models there first
+    Demo('llm', [], {}, {}).save('e')
+    assert {*tree(Path('e'))} > {'model/plan.json', 'demo.json', '.optiq'}
+    Path('thesis/tables.txt').write_text('mine')
+    with pytest.raises(FileExistsError, match='tables.txt'): Demo('llm', [], {}, {}).save('thesis', overwrite=True)
 
 KILLED = '''
 import os, signal, sys

@@ -20,7 +20,7 @@ def main():
     report = found.tables[0]
     report.rows[0]['name'] = 'bfloat16'
     report.about |= dict(seconds=round(time.time()-start), command='make demo')
-    found.save(args.o)
+    found.save(args.o, overwrite=True)
     report.save(args.o/'demo.json')
     print(f'{report}\n\n{report.about["seconds"]} s; models, figures and demo.json are in {args.o}')
 

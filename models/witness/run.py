@@ -18,7 +18,7 @@ def main():
     args = p.parse_args()
     matplotlib.use('Agg')
     found = demo(Path(__file__).parent, args.fast, args.o/'witness')
-    found.save(args.o)
+    found.save(args.o, overwrite=True)
     print(f'{found!r}\n\nmodel, tables and figures written to {args.o}')
 
 if __name__ == '__main__': main()

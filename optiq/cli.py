@@ -210,7 +210,7 @@ def convert_weights(model, out, fmts, target_tps, chip, given) -> tuple: # figur
 def convert_with_cache(model, out, fmts, kv_fmts, given) -> tuple: # figures, text
     "`optimize_with_kv`"
     from optiq.kv_cache import layer_table, optimize_with_kv
-    names = 'calibration', 'evaluation', 'n', 'seq_len', 'eval_n', 'backend', 'overwrite', 'trust_remote_code'
+    names = 'calibration', 'evaluation', 'n', 'seq_len', 'eval_n', 'rounding', 'rounding_n', 'backend', 'overwrite', 'trust_remote_code'
     context, same = given['context'] or 16384, {k: given[k] for k in names}
     r = optimize_with_kv(model, out, given['max_bytes'], context, fmts, kv_fmts, **same)
     return r['figures'], f'{layer_table(r["config"])}\n\n{r["report"]}\n\n{r["weights"]!r}\n{r["cache"]!r}'

@@ -357,7 +357,8 @@ def combined(
     "Mixed weights and mixed cache, allocated together"
     g = ground(model, Sizes.of(fast), text)
     limit = int(share*(kv_layout(g.b.checkpoint, context).nbytes+make_plan(g.b.checkpoint, {}).nbytes))
-    joint = joint_plan(g.b, g.tokens, limit, context, [4, 8], [4, 8], progress=not fast)
+    joint = joint_plan(g.b, g.tokens, limit, context, [4, 8], [4, 8], progress=not fast,
+                       rounding='minmax')
     report, changed = configurations(g.b, g.scored, joint, [Format(8), Format(4)], g.about)
     rows = sorted(report.rows, key=lambda r: r['kl'])
     told = Table('Does the cache depend on the weights it serves?', ['units of the cache', 'that change format', 'cap, MB'],

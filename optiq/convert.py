@@ -186,14 +186,14 @@ def as_saved(
     folder: 'str | Path | Checkpoint', # of the saved model
 ): # ▸ a Backend, or overrides of the reference's: a variant for `evaluate`
     "A saved model as anyone's loader opens it; raises ValueError if its config.json makes another model of its weights"
-    c = folder.folder if isinstance(folder, Checkpoint) else folder
-    saved = Checkpoint(c, b.checkpoint.trust_remote_code, b.checkpoint.model_type, plain=True)
+    saved = folder if isinstance(folder, Checkpoint) else Checkpoint(
+        folder, b.checkpoint.trust_remote_code, b.checkpoint.model_type)
     own = b.by_loader(saved)
     if own is not None and not b.stands_in: return own
     mine = overrides_of_saved(saved)
-    if own is None: print(f'{c}: too little memory to run it beside its reference, so its weights are scored', file=sys.stderr)
+    if own is None: print(f'{saved.folder}: too little memory to run it beside its reference, so its weights are scored', file=sys.stderr)
     elif (off := apart(few_logits(b, mine), few_logits(own))) > APART: raise ValueError(
-        f'{c}: its own forward pass differs from what its weights give in the reference, by {off:.0%} of the logits: '
+        f'{saved.folder}: its own forward pass differs from what its weights give in the reference, by {off:.0%} of the logits: '
         'its config.json says something else than that of the reference')
     return mine
 

@@ -237,7 +237,7 @@ def verify(
     "Open a model again and check it against its plan, its sweep and its reference"
     checks, how = Checks(str(model)), (trust_remote_code, model_type)
     size = lambda c: f'{c.params:,} parameters in {len(c.files)} files'
-    c = checks.found('opens', Checkpoint, model, *how, True, show=size) # as anyone's loader reads it
+    c = checks.found('opens', Checkpoint, model, *how, show=size)
     if c is None: return checks
     ref = Checkpoint(reference, *how) if reference else None
     plan, sweep = (checks.found(name, beside, c, name) for name in KINDS)

@@ -77,7 +77,7 @@ def combined(args):
     b, (tokens, scored) = TorchBackend(c), texts(args, c)
     everything = kv_layout(c, args.context).nbytes+c.other_bytes+sum(u.nbytes(AS_IS) for u in c.units)
     limit = args.limit*2**20 or int(.3*everything)
-    joint = joint_plan(b, tokens, limit, args.context, args.weight_formats.split(','), args.formats.split(','), progress=False)
+    joint = joint_plan(b, tokens, limit, args.context, args.weight_formats.split(','), args.formats.split(','), progress=False, rounding='minmax')
     report, changed = configurations(b, scored, joint, [Format(8), Format(4)])
     print(report, f'\n{len(changed)} of {len(joint["cache"])} units of the cache change format between the weights', flush=True)
     both = overrides_of(joint['weights']) | overrides_of(joint['cache'])

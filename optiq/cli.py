@@ -70,7 +70,7 @@ class Command(click.Command):
         except (click.exceptions.ClickException, click.exceptions.Exit, click.Abort): raise
         except KeyboardInterrupt as e:
             click.echo(f'interrupted; {advice(ctx)}', err=True)
-            sys.exit(128+(e.args[0] if e.args else signal.SIGINT))
+            sys.exit(128+next((n for n in e.args if isinstance(n, int)), signal.SIGINT))
         except Exception as e:
             if os.environ.get('OPTIQ_DEBUG'): raise
             click.secho(f'error: {told(e)}', fg='red', err=True)
@@ -154,7 +154,7 @@ SHARED |= dict(
 
 # %% ../nbs/90_cli.ipynb #4a378e11
 SHARED |= dict(
-    overwrite=click.option('--overwrite', is_flag=True, help='replace the output folder'),
+    overwrite=click.option('--overwrite', is_flag=True, help='replace the output, if all of it was written by optiq'),
     backend=click.option('--backend', type=click.Choice(['auto', 'torch', 'mlx', 'stream']), default='auto',
         show_default=True),
     model_type=click.option('--model-type', type=click.Choice(['auto', 'llm', 'vlm', 'audio']), default='auto',
@@ -261,7 +261,7 @@ def convert_weights(model, out, fmts, target_tps, chip, given) -> tuple: # figur
 def convert_with_cache(model, out, fmts, kv_fmts, given) -> tuple: # figures, text
     "`optimize_with_kv`"
     from optiq.kv_cache import layer_table, optimize_with_kv
-    names = 'calibration', 'evaluation', 'n', 'seq_len', 'eval_n', 'backend', 'overwrite', 'trust_remote_code'
+    names = 'calibration', 'evaluation', 'n', 'seq_len', 'eval_n', 'rounding', 'rounding_n', 'backend', 'overwrite', 'trust_remote_code'
     context, same = given['context'] or 16384, {k: given[k] for k in names}
     r = optimize_with_kv(model, out, given['max_bytes'], context, fmts, kv_fmts, **same)
     return r['figures'], f'{layer_table(r["config"])}\n\n{r["report"]}\n\n{r["weights"]!r}\n{r["cache"]!r}'
@@ -370,7 +370,8 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
 @click.option('--split-kv/--tie-kv', 'tie', default=True, show_default=True,
               callback=lambda ctx, param, split: not split,
               help='keys and values of a layer apart, or in one format')
-@click.option('-o', '--output', type=click.Path(), help='folder to write; default: optiq_output/<model>-kv')
+@click.option('-o', '--output', type=click.Path(), help='folder to write, or MODEL itself, to which files are added; '
+              'default: optiq_output/<model>-kv')
 @click.option('--n-samples', 'n', default=5, show_default=True, help='calibration sequences')
 @click.option('--seq-len', default=512, show_default=True, help='tokens in each')
 @click.option('--eval-samples', 'eval_n', default=4, show_default=True, help='evaluation sequences')

@@ -28,7 +28,7 @@ from .evals.gsm8k import gsm8k, questions as find_questions
 from .evals.perplexity import evaluate, overrides_of
 from .evals.report import Report, fit, machine, score_row
 from .evals.tasks import score_rows, task_rows
-from .files import can_draw, whole_folder
+from .files import added_files, as_path, can_draw, whole_folder
 from .formats import Format
 from .readers import OBJECT, PROSE, dumps, read_json
 
@@ -95,11 +95,13 @@ class Findings:
 class Demo(Findings):
     "What a demo found, and a folder for it"
     def save(self,
-        folder: 'str | Path', # that appears when all is written
-        overwrite: bool = False, # replace it, if it is a demo's
+        folder: 'str | Path', # one that is there, say with models, is added to
+        overwrite: bool = False, # replace the files of an earlier demo
     ):
         "tables.txt, demo.json and the figures"
-        with whole_folder(folder, overwrite, made='demo') as part:
+        names = 'demo.json', 'tables.txt', *(f'{name}.png' for name in self.figures)
+        there = as_path(folder).is_dir()
+        with added_files(folder, *names, overwrite=overwrite) if there else whole_folder(folder, made='demo') as part:
             (part/'tables.txt').write_text(f'{self!r}\n', encoding='utf-8')
             results = dumps(self.results(), indent=1, ensure_ascii=False)
             (part/'demo.json').write_text(f'{results}\n', encoding='utf-8')
@@ -363,7 +365,8 @@ def combined(
     "Mixed weights and mixed cache, allocated together"
     g = ground(model, Sizes.of(fast), text)
     limit = int(share*(kv_layout(g.b.checkpoint, context).nbytes+make_plan(g.b.checkpoint, {}).nbytes))
-    joint = joint_plan(g.b, g.tokens, limit, context, [4, 8], [4, 8], progress=not fast)
+    joint = joint_plan(g.b, g.tokens, limit, context, [4, 8], [4, 8], progress=not fast,
+                       rounding='minmax')
     report, changed = configurations(g.b, g.scored, joint, [Format(8), Format(4)], g.about)
     rows = sorted(report.rows, key=lambda r: r['kl'])
     told = Table('Does the cache depend on the weights it serves?', ['units of the cache', 'that change format', 'cap, MB'],

@@ -11,8 +11,9 @@ __all__ = ['LOOK', 'VERSION', 'STATISTICS', 'LAYER', 'CONFIG', 'GROUPS', 'PART',
            'Growing', 'Mixed', 'MixedKVCache', 'Padded', 'aligned', 'stacked', 'Joined', 'Picked', 'BatchMixedKVCache',
            'cache_of', 'mixed_caches', 'use_kv_config', 'generate_with_mixed_kv', 'cache_bytes', 'memory_table',
            'is_own_folder', 'kv_output', 'untested', 'open_with_texts', 'helped', 'beside_uniform', 'kv_figures',
-           'planned_cache', 'layer_table', 'memory_lines', 'write_kv', 'optimize_kv', 'combine', 'parts', 'joint_plan',
-           'every_pair', 'configurations', 'ends_of', 'planned_together', 'write_with_kv', 'optimize_with_kv']
+           'planned_cache', 'layer_table', 'memory_lines', 'write_kv', 'optimize_kv', 'combine', 'parts', 'as_rounded',
+           'joint_plan', 'every_pair', 'configurations', 'ends_of', 'planned_together', 'write_with_kv',
+           'optimize_with_kv']
 
 # %% ../nbs/06_kv_cache.ipynb #e99b884b
 import hashlib
@@ -30,7 +31,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from .backends import StreamingBackend, mlx_attention, mlx_blocks, open_backend
 from .calibration import fingerprint, passages, token_batch
-from .convert import convert, refuse_brackets
+from .convert import convert
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of
 from .evals.report import Report, machine, score_row
 from .files import added_files, as_path, can_draw, journal_of, own_file, own_folder, own_place
@@ -42,7 +43,8 @@ from . import turboquant
 from .knapsack import Plan, allocate, known, make_plan, uniform
 from .models import Checkpoint, Unit, blocks_path
 from .readers import FILE, PROSE, check, check_kind, dumps, number, read_json, read_ours, shown, whole
-from .sensitivity import Sweep, kl_sweep, plot_sweep, probes
+from .rounding import as_overrides, round_model
+from .sensitivity import Sweep, kl_sweep, learned_again, plot_sweep, probes, rounding_of, texts_for
 
 # %% ../nbs/06_kv_cache.ipynb #099d6331
 @dataclass(frozen=True)
@@ -214,6 +216,7 @@ def kv_sweep(
     formats: list = ('3g64', '4g64', '6g64', '8g64'), # candidates
     *,
     weights = None, # Plan of the weights that the cache will serve
+    rounded: dict | None = None, # what these weights are, as overrides; by MLX's own rule by default
     context: int = 1, # tokens, for the sizes; see `at_context`
     backend: str = 'auto', # 'auto', 'torch' or 'mlx'
     **options, # of `kl_sweep`
@@ -223,7 +226,7 @@ def kv_sweep(
     formats = [parse_format(f) for f in formats]
     layout = kv_layout(b.checkpoint, context, weights, b.statistics)
     check_candidates(b, layout, formats)
-    with b.swapped(overrides_of(weights or {})): sweep = kl_sweep(b, tokens, formats, of=layout, **options)
+    with b.swapped(overrides_of(weights or {}) if rounded is None else rounded): sweep = kl_sweep(b, tokens, formats, of=layout, **options)
     check_heard(sweep, b)
     return sweep
 
@@ -946,6 +949,12 @@ def parts(plan: Plan, weights: Sweep, cache: Sweep) -> tuple[Plan, Plan]:
     "A plan of both as a plan of the weights and a plan of the cache"
     return tuple(make_plan(s, {u.path: plan[u.path] for u in s.units}) for s in (weights, cache))
 
+# %% ../nbs/06_kv_cache.ipynb #d7a40002
+def as_rounded(b, plan: Plan, sweep: Sweep) -> dict: # overrides
+    "What a plan of the weights stands for, rounded as its sweep was"
+    if (rounding := rounding_of(sweep)) == 'minmax': return overrides_of(plan)
+    return as_overrides(dict(round_model(b, learned_again(sweep, b.checkpoint), plan, rounding)))
+
 # %% ../nbs/06_kv_cache.ipynb #1046c8f7
 def joint_plan(
     b, # Backend
@@ -956,14 +965,17 @@ def joint_plan(
     kv_formats: list = ('4g64', '8g64'), # candidates of the cache
     weight_sweep: Sweep | None = None, # if it was measured before
     progress: bool = True,
-) -> dict: # weights, cache: Plans; weight_sweep, cache_sweep; full_sweep: of the cache, on full weights
+    **rounding, # of `kl_sweep`, for the weights: rounding, rounding_tokens, calibration
+) -> dict: # weights, cache: Plans; weight_sweep, cache_sweep; full_sweep: of the cache, on full weights; rounded: the weights
     "One allocation over weights and cache, the cache measured on the weights that it will serve"
     full = kv_sweep(b, tokens, kv_formats, context=context, progress=progress)
-    w = weight_sweep or kl_sweep(b, tokens, formats, progress=progress, rounding='minmax')
+    w = weight_sweep or kl_sweep(b, tokens, formats, progress=progress, **rounding)
     first = parts(allocate(combine(w, full), max_bytes=max_bytes), w, full)
-    cache = kv_sweep(b, tokens, kv_formats, weights=first[0], context=context, progress=progress)
+    cache = kv_sweep(b, tokens, kv_formats, weights=first[0], rounded=as_rounded(b, first[0], w), context=context,
+                     progress=progress)
     weights, mine = parts(allocate(combine(w, cache), max_bytes=max_bytes), w, cache)
-    return dict(weights=weights, cache=mine, weight_sweep=w, cache_sweep=cache, full_sweep=full)
+    return dict(weights=weights, cache=mine, weight_sweep=w, cache_sweep=cache, full_sweep=full,
+                rounded=as_rounded(b, weights, w))
 
 # %% ../nbs/06_kv_cache.ipynb #d21400c9
 def every_pair(
@@ -988,7 +1000,8 @@ def configurations(
 ) -> tuple[Report, list]: # every pair; cache units that differ between the two kinds of weights
     "Quality and memory of every pair of weights and cache"
     pairs, both = every_pair(joint, kv_formats), combine(joint['weight_sweep'], joint['cache_sweep'])
-    scores = evaluate(b, scored, {k: overrides_of(p) | overrides_of(q) for k, (p, q) in pairs.items()})
+    def weights(p): return joint['rounded'] if p is joint['weights'] else {}
+    scores = evaluate(b, scored, {k: weights(p) | overrides_of(q) for k, (p, q) in pairs.items()})
     def row(k, p, q): return score_row(k, make_plan(both, {**p, **q}), scores[k]) | dict(
         weight_mb=p.size_mb, cache_mb=q.size_mb)
     on_full, on_quantized = (pairs[f'{x} weights, mixed cache'][1] for x in ('full', 'quantized'))
@@ -1001,11 +1014,11 @@ def ends_of(formats: list) -> list:
 
 # %% ../nbs/06_kv_cache.ipynb #04f95317
 def planned_together(texts: tuple, layout: KVLayout, formats: list, kv_formats: list,
-                     max_bytes: float, out=None) -> dict:
+                     max_bytes: float, out=None, **rounding) -> dict:
     "Measure, choose, score; `texts` are of `open_with_texts`"
     b, tokens, scored, about = texts
     with helped(b, tokens, kv_formats) as statistics:
-        joint = joint_plan(b, tokens, max_bytes, layout.context, formats, kv_formats)
+        joint = joint_plan(b, tokens, max_bytes, layout.context, formats, kv_formats, **rounding)
         report, changed = configurations(b, scored, joint, ends_of(kv_formats), about)
     weights, cache = joint['weights'], joint['cache']
     config = kv_config(cache, layout, statistics)
@@ -1038,19 +1051,22 @@ def optimize_with_kv(
     n: int = 8, # calibration sequences
     seq_len: int = 128, # tokens in each
     eval_n: int = 16, # evaluation sequences
+    rounding: str | None = None, # 'minmax', 'search' or 'gptq', for the weights; `ROUNDING` by default
+    rounding_n: int = 32, # sequences that `search` and `gptq` learn from, the first `n` among them
     backend: str = 'auto', # 'auto', 'torch' or 'mlx'
     overwrite: bool = False, # replace `out`, if it is ours
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
 ) -> dict: # report, config, figures, and what `joint_plan` returns
     "Measure weights and cache, choose formats under one cap, write the model with its kv_config.json"
     formats, kv_formats = ([parse_format(f) for f in fs] for fs in (formats, kv_formats))
-    refuse_brackets(out)
     if out is not None: out = own_folder(out, overwrite, 'model', model)
     c = Checkpoint(model, trust_remote_code)
     layout = kv_layout(c, context)
     both = combine(untested(c, formats), untested(layout, kv_formats))
     allocate(both, max_bytes=max_bytes) # raises before anything is measured if no plan fits
     texts = open_with_texts(c, backend, calibration, evaluation, n, seq_len, eval_n)
-    found = planned_together(texts, layout, formats, kv_formats, max_bytes, out)
+    learned = None if rounding == 'minmax' else texts_for(c, calibration, n, seq_len, rounding_n)[1]
+    found = planned_together(texts, layout, formats, kv_formats, max_bytes, out, rounding=rounding,
+                             rounding_tokens=learned, calibration=calibration)
     if out is not None: write_with_kv(found, c, out, overwrite, calibration)
     return found

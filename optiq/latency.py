@@ -563,7 +563,7 @@ CHIP |= dict(name=PROSE, factors=OBJECT, source=PROSE, measured=FLAG)
 def load_chip(file: Path) -> tuple[Chip, list]: # chip, calibration points
     "What `save_chip` wrote; raises ValueError for another file"
     try: d = read_ours(file, 'chip', dict(chip=CHIP, points=[OBJECT]), '`optiq latency`')
-    except ValueError as e: raise ValueError(f'{e}; remove {file}, and the chip is measured again') from None
+    except ValueError as e: raise ValueError(f'{e}; remove it, and the chip is measured again') from None
     return Chip(**{k: v for k, v in d['chip'].items() if k in Chip.__dataclass_fields__}), d['points']
 
 # %% ../nbs/09_latency.ipynb #1d74ae92

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TEXT_FILES', 'HUB_FILES', 'NAMES_CODE', 'BITS', 'NOTES', 'TENSOR', 'BESIDE', 'LOADERS', 'SIZE', 'CONFIG', 'LACKS',
-           'UNIT', 'ROUTERS', 'PARTS', 'REST', 'ORDER', 'OPEN', 'TOKENIZER', 'HEADS', 'demo', 'find_model',
-           'refuse_links', 'refuse_untrusted', 'read_header', 'weight_files', 'refuse_others', 'is_vision', 'is_speech',
+           'UNIT', 'ROUTERS', 'PARTS', 'REST', 'ORDER', 'OPEN', 'TOKENIZER', 'demo', 'find_model', 'refuse_links',
+           'refuse_untrusted', 'read_header', 'weight_files', 'refuse_others', 'is_vision', 'is_speech',
            'model_type_of', 'read_config', 'check_type', 'Unit', 'read_units', 'blocks_path', 'block_lists',
            'find_units', 'block_of', 'part_of', 'said_for_mlx', 'reading', 'load_lazy', 'cannot_open', 'digest',
-           'check_beside', 'open_tokenizer', 'refuse_stray', 'ModelFolder', 'stored_format', 'refuse_odd', 'Listing',
-           'Checkpoint', 'refuse_two_heads', 'unit_html']
+           'check_beside', 'open_tokenizer', 'refuse_stray', 'stored_format', 'refuse_odd', 'Listing', 'Checkpoint',
+           'refuse_two_heads', 'unit_html']
 
 # %% ../nbs/02_models.ipynb #50ffd3a7
 import hashlib
@@ -504,11 +504,11 @@ def refuse_stray(folder: Path, files: list, model_type: str):
 # %% ../nbs/02_models.ipynb #5f46e1dc
 class ModelFolder:
     "A model's files, checked; its arguments are those of `Checkpoint`"
-    def __init__(self, name: 'str | Path', trust_remote_code: bool = False, model_type: str = 'auto',
-                 plain: bool = False):
+    def __init__(self, name: 'str | Path', trust_remote_code: bool = False, model_type: str = 'auto'):
         self.name, self.folder, self.trust_remote_code = str(name), find_model(name), trust_remote_code
         refuse_untrusted(self.folder, trust_remote_code)
         self.files = weight_files(self.folder)
+<<<<<<< ours
         names = [k for f in self.files for k in read_header(f)]
         self.config = read_config(self.folder/'config.json', len(names))
         check_beside(self.folder, BESIDE)
@@ -516,6 +516,15 @@ class ModelFolder:
         refuse_others(self.name, self.folder, self.config)
         for k in ('quantization', 'quantization_config'):
             if not self.config.get(k): self.config.pop(k, None) # null says nothing
+||||||| base
+        self.config = json.loads((self.folder/'config.json').read_text())
+        if not plain: self.config = said_for_mlx(self.config)
+        names = (k for f in self.files for k in read_header(f))
+=======
+        self.config = json.loads((self.folder/'config.json').read_text())
+        if not self.config.get('quantization'): self.config = said_for_mlx(self.config) # else MLX wrote it
+        names = (k for f in self.files for k in read_header(f))
+>>>>>>> theirs
         self.model_type = model_type_of(self.config, names) if model_type == 'auto' else model_type
         check_type(self.name, self.config, self.model_type)
         if self.model_type != 'llm': refuse_stray(self.folder, self.files, self.model_type)
@@ -582,9 +591,8 @@ class Checkpoint(ModelFolder, Listing):
         name: 'str | Path', # 'demo', a folder, or a Hub id
         trust_remote_code: bool = False, # run model code that comes with the checkpoint
         model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by config.json and the tensors by default
-        plain: bool = False, # config.json as it is: what anyone's loader makes of this folder
     ):
-        ModelFolder.__init__(self, name, trust_remote_code, model_type, plain)
+        ModelFolder.__init__(self, name, trust_remote_code, model_type)
         Listing.__init__(self, self.load(), self.model_type)
 
     @cached_property
@@ -603,14 +611,13 @@ class Checkpoint(ModelFolder, Listing):
         return f'{self.name}: {self.params:,} parameters, {units}, {size:.1f} MB'
 
 # %% ../nbs/02_models.ipynb #d7a20002
-HEADS = 'lm_head.weight', 'proj_out.weight', 'output.weight'
-
 def refuse_two_heads(c: Checkpoint):
     "Raise ValueError if a head is stored that MLX does not use, and it is not the embedding once more"
     stored = {k: (f, t) for f in c.files for k, t in read_header(f).items()}
-    head = next((k for k in stored if k.endswith(HEADS)), None)
+    head = next((k for k in stored if k.endswith('lm_head.weight')), None)
     if not c.tied or head is None: return
     shape = stored[head][1]['shape']
+    if any(u.block is None and list(u.shape) == shape and u.kind != 'embed' for u in c.units): return # a head by another name
     tables = [k for k, (_, t) in stored.items() if k != head and t['shape'] == shape]
     if not any(_same_bytes(stored[head], stored[k]) for k in tables): raise ValueError(
         f'{c.name}: {head} is stored and differs from the embedding, which MLX takes for the head '

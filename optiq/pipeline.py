@@ -18,7 +18,7 @@ import numpy as np
 
 from .backends import open_backend
 from .calibration import batch_for, block_hashes, fingerprint, overlap, shape_of, text_of
-from .convert import as_saved, convert, refuse_brackets, refuse_quantized
+from .convert import as_saved, convert, refuse_quantized
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_calibration
 from .evals.perplexity import refuse_overlap
 from .evals.report import Report, machine, score_row
@@ -268,9 +268,7 @@ def optimize(
     **options, # further conditions of `allocate`: protect, tie, true_bits, max_memory, max_ms with costs_ms
 ) -> dict: # report, plan, sweep, verified, and the figures that `optiq convert --json` prints
     "Measure a model's sensitivities, choose formats within the cap, write the model, and score what was written"
-    start = time.perf_counter()
-    refuse_brackets(out)
-    out = own_output(out, overwrite, 'model', model, journal=sweep is None)
+    start, out = time.perf_counter(), own_output(out, overwrite, 'model', model, journal=sweep is None)
     c = Checkpoint(model, trust_remote_code, model_type)
     fmts = candidates_for(formats, sweep)
     options |= dict(formats=fmts, target_bits=target_bits, max_bytes=max_bytes)

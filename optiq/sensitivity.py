@@ -716,8 +716,8 @@ def read_logs(
     mark: dict = {}, # what it says besides
 ) -> tuple[dict, dict]: # header with the passes that all ranks agree on, records
     "What is known of a sweep, whoever measured it"
-    files = [own_file(f, 'sweep', **mark) for f in {out: 0, ranks.own(out): 0} | dict.fromkeys(log_files(out))] if out else []
-    found = [go_on(f, header) for f in files]
+    files = dict.fromkeys([out, ranks.own(out), *log_files(out)] if out else [])
+    found = [go_on(own_file(f, 'sweep', **mark), header) for f in files]
     there = next((h for h, _ in found if h is not header), header)
     passes = _agreed(ranks, there is not header, there['passes'])
     records = {k: v for h, r in found if [*h['passes']] == passes for k, v in r.items()}
@@ -756,7 +756,6 @@ class SweepLog(Journal):
         self.mine = nobodys[self.ranks.rank::self.ranks.size]
 
     def has(self, p: Pass) -> bool: return self.records.keys() >= {*p.keys}
-
     def held(self) -> np.ndarray: # (ranks, passes) 0 or 1
         "Which rank has which pass"
         a = np.zeros((self.ranks.size, len(self.passes)), np.float32)

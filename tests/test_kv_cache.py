@@ -409,7 +409,7 @@ def test_files_of_a_run(folder, text, tmp_path):
 def test_a_model_and_its_cache(folder, text, tmp_path):
     result = optimize_with_kv(str(folder), tmp_path/'m', 1.5*2**20, 512, [4, 8], [4, 8], calibration=text, n=2, seq_len=32,
                               eval_n=2, backend='torch')
-    assert result['figures']['bytes'] <= 1.5*2**20 and json.dumps(result['figures'])
+    assert result['figures']['bytes'] <= 1.5*2**20 and json.dumps(result['figures']) and result['weights'].rounding == 'search'
     saved = Checkpoint(tmp_path/'m')
     assert read_kv_config(tmp_path/'m'/'kv_config.json', saved.load()) and (tmp_path/'m'/'optiq'/'kv_sweep.json').exists()
     assert kv_sweep(TorchBackend(saved), np.arange(20, 52)[None], [3], progress=False).values

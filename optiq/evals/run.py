@@ -208,7 +208,7 @@ def run_task(
     if n < 1: raise ValueError(f'{n} samples are none; give --n-samples 1 or more')
     f, options = find_task(task), {k: v for k, v in options.items() if v is not None} # a task has defaults of its own
     if options.get('kv') and task not in ('gsm8k', 'needle'): raise ValueError(
-        f'a KV configuration is tested by gsm8k and needle, not by {task}')
+        f'kv, a configuration of the cache, is tested by gsm8k and needle, not by {task}')
     out = options.get('out')
     if out and task not in ('gsm8k', 'ai2d', 'wer'): raise ValueError(
         f'answers are written by gsm8k, ai2d and wer, not by {task}: leave the output')

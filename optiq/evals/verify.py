@@ -190,7 +190,7 @@ def calibration_tokens(c: Checkpoint, sweep: Sweep, text): # ▸ tokens or sampl
 def check_kl(c: Checkpoint, plan, sweep, reference: Backend | None, text, within: float | None) -> str:
     "As predicted, within the error of the forecast"
     if not reference: raise Unknown('no reference given')
-    predicted = plan and sweep and np.isfinite(plan.predicted_kl)
+    predicted = plan and sweep and (np.isfinite(plan.predicted_kl) or 'verified' in plan.solver)
     tokens = calibration_tokens(c, sweep, text) if predicted else None
     same = tokens is not None
     if not same: tokens = other_text(c, text)
@@ -214,7 +214,8 @@ def expected(plan: Plan, kl: np.ndarray, same: bool, within: float | None) -> tu
     "What a plan promises of the KL of the text that it was measured on, or, if not `same`, of another"
     record, free = plan.solver.get('verified'), plan.solver.get('rounding') or plan.rounding == 'gptq'
     joint = record['joint_kl'] if record and same and not free else None
-    forecast = plan.predicted_kl if joint is None else joint
+    summed = plan.predicted_kl if np.isfinite(plan.predicted_kl) else record['joint_kl'] # of formats beyond the sweep
+    forecast = summed if joint is None else joint
     factor = within or (1.03 if joint is not None else OFF[0]+OFF[1]*forecast)
     if not same: factor = max(2, factor)
     slack = 1e-6 if same else 3*float(kl.std(ddof=1)/len(kl)**.5) # the same tokens: nothing was sampled
@@ -241,7 +242,7 @@ def verify(
     "Open a model again and check it against its plan, its sweep and its reference"
     checks, how = Checks(str(model)), (trust_remote_code, model_type)
     size = lambda c: f'{c.params:,} parameters in {len(c.files)} files'
-    c = checks.found('opens', Checkpoint, model, *how, True, show=size) # as anyone's loader reads it
+    c = checks.found('opens', Checkpoint, model, *how, show=size)
     if c is None: return checks
     ref = Checkpoint(reference, *how) if reference else None
     plan, sweep = (checks.found(name, beside, c, name) for name in KINDS)

@@ -8,8 +8,8 @@ __all__ = ['TEXT_FILES', 'HUB_FILES', 'NAMES_CODE', 'BITS', 'NOTES', 'TENSOR', '
            'refuse_untrusted', 'read_header', 'weight_files', 'refuse_others', 'is_vision', 'is_speech',
            'model_type_of', 'read_config', 'check_type', 'Unit', 'read_units', 'blocks_path', 'block_lists',
            'find_units', 'block_of', 'part_of', 'said_for_mlx', 'reading', 'load_lazy', 'cannot_open', 'digest',
-           'check_beside', 'open_tokenizer', 'refuse_stray', 'stored_format', 'refuse_odd', 'Listing', 'Checkpoint',
-           'refuse_two_heads', 'unit_html']
+           'check_beside', 'open_tokenizer', 'refuse_stray', 'ModelFolder', 'stored_format', 'refuse_odd', 'Listing',
+           'Checkpoint', 'refuse_two_heads', 'unit_html']
 
 # %% ../nbs/02_models.ipynb #50ffd3a7
 import hashlib
@@ -508,23 +508,13 @@ class ModelFolder:
         self.name, self.folder, self.trust_remote_code = str(name), find_model(name), trust_remote_code
         refuse_untrusted(self.folder, trust_remote_code)
         self.files = weight_files(self.folder)
-<<<<<<< ours
         names = [k for f in self.files for k in read_header(f)]
         self.config = read_config(self.folder/'config.json', len(names))
         check_beside(self.folder, BESIDE)
-        if not plain: self.config = said_for_mlx(self.config)
         refuse_others(self.name, self.folder, self.config)
         for k in ('quantization', 'quantization_config'):
             if not self.config.get(k): self.config.pop(k, None) # null says nothing
-||||||| base
-        self.config = json.loads((self.folder/'config.json').read_text())
-        if not plain: self.config = said_for_mlx(self.config)
-        names = (k for f in self.files for k in read_header(f))
-=======
-        self.config = json.loads((self.folder/'config.json').read_text())
-        if not self.config.get('quantization'): self.config = said_for_mlx(self.config) # else MLX wrote it
-        names = (k for f in self.files for k in read_header(f))
->>>>>>> theirs
+        if 'quantization' not in self.config: self.config = said_for_mlx(self.config) # else MLX wrote it
         self.model_type = model_type_of(self.config, names) if model_type == 'auto' else model_type
         check_type(self.name, self.config, self.model_type)
         if self.model_type != 'llm': refuse_stray(self.folder, self.files, self.model_type)

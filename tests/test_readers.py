@@ -14,8 +14,8 @@ from optiq.formats import Format
 from optiq.knapsack import Plan, bisect, make_problem, uniform
 from optiq.latency import Chip, Speeds, load_chip, save_chip
 from optiq.models import Checkpoint, read_header, weight_files
-from optiq.readers import NAME, check, dumps, number, read_json, read_lines, told, whole
-from optiq.sensitivity import Sweep, load_sweep, read_log
+from optiq.readers import NAME, check, dumps, number, told, whole
+from optiq.sensitivity import Sweep, load_sweep
 from optiq.tiny import tiny
 
 PASSAGE = 'The river was low that summer, so the ferry waited until the evening tide before it crossed to the other side. '*3
@@ -138,7 +138,6 @@ def test_integer_weights(copied):
 @pytest.mark.parametrize('backend', ['torch', 'mlx', 'stream'])
 @pytest.mark.parametrize('name', ['model.norm.weight', 'model.layers.1.input_layernorm.weight', A])
 def test_nan_is_found_where_weights_are_read(copied, backend, name):
-    from safetensors.numpy import load_file, save_file
     from optiq.backends import open_backend
     file = copied('model/model.safetensors')
     data, (start, _) = bytearray(file.read_bytes()), read_header(file)[name]['data_offsets']

@@ -1,6 +1,5 @@
 "What is saved is what was measured: one model in two libraries, one rounding on every road, and a check that says when not"
 import json
-import shutil
 
 import mlx.core as mx
 import numpy as np

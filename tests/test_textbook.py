@@ -15,7 +15,7 @@ from optiq.calibration import block_hashes, encode, fingerprint, overlap, passag
 from optiq.convert import check_sizes
 from optiq.evals import throughput as speed
 from optiq.evals.gsm8k import right
-from optiq.evals.perplexity import Score, evaluate, evaluation_tokens, refuse_overlap
+from optiq.evals.perplexity import Score, evaluation_tokens, refuse_overlap
 from optiq.evals.report import mean_figure, paired
 from optiq.evals.wer import wer_figure
 from optiq.formats import Format, quantize_dequantize
@@ -24,9 +24,9 @@ from optiq.kv_cache import KVLayer, KVUnits
 from optiq.models import Checkpoint, Unit
 from optiq.pipeline import texts
 from optiq.rounding import Inputs, gptq, search, to_mlx
-from optiq.sensitivity import Sweep, fingerprint_of, kl_sweep, measure
+from optiq.sensitivity import Sweep, fingerprint_of, kl_sweep
 from optiq.tiny import tiny
-from optiq.turbo_cache import KeyPrecondition, key_statistics, watch_attention
+from optiq.turbo_cache import key_statistics, watch_attention
 from optiq.verify import Verified, verified, verified_row
 
 TWO = dict(num_hidden_layers=2, max_window_layers=2)

@@ -15,7 +15,7 @@ from optiq.calibration import block_hashes, encode, fingerprint, overlap, passag
 from optiq.convert import check_sizes
 from optiq.evals import throughput as speed
 from optiq.evals.gsm8k import right
-from optiq.evals.perplexity import Score, evaluate, evaluation_tokens, refuse_overlap
+from optiq.evals.perplexity import Score, evaluation_tokens, refuse_overlap
 from optiq.evals.report import mean_figure, paired
 from optiq.evals.wer import wer_figure
 from optiq.formats import Format, quantize_dequantize
@@ -24,9 +24,9 @@ from optiq.kv_cache import KVLayer, KVUnits
 from optiq.models import Checkpoint, Unit
 from optiq.pipeline import texts
 from optiq.rounding import Inputs, gptq, search, to_mlx
-from optiq.sensitivity import Sweep, fingerprint_of, kl_sweep, measure
+from optiq.sensitivity import Sweep, fingerprint_of, kl_sweep
 from optiq.tiny import tiny
-from optiq.turbo_cache import KeyPrecondition, key_statistics, watch_attention
+from optiq.turbo_cache import key_statistics, watch_attention
 from optiq.verify import Verified, verified, verified_row
 
 TWO = dict(num_hidden_layers=2, max_window_layers=2)
@@ -148,7 +148,8 @@ def test_the_dtype_is_part_of_what_a_sweep_depends_on(tokens):
     "And so is everything else that its numbers depend on"
     def of(model='m', dtype='torch.float32', name='torch', tokens=tokens, formats=(Format(4, 64),), quantizer='minmax'):
         return fingerprint_of(Some(checkpoint=Some(fingerprint=model), dtype=dtype, name=name), tokens, list(formats), quantizer)
-    others = [of(model='n'), of(dtype='torch.bfloat16'), of(name='mlx'), of(tokens=tokens[:1]), of(formats=[Format(8, 64)]), of(quantizer='search')]
+    others = [of(model='n'), of(dtype='torch.bfloat16'), of(name='mlx'), of(tokens=tokens[:1]), of(formats=[Format(8, 64)]),
+              of(quantizer='search')]
     assert all(x != of() for x in others) and fingerprint(tokens) != fingerprint(tokens.reshape(1, -1))
 
 def test_rows_are_read_from_where_they_stand(c):
@@ -161,7 +162,9 @@ def test_both_libraries_hold_the_same_tensors(tmp_path):
     "Gate and up of experts are halves of one tensor in PyTorch"
     c = Checkpoint(tiny('qwen3_moe', tmp_path/'m', shape=dict(num_hidden_layers=1)))
     mine, theirs = TorchBackend(c), MLXBackend(c)
-    for u in c.units: assert np.array_equal(numbers(mine.unit_weight(u.path).float()), numbers(theirs.unit_weight(u.path).astype(mx.float32))), u.path
+    for u in c.units:
+        a, b = mine.unit_weight(u.path).float(), theirs.unit_weight(u.path).astype(mx.float32)
+        assert np.array_equal(numbers(a), numbers(b)), u.path
 
 # errors of figures
 

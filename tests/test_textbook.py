@@ -148,7 +148,8 @@ def test_the_dtype_is_part_of_what_a_sweep_depends_on(tokens):
     "And so is everything else that its numbers depend on"
     def of(model='m', dtype='torch.float32', name='torch', tokens=tokens, formats=(Format(4, 64),), quantizer='minmax'):
         return fingerprint_of(Some(checkpoint=Some(fingerprint=model), dtype=dtype, name=name), tokens, list(formats), quantizer)
-    others = [of(model='n'), of(dtype='torch.bfloat16'), of(name='mlx'), of(tokens=tokens[:1]), of(formats=[Format(8, 64)]), of(quantizer='search')]
+    others = [of(model='n'), of(dtype='torch.bfloat16'), of(name='mlx'), of(tokens=tokens[:1]), of(formats=[Format(8, 64)]),
+              of(quantizer='search')]
     assert all(x != of() for x in others) and fingerprint(tokens) != fingerprint(tokens.reshape(1, -1))
 
 def test_rows_are_read_from_where_they_stand(c):
@@ -161,7 +162,9 @@ def test_both_libraries_hold_the_same_tensors(tmp_path):
     "Gate and up of experts are halves of one tensor in PyTorch"
     c = Checkpoint(tiny('qwen3_moe', tmp_path/'m', shape=dict(num_hidden_layers=1)))
     mine, theirs = TorchBackend(c), MLXBackend(c)
-    for u in c.units: assert np.array_equal(numbers(mine.unit_weight(u.path).float()), numbers(theirs.unit_weight(u.path).astype(mx.float32))), u.path
+    for u in c.units:
+        a, b = mine.unit_weight(u.path).float(), theirs.unit_weight(u.path).astype(mx.float32)
+        assert np.array_equal(numbers(a), numbers(b)), u.path
 
 # errors of figures
 

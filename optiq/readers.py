@@ -154,7 +154,7 @@ def read_ours(
 ) -> dict:
     "A JSON document that this project wrote; raises ValueError for one of another kind"
     try: d = read_json(path)
-    except ValueError as e: raise ValueError(f'{e}; it is no {kind}, such as {made_by} writes') from None
+    except ValueError as e: raise ValueError(f'{path} is no {kind}, such as {made_by} writes: {e}') from None
     return check_kind(d, str(path), kind, form, made_by)
 
 # %% ../nbs/00b_readers.ipynb #8826365d

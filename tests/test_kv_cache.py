@@ -174,12 +174,12 @@ def kv_layout_of(sweep): return KVLayout(tuple(KVLayer(**l) for l in sweep.heade
 
 @pytest.mark.parametrize('change, message', [
     (dict(optiq='plan'), 'is no kv_config'), (dict(version=2), 'version 2, and this optiq reads 1'),
-    (dict(layers=None), 'in layers'), (dict(layers=[{}]), 'KeyError in layers')])
+    (dict(layers=None), 'layers is null, and should be a list'), (dict(layers=[{}]), r'layers\[0\] lacks layer and heads')])
 def test_broken_configs(served, change, message):
     with pytest.raises(ValueError, match=message): read_kv_config(served[1] | change, served[0])
 
 @pytest.mark.parametrize('change, message', [
-    (dict(keys='7g64'), 'no MLX format has bits=7'), (dict(values='what'), 'is no format'),
+    (dict(keys='7g64'), "keys is '7g64', and should be a format"), (dict(values='what'), "values is 'what', and should be a format"),
     (dict(heads=17), r'layer 0 has heads and widths \(17'), (dict(layer=5), 'layer'), (dict(key_dim=1), 'heads and widths')])
 def test_layers_that_do_not_fit(served, change, message):
     model, config, *_ = served

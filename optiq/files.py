@@ -291,8 +291,9 @@ def own_file(
     if part.is_file() and _ours(part, '{"optiq"'): part.unlink() # of a run that was killed
     if out.is_dir(): raise IsADirectoryError(f'{out} is a folder; give a file')
     if out.exists() and not out.is_file(): raise FileExistsError(f'{out} is no plain file; give another')
+    what = f'{kind} file that optiq began' if not more else f'{" and ".join(more)} of a run'
     if out.exists() and not _ours(out, begins(kind, **more)): raise FileExistsError(
-        f'{out} exists and is no file of {kind} that optiq began, so it stays as it is; give another file')
+        f'{out} exists and is no {what}, so it stays as it is; give another output')
     return out
 
 # %% ../nbs/00a_files.ipynb #9736dab7

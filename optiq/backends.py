@@ -37,8 +37,9 @@ def check_ids(checkpoint: Checkpoint, ids: np.ndarray):
     if not ids.size or 0 <= ids.min() <= ids.max() < checkpoint.vocabulary: return
     known = {v for k, v in checkpoint.config.items() if k.endswith(('token_id', 'token_index')) and isinstance(v, int)}
     odd = [i for i in np.unique(ids).tolist() if not 0 <= i < checkpoint.vocabulary and i not in known]
-    if odd: raise ValueError(f'{checkpoint.name} has {checkpoint.vocabulary:,} tokens, and id {odd[-1]} is none of them: '
-                             'these ids come from the tokenizer of another model')
+    if odd: raise ValueError(
+        f'{checkpoint.name} has {checkpoint.vocabulary:,} tokens, and id {odd[-1]} is none of them: '
+        'these ids come from the tokenizer of another model')
 
 # %% ../nbs/02b_backends.ipynb #85a67ce8
 class Entry:

@@ -160,10 +160,10 @@ def as_saved(
     own = b.by_loader(saved)
     if own is not None and not b.stands_in: return own
     mine = overrides_of_saved(saved)
-    if own is None: print(f'{saved.folder}: too little memory to run it beside its reference, so its weights are scored', file=sys.stderr)
+    if own is None: print(f'{saved.folder}: too little memory to run it, so its weights are scored', file=sys.stderr)
     elif (off := apart(few_logits(b, mine), few_logits(own))) > APART: raise ValueError(
-        f'{saved.folder}: its own forward pass differs from what its weights give in the reference, by {off:.0%} of the logits: '
-        'its config.json says something else than that of the reference')
+        f'{saved.folder}: its own forward pass differs from what its weights give in the reference, by {off:.0%} of '
+        'the logits: its config.json says something else than that of the reference')
     return mine
 
 # %% ../nbs/05_convert.ipynb #b7345ba8
@@ -226,7 +226,8 @@ def as_planned(plan, sweep, source, folder): # ▸ a quantizer
     planned = getattr(plan, 'made', {}).get('rounding')
     measured = sweep.header.get('fingerprint', {}).get('quantizer') if sweep is not None else None
     if planned and measured and planned != measured: raise ValueError(
-        f'the plan was made for {planned}, and the sweep was measured with {measured}; give the sweep that it was made from')
+        f'the plan was made for {planned}, and the sweep was measured with {measured}; '
+        'give the sweep that it was made from')
     if (planned or measured or 'minmax').split(',')[0] == 'minmax': return quantize_minmax
     if sweep is None: raise ValueError(
         f'the plan was made for {planned}, which is learned again from its sweep; give the sweep, or a quantizer')

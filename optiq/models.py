@@ -607,7 +607,8 @@ def refuse_two_heads(c: Checkpoint):
     head = next((k for k in stored if k.endswith('lm_head.weight')), None)
     if not c.tied or head is None: return
     shape = stored[head][1]['shape']
-    if any(u.block is None and list(u.shape) == shape and u.kind != 'embed' for u in c.units): return # a head by another name
+    outside = [u for u in c.units if u.block is None and u.kind != 'embed']
+    if any(list(u.shape) == shape for u in outside): return # a head by another name
     tables = [k for k, (_, t) in stored.items() if k != head and t['shape'] == shape]
     if not any(_same_bytes(stored[head], stored[k]) for k in tables): raise ValueError(
         f'{c.name}: {head} is stored and differs from the embedding, which MLX takes for the head '

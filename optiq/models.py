@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT_FILES', 'HUB_FILES', 'NAMES_CODE', 'BITS', 'NOTES', 'TENSOR', 'MARKS_OF_OTHERS', 'LOADERS', 'SIZE', 'CONFIG',
-           'LACKS', 'UNIT', 'ROUTERS', 'PARTS', 'REST', 'ORDER', 'OPEN', 'TOKENIZER', 'demo', 'find_model',
+           'LACKS', 'UNIT', 'ROUTERS', 'PARTS', 'REST', 'ORDER', 'OPEN', 'TOKENIZER', 'BESIDE', 'demo', 'find_model',
            'refuse_links', 'refuse_untrusted', 'read_header', 'weight_files', 'refuse_others', 'is_vision', 'is_speech',
            'model_type_of', 'read_config', 'check_type', 'Unit', 'read_units', 'blocks_path', 'block_lists',
            'find_units', 'block_of', 'part_of', 'said_for_mlx', 'reading', 'load_lazy', 'cannot_open', 'digest',
@@ -477,7 +477,7 @@ def digest(files: list[Path]) -> str:
 
 # %% ../nbs/02_models.ipynb #a319a8e4
 TOKENIZER = 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'
-MARKS_OF_OTHERS = 'generation_config.json', 'hf_quant_config.json', 'preprocessor_config.json', 'processor_config.json', 'video_preprocessor_config.json'
+BESIDE = 'generation_config.json', 'hf_quant_config.json', 'preprocessor_config.json', 'processor_config.json', 'video_preprocessor_config.json'
 
 def check_beside(folder: Path, names: tuple):
     "Raise an error that names the file unless those of these that are there hold a JSON object"

@@ -99,7 +99,7 @@ def test_dwq_goes_downhill(monkeypatch):
     "The optimizer that mlx-lm is handed lowers a loss"
     import mlx_lm.quant.dwq, mlx_lm.utils
     given, student = [], Some(freeze=lambda: None, eval=lambda: None)
-    monkeypatch.setattr(mlx_lm.utils, 'load_model', lambda folder: (student, {}))
+    monkeypatch.setattr(mlx_lm.utils, 'load_model', lambda folder, **how: (student, {}))
     monkeypatch.setattr(mlx_lm.utils, 'save_model', lambda *a, **k: None)
     monkeypatch.setattr(mlx_lm.quant.dwq, 'dwq_quantize', lambda *a, **k: given.extend(a))
     source = Some(model_type='llm', name='m', trust_remote_code=False, load=lambda: None, units=[Some(dtype='bfloat16')])

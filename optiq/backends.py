@@ -165,7 +165,7 @@ def check_logits(b, z): # (…, V) ▸ the same
     "Raise ValueError, naming the model and its first damaged tensor, if a logit is NaN or infinite"
     if bool(b.xp.isfinite(z.sum())) or bool(b.xp.isfinite(z).all()): return z
     odd = damaged(b.checkpoint)
-    why = f': {odd} holds NaN or infinity, so the checkpoint is damaged; fetch or make it again' if odd else (
+    why = f': {_file_of(b.checkpoint, odd)}: {odd} holds NaN or infinity, so the checkpoint is damaged; fetch or make it again' if odd else (
         ', though all its weights are finite; it cannot be measured')
     raise ValueError(f'{b.checkpoint.name} computes logits that are no numbers{why}')
 

@@ -19,7 +19,7 @@ from .models import Unit
 from .sensitivity import Sweep, SweepLog, fingerprint_of, measure, probes, same_sweep, to_sweep
 
 # %% ../nbs/03a_gradient.ipynb #573b52e4
-def _torch_gradients(b, batch, seed, skip):
+def _torch_gradients(b, batch, seed, skip=0):
     "path ▸ gradient of Σ log p(y) over the batch, in the unit's shape"
     import torch
     generator = torch.Generator(b.device).manual_seed(seed)
@@ -34,7 +34,7 @@ def _torch_gradients(b, batch, seed, skip):
         for p in params: p.requires_grad_(False).grad = None
 
 # %% ../nbs/03a_gradient.ipynb #dc982ba9
-def _mlx_gradients(b, batch, seed, skip):
+def _mlx_gradients(b, batch, seed, skip=0):
     "path ▸ gradient of Σ log p(y) over the batch"
     import mlx.core as mx
     weights = {p: b.module(p).weight for p in b.checkpoint.unit}

@@ -194,8 +194,8 @@ def isotonic(
 # %% ../nbs/04_knapsack.ipynb #d7e10004
 def refuse_noise(sweep):
     "Raise ValueError for a sweep whose null measurement is as large as what it measured"
-    noise, signal = getattr(sweep, 'header', {}).get('noise'), float(np.mean([v.mean() for v in sweep.values.values()]))
-    if noise is not None and not noise < signal/10: raise ValueError(
+    noise, signal = getattr(sweep, 'header', {}).get('noise'), float(np.mean([np.mean(v) for v in sweep.values.values()]))
+    if noise is not None and noise > 1e-6 and not noise < signal/10: raise ValueError(
         f'a weight left as it is gave a KL of {noise:.2g}, and quantizing gave {signal:.2g} on average: '
         'the measurement is all noise; look at the tokens and the backend, and measure it again')
 

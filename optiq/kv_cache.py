@@ -42,7 +42,7 @@ from .formats import AS_IS, FAMILIES, FORMAT, Format, divides, parse_format
 from . import turboquant
 from .knapsack import Plan, allocate, known, make_plan, uniform
 from .models import Checkpoint, Unit, blocks_path
-from .readers import FILE, PROSE, check, check_kind, dumps, number, read_json, read_ours, shown, whole
+from .readers import INSIDE, PROSE, check, check_kind, dumps, number, read_json, read_ours, shown, whole
 from .rounding import as_overrides, round_model
 from .sensitivity import Sweep, kl_sweep, learned_again, plot_sweep, probes, rounding_of, texts_for
 
@@ -354,7 +354,7 @@ def _with_statistics(where, d, found, folder):
     if not known: return found
     from optiq.turbo_cache import load_preconditions, turned
     if not isinstance(known, Mapping):
-        check(known, FILE, f'{where}: statistics')
+        check(known, INSIDE, f'{where}: statistics')
         if folder is None or not (folder/known).is_file(): raise ValueError(
             f'{where} was made with the statistics of {known}, which is not beside it; '
             'give the file where `optiq kv-cache` wrote both')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADER', 'RECORD', 'kl_divergence', 'probes', 'perturb', 'inside', 'walk', 'on_gpu', 'kl_of_streams', 'logit_slices',
-           'kl_rows', 'measure', 'measure_samples', 'finite', 'Pass', 'plan_passes', 'passes_of', 'free_on_device',
+           'kl_rows', 'finite', 'measure', 'measure_samples', 'Pass', 'plan_passes', 'passes_of', 'free_on_device',
            'block_passes', 'Timing', 'cost', 'estimate', 'Measured', 'sweep_frame', 'heat_table', 'plot_sweep', 'Sweep',
            'tokens_per_expert', 'warn_of_idle', 'sweep_header', 'fingerprint_of', 'refuse_other', 'read_log', 'begin',
            'same_sweep', 'go_on', 'Journal', 'to_sweep', 'load_sweep', 'save_sweep', 'Ranks', 'TorchRanks', 'MLXRanks',
@@ -183,6 +183,15 @@ def _apart(streams, B, n):
         if len(s) > B: rest.insert(0, s[B:])
     return first, rest
 
+# %% ../nbs/03_sensitivity.ipynb #c7ba13cf
+def finite(b: Backend, kl: np.ndarray, todo) -> np.ndarray: # (len(todo), n), the same
+    "Raise ValueError, naming the first probe, unless every KL is a number"
+    odd = ~np.isfinite(kl)
+    if not odd.any(): return kl
+    u, f = todo[int(odd.any(1).argmax())]
+    why = 'the model itself gives logits that are no numbers' if odd.all() else 'rounding it gives logits that are no numbers'
+    raise ValueError(f'{b.checkpoint.name}: the KL of {u.path} in {f} is not finite: {why}; its weights are too large for {b.name}')
+
 # %% ../nbs/03_sensitivity.ipynb #0b4f09e4
 def measure(
     b: Backend,
@@ -219,15 +228,6 @@ def measure_samples(
             kl[k, i] = kl_rows(b, z_p, z).mean()
         tick(b.n_blocks-(u.block or 0))
     return finite(b, kl, todo)
-
-# %% ../nbs/03_sensitivity.ipynb #c7ba13cf
-def finite(b: Backend, kl: np.ndarray, todo) -> np.ndarray: # (len(todo), n), the same
-    "Raise ValueError, naming the first probe, unless every KL is a number"
-    odd = ~np.isfinite(kl)
-    if not odd.any(): return kl
-    u, f = todo[int(odd.any(1).argmax())]
-    why = 'the model itself gives logits that are no numbers' if odd.all() else 'rounding it gives logits that are no numbers'
-    raise ValueError(f'{b.checkpoint.name}: the KL of {u.path} in {f} is not finite: {why}; its weights are too large for {b.name}')
 
 # %% ../nbs/03_sensitivity.ipynb #b517665c
 @dataclass(frozen=True)

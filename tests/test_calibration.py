@@ -96,7 +96,7 @@ def test_every_sequence_begins_as_the_tokenizer_begins_a_text(greeted):
 
 def test_what_is_predicted_before_all_text_is_scored_nowhere(greeted, tmp_path):
     b, tokens = greeted
-    sweep = kl_sweep(b, tokens, [Format(3)], progress=False)
+    sweep = kl_sweep(b, tokens, [Format(3)], progress=False, rounding='minmax')
     z = in_text(b, tokens)
     for u, f in probes(b.checkpoint.units, [Format(3)])[::4]:
         want = b.numpy(kl_divergence(b.xp, z, in_text(b, tokens, perturb((u, f))))).mean(1)
@@ -132,6 +132,6 @@ def test_prompts_have_it_and_answers_have_not(greeted):
 
 def test_calibration_text_is_known_again_behind_it(greeted):
     b, tokens = greeted
-    sweep = kl_sweep(b, tokens, [Format(3)], progress=False, method='gradient')
+    sweep = kl_sweep(b, tokens, [Format(3)], progress=False, method='gradient', rounding='minmax')
     text = tokens[:, 1:].reshape(1, -1)
     assert overlap(sweep.header['blocks'], text) == overlap(block_hashes(tokens[:, 1:]), text) == 1

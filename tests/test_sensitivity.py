@@ -82,7 +82,7 @@ def test_widths_of_half_a_word_stay_as_they_are(shape, tmp_path):
     c = Checkpoint(tiny('llama', tmp_path/'m', shape=shape | dict(num_hidden_layers=1)))
     sweep = kl_sweep(TorchBackend(c), tokens_for(c), ['nvfp4', '4g32', 'mxfp8']) # told how long it takes
     assert sweep.left and {u.shape[-1] for u in sweep.left} == {*shape.values()} and all(u.fixed for u in sweep.left)
-    saved = convert(c, allocate(sweep, max_bytes=uniform(sweep, 'nvfp4').nbytes), tmp_path/'out')
+    saved = convert(c, allocate(sweep, max_bytes=uniform(sweep, 'nvfp4').nbytes), tmp_path/'out', sweep)
     assert {f.mode for f in saved.formats.values()} == {'as-is', 'nvfp4'}
 
 def test_every_kind_of_unit_is_measured(models):

@@ -113,7 +113,7 @@ def test_dwq_goes_downhill(monkeypatch):
 def test_a_sweeps_values_are_the_mean_kl_of_all_tokens(c, b, tokens):
     "Every block of the model, and an embedding that is also the head in both its roles"
     assert c.tied
-    found = kl_sweep(b, tokens, [Format(3, 64)], progress=False)
+    found = kl_sweep(b, tokens, [Format(3, 64)], progress=False, rounding='minmax')
     z_p = b.numpy(b.logits(tokens))
     for u in c.units:
         z_q = b.numpy(b.logits(tokens, {u.path: lambda w: quantize_dequantize(w, Format(3, 64))}))
@@ -121,10 +121,10 @@ def test_a_sweeps_values_are_the_mean_kl_of_all_tokens(c, b, tokens):
 
 def test_a_pass_that_was_cut_off_is_made_again(b, tokens, tmp_path):
     file = tmp_path/'s.jsonl'
-    whole = kl_sweep(b, tokens, [Format(3, 64)], out=file, progress=False)
+    whole = kl_sweep(b, tokens, [Format(3, 64)], out=file, progress=False, rounding='minmax')
     lines = file.read_text().splitlines(keepends=True)
     file.write_text(''.join(lines[:-3]))
-    again = kl_sweep(b, tokens, [Format(3, 64)], out=file, progress=False)
+    again = kl_sweep(b, tokens, [Format(3, 64)], out=file, progress=False, rounding='minmax')
     assert all(np.array_equal(v, again.values[k]) for k, v in whole.values.items())
 
 def test_kl_is_of_the_reference_to_the_model_and_not_the_other_way_round():
@@ -197,7 +197,7 @@ def test_a_rates_error_is_that_of_drawing_as_many_files():
     assert f['wer_high']-f['wer_low'] == pytest.approx(2*1.96*f['wer_se'], rel=.05)
 
 def test_the_plan_that_measured_best_is_kept(monkeypatch, b, tokens):
-    sweep = kl_sweep(b, tokens, [Format(3, 64), Format(8, 64)], progress=False)
+    sweep = kl_sweep(b, tokens, [Format(3, 64), Format(8, 64)], progress=False, rounding='minmax')
     monkeypatch.setattr('optiq.verify.joint_kl', lambda b, tokens, plans, quantize: {n: np.full(2, i+1.) for i, n in enumerate(plans)})
     found = verified(b, tokens, sweep, rounds=0, progress=False, target_bits=5)
     assert found.kept == 'allocated' and len(found.tried) > 2

@@ -148,7 +148,8 @@ def made_up(c, formats):
     r = np.random.default_rng(0)
     values = {(u.path, f): np.exp(-f.bits+.1*r.standard_normal(2)) for u in c.units for f in formats}
     header = dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes, units=[asdict(u) for u in c.units],
-                  fingerprint=dict(model=c.fingerprint, quantizer='minmax', formats=[str(f) for f in formats]))
+                  fingerprint=dict(model=c.fingerprint, tokens='made up', quantizer='minmax', backend='torch', device='cpu',
+                                   formats=[str(f) for f in formats]))
     return Sweep(c.units, formats, values, header)
 
 def test_candidates_are_what_the_sweep_holds_unless_named(tmp_path):

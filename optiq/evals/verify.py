@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
+from math import isfinite
+
 import numpy as np
 
 from ..backends import Backend, open_backend
@@ -217,7 +219,7 @@ def expected(plan: Plan, kl: np.ndarray, same: bool, within: float | None) -> tu
     summed = plan.predicted_kl if np.isfinite(plan.predicted_kl) else record['joint_kl'] # of formats beyond the sweep
     forecast = summed if joint is None else joint
     factor = within or (1.03 if joint is not None else OFF[0]+OFF[1]*forecast)
-    if not same: factor = max(2, factor)
+    if not same or not isfinite(plan.predicted_kl_se): factor = max(2, factor) # one sequence has no error to go by
     slack = 1e-6 if same else 3*float(kl.std(ddof=1)/len(kl)**.5) # the same tokens: nothing was sampled
     return forecast, 0. if free else forecast/factor-slack, forecast*factor+slack
 

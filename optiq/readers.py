@@ -47,7 +47,7 @@ def read_text(
     code = next((c for mark, c in MARKS.items() if data.startswith(mark)), 'utf-8')
     try: return data.decode(code)
     except UnicodeDecodeError as e: raise ValueError(
-        f'{path}, line {data.count(10 if code[:5] == "utf-8" else 0, 0, e.start)+1}, is no {code[:6].rstrip("-").upper()} text: byte {data[e.start]:#x} '
+        f'{path}, line {data.count(10, 0, e.start)+1}, is no {code[:6].rstrip("-").upper()} text: byte {data[e.start]:#x} '
         'stands where no letter can; save the file as UTF-8') from None
 
 # %% ../nbs/00b_readers.ipynb #c303cc4d
@@ -115,7 +115,8 @@ OBJECT, LIST = Form('an object', lambda x: isinstance(x, dict)), Form('a list', 
 def shown(x) -> str:
     "A value as an error quotes it"
     what = {dict: 'an object', list: 'a list', type(None): 'null'}.get(type(x))
-    return what or (t if len(t := repr(x) if abs(len(x) if isinstance(x, str) else 0) < 60 else repr(x[:40])+'…') < 60 else f'{t[:40]}…')
+    text = repr(x[:60] if isinstance(x, str) else x)
+    return what or (text if len(text) < 60 else f'{text[:40]}…')
 
 # %% ../nbs/00b_readers.ipynb #df5e48d5
 def check(

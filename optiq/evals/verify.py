@@ -11,7 +11,6 @@ __all__ = ['MARKS', 'SAMPLE', 'OFF', 'KINDS', 'Unknown', 'outcome', 'CheckList',
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
-
 from math import isfinite
 
 import numpy as np
@@ -219,7 +218,8 @@ def expected(plan: Plan, kl: np.ndarray, same: bool, within: float | None) -> tu
     summed = plan.predicted_kl if np.isfinite(plan.predicted_kl) else record['joint_kl'] # of formats beyond the sweep
     forecast = summed if joint is None else joint
     factor = within or (1.03 if joint is not None else OFF[0]+OFF[1]*forecast)
-    if not same or not isfinite(plan.predicted_kl_se): factor = max(2, factor) # one sequence has no error to go by
+    unsure = not same or not isfinite(plan.predicted_kl_se) # other text, or one sequence, which has no error
+    if unsure and within is None: factor = max(2, factor)
     slack = 1e-6 if same else 3*float(kl.std(ddof=1)/len(kl)**.5) # the same tokens: nothing was sampled
     return forecast, 0. if free else forecast/factor-slack, forecast*factor+slack
 

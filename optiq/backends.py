@@ -292,6 +292,7 @@ def load_torch(checkpoint: Checkpoint, dtype):
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     options = dict(dtype=dtype, trust_remote_code=checkpoint.trust_remote_code)
     if 'quantization' in checkpoint.config: return _load_quantized(checkpoint, options)
     try: return AutoModelForCausalLM.from_pretrained(
@@ -821,7 +822,7 @@ def apart(
 ) -> float:
     "By which part of the logits two models differ, at the median token: one that an expert flips at is let through"
     centred = z-z.mean(-1, keepdims=True)
-    return float(np.median(np.linalg.norm(z-other, axis=-1)/np.linalg.norm(centred, axis=-1)))
+    return float(np.median(np.linalg.norm(z-other, axis=-1)/np.maximum(np.linalg.norm(centred, axis=-1), 1e-30)))
 
 # %% ../nbs/02b_backends.ipynb #d7b10005
 def likely_cause(config: dict) -> str: # content of config.json

@@ -441,8 +441,11 @@ def _open_vlm(folder, trust_remote_code):
 
 # %% ../nbs/02_models.ipynb #9e660434
 def _open_audio(folder, trust_remote_code):
+    import logging
     from mlx_audio.stt.utils import load_model
-    model = load_model(folder, lazy=True, strict=True, model_name_parts=[]) # the folder's name says nothing
+    logging.disable(logging.ERROR) # it logs what it raises
+    try: model = load_model(folder, lazy=True, strict=True, model_name_parts=[]) # the folder's name says nothing
+    finally: logging.disable(logging.NOTSET)
     return getattr(model, '_model', model) # some come in a wrapper
 
 # %% ../nbs/02_models.ipynb #0422ab71

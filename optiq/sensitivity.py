@@ -719,6 +719,7 @@ def read_logs(
     files = dict.fromkeys([out, ranks.own(out), *log_files(out)] if out else [])
     found = [go_on(own_file(f, 'sweep', **mark), header) for f in files]
     there = next((h for h, _ in found if h is not header), header)
+    if 'passes' not in there: raise ValueError(f'{out} holds no passes to go on with: it is the result of another method, or was changed')
     passes = _agreed(ranks, there is not header, there['passes'])
     records = {k: v for h, r in found if [*h['passes']] == passes for k, v in r.items()}
     return there | dict(passes=passes), records
@@ -785,7 +786,7 @@ def moved(b: Backend, sweep: Sweep) -> bool:
 def refuse_flat(b: Backend, sweep: Sweep) -> Sweep: # the same
     "Raise ValueError if nothing moved the output"
     if any(v.mean() >= 1e-6 for v in sweep.values.values()) or moved(b, sweep): return sweep
-    raise ValueError('every KL is under 1e-6: quantizing changed nothing, '
+    raise ValueError(f'{b.checkpoint.name}: every KL is under 1e-6: quantizing changed nothing, '
                      'so these weights were quantized before, or never used')
 
 # %% ../nbs/03_sensitivity.ipynb #f2323f57

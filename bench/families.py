@@ -27,6 +27,7 @@ Each line runs in a process of its own under a time limit. What it must do:
 import argparse
 import contextlib
 import copy
+import faulthandler
 import importlib
 import io
 import json
@@ -42,9 +43,12 @@ import traceback
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from queue import Empty
 from types import SimpleNamespace
 
 import numpy as np
+
+os.environ.setdefault('MLX_DISABLE_COMPILE', '1') # on a CPU every compiled function costs seconds of a C++ compiler
 
 from optiq.backends import open_backend # all that we take from the package stands here
 from optiq.calibration import token_batch
@@ -61,6 +65,7 @@ from optiq.tiny import PROSE, draw, merged, write_json, write_tokenizer
 HERE = Path(__file__).parent
 TABLE, RESULT = HERE/'families.json', HERE.parent/'nbs/results/families.json'
 CLOSE = 1e-3 # of the logits' standard deviation: how far equal may be off in float32
+LOADER = {'mlx-lm': 'mlx-lm', 'mlx-vlm': 'mlx-vlm', 'special': 'mlx-lm'}
 T = 32 # tokens of a sequence, twice the sliding windows of the table
 
 # ── the table ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -68,16 +73,21 @@ T = 32 # tokens of a sequence, twice the sliding windows of the table
 def read_table() -> dict: return json.loads(TABLE.read_text())
 
 def resolved(entry, parts: dict):
-    "A configuration with the parts that it is made of, wherever it says `_of`, and without what it drops"
+    "A configuration with the parts that it is made of, wherever it says `_of`"
     if not isinstance(entry, dict): return entry
     out = {}
     for name in entry.get('_of', ()): out = merged(out, resolved(parts[name], parts))
-    own = {k: resolved(v, parts) for k, v in entry.items() if k not in ('_of', '_drop')}
-    return {k: v for k, v in merged(out, own).items() if k not in entry.get('_drop', ())}
+    return merged(out, {k: resolved(v, parts) for k, v in entry.items() if k != '_of'})
+
+def stripped(entry):
+    "Without what it says under `_drop`"
+    if not isinstance(entry, dict): return entry
+    gone = {*entry.get('_drop', ()), '_drop'}
+    return {k: stripped(v) for k, v in entry.items() if k not in gone}
 
 def config_of(loader: str, family: str, table: dict) -> tuple: # config.json, what the runner is told
     entry = {'_of': ['text']} | table[loader][family]
-    whole = resolved(entry, table['parts'])
+    whole = stripped(resolved(entry, table['parts']))
     told = {k[1:]: v for k, v in whole.items() if k.startswith('_')}
     config = {k: v for k, v in whole.items() if not k.startswith('_')}
     return dict(model_type=family, torch_dtype='float32') | config, told
@@ -93,8 +103,10 @@ def model_files(loader: str) -> list:
 def takes_pictures(folder: Path) -> bool:
     "Whether a model of mlx-vlm takes text and images: it has a model that is called with tokens and pixels, and a language model"
     text = ''.join(f.read_text() for f in folder.glob('*.py'))
-    return bool(re.search(r'^class Model\(', text, re.M) and 'pixel_values' in text and re.search(r'input_ids', text)
-                and re.search(r'class LanguageModel|LanguageModel\b', text) and re.search(r'vision', text))
+    sees = (folder/'vision.py').exists() or re.search('VisionModel|vision_tower|vision_model', text)
+    called = re.search(r'class Model\(.*?def __call__\((.*?)\)', text, re.S)
+    return bool(sees and 'LanguageModel' in text and 'logits' in text and called and 'pixel_values' in called[1]
+                and re.search(r'\binputs?(_ids)?\b', called[1]))
 
 # ── a checkpoint ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -212,8 +224,10 @@ def plain_logits(model, batch, vision=False) -> np.ndarray:
     "What the library's own model answers"
     import mlx.core as mx
     if not vision: return as_numpy(model(mx.array(batch)))
-    given = {k: mx.array(v if v.dtype.kind == 'f' else v.astype(np.int32)) for k, v in batch.items() if k != 'scored'}
-    out = model(**given)
+    given = {k: mx.array(v if v.dtype.kind in 'fb' else v.astype(np.int32)) for k, v in batch.items() if k != 'scored'}
+    ids, pixels, mask = (given.pop(k, None) for k in ('input_ids', 'pixel_values', 'attention_mask'))
+    seen = {k: v for k, v in model.get_input_embeddings(ids, pixels, mask=mask, **given).to_dict().items() if v is not None}
+    out = model.language_model(ids, inputs_embeds=seen.pop('inputs_embeds'), cache=None, **given | seen) # as mlx-vlm generates
     return as_numpy(getattr(out, 'logits', out))
 
 def open_plain(folder: Path, vision: bool):
@@ -228,9 +242,9 @@ def plain(m):
     errors = []
     for form in ([m.told['form']] if 'form' in m.told else ['hub', 'mlx']):
         m.config, m.form = copy.deepcopy(m.asked), form
-        if form == 'hub' and not transformers_class(m.config, m.vision): continue
         shutil.rmtree(m.folder, ignore_errors=True)
         try:
+            if form == 'hub' and not transformers_class(m.config, m.vision): continue
             write_checkpoint(m.folder, m.config, m.told, form, m.vision)
             model = open_plain(m.folder, m.vision)
             m.batch = batch_of(m, model)
@@ -239,7 +253,7 @@ def plain(m):
             m.hub_error = errors[0] if errors else None
             return f'{form} names' + (f'; in those of transformers: {errors[0]}' if errors else '')
         except (Exception, SystemExit) as e: errors.append(one_line(e)); m.trace = traceback.format_exc()
-    raise Wrong('; '.join(dict.fromkeys(errors)))
+    raise Wrong('; '.join(e[:200] for e in dict.fromkeys(reversed(errors))))
 
 def batch_of(m, model):
     "Two rows of random tokens, or two samples with a picture"
@@ -251,13 +265,16 @@ def batch_of(m, model):
 
 def sample(m, rng) -> dict:
     "A picture's tokens between words, the picture, and what else the table says"
-    s = m.told['sample']
+    s = {'token': 5, 'tokens': 0} | m.told.get('sample', {})
     words = rng.integers(11, 200, (2, 6))
     ids = np.array([[*words[0], *[s['token']]*s['tokens'], *words[1]]])
     if 'before' in s: ids = np.array([[*s['before'], *words[0], *[s['token']]*s['tokens'], *words[1]]])
-    out = dict(input_ids=ids, pixel_values=rng.standard_normal(s['pixels']).astype(np.float32))
+    out = dict(input_ids=ids)
+    if 'pixels' in s: out['pixel_values'] = rng.standard_normal(s['pixels']).astype(np.float32)
     out |= {k: np.array(v) for k, v in s.get('more', {}).items()}
-    if 'mask' in s: out[s['mask']] = np.ones_like(ids)
+    out |= {k: np.ones(v, np.int32) for k, v in s.get('ones', {}).items()}
+    out['attention_mask'] = np.ones_like(ids)
+    if 'mark' in s: out[s['mark']] = ids == s['token']
     return out | dict(scored=(np.arange(ids.shape[1]) >= ids.shape[1]-6)[None].astype(np.int32))
 
 def listed(m):
@@ -291,7 +308,8 @@ def replay(m):
     opened(m)
     b, batch = m.b, m.batch
     if not b.stacks:
-        offs = []
+        offs, rows = [], np.flatnonzero(batch[0]['scored'])
+        near(as_numpy(b.forward(batch[0])), m.plain[:, rows], 'our forward pass against the library')
         for s in batch:
             passed, z = b.record(s)
             offs.append(near(as_numpy(z), as_numpy(b.forward(s)), 'recorded against the forward pass'))
@@ -300,6 +318,7 @@ def replay(m):
         return f'off by {max(offs):.1g}'
     own = as_numpy(b.logits(batch))
     if m.backend == 'mlx': near(own, m.plain, 'our forward pass against the library')
+    else: m.apart = float(abs(own-m.plain).max()/m.plain.std()) # of the libraries, in full precision
     x = b.embed(batch)
     for i in range(b.n_blocks): x = b.run_block(i, x)
     return f'off by {near(as_numpy(b.head(x)), own, "replay against the forward pass"):.1g}'
@@ -362,8 +381,8 @@ def reload(m):
         with m.b.swapped(overrides_of(m.plan)): ours = as_numpy(m.b.forward(s))
         theirs = plain_logits(model, s, m.vision)
         if m.vision: theirs = theirs[:, np.flatnonzero(s['scored'])]
+        if getattr(m, 'apart', 0) > CLOSE: return f'transformers and mlx-lm differ in full precision already, by {m.apart:.2g} of the spread'
         offs.append(near(theirs, ours, 'reloaded against ours'))
-    m.saved = model
     return f'off by {max(offs):.1g}'
 
 def cache(m):
@@ -404,6 +423,10 @@ def witness(m, step: str) -> str:
     "What the library alone does in place of a step that failed; '' if it does better"
     import mlx.core as mx
     try:
+        if step == 'replay' and m.backend == 'torch':
+            import torch
+            from transformers import AutoModelForCausalLM
+            AutoModelForCausalLM.from_pretrained(m.folder, local_files_only=True)(torch.tensor(m.batch).long())
         if step == 'gradient' and m.backend == 'mlx':
             from mlx.utils import tree_map
             model = open_plain(m.folder, False)
@@ -425,23 +448,24 @@ def witness(m, step: str) -> str:
     except (Exception, SystemExit) as e: return one_line(e)
     return ''
 
-def line(loader: str, family: str, backend: str, table: dict, long: bool) -> dict:
+def line(loader: str, family: str, backend: str, table: dict, long: bool, last: str = '', tell=lambda step: None) -> dict:
     "Run one family"
     row = dict(loader=loader, family=family, backend=backend)
     vision = loader == 'mlx-vlm' or bool(table.get(loader, {}).get(family, {}).get('_vision'))
     name = 'mlx-vlm' if vision else 'mlx-lm'
     if family not in table[loader]: return row | dict(result='no configuration yet', reason='bench/families.json has no entry')
-    if 'refused' in table[loader][family]: return row | dict(
-        result='refused', whose=name, step='plain', reason=table[loader][family]['refused'])
+    if '_untried' in table[loader][family]: return row | dict(result='not tried', reason=table[loader][family]['_untried'])
+    if '_refused' in table[loader][family]: return row | dict(
+        result='refused', whose=name, step='plain', reason=table[loader][family]['_refused'])
     config, told = config_of(loader, family, table)
     if long and 'long' in told: told['tokens'] = told['long']
     tmp = Path(tempfile.mkdtemp(prefix=f'{family}-'))
     m = SimpleNamespace(asked=config, told=told, vision=vision, backend=backend, folder=tmp/'in'/family, out=tmp/'out'/family,
                         form=None)
-    try: return row | walk(m, name)
+    try: return row | walk(m, name, last, tell)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-def walk(m, name: str) -> dict:
+def walk(m, name: str, last: str = '', tell=lambda step: None) -> dict:
     "Every step that can be taken"
     steps, wrong, start = {}, [], time.perf_counter()
     for step, f in STEPS.items():
@@ -451,6 +475,8 @@ def walk(m, name: str) -> dict:
                      or need in STEPS and not str(steps.get(need, '')).startswith('ok')):
             steps[step] = 'not reached'
             continue
+        began = time.perf_counter()
+        tell(step)
         try:
             note = f(m)
             steps[step] = 'ok'+(f': {note}' if note else '')
@@ -464,6 +490,8 @@ def walk(m, name: str) -> dict:
             if os.environ.get('FAMILIES_TRACE'): traceback.print_exc()
             if step == 'plain' and os.environ.get('FAMILIES_TRACE'): print(m.trace)
             if step == 'plain': break
+        if os.environ.get('FAMILIES_TRACE'): print(f'{step}: {time.perf_counter()-began:.1f} s', steps[step])
+        if step == last: break
     about = dict(form=m.form, units=getattr(m, 'units', None), blocks=getattr(m, 'blocks', None),
                  seconds=round(time.perf_counter()-start, 1))
     return verdict(wrong, name, m) | about | dict(steps=steps)
@@ -474,7 +502,7 @@ def verdict(wrong: list, name: str, m) -> dict:
     ours = [w for w in wrong if w[0] != 'plain' and not w[3]]
     step, reason, place, seen = (ours or wrong)[0]
     told = dict(step=step, reason=reason, **{'where': place} if place else {}, **{'library': seen} if seen else {})
-    if not ours: return dict(result='refused', whose=name, **told)
+    if not ours: return dict(result='refused', whose='transformers' if m.backend == 'torch' and step == 'replay' else name, **told)
     if 'use --backend mlx' in reason: return dict(result='refused', whose='optiq', **told)
     more = [dict(step=s, reason=r, where=p) for s, r, p, _ in ours[1:]]
     return dict(result='fails', **told, **{'also': more} if more else {})
@@ -484,9 +512,10 @@ def verdict(wrong: list, name: str, m) -> dict:
 def child(args, queue):
     os.nice(0)
     sys.stdout = sys.stderr = open(os.devnull, 'w') if not os.environ.get('FAMILIES_TRACE') else sys.stdout
+    if os.environ.get('FAMILIES_TRACE'): faulthandler.dump_traceback_later(40)
     import torch
     torch.set_num_threads(1)
-    try: queue.put(line(*args))
+    try: queue.put(line(*args, queue.put))
     except BaseException as e: queue.put(dict(loader=args[0], family=args[1], backend=args[2], result='fails', step='runner',
                                               reason=one_line(e), trace=traceback.format_exc()[-1500:]))
 
@@ -496,16 +525,19 @@ def run(args, seconds: int) -> dict:
     queue = ctx.Queue()
     p = ctx.Process(target=child, args=(args, queue))
     p.start()
-    row, start = None, time.perf_counter()
+    row, at, start = None, 'start', time.perf_counter()
     while row is None and time.perf_counter()-start < seconds:
-        try: row = queue.get(timeout=1)
-        except Exception:
+        try: found = queue.get(timeout=1)
+        except Empty:
             if not p.is_alive(): break
+        else: row, at = (None, found) if isinstance(found, str) else (found, at)
+    late = row is None and p.is_alive()
     p.join(2)
     if p.is_alive(): p.kill()
-    head = dict(loader=args[0], family=args[1], backend=args[2], result='fails', step='runner')
-    if row is None and time.perf_counter()-start < seconds: return head | dict(reason=f'the process ended with code {p.exitcode}')
-    return row or head | dict(reason=f'not done in {seconds} seconds')
+    if row: return row
+    whose = dict(result='refused', whose=LOADER[args[0]]) if at == 'plain' else dict(result='fails')
+    why = f'not done in {seconds} seconds' if late else f'the process ended with code {p.exitcode}'
+    return dict(loader=args[0], family=args[1], backend=args[2], step=at, reason=why, **whose)
 
 def preload():
     "What every child needs, imported once"
@@ -533,9 +565,14 @@ def counts(rows: list) -> dict: # loader, backend ▸ result ▸ how many
 
 def show(r: dict) -> str:
     reason = '' if r['result'] == 'works' else f"{r.get('step', '')}: {r.get('reason', '')}"
-    return f"{r['loader']:8} {r['family']:24} {r['backend']:6} {r['result']:8} {r.get('seconds', ''):>6} {reason[:150]}"
+    return f"{r['loader']:8} {r['family']:24} {r['backend']:6} {r['result']:8} {r.get('seconds', ''):>6} {reason[:400]}"
 
-def write(out: Path, known: dict, said: dict):
+def known_rows(out: Path) -> dict:
+    return {(r['loader'], r['family'], r['backend']): r for r in json.loads(out.read_text())['rows']} if out.exists() else {}
+
+def write(out: Path, mine: dict, said: dict):
+    "My rows beside those that the file has meanwhile"
+    known = known_rows(out) | mine
     rows = [known[k] for k in sorted(known)]
     body = ',\n'.join('  '+json.dumps(r) for r in rows)
     head = json.dumps(dict(about=said, counts=counts(rows)), indent=1)[:-2]
@@ -548,11 +585,11 @@ def main():
     p.add_argument('--backend', default='mlx,torch')
     p.add_argument('--seconds', type=int, default=180)
     p.add_argument('--again', action='store_true', help='also what the result file has')
+    p.add_argument('--last', default='', help='go no further than this step, and write no result')
     p.add_argument('--long', action='store_true', help='entries with a length of their own at that length')
     p.add_argument('-o', '--out', type=Path, default=RESULT)
     a = p.parse_args()
-    table, known, only = read_table(), {}, [x for x in a.only.split(',') if x]
-    if a.out.exists(): known = {(r['loader'], r['family'], r['backend']): r for r in json.loads(a.out.read_text())['rows']}
+    table, known, mine, only = read_table(), known_rows(a.out), {}, [x for x in a.only.split(',') if x]
     preload()
     said = about('python bench/families.py')
     for loader in a.loader.split(','):
@@ -561,10 +598,10 @@ def main():
             if only and family not in only: continue
             for backend in a.backend.split(','):
                 key = loader, family, backend
-                if backend == 'torch' and loader == 'mlx-vlm' or key in known and not (a.again or only): continue
-                known[key] = run((loader, family, backend, table, a.long), a.seconds)
-                print(show(known[key]), flush=True)
-                write(a.out, known, said)
-    print(json.dumps(counts(list(known.values())), indent=1))
+                if backend == 'torch' and loader == 'mlx-vlm' or key in known and not (a.again or only or a.last): continue
+                mine[key] = run((loader, family, backend, table, a.long, a.last), a.seconds)
+                print(show(mine[key]), flush=True)
+                if not a.last: write(a.out, mine, said)
+    print(json.dumps(counts(list((known | mine).values())), indent=1))
 
 if __name__ == '__main__': main()

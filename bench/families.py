@@ -3,13 +3,14 @@
     python bench/families.py [--loader mlx-lm,mlx-vlm,special] [--only gemma4,rwkv7] [--backend mlx,torch] [--long]
                              [--seconds 120] [--again] [-o nbs/results/families.json]
 
-A text model of mlx-lm or a vision-language model of mlx-vlm is a line; so is each special form of `bench/families.json`,
-which holds a small configuration of our own for each of them. A model file without one is reported as such, so a new release of
-the loaders is one command away. Where transformers has the class, the checkpoint has the names that transformers saves;
-elsewhere, or where the loader does not take these, those of the loader itself. All weights are random and float32, so that
-equal means equal; nothing is said about quality.
+A text model of mlx-lm or a vision-language model of mlx-vlm is a line; so is each special form of
+`bench/families.json`, which holds a small configuration of our own for each of them. A model file without one is
+reported as such, so a new release of the loaders is one command away. Where transformers has the class, the
+checkpoint has the names that transformers saves; elsewhere, or where the loader does not take these, those of the
+loader itself. All weights are random and float32, so that equal means equal; nothing is said about quality.
 
-Each line runs in a process of its own under a time limit. What it must do:
+Each line runs in a process of its own under a time limit. Rows are added to the result file as they come; what it
+holds already is not run again without `--again`. What a family must do:
 
 `plain`    the loader itself opens the checkpoint and runs it: what fails here is the loader's own refusal
 `list`     units and blocks
@@ -23,6 +24,11 @@ Each line runs in a process of its own under a time limit. What it must do:
 `save`     converted with min-max rounding, checked tensor by tensor
 `reload`   the plain library opens it and gives the same logits
 `cache`    layout, a sweep at 4 bits, a quantized cache in generation
+
+Pictures are random numbers in the shape that a model's own processor gives them, since a processor is a file of its
+own for each family; models that see are opened by `mlx_vlm.utils.load_model` for the same reason. PyTorch replays text
+models only. A row is `refused` where the library alone cannot do the step either, and says whose refusal it is;
+it `fails` where the library can. `where` is the innermost place in the package that the error passed.
 """
 import argparse
 import contextlib
@@ -65,6 +71,7 @@ from optiq.tiny import PROSE, draw, merged, write_json, write_tokenizer
 HERE = Path(__file__).parent
 TABLE, RESULT = HERE/'families.json', HERE.parent/'nbs/results/families.json'
 CLOSE = 1e-3 # of the logits' standard deviation: how far equal may be off in float32
+BUILDS = 'transformers does not build it'
 LOADER = {'mlx-lm': 'mlx-lm', 'mlx-vlm': 'mlx-vlm', 'special': 'mlx-lm'}
 T = 32 # tokens of a sequence, twice the sliding windows of the table
 
@@ -83,6 +90,7 @@ def stripped(entry):
     "Without what it says under `_drop`"
     if not isinstance(entry, dict): return entry
     gone = {*entry.get('_drop', ()), '_drop'}
+    if entry.get('rope_parameters'): gone |= {k for k in ('rope_scaling',) if entry.get(k) is None} # said once
     return {k: stripped(v) for k, v in entry.items() if k not in gone}
 
 def config_of(loader: str, family: str, table: dict) -> tuple: # config.json, what the runner is told
@@ -101,7 +109,7 @@ def model_files(loader: str) -> list:
     return sorted(f.parent.name for f in root.glob('*/__init__.py') if takes_pictures(f.parent))
 
 def takes_pictures(folder: Path) -> bool:
-    "Whether a model of mlx-vlm takes text and images: it has a model that is called with tokens and pixels, and a language model"
+    "Whether a model of mlx-vlm takes text and images: it sees, and is called with tokens and pixels"
     text = ''.join(f.read_text() for f in folder.glob('*.py'))
     sees = (folder/'vision.py').exists() or re.search('VisionModel|vision_tower|vision_model', text)
     called = re.search(r'class Model\(.*?def __call__\((.*?)\)', text, re.S)
@@ -128,8 +136,10 @@ def write_native(out: Path, config: dict, found: tuple):
     "The weights, named as transformers saves them"
     import torch
     native, kind = found
+    if kind.config_class is not type(native): native = native.get_text_config()
     native._attn_implementation = 'eager'
-    model = kind(native).float()
+    try: model = kind(native).float()
+    except Exception as e: raise Wrong(f'{BUILDS}: {one_line(e)}') from e
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.is_floating_point(): p.copy_(torch.from_numpy(values(name, tuple(p.shape), config['model_type'])))
@@ -187,7 +197,8 @@ def put_draft(out: Path, config: dict):
     found, text = load_file(out/'model.safetensors'), config.get('text_config', config)
     width, last = text['hidden_size'], f"layers.{text['num_hidden_layers']-1}."
     own = {'mtp.layers.0.'+k.split(last)[1]: v for k, v in found.items() if last in k}
-    for n in ('norm', 'pre_fc_norm_embedding', 'pre_fc_norm_hidden'): own[f'mtp.{n}.weight'] = np.zeros(width, np.float32)
+    norms = 'norm', 'pre_fc_norm_embedding', 'pre_fc_norm_hidden'
+    own |= {f'mtp.{n}.weight': np.zeros(width, np.float32) for n in norms}
     own['mtp.fc.weight'] = values('mtp.fc.weight', (width, 2*width), '')
     save_file(found | own, out/'model.safetensors', {'format': 'pt'})
 
@@ -207,13 +218,13 @@ def write_checkpoint(out: Path, config: dict, told: dict, form: str, vision: boo
 
 class Wrong(Exception): "What a step finds to be so"
 
-def near(x, y, what: str) -> float:
+def near(x, y, what: str, close: float = CLOSE) -> float:
     "How far apart, in standard deviations of the second; raises Wrong"
     x, y = (np.asarray(a, dtype=np.float64) for a in (x, y))
     if x.shape != y.shape: raise Wrong(f'{what}: shapes {x.shape} and {y.shape}')
     if not np.isfinite(y).all(): raise Wrong(f'{what}: not finite')
     off = float(abs(x-y).max()/(y.std()+1e-30))
-    if not off < CLOSE: raise Wrong(f'{what}: off by {off:.2g} of the spread')
+    if not off < close: raise Wrong(f'{what}: off by {off:.2g} of the spread')
     return off
 
 def as_numpy(x):
@@ -226,8 +237,9 @@ def plain_logits(model, batch, vision=False) -> np.ndarray:
     if not vision: return as_numpy(model(mx.array(batch)))
     given = {k: mx.array(v if v.dtype.kind in 'fb' else v.astype(np.int32)) for k, v in batch.items() if k != 'scored'}
     ids, pixels, mask = (given.pop(k, None) for k in ('input_ids', 'pixel_values', 'attention_mask'))
-    seen = {k: v for k, v in model.get_input_embeddings(ids, pixels, mask=mask, **given).to_dict().items() if v is not None}
-    out = model.language_model(ids, inputs_embeds=seen.pop('inputs_embeds'), cache=None, **given | seen) # as mlx-vlm generates
+    found = model.get_input_embeddings(ids, pixels, mask=mask, **given).to_dict() # as mlx-vlm generates
+    found = {k: v for k, v in found.items() if v is not None}
+    out = model.language_model(ids, inputs_embeds=found.pop('inputs_embeds'), cache=None, **given | found)
     return as_numpy(getattr(out, 'logits', out))
 
 def open_plain(folder: Path, vision: bool):
@@ -381,8 +393,9 @@ def reload(m):
         with m.b.swapped(overrides_of(m.plan)): ours = as_numpy(m.b.forward(s))
         theirs = plain_logits(model, s, m.vision)
         if m.vision: theirs = theirs[:, np.flatnonzero(s['scored'])]
-        if getattr(m, 'apart', 0) > CLOSE: return f'transformers and mlx-lm differ in full precision already, by {m.apart:.2g} of the spread'
-        offs.append(near(theirs, ours, 'reloaded against ours'))
+        if getattr(m, 'apart', 0) > CLOSE: return (
+            f'transformers and mlx-lm differ in full precision already, by {m.apart:.2g} of the spread')
+        offs.append(near(theirs, ours, 'reloaded against ours', max(CLOSE, 3*getattr(m, 'apart', 0))))
     return f'off by {max(offs):.1g}'
 
 def cache(m):
@@ -403,10 +416,10 @@ def cache(m):
     left = sorted({l.left for l in layout.layers if l.left})
     return f'{len(layout.units)} of {2*len(layout.layers)} can be quantized' + (f' ({"; ".join(left)})' if left else '')
 
-STEPS = dict(plain=plain, list=listed, whole=whole, tokens=tokens, replay=replay, streams=streams, gradient=gradient, effect=effect,
-             plan=plan, save=save, reload=reload, cache=cache)
-NEEDS = dict(list='plain', whole='list', tokens='list', replay='list', streams='replay', gradient='opened', effect='opened',
-             plan='swept', save='planned', reload='save', cache='opened')
+STEPS = dict(plain=plain, list=listed, whole=whole, tokens=tokens, replay=replay, streams=streams, gradient=gradient,
+             effect=effect, plan=plan, save=save, reload=reload, cache=cache)
+NEEDS = dict(list='plain', whole='list', tokens='list', replay='list', streams='replay', gradient='opened',
+             effect='opened', plan='swept', save='planned', reload='save', cache='opened')
 HAS = dict(opened='b', swept='sweep', planned='plan')
 TORCH_STEPS = ('plain', 'list', 'replay', 'streams', 'gradient', 'effect', 'plan', 'save', 'reload', 'cache')
 
@@ -438,6 +451,10 @@ def witness(m, step: str) -> str:
             model = open_plain(m.folder, False)
             rows = [plain_logits(model, m.batch[i:i+1]) for i in range(len(m.batch))]
             near(plain_logits(model, m.batch), np.concatenate(rows), 'two rows against one by one')
+        if step == 'cache':
+            from mlx_lm.models.cache import make_prompt_cache
+            model = open_plain(m.folder, False)
+            mx.eval(model(mx.array(m.batch[:1, :2]), cache=make_prompt_cache(model)))
         if step in ('save', 'reload') and not m.vision:
             from mlx_lm.convert import convert as theirs
             out = m.out.parent/'theirs'
@@ -448,22 +465,23 @@ def witness(m, step: str) -> str:
     except (Exception, SystemExit) as e: return one_line(e)
     return ''
 
-def line(loader: str, family: str, backend: str, table: dict, long: bool, last: str = '', tell=lambda step: None) -> dict:
+def line(loader: str, family: str, backend: str, table: dict, long: bool, last: str = '', tell=lambda s: None) -> dict:
     "Run one family"
     row = dict(loader=loader, family=family, backend=backend)
     vision = loader == 'mlx-vlm' or bool(table.get(loader, {}).get(family, {}).get('_vision'))
     name = 'mlx-vlm' if vision else 'mlx-lm'
-    if family not in table[loader]: return row | dict(result='no configuration yet', reason='bench/families.json has no entry')
-    if '_untried' in table[loader][family]: return row | dict(result='not tried', reason=table[loader][family]['_untried'])
-    if '_refused' in table[loader][family]: return row | dict(
-        result='refused', whose=name, step='plain', reason=table[loader][family]['_refused'])
+    entry = table[loader].get(family)
+    if entry is None: return row | dict(result='no configuration yet', reason='bench/families.json has no entry')
+    if '_untried' in entry: return row | dict(result='not tried', reason=entry['_untried'])
+    if '_refused' in entry: return row | dict(result='refused', whose=name, step='plain', reason=entry['_refused'])
     config, told = config_of(loader, family, table)
     if long and 'long' in told: told['tokens'] = told['long']
     tmp = Path(tempfile.mkdtemp(prefix=f'{family}-'))
-    m = SimpleNamespace(asked=config, told=told, vision=vision, backend=backend, folder=tmp/'in'/family, out=tmp/'out'/family,
-                        form=None)
-    try: return row | walk(m, name, last, tell)
+    m = SimpleNamespace(asked=config, told=told, vision=vision, backend=backend, form=None,
+                        folder=tmp/'in'/family, out=tmp/'out'/family)
+    try: found = json.dumps(row | walk(m, name, last, tell))
     finally: shutil.rmtree(tmp, ignore_errors=True)
+    return json.loads(re.sub(re.escape(str(tmp))+r'/(in|out)/[^:"]*', 'the folder', found))
 
 def walk(m, name: str, last: str = '', tell=lambda step: None) -> dict:
     "Every step that can be taken"
@@ -481,9 +499,7 @@ def walk(m, name: str, last: str = '', tell=lambda step: None) -> dict:
             note = f(m)
             steps[step] = 'ok'+(f': {note}' if note else '')
             if step == 'plain' and m.backend == 'torch' and m.form != 'hub':
-                why = m.hub_error and f'mlx-lm does not open what transformers saves ({m.hub_error})'
-                return dict(result='refused', whose='mlx-lm' if why else 'transformers', step='plain',
-                            reason=why or 'transformers has no such class', steps=steps)
+                return dict(result='refused', step='plain', steps=steps) | hub_refusal(m.hub_error)
         except (Exception, SystemExit) as e:
             steps[step] = one_line(e)
             wrong.append((step, one_line(e), where(e), '' if step == 'plain' else witness(m, step)))
@@ -496,13 +512,21 @@ def walk(m, name: str, last: str = '', tell=lambda step: None) -> dict:
                  seconds=round(time.perf_counter()-start, 1))
     return verdict(wrong, name, m) | about | dict(steps=steps)
 
+def hub_refusal(why: 'str | None') -> dict:
+    "Why there is nothing for PyTorch to open"
+    if not why: return dict(whose='transformers', reason='transformers has no such class')
+    if why.startswith(BUILDS): return dict(whose='transformers', reason=why)
+    return dict(whose='mlx-lm', reason=f'mlx-lm does not open what transformers saves: {why}')
+
 def verdict(wrong: list, name: str, m) -> dict:
     "Works, refused or fails; the first thing that is not the library's own counts"
     if not wrong: return dict(result='works')
     ours = [w for w in wrong if w[0] != 'plain' and not w[3]]
     step, reason, place, seen = (ours or wrong)[0]
     told = dict(step=step, reason=reason, **{'where': place} if place else {}, **{'library': seen} if seen else {})
-    if not ours: return dict(result='refused', whose='transformers' if m.backend == 'torch' and step == 'replay' else name, **told)
+    if not ours:
+        native = m.backend == 'torch' and step == 'replay'
+        return dict(result='refused', whose='transformers' if native else name, **told)
     if 'use --backend mlx' in reason: return dict(result='refused', whose='optiq', **told)
     more = [dict(step=s, reason=r, where=p) for s, r, p, _ in ours[1:]]
     return dict(result='fails', **told, **{'also': more} if more else {})
@@ -510,14 +534,14 @@ def verdict(wrong: list, name: str, m) -> dict:
 # ── all lines ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def child(args, queue):
-    os.nice(0)
     sys.stdout = sys.stderr = open(os.devnull, 'w') if not os.environ.get('FAMILIES_TRACE') else sys.stdout
     if os.environ.get('FAMILIES_TRACE'): faulthandler.dump_traceback_later(40)
     import torch
     torch.set_num_threads(1)
     try: queue.put(line(*args, queue.put))
-    except BaseException as e: queue.put(dict(loader=args[0], family=args[1], backend=args[2], result='fails', step='runner',
-                                              reason=one_line(e), trace=traceback.format_exc()[-1500:]))
+    except BaseException as e:
+        head = dict(zip(('loader', 'family', 'backend'), args))
+        queue.put(head | dict(result='fails', step='runner', reason=one_line(e)))
 
 def run(args, seconds: int) -> dict:
     "One line in a process of its own"
@@ -541,8 +565,8 @@ def run(args, seconds: int) -> dict:
 
 def preload():
     "What every child needs, imported once"
-    for name in ('torch', 'mlx.core', 'mlx.nn', 'mlx_lm', 'mlx_vlm.utils', 'pandas', 'scipy.stats', 'safetensors.numpy', 'transformers.generation',
-                 'transformers.modeling_utils', 'transformers.models.qwen3.modeling_qwen3', 'mlx_lm.convert', 'mlx_lm.generate'):
+    for name in ('torch', 'mlx.nn', 'mlx_lm.convert', 'mlx_lm.generate', 'mlx_vlm.utils', 'pandas', 'scipy.stats',
+                 'safetensors.numpy', 'transformers.generation', 'transformers.models.qwen3.modeling_qwen3'):
         with contextlib.suppress(ImportError): importlib.import_module(name)
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer # noqa: F401
     from transformers.utils import logging
@@ -551,7 +575,7 @@ def preload():
 
 def about(command: str) -> dict:
     names = 'mlx', 'mlx-lm', 'mlx-vlm', 'torch', 'transformers'
-    git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    git = subprocess.check_output(['git', 'rev-parse', '--short', 'HEAD'], text=True, cwd=HERE).strip()
     return machine() | {n: version(n) for n in names} | dict(command=command, commit=git, date=date.today().isoformat(),
             close=CLOSE, tokens=T)
 
@@ -568,7 +592,8 @@ def show(r: dict) -> str:
     return f"{r['loader']:8} {r['family']:24} {r['backend']:6} {r['result']:8} {r.get('seconds', ''):>6} {reason[:400]}"
 
 def known_rows(out: Path) -> dict:
-    return {(r['loader'], r['family'], r['backend']): r for r in json.loads(out.read_text())['rows']} if out.exists() else {}
+    rows = json.loads(out.read_text())['rows'] if out.exists() else []
+    return {(r['loader'], r['family'], r['backend']): r for r in rows}
 
 def write(out: Path, mine: dict, said: dict):
     "My rows beside those that the file has meanwhile"
@@ -598,7 +623,8 @@ def main():
             if only and family not in only: continue
             for backend in a.backend.split(','):
                 key = loader, family, backend
-                if backend == 'torch' and loader == 'mlx-vlm' or key in known and not (a.again or only or a.last): continue
+                if backend == 'torch' and loader == 'mlx-vlm': continue
+                if key in known and not (a.again or only or a.last): continue
                 mine[key] = run((loader, family, backend, table, a.long, a.last), a.seconds)
                 print(show(mine[key]), flush=True)
                 if not a.last: write(a.out, mine, said)

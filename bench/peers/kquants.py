@@ -148,7 +148,7 @@ class Source:
 
     def overrides(self, found):
         "Variants for the scorer"
-        return {self.names[n]: (lambda w, x=torch.from_numpy(np.ascontiguousarray(self.turned(n, x, True))): x) for n, x in found.items()}
+        return {self.names[n]: (lambda w, x=torch.from_numpy(np.ascontiguousarray(self.turned(n, x, True))): x.to(w.device)) for n, x in found.items()}
 
 def listed(names): return [n for n in names.split(',') if n]
 
@@ -243,16 +243,19 @@ def part_autoround(x):
     from auto_round import AutoRound, AutoScheme
     from torch.utils.data import DataLoader
     data = DataLoader([dict(input_ids=torch.tensor(ids, dtype=torch.long), attention_mask=torch.ones(len(ids), dtype=torch.long)) for ids in x.tokens], 8)
-    options = dict(iters=x.args.iters, dataset=data, seqlen=x.args.seq_len, nsamples=len(x.tokens), device_map=0 if torch.cuda.is_available() else 'cpu')
+    texts = x.source.work/'texts.json' # AutoScheme takes no tokens; two sequences in one text, since fewer tokens than asked for are dropped
+    texts.write_text(json.dumps([x.c.tokenizer.decode(np.concatenate(x.tokens[k:k+2])) for k in range(0, len(x.tokens)-1, 2)]))
+    options = dict(iters=x.args.iters, dataset=data, seqlen=x.args.seq_len, nsamples=len(x.tokens), device_map=0 if torch.cuda.is_available() else 'cpu',
+                   **{} if torch.cuda.is_available() else dict(enable_torch_compile=False)) # compiling takes longer than it saves there
     for spec in listed(x.args.autoround): # W4, W4-asym, or 3.5:W2-W3-W4-W8 for AutoScheme
         folder = x.source.work/f'autoround-{spec.replace(":", "-")}-{x.args.iters}'
         def run():
             bits, _, how = spec.partition('-' if spec[0] == 'W' else ':')
             if how == 'asym': scheme = dict(bits=int(bits[1:]), group_size=64, sym=False, data_type='int')
             elif bits[0] == 'W': scheme = f'{bits}A16G64'
-            else: scheme = AutoScheme(float(bits), [f'{w}A16G64' for w in how.split('-')], dataset=data, nsamples=16, seqlen=x.args.seq_len)
+            else: scheme = AutoScheme(float(bits), [f'{w}A16G64' for w in how.split('-')], dataset=str(texts), seqlen=x.args.seq_len)
             model = AutoModelForCausalLM.from_pretrained(x.args.model, dtype=torch.bfloat16)
-            AutoRound(model, x.c.tokenizer, scheme=scheme, **options).quantize_and_save(folder, format='mlx')
+            AutoRound(model, x.c.tokenizer, scheme=scheme, **options | (dict(dataset=str(texts)) if bits[0] != 'W' else {})).quantize_and_save(folder, format='mlx')
         names = {f'AutoRound {spec}, {x.args.iters} steps, embedding {e}': e for e in listed(x.args.widths)}
         if not any(x.missing(n) for n in names): continue
         try: _, s = timed(run)
@@ -268,6 +271,7 @@ def part_oq(x):
     spec.loader.exec_module(oq := importlib.util.module_from_spec(spec))
     imatrix = {x.source.names.get(n.removesuffix('.weight')): v for n, v in x.source.importance(x.tokens).items()}
     scores, shapes = {}, {u.path: u.shape for u in x.c.units}
+    formats = {b: format_of(x, f'{b}g64') for b in (2, 3, 4, 5, 6, 8)}
     for level in listed(x.args.levels):
         level, _, target = level.partition('@')
         level, caps = float(level), oq._bpw_targets_for_level(float(level))
@@ -276,7 +280,7 @@ def part_oq(x):
             if base not in scores: scores[base] = block_errors(x, x.tokens[:32], uniform(x.c, f'{base}g64'))
             config = x.c.config | dict(_oq_use_budget_plan=True, _oq_sensitivity_map={str(i): v for i, v in enumerate(scores[base])})
             boosts = oq._build_quant_plan(shapes, config, level, *((float(target), float(target)+.1) if target else caps)).boost_map
-            return make_plan(x.c, {p: f'{boosts.get(p, dict(bits=base))["bits"]}g64' for p in shapes})
+            return make_plan(x.c, {p: formats[boosts[p]['bits'] if p in boosts else base] for p in shapes})
         def made(weighted):
             found = plan()
             f = {p: (lambda w, p=p, b=fmt.bits: clipped(w, b, imatrix.get(p))) for p, fmt in found.items()} if weighted else overrides_of(found)
@@ -298,7 +302,7 @@ def block_errors(x, tokens, plan):
 def clipped(w, bits, importance, group=64):
     "oQe's rounding: of 14 affine grids that share an edge with the group, that with the least error weighted by importance"
     g, n, best = w.float().reshape(len(w), -1, group), 2**bits-1, None
-    h = torch.ones_like(g[:1]) if importance is None else torch.from_numpy(importance).clamp(min=1e-8).reshape(1, -1, group)
+    h = torch.ones_like(g[:1]) if importance is None else torch.from_numpy(importance).to(w.device).clamp(min=1e-8).reshape(1, -1, group)
     low, high = g.amin(-1, keepdim=True), g.amax(-1, keepdim=True)
     for edge, sign in ((high, -1), (low, 1)):
         step = ((high-low)/n).clamp(min=1e-7)*sign
@@ -315,19 +319,22 @@ def clipped(w, bits, importance, group=64):
 def read_mlx(x, folder, embed, seconds):
     "Variant of a saved MLX checkpoint, its embedding in another format if it was left as it is"
     import mlx.core as mx
-    tensors = {k: v for f in Path(folder).glob('*.safetensors') for k, v in mx.load(str(f)).items()}
-    entries, found = json.loads((Path(folder)/'config.json').read_text())['quantization'], {}
+    folder = next(Path(folder).rglob('config.json')).parent
+    tensors = {k: v for f in folder.glob('*.safetensors') for k, v in mx.load(str(f)).items()}
+    entries, found = json.loads((folder/'config.json').read_text())['quantization'], {}
     nbytes, path = sum(t.nbytes for t in tensors.values()), x.c.units[0].path
     for p in (k.removesuffix('.scales') for k in tensors if k.endswith('.scales')):
         e = entries.get(p) or entries
         w = mx.dequantize(tensors[f'{p}.weight'], *(tensors[f'{p}.{k}'].astype(mx.float32) for k in ('scales', 'biases')), group_size=e['group_size'], bits=e['bits'])
-        found[p] = lambda _, w=torch.from_numpy(np.array(w)): w
+        found[p] = lambda w, x=torch.from_numpy(np.array(w)): x.to(w.device)
     bits = sorted(str(e['bits']) for e in entries.values() if isinstance(e, dict))
     if embed != 'as it is':
-        plan = make_plan(x.c, {path: embed})
+        plan = make_plan(x.c, {path: format_of(x, embed)})
         found |= overrides_of({path: plan[path]})
         nbytes += plan.nbytes-make_plan(x.c, {}).nbytes
     return found, nbytes, dict(counts={b: bits.count(b) for b in sorted(set(bits))}, embed=embed, quantize_seconds=round(seconds, 1), versions=versions('auto-round'))
+
+def format_of(x, name): return next(iter(uniform(x.c, name).values()))
 
 def versions(*names): return {n: version(n) for n in names}
 

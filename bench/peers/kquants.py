@@ -1,30 +1,31 @@
-"""Peers that do not write MLX checkpoints, and two that do, scored as `ours.py` scores: llama.cpp's K-quants, AutoRound, oMLX's oQ.
+"""What people pick instead: llama.cpp's K-quants, AutoRound, oMLX's oQ. Same text, same scorer, true bytes, as in `ours.py`.
 
-    python3 -m venv VENV; VENV/bin/pip install gguf auto-round==0.16.1 -e .
-    npm pack @node-llama-cpp/linux-x64@3.21.1; tar xzf node-llama-cpp-linux-x64-3.21.1.tgz     # llama.cpp built, in package/bins/linux-x64
-    pip download --no-deps flyto-mlx==0.7.0; unzip flyto_mlx-*.whl omlx/oq.py                   # oMLX's own oQ, packed by others
-    VENV/bin/python bench/peers/kquants.py --llama package/bins/linux-x64 --oq omlx/oq.py --model MODEL --calibration valid.txt --test test.txt
-        [--only kquants,across,autoround,oq] [--ours nbs/results/peers-smollm2.json] -o nbs/results/kquants-smollm2.json
+    python3 -m venv VENV; VENV/bin/pip install -e . gguf==0.19.0 auto-round==0.16.1
+    npm pack @node-llama-cpp/linux-x64@3.21.1; tar xzf node-llama-cpp-linux-x64-3.21.1.tgz  # llama.cpp, built: package/bins/linux-x64
+    pip download --no-deps flyto-mlx==0.7.0; unzip flyto_mlx-*.whl omlx/oq.py              # oMLX's oq.py, in a package of others
+    VENV/bin/python bench/peers/kquants.py --llama package/bins/linux-x64 --oq omlx/oq.py --model MODEL --calibration valid.txt \\
+        --test test.txt [--only kquants,across,autoround,oq] [--score-n 16] -o kquants.json
 
-`kquants`    llama.cpp's own quantizer on a GGUF of the model, its own type for each tensor, with and without importance matrix
-`across`     the same encoders with types as llama.cpp chooses them for a model whose width fits; see below
-`autoround`  AutoRound on the same calibration tokens, its fake-quantized weights, at the bytes of its MLX export
-`oq`         oMLX's quantizer, its MLX checkpoint
+`kquants`    llama.cpp's own quantizer on a GGUF of the model, which chooses a type for each tensor; with and without importance matrix
+`across`     its encoders, with the types that it chooses for a model whose width fits; see below
+`autoround`  AutoRound's MLX export, tuned on our calibration tokens; it leaves the embedding as it is, so that is rounded at several widths.
+             200 steps on each of 30 blocks want a GPU, which is used if there is one
+`oq`         the plan of oMLX's `oq.py` from block errors on our calibration text, rounded by min-max (oQ) or by its importance search (oQe)
 
-K-quants need rows of a multiple of 256 weights. SmolLM2-135M is 576 wide, so llama.cpp falls back there on older types of 32 (Q4_K to Q5_0,
-Q6_K and the embedding to Q8_0, …); only `down_proj`, 1,536 wide, is a K-quant. The rows of `kquants` are what a user gets for this model. They say
-little about K-quants on others, so `across` lets a block of 256 run on into the next row: the tensors are read as a quarter of the rows, four
-times as wide, for which the sub-blocks of 16 and 32 lie within one row still. The bytes are exact, and no llama.cpp opens such a file.
-llama.cpp's importance matrix leaves the embedding out, so we do too; rows with `head` in the name give it one, from the inputs of the tied head.
+K-quants need rows of a multiple of 256 weights. SmolLM2-135M is 576 wide, so llama.cpp falls back to older types with blocks of 32: Q3_K to
+Q4_0, Q4_K to Q5_0, Q5_K to Q5_1, Q6_K and the embedding to Q8_0. Only `down_proj`, 1,536 wide, becomes a K-quant. The rows `llama.cpp …` are
+what a user of this model gets; of K-quants they say little. For the rows `across …` a block of 256 runs on into the next row: each tensor is
+read as a quarter of the rows, four times as wide, and sub-blocks of 16 and 32 still lie within one row. Bytes are exact, quality is that of the
+encoder, and llama.cpp opens no such file. Its importance matrix leaves out the embedding, and so do we, but for the rows that say `with head`:
+there the tied embedding has a type of its own (llama-quantize's --token-embedding-type) and the importance of the head's inputs.
 
-Bytes are those of everything a file stores for its tensors, norms in float32 as llama.cpp keeps them. `against_ours` holds the difference to
-OptiQ's rows (allocation and GPTQ) at the same bytes, sequence by sequence: of the two neighbouring rows, log KL is interpolated over bits.
+Bytes are those of everything that a file stores for its tensors, with norms in float32 as llama.cpp keeps them. `against_ours` is the difference
+to OptiQ's rows (allocation and GPTQ) at the same bytes, sequence by sequence, with log KL interpolated over bits between two neighbouring rows.
+Rows are written one by one; a row that is there is measured again only if more sequences are asked for.
 """
 import argparse
 import ctypes
 import json
-import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -60,7 +61,8 @@ class Llama:
         self.ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
         self.log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, _: level == 4 and print(text.decode(), end=''))
         self.llama.llama_log_set(self.log, None)
-        self.version = next((f.name for f in Path(folder).iterdir() if f.name.startswith('libllama.')), '')
+        build = Path(folder)/'_nlcBuildMetadata.json'
+        self.version = json.loads(build.read_text())['buildOptions']['llamaCpp']['release'] if build.exists() else 'unknown'
         s = self.llama.llama_model_quantize_default_params()
         assert (s.ftype, s.quantize_output_tensor, s.pure, s.imatrix) == (LlamaFileType.MOSTLY_Q8_0, True, False, None), 'another llama.h'
 
@@ -367,6 +369,7 @@ def main():
     x = Bench(args)
     x.reference()
     x.source, x.llama = Source(args.model, args.work), Llama(args.llama) if args.llama else None
+    x.results['about'] |= dict(scored=f'{args.score_n} sequences', gguf=version('gguf')) | ({'llama.cpp': x.llama.version} if x.llama else {})
     for part in args.only.split(','):
         _, s = timed(lambda: globals()[f'part_{part}'](x))
         x.results['seconds'][part] = round(s, 1)

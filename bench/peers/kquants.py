@@ -20,7 +20,8 @@ encoder, and llama.cpp opens no such file. Its importance matrix leaves out the 
 there the tied embedding has a type of its own (llama-quantize's --token-embedding-type) and the importance of the head's inputs.
 
 Bytes are those of everything that a file stores for its tensors, with norms in float32 as llama.cpp keeps them. `against_ours` is the difference
-to OptiQ's rows (allocation and GPTQ) at the same bytes, sequence by sequence, with log KL interpolated over bits between two neighbouring rows.
+to OptiQ's rows (allocation and GPTQ) at the same bytes, sequence by sequence, with log KL interpolated over bits between two neighbouring rows;
+above our largest row, to that one.
 Rows are written one by one; a row that is there is measured again only if more sequences are asked for.
 """
 import argparse
@@ -36,9 +37,10 @@ from transformers import AutoModelForCausalLM
 
 from ours import Bench, evaluate, make_plan, overrides_of, timed, uniform
 
+RECIPES = dict(default=dict(iters=200), light=dict(iters=50, lr=5e-3), opt_rtn=dict(iters=0)) # AutoRound's, but for the texts
 KQUANTS = 'Q3_K_S,Q3_K_M,IQ4_XS,Q4_K_S,Q4_K_M,Q5_K_S,Q5_K_M,Q6_K'
 LOW = 'Q2_K,IQ3_XXS' # below 4 bits, with an importance matrix only
-EMBEDDINGS = 'Q3_K_S/Q4_K,Q3_K_M/Q4_K,Q4_K_S/Q4_K,Q4_K_S/Q5_K,Q5_K_S/Q5_K' # as llama-quantize's --token-embedding-type
+EMBEDDINGS = 'Q3_K_S/Q4_K,Q3_K_M/Q4_K,Q4_K_S/Q4_K,Q4_K_S/Q5_K,Q4_K_M/Q5_K,Q5_K_S/Q5_K' # as llama-quantize's --token-embedding-type
 
 class Settings(ctypes.Structure):
     "llama_model_quantize_params of llama.h"
@@ -184,16 +186,18 @@ def encoded(s, llama, kinds, importance, kept={}):
     return s.overrides(found), nbytes, dict(types=counts(sizes), embed=kinds['token_embd'])
 
 def against_ours(x, bits, kl_each):
-    "The paired difference to OptiQ's rows at the same bytes"
-    ours = json.loads(Path(x.args.ours).read_text())
-    if any(ours['about'][k] != x.results['about'][k] for k in ('model', 'test')): return None
-    rows = sorted((r for n, r in ours['rows'].items() if n.startswith('ours ') and n.endswith(' gptq')), key=lambda r: r['true_bits'])
-    near = next(((a, b) for a, b in zip(rows, rows[1:]) if a['true_bits'] <= bits <= b['true_bits']), None)
-    if not near: return None
-    (a, b), (p, q) = (r['true_bits'] for r in near), (np.log(r['kl_each']) for r in near)
-    mine = np.exp(p+(q-p)*(bits-a)/(b-a))[:len(kl_each)]
-    d = np.asarray(kl_each)-mine
-    return dict(ours=float(mine.mean()), difference=float(d.mean()), difference_se=float(d.std(ddof=1)/len(d)**.5), ratio=float(np.mean(kl_each)/mine.mean()))
+    "The paired difference to OptiQ's rows at the same bytes; above the largest of them, to that one, which has fewer"
+    known = json.loads(Path(x.args.ours).read_text())
+    if any(known['about'][k] != x.results['about'][k] for k in ('model', 'test')): return None
+    rows = sorted((r for n, r in known['rows'].items() if n.startswith('ours ') and n.endswith(' gptq')), key=lambda r: r['true_bits'])
+    if bits < rows[0]['true_bits']: return None
+    bits = min(bits, rows[-1]['true_bits'])
+    a, b = next((a, b) for a, b in zip(rows, rows[1:]) if a['true_bits'] <= bits <= b['true_bits'])
+    share, p, q = (bits-a['true_bits'])/(b['true_bits']-a['true_bits']), np.log(a['kl_each']), np.log(b['kl_each'])
+    ours = np.exp(p+(q-p)*share)[:len(kl_each)]
+    d = np.asarray(kl_each)-ours
+    return dict(true_bits=bits, kl=float(ours.mean()), difference=float(d.mean()), difference_se=float(d.std(ddof=1)/len(d)**.5),
+                ratio=float(np.mean(kl_each)/ours.mean()))
 
 def score(x, variants, at_once=5):
     "Rows of name ▸ function that gives (overrides, bytes, more), several at once since each needs the reference"
@@ -205,18 +209,18 @@ def score(x, variants, at_once=5):
             print('…', n, flush=True)
             try: made[n], spent[n] = timed(variants[n])
             except Exception as e: x.failed(n, e)
-        found, s = timed(lambda: evaluate(x.b, tokens, {n: m[0] for n, m in made.items()}))
-        for n, (_, nbytes, more) in made.items(): write(x, n, nbytes, found[n], spent[n], **more, scored_s=round(s/(len(made)+1), 1))
+        found = evaluate(x.b, tokens, {n: m[0] for n, m in made.items()})
+        for n, (_, nbytes, more) in made.items(): write(x, n, nbytes, found[n], spent[n], **more)
 
 def write(x, name, nbytes, s, seconds, **more):
     se, bits = lambda v: float(v.std(ddof=1)/len(v)**.5), 8*nbytes/x.c.params
-    x.results['rows'][name] = dict(true_bits=bits, bytes=nbytes, kl=float(s.kl.mean()), kl_se=se(s.kl), kl_first16=float(s.kl[:16].mean()), sequences=len(s.kl), kl_p99=s.kl_p99,
+    x.results['rows'][name] = dict(true_bits=bits, bytes=nbytes, kl=float(s.kl.mean()), kl_se=se(s.kl), sequences=len(s.kl), kl_p99=s.kl_p99,
         perplexity=s.perplexity, perplexity_se=s.perplexity_se, flips=1-float(s.agree.mean()), flips_se=se(s.agree), seconds=round(seconds, 1),
         against_ours=against_ours(x, bits, s.kl)) | more | dict(kl_each=[float(f'{v:.6g}') for v in s.kl])
     x.save()
     o = x.results['rows'][name]['against_ours']
     print(f'{name:48} {bits:.3f} bits  KL {s.kl.mean():.5f} ± {se(s.kl):.5f}  flips {1-s.agree.mean():.1%}'+
-          (f'  ours {o["ours"]:.5f}, {o["difference"]:+.5f} ± {o["difference_se"]:.5f}' if o else ''), flush=True)
+          (f'  ours {o["kl"]:.5f} at {o["true_bits"]:.3f}, {o["difference"]:+.5f} ± {o["difference_se"]:.5f}' if o else ''), flush=True)
 
 def part_kquants(x):
     s, llama, imatrix = x.source, x.llama, x.source.importance(x.tokens)
@@ -247,10 +251,11 @@ def part_autoround(x):
     data = DataLoader([dict(input_ids=torch.tensor(ids, dtype=torch.long), attention_mask=torch.ones(len(ids), dtype=torch.long)) for ids in x.tokens], 8)
     texts = x.source.work/'texts.json' # AutoScheme takes no tokens; two sequences in one text, since fewer tokens than asked for are dropped
     texts.write_text(json.dumps([x.c.tokenizer.decode(np.concatenate(x.tokens[k:k+2])) for k in range(0, len(x.tokens)-1, 2)]))
-    options = dict(iters=x.args.iters, dataset=data, seqlen=x.args.seq_len, nsamples=len(x.tokens), device_map=0 if torch.cuda.is_available() else 'cpu',
+    recipe = x.args.recipe
+    options = dict(RECIPES[recipe], dataset=data, seqlen=x.args.seq_len, nsamples=len(x.tokens), device_map=0 if torch.cuda.is_available() else 'cpu',
                    **{} if torch.cuda.is_available() else dict(enable_torch_compile=False)) # compiling takes longer than it saves there
     for spec in listed(x.args.autoround): # W4, W4-asym, or 3.5:W2-W3-W4-W8 for AutoScheme
-        folder = x.source.work/f'autoround-{spec.replace(":", "-")}-{x.args.iters}'
+        folder = x.source.work/f'autoround-{spec.replace(":", "-")}-{recipe}'
         def run():
             bits, _, how = spec.partition('-' if spec[0] == 'W' else ':')
             if how == 'asym': scheme = dict(bits=int(bits[1:]), group_size=64, sym=False, data_type='int')
@@ -258,11 +263,11 @@ def part_autoround(x):
             else: scheme = AutoScheme(float(bits), [f'{w}A16G64' for w in how.split('-')], dataset=str(texts), seqlen=x.args.seq_len)
             model = AutoModelForCausalLM.from_pretrained(x.args.model, dtype=torch.bfloat16)
             AutoRound(model, x.c.tokenizer, scheme=scheme, **options | (dict(dataset=str(texts)) if bits[0] != 'W' else {})).quantize_and_save(folder, format='mlx')
-        names = {f'AutoRound {spec}, {x.args.iters} steps, embedding {e}': e for e in listed(x.args.widths)}
+        names = {f'AutoRound {spec} {recipe}, embedding {e}': e for e in listed(x.args.widths)}
         if not any(x.missing(n) for n in names): continue
         try: _, s = timed(run)
         except Exception as e:
-            x.failed(f'AutoRound {spec}, {x.args.iters} steps', e)
+            x.failed(f'AutoRound {spec} {recipe}', e)
             continue
         score(x, {n: (lambda e=e: read_mlx(x, folder, e, s)) for n, e in names.items()})
 
@@ -352,7 +357,7 @@ def main():
     p.add_argument('--low', default=LOW, help='across only, with an importance matrix')
     p.add_argument('--embeddings', default=EMBEDDINGS, help='recipe/type of the embedding')
     p.add_argument('--autoround', default='W4,W3,W5,W4-asym,W3-asym,3.5:W2-W3-W4-W8,4:W2-W3-W4-W8,4.5:W2-W3-W4-W8,5:W4-W5-W6-W8', help='schemes')
-    p.add_argument('--iters', type=int, default=200, help="AutoRound's steps per block")
+    p.add_argument('--recipe', default='default', help=f"of AutoRound: {', '.join(RECIPES)}")
     p.add_argument('--widths', default='as it is,6g64,4g64', help="of AutoRound's embedding")
     p.add_argument('--oq', help="oMLX's oq.py")
     p.add_argument('--levels', default='3,3.5,4,5,3@4,4@5', help='of oQ; level@bits gives it another target')

@@ -1,0 +1,633 @@
+"""Every model that the loaders open, as a tiny random checkpoint, taken down the whole road: one line a family.
+
+    python bench/families.py [--loader mlx-lm,mlx-vlm,special] [--only gemma4,rwkv7] [--backend mlx,torch] [--long]
+                             [--seconds 120] [--again] [-o nbs/results/families.json]
+
+A text model of mlx-lm or a vision-language model of mlx-vlm is a line; so is each special form of
+`bench/families.json`, which holds a small configuration of our own for each of them. A model file without one is
+reported as such, so a new release of the loaders is one command away. Where transformers has the class, the
+checkpoint has the names that transformers saves; elsewhere, or where the loader does not take these, those of the
+loader itself. All weights are random and float32, so that equal means equal; nothing is said about quality.
+
+Each line runs in a process of its own under a time limit. Rows are added to the result file as they come; what it
+holds already is not run again without `--again`. What a family must do:
+
+`plain`    the loader itself opens the checkpoint and runs it: what fails here is the loader's own refusal
+`list`     units and blocks
+`whole`    every stored tensor has a place, or its loss is said
+`tokens`   sequences start as the tokenizer starts a text
+`replay`   block by block equals the model's own forward pass
+`streams`  two stacked streams equal one by one
+`gradient` finite, and something
+`effect`   every unit at 2 bits changes the output
+`plan`     5 bits per weight
+`save`     converted with min-max rounding, checked tensor by tensor
+`reload`   the plain library opens it and gives the same logits
+`cache`    layout, a sweep at 4 bits, a quantized cache in generation
+
+Pictures are random numbers in the shape that a model's own processor gives them, since a processor is a file of its
+own for each family; models that see are opened by `mlx_vlm.utils.load_model` for the same reason. PyTorch replays text
+models only. A row is `refused` where the library alone cannot do the step either, and says whose refusal it is;
+it `fails` where the library can. `where` is the innermost place in the package that the error passed.
+"""
+import argparse
+import contextlib
+import copy
+import faulthandler
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from queue import Empty
+from types import SimpleNamespace
+
+import numpy as np
+
+os.environ.setdefault('MLX_DISABLE_COMPILE', '1') # on a CPU every compiled function costs seconds of a C++ compiler
+
+from optiq.backends import open_backend # all that we take from the package stands here
+from optiq.calibration import token_batch
+from optiq.convert import convert
+from optiq.evals.perplexity import overrides_of
+from optiq.evals.report import machine
+from optiq.gradient import gradient_sweep
+from optiq.knapsack import allocate, uniform
+from optiq.kv_cache import generate_with_mixed_kv, kv_config, kv_layout, kv_sweep, mixed_caches, read_kv_config
+from optiq.models import Checkpoint, read_header
+from optiq.sensitivity import kl_sweep
+from optiq.tiny import PROSE, draw, merged, write_json, write_tokenizer
+
+HERE = Path(__file__).parent
+TABLE, RESULT = HERE/'families.json', HERE.parent/'nbs/results/families.json'
+CLOSE = 1e-3 # of the logits' standard deviation: how far equal may be off in float32
+BUILDS = 'transformers does not build it'
+LOADER = {'mlx-lm': 'mlx-lm', 'mlx-vlm': 'mlx-vlm', 'special': 'mlx-lm'}
+T = 32 # tokens of a sequence, twice the sliding windows of the table
+
+# ── the table ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def read_table() -> dict: return json.loads(TABLE.read_text())
+
+def resolved(entry, parts: dict):
+    "A configuration with the parts that it is made of, wherever it says `_of`"
+    if not isinstance(entry, dict): return entry
+    out = {}
+    for name in entry.get('_of', ()): out = merged(out, resolved(parts[name], parts))
+    return merged(out, {k: resolved(v, parts) for k, v in entry.items() if k != '_of'})
+
+def stripped(entry):
+    "Without what it says under `_drop`"
+    if not isinstance(entry, dict): return entry
+    gone = {*entry.get('_drop', ()), '_drop'}
+    if entry.get('rope_parameters'): gone |= {k for k in ('rope_scaling',) if entry.get(k) is None} # said once
+    return {k: stripped(v) for k, v in entry.items() if k not in gone}
+
+def config_of(loader: str, family: str, table: dict) -> tuple: # config.json, what the runner is told
+    entry = {'_of': ['text']} | table[loader][family]
+    whole = stripped(resolved(entry, table['parts']))
+    told = {k[1:]: v for k, v in whole.items() if k.startswith('_')}
+    config = {k: v for k, v in whole.items() if not k.startswith('_')}
+    return dict(model_type=family, torch_dtype='float32') | config, told
+
+def model_files(loader: str) -> list:
+    "The loader's model files that hold a model"
+    if loader == 'mlx-lm':
+        root = Path(importlib.util.find_spec('mlx_lm').origin).parent/'models'
+        return sorted(f.stem for f in root.glob('*.py') if re.search(r'^class Model\(', f.read_text(), re.M))
+    root = Path(importlib.util.find_spec('mlx_vlm').origin).parent/'models'
+    return sorted(f.parent.name for f in root.glob('*/__init__.py') if takes_pictures(f.parent))
+
+def takes_pictures(folder: Path) -> bool:
+    "Whether a model of mlx-vlm takes text and images: it sees, and is called with tokens and pixels"
+    text = ''.join(f.read_text() for f in folder.glob('*.py'))
+    sees = (folder/'vision.py').exists() or re.search('VisionModel|vision_tower|vision_model', text)
+    called = re.search(r'class Model\(.*?def __call__\((.*?)\)', text, re.S)
+    return bool(sees and 'LanguageModel' in text and 'logits' in text and called and 'pixel_values' in called[1]
+                and re.search(r'\binputs?(_ids)?\b', called[1]))
+
+# ── a checkpoint ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def values(name: str, shape: tuple, model_type: str) -> np.ndarray:
+    "Random weights, float32; experts that are stored as one tensor are as wide as each of them"
+    x = np.concatenate([*draw(name, shape, model_type), np.zeros(0, np.float32)]).reshape(shape)
+    return x*np.float32(np.sqrt(shape[1])) if len(shape) == 3 and re.search('expert|switch', name) else x
+
+def transformers_class(config: dict, vision: bool = False):
+    "(configuration, class) of transformers; None if there is none"
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    if config['model_type'] not in CONFIG_MAPPING_NAMES: return None
+    native = AutoConfig.for_model(**copy.deepcopy(config))
+    table = (AutoModelForImageTextToText if vision else AutoModelForCausalLM)._model_mapping
+    return (native, table[type(native)]) if type(native) in table.keys() else None
+
+def write_native(out: Path, config: dict, found: tuple):
+    "The weights, named as transformers saves them"
+    import torch
+    native, kind = found
+    if kind.config_class is not type(native): native = native.get_text_config()
+    native._attn_implementation = 'eager'
+    try: model = kind(native).float()
+    except Exception as e: raise Wrong(f'{BUILDS}: {one_line(e)}') from e
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.is_floating_point(): p.copy_(torch.from_numpy(values(name, tuple(p.shape), config['model_type'])))
+    model.tie_weights()
+    model.save_pretrained(out)
+    config['architectures'] = [kind.__name__]
+
+def write_mlx(out: Path, config: dict, vision: bool):
+    "The weights, named as the loader has them"
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    model = mlx_model(config, vision)
+    def new(k, v):
+        known = mx.issubdtype(v.dtype, mx.floating)
+        return mx.array(values(k, tuple(v.shape), config['model_type'])) if known else v
+    arrays = {k: new(k, v) for k, v in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(out/'model.safetensors'), arrays, {'format': 'mlx'})
+
+def mlx_model(config, vision):
+    if vision:
+        from mlx_vlm.utils import get_model_and_args, update_module_configs
+        arch, _ = get_model_and_args(config=copy.deepcopy(config))
+        args = arch.ModelConfig.from_dict(copy.deepcopy(config))
+        modules = ['text', 'vision', 'perceiver', 'projector', 'audio']
+        return arch.Model(update_module_configs(args, arch, copy.deepcopy(config), modules))
+    from mlx_lm.utils import _get_classes
+    model, args = _get_classes(config)
+    return model(args.from_dict(copy.deepcopy(config)))
+
+def put_bos(out: Path, token: str = '<|endoftext|>'):
+    "A tokenizer that starts every text with a token of its own, as those of Gemma and Llama 3 do"
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+    file = str(out/'tokenizer.json')
+    t = Tokenizer.from_file(file)
+    t.post_processor = TemplateProcessing(single=f'{token} $A', pair=f'{token} $A {token} $B',
+                                          special_tokens=[(token, t.token_to_id(token))])
+    t.save(file)
+    about = json.loads((out/'tokenizer_config.json').read_text())
+    write_json(out/'tokenizer_config.json', about | dict(bos_token=token))
+
+def put_mxfp4(out: Path):
+    "Experts as gpt-oss has them: two codes in a byte, a power of two for each 32 of them"
+    from safetensors.numpy import load_file, save_file
+    found, rng = load_file(out/'model.safetensors'), np.random.default_rng(0)
+    for name in [n for n in found if re.search(r'experts\.(gate_up|down)_proj$', n)]:
+        experts, ins, outs = found.pop(name).shape
+        found[name+'_blocks'] = rng.integers(0, 256, (experts, outs, ins//32, 16), dtype=np.uint8)
+        found[name+'_scales'] = rng.integers(120, 123, (experts, outs, ins//32), dtype=np.uint8)
+    save_file(found, out/'model.safetensors', {'format': 'pt'})
+
+def put_draft(out: Path, config: dict):
+    "A multi-token prediction head: a copy of the last block between its own norms"
+    from safetensors.numpy import load_file, save_file
+    found, text = load_file(out/'model.safetensors'), config.get('text_config', config)
+    width, last = text['hidden_size'], f"layers.{text['num_hidden_layers']-1}."
+    own = {'mtp.layers.0.'+k.split(last)[1]: v for k, v in found.items() if last in k}
+    norms = 'norm', 'pre_fc_norm_embedding', 'pre_fc_norm_hidden'
+    own |= {f'mtp.{n}.weight': np.zeros(width, np.float32) for n in norms}
+    own['mtp.fc.weight'] = values('mtp.fc.weight', (width, 2*width), '')
+    save_file(found | own, out/'model.safetensors', {'format': 'pt'})
+
+def write_checkpoint(out: Path, config: dict, told: dict, form: str, vision: bool):
+    "A folder as the hub has it"
+    out.mkdir(parents=True)
+    found = transformers_class(config, vision) if form == 'hub' else None
+    write_native(out, config, found) if found else write_mlx(out, config, vision)
+    write_tokenizer(out)
+    if 'bos' in told: put_bos(out)
+    if told.get('pack') == 'mxfp4': put_mxfp4(out)
+    if told.get('draft'): put_draft(out, config)
+    write_json(out/'config.json', config)
+    for n in ('generation_config.json',): (out/n).unlink(missing_ok=True)
+
+# ── the steps ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+class Wrong(Exception): "What a step finds to be so"
+
+def near(x, y, what: str, close: float = CLOSE) -> float:
+    "How far apart, in standard deviations of the second; raises Wrong"
+    x, y = (np.asarray(a, dtype=np.float64) for a in (x, y))
+    if x.shape != y.shape: raise Wrong(f'{what}: shapes {x.shape} and {y.shape}')
+    if not np.isfinite(y).all(): raise Wrong(f'{what}: not finite')
+    off = float(abs(x-y).max()/(y.std()+1e-30))
+    if not off < close: raise Wrong(f'{what}: off by {off:.2g} of the spread')
+    return off
+
+def as_numpy(x):
+    import mlx.core as mx
+    return np.array(x.astype(mx.float32)) if isinstance(x, mx.array) else x.detach().float().cpu().numpy()
+
+def plain_logits(model, batch, vision=False) -> np.ndarray:
+    "What the library's own model answers"
+    import mlx.core as mx
+    if not vision: return as_numpy(model(mx.array(batch)))
+    given = {k: mx.array(v if v.dtype.kind in 'fb' else v.astype(np.int32)) for k, v in batch.items() if k != 'scored'}
+    ids, pixels, mask = (given.pop(k, None) for k in ('input_ids', 'pixel_values', 'attention_mask'))
+    found = model.get_input_embeddings(ids, pixels, mask=mask, **given).to_dict() # as mlx-vlm generates
+    found = {k: v for k, v in found.items() if v is not None}
+    out = model.language_model(ids, inputs_embeds=found.pop('inputs_embeds'), cache=None, **given | found)
+    return as_numpy(getattr(out, 'logits', out))
+
+def open_plain(folder: Path, vision: bool):
+    if vision:
+        from mlx_vlm.utils import load_model
+        return load_model(folder)
+    from mlx_lm.utils import load_model
+    return load_model(folder)[0]
+
+def plain(m):
+    "The library alone, in the first form that it opens"
+    errors = []
+    for form in ([m.told['form']] if 'form' in m.told else ['hub', 'mlx']):
+        m.config, m.form = copy.deepcopy(m.asked), form
+        shutil.rmtree(m.folder, ignore_errors=True)
+        try:
+            if form == 'hub' and not transformers_class(m.config, m.vision): continue
+            write_checkpoint(m.folder, m.config, m.told, form, m.vision)
+            model = open_plain(m.folder, m.vision)
+            m.batch = batch_of(m, model)
+            m.plain = plain_logits(model, m.batch[0] if m.vision else m.batch, m.vision)
+            if not np.isfinite(m.plain).all(): raise Wrong('logits are not finite')
+            m.hub_error = errors[0] if errors else None
+            return f'{form} names' + (f'; in those of transformers: {errors[0]}' if errors else '')
+        except (Exception, SystemExit) as e: errors.append(one_line(e)); m.trace = traceback.format_exc()
+    raise Wrong('; '.join(e[:200] for e in dict.fromkeys(reversed(errors))))
+
+def batch_of(m, model):
+    "Two rows of random tokens, or two samples with a picture"
+    rng = np.random.default_rng(0)
+    if m.vision: return [sample(m, rng) for _ in range(2)]
+    n = m.told.get('tokens', T)
+    many = m.config.get('text_config', m.config).get('vocab_size', 512)
+    return rng.integers(11, min(many, 512), (1 if n > 1024 else 2, n)).astype(np.int32)
+
+def sample(m, rng) -> dict:
+    "A picture's tokens between words, the picture, and what else the table says"
+    s = {'token': 5, 'tokens': 0} | m.told.get('sample', {})
+    words = rng.integers(11, 200, (2, 6))
+    ids = np.array([[*words[0], *[s['token']]*s['tokens'], *words[1]]])
+    if 'before' in s: ids = np.array([[*s['before'], *words[0], *[s['token']]*s['tokens'], *words[1]]])
+    out = dict(input_ids=ids)
+    if 'pixels' in s: out['pixel_values'] = rng.standard_normal(s['pixels']).astype(np.float32)
+    out |= {k: np.array(v) for k, v in s.get('more', {}).items()}
+    out |= {k: np.ones(v, np.int32) for k, v in s.get('ones', {}).items()}
+    out['attention_mask'] = np.ones_like(ids)
+    if 'mark' in s: out[s['mark']] = ids == s['token']
+    return out | dict(scored=(np.arange(ids.shape[1]) >= ids.shape[1]-6)[None].astype(np.int32))
+
+def listed(m):
+    m.c = Checkpoint(m.folder, model_type='vlm' if m.vision else 'auto')
+    if not m.c.units: raise Wrong('no units')
+    m.units, m.blocks = len(m.c.units), m.c.n_blocks
+    return f'{m.units} units in {" + ".join(map(str, m.c.blocks.values()))} blocks, model type {m.c.model_type}'
+
+def whole(m):
+    "Elements in the files against those of the listing; what is only there twice is no loss"
+    if 'quantization_config' in m.config: return 'stored packed'
+    stored = {k: int(np.prod(t['shape'])) for f in m.c.files for k, t in read_header(f).items()}
+    lost = sum(stored.values())-m.c.params
+    odd = {k: n for k, n in stored.items() if re.search(r'(^|\.)(mtp|nextn|draft)', k)}
+    if odd and lost >= sum(odd.values()): raise Wrong(f'{len(odd)} tensors such as {min(odd)} are dropped in silence')
+    if lost: return f'{lost:,} of {sum(stored.values()):,} stored numbers have no place in the model'
+
+def tokens(m):
+    "Whether sequences start as texts do"
+    t = m.c.tokenizer
+    first = [i for i in t.encode('a')[:1] if i in t.all_special_ids]
+    rows = token_batch([PROSE.replace('\n', ' ')]*8, t, 2, 32)
+    if first and not (rows[:, 0] == first[0]).all(): raise Wrong(
+        f'the tokenizer starts a text with {t.decode(first)}, and calibration sequences do not')
+    return f'{t.decode(first)} first' if first else 'nothing added'
+
+def opened(m):
+    m.b = open_backend(m.c, m.backend)
+
+def replay(m):
+    opened(m)
+    b, batch = m.b, m.batch
+    if not b.stacks:
+        offs, rows = [], np.flatnonzero(batch[0]['scored'])
+        near(as_numpy(b.forward(batch[0])), m.plain[:, rows], 'our forward pass against the library')
+        for s in batch:
+            passed, z = b.record(s)
+            offs.append(near(as_numpy(z), as_numpy(b.forward(s)), 'recorded against the forward pass'))
+            z = b.head(passed.at(b.n_blocks-1))
+            offs.append(near(as_numpy(z), as_numpy(b.forward(s)), 'replayed against the forward pass'))
+        return f'off by {max(offs):.1g}'
+    own = as_numpy(b.logits(batch))
+    if m.backend == 'mlx': near(own, m.plain, 'our forward pass against the library')
+    else: m.apart = float(abs(own-m.plain).max()/m.plain.std()) # of the libraries, in full precision
+    x = b.embed(batch)
+    for i in range(b.n_blocks): x = b.run_block(i, x)
+    return f'off by {near(as_numpy(b.head(x)), own, "replay against the forward pass"):.1g}'
+
+def streams(m):
+    "The reference and a perturbed copy, together and one by one"
+    b, batch = m.b, m.batch
+    if not b.stacks: return 'one sample at a time'
+    u = next(u for u in b.checkpoint.units if u.block == 0 and u.shape[-1] % 32 == 0)
+    change, first = overrides_of({u.path: parse('2g32')}), b.embed(batch)
+    alone = [b.run_block(0, first), b.run_block(0, first, change)]
+    both = b.xp.concatenate(alone)
+    for i in range(1, b.n_blocks):
+        alone, both = [b.run_block(i, x) for x in alone], b.run_block(i, both)
+    z = [as_numpy(b.head(x)) for x in alone]
+    return f'off by {near(as_numpy(b.head(both)), np.concatenate(z), "stacked against one by one"):.1g}'
+
+def parse(name):
+    from optiq.formats import parse_format
+    return parse_format(name)
+
+def gradient(m):
+    if not m.b.stacks: return 'not offered for models of several parts'
+    sweep = gradient_sweep(m.b, m.batch, ['2g32'])
+    kl = {p: float(v.mean()) for (p, _), v in sweep.values.items()}
+    bad = [p for p, v in kl.items() if not np.isfinite(v)]
+    if bad: raise Wrong(f'{len(bad)} of {len(kl)} units have no finite estimate, such as {bad[0]}')
+    none = [p for p, v in kl.items() if v == 0]
+    if none: raise Wrong(f'{len(none)} of {len(kl)} units have a gradient of 0: {", ".join(kinds(none))}')
+    return f'{len(kl)} units'
+
+def kinds(paths) -> list: return sorted({re.sub(r'\.\d+\.', '.*.', p) for p in paths})[:6]
+
+def effect(m):
+    batch = m.batch[:1] if m.told.get('tokens', T) > 1024 or m.vision else m.batch
+    m.sweep = kl_sweep(m.b, batch, ['2g32', '8g32'], progress=False)
+    kl = {p: v for (p, f), v in m.sweep.values.items() if f.bits == 2}
+    bad = [p for p, v in kl.items() if not np.isfinite(v).all()]
+    if bad: raise Wrong(f'{len(bad)} of {len(kl)} units have no finite KL, such as {bad[0]}')
+    dead = [p for p, v in kl.items() if v.mean() < 1e-11]
+    if dead: raise Wrong(f'{len(dead)} of {len(kl)} units changed nothing: {", ".join(kinds(dead))}')
+    left = [u.path for u in m.sweep.left]
+    return f'{len(kl)} units' + (f'; {len(left)} fit no group: {", ".join(kinds(left))}' if left else '')
+
+def plan(m):
+    m.plan = allocate(m.sweep, target_bits=5)
+    return f'{m.plan.nominal_bits:.2f} bits'
+
+def save(m):
+    shutil.rmtree(m.out, ignore_errors=True)
+    with contextlib.redirect_stderr(io.StringIO()): convert(m.c, m.plan, m.out, m.sweep)
+
+def reload(m):
+    if m.vision: model = open_plain(m.out, True)
+    else:
+        import mlx_lm
+        model, m.tokenizer = mlx_lm.load(str(m.out))
+    offs, batches = [], m.batch if m.vision else [m.batch]
+    for s in batches:
+        with m.b.swapped(overrides_of(m.plan)): ours = as_numpy(m.b.forward(s))
+        theirs = plain_logits(model, s, m.vision)
+        if m.vision: theirs = theirs[:, np.flatnonzero(s['scored'])]
+        if getattr(m, 'apart', 0) > CLOSE: return (
+            f'transformers and mlx-lm differ in full precision already, by {m.apart:.2g} of the spread')
+        offs.append(near(theirs, ours, 'reloaded against ours', max(CLOSE, 3*getattr(m, 'apart', 0))))
+    return f'off by {max(offs):.1g}'
+
+def cache(m):
+    if m.vision: return 'not offered for models of several parts'
+    try: layout = kv_layout(m.c, 64)
+    except ValueError as e:
+        if 'nothing of this cache can be quantized' in str(e): return str(e)
+        raise
+    sweep = kv_sweep(m.b, m.batch, ['4g32'], context=64, progress=False)
+    model = open_plain(m.folder, False)
+    config = kv_config(uniform(layout, '8g32'), layout)
+    caches = mixed_caches(model, read_kv_config(config, model))
+    import mlx.core as mx
+    whole, z = as_numpy(model(mx.array(m.batch[:1]))), as_numpy(model(mx.array(m.batch[:1]), cache=caches))
+    off = float(np.sqrt(((z-whole)**2).mean())/whole.std())
+    if not off < .3: raise Wrong(f'with an 8-bit cache, logits are off by {off:.2g} of the spread')
+    generate_with_mixed_kv(model, m.c.tokenizer, m.batch[0].tolist(), kv_config=config, max_tokens=3)
+    left = sorted({l.left for l in layout.layers if l.left})
+    return f'{len(layout.units)} of {2*len(layout.layers)} can be quantized' + (f' ({"; ".join(left)})' if left else '')
+
+STEPS = dict(plain=plain, list=listed, whole=whole, tokens=tokens, replay=replay, streams=streams, gradient=gradient,
+             effect=effect, plan=plan, save=save, reload=reload, cache=cache)
+NEEDS = dict(list='plain', whole='list', tokens='list', replay='list', streams='replay', gradient='opened',
+             effect='opened', plan='swept', save='planned', reload='save', cache='opened')
+HAS = dict(opened='b', swept='sweep', planned='plan')
+TORCH_STEPS = ('plain', 'list', 'replay', 'streams', 'gradient', 'effect', 'plan', 'save', 'reload', 'cache')
+
+# ── one line ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def one_line(e) -> str: return f'{type(e).__name__}: '*(not isinstance(e, Wrong))+' '.join(str(e).split())[:300]
+
+def where(e) -> str:
+    "The innermost place in our code that an error passed"
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if '/optiq/' in f.filename]
+    return f'{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].name}' if frames else ''
+
+def witness(m, step: str) -> str:
+    "What the library alone does in place of a step that failed; '' if it does better"
+    import mlx.core as mx
+    try:
+        if step == 'replay' and m.backend == 'torch':
+            import torch
+            from transformers import AutoModelForCausalLM
+            AutoModelForCausalLM.from_pretrained(m.folder, local_files_only=True)(torch.tensor(m.batch).long())
+        if step == 'gradient' and m.backend == 'mlx':
+            from mlx.utils import tree_map
+            model = open_plain(m.folder, False)
+            def total(p):
+                model.update(p)
+                return model(mx.array(m.batch)).astype(mx.float32).sum()
+            mx.eval(mx.grad(total)(model.trainable_parameters()))
+        if step == 'streams' and m.backend == 'mlx':
+            model = open_plain(m.folder, False)
+            rows = [plain_logits(model, m.batch[i:i+1]) for i in range(len(m.batch))]
+            near(plain_logits(model, m.batch), np.concatenate(rows), 'two rows against one by one')
+        if step == 'cache':
+            from mlx_lm.models.cache import make_prompt_cache
+            model = open_plain(m.folder, False)
+            mx.eval(model(mx.array(m.batch[:1, :2]), cache=make_prompt_cache(model)))
+        if step in ('save', 'reload') and not m.vision:
+            from mlx_lm.convert import convert as theirs
+            out = m.out.parent/'theirs'
+            shutil.rmtree(out, ignore_errors=True)
+            theirs(str(m.folder), str(out), quantize=True, q_group_size=32, q_bits=8)
+            z = plain_logits(open_plain(out, False), m.batch)
+            if not np.isfinite(z).all(): return 'its own conversion gives no finite logits'
+    except (Exception, SystemExit) as e: return one_line(e)
+    return ''
+
+def line(loader: str, family: str, backend: str, table: dict, long: bool, last: str = '', tell=lambda s: None) -> dict:
+    "Run one family"
+    row = dict(loader=loader, family=family, backend=backend)
+    vision = loader == 'mlx-vlm' or bool(table.get(loader, {}).get(family, {}).get('_vision'))
+    name = 'mlx-vlm' if vision else 'mlx-lm'
+    entry = table[loader].get(family)
+    if entry is None: return row | dict(result='no configuration yet', reason='bench/families.json has no entry')
+    if '_untried' in entry: return row | dict(result='not tried', reason=entry['_untried'])
+    if '_refused' in entry: return row | dict(result='refused', whose=name, step='plain', reason=entry['_refused'])
+    config, told = config_of(loader, family, table)
+    if long and 'long' in told: told['tokens'] = told['long']
+    tmp = Path(tempfile.mkdtemp(prefix=f'{family}-'))
+    m = SimpleNamespace(asked=config, told=told, vision=vision, backend=backend, form=None,
+                        folder=tmp/'in'/family, out=tmp/'out'/family)
+    try: found = json.dumps(row | walk(m, name, last, tell))
+    finally: shutil.rmtree(tmp, ignore_errors=True)
+    return json.loads(re.sub(re.escape(str(tmp))+r'/(in|out)/[^:"]*', 'the folder', found))
+
+def walk(m, name: str, last: str = '', tell=lambda step: None) -> dict:
+    "Every step that can be taken"
+    steps, wrong, start = {}, [], time.perf_counter()
+    for step, f in STEPS.items():
+        if m.backend == 'torch' and step not in TORCH_STEPS: continue
+        need = NEEDS.get(step)
+        if need and (any(s == need for s, *_ in wrong) or need in HAS and not hasattr(m, HAS[need])
+                     or need in STEPS and not str(steps.get(need, '')).startswith('ok')):
+            steps[step] = 'not reached'
+            continue
+        began = time.perf_counter()
+        tell(step)
+        try:
+            note = f(m)
+            steps[step] = 'ok'+(f': {note}' if note else '')
+            if step == 'plain' and m.backend == 'torch' and m.form != 'hub':
+                return dict(result='refused', step='plain', steps=steps) | hub_refusal(m.hub_error)
+        except (Exception, SystemExit) as e:
+            steps[step] = one_line(e)
+            wrong.append((step, one_line(e), where(e), '' if step == 'plain' else witness(m, step)))
+            if os.environ.get('FAMILIES_TRACE'): traceback.print_exc()
+            if step == 'plain' and os.environ.get('FAMILIES_TRACE'): print(m.trace)
+            if step == 'plain': break
+        if os.environ.get('FAMILIES_TRACE'): print(f'{step}: {time.perf_counter()-began:.1f} s', steps[step])
+        if step == last: break
+    about = dict(form=m.form, units=getattr(m, 'units', None), blocks=getattr(m, 'blocks', None),
+                 seconds=round(time.perf_counter()-start, 1))
+    return verdict(wrong, name, m) | about | dict(steps=steps)
+
+def hub_refusal(why: 'str | None') -> dict:
+    "Why there is nothing for PyTorch to open"
+    if not why: return dict(whose='transformers', reason='transformers has no such class')
+    if why.startswith(BUILDS): return dict(whose='transformers', reason=why)
+    return dict(whose='mlx-lm', reason=f'mlx-lm does not open what transformers saves: {why}')
+
+def verdict(wrong: list, name: str, m) -> dict:
+    "Works, refused or fails; the first thing that is not the library's own counts"
+    if not wrong: return dict(result='works')
+    ours = [w for w in wrong if w[0] != 'plain' and not w[3]]
+    step, reason, place, seen = (ours or wrong)[0]
+    told = dict(step=step, reason=reason, **{'where': place} if place else {}, **{'library': seen} if seen else {})
+    if not ours:
+        native = m.backend == 'torch' and step == 'replay'
+        return dict(result='refused', whose='transformers' if native else name, **told)
+    if 'use --backend mlx' in reason: return dict(result='refused', whose='optiq', **told)
+    more = [dict(step=s, reason=r, where=p) for s, r, p, _ in ours[1:]]
+    return dict(result='fails', **told, **{'also': more} if more else {})
+
+# ── all lines ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def child(args, queue):
+    sys.stdout = sys.stderr = open(os.devnull, 'w') if not os.environ.get('FAMILIES_TRACE') else sys.stdout
+    if os.environ.get('FAMILIES_TRACE'): faulthandler.dump_traceback_later(40)
+    import torch
+    torch.set_num_threads(1)
+    try: queue.put(line(*args, queue.put))
+    except BaseException as e:
+        head = dict(zip(('loader', 'family', 'backend'), args))
+        queue.put(head | dict(result='fails', step='runner', reason=one_line(e)))
+
+def run(args, seconds: int) -> dict:
+    "One line in a process of its own"
+    ctx = multiprocessing.get_context('fork') # everything is imported once; MLX has computed nothing so far
+    queue = ctx.Queue()
+    p = ctx.Process(target=child, args=(args, queue))
+    p.start()
+    row, at, start = None, 'start', time.perf_counter()
+    while row is None and time.perf_counter()-start < seconds:
+        try: found = queue.get(timeout=1)
+        except Empty:
+            if not p.is_alive(): break
+        else: row, at = (None, found) if isinstance(found, str) else (found, at)
+    late = row is None and p.is_alive()
+    p.join(2)
+    if p.is_alive(): p.kill()
+    if row: return row
+    whose = dict(result='refused', whose=LOADER[args[0]]) if at == 'plain' else dict(result='fails')
+    why = f'not done in {seconds} seconds' if late else f'the process ended with code {p.exitcode}'
+    return dict(loader=args[0], family=args[1], backend=args[2], step=at, reason=why, **whose)
+
+def preload():
+    "What every child needs, imported once"
+    for name in ('torch', 'mlx.nn', 'mlx_lm.convert', 'mlx_lm.generate', 'mlx_vlm.utils', 'pandas', 'scipy.stats',
+                 'safetensors.numpy', 'transformers.generation', 'transformers.models.qwen3.modeling_qwen3'):
+        with contextlib.suppress(ImportError): importlib.import_module(name)
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer # noqa: F401
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+def about(command: str) -> dict:
+    names = 'mlx', 'mlx-lm', 'mlx-vlm', 'torch', 'transformers'
+    git = subprocess.check_output(['git', 'rev-parse', '--short', 'HEAD'], text=True, cwd=HERE).strip()
+    return machine() | {n: version(n) for n in names} | dict(command=command, commit=git, date=date.today().isoformat(),
+            close=CLOSE, tokens=T)
+
+def counts(rows: list) -> dict: # loader, backend ▸ result ▸ how many
+    out = {}
+    for r in rows:
+        here = out.setdefault(f"{r['loader']}, {r['backend']}", {})
+        key = r['result'] if r['result'] != 'refused' else f"refused by {r.get('whose')}"
+        here[key] = here.get(key, 0)+1
+    return out
+
+def show(r: dict) -> str:
+    reason = '' if r['result'] == 'works' else f"{r.get('step', '')}: {r.get('reason', '')}"
+    return f"{r['loader']:8} {r['family']:24} {r['backend']:6} {r['result']:8} {r.get('seconds', ''):>6} {reason[:400]}"
+
+def known_rows(out: Path) -> dict:
+    rows = json.loads(out.read_text())['rows'] if out.exists() else []
+    return {(r['loader'], r['family'], r['backend']): r for r in rows}
+
+def write(out: Path, mine: dict, said: dict):
+    "My rows beside those that the file has meanwhile"
+    known = known_rows(out) | mine
+    rows = [known[k] for k in sorted(known)]
+    body = ',\n'.join('  '+json.dumps(r) for r in rows)
+    head = json.dumps(dict(about=said, counts=counts(rows)), indent=1)[:-2]
+    out.write_text(f'{head},\n "rows": [\n{body}\n ]\n}}\n')
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--loader', default='mlx-lm,mlx-vlm,special')
+    p.add_argument('--only', default='')
+    p.add_argument('--backend', default='mlx,torch')
+    p.add_argument('--seconds', type=int, default=180)
+    p.add_argument('--again', action='store_true', help='also what the result file has')
+    p.add_argument('--last', default='', help='go no further than this step, and write no result')
+    p.add_argument('--long', action='store_true', help='entries with a length of their own at that length')
+    p.add_argument('-o', '--out', type=Path, default=RESULT)
+    a = p.parse_args()
+    table, known, mine, only = read_table(), known_rows(a.out), {}, [x for x in a.only.split(',') if x]
+    preload()
+    said = about('python bench/families.py')
+    for loader in a.loader.split(','):
+        files = [] if loader == 'special' else model_files(loader)
+        for family in sorted({*files, *table[loader]}):
+            if only and family not in only: continue
+            for backend in a.backend.split(','):
+                key = loader, family, backend
+                if backend == 'torch' and loader == 'mlx-vlm': continue
+                if key in known and not (a.again or only or a.last): continue
+                mine[key] = run((loader, family, backend, table, a.long, a.last), a.seconds)
+                print(show(mine[key]), flush=True)
+                if not a.last: write(a.out, mine, said)
+    print(json.dumps(counts(list((known | mine).values())), indent=1))
+
+if __name__ == '__main__': main()

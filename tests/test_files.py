@@ -254,6 +254,11 @@ def test_a_full_disk_is_told_before_the_work(home, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: usage._replace(free=1000))
     refused(home, [*FOLDERS['convert'], '-o', 'out'], 'are needed')
 
+@pytest.mark.parametrize('e', [OSError(28, 'No space left on device'), RuntimeError('[write] Unable to write 14505 bytes to file.')])
+def test_a_disk_that_fills_up_is_told_with_the_place(tmp_path, e):
+    with pytest.raises(OSError, match='out cannot be written whole.*make some'), whole_folder(tmp_path/'out'): raise e
+    assert not [*tmp_path.iterdir()]
+
 def test_advice_after_an_interruption(home, monkeypatch):
     import optiq.pipeline as pipeline
     import optiq.sensitivity as sensitivity

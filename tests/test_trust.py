@@ -67,7 +67,7 @@ def test_code_is_refused_before_any_loader(model, tmp_path, file, entries):
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_every_command_has_the_gate(model, tmp_path, command):
-    for i, (file, entries) in enumerate(CANARIES[:1]+CANARIES[2:5]):
+    for i, (file, entries) in enumerate((CANARIES[0], CANARIES[3])):
         line = refused(command, planted(model, tmp_path/str(i), file, **entries), tmp_path/'out')
         assert file in line and next(iter(entries)) in line
 

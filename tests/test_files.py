@@ -77,7 +77,8 @@ def refused(home, args, *says):
 TAKEN = {'.': 'working', '..': 'home', '../..': 'home', '~': 'home', '~/': 'home', 'thesis': 'thesis.tex', 'thesis/': 'thesis.tex',
          'thesis/..': 'working', 'to-folder': 'link', 'to-nothing': 'link', 'notes.txt': 'no folder', 'notes.txt/out': 'notes.txt',
          'models': 'source', 'models/a/out': 'source', 'models/a/new/out': 'source', 'strange': 'mine.txt', 'deep': 'sub/mine.txt',
-         'other': 'was made as', '/dev/null': 'no folder', 'x'*250: 'too long'}
+         'other': 'was made as', '/dev/null': 'no folder', 'x'*250: 'too long',
+         'a\nb': 'no text', 'a\udcffb': 'no text', '~nobody-here/out': 'no user'}
 
 @pytest.mark.parametrize('command', FOLDERS)
 def test_folders_that_are_not_ours(home, command):
@@ -96,8 +97,11 @@ def test_folders_that_are_not_ours(home, command):
 def test_files_that_are_not_ours(home, command):
     Path('plan.json').write_text('{"optiq": "plan"}\n')
     for place in ('notes.txt', 'notes.jsonl', 'notes.txt/x', 'plan.json', 'thesis', 'thesis/', 'to-file', 'to-nothing', '.', '..', '~',
-                  '/dev/null', 'models/a/config.json', 'models/a/model.safetensors', 'x'*250):
+                  '/dev/null', 'models/a/config.json', 'models/a/model.safetensors', 'x'*250, 'a\nb', '~nobody-here/s'):
         refused(home, [*FILES[command], '-o', place])
+    for i, plant in enumerate((lambda p: p.symlink_to('notes.txt'), lambda p: p.write_text('mine'), Path.mkdir)):
+        plant(Path(f'.{i}.optiq-part')) # where it would be written first
+        refused(home, [*FILES[command], '-o', i], 'in the way')
 
 @pytest.mark.parametrize('command', ['convert', 'pareto', 'kv_cache'])
 def test_a_sweep_that_is_not_the_runs_journal(home, command):
@@ -228,10 +232,32 @@ def test_added_files_of_before_are_replaced(tmp_path):
             for n in names: (part/n).write_text(n)
     assert read_mark(tmp_path)['files'] == ['a', 'd/c'] and {*tree(tmp_path)} == {'.optiq', 'a', 'd', 'd/c'}
 
+@pytest.mark.parametrize('names', [['d/../../mine'], ['d/../a'], [1, {}], ['d'], '[', 'folder'])
+def test_marks_that_lie(tmp_path, names):
+    "A checkpoint may come with one: what it names outside of the added folder stays, and it never stops the end of a run"
+    (folder := tmp_path/'m').mkdir()
+    for f in (tmp_path/'mine', folder/'a'): f.write_text('mine')
+    if names == 'folder': (folder/files.MARK).mkdir()
+    else: (folder/files.MARK).write_text('['*100000 if names == '[' else json.dumps(dict(optiq='folder', made='model', files=names)))
+    if names == ['d']: (folder/'d').write_text('mine')
+    else: (folder/'d'/'e').mkdir(parents=True)
+    before = tree(tmp_path)
+    if names in (['d'], 'folder'):
+        with pytest.raises(FileExistsError), added_files(folder, 'k', 'd/e'): raise AssertionError('too late')
+        assert tree(tmp_path) == before
+    else:
+        with added_files(folder, 'k', 'd') as part: (part/'k').write_text('k')
+        assert before.items()-{(f'm/{files.MARK}', before[f'm/{files.MARK}'])} <= tree(tmp_path).items()
+
 def test_a_full_disk_is_told_before_the_work(home, monkeypatch):
     usage = shutil.disk_usage('.')
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: usage._replace(free=1000))
     refused(home, [*FOLDERS['convert'], '-o', 'out'], 'are needed')
+
+@pytest.mark.parametrize('e', [OSError(28, 'No space left on device'), RuntimeError('[write] Unable to write 14505 bytes to file.')])
+def test_a_disk_that_fills_up_is_told_with_the_place(tmp_path, e):
+    with pytest.raises(OSError, match='out cannot be written whole.*make some'), whole_folder(tmp_path/'out'): raise e
+    assert not [*tmp_path.iterdir()]
 
 def test_advice_after_an_interruption(home, monkeypatch):
     import optiq.pipeline as pipeline

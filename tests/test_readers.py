@@ -168,6 +168,8 @@ def test_stray_weights(copied, folder):
     folder = copied(folder)
     shutil.copy(weight_files(folder)[0], folder/'model-extra.safetensors')
     with pytest.raises(ValueError, match='model-extra.safetensors .* take it out'): weight_files(folder)
+    (folder/'model-extra.safetensors').rename(folder/'adapter_config.json') # transformers would look elsewhere for the model
+    with pytest.raises(ValueError, match='adapter_config.json .* take it out'): weight_files(folder)
 
 def test_a_shard_that_is_another(copied):
     folder = copied('sharded')

@@ -55,7 +55,7 @@ def refused(command, folder, out) -> str:
 MAPS = {'config.json': 'AutoConfig', 'tokenizer_config.json': 'AutoTokenizer', 'processor_config.json': 'AutoProcessor',
         'preprocessor_config.json': 'AutoImageProcessor', 'video_preprocessor_config.json': 'AutoVideoProcessor',
         'feature_extractor_config.json': 'AutoFeatureExtractor', 'text_encoder/config.json': 'AutoModel'}
-CANARIES = [('config.json', dict(model_file='evil.py'))] + [(f, dict(auto_map={k: 'evil.Thing'})) for f, k in MAPS.items()]
+CANARIES = [('config.json', dict(model_file='evil.py')), ('config.json', dict(_attn_implementation='evil/kernel'))] + [(f, dict(auto_map={k: 'evil.Thing'})) for f, k in MAPS.items()]
 
 @pytest.mark.parametrize('file, entries', CANARIES)
 def test_code_is_refused_before_any_loader(model, tmp_path, file, entries):
@@ -67,7 +67,7 @@ def test_code_is_refused_before_any_loader(model, tmp_path, file, entries):
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_every_command_has_the_gate(model, tmp_path, command):
-    for i, (file, entries) in enumerate(CANARIES[:4]):
+    for i, (file, entries) in enumerate((CANARIES[0], CANARIES[3])):
         line = refused(command, planted(model, tmp_path/str(i), file, **entries), tmp_path/'out')
         assert file in line and next(iter(entries)) in line
 
@@ -88,7 +88,7 @@ def test_no_spelling_hides_it(llama, tmp_path, text):
 
 def test_words_of_a_vocabulary_are_no_code(llama, tmp_path):
     folder = planted(llama, tmp_path/'m', 'vocab.json', auto_map=17, model_file=18)
-    changed(folder, 'config.json', model_file=None, auto_map={})
+    changed(folder, 'config.json', model_file=None, auto_map={}, _attn_implementation='sdpa')
     (folder/'notes.json').write_text('{"auto_map": ')
     assert Checkpoint(folder).params
 

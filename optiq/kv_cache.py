@@ -31,7 +31,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from .backends import StreamingBackend, mlx_attention, mlx_blocks, open_backend
 from .calibration import fingerprint, passages, token_batch
-from .convert import convert
+from .convert import convert, refuse_quantized
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of
 from .evals.report import Report, machine, score_row
 from .files import added_files, as_path, can_draw, journal_of, own_file, own_folder, own_place
@@ -1061,6 +1061,7 @@ def optimize_with_kv(
     formats, kv_formats = ([parse_format(f) for f in fs] for fs in (formats, kv_formats))
     if out is not None: out = own_folder(out, overwrite, 'model', model)
     c = Checkpoint(model, trust_remote_code)
+    if out is not None: refuse_quantized(c)
     layout = kv_layout(c, context)
     both = combine(untested(c, formats), untested(layout, kv_formats))
     allocate(both, max_bytes=max_bytes) # raises before anything is measured if no plan fits

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'WIDE', 'baselines', 'feasible', 'Texts', 'told', 'texts', 'load_sweep', 'candidates_for', 'narrowed',
-           'rounding_for', 'refuse_sweep', 'as_swept', 'find_sweep', 'refuse_rounding', 'refuse_output', 'room_for',
-           'quantizer_of_plans', 'choose', 'kl_on_calibration', 'write_and_score', 'write_model', 'summary', 'optimize',
-           'possible', 'draw_curve', 'save_curve', 'trade_off', 'compare']
+           'rounding_for', 'refuse_other_rounding', 'refuse_sweep', 'as_swept', 'find_sweep', 'refuse_rounding',
+           'refuse_output', 'room_for', 'quantizer_of_plans', 'choose', 'kl_on_calibration', 'write_and_score',
+           'write_model', 'summary', 'optimize', 'possible', 'draw_curve', 'save_curve', 'trade_off', 'compare']
 
 # %% ../nbs/11_pipeline.ipynb #e30aa8bb
 import time
@@ -129,15 +129,19 @@ def rounding_for(rounding: str | None, sweep) -> str:
     return rounding or (ROUNDING if sweep is None else rounding_of(load_sweep(sweep)))
 
 # %% ../nbs/11_pipeline.ipynb #3f93bf66
+def refuse_other_rounding(found: Sweep, name, rounding: str):
+    "Raise ValueError for a sweep that was measured with another rounding"
+    if (was := rounding_of(found)) != rounding: raise ValueError(
+        f'{name} was measured with {was}, and the model is to be saved with {rounding}; '
+        f'measure it again, or give --rounding {was}')
+
 def refuse_sweep(found: Sweep, name, c: Checkpoint, formats: list, rounding: str):
     "Raise ValueError for a sweep of another model, with another rounding, or without one of these formats"
     if {u.path: u.shape for u in found.units} != {u.path: u.shape for u in c.units}:
         raise ValueError(f'{name} was measured on another model, {found.header["model"]}')
     refuse_other(name, dict(model=found.header['fingerprint']['model']), dict(model=c.fingerprint))
     refuse_other(name, {k: found.header.get(k) for k in ('params', 'other_bytes')}, dict(params=c.params, other_bytes=c.other_bytes))
-    if (was := rounding_of(found)) != rounding: raise ValueError(
-        f'{name} was measured with {was}, and the model is to be saved with {rounding}; '
-        f'measure it again, or give --rounding {was}')
+    refuse_other_rounding(found, name, rounding)
     if lacking := [str(f) for f in formats if f not in found.formats]: raise ValueError(
         f'{name} has no {", ".join(lacking)}; it has {", ".join(map(str, found.formats))}')
 
@@ -337,7 +341,9 @@ def trade_off(
     if Path(source).is_file(): sweep, source = source, Sweep.load(source).header['model']
     out = own_output(out, overwrite, 'pareto', source, journal=sweep is None)
     fmts = candidates_for(formats, sweep, WIDE)
-    if sweep is not None and not verify: found, about = load_sweep(sweep), machine()
+    if sweep is not None and not verify:
+        refuse_other_rounding(found := load_sweep(sweep), sweep, rounding_for(rounding, found))
+        about = machine()
     else:
         b = open_backend(Checkpoint(source, trust_remote_code, model_type), backend)
         rounding = rounding_for(rounding, sweep)

@@ -282,22 +282,28 @@ class Walk:
         whole: bool = True, # second moments, not only their diagonal
     ):
         self.b, self.chunks, self.whole = b, Chunks(b, tokens), whole
+        outside = [u.path for u in b.checkpoint.units if u.block is None and not b.stacks]
+        self.outside = {p: lambda _, w=b.unit_weight(p): w for p in outside} # models of parts hold them changed while a plan runs
         self.restart()
 
-    def restart(self): self.i, self.states, self.held = 0, self.chunks.embed(), {}
+    def unperturbed(self): return self.b.swapped(self.outside)
+    def restart(self):
+        with self.unperturbed(): self.i, self.states, self.held = 0, self.chunks.embed(), {}
+
     def ear(self, block):
         return Ear({u.path: u for u in self.b.checkpoint.units if u.block == block}, self.whole)
 
     def advance(self):
         "Run the next block, and hear it"
         ear = self.ear(self.i)
-        self.states = self.chunks.run(self.i, self.states, ear)
+        with self.unperturbed(): self.states = self.chunks.run(self.i, self.states, ear)
         self.i, self.held = self.i+1, ear.stats
 
     def finish(self) -> dict: # path ▸ Inputs
         "Hear what is outside the blocks, and begin again"
-        for i in range(self.i, self.b.n_blocks): self.states = self.chunks.run(i, self.states)
-        self.chunks.run(None, self.states, ear := self.ear(None))
+        with self.unperturbed():
+            for i in range(self.i, self.b.n_blocks): self.states = self.chunks.run(i, self.states)
+            self.chunks.run(None, self.states, ear := self.ear(None))
         self.restart()
         return ear.stats
 

@@ -289,6 +289,13 @@ def test_a_format_of_the_cache_is_refused_before_the_sweep(good):
         r = CliRunner().invoke(main, [command[0], str(good/'model'), *command[1:], '--formats', 'tq4'])
         assert r.exit_code == 1 and 'tq4 is a format of the KV cache' in r.output and not Path('x').exists()
 
+def test_options_without_effect(good, tmp_path):
+    idle = ['--sweep x', '--polish dwq', '--protect embed', '--tie qkv', '--verify', '--no-verify', '--skip-baselines', '--target-bpw 4',
+            '--target-memory 9', '--target-tps 9', '--chip M1', '--model-type llm']
+    for words in [f'convert MODEL --kv --target-size 9 {w}' for w in idle]+['convert MODEL --kv-candidate-bits 4', 'pareto SWEEP --rounding gptq']:
+        r = CliRunner().invoke(main, words.replace('MODEL', str(good/'model')).replace('SWEEP', str(good/'sweep.json')).split()+['-o', str(tmp_path/'out')])
+        assert r.exit_code == 1 and r.output.count('\n') == 1 and ('kv' in r.output or 'was measured with' in r.output), (words, r.output)
+
 def test_a_chip_without_a_speed(good):
     r = CliRunner().invoke(main, ['convert', str(good/'model'), '--chip', 'M3 Max'])
     assert r.exit_code == 1 and '--target-tps' in r.output

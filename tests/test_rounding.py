@@ -235,3 +235,17 @@ def test_few_tokens_are_not_trusted(monkeypatch):
     damped = [loss(seed) for seed in range(3)]
     monkeypatch.setattr(rounding, 'shrinkage', lambda h, n: 0.)
     assert all(a < .98*loss(seed) for seed, a in enumerate(damped))
+
+def test_what_is_learned_while_parts_are_changed_is_of_the_model_as_it_was(tmp_path):
+    from optiq.backends import ReplayBackend
+    from optiq.calibration import batch_for
+    from optiq.models import Checkpoint
+    from optiq.rounding import Statistics
+    from optiq.tiny import tiny
+    b = ReplayBackend(Checkpoint(tiny('qwen3_vl', tmp_path)))
+    samples, units = batch_for(b.checkpoint, 'bundled', 1), b.checkpoint.units
+    path = next(u.path for u in units if u.block is not None and 'language' in u.path)
+    alone, during = (Statistics(b, samples, False) for _ in range(2))
+    want = b.numpy(alone[path].importance())
+    with b.swapped({u.path: lambda w: 0*w for u in units if u.block is None}): got = b.numpy(during[path].importance())
+    np.testing.assert_array_equal(got, want)

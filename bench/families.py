@@ -404,7 +404,7 @@ def cache(m):
     except ValueError as e:
         if 'nothing of this cache can be quantized' in str(e): return str(e)
         raise
-    sweep = kv_sweep(m.b, m.batch, ['4g32'], context=64, progress=False)
+    kv_sweep(m.b, m.batch, ['4g32'], context=64, progress=False)
     model = open_plain(m.folder, False)
     config = kv_config(uniform(layout, '8g32'), layout)
     caches = mixed_caches(model, read_kv_config(config, model))

@@ -93,7 +93,8 @@ def test_a_wrong_request_is_the_clients_fault(running, i):
     assert running.healthy
 
 def test_right_requests_are_answered(running):
-    for more in (dict(), dict(stop='x'), dict(stop=['x', 'yz']), dict(logit_bias={'5': 3, '7': -1.5}), dict(seed=4), dict(top_k=5, temperature=.7),
+    for more in (dict(), dict(stop='x'), dict(stop=['x', 'yz']), dict(logit_bias={'5': 3, '7': -1.5}), dict(seed=4), dict(top_k=5,
+        temperature=.7),
                  dict(stream=True, stream_options=dict(include_usage=True)), dict(logprobs=True, top_logprobs=3), dict(stop=None, seed=None),
                  dict(model='default_model'), dict(model=str(demo().resolve()))):
         status, _, answer = running.ask(**more)
@@ -119,7 +120,8 @@ def test_no_request_ends_the_generation(running):
         seen.add(status)
     assert seen == {200, 400, 404} and running.ask()[0] == 200 and running.healthy and not running.generator.failure
 
-@pytest.mark.parametrize('field, name', [('model', '/etc'), ('model', 'Qwen/Qwen3-0.6B'), ('model', '..'), ('draft_model', 'demo'), ('adapters', '/tmp')])
+@pytest.mark.parametrize('field, name', [('model', '/etc'), ('model', 'Qwen/Qwen3-0.6B'), ('model', '..'), ('draft_model', 'demo'),
+    ('adapters', '/tmp')])
 def test_only_what_was_named_can_be_asked_for(running, field, name, monkeypatch):
     monkeypatch.setattr(server, 'load', None) # nothing is loaded
     status, _, answer = running.ask(**{field: name})
@@ -135,12 +137,15 @@ def test_models_that_were_named_beside_the_first(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='second model to serve'): Provider(arguments(model=str(second)), names_of(['demo']))
 
 ORIGINS = [ # page, Host that was asked, allowed origins, may it
-    (None, 'localhost:1', [''], True), ('http://localhost:3000', 'localhost:8080', [''], True), ('http://127.0.0.1', '127.0.0.1:8080', [''], True),
-    ('http://[::1]:4', '[::1]:8080', [''], True), ('http://evil.example', 'localhost:8080', [''], False), ('null', 'localhost:8080', [''], False),
+    (None, 'localhost:1', [''], True), ('http://localhost:3000', 'localhost:8080', [''], True), ('http://127.0.0.1', '127.0.0.1:8080', [''],
+        True),
+    ('http://[::1]:4', '[::1]:8080', [''], True), ('http://evil.example', 'localhost:8080', [''], False), ('null', 'localhost:8080', [''],
+        False),
     ('http://evil.example:8080', 'evil.example:8080', [''], False), # a name that was made to resolve to this host
     ('http://my.host', 'my.host:8080', [''], True), ('http://evil.example', 'localhost:8080', ['https://good.example'], False),
     ('https://good.example', 'localhost:8080', ['https://good.example'], True), ('http://evil.example', 'localhost:8080', ['*'], True),
-    ('http://localhost.evil.example', 'localhost:8080', [''], False), ('http://127.0.0.1', 'localhost:8080', [''], False), ('', 'localhost', ['x'], False)]
+    ('http://localhost.evil.example', 'localhost:8080', [''], False), ('http://127.0.0.1', 'localhost:8080', [''], False), ('', 'localhost',
+        ['x'], False)]
 
 @pytest.mark.parametrize('origin, host, allowed, may', ORIGINS)
 def test_origins(origin, host, allowed, may):

@@ -133,7 +133,8 @@ def test_a_sweep_resumes_and_refuses_another(backend, tokens, tmp_path, sweep):
     out.write_bytes(out.read_bytes()[:-300])
     again = kv_sweep(backend, tokens, [4], out=out, progress=False)
     assert all((first.values[k] == again.values[k]).all() for k in first.values)
-    with pytest.raises(ValueError, match='measured on something else: .*units'): kl_sweep(backend, tokens, [4], out=out, progress=False, rounding='minmax')
+    with pytest.raises(ValueError, match='measured on something else: .*units'): kl_sweep(backend, tokens, [4], out=out, progress=False,
+        rounding='minmax')
     with pytest.raises(ValueError, match='measured on something else: weights'):
         kv_sweep(backend, tokens, [4], weights=uniform(backend.checkpoint, 4), out=out, progress=False)
     sweep.save(tmp_path/'s.json')

@@ -41,7 +41,8 @@ def good(tmp_path_factory):
     return root
 
 READERS = {'sweep.jsonl': load_sweep, 'sweep.json': load_sweep, 'plan.json': Plan.load, 'chip.json': load_chip, 'report.json': Report.load,
-           'speeds.json': Speeds.load, 'answers.jsonl': lambda p: read_questions(p, ('question', 'answer')), 'text.jsonl': read_file, 'text.txt': read_file,
+           'speeds.json': Speeds.load, 'answers.jsonl': lambda p: read_questions(p, ('question', 'answer')), 'text.jsonl': read_file,
+               'text.txt': read_file,
            'model/config.json': lambda p: Checkpoint(p.parent), 'model/tokenizer.json': lambda p: Checkpoint(p.parent).tokenizer,
            'model/tokenizer_config.json': lambda p: Checkpoint(p.parent).tokenizer, 'model/model.safetensors': lambda p: read_header(p),
            'sharded/model.safetensors.index.json': lambda p: weight_files(p.parent)}
@@ -72,7 +73,8 @@ def test_damage_is_told_with_the_file(copied, name, damage):
         file.unlink()
         how(file)
     else: file.write_bytes(how(file.read_bytes()) if callable(how) else how)
-    taken = name in PEOPLE and (damage == 'bom' or damage == 'utf16' and 'text' in name) or name == 'text.txt' and damage in ('garbage', 'cut', 'number', 'null', 'list', 'deep', 'empty')
+    taken = name in PEOPLE and (damage == 'bom' or damage == 'utf16' and 'text' in name) or name == 'text.txt' and damage in ('garbage',
+        'cut', 'number', 'null', 'list', 'deep', 'empty')
     taken |= name == 'text.jsonl' and damage in ('empty', 'list') # nothing to read, which `passages` tells
     if taken:
         READERS[name](file)
@@ -86,9 +88,11 @@ FIELDS = [('sweep', k) for k in ('params', 'other_bytes', 'units', 'fingerprint'
 FIELDS += [('plan', k) for k in ('params', 'other_bytes', 'units', 'units/0/shape', 'units/0/format', 'units/0/kl', 'solver')]
 FIELDS += [('config', k) for k in ('hidden_size', 'num_hidden_layers', 'vocab_size', 'num_attention_heads')]
 FIELDS += [('index', 'weight_map'), ('chip', 'chip/bandwidth'), ('report', 'rows')]
-FINE = {('plan', 'units/0/kl', 'none'), ('plan', 'units/0/kl', 'half'), ('chip', 'chip/bandwidth', 'half'), ('report', 'rows', 'empty'), ('plan', 'solver', 'object'),
+FINE = {('plan', 'units/0/kl', 'none'), ('plan', 'units/0/kl', 'half'), ('chip', 'chip/bandwidth', 'half'), ('report', 'rows', 'empty'),
+    ('plan', 'solver', 'object'),
         ('plan', 'units/0/path', 'text'), ('index', 'weight_map', 'object')}
-FILES = dict(sweep='sweep.json', plan='plan.json', config='model/config.json', index='sharded/model.safetensors.index.json', chip='chip.json', report='report.json')
+FILES = dict(sweep='sweep.json', plan='plan.json', config='model/config.json', index='sharded/model.safetensors.index.json',
+    chip='chip.json', report='report.json')
 
 @pytest.mark.parametrize('bad', [*BAD, 'gone'])
 @pytest.mark.parametrize('kind,place', FIELDS)
@@ -119,8 +123,10 @@ A, B = 'model.layers.0.self_attn.k_proj.weight', 'model.layers.1.self_attn.k_pro
 def entry(**new): return lambda h: h | {A: h[A] | {k: v(h[A][k]) if callable(v) else v for k, v in new.items()}}
 
 HEADS = dict(overlap=lambda h: h | {A: h[A] | dict(data_offsets=h[B]['data_offsets'])}, floats=entry(shape=lambda s: [float(x) for x in s]),
-             negative=entry(shape=lambda s: [-x for x in s]), dtype=entry(dtype='X9'), none=entry(dtype=None), larger=entry(shape=lambda s: [2*s[0], s[1]]),
-             short=entry(data_offsets=lambda o: [o[0], o[1]-64]), one=entry(data_offsets=[0]), text=entry(data_offsets=['0', '9']), list=lambda h: h | {A: [1]},
+             negative=entry(shape=lambda s: [-x for x in s]), dtype=entry(dtype='X9'), none=entry(dtype=None),
+                 larger=entry(shape=lambda s: [2*s[0], s[1]]),
+             short=entry(data_offsets=lambda o: [o[0], o[1]-64]), one=entry(data_offsets=[0]), text=entry(data_offsets=['0', '9']),
+                 list=lambda h: h | {A: [1]},
              metadata=lambda h: h | {'__metadata__': [1]}, empty=lambda h: {}, lacking=lambda h: h | {A: dict(dtype='BF16')},
              twice=lambda h: (json.dumps(h)[:-1]+', '+json.dumps({A: h[B]})[1:]).encode(), gone=lambda h: {k: v for k, v in h.items() if k != A})
 
@@ -197,7 +203,8 @@ def test_whisper_in_weights_safetensors(tmp_path):
 
 def lines(p): return p.read_text().split('\n')[:-1]
 
-@pytest.mark.parametrize('new', [dict(kl=['a', 'b']), dict(kl=[]), dict(kl=[.1]), dict(kl=[-1., 2.]), dict(kl=[1e300]*2), dict(kl=[float('nan')]*2), dict(kl=.1), dict(unit='x'), dict(unit=None),
+@pytest.mark.parametrize('new', [dict(kl=['a', 'b']), dict(kl=[]), dict(kl=[.1]), dict(kl=[-1., 2.]), dict(kl=[1e300]*2),
+    dict(kl=[float('nan')]*2), dict(kl=.1), dict(unit='x'), dict(unit=None),
                                  dict(format='9g9'), dict(format=3), dict(format='3g64'), dict(start=7), dict(start=-1), dict(start='0')])
 @pytest.mark.parametrize('name', ['sweep.json', 'sweep.jsonl'])
 def test_records_of_a_sweep(copied, name, new):
@@ -236,12 +243,17 @@ def test_the_solver_ends_with_any_scale(good):
 
 # ---- text that people have
 
-TEXTS = {'a.json': json.dumps([dict(text=PASSAGE+str(i)) for i in range(40)]), 'a.JSONL': '\n'.join(json.dumps(dict(text=PASSAGE+str(i))) for i in range(40)),
-         'a.ndjson': '\n'.join(json.dumps(dict(question=PASSAGE, answer=str(i))) for i in range(40)), 'a.data': '\n'.join(json.dumps(dict(text=PASSAGE+str(i))) for i in range(40)),
-         'strings.jsonl': '\n'.join(json.dumps(PASSAGE+str(i)) for i in range(40)), 'lists.jsonl': '\n'.join(json.dumps(dict(text=[PASSAGE, str(i)])) for i in range(40)),
-         'nulls.jsonl': '\n'.join(json.dumps(dict(text=[PASSAGE+str(i), None][i%2])) for i in range(80)), 'one.txt': ' '.join(f'{i} {PASSAGE}' for i in range(60)),
+TEXTS = {'a.json': json.dumps([dict(text=PASSAGE+str(i)) for i in range(40)]),
+    'a.JSONL': '\n'.join(json.dumps(dict(text=PASSAGE+str(i))) for i in range(40)),
+         'a.ndjson': '\n'.join(json.dumps(dict(question=PASSAGE, answer=str(i))) for i in range(40)),
+             'a.data': '\n'.join(json.dumps(dict(text=PASSAGE+str(i))) for i in range(40)),
+         'strings.jsonl': '\n'.join(json.dumps(PASSAGE+str(i)) for i in range(40)), 'lists.jsonl': '\n'.join(json.dumps(dict(text=[PASSAGE,
+             str(i)])) for i in range(40)),
+         'nulls.jsonl': '\n'.join(json.dumps(dict(text=[PASSAGE+str(i), None][i%2])) for i in range(80)),
+             'one.txt': ' '.join(f'{i} {PASSAGE}' for i in range(60)),
          'wrapped.txt': '\n\n'.join('\n'.join(f'{i} {PASSAGE}'[k:k+72] for k in range(0, 340, 72)) for i in range(40)),
-         'seps.jsonl': '\n'.join(json.dumps(dict(text=f'{i}\u2028{PASSAGE}\x85'), ensure_ascii=False) for i in range(40)), 'seps.txt': '\n'.join(f'{i}\u2028{PASSAGE}' for i in range(40))}
+         'seps.jsonl': '\n'.join(json.dumps(dict(text=f'{i}\u2028{PASSAGE}\x85'), ensure_ascii=False) for i in range(40)),
+             'seps.txt': '\n'.join(f'{i}\u2028{PASSAGE}' for i in range(40))}
 
 @pytest.mark.parametrize('code', ['utf-8', 'utf-8-sig', 'utf-16', 'gzip'])
 @pytest.mark.parametrize('name', TEXTS)
@@ -251,7 +263,8 @@ def test_texts_are_read(tmp_path, name, code):
     for split in ('train', 'test'): assert all('{' not in p and 'river' in p for p in passages(file, split))
     if 'seps' in name: assert len(read_file(file)) == 40
 
-@pytest.mark.parametrize('row', ['{"text": 3}', '[1]', '3', '{}', '{"content": "x"}', '{"text": "x', '{"text": NaN}', '{"question": "x"}', r'{"text": "\ud800"}'])
+@pytest.mark.parametrize('row', ['{"text": 3}', '[1]', '3', '{}', '{"content": "x"}', '{"text": "x', '{"text": NaN}', '{"question": "x"}',
+    r'{"text": "\ud800"}'])
 def test_records_that_hold_no_text(good, tmp_path, row):
     file = tmp_path/'t.jsonl'
     file.write_text((good/'text.jsonl').read_text()+row+'\n')
@@ -292,8 +305,10 @@ def test_a_format_of_the_cache_is_refused_before_the_sweep(good):
 def test_options_without_effect(good, tmp_path):
     idle = ['--sweep x', '--polish dwq', '--protect embed', '--tie qkv', '--verify', '--no-verify', '--skip-baselines', '--target-bpw 4',
             '--target-memory 9', '--target-tps 9', '--chip M1', '--model-type llm']
-    for words in [f'convert MODEL --kv --target-size 9 {w}' for w in idle]+['convert MODEL --kv-candidate-bits 4', 'pareto SWEEP --rounding gptq']:
-        r = CliRunner().invoke(main, words.replace('MODEL', str(good/'model')).replace('SWEEP', str(good/'sweep.json')).split()+['-o', str(tmp_path/'out')])
+    for words in [f'convert MODEL --kv --target-size 9 {w}' for w in idle]+['convert MODEL --kv-candidate-bits 4',
+        'pareto SWEEP --rounding gptq']:
+        r = CliRunner().invoke(main, words.replace('MODEL', str(good/'model')).replace('SWEEP', str(good/'sweep.json')).split()+['-o',
+            str(tmp_path/'out')])
         assert r.exit_code == 1 and r.output.count('\n') == 1 and ('kv' in r.output or 'was measured with' in r.output), (words, r.output)
 
 def test_a_chip_without_a_speed(good):

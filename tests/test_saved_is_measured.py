@@ -147,7 +147,8 @@ def equal(folder, other):
 
 def test_python_and_the_command_save_the_same_model(source, sweep, saved, text, tmp_path):
     assert sweep.header['fingerprint']['quantizer'].startswith('search, 3 × 32 tokens')
-    r = optimize(str(source), tmp_path/'m', 5, formats=[3, 8], verify=False, compare=False, eval_n=2, eval_len=32, backend='torch', calibration=text, **SIZES)
+    r = optimize(str(source), tmp_path/'m', 5, formats=[3, 8], verify=False, compare=False, eval_n=2, eval_len=32, backend='torch',
+        calibration=text, **SIZES)
     assert r['sweep'].header['fingerprint'] == sweep.header['fingerprint'] and r['plan'].made == allocate(sweep, target_bits=5).made
     assert equal(tmp_path/'m', saved)
     plan, again = Plan.load(saved/'optiq'/'plan.json'), Sweep.load(saved/'optiq'/'sweep.json')

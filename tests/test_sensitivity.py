@@ -113,7 +113,8 @@ def test_ranks_do_not_end_early(models, monkeypatch):
     import optiq.sensitivity as s
     monkeypatch.setattr(s.Ranks, 'size', 2)
     with pytest.raises(ValueError, match="until='stable' compares plans of one process.*2"):
-        kl_sweep(TorchBackend(models['qwen3']), tokens_for(models['qwen3']), [4, 8], targets=[6], until='stable', progress=False, rounding='minmax')
+        kl_sweep(TorchBackend(models['qwen3']), tokens_for(models['qwen3']), [4, 8], targets=[6], until='stable', progress=False,
+            rounding='minmax')
 
 def test_noise_is_far_below_the_smallest_value(models):
     s = kl_sweep(TorchBackend(models['llama']), tokens_for(models['llama']), [8], progress=False, rounding='minmax')
@@ -142,7 +143,8 @@ def test_stale_files_are_refused_by_name(models, tmp_path):
     with pytest.raises(ValueError, match='tokens'): kl_sweep(b, tokens_for(c, seed=1), [4], out=out, progress=False, rounding='minmax')
     with pytest.raises(ValueError, match='formats'): kl_sweep(b, tokens, [8], out=out, progress=False, rounding='minmax')
     with pytest.raises(ValueError, match='backend'): kl_sweep(MLXBackend(c), tokens, [4], out=out, progress=False, rounding='minmax')
-    with pytest.raises(ValueError, match='model'): kl_sweep(TorchBackend(models['mistral']), tokens, [4], out=out, progress=False, rounding='minmax')
+    with pytest.raises(ValueError, match='model'): kl_sweep(TorchBackend(models['mistral']), tokens, [4], out=out, progress=False,
+        rounding='minmax')
     (tmp_path/'x.jsonl').write_text('{"a": 1}\n')
     with pytest.raises(ValueError, match='no sweep'): Sweep.load(tmp_path/'x.jsonl')
 

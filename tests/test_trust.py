@@ -22,7 +22,8 @@ COMMANDS = dict(
     benchmark=['benchmark', '{m}'], verify=['verify', '{m}'], reference=['verify', 'demo', '--reference', '{m}'],
     latency=['latency', '{m}', '--chip', 'M3 Max'], kv=['kv-cache', '{m}', '-o', '{out}'], serve=['serve', '{m}'],
     draft=['serve', 'demo', '--draft-model', '{m}'], also=['serve', 'demo', '--also', '{m}'])
-COMMANDS |= {f'demo {n}': ['demo', n, '--model', '{m}', '-o', '{out}'] for n in ('llm', 'vlm', 'audio', 'pareto', 'hardware', 'kv-cache', 'combined')}
+COMMANDS |= {f'demo {n}': ['demo', n, '--model', '{m}', '-o', '{out}'] for n in ('llm', 'vlm', 'audio', 'pareto', 'hardware', 'kv-cache',
+    'combined')}
 
 @pytest.fixture(scope='module', params=['qwen3', 'qwen3_vl', 'qwen3_asr'])
 def model(request, tmp_path_factory): return tiny(request.param, tmp_path_factory.mktemp(request.param)/'m')
@@ -55,7 +56,8 @@ def refused(command, folder, out) -> str:
 MAPS = {'config.json': 'AutoConfig', 'tokenizer_config.json': 'AutoTokenizer', 'processor_config.json': 'AutoProcessor',
         'preprocessor_config.json': 'AutoImageProcessor', 'video_preprocessor_config.json': 'AutoVideoProcessor',
         'feature_extractor_config.json': 'AutoFeatureExtractor', 'text_encoder/config.json': 'AutoModel'}
-CANARIES = [('config.json', dict(model_file='evil.py')), ('config.json', dict(_attn_implementation='evil/kernel'))] + [(f, dict(auto_map={k: 'evil.Thing'})) for f, k in MAPS.items()]
+CANARIES = [('config.json', dict(model_file='evil.py')), ('config.json', dict(_attn_implementation='evil/kernel'))] + [(f,
+    dict(auto_map={k: 'evil.Thing'})) for f, k in MAPS.items()]
 
 @pytest.mark.parametrize('file, entries', CANARIES)
 def test_code_is_refused_before_any_loader(model, tmp_path, file, entries):

@@ -269,7 +269,8 @@ def test_what_cannot_be_one_batch(model):
     a, b = TurboQuantKVCache(64, seed=1), TurboQuantKVCache(64, seed=2)
     with pytest.raises(ValueError, match='different formats or statistics'): a.merge([a, b])
     with pytest.raises(ValueError, match='different formats or statistics'): a.merge([a]).extend(b.merge([b]))
-    with pytest.raises(ValueError, match='different bits or seeds'): TurboQuantStateCache.merge([TurboQuantStateCache(), TurboQuantStateCache(bits=4)])
+    with pytest.raises(ValueError, match='different bits or seeds'): TurboQuantStateCache.merge([TurboQuantStateCache(),
+        TurboQuantStateCache(bits=4)])
     waiting = turbo_cache(model, precondition='prompt')[0]
     assert not hasattr(waiting, 'merge') and hasattr(a, 'merge')
     with pytest.raises(ValueError, match='for the cache of one text'): step(BatchTurboQuantKVCache([0], *waiting.formats), 0)

@@ -22,7 +22,7 @@ def llama(tmp_path_factory): return tiny('llama', tmp_path_factory.mktemp('llama
 SMALL = ['--samples', 2, '--seq-len', 16, '--rounding', 'minmax']
 CONVERT = ['--n-calibration', 2, '--seq-len', 16, '--n-samples', 2, '--rounding', 'minmax', '--skip-baselines', '--no-verify']
 FOLDERS = dict(
-    convert=['convert', 'models/a', *CONVERT], with_kv=['convert', 'models/a', '--kv', '--target-size', 1, *CONVERT],
+    convert=['convert', 'models/a', *CONVERT], with_kv=['convert', 'models/a', '--kv', '--target-size', 1, *CONVERT[:-2]],
     kv_cache=['kv-cache', 'models/a', '--n-samples', 2, '--seq-len', 32, '--eval-samples', 1, '--context', 64],
     pareto=['pareto', 'models/a', *SMALL, '--bits', '4,8', '--targets', '5'], demo=['demo', 'hardware', '--chip', 'M3 Max'])
 MADE = dict(convert='model', with_kv='model', kv_cache='kv', pareto='pareto', demo='demo')
@@ -177,6 +177,8 @@ def test_a_demo_without_matplotlib(home, monkeypatch, capsys):
 KILLED = '''
 import os, signal, sys
 from pathlib import Path
+for name in ('SIGTERM', 'SIGHUP'): signal.signal(getattr(signal, name), signal.SIG_DFL) # nohup and CI ignore some
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from optiq import files
 rename, left = Path.rename, [int(sys.argv[1])]
 def slow(self, *a):

@@ -232,13 +232,15 @@ def test_estimate_names_time_and_memory(models):
     assert e['seconds'] > 0 and e['bytes'] > 0 and e['probes'] == len(probes(models['qwen3'].units, [Format(4)]))
 
 def test_estimate_is_right_within_a_factor_of_one_and_a_half(monkeypatch):
-    "By the clock of this process, which stands still while other work has the core"
+    "By the clock of this process, which stands still while other work has the core; the middle one of three, as a core's speed varies"
     monkeypatch.setattr('time.perf_counter', time.process_time)
     b = TorchBackend(Checkpoint('demo'))
-    tokens = tokens_for(b.checkpoint, 2, 128)
-    told, start = estimate(b, ['4g64'], tokens)['seconds'], time.process_time()
-    kl_sweep(b, tokens, ['4g64'], progress=False, rounding='minmax')
-    assert 1/1.5 < told/(time.process_time()-start) < 1.5
+    tokens, ratios = tokens_for(b.checkpoint, 2, 128), []
+    for _ in range(3):
+        told, start = estimate(b, ['4g64'], tokens)['seconds'], time.process_time()
+        kl_sweep(b, tokens, ['4g64'], progress=False, rounding='minmax')
+        ratios.append(told/(time.process_time()-start))
+    assert 1/1.5 < sorted(ratios)[1] < 1.5, ratios
 
 def test_experts_are_quantized_as_one_tensor(models):
     c = models['qwen3_moe']

@@ -29,17 +29,20 @@ import mlx.core as mx
 import numpy as np
 import soundfile
 
-from optiq.audio import speech_samples, transcribe
-from optiq.backends import open_backend
+from optiq.families.audio import speech_samples, transcribe
+from optiq.backends.open import open_backend
 from optiq.convert import convert
 from optiq.evals.perplexity import evaluate, overrides_of
-from optiq.evals.report import machine, mean_figure
+from optiq.report import machine, mean_figure
 from optiq.evals.wer import errors, wer_figure, write_down
 from optiq.formats import AS_IS, Format, parse_format, quantize_dequantize
-from optiq.knapsack import allocate, make_plan
-from optiq.rounding import Statistics, as_overrides, round_model
-from optiq.sensitivity import Sweep, measure
-from optiq.speech import RATE, clips
+from optiq.knapsack import allocate
+from optiq.plan import make_plan
+from optiq.rounding import as_overrides, round_model
+from optiq.statistics import Statistics
+from optiq.measure.kl import measure
+from optiq.measure.sweep import Sweep
+from optiq.material.speech import RATE, clips
 
 PLAIN = """import json, sys
 import numpy as np, mlx.core as mx, soundfile

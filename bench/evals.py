@@ -10,15 +10,16 @@ import sys
 import time
 from pathlib import Path
 
-from optiq.backends import TorchBackend
+from optiq.backends.torch import TorchBackend
 from optiq.calibration import fingerprint, passages, token_batch
 from optiq.evals.gsm8k import gsm8k, questions
 from optiq.evals.needle import needle
 from optiq.evals.perplexity import evaluate, evaluation_tokens, overrides_of
-from optiq.evals.report import Report, joined, machine, score_row
+from optiq.report import Report, joined, machine, score_row
 from optiq.evals.throughput import throughput
 from optiq.formats import Format
-from optiq.knapsack import allocate, make_plan, uniform
+from optiq.knapsack import allocate
+from optiq.plan import make_plan, uniform
 from optiq.models import Checkpoint
 from optiq.sensitivity import kl_sweep
 

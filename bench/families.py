@@ -56,17 +56,21 @@ import numpy as np
 
 os.environ.setdefault('MLX_DISABLE_COMPILE', '1') # on a CPU every compiled function costs seconds of a C++ compiler
 
-from optiq.backends import open_backend # all that we take from the package stands here
+from optiq.backends.open import open_backend # all that we take from the package stands here
 from optiq.calibration import token_batch
 from optiq.convert import convert
 from optiq.evals.perplexity import overrides_of
-from optiq.evals.report import machine
-from optiq.gradient import gradient_sweep
-from optiq.knapsack import allocate, uniform
-from optiq.kv_cache import generate_with_mixed_kv, kv_config, kv_layout, kv_sweep, mixed_caches, read_kv_config
+from optiq.report import machine
+from optiq.measure.gradient import gradient_sweep
+from optiq.knapsack import allocate
+from optiq.plan import uniform
+from optiq.kv.cache import generate_with_mixed_kv, mixed_caches
+from optiq.kv.config import kv_config, read_kv_config
+from optiq.kv.layout import kv_layout
+from optiq.kv.sweep import kv_sweep
 from optiq.models import Checkpoint, read_header
 from optiq.sensitivity import kl_sweep
-from optiq.tiny import PROSE, draw, merged, write_json, write_tokenizer
+from optiq.material.tiny import PROSE, draw, merged, write_json, write_tokenizer
 
 HERE = Path(__file__).parent
 TABLE, RESULT = HERE/'families.json', HERE.parent/'nbs/results/families.json'

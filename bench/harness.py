@@ -14,7 +14,7 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1')
 
 from optiq.evals.harness import harness
-from optiq.evals.report import Report
+from optiq.report import Report
 
 TASK = '''task: local_sums
 dataset_path: json

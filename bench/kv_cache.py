@@ -21,18 +21,21 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from optiq.backends import TorchBackend
+from optiq.backends.torch import TorchBackend
 from optiq.calibration import passages, token_batch
 from optiq.evals.perplexity import evaluate, evaluation_tokens, overrides_of
-from optiq.evals.report import machine, score_row
+from optiq.report import machine, score_row
 from optiq.formats import AS_IS, Format, divides, parse_format, quantize_dequantize
-from optiq.knapsack import allocate, pose, uniform
-from optiq.kv_cache import (MixedKVCache, attend, cache_bytes, configurations, helped, joint_plan, kv_config, kv_layout, kv_sweep,
-                            memory_table, own_caches, read_kv_config)
+from optiq.knapsack import allocate, pose
+from optiq.plan import uniform
+from optiq.kv.cache import MixedKVCache, attend, cache_bytes, memory_table
+from optiq.kv.config import kv_config, read_kv_config
+from optiq.kv.layout import kv_layout, own_caches
+from optiq.kv.sweep import configurations, helped, joint_plan, kv_sweep
 from optiq.models import Checkpoint
-from optiq.sensitivity import Sweep
-from optiq.tiny import tiny
-from optiq.verify import alternatives, improve, joint_kl
+from optiq.measure.sweep import Sweep
+from optiq.material.tiny import tiny
+from optiq.refine import alternatives, improve, joint_kl
 
 GPU = mx.default_device().type == mx.DeviceType.gpu
 

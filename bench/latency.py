@@ -23,12 +23,13 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from optiq.evals.report import machine
+from optiq.report import machine
 from optiq.formats import Format
-from optiq.knapsack import make_plan, uniform
-from optiq.latency import (LEARNED, Chip, Latency, Speed, compare_speeds, decode_once, extend, keep_busy, measure_chip,
-                           on_gpu, per_step, reads_of, skeleton, stand_in)
-from optiq.tiny import hub_config
+from optiq.plan import make_plan, uniform
+from optiq.chips import Speed, decode_once, extend, keep_busy, measure_chip, on_gpu, per_step, stand_in
+from optiq.latency import LEARNED, compare_speeds
+from optiq.roofline import Chip, Latency, reads_of, skeleton
+from optiq.material.tiny import hub_config
 
 CALIBRATION = 'uniform 4g64'
 

@@ -16,10 +16,10 @@ from collections import Counter
 from pathlib import Path
 
 
-from optiq.evals.report import machine
-from optiq.knapsack import default_of_vlm, uniform
+from optiq.report import machine
+from optiq.plan import default_of_vlm, uniform
 from optiq.models import Checkpoint, read_header
-from optiq.tiny import tiny
+from optiq.material.tiny import tiny
 
 def sizes(folder: Path) -> dict:
     c = Checkpoint(folder)
@@ -74,7 +74,7 @@ if __name__ == '__main__':
     args, out = parser.parse_args(), {}
     ids = dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653)
     with tempfile.TemporaryDirectory() as d:
-        from optiq.tiny import SHAPES, merged
+        from optiq.material.tiny import SHAPES, merged
         folder = tiny('qwen3_vl', f'{d}/model', shape=merged(SHAPES['qwen3_vl']['2B'], ids))
         for name in args.only.split(','):
             out[name] = dict(sizes=sizes, memory=memory)[name](folder)

@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 
 from optiq.calibration import passages
-from optiq.speech import RATE, read_sound
+from optiq.material.speech import RATE, read_sound
 
 VOICES = 'en-us', 'en-gb', 'en-us+f3', 'en-gb-scotland', 'en-us+m3', 'en-gb+f2', 'en-gb-x-rp', 'en-us+f5', 'en-us+m7', 'en-gb+m1'
 

@@ -22,16 +22,19 @@ from pathlib import Path
 
 import numpy as np
 
-from optiq.backends import MLXBackend, TorchBackend
+from optiq.backends.mlx import MLXBackend
+from optiq.backends.torch import TorchBackend
 from optiq.calibration import passages, token_batch
 from optiq.evals.perplexity import evaluate, overrides_of
-from optiq.evals.report import machine
+from optiq.report import machine
 from optiq.formats import Format
-from optiq.gradient import agreement, gradient_sweep, screened_sweep
+from optiq.measure.gradient import agreement, gradient_sweep, screened_sweep
 from optiq.knapsack import allocate
 from optiq.models import Checkpoint
-from optiq.sensitivity import estimate, kl_divergence, kl_sweep, measure, on_gpu, perturb, probes
-from optiq.tiny import tiny
+from optiq.measure.estimate import estimate
+from optiq.measure.kl import kl_divergence, measure, on_gpu, perturb, probes
+from optiq.sensitivity import kl_sweep
+from optiq.material.tiny import tiny
 
 WIDTHS = [Format(3), Format(4), Format(8)]
 

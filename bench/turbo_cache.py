@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 def save(args, done, name, figures):
-    from optiq.evals.report import machine
+    from optiq.report import machine
     done[name] = figures | dict(about=machine() | dict(gpu=gpu_name(), command=command()))
     Path(args.o).parent.mkdir(parents=True, exist_ok=True)
     part = Path(f'{args.o}.part')
@@ -80,8 +80,9 @@ def cache_kinds(model):
     "Name ▸ function that makes the caches"
     from mlx_lm.models.cache import QuantizedKVCache
     from optiq.formats import parse_format
-    from optiq.kv_cache import MixedKVCache, own_caches
-    from optiq.turbo_cache import make_turbo
+    from optiq.kv.cache import MixedKVCache
+    from optiq.kv.layout import own_caches
+    from optiq.kv.rotated import make_turbo
     n = len(own_caches(model))
     affine = parse_format('4g64')
     return {'fp16': lambda: own_caches(model),
@@ -263,8 +264,8 @@ def far(kind, D, bits, q, k, v):
     import mlx.core as mx
     from mlx_lm.models.base import quantized_scaled_dot_product_attention as theirs
     from mlx_lm.models.cache import QuantizedKVCache
-    from optiq.kv_cache import MixedKVCache, attend
-    from optiq.turbo_cache import TurboQuantKVCache
+    from optiq.kv.cache import MixedKVCache, attend
+    from optiq.kv.rotated import TurboQuantKVCache
     scale, last = D**-.5, (k[:, :, -1:]*.5, v[:, :, -1:]*.5)
     if kind == 'affine, mlx-lm':
         c = QuantizedKVCache(min(D, 64), bits)
@@ -285,8 +286,8 @@ def attention(args, report):
     "Microseconds of one layer's attention at a step, the storing of its token included"
     import mlx.core as mx
     from mlx_lm.models.cache import KVCache
-    from optiq.kv_cache import MixedKVCache
-    from optiq.turbo_cache import TurboQuantKVCache
+    from optiq.kv.cache import MixedKVCache
+    from optiq.kv.rotated import TurboQuantKVCache
     rows = []
     for T in args.contexts:
         for N in (4, 2):
@@ -335,13 +336,14 @@ def kivi(layout, bits):
     return {u.path: partial(per_channel if u.kind == 'keys' else quantize_dequantize, fmt=Format(bits, 32)) for u in layout.units}
 
 def kl(args, report):
-    from optiq.backends import TorchBackend
+    from optiq.backends.torch import TorchBackend
     from optiq.evals.perplexity import evaluate, overrides_of
     from optiq.formats import nbytes, parse_format
     from optiq.knapsack import allocate
-    from optiq.kv_cache import kv_layout, kv_sweep
+    from optiq.kv.layout import kv_layout
+    from optiq.kv.sweep import kv_sweep
     from optiq.models import Checkpoint
-    from optiq.turbo_cache import key_statistics, preconditioned
+    from optiq.kv.precondition import key_statistics, preconditioned
     b = TorchBackend(Checkpoint(args.model))
     calibration, tokens = texts(args, b.checkpoint.tokenizer)
     layout, stats, rows = kv_layout(b.checkpoint), key_statistics(b, calibration), []
@@ -409,16 +411,16 @@ def one_step(x, bits):
 
 def compare(args, report):
     import torch
-    from optiq.backends import TorchBackend
+    from optiq.backends.torch import TorchBackend
     from optiq.formats import Format, nbytes, parse_format, quantize_dequantize
-    from optiq.kv_cache import kv_layout
+    from optiq.kv.layout import kv_layout
     from optiq.models import Checkpoint
-    from optiq.turbo_cache import key_statistics, watch_attention
+    from optiq.kv.precondition import key_statistics
     from optiq.turboquant import TurboQuantMSE, round_trip
     b, seen = TorchBackend(Checkpoint(args.model)), {}
     calibration, tokens = texts(args, b.checkpoint.tokenizer)
     stats = key_statistics(b, calibration)
-    with watch_attention(b, lambda i, q, k, v: seen.update({i: [b.numpy(x)[0] for x in (q, k, v)]})): b.logits(tokens[:1])
+    with b.watching(lambda i, q, k, v: seen.update({i: [b.numpy(x)[0] for x in (q, k, v)]})): b.logits(tokens[:1])
     D, rows = seen[0][1].shape[-1], []
     def affine(x, bits, group): return quantize_dequantize(x, Format(bits, group))
     def methods(i, n):
@@ -452,15 +454,15 @@ def compare(args, report):
 def needle(args, report):
     "`needle`: one code in filler; `recall`: one of many codes. The same texts for every cache, so margins are compared in pairs"
     from scipy.stats import binomtest
-    from optiq.backends import TorchBackend
+    from optiq.backends.torch import TorchBackend
     from optiq.calibration import passages, token_batch
     from optiq.evals.needle import margins
     from optiq.evals.perplexity import overrides_of
     from optiq.formats import parse_format
-    from optiq.kv_cache import kv_layout
+    from optiq.kv.layout import kv_layout
     from optiq.models import Checkpoint
-    from optiq.tasks import recall
-    from optiq.turbo_cache import key_statistics, preconditioned
+    from optiq.material.problems import recall
+    from optiq.kv.precondition import key_statistics, preconditioned
     b = TorchBackend(Checkpoint('demo'))
     tokenizer, rows = b.checkpoint.tokenizer, list(args.done.get('needle', {}).get('rows', []))
     stats = key_statistics(b, token_batch(passages('bundled'), tokenizer, 4, 128))

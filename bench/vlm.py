@@ -20,17 +20,20 @@ from pathlib import Path
 
 import numpy as np
 
-from optiq.backends import open_backend
+from optiq.backends.open import open_backend
 from optiq.calibration import fingerprint
 from optiq.evals.ai2d import ai2d
 from optiq.evals.perplexity import evaluate
-from optiq.evals.report import Report, joined, machine, score_row
+from optiq.report import Report, joined, machine, score_row
 from optiq.formats import AS_IS, Format
-from optiq.knapsack import allocate, make_plan, uniform
+from optiq.knapsack import allocate
+from optiq.plan import make_plan, uniform
 from optiq.models import Checkpoint, read_header
 from optiq.rounding import as_overrides, round_model
-from optiq.sensitivity import Sweep, kl_sweep
-from optiq.vlm import rounded, samples
+from optiq.measure.sweep import Sweep
+from optiq.sensitivity import kl_sweep
+from optiq.families.vision import samples
+from optiq.show.demos import rounded
 
 WIDTHS = [Format(k, 64) for k in (2, 3, 4, 5, 6)]
 PARTS = 'vision', 'projector', 'language'

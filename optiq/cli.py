@@ -261,7 +261,7 @@ def convert(model, target, target_tps, chip, bits, formats, group_size, kv, kv_b
 def convert_weights(model, out, fmts, target_tps, chip, given) -> tuple: # figures, text
     "`optimize`, with a speed turned into a budget first"
     from optiq.pipeline import candidates_for, optimize
-    from optiq.verify import verdict
+    from optiq.refine import verdict
     if target_tps is not None:
         from optiq.latency import latency
         wanted = candidates_for(fmts, given['sweep'])
@@ -274,7 +274,7 @@ def convert_weights(model, out, fmts, target_tps, chip, given) -> tuple: # figur
 # %% ../nbs/90_cli.ipynb #0da8272d
 def convert_with_cache(model, out, fmts, kv_fmts, given) -> tuple: # figures, text
     "`optimize_with_kv`"
-    from optiq.kv_cache import layer_table, optimize_with_kv
+    from optiq.kv.sweep import layer_table, optimize_with_kv
     names = 'calibration', 'evaluation', 'n', 'seq_len', 'eval_n', 'rounding', 'rounding_n', 'backend', 'overwrite', 'trust_remote_code'
     context, same = given['context'] or 16384, {k: given[k] for k in names}
     r = optimize_with_kv(model, out, given['max_bytes'], context, fmts, kv_fmts, **same)
@@ -397,7 +397,7 @@ def kv_cache(model, target_bits, max_bytes, bits, formats, group_size, output, a
     optiq kv-cache Qwen/Qwen3-0.6B-base --target-bits 5.0 --candidate-bits 4,8
     optiq kv-cache ./my-4bit-model --target-size 300 --context 16384 --candidate-bits 3,4,6,8
     """
-    from optiq.kv_cache import layer_table, memory_lines, optimize_kv
+    from optiq.kv.sweep import layer_table, memory_lines, optimize_kv
     if target_bits is None and max_bytes is None: target_bits = 5.0
     fmts, out = as_formats(formats, bits, group_size, cache=True), output or default_output(model, 'kv')
     r = optimize_kv(model, out, target_bits, max_bytes, fmts, **given)
@@ -464,14 +464,14 @@ def eval_(model, task, responses, as_json, **given):
     optiq eval optiq_output/whisper-4.5bpw --task wer --baseline whisper --evaluation recordings
     optiq eval --task gsm8k --responses answers.jsonl
     """
-    from optiq.evals.run import as_figures
+    from optiq.score import as_figures
     report = answered(responses, task, given['baseline']) if responses else scored(model, task, **given)
     finish(as_figures(report, task), str(report), as_json)
 
 # %% ../nbs/90_cli.ipynb #28b4350d
 def scored(model: str | None, task: str, n: int | None, **given): # ▸ Report
     "`run_task`, with as many samples as the task needs"
-    from optiq.evals.run import run_task
+    from optiq.score import run_task
     if model is None: raise click.UsageError('give a MODEL, or --responses with answers to score')
     if n is None: n = 50 if task in ('perplexity', 'kl') else 200
     return run_task(task, model, n=n, **given)
@@ -568,7 +568,7 @@ def demo(name, output, overwrite, as_json, **given):
     optiq demo hardware --chip "M3 Max" -o speed
     optiq demo kv-cache --model Qwen/Qwen3-0.6B-base --text wikitext2
     """
-    from optiq.demos import find_demo, names
+    from optiq.show.demos import find_demo, names
     from optiq.files import own_folder
     if name is None: return finish(dict(demos=names()), ' '.join(names()), as_json)
     run = with_options(find_demo(name), name, given)
@@ -617,7 +617,7 @@ def doctor(timeout, as_json):
     optiq doctor
     optiq doctor --json
     """
-    from optiq.doctor import doctor as look
+    from optiq.show.doctor import doctor as look
     found, colours = look(timeout), dict(ok='green', note='yellow', bad='red')
     lines = [click.style(repr(f)[0], fg=colours[f.state])+repr(f)[1:] for f in found]
     finish(found.figures(), '\n'.join(lines), as_json)

@@ -7,7 +7,7 @@ __all__ = ['AFFINE_BITS', 'AFFINE_GROUPS', 'FAMILIES', 'ELSEWHERE', 'FLOAT_MODES
            'Format', 'parse_format', 'check_storable', 'nbytes', 'divides', 'refuse_width', 'quantize_dequantize',
            'quantize_minmax', 'for_unit', 'config_entry', 'format_html']
 
-# %% ../nbs/00_formats.ipynb #3c765c17
+# %% ../nbs/00_formats.ipynb #436f9d0d
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .readers import Form
 # %% ../nbs/00_formats.ipynb #4cfbbf7e
 AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 FAMILIES = {} # mode ▸ what another module says of its formats: takes(bits, group), divides, nbytes, quantize_dequantize
-ELSEWHERE = {'tq': 'optiq.turboquant'} # mode ▸ the module that adds it to FAMILIES, imported when the mode is first named
+ELSEWHERE = {'tq': 'optiq.kv.rotated'} # mode ▸ the module that adds it to FAMILIES, imported when the mode is first named
 FLOAT_MODES = {'mxfp4': (4, 32), 'nvfp4': (4, 16), 'mxfp8': (8, 32)} # mode: (bits, group size)
 
 # %% ../nbs/00_formats.ipynb #1a43683f

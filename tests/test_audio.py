@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip('mlx_audio')
 import mlx.core as mx
-from optiq.audio import load_speech, qwen3_asr_sample, speech_samples, transcribe, whisper_sample
-from optiq.speech import RATE, Clip, clips
-from optiq.tiny import tiny
+from optiq.families.audio import load_speech, qwen3_asr_sample, speech_samples, transcribe, whisper_sample
+from optiq.material.speech import Clip, RATE, clips
+from optiq.material.tiny import tiny
 
 @pytest.fixture(scope='module')
 def asr(tmp_path_factory): return load_speech(tiny('qwen3_asr', tmp_path_factory.mktemp('asr')/'m', dtype='float32'))
@@ -49,7 +49,7 @@ def test_units_and_sizes_of_the_real_qwen3_asr():
     from mlx.utils import tree_flatten
     from mlx_audio.stt.models.qwen3_asr import Model, ModelConfig
     from optiq.models import block_lists, find_units
-    from optiq.tiny import hub_config
+    from optiq.material.tiny import hub_config
     real = Model(ModelConfig.from_dict(hub_config('qwen3_asr', '0.6B')))
     units = [u for u in find_units(real, block_lists(real), 'audio') if u.kind != 'embed']
     decoder, params = [u for u in units if u.part == 'decoder'], sum(v.size for _, v in tree_flatten(real.parameters()))
@@ -204,7 +204,7 @@ def written_by_mlx_audio(out, file, tokens, cwd): # text, types of three layers
 def planned(model, formats, out): # ▸ Plan
     "Convert with a format for each part"
     from optiq.convert import check, convert
-    from optiq.knapsack import make_plan
+    from optiq.plan import make_plan
     from optiq.models import Checkpoint
     c = Checkpoint(model)
     plan = make_plan(c, {u.path: formats['embed' if u.kind == 'embed' else u.part] for u in c.units})

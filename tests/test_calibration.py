@@ -6,18 +6,20 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from optiq.backends import MLXBackend, TorchBackend
+from optiq.backends.mlx import MLXBackend
+from optiq.backends.torch import TorchBackend
 from optiq.calibration import before, block_hashes, fingerprint, overlap, passages, token_batch, unscored
 from optiq.evals.kl import reference, score_against
 from optiq.evals.needle import pairs_of
 from optiq.evals.perplexity import evaluate, overrides_of
-from optiq.evals.run import text_tokens
+from optiq.score import text_tokens
 from optiq.formats import Format
-from optiq.gradient import second_order
-from optiq.knapsack import uniform
+from optiq.measure.gradient import second_order
+from optiq.plan import uniform
 from optiq.models import Checkpoint
-from optiq.sensitivity import kl_divergence, kl_sweep, perturb, probes
-from optiq.tiny import tiny
+from optiq.measure.kl import kl_divergence, perturb, probes
+from optiq.sensitivity import kl_sweep
+from optiq.material.tiny import tiny
 
 LINES = [f'Passage number {i} is long enough to count, because it says the same thing more than once: {i}, {i}, {i}, {i}, {i}.'
          for i in range(60)]
@@ -122,7 +124,7 @@ def test_the_gradient_does_not_see_it_either(greeted, monkeypatch):
         logits = b.logits
         monkeypatch.setattr(b, 'logits', lambda batch: b.xp.cat([0*logits(batch)[:, :1], logits(batch)[:, 1:]], 1))
         assert second_order(b, tokens, todo) == want
-    monkeypatch.setattr('optiq.gradient.unscored', lambda c, tokens: 0)
+    monkeypatch.setattr('optiq.measure.gradient.unscored', lambda c, tokens: 0)
     assert second_order(b, tokens, todo) != want
 
 def test_prompts_have_it_and_answers_have_not(greeted):

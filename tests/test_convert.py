@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from optiq.cli import main
 from optiq.convert import check, convert, stored_bytes
 from optiq.formats import AS_IS, Format
-from optiq.knapsack import make_plan, uniform
+from optiq.plan import make_plan, uniform
 from optiq.models import Checkpoint
 from optiq.pipeline import optimize
-from optiq.tiny import tiny
+from optiq.material.tiny import tiny
 
 @pytest.fixture(scope='module')
 def llama(tmp_path_factory): return tiny('llama', tmp_path_factory.mktemp('llama')/'model')

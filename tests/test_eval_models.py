@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from optiq.backends import MLXBackend, TorchBackend
+from optiq.backends.mlx import MLXBackend
+from optiq.backends.torch import TorchBackend
 from optiq.calibration import block_hashes, fingerprint, overlap, passages, token_batch
 from optiq.convert import convert
 from optiq.evals import harness as harness_module
@@ -15,13 +16,14 @@ from optiq.evals.gsm8k import gsm8k, questions
 from optiq.evals.kl import largest, merged, reference, score_against
 from optiq.evals.needle import margins, needle, needle_trials, smallest_margin
 from optiq.evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_calibration
-from optiq.evals.report import Report
-from optiq.evals.run import run_task, same_words, text_tokens
+from optiq.report import Report
+from optiq.score import run_task, same_words, text_tokens
 from optiq.evals.tasks import compose, write
 from optiq.evals.throughput import throughput
 from optiq.evals.verify import verify
 from optiq.formats import Format
-from optiq.knapsack import allocate, uniform
+from optiq.knapsack import allocate
+from optiq.plan import uniform
 from optiq.models import Checkpoint, demo
 from optiq.sensitivity import kl_sweep
 
@@ -99,7 +101,7 @@ def test_positions_and_tail(b, tokens, plan):
     assert s.kl_p99 == pytest.approx(np.quantile(s.tokens[1], .99)) and s.flips.mean() == pytest.approx(1-s.agree.mean())
 
 def test_other_tokenizer_is_refused(b, tmp_path):
-    from optiq.tiny import tiny
+    from optiq.material.tiny import tiny
     other = Checkpoint(tiny('llama', tmp_path/'t'))
     with pytest.raises(ValueError, match='different tokenizers, so no KL'): same_words(Checkpoint('demo'), other)
     shutil.copytree(demo(), tmp_path/'d')

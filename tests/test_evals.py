@@ -3,13 +3,14 @@ import numpy as np
 import pytest
 import torch
 
-from optiq.backends import MLXBackend, TorchBackend
+from optiq.backends.mlx import MLXBackend
+from optiq.backends.torch import TorchBackend
 from optiq.evals.perplexity import evaluate, evaluation_tokens, overrides_of
-from optiq.evals.report import Report, score_row
+from optiq.report import Report, score_row
 from optiq.evals.tasks import Share, answers
 from optiq.formats import Format
-from optiq.gradient import agreement, gradient_sweep, screened_sweep
-from optiq.knapsack import make_plan, uniform
+from optiq.measure.gradient import agreement, gradient_sweep, screened_sweep
+from optiq.plan import make_plan, uniform
 from optiq.models import Checkpoint, demo
 from optiq.pipeline import compare
 from optiq.sensitivity import kl_sweep
@@ -48,7 +49,7 @@ def test_gradient_ranks_and_screening_saves(b, tokens):
     np.testing.assert_allclose(screened.values[k], exact.values[k], rtol=1e-3)
 
 def test_answers_without_and_with_writing_agree(b):
-    from optiq.tasks import lists
+    from optiq.material.problems import lists
     rows = lists(6, 'test')
     wrong = [r | dict(answer=r['answer'][::-1]) for r in rows] # never what the model writes, so it has to write
     assert [a.strip() for a in answers(b, rows)] == [a.strip() for a in answers(b, wrong, new_tokens=60)]

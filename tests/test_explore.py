@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import CHROMIUM, browser, lab, until
-from optiq.explore import Explorer, Planner, compare, explore, explore_kv, targets_of
+from optiq.show.explore import Explorer, Planner, compare, explore, explore_kv, targets_of
 from optiq.formats import Format
-from optiq.knapsack import allocate, uniform
-from optiq.kv_cache import kv_layout
+from optiq.knapsack import allocate
+from optiq.plan import uniform
+from optiq.kv.layout import kv_layout
 from optiq.latency import latency
 from optiq.models import Checkpoint, Unit
-from optiq.sensitivity import Sweep
+from optiq.measure.sweep import Sweep
 
 FORMATS = [Format(b) for b in (3, 4, 6, 8)]
 
@@ -110,7 +111,7 @@ def test_in_jupyterlab(tmp_path, sweep):
     pytest.importorskip('jupyterlab')
     pytest.importorskip('websocket')
     sweep.save(tmp_path/'sweep.json')
-    code = ('from optiq.sensitivity import Sweep, tqdm\nfrom optiq.explore import explore\nprint(*(c.__name__ for c in tqdm.__mro__))\n'
+    code = ('from optiq.measure.sweep import Sweep, tqdm\nfrom optiq.show.explore import explore\nprint(*(c.__name__ for c in tqdm.__mro__))\n'
             'explore(Sweep.load("sweep.json"), value=4.5)')
     cell = dict(cell_type='code', id='a', metadata={}, source=code, outputs=[], execution_count=None)
     spec = dict(kernelspec=dict(display_name='Python 3', language='python', name='python3'))

@@ -14,7 +14,7 @@ from optiq import files
 from optiq.cli import main
 from optiq.files import added_files, clear_stale, own_folder, read_mark, scratch, whole_folder, write_mark
 from optiq.models import Checkpoint
-from optiq.tiny import tiny
+from optiq.material.tiny import tiny
 
 @pytest.fixture(scope='module')
 def llama(tmp_path_factory): return tiny('llama', tmp_path_factory.mktemp('llama')/'model')
@@ -162,7 +162,7 @@ def test_without_matplotlib_there_are_the_tables(home, monkeypatch, command):
     assert tree(Path('.')).keys() >= {'out'} and not Path('out.sweep.jsonl').exists()
 
 def test_a_demo_without_matplotlib(home, monkeypatch, capsys):
-    from optiq.demos import Demo
+    from optiq.show.demo import Demo
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     Demo('llm', [], dict(figure=lambda: 1/0), {}).save('d')
     assert {*tree(Path('d'))} == {'.optiq', 'tables.txt', 'demo.json'} and 'optiq[lab]' in capsys.readouterr().err
@@ -263,7 +263,7 @@ def test_a_disk_that_fills_up_is_told_with_the_place(tmp_path, e):
 
 def test_advice_after_an_interruption(home, monkeypatch):
     import optiq.pipeline as pipeline
-    import optiq.sensitivity as sensitivity
+    import optiq.measure.sweep as sensitivity
     def stop(*a, **k): raise KeyboardInterrupt
     for where in (pipeline, sensitivity): monkeypatch.setattr(where, 'kl_sweep', stop)
     def said(*args):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from optiq.backends import check_logits, open_backend
+from optiq.backends.open import open_backend
+from optiq.backends.replay import check_logits
 from optiq.cli import main
 from optiq.evals.kl import reference, score_against
-from optiq.evals.report import Report, compare_reports, mean_figure, paired
-from optiq.tiny import tiny
+from optiq.report import Report, compare_reports, mean_figure, paired
+from optiq.material.tiny import tiny
 
 FEW = ['--n-samples', 1]
 SWEEP, CONVERT = ['--samples', 1, '--rounding', 'minmax'], ['--target-bpw', 5, *FEW, '--n-calibration', 1, '--rounding', 'minmax']

@@ -12,10 +12,11 @@ from mlx_lm import server
 from mlx_lm.models.cache import LRUPromptCache
 
 from optiq.formats import parse_format
-from optiq.knapsack import make_plan
-from optiq.kv_cache import kv_config, kv_layout
+from optiq.plan import make_plan
+from optiq.kv.config import kv_config
+from optiq.kv.layout import kv_layout
 from optiq.models import demo
-from optiq.serve import LONGEST, Generator, Handler, Provider, Server, check_origin, names_of, serve
+from optiq.serve import Generator, Handler, LONGEST, Provider, Server, check_origin, names_of, serve
 
 def arguments(**changes):
     "What mlx_lm.server makes of no options but ours"

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from optiq.formats import AS_IS, Format, divides, parse_format
-from optiq.knapsack import (Budget, Plan, allocate, cache_bytes, isotonic, make_problem, budgets_of, pareto, plan_point, price_ranges,
-                            recipe, smoothed, solve_exact, solve_greedy, solve_lagrange, stability, uniform)
+from optiq.knapsack import Budget, allocate, budgets_of, make_problem, pareto, price_ranges, stability
+from optiq.kv.layout import cache_bytes
+from optiq.plan import Plan, isotonic, plan_point, recipe, smoothed, uniform
+from optiq.solver import solve_exact, solve_greedy, solve_lagrange
 from optiq.models import Checkpoint, Unit
-from optiq.tiny import tiny
+from optiq.material.tiny import tiny
 
 property_test = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

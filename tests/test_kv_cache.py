@@ -11,17 +11,21 @@ from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, LRUPromptCache, load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
 
-import optiq.kv_cache as kv
-from optiq.backends import MLXBackend, TorchBackend
+import optiq.kv.cache as kv
+from optiq.backends.mlx import MLXBackend
+from optiq.backends.torch import TorchBackend
 from optiq.evals.perplexity import overrides_of
 from optiq.formats import ALL_FORMATS, AS_IS, FAMILIES, Format, divides, nbytes, parse_format, quantize_dequantize
-from optiq.knapsack import allocate, uniform
-from optiq.kv_cache import (BatchMixedKVCache, KVLayer, KVLayout, MixedKVCache, at_context, attend, cache_bytes, combine,
-                            generate_with_mixed_kv, joint_plan, kv_config, kv_layers, kv_layout, kv_sweep, memory_table,
-                            mixed_caches, optimize_kv, optimize_with_kv, own_caches, read_kv_config, save_kv_config, use_kv_config)
+from optiq.knapsack import allocate
+from optiq.plan import uniform
+from optiq.kv.cache import BatchMixedKVCache, MixedKVCache, attend, cache_bytes, generate_with_mixed_kv, memory_table, mixed_caches, use_kv_config
+from optiq.kv.config import kv_config, read_kv_config, save_kv_config
+from optiq.kv.layout import KVLayer, KVLayout, kv_layers, kv_layout, own_caches
+from optiq.kv.sweep import at_context, combine, joint_plan, kv_sweep, optimize_kv, optimize_with_kv
 from optiq.models import Checkpoint
-from optiq.sensitivity import Sweep, kl_sweep
-from optiq.tiny import tiny
+from optiq.measure.sweep import Sweep
+from optiq.sensitivity import kl_sweep
+from optiq.material.tiny import tiny
 
 SHAPES = [(64, '4g64', '3g32'), (256, '3g64', '5g128'), (128, '6g64', 'mxfp4'), (96, '2g32', 'as-is')]
 
@@ -99,7 +103,7 @@ def test_heads_that_no_candidate_fits_are_told_before_anything_is_measured(dim, 
 # Sweep and allocation
 
 def test_replay_equals_plain_passes(backend, sweep, tokens):
-    from optiq.sensitivity import kl_divergence
+    from optiq.measure.kl import kl_divergence
     z = backend.logits(tokens)
     for path, f in list(sweep.values)[::4]:
         got = kl_divergence(backend.xp, z, backend.logits(tokens, {path: partial(quantize_dequantize, fmt=f)})).mean().item()
@@ -147,7 +151,7 @@ def test_quantized_weights_are_in_place_during_the_sweep(backend, tokens, sweep)
     with backend.swapped(overrides_of(weights)): z = backend.logits(tokens)
     key = ('cache.1.keys', Format(3))
     change = overrides_of(weights) | {key[0]: partial(quantize_dequantize, fmt=key[1])}
-    from optiq.sensitivity import kl_divergence
+    from optiq.measure.kl import kl_divergence
     want = kl_divergence(backend.xp, z, backend.logits(tokens, change)).mean().item()
     assert on_quantized.kl(*key) == pytest.approx(want, rel=1e-3) and on_quantized.kl(*key) != pytest.approx(sweep.kl(*key), rel=1e-3)
 
@@ -445,7 +449,8 @@ def rotated(folder, text, tmp_path_factory):
 
 def test_statistics_are_stored_with_the_config_and_used(rotated, folder, text):
     from optiq.calibration import passages, token_batch
-    from optiq.turbo_cache import TurboQuantKVCache, key_statistics, load_preconditions, preconditioned, turbo_cache
+    from optiq.kv.precondition import key_statistics, load_preconditions, preconditioned
+    from optiq.kv.rotated import TurboQuantKVCache, turbo_cache
     out, figures = rotated
     names = {f'cache.{r["layer"]}.{k}' for r in figures['layers'] for k in ('keys', 'values') if r[k].startswith('tq')}
     assert names and json.loads((out/'kv_config.json').read_text())['statistics'] == kv.STATISTICS
@@ -488,7 +493,7 @@ def test_statistics_that_do_not_fit(rotated, folder, tmp_path, change, message):
     with pytest.raises(ValueError, match=message): read_kv_config(d/'kv_config.json', Checkpoint(folder).load())
 
 def kv_statistics(d, heads):
-    from optiq.turbo_cache import KeyPrecondition, save_preconditions
+    from optiq.kv.precondition import KeyPrecondition, save_preconditions
     save_preconditions({'cache.0.keys': KeyPrecondition(*np.ones((2, heads, 1, 64), np.float32))}, d/kv.STATISTICS)
 
 def test_a_config_without_its_file_says_so(rotated):
@@ -496,7 +501,7 @@ def test_a_config_without_its_file_says_so(rotated):
     with pytest.raises(ValueError, match='this kv_config was made with the statistics of'): read_kv_config(d)
 
 def test_statistics_are_part_of_a_sweeps_fingerprint(backend, tokens, tmp_path):
-    from optiq.turbo_cache import key_statistics, preconditioned
+    from optiq.kv.precondition import key_statistics, preconditioned
     assert backend.statistics is None
     kv_sweep(backend, tokens, ['tq3'], out=tmp_path/'s.jsonl', progress=False)
     with preconditioned(backend, key_statistics(backend, tokens)):
@@ -519,7 +524,7 @@ def test_a_model_and_its_rotated_cache(folder, text, tmp_path):
 def test_generation_and_server_take_the_statistics(rotated, folder):
     from mlx_lm import generate, load
     from optiq.serve import find_config
-    from optiq.turbo_cache import turbo_cache
+    from optiq.kv.rotated import turbo_cache
     file = find_config(Checkpoint(folder).folder, rotated[0]/'kv_config.json')
     model, tokenizer = load(str(folder))
     text = generate_with_mixed_kv(model, tokenizer, [30, 31, 32], kv_config=file, max_tokens=12)

@@ -10,10 +10,12 @@ import mlx.core as mx
 import pytest
 from mlx_lm import generate, load, server
 
-from optiq.knapsack import uniform
-from optiq.kv_cache import MixedKVCache, kv_config, kv_layout, use_kv_config
+from optiq.plan import uniform
+from optiq.kv.cache import MixedKVCache, use_kv_config
+from optiq.kv.config import kv_config
+from optiq.kv.layout import kv_layout
 from optiq.models import demo
-from optiq.turbo_cache import TurboQuantKVCache, use_turbo_cache
+from optiq.kv.rotated import TurboQuantKVCache, use_turbo_cache
 
 def mixed(model):
     layout = kv_layout(model)

@@ -9,15 +9,16 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from mlx.utils import tree_flatten
 
-import optiq.latency as L
+import optiq.chips as L
 from optiq.formats import AS_IS, Format
-from optiq.knapsack import allocate, uniform
-from optiq.latency import (BANDWIDTH, CHIPS, Chip, Latency, Speed, Speeds, active_shape, cache_bytes, chip_named,
-                           compare_speeds, experts_per_token, interpolate, latency, load_chip, measure_plan, predict_speeds,
-                           reads_of, save_chip, skeleton, speed_frontier, speed_range, stand_in)
+from optiq.knapsack import allocate
+from optiq.plan import uniform
+from optiq.chips import Speed, load_chip, measure_plan, save_chip, stand_in
+from optiq.latency import Speeds, compare_speeds, latency, predict_speeds, speed_frontier, speed_range
+from optiq.roofline import BANDWIDTH, CHIPS, Chip, Latency, active_shape, cache_bytes, chip_named, experts_per_token, interpolate, reads_of, skeleton
 from optiq.models import Checkpoint, Unit
-from optiq.sensitivity import Sweep
-from optiq.tiny import hub_config
+from optiq.measure.sweep import Sweep
+from optiq.material.tiny import hub_config
 
 @pytest.fixture(scope='module')
 def demo(): return Checkpoint('demo')

@@ -6,16 +6,20 @@ import pytest
 mx = pytest.importorskip('mlx.core')
 pytest.importorskip('mlx_vlm'), pytest.importorskip('mlx_audio')
 from PIL import Image
-from optiq.backends import ReplayBackend, narrow, open_backend
+from optiq.backends.open import open_backend
+from optiq.backends.parts import ReplayBackend, narrow
 from optiq.calibration import block_hashes, fingerprint, overlap, positions, shape_of
 from optiq.convert import convert, overrides_of_saved
 from optiq.evals.perplexity import evaluate, overrides_of
 from optiq.formats import AS_IS, Format
-from optiq.knapsack import allocate, default_of_vlm, make_plan, thoughtless, uniform
+from optiq.knapsack import allocate
+from optiq.plan import default_of_vlm, make_plan, thoughtless, uniform
 from optiq.models import Checkpoint
 from optiq.rounding import as_overrides, outside_before, round_model, round_to_files
-from optiq.sensitivity import kl_divergence, kl_sweep, load_sweep, measure, perturb
-from optiq.tiny import hub_config, hub_tensors, tiny
+from optiq.measure.kl import kl_divergence, measure, perturb
+from optiq.measure.sweep import load_sweep
+from optiq.sensitivity import kl_sweep
+from optiq.material.tiny import hub_config, hub_tensors, tiny
 
 VISION, ALL = ['qwen2_vl', 'qwen2_5_vl', 'qwen3_vl'], ['qwen2_vl', 'qwen2_5_vl', 'qwen3_vl', 'qwen3_asr', 'whisper']
 

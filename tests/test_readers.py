@@ -9,14 +9,18 @@ from click.testing import CliRunner
 from optiq.calibration import passages, read_file
 from optiq.cli import main
 from optiq.evals.gsm8k import read_questions
-from optiq.evals.report import Report
+from optiq.report import Report
 from optiq.formats import Format
-from optiq.knapsack import Plan, bisect, make_problem, uniform
-from optiq.latency import Chip, Speeds, load_chip, save_chip
+from optiq.knapsack import make_problem
+from optiq.plan import Plan, uniform
+from optiq.solver import bisect
+from optiq.chips import load_chip, save_chip
+from optiq.latency import Speeds
+from optiq.roofline import Chip
 from optiq.models import Checkpoint, read_header, weight_files
 from optiq.readers import NAME, check, dumps, number, told, whole
-from optiq.sensitivity import Sweep, load_sweep
-from optiq.tiny import tiny
+from optiq.measure.sweep import Sweep, load_sweep
+from optiq.material.tiny import tiny
 
 PASSAGE = 'The river was low that summer, so the ferry waited until the evening tide before it crossed to the other side. '*3
 
@@ -144,7 +148,7 @@ def test_integer_weights(copied):
 @pytest.mark.parametrize('backend', ['torch', 'mlx', 'stream'])
 @pytest.mark.parametrize('name', ['model.norm.weight', 'model.layers.1.input_layernorm.weight', A])
 def test_nan_is_found_where_weights_are_read(copied, backend, name):
-    from optiq.backends import open_backend
+    from optiq.backends.open import open_backend
     file = copied('model/model.safetensors')
     data, (start, _) = bytearray(file.read_bytes()), read_header(file)[name]['data_offsets']
     data[start+4:start+6] = struct.pack('<H', 0x7fc0)
@@ -157,7 +161,7 @@ def test_nan_is_found_where_weights_are_read(copied, backend, name):
 @pytest.mark.parametrize('backend', ['torch', 'mlx', 'stream'])
 @pytest.mark.parametrize('ids', [[0, 10**6], [0, -1]])
 def test_ids_beyond_the_embedding(good, backend, ids):
-    from optiq.backends import open_backend
+    from optiq.backends.open import open_backend
     b = open_backend(Checkpoint(good/'model'), backend)
     for f in (b.logits, b.embed):
         with pytest.raises(ValueError, match='is none of them'): f(np.array([ids]))
@@ -328,7 +332,7 @@ def test_forms():
         with pytest.raises(ValueError, match='here is .*should be'): check(x, form, 'here')
 
 def test_logits_that_are_no_numbers(copied):
-    from optiq.backends import open_backend
+    from optiq.backends.open import open_backend
     from optiq.evals.perplexity import evaluate
     from optiq.sensitivity import kl_sweep
     from safetensors.torch import load_file, save_file

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import optiq.evals.gsm8k as G
-import optiq.sensitivity as S
-from optiq.backends import TorchBackend
+import optiq.measure.sweep as S
+from optiq.backends.torch import TorchBackend
 from optiq.files import own_file
 from optiq.formats import AS_IS
 from optiq.models import Checkpoint
-from optiq.tiny import tiny
+from optiq.material.tiny import tiny
 
 @pytest.fixture(scope='module')
 def b(tmp_path_factory): return TorchBackend(Checkpoint(tiny('llama', tmp_path_factory.mktemp('llama')/'m'), model_type='llm'))

@@ -6,18 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from optiq.backends import MLXBackend, StreamingBackend, TorchBackend
+from optiq.backends.mlx import MLXBackend
+from optiq.backends.stream import StreamingBackend
+from optiq.backends.torch import TorchBackend
 from optiq.convert import check, convert, overrides_of_saved, stored_bytes
 from optiq.evals.perplexity import evaluate
 from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, AS_IS, Format
-from optiq.knapsack import make_plan, uniform
+from optiq.plan import make_plan, uniform
 from optiq.models import Checkpoint
 from optiq.pipeline import optimize, trade_off
-from optiq.rounding import (Inputs, MinMax, RoundTrips, Statistics, compensated, dwq, gptq, gptq_all, pack_codes,
-                             prepared, round_model, round_to_files, search, second_look, to_mlx)
-from optiq.sensitivity import kl_sweep, measure, probes, sweep_quantizer
-from optiq.tiny import tiny
-from optiq.verify import joint_kl, verified
+from optiq.arrays import pack_codes, to_mlx
+from optiq.rounding import MinMax, RoundTrips, compensated, dwq, gptq, gptq_all, prepared, round_model, round_to_files, search, second_look
+from optiq.statistics import Inputs, Statistics
+from optiq.measure.kl import measure, probes
+from optiq.sensitivity import kl_sweep, sweep_quantizer
+from optiq.material.tiny import tiny
+from optiq.refine import joint_kl, verified
 
 BACKENDS = dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend)
 
@@ -237,11 +241,11 @@ def test_few_tokens_are_not_trusted(monkeypatch):
     assert all(a < .98*loss(seed) for seed, a in enumerate(damped))
 
 def test_what_is_learned_while_parts_are_changed_is_of_the_model_as_it_was(tmp_path):
-    from optiq.backends import ReplayBackend
-    from optiq.calibration import batch_for
+    from optiq.backends.parts import ReplayBackend
+    from optiq.families.samples import batch_for
     from optiq.models import Checkpoint
-    from optiq.rounding import Statistics
-    from optiq.tiny import tiny
+    from optiq.statistics import Statistics
+    from optiq.material.tiny import tiny
     b = ReplayBackend(Checkpoint(tiny('qwen3_vl', tmp_path)))
     samples, units = batch_for(b.checkpoint, 'bundled', 1), b.checkpoint.units
     path = next(u.path for u in units if u.block is not None and 'language' in u.path)

@@ -6,15 +6,21 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
-from optiq.backends import AGREED, MLXBackend, ReplayBackend, StreamingBackend, TorchBackend, open_backend
+from optiq.backends.mlx import MLXBackend
+from optiq.backends.open import AGREED, open_backend
+from optiq.backends.parts import ReplayBackend
+from optiq.backends.stream import StreamingBackend
+from optiq.backends.torch import TorchBackend
 from optiq.convert import as_saved, convert
 from optiq.evals.verify import expected, verify
 from optiq.formats import AS_IS, quantize_minmax
-from optiq.knapsack import Plan, allocate, refuse_noise, uniform
+from optiq.knapsack import allocate
+from optiq.plan import Plan, refuse_noise, uniform
 from optiq.models import Checkpoint, said_for_mlx
 from optiq.pipeline import optimize
-from optiq.sensitivity import Sweep, kl_sweep
-from optiq.tiny import CONFIGS, SILU, tiny
+from optiq.measure.sweep import Sweep
+from optiq.sensitivity import kl_sweep
+from optiq.material.tiny import CONFIGS, SILU, tiny
 
 OLMO2 = dict(SILU, architectures=['Olmo2ForCausalLM'], rope_theta=500000., rope_scaling=None, tie_word_embeddings=False)
 

@@ -12,16 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import optiq.sensitivity as S
-from optiq.backends import MLXBackend, StreamingBackend, TorchBackend, torch_attending, torch_attention
+import optiq.measure.sweep as S
+from optiq.backends.mlx import MLXBackend
+from optiq.backends.stream import StreamingBackend
+from optiq.backends.taps import torch_attending, torch_attention
+from optiq.backends.torch import TorchBackend
 from optiq.calibration import fingerprint
 from optiq.convert import convert
 from optiq.formats import Format, parse_format, quantize_dequantize
-from optiq.knapsack import allocate, uniform
+from optiq.knapsack import allocate
+from optiq.plan import uniform
 from optiq.models import Checkpoint
-from optiq.sensitivity import (Sweep, estimate, kl_divergence, kl_sweep, measure, perturb, probes, read_log,
-                               tokens_per_expert)
-from optiq.tiny import CONFIGS, FROM_ONE, tiny
+from optiq.measure.estimate import estimate
+from optiq.measure.kl import kl_divergence, measure, perturb, probes
+from optiq.measure.sweep import Sweep, read_log, tokens_per_expert
+from optiq.sensitivity import kl_sweep
+from optiq.material.tiny import CONFIGS, FROM_ONE, tiny
 
 TEXT = ['qwen3', 'qwen3_moe', 'qwen3_5', 'llama', 'gemma3', 'mistral', 'phi3']
 BACKENDS = dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend)
@@ -110,7 +116,7 @@ def test_a_sweep_that_may_end_early_ends_with_whole_sequences(models, tmp_path):
     for k, v in parts.values.items(): np.testing.assert_allclose(v, whole.values[k][:n], rtol=1e-4, atol=1e-9)
 
 def test_ranks_do_not_end_early(models, monkeypatch):
-    import optiq.sensitivity as s
+    import optiq.measure.sweep as s
     monkeypatch.setattr(s.Ranks, 'size', 2)
     with pytest.raises(ValueError, match="until='stable' compares plans of one process.*2"):
         kl_sweep(TorchBackend(models['qwen3']), tokens_for(models['qwen3']), [4, 8], targets=[6], until='stable', progress=False,

@@ -7,11 +7,13 @@ import pytest
 from click.testing import CliRunner
 from optiq.cli import main
 from optiq.formats import parse_format
-from optiq.knapsack import make_plan, uniform
-from optiq.kv_cache import generate_with_mixed_kv, kv_config, kv_layout, save_kv_config
+from optiq.plan import make_plan, uniform
+from optiq.kv.cache import generate_with_mixed_kv
+from optiq.kv.config import kv_config, save_kv_config
+from optiq.kv.layout import kv_layout
 from optiq.models import find_model
 from optiq.serve import find_config
-from optiq.tasks import word_problems
+from optiq.material.problems import word_problems
 
 openai = pytest.importorskip('openai')
 prompts = [r['prompt'] for r in word_problems(8, 'test')[4:7]]

@@ -4,7 +4,7 @@ import pytest
 
 soundfile = pytest.importorskip('soundfile')
 pytest.importorskip('mlx_audio')
-from optiq.speech import RATE, beeps, clips, folder_clips, librispeech, morse, read_sound
+from optiq.material.speech import RATE, beeps, clips, folder_clips, librispeech, morse, read_sound
 
 def tone(rate, seconds=.5, hertz=440): return .3*np.sin(2*np.pi*hertz*np.arange(int(rate*seconds))/rate)
 

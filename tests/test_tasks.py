@@ -7,8 +7,7 @@ import pytest
 
 import optiq
 from optiq import tasks
-from optiq.tasks import (NAMES, NEW_CHAINS, NEW_NAMES, NEW_STORIES, KNOWN_CHAINS, STORIES, correct, held_out, lists, mixture, prose,
-                         recall, training_text, word_problems)
+from optiq.material.problems import KNOWN_CHAINS, NAMES, NEW_CHAINS, NEW_NAMES, NEW_STORIES, STORIES, correct, held_out, lists, mixture, prose, recall, training_text, word_problems
 
 DEMO = Path(optiq.__file__).parent/'data'/'demo'
 

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from optiq.cli import main
-from optiq.demos import find_demo, names, published
-from optiq.evals.report import Report, fit, text_table
+from optiq.show.demo import published
+from optiq.show.demos import find_demo, names
+from optiq.report import Report, fit, text_table
 from optiq.formats import AS_IS, Format
-from optiq.knapsack import Frontier, allocate, frontier_text, uniform
+from optiq.knapsack import Frontier, allocate, frontier_text
+from optiq.plan import uniform
 from optiq.models import Checkpoint
-from optiq.sensitivity import Sweep
+from optiq.measure.sweep import Sweep
 
 @pytest.fixture(scope='module')
 def sweep():
@@ -64,7 +66,7 @@ def test_demos_are_found_by_name(monkeypatch):
     assert {'llm', 'pareto', 'hardware', 'kv-cache', 'combined'} <= set(names())
     with pytest.raises(ValueError, match='no demo .*kv-cache'): find_demo('models') # a module, but none that has a demo
     import sys, types
-    monkeypatch.setitem(sys.modules, 'optiq.vlm', types.SimpleNamespace(demo=len, __spec__=object()))
+    monkeypatch.setitem(sys.modules, 'optiq.families.vision', types.SimpleNamespace(demo=len, __spec__=object()))
     assert find_demo('vlm') is len
 
 def test_demo_on_the_command_line(tmp_path):

@@ -10,24 +10,31 @@ import pytest
 import torch
 
 from optiq import gradient, knapsack, latency, rounding, sensitivity
-from optiq.backends import MLXBackend, TorchBackend, read_rows
+from optiq.backends.mlx import MLXBackend
+from optiq.backends.stream import read_rows
+from optiq.backends.torch import TorchBackend
 from optiq.calibration import block_hashes, encode, fingerprint, overlap, passages
 from optiq.convert import check_sizes
 from optiq.evals import throughput as speed
 from optiq.evals.gsm8k import right
 from optiq.evals.perplexity import Score, evaluation_tokens, refuse_overlap
-from optiq.evals.report import mean_figure, paired
+from optiq.report import mean_figure, paired
 from optiq.evals.wer import wer_figure
 from optiq.formats import Format, quantize_dequantize
-from optiq.knapsack import Frontier, Plan, allocate, mean_se, uniform
-from optiq.kv_cache import KVLayer, KVUnits
+from optiq.knapsack import Frontier, allocate
+from optiq.plan import Plan, mean_se, uniform
+from optiq.kv.layout import KVLayer, KVUnits
 from optiq.models import Checkpoint, Unit
 from optiq.pipeline import texts
-from optiq.rounding import Inputs, gptq, search, to_mlx
-from optiq.sensitivity import Sweep, fingerprint_of, kl_sweep
-from optiq.tiny import tiny
-from optiq.turbo_cache import key_statistics, watch_attention
-from optiq.verify import Verified, verified, verified_row
+from optiq.arrays import to_mlx
+from optiq.rounding import gptq, search
+from optiq.statistics import Inputs
+from optiq.measure.sweep import Sweep, fingerprint_of
+from optiq.sensitivity import kl_sweep
+from optiq.material.tiny import tiny
+from optiq.backends.taps import watch_attention
+from optiq.kv.precondition import key_statistics
+from optiq.refine import Verified, verified, verified_row
 
 TWO = dict(num_hidden_layers=2, max_window_layers=2)
 
@@ -198,7 +205,7 @@ def test_a_rates_error_is_that_of_drawing_as_many_files():
 
 def test_the_plan_that_measured_best_is_kept(monkeypatch, b, tokens):
     sweep = kl_sweep(b, tokens, [Format(3, 64), Format(8, 64)], progress=False, rounding='minmax')
-    monkeypatch.setattr('optiq.verify.joint_kl', lambda b, tokens, plans, quantize: {n: np.full(2, i+1.) for i, n in enumerate(plans)})
+    monkeypatch.setattr('optiq.refine.joint_kl', lambda b, tokens, plans, quantize: {n: np.full(2, i+1.) for i, n in enumerate(plans)})
     found = verified(b, tokens, sweep, rounds=0, progress=False, target_bits=5)
     assert found.kept == 'allocated' and len(found.tried) > 2
 

@@ -3,7 +3,7 @@ import json, math, struct
 import mlx.core as mx
 import numpy as np
 import pytest
-from optiq.tiny import CONFIGS, SHAPES, hub_config, hub_tensors, tiny
+from optiq.material.tiny import CONFIGS, SHAPES, hub_config, hub_tensors, tiny
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')

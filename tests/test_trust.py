@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from optiq.audio import load_speech
+from optiq.families.audio import load_speech
 from optiq.cli import main
 from optiq.convert import convert
-from optiq.knapsack import uniform
+from optiq.plan import uniform
 from optiq.models import Checkpoint, demo, refuse_untrusted
-from optiq.tiny import tiny
+from optiq.material.tiny import tiny
 
 COMMANDS = dict(
     convert=['convert', '{m}', '--target-bpw', '5', '-o', '{out}'], sweep=['sweep', '{m}', '-o', '{out}'],
@@ -147,7 +147,7 @@ RENDERERS = ['phi3_v.processing_phi3_v.Phi3VProcessor', 'kimi_vl.processing_kimi
 @pytest.mark.parametrize('where', RENDERERS)
 def test_templates_of_vision_models_run_in_the_sandbox(where, tmp_path):
     from importlib import import_module
-    from optiq.vlm import question_text
+    from optiq.families.vision import question_text
     module, name = where.rsplit('.', 1)
     renders = getattr(import_module(f'mlx_vlm.models.{module}'), name).apply_chat_template
     class Processor:
@@ -217,7 +217,7 @@ def test_a_file_beside_the_config_tells_it_too(llama, tmp_path, file):
 
 @pytest.mark.parametrize('backend', ['torch', 'mlx'])
 def test_null_says_nothing(llama, tmp_path, backend):
-    from optiq.backends import open_backend
+    from optiq.backends.open import open_backend
     import numpy as np
     folder = shutil.copytree(llama, tmp_path/'m')
     changed(folder, 'config.json', quantization=None, quantization_config=None)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from optiq.formats import parse_format
-from optiq.knapsack import uniform
-from optiq.kv_cache import (STATISTICS, MixedKVCache, attend, attend_dense, attend_packed, cache_of, kv_config, kv_layout, own_caches,
-                            use_kv_config)
-from optiq.turbo_cache import (BatchTurboQuantKVCache, KeyPrecondition, TurboQuantKVCache, TurboQuantStateCache,
-                               load_preconditions, save_preconditions, turbo_cache, turned, use_turbo_cache)
+from optiq.plan import uniform
+from optiq.kv.cache import MixedKVCache, attend, attend_dense, attend_packed, cache_of, use_kv_config
+from optiq.kv.config import STATISTICS, kv_config
+from optiq.kv.layout import kv_layout, own_caches
+from optiq.kv.precondition import KeyPrecondition, load_preconditions, save_preconditions, turned
+from optiq.kv.rotated import BatchTurboQuantKVCache, TurboQuantKVCache, TurboQuantStateCache, turbo_cache, use_turbo_cache
 from optiq.turboquant import round_trip
 
 def small_model(head_dim=64, heads=4, kv_heads=2, layers=2, seed=0):
@@ -111,7 +112,7 @@ def test_fewer_bits_are_farther_off(model):
 def test_published_snippet(tmp_path):
     from mlx_lm import load
     from optiq.core.turbo_kv_cache import TurboQuantKVCache
-    from optiq.tiny import tiny
+    from optiq.material.tiny import tiny
     model, _ = load(tiny('qwen3_5', f'{tmp_path}/m'))
     model.set_dtype(mx.float32)
     cache = model.make_cache()
@@ -124,7 +125,7 @@ def test_published_snippet(tmp_path):
 
 def test_windows_stay_as_they_are(tmp_path):
     from mlx_lm import load
-    from optiq.tiny import tiny
+    from optiq.material.tiny import tiny
     model, _ = load(tiny('gemma3', f'{tmp_path}/m'))
     own, ours = own_caches(model), turbo_cache(model)
     assert {type(a).__name__ for a, b in zip(own, ours) if type(a) is type(b)} == {'RotatingKVCache'}
@@ -342,7 +343,7 @@ def test_zero_vectors():
 
 @pytest.mark.parametrize('D', [64, 80])
 def test_a_plain_mixed_cache_takes_rotated_formats(D):
-    from optiq.kv_cache import MixedKVCache
+    from optiq.kv.cache import MixedKVCache
     r = np.random.default_rng(0)
     k, v, q = (mx.array(r.standard_normal((1, 2, 30, D)).astype(np.float32)) for _ in 'kvq')
     got = attend(q[:, :, :1], *MixedKVCache('tq4', 'tq3').update_and_fetch(k, v), scale=.1)
@@ -354,7 +355,7 @@ def test_a_plain_mixed_cache_takes_rotated_formats(D):
 def test_state_cache(tmp_path):
     from mlx_lm import load
     from mlx_lm.models.cache import ArraysCache, load_prompt_cache, save_prompt_cache
-    from optiq.tiny import tiny
+    from optiq.material.tiny import tiny
     model, _ = load(tiny('qwen3_5', f'{tmp_path}/m'))
     model.set_dtype(mx.float32)
     assert not any(isinstance(c, TurboQuantStateCache) for c in turbo_cache(model))

@@ -7,9 +7,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import optiq.turbo_kernels as tk
-from optiq.kv_cache import attend
-from optiq.turbo_cache import KeyPrecondition, TurboQuantKVCache, turned
+import optiq.kv.kernels as tk
+from optiq.kv.cache import attend
+from optiq.kv.precondition import KeyPrecondition, turned
+from optiq.kv.rotated import TurboQuantKVCache
 from optiq.turboquant import unpack
 
 CPU = r'''

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from optiq.formats import Format, nbytes, parse_format, quantize_dequantize
-from optiq.turboquant import (STEPS, PANTER_DITE, Rotation, TurboQuantMSE, TurboQuantProd, TurboQuantSplit, cells, codebook, density,
-                              distortion, encode, mass, moment, nearest, pack, padded, rotate, rotation_matrix, round_trip, unpack)
+from optiq.turboquant import PANTER_DITE, Rotation, STEPS, TurboQuantMSE, TurboQuantProd, TurboQuantSplit, cells, codebook, density, distortion, encode, mass, moment, nearest, pack, padded, rotate, rotation_matrix, round_trip, unpack
 
 D_MSE = {64: [.358387, .114526, .033391, .009132, .002399, .000616, .000156, .000039],
          96: [.360056, .115508, .033773, .009253, .002434, .000625, .000159, .000040],

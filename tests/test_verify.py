@@ -7,17 +7,21 @@ import pytest
 
 from click.testing import CliRunner
 
-from optiq.backends import MLXBackend, TorchBackend
+from optiq.backends.mlx import MLXBackend
+from optiq.backends.torch import TorchBackend
 from optiq.calibration import passages, token_batch
 from optiq.cli import main
 from optiq.evals.perplexity import evaluate, overrides_of
 from optiq.formats import AS_IS, Format
-from optiq.knapsack import allocate, pose, recipe, uniform
+from optiq.knapsack import allocate, pose
+from optiq.plan import recipe, uniform
 from optiq.models import Checkpoint
 from optiq.pipeline import find_sweep, narrowed, optimize, trade_off
-from optiq.sensitivity import Sweep, kl_sweep, measure, probes
-from optiq.tiny import tiny
-from optiq.verify import around, joint_kl, solve_again, verified, within
+from optiq.measure.kl import measure, probes
+from optiq.measure.sweep import Sweep
+from optiq.sensitivity import kl_sweep
+from optiq.material.tiny import tiny
+from optiq.refine import around, joint_kl, solve_again, verified, within
 
 @pytest.fixture(scope='module')
 def b(): return TorchBackend(Checkpoint('demo'))
@@ -54,7 +58,7 @@ def test_around_agrees_with_whole_plans(b, tokens, sweep):
         np.testing.assert_allclose(v, joint_kl(b, tokens, {'x': whole})['x'], rtol=1e-3)
 
 def test_equal_plans_are_measured_once(b, tokens, sweep, monkeypatch):
-    import optiq.verify as module
+    import optiq.refine as module
     seen = []
     monkeypatch.setattr(module, 'evaluate', lambda b, t, variants: (seen.append(list(variants)), evaluate(b, t, variants))[1])
     kl = joint_kl(b, tokens, {'a': uniform(sweep, 4), 'b': uniform(b.checkpoint, 4), 'c': uniform(sweep, 3)})
@@ -76,7 +80,7 @@ def test_what_is_kept_keeps_its_caps_and_is_best(b, tokens, sweep, options):
     assert f'measured {record["joint_kl"]:.4g}' in repr(v.plan) and v.kept in repr(v) and '<table' in v._repr_html_()
 
 def test_plans_survive_their_file(b, tokens, sweep, tmp_path):
-    from optiq.knapsack import Plan
+    from optiq.plan import Plan
     plan = verified(b, tokens, sweep, n=1, progress=False, target_bits=4.5).plan
     plan.save(tmp_path/'p.json')
     assert Plan.load(tmp_path/'p.json').solver == plan.solver

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optiq.diagrams import LAYOUTS, diagram, diagrams, prompt
+from optiq.material.diagrams import LAYOUTS, diagram, diagrams, prompt
 from optiq.models import Checkpoint
 
 FOLDER = Path(__file__).parents[1]/'models'/'witness'
@@ -50,8 +50,8 @@ def test_all_three_libraries_agree(training, model, witness):
     "The training script, transformers and mlx-vlm compute the same logits"
     import torch
     from transformers import AutoModelForImageTextToText
-    from optiq.backends import open_backend
-    from optiq.vlm import load_processor, sample
+    from optiq.backends.open import open_backend
+    from optiq.families.vision import load_processor, sample
     d, q = diagrams(5)[4]
     s = sample(witness, load_processor(witness), d.draw(), prompt(q))
     ids = torch.tensor(s['input_ids'], dtype=torch.long)
@@ -68,10 +68,11 @@ def test_all_three_libraries_agree(training, model, witness):
 
 def test_a_sure_model_is_no_quantized_one(witness):
     "Its KLs are tiny, and still a sweep of it is one; weights that were quantized before are refused"
-    from optiq.backends import open_backend
+    from optiq.backends.open import open_backend
     from optiq.formats import Format, quantize_dequantize
-    from optiq.sensitivity import SweepLog, kl_sweep
-    from optiq.vlm import samples
+    from optiq.measure.sweep import SweepLog
+    from optiq.sensitivity import kl_sweep
+    from optiq.families.vision import samples
     def on_the_grid(w):
         "Sixteen steps in each group, both ends among them: what 4 bits leave as it is"
         g = w.reshape(-1, 64)
@@ -91,7 +92,7 @@ def test_a_sure_model_is_no_quantized_one(witness):
 def test_demo(blind, tmp_path):
     "Tables, figures and a model, from whatever sees"
     from PIL import Image
-    from optiq.vlm import demo
+    from optiq.show.demos import vlm as demo
     (tmp_path/'pictures').mkdir()
     for i in range(40): Image.new('RGB', (64, 48), (6*i, 0, 0)).save(tmp_path/'pictures'/f'{i}.png') # shorter than diagrams
     found = demo(blind.folder, True, tmp_path/'m', tmp_path/'pictures')
@@ -107,13 +108,13 @@ def test_shards_are_small(witness): assert len(witness.files) > 1 and all(f.stat
 @pytest.fixture(scope='module')
 def blind(tmp_path_factory):
     "A Qwen3-VL of random weights"
-    from optiq.tiny import tiny
+    from optiq.material.tiny import tiny
     return Checkpoint(tiny('qwen3_vl', tmp_path_factory.mktemp('vlm')/'model'))
 
 def test_samples_of_a_folder(blind, tmp_path):
     from PIL import Image
     from optiq.calibration import fingerprint, positions
-    from optiq.vlm import samples
+    from optiq.families.vision import samples
     for i in range(12): Image.new('RGB', (64, 48), (20*i, 0, 0)).save(tmp_path/f'{i}.png')
     train, test = samples(blind, tmp_path, 4), samples(blind, tmp_path, 1, 'test')
     assert len(train) == 4 and fingerprint(train) != fingerprint(test)
@@ -131,8 +132,8 @@ def test_coco(blind, monkeypatch):
     "By name, its sides apart, with captions for answers; a line that helps where it cannot be had"
     import datasets
     from PIL import Image
-    from optiq.calibration import is_test
-    from optiq.vlm import from_coco, samples
+    from optiq.material.problems import is_test
+    from optiq.families.vision import from_coco, samples
     class Stored(list): # what `load_dataset` gives, as far as it is used
         def __getitem__(self, i): return [r[i] for r in self] if isinstance(i, str) else list.__getitem__(self, i)
     image = Image.new('RGB', (64, 48), 'red')
@@ -150,7 +151,7 @@ def test_coco(blind, monkeypatch):
 
 def test_bad_pictures(blind, tmp_path):
     from PIL import Image
-    from optiq.vlm import load_processor, read_image, sample
+    from optiq.families.vision import load_processor, read_image, sample
     (tmp_path/'text.png').write_text('this is no picture')
     with pytest.raises(ValueError, match='no picture that Pillow can read'): read_image(tmp_path/'text.png')
     whole = Image.new('RGB', (64, 64), 'red')
@@ -165,7 +166,7 @@ def test_bad_pictures(blind, tmp_path):
     assert sample(blind, p, Image.new('L', (1, 1)), 'What?')['pixel_values'].shape[1] == 1536 # grey, a pixel
 
 def test_no_processor(blind, tmp_path):
-    from optiq.vlm import load_processor, samples
+    from optiq.families.vision import load_processor, samples
     folder = shutil.copytree(blind.folder, tmp_path/'model')
     (folder/'preprocessor_config.json').unlink()
     with pytest.raises(ValueError, match='has no preprocessor_config.json'): load_processor(Checkpoint(folder))

@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip('jiwer')
 pytest.importorskip('mlx_audio')
-from optiq.evals.report import Report, test as paired_test
+from optiq.report import Report, test as paired_test
 from optiq.evals.wer import errors, normalizer, wer_figure, wer_report, word_errors, write_down
-from optiq.speech import clips
+from optiq.material.speech import clips
 
 CASES = [('a b c', 'a x c d', (3, 1, 1, 0)), ('one', '', (1, 0, 0, 1)), ('a b', 'a b', (2, 0, 0, 0)), ('uh', 'a word', (0, 0, 2, 0)),
          ("I don't see twenty five colours.", 'i do not see 25 colors', (6, 0, 0, 0))]

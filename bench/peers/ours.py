@@ -27,16 +27,18 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from optiq.backends import TorchBackend
+from optiq.backends.torch import TorchBackend
 from optiq.calibration import fingerprint, passages, token_batch
 from optiq.convert import convert, stored_bytes
 from optiq.evals.perplexity import evaluate, evaluation_tokens, overrides_of
-from optiq.evals.report import machine
+from optiq.report import machine
 from optiq.formats import AS_IS, quantize_minmax
-from optiq.knapsack import allocate, make_plan, recipe, uniform
+from optiq.knapsack import allocate
+from optiq.plan import make_plan, recipe, uniform
 from optiq.models import Checkpoint
 from optiq.rounding import as_overrides, dwq, round_model, round_to_files
-from optiq.sensitivity import Sweep, kl_sweep
+from optiq.measure.sweep import Sweep
+from optiq.sensitivity import kl_sweep
 
 SWEPT = '2g32,2g64,3g32,3g64,4g32,4g64,5g64,6g64,8g64'
 

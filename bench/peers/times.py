@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 
 def one(args):
     "Convert once, in this process"
-    from optiq.backends import open_backend
+    from optiq.backends.open import open_backend
     from optiq.calibration import passages, token_batch
     from optiq.convert import convert
     from optiq.formats import quantize_minmax
-    from optiq.knapsack import uniform
+    from optiq.plan import uniform
     from optiq.models import Checkpoint
     from optiq.rounding import round_to_files
     c, t, cpu = Checkpoint(args.model), [time.perf_counter()], [time.process_time()]
@@ -56,7 +56,7 @@ if __name__ == '__main__':
     p.add_argument('-o', '--output', default='times.json')
     args = p.parse_args()
     if args.rounding: one(args); sys.exit()
-    from optiq.evals.report import machine
+    from optiq.report import machine
     runs = {r: [] for r in args.roundings.split(',')}
     for _ in range(args.repeat):
         for rounding, found in runs.items():

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import matplotlib
 
-from optiq.demos import Sizes, llm
+from optiq.show.demo import Sizes
+from optiq.show.demos import llm
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import matplotlib
 
-from optiq.vlm import demo
+from optiq.show.demos import vlm as demo
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from optiq import diagrams as D
-from optiq.tiny import END, SPECIAL, TEMPLATE, hub_config
+from optiq.material.tiny import END, SPECIAL, TEMPLATE, hub_config
 
 T0 = time.time()
 def log(*a): print(f'[{time.time()-T0:6.1f}s]', *a, flush=True)

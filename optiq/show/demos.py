@@ -15,11 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
+from ..backends.open import open_backend
+from ..calibration import fingerprint
 from ..chips import hollow, measure_plan
 from ..convert import convert, overrides_of_saved
+from ..evals.ai2d import ai2d, questions_of
 from ..evals.gsm8k import gsm8k, questions as find_questions
-from ..evals.perplexity import overrides_of
+from ..evals.perplexity import evaluate, overrides_of
 from ..evals.tasks import score_rows, task_rows
+from ..evals.wer import wer_report, write_down
 from ..families.audio import speech_samples, transcribe
 from ..families.vision import find_witness, samples
 from ..formats import Format
@@ -30,9 +34,11 @@ from ..kv.layout import kv_layout
 from ..kv.sweep import configurations, joint_plan, kv_sweep
 from ..latency import calibrate, compare_speeds, latency, plot_frontier, speed_frontier
 from ..material.speech import Clip, clips
+from ..material.tiny import tiny
 from ..models import Checkpoint, ORDER
-from ..plan import RECIPES, make_plan, recipe, uniform
-from ..report import Report
+from ..plan import RECIPES, default_of_vlm, make_plan, recipe, uniform
+from ..report import Report, joined, machine, score_row
+from ..rounding import as_overrides, round_model
 from ..sensitivity import kl_sweep
 from .demo import Demo, Ground, Sizes, Table, ground, scored_rows
 from .plots import plot_kv_analysis, plot_memory
@@ -248,16 +254,11 @@ def combined(
 # %% ../../nbs/62a_show.demos.ipynb #57c27ce6
 def rounded(b, plans: dict) -> dict: # name ▸ overrides
     "What plans make of the weights, by MLX's own rule, computed once"
-    from optiq.rounding import as_overrides, round_model
     return {n: as_overrides(dict(round_model(b, None, p, 'minmax'))) for n, p in plans.items()}
 
 # %% ../../nbs/62a_show.demos.ipynb #0dd32c29
 def seen(b, scored: list, questions: list, plans: dict, variants: dict) -> list: # of rows for a Report
     "KL and right letters of plans, those without a variant being the model itself"
-    from optiq.calibration import fingerprint
-    from optiq.evals.ai2d import ai2d
-    from optiq.evals.perplexity import evaluate
-    from optiq.report import joined, score_row
     scores, drop = evaluate(b, scored, variants), ('perplexity', 'agreement')
     def row(name, plan):
         kl = score_row(name, plan, scores[name if name in variants else 'reference'], fingerprint(scored))
@@ -268,8 +269,6 @@ def seen(b, scored: list, questions: list, plans: dict, variants: dict) -> list:
 # %% ../../nbs/62a_show.demos.ipynb #3ce7eba1
 def plans_at_bytes(c: Checkpoint, sweep) -> dict: # name ▸ Plan
     "The model as it is, its loader's default, uniform widths, and plans of the same bytes"
-    from optiq.knapsack import allocate
-    from optiq.plan import default_of_vlm, make_plan, uniform
     plans = {'as it is': make_plan(c, c.formats), 'mlx-vlm, vision at 16': default_of_vlm(c)}
     for k in (4, 3):
         flat = uniform(c, k)
@@ -283,15 +282,8 @@ def vlm(
     out: 'str | Path | None' = None, # folder for the model at the bytes of uniform 4 bits; it is not written without it
     text: str = 'diagrams', # pictures to calibrate and, its other side, to score on; see `samples`
     questions: str = 'diagrams', # see `optiq.evals.ai2d.questions_of`
-): # ▸ optiq.show.demo.Demo
+) -> Demo:
     "What a model still sees with fewer bits, and where it needs them"
-    from optiq.backends.open import open_backend
-    from optiq.convert import convert, overrides_of_saved
-    from optiq.show.demo import Demo, Sizes
-    from optiq.show.demos import by_part
-    from optiq.evals.ai2d import questions_of
-    from optiq.report import Report, machine
-    from optiq.sensitivity import kl_sweep
     b, s = open_backend(Checkpoint(model or find_witness(), model_type='vlm')), Sizes.of(fast)
     c, asked = b.checkpoint, questions_of(questions, s.problems//2)
     sweep = kl_sweep(b, samples(c, text, s.n//2), [2, 3, 4, 6], progress=not fast, rounding='minmax')
@@ -309,10 +301,6 @@ def vlm(
 # %% ../../nbs/62a_show.demos.ipynb #5b7c0a13
 def heard_rows(b, heard: list[Clip], plans: dict, new_tokens: int = 224) -> list: # name ▸ Plan ▸ rows of a Report
     "KL on the transcripts and word error rate of plans, the first being the model itself"
-    from optiq.calibration import fingerprint
-    from optiq.evals.perplexity import evaluate, overrides_of
-    from optiq.report import joined, score_row
-    from optiq.evals.wer import wer_report, write_down
     scored, drop = speech_samples(b.model, heard), ('perplexity', 'agreement')
     variants = {n: overrides_of(p) for n, p in list(plans.items())[1:]}
     scores = evaluate(b, scored, variants)
@@ -326,7 +314,6 @@ def heard_rows(b, heard: list[Clip], plans: dict, new_tokens: int = 224) -> list
 # %% ../../nbs/62a_show.demos.ipynb #7df849dd
 def small_asr() -> Path: # folder
     "A Qwen3-ASR of one block in each part, of random weights"
-    from optiq.material.tiny import tiny
     one = dict(text_config=dict(num_hidden_layers=1), audio_config=dict(encoder_layers=1))
     return tiny('qwen3_asr', shape=dict(thinker_config=one))
 
@@ -335,16 +322,8 @@ def audio(
     model: 'str | Path | None' = None, # a folder or a Hub id; `small_asr` by default
     fast: bool | None = None, # small sizes; by default if OPTIQ_FAST is set
     text: str = 'bundled', # speech to calibrate and, its other side, to score on; see `clips`
-): # ▸ optiq.show.demo.Demo
+) -> Demo:
     "Which parts of a speech model can be rounded, and what that costs in words"
-    from optiq.backends.open import open_backend
-    from optiq.show.demo import Demo, Sizes
-    from optiq.show.demos import by_part
-    from optiq.report import Report, machine
-    from optiq.knapsack import allocate
-    from optiq.plan import make_plan, uniform
-    from optiq.models import Checkpoint
-    from optiq.sensitivity import kl_sweep
     c, s = Checkpoint(model or small_asr(), model_type='audio'), Sizes.of(fast)
     b, four = open_backend(c), uniform(c, 4)
     learned, heard = (clips(text, side, k, fewer=True) for side, k in (('train', s.n//2), ('test', s.eval_n//2)))

@@ -135,7 +135,7 @@ def hub(timeout: float = 3) -> Finding: # timeout in seconds
     "Whether models can be fetched by name"
     from huggingface_hub import constants
     if constants.HF_HUB_OFFLINE or os.environ.get('HF_HUB_OFFLINE') == '1': return Finding(
-        'hub', 'not asked: HF_HUB_OFFLINE is set', 'note', 
+        'hub', 'not asked: HF_HUB_OFFLINE is set', 'note',
         'unset it to fetch models; folders and demo work without')
     status = answer_of(constants.ENDPOINT, timeout)
     if status and status < 500: return Finding('hub', f'{constants.ENDPOINT} answers')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDE', 'REST', 'CONTEXTS', 'Target', 'targets_of', 'question_of', 'ends_of', 'Planner', 'figures_of', 'figures_html',
            'Comparison', 'compare', 'Explorer', 'is_live', 'slider_of', 'Wiring', 'controls', 'context_slider',
-           'speed_of', 'explore', 'CacheExplorer', 'explore_kv']
+           'speed_of', 'explore', 'explore_kv']
 
 # %% ../../nbs/61_show.explore.ipynb #f6ea8c61
 import asyncio
@@ -17,6 +17,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..knapsack import Question, budgets_of, candidates, make_problem
+from ..kv.sweep import at_context
 from ..latency import latency
 from ..plan import Plan, make_plan, smoothed
 from ..roofline import Latency
@@ -215,8 +216,10 @@ REST = .3 # seconds without a move after which the exact plan is drawn
 class Wiring:
     "An explorer's page, and the controls that redraw it"
     def __init__(self, x: Explorer, slider, page):
-        self.x, self.slider, self.page, self.timer, self.busy = x, slider, page, None, False
+        self.x, self.slider, self.page = x, slider, page
+        self.timer, self.busy = None, False
         slider.observe(self.moved, 'value')
+
     def draw(self, exact: bool): self.page.value = self.x.drag(self.slider.value, exact).html()
 
     def moved(self, change):
@@ -226,18 +229,25 @@ class Wiring:
         try: self.timer = asyncio.get_running_loop().call_later(REST, self.draw, True)
         except RuntimeError: self.draw(True) # nobody is there to wake us
 
-    def on(self, control, act: Callable): # value ▸ nothing
-        "Let a control call the explorer"
-        control.observe(lambda change: self.act(act, change['new']), 'value')
+# %% ../../nbs/61_show.explore.ipynb #bb7cccbb
+@patch
+def on(self: Wiring, control, act: Callable): # value ▸ nothing
+    "Let a control call the explorer"
+    def acted(change):
+        act(change['new'])
+        self.place()
+    control.observe(acted, 'value')
 
-    def act(self, f, value):
-        f(value)
-        self.busy, (low, high), s = True, self.x.planner.ends, self.slider
-        s.min, s.max = min(low, s.min), max(high, s.max)
-        s.value = self.x.value
-        s.min, s.max, s.step = low, high, (high-low)/400 or 1
-        s.description, s.readout_format = self.x.by, self.x.targets[self.x.by].spec
-        self.busy, self.page.value = False, self.x.html()
+@patch
+def place(self: Wiring):
+    "Put the slider where the explorer is, between its ends of now"
+    x, s, (low, high) = self.x, self.slider, self.x.planner.ends
+    self.busy = True
+    s.min, s.max = min(low, s.min), max(high, s.max)
+    s.value = x.value
+    s.min, s.max, s.step = low, high, (high-low)/400 or 1
+    s.description, s.readout_format = x.by, x.targets[x.by].spec
+    self.busy, self.page.value = False, x.html()
 
 # %% ../../nbs/61_show.explore.ipynb #36ab94a8
 def controls(x: Explorer): # ▸ ipywidgets.VBox
@@ -286,15 +296,16 @@ def explore(
 # %% ../../nbs/61_show.explore.ipynb #b1fc78f0
 CONTEXTS = tuple(2**k for k in range(10, 18))
 
-class CacheExplorer(Explorer):
-    "An explorer of keys and values"
-    def at(self, context: int):
-        "Another context length; the average width stays"
-        from optiq.kv.sweep import at_context
-        by, bits, self.context, self.sweep = self.by, self.plan.nominal_bits, context, at_context(self.sweep, context)
-        self.ask(self.formats, 'nominal bits')
-        self.drag(bits, exact=True)
-        return self if by == self.by else self.measure_by(by)
+@patch
+def at(self: Explorer, context: int):
+    "A cache at another context length; the average width stays. Raises ValueError for a sweep of weights"
+    if 'layers' not in self.sweep.header: raise ValueError(
+        'this is no sweep of keys and values; kv_sweep measures one, and explore takes weights')
+    by, bits = self.by, self.plan.nominal_bits
+    self.context, self.sweep = context, at_context(self.sweep, context)
+    self.ask(self.formats, 'nominal bits')
+    self.drag(bits, exact=True)
+    return self if by == self.by else self.measure_by(by)
 
 # %% ../../nbs/61_show.explore.ipynb #22992bbb
 def explore_kv(
@@ -302,10 +313,8 @@ def explore_kv(
     context: int = 4096, # tokens to begin with
     contexts: tuple = CONTEXTS, # to choose from
     **options, # of Explorer: formats, by, value
-) -> CacheExplorer:
-    "Drag the width of a cache, and the context length"
-    if 'layers' not in sweep.header: raise ValueError(
-        'this is no sweep of keys and values; kv_sweep measures one, and explore takes weights')
-    x = CacheExplorer(sweep, **options)
+) -> Explorer:
+    "Drag the width of a cache, and the context length; raises ValueError for a sweep of weights"
+    x = Explorer(sweep, **options)
     x.contexts = tuple(sorted({*contexts, context}))
     return x.at(context)

@@ -11,6 +11,7 @@ from html import escape
 import numpy as np
 
 from ..knapsack import COLOURS
+from ..kv.sweep import plot_kv
 from ..plan import Plan
 
 # %% ../../nbs/60_show.plots.ipynb #a287e920
@@ -121,7 +122,6 @@ def plot_kv_analysis(
     axes = None, # three matplotlib axes
 ):
     "Sensitivity by layer, formats by layer, and memory by context length"
-    from optiq.kv.sweep import plot_kv
     if axes is None:
         import matplotlib.pyplot as plt
         axes = plt.subplots(1, 3, figsize=(12, 3), layout='constrained', width_ratios=(4, 4, 3))[1]

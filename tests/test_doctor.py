@@ -3,8 +3,8 @@ import json
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants
-from optiq import doctor
 from optiq.cli import main
+from optiq.show import doctor
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch): monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')

@@ -5,10 +5,10 @@ import pytest
 from click.testing import CliRunner
 from optiq.cli import main
 from optiq.show.demo import published
-from optiq.show.demos import find_demo, names
+from optiq.show.demos import audio, find_demo, names, vlm
 from optiq.report import Report, fit, text_table
 from optiq.formats import AS_IS, Format
-from optiq.knapsack import Frontier, allocate, frontier_text
+from optiq.knapsack import Frontier, allocate
 from optiq.plan import uniform
 from optiq.models import Checkpoint
 from optiq.measure.sweep import Sweep
@@ -47,7 +47,7 @@ def test_wide_tables_fit_a_terminal(sweep):
     assert all(x in text for x in ('perplexity', 'agreement', 'GSM8K', 'needle'))
     flat = [uniform(sweep, f) for f in sweep.formats]
     curve = Frontier([allocate(sweep, target_bits=t) for t in (4, 5)], flat, scores={p.name: np.full(4, .1) for p in flat})
-    assert max(map(len, frontier_text(curve).splitlines()[:6])) <= 80
+    assert max(map(len, repr(curve).splitlines()[:6])) <= 80
 
 def test_fit_keeps_every_cell():
     table = [[f'{c}{r}'*4 for c in 'abcdefghijklm'] for r in range(3)]
@@ -62,12 +62,10 @@ def test_published_figures_are_marked():
             assert 'not measured here' in repr(t) and 'not measured here' in t._repr_html_()
             assert all(len(r) == len(t.columns) for r in t.rows) and max(map(len, repr(t).splitlines()[1:])) <= 80
 
-def test_demos_are_found_by_name(monkeypatch):
-    assert {'llm', 'pareto', 'hardware', 'kv-cache', 'combined'} <= set(names())
-    with pytest.raises(ValueError, match='no demo .*kv-cache'): find_demo('models') # a module, but none that has a demo
-    import sys, types
-    monkeypatch.setitem(sys.modules, 'optiq.families.vision', types.SimpleNamespace(demo=len, __spec__=object()))
-    assert find_demo('vlm') is len
+def test_demos_are_found_by_name():
+    assert {'llm', 'vlm', 'audio', 'pareto', 'hardware', 'kv-cache', 'combined'} == set(names())
+    with pytest.raises(ValueError, match='no demo .*kv-cache'): find_demo('models') # a module, and no demo
+    assert find_demo('vlm') is vlm and find_demo('audio') is audio
 
 def test_demo_on_the_command_line(tmp_path):
     r = CliRunner().invoke(main, ['demo', 'kv-cache', '--fast', '--json', '-o', str(tmp_path/'d')])
@@ -83,5 +81,5 @@ def test_help_tells_the_default_rounding(monkeypatch):
     def told(command): return ' '.join(CliRunner().invoke(main, [command, '--help']).stdout.split())
     for name in ('convert', 'sweep', 'pareto'):
         assert f'[{"|".join(rounding.QUANTIZERS)}]' in told(name) and f'or {pipeline.ROUNDING}]' in told(name)
-    monkeypatch.setattr(pipeline, 'ROUNDING', 'something else')
+    for module in (pipeline, rounding): monkeypatch.setattr(module, 'ROUNDING', 'something else')
     assert 'or something else]' in told('convert')

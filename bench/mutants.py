@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 root = Path(__file__).parents[1]
@@ -26,133 +27,132 @@ class Change:
     name: str
     old: str # stands once in the package
     new: str
-    tests: str # nodes of pytest below tests/, without .py, divided by blanks
+    tests: str # beginnings of names of tests, divided by blanks; with its file, as in test_wer::test_errors, where others begin so
 
-BOOK = 'test_textbook::test_'
 CHANGES = [
     # formats and bytes
     Change('bytes of scales and of block floats swapped', "per_group = 2*itemsize if fmt.mode == 'affine' else 1",
-           "per_group = 1 if fmt.mode == 'affine' else 2*itemsize", 'test_formats::test_bytes_are_what_mlx_stores'),
+           "per_group = 1 if fmt.mode == 'affine' else 2*itemsize", 'test_bytes_are_what_mlx_stores'),
     Change('the other edge of a group is exact', 'scale = xp.where(low_edge, scale, -scale)', 'scale = xp.where(low_edge, -scale, scale)',
-           'test_formats::test_bit_for_bit'),
+           'test_bit_for_bit'),
     Change('config.json names another group', 'else dict(group_size=fmt.group_size,', 'else dict(group_size=32,',
-           'test_knapsack::test_is_the_predicate_that_mlx_lm_asks'),
+           'test_is_the_predicate_that_mlx_lm_asks'),
     Change('codes packed the other way round', "'<u8') << np.uint64(bits*i)", "'<u8') << np.uint64(bits*(7-i))",
-           'test_rounding::test_codes_are_packed_as_mlx_packs_them'),
+           'test_codes_are_packed_as_mlx_packs_them'),
     # texts
     Change('evaluation on the calibration side of a text', "is_test(p) == (split == 'test')", "is_test(p) == (split == 'both')",
-           BOOK+'evaluation_keeps_to_its_own_side'),
+           'test_evaluation_keeps_to_its_own_side'),
     Change('evaluation tokens from the calibration side by default', "split: str = 'test', # 'all' for a file that is used",
-           "split: str = 'train', # 'all' for a file that is used", BOOK+'evaluation_keeps_to_its_own_side'),
+           "split: str = 'train', # 'all' for a file that is used", 'test_evaluation_keeps_to_its_own_side'),
     Change('the pipeline scores on what it calibrates on', "side, held_out = ('train', 'test') if", "side, held_out = ('train', 'train') if",
-           BOOK+'evaluation_keeps_to_its_own_side'),
+           'test_evaluation_keeps_to_its_own_side'),
     Change('calibration text is looked for at whole blocks only', 'set(hashes) & set(block_hashes(tokens, 1))',
-           'set(hashes) & set(block_hashes(tokens))', BOOK+'calibration_text_is_found_wherever_it_begins'),
+           'set(hashes) & set(block_hashes(tokens))', 'test_calibration_text_is_found_wherever_it_begins'),
     Change('calibration text may be evaluated on', 'if share > most: raise', 'if share > 10*most: raise',
-           BOOK+'calibration_text_is_found_wherever_it_begins'),
+           'test_calibration_text_is_found_wherever_it_begins'),
     # what a sweep measures
     Change('KL in the other direction', 'kl = _fused(xp)(z_p, z_q, p)', 'kl = _fused(xp)(z_q, z_p, xp.softmax(z_q, axis=-1))',
-           BOOK+'kl_is_of_the_reference'),
+           'test_kl_is_of_the_reference'),
     Change('mean KL over one token less', 'return kl[:, skip:].mean(1).reshape(-1, B)', 'return (kl.sum(1)/(T-1)).reshape(-1, B)',
-           BOOK+'a_sweeps_values_are_the_mean'),
+           'test_a_sweeps_values_are_the_mean'),
     Change('replay skips a block', '            reference = b.run_block(i, reference)', '            reference = b.run_block(i, reference) if i else reference',
-           BOOK+'a_sweeps_values_are_the_mean'),
+           'test_a_sweeps_values_are_the_mean'),
     Change('an embedding that is the head is rounded in one role', 'len(embeds) if b.checkpoint.tied else 0)', '0)',
-           BOOK+'a_sweeps_values_are_the_mean'),
-    Change('streams in another order than their probes', '        streams += own', '        streams = own+streams', BOOK+'a_sweeps_values_are_the_mean'),
+           'test_a_sweeps_values_are_the_mean'),
+    Change('streams in another order than their probes', '        streams += own', '        streams = own+streams', 'test_a_sweeps_values_are_the_mean'),
     Change('a fingerprint without the dtype', "dtype=str(b.dtype).split('.')[-1], backend=b.name", 'backend=b.name',
-           BOOK+'the_dtype_is_part'),
+           'test_the_dtype_is_part'),
     Change('a fingerprint without the shape of the tokens', 'seen = str(t.shape).encode()+t.tobytes()', 'seen = t.tobytes()',
-           BOOK+'the_dtype_is_part'),
+           'test_the_dtype_is_part'),
     Change('the last record of a pass is dropped', 'for k, values in zip(p.keys, np.float32(kl))', 'for k, values in list(zip(p.keys, np.float32(kl)))[:-1]',
-           BOOK+'a_sweeps_values_are_the_mean'),
+           'test_a_sweeps_values_are_the_mean'),
     Change('a pass that was cut off counts as made', 'return all(len(records.get(k, ())) == p.stop-p.start for k in p.keys)',
-           'return any(k in records for k in p.keys)', BOOK+'a_pass_that_was_cut_off'),
-    Change('ranks begin at the second pass', 'nobodys[self.ranks.rank::', 'nobodys[self.ranks.rank+1::', BOOK+'a_sweeps_values_are_the_mean'),
-    Change('a gradient sweep without its square', '((g[u.path]*step(u, f))**2).sum()', 'abs(g[u.path]*step(u, f)).sum()', BOOK+'gradients_are_squared'),
-    Change('a gradient sweep without its half', '.sum())/2/batch[:, skip:].size', '.sum())/batch[:, skip:].size', BOOK+'gradients_are_squared'),
-    Change('logits that are NaN are let through', 'if bool(b.xp.isfinite(z.sum())) or', 'if True or', 'test_finite::test_logits_that'),
-    Change('an unknown error is NaN', 'return None if isinstance(x, float) and not isfinite(x) else x', 'return x', 'test_finite::test_one_item_shows'),
+           'return any(k in records for k in p.keys)', 'test_a_pass_that_was_cut_off'),
+    Change('ranks begin at the second pass', 'nobodys[self.ranks.rank::', 'nobodys[self.ranks.rank+1::', 'test_a_sweeps_values_are_the_mean'),
+    Change('a gradient sweep without its square', '((g[u.path]*step(u, f))**2).sum()', 'abs(g[u.path]*step(u, f)).sum()', 'test_gradients_are_squared'),
+    Change('a gradient sweep without its half', '.sum())/2/batch[:, skip:].size', '.sum())/batch[:, skip:].size', 'test_gradients_are_squared'),
+    Change('logits that are NaN are let through', 'if bool(b.xp.isfinite(z.sum())) or', 'if True or', 'test_logits_that'),
+    Change('an unknown error is NaN', 'return None if isinstance(x, float) and not isfinite(x) else x', 'return x', 'test_one_item_shows'),
     # backends
     Change('gate and up of experts swapped', 'gate_proj=(EVERYTHING, slice(0, out)), up_proj=(EVERYTHING, slice(out, 2*out))',
-           'up_proj=(EVERYTHING, slice(0, out)), gate_proj=(EVERYTHING, slice(out, 2*out))', BOOK+'both_libraries_hold'),
-    Change('rows are read from the top of their table', 'start+int(r[0])*width)', 'start)', BOOK+'rows_are_read'),
+           'up_proj=(EVERYTHING, slice(0, out)), gate_proj=(EVERYTHING, slice(out, 2*out))', 'test_both_libraries_hold'),
+    Change('rows are read from the top of their table', 'start+int(r[0])*width)', 'start)', 'test_rows_are_read'),
     # allocation
-    Change('a cap is off by a group', 'self.limit*self.per*(1+1e-12)-self.fixed', 'self.limit*self.per*(1+1e-12)-self.fixed+32', BOOK+'a_cap_is_kept'),
-    Change('a bound above the best plan', '.min(1).sum()-prices@p.caps', '.min(1).sum()', 'test_knapsack::test_no_choice_is_better'),
+    Change('a cap is off by a group', 'self.limit*self.per*(1+1e-12)-self.fixed', 'self.limit*self.per*(1+1e-12)-self.fixed+32', 'test_a_cap_is_kept'),
+    Change('a bound above the best plan', '.min(1).sum()-prices@p.caps', '.min(1).sum()', 'test_no_choice_is_better'),
     Change('a price where there is none', 'if fits(0.): return np.zeros(1)', 'if fits(0.): return np.ones(1)',
-           BOOK+'a_cap_is_kept'),
-    Change('ties are ignored', 'groups.setdefault(key(u), [])', 'groups.setdefault(u.path, [])', 'test_knapsack::test_ties'),
-    Change('protection is ignored', 'us[0].nbytes(f)))] if pinned else', 'us[0].nbytes(f)))] if False else', 'test_knapsack::test_protection'),
+           'test_a_cap_is_kept'),
+    Change('ties are ignored', 'groups.setdefault(key(u), [])', 'groups.setdefault(u.path, [])', 'test_ties'),
+    Change('protection is ignored', 'us[0].nbytes(f)))] if pinned else', 'us[0].nbytes(f)))] if False else', 'test_protection'),
     Change('pooling the wrong way round', 'pools[-1][0].mean() > pools[-2][0].mean()', 'pools[-1][0].mean() < pools[-2][0].mean()',
-           'test_knapsack::test_isotonic'),
+           'test_isotonic'),
     Change('nominal bits by units, not by parameters', 'sum(u.bits(self.formats[u.path])*u.params for u in free)/sum(u.params for u in free)',
-           'sum(u.bits(self.formats[u.path]) for u in free)/len(free)', BOOK+'nominal_bits_are'),
+           'sum(u.bits(self.formats[u.path]) for u in free)/len(free)', 'test_nominal_bits_are'),
     Change('an option is dropped that is cheaper by one cap', '(costs[..., None, :] <= costs[..., :, None]).all(0)',
-           '(costs[..., None, :] <= costs[..., :, None]).any(0)', 'test_knapsack::test_two_caps_at_once test_knapsack::test_three_caps'),
-    Change('prices at which a format is bought', 'low = max([(k-k2)/(c2-c)', 'low = min([(k-k2)/(c2-c)', BOOK+'each_format_is_bought'),
+           '(costs[..., None, :] <= costs[..., :, None]).any(0)', 'test_two_caps_at_once test_three_caps'),
+    Change('prices at which a format is bought', 'low = max([(k-k2)/(c2-c)', 'low = min([(k-k2)/(c2-c)', 'test_each_format_is_bought'),
     Change('the whole cache is read as its keys', '(c.keys.nbytes+c.values.nbytes)//', 'c.keys.nbytes//',
-           BOOK+'attention_reads test_knapsack::test_cache_bytes_are'),
+           'test_attention_reads test_cache_bytes_are'),
     Change('the plan that measured worst is kept', 'kept = min(tried := ours | flats,', 'kept = max(tried := ours | flats,',
-           BOOK+'the_plan_that_measured_best'),
+           'test_the_plan_that_measured_best'),
     # errors of figures
-    Change('a standard error with n in it', 'return float(x.mean()), float(x.std(ddof=1)/', 'return float(x.mean()), float(x.std(ddof=0)/', BOOK+'a_standard_error'),
-    Change("a sweep's standard error with n in it", 'float(v.std(ddof=1)/np.sqrt(len(v)))', 'float(v.std()/np.sqrt(len(v)))', BOOK+'a_standard_error'),
-    Change("a score's standard error not over the root", 'float(x.std(ddof=1)/np.sqrt(len(x)))', 'float(x.std(ddof=1)/len(x))', BOOK+'a_standard_error'),
-    Change("a figure's standard error with n in it", 'se = float(x.std(ddof=1)/len(x)**.5)', 'se = float(x.std()/len(x)**.5)', BOOK+'a_standard_error'),
+    Change('a standard error with n in it', 'return float(x.mean()), float(x.std(ddof=1)/', 'return float(x.mean()), float(x.std(ddof=0)/', 'test_a_standard_error'),
+    Change("a sweep's standard error with n in it", 'float(v.std(ddof=1)/np.sqrt(len(v)))', 'float(v.std()/np.sqrt(len(v)))', 'test_a_standard_error'),
+    Change("a score's standard error not over the root", 'float(x.std(ddof=1)/np.sqrt(len(x)))', 'float(x.std(ddof=1)/len(x))', 'test_a_standard_error'),
+    Change("a figure's standard error with n in it", 'se = float(x.std(ddof=1)/len(x)**.5)', 'se = float(x.std()/len(x)**.5)', 'test_a_standard_error'),
     Change('an unpaired error of a curve where a paired one is claimed', 'diff, se = mean_se(a-b)',
-           'diff, se = mean_se(a-b)[0], (mean_se(a)[1]**2+mean_se(b)[1]**2)**.5', BOOK+'errors_of_differences'),
+           'diff, se = mean_se(a-b)[0], (mean_se(a)[1]**2+mean_se(b)[1]**2)**.5', 'test_errors_of_differences'),
     Change('an unpaired error of plans where a paired one is claimed', '(diff, diff_se) = mean_se(v.kl[name]), mean_se(v.kl[name]-v.kl[v.kept])',
-           '(diff, diff_se) = mean_se(v.kl[name]), mean_se(v.kl[name])', BOOK+'errors_of_differences'),
+           '(diff, diff_se) = mean_se(v.kl[name]), mean_se(v.kl[name])', 'test_errors_of_differences'),
     Change('an unpaired interval of models where a paired one is claimed', 't.ppf(.975, n-1)*d.std(ddof=1)/n**.5',
-           't.ppf(.975, n-1)*(np.var(x, ddof=1)+np.var(y, ddof=1))**.5/n**.5', BOOK+'errors_of_differences'),
-    Change('McNemar on all questions', 'binomtest(up, up+down)', 'binomtest(up, n)', 'test_eval_report::test_mcnemar'),
-    Change('no correction for several tests', 'min(1., v*(len(p)-i))', 'min(1., v)', 'test_eval_report::test_holm test_eval_report::test_a_winner'),
+           't.ppf(.975, n-1)*(np.var(x, ddof=1)+np.var(y, ddof=1))**.5/n**.5', 'test_errors_of_differences'),
+    Change('McNemar on all questions', 'binomtest(up, up+down)', 'binomtest(up, n)', 'test_mcnemar'),
+    Change('no correction for several tests', 'min(1., v*(len(p)-i))', 'min(1., v)', 'test_holm test_a_winner'),
     Change('an interval of a share that is not Wilson’s', "len(x)).proportion_ci(method='wilson')", "len(x)).proportion_ci(method='exact')",
-           'test_eval_report::test_figures'),
-    Change('a bootstrap that draws single files', 'integers(0, n, (draws, n))', 'integers(0, n, (draws, 1))', BOOK+'a_rates_error'),
+           'test_figures'),
+    Change('a bootstrap that draws single files', 'integers(0, n, (draws, n))', 'integers(0, n, (draws, 1))', 'test_a_rates_error'),
     # evaluations
-    Change('any occurrence of the number is right in GSM8K', 'return got == want', 'return want in numbers(response)', BOOK+'a_number_on_the_way'),
-    Change('likelihood of the token itself', 'ids[:, s.start+1:s.stop+1]', 'ids[:, s.start:s.stop]', 'test_evals::test_perplexity_is_that_of_transformers'),
-    Change('the margin to itself', 'z[at, answer] = -np.inf', 'z[at, answer] = z[at, answer]', 'test_eval_models::test_margin_is_right'),
-    Change('an answer is looked for one token late', 'min(len(p)-1+k, longest-2)', 'min(len(p)+k, longest-2)', 'test_eval_models::test_padding_and_caches'),
+    Change('any occurrence of the number is right in GSM8K', 'return got == want', 'return want in numbers(response)', 'test_a_number_on_the_way'),
+    Change('likelihood of the token itself', 'ids[:, s.start+1:s.stop+1]', 'ids[:, s.start:s.stop]', 'test_perplexity_is_that_of_transformers'),
+    Change('the margin to itself', 'z[at, answer] = -np.inf', 'z[at, answer] = z[at, answer]', 'test_margin_is_right'),
+    Change('an answer is looked for one token late', 'min(len(p)-1+k, longest-2)', 'min(len(p)+k, longest-2)', 'test_padding_and_caches'),
     Change('words are compared as they are written', '(normalizer()(t) for t in (said, written))', '(t for t in (said, written))', 'test_wer::test_errors'),
-    Change('a mean of rates, not the rate of all words', "_figure('wer', float(e.sum()/words)", "_figure('wer', float((e/w).mean())", 'test_wer::test_rate_and_interval'),
-    Change('the first letter that is named, not the last', 'decided[-1:] or opening', 'decided[:1] or opening', 'test_ai2d::test_letter'),
+    Change('a mean of rates, not the rate of all words', "_figure('wer', float(e.sum()/words)", "_figure('wer', float((e/w).mean())", 'test_rate_and_interval'),
+    Change('the first letter that is named, not the last', 'decided[-1:] or opening', 'decided[:1] or opening', 'test_letter'),
     # rounding
-    Change('search ignores how large inputs are', 'known = stats is not None and stats.count', 'known = False', BOOK+'search_minds'),
-    Change('importance without its square', 'else (x*x).sum(0)', 'else abs(x).sum(0)', BOOK+'importance_is'),
-    Change("the sign of GPTQ's update of what is left", 'w[i+BLOCK:] -= u[now', 'w[i+BLOCK:] += u[now', BOOK+'gptq_is_the_textbooks'),
-    Change("the sign of GPTQ's update within a block", 'z = w[k]-u[:k, k] @ errors[:k]', 'z = w[k]+u[:k, k] @ errors[:k]', BOOK+'gptq_is_the_textbooks'),
-    Change('the sign of the second look', 'gradient -= h[:, now] @ moves', 'gradient += h[:, now] @ moves', BOOK+'gptq_is_the_textbooks'),
-    Change('the sign of the second look within a block', 'g = gradient[k]-h[k, :k] @', 'g = gradient[k]+h[k, :k] @', BOOK+'gptq_is_the_textbooks'),
-    Change('a negative rate in DWQ', 'Adam(learning_rate,', 'Adam(-learning_rate,', BOOK+'dwq_goes_downhill'),
+    Change('search ignores how large inputs are', 'known = stats is not None and stats.count', 'known = False', 'test_search_minds'),
+    Change('importance without its square', 'else (x*x).sum(0)', 'else abs(x).sum(0)', 'test_importance_is'),
+    Change("the sign of GPTQ's update of what is left", 'w[i+BLOCK:] -= u[now', 'w[i+BLOCK:] += u[now', 'test_gptq_is_the_textbooks'),
+    Change("the sign of GPTQ's update within a block", 'z = w[k]-u[:k, k] @ errors[:k]', 'z = w[k]+u[:k, k] @ errors[:k]', 'test_gptq_is_the_textbooks'),
+    Change('the sign of the second look', 'gradient -= h[:, now] @ moves', 'gradient += h[:, now] @ moves', 'test_gptq_is_the_textbooks'),
+    Change('the sign of the second look within a block', 'g = gradient[k]-h[k, :k] @', 'g = gradient[k]+h[k, :k] @', 'test_gptq_is_the_textbooks'),
+    Change('a negative rate in DWQ', 'Adam(learning_rate,', 'Adam(-learning_rate,', 'test_dwq_goes_downhill'),
     # conversion
     Change('saved weights are compared by shape', 'if not mx.array_equal(w.astype(original.dtype), want, equal_nan=False):', 'if w.shape != want.shape:',
-           'test_convert::test_a_wrong_tensor_is_found'),
-    Change('fewer bytes than planned are accepted', 'if stored_bytes(saved) != plan.nbytes', 'if stored_bytes(saved) > plan.nbytes', BOOK+'a_saved_model_is_neither'),
+           'test_a_wrong_tensor_is_found'),
+    Change('fewer bytes than planned are accepted', 'if stored_bytes(saved) != plan.nbytes', 'if stored_bytes(saved) > plan.nbytes', 'test_a_saved_model_is_neither'),
     # speed
-    Change('the mean per step over another denominator', 'float(long-short)/(many-few)', 'float(long-short)/many', BOOK+'a_step_takes'),
+    Change('the mean per step over another denominator', 'float(long-short)/(many-few)', 'float(long-short)/many', 'test_a_step_takes'),
     Change('decode speed counts the warm-up', 'for _ in range(warmup): next(steps)\n    start = time.perf_counter()',
-           'start = time.perf_counter()\n    for _ in range(warmup): next(steps)', BOOK+'decoding_is_timed'),
-    Change('decode speed counts the prompt', '(new_tokens-1)/(times[-1]-times[1])', '(new_tokens-1)/(times[-1]-times[0])', BOOK+'decoding_is_timed'),
-    Change('the run that warms up counts', 'for _ in range(1+repeats)][1:]', 'for _ in range(1+repeats)]', BOOK+'the_first_run_only'),
-    Change('half the bytes of attention in the roofline', '2*2*GROUPS*WIDE*', '2*GROUPS*WIDE*', BOOK+'attention_reads'),
-    Change('a prediction without the cache', '/1e6+self.cache+self.overhead', '/1e6+self.overhead', BOOK+'attention_reads'),
-    Change('device and host one after the other', 'max(self.device(plan), self.host)', 'self.device(plan)+self.host', BOOK+'attention_reads'),
+           'start = time.perf_counter()\n    for _ in range(warmup): next(steps)', 'test_decoding_is_timed'),
+    Change('decode speed counts the prompt', '(new_tokens-1)/(times[-1]-times[1])', '(new_tokens-1)/(times[-1]-times[0])', 'test_decoding_is_timed'),
+    Change('the run that warms up counts', 'for _ in range(1+repeats)][1:]', 'for _ in range(1+repeats)]', 'test_the_first_run_only'),
+    Change('half the bytes of attention in the roofline', '2*2*GROUPS*WIDE*', '2*GROUPS*WIDE*', 'test_attention_reads'),
+    Change('a prediction without the cache', '/1e6+self.cache+self.overhead', '/1e6+self.overhead', 'test_attention_reads'),
+    Change('device and host one after the other', 'max(self.device(plan), self.host)', 'self.device(plan)+self.host', 'test_attention_reads'),
     # caches
-    Change('a cache is behind by one token', 'def move(self, n: int): self.offset += n', 'def move(self, n: int): self.offset += max(1, n-1)',
-           'test_kv_cache::test_same_logits_however'),
-    Change('a sliding window grows for ever', 'min(context, self.window or context)', 'context', BOOK+'bytes_of_a_layout'),
-    Change('a layout of one head', '(self.context, l.heads, dim)', '(self.context, 1, dim)', BOOK+'bytes_of_a_layout'),
+    Change('a cache is behind by one token', 'n: int): self.offset += n', 'n: int): self.offset += max(1, n-1)',
+           'test_same_logits_however'),
+    Change('a sliding window grows for ever', 'min(context, self.window or context)', 'context', 'test_bytes_of_a_layout'),
+    Change('a layout of one head', '(self.context, l.heads, dim)', '(self.context, 1, dim)', 'test_bytes_of_a_layout'),
     Change('a token does not see itself', 'mx.arange(T-L, T)[:, None] >= mx.arange(T)', 'mx.arange(T-L, T)[:, None] > mx.arange(T)',
-           'test_kv_cache::test_attention_equals_dense'),
+           'test_attention_equals_dense'),
     Change('a batch is aligned at its left', '[(0, 0), (0, 0), (length-c.length, 0), (0, 0)]', '[(0, 0), (0, 0), (0, length-c.length), (0, 0)]',
-           'test_kv_cache::test_batches_of_unequal test_kv_cache::test_merge_filter'),
-    Change('key preconditioning without query statistics', 'KeyPrecondition.of(k[i], q[i])', 'KeyPrecondition.of(k[i])', BOOK+'keys_are_evened_out'),
-    Change('a rotation is undone by itself', 'y @ library(y)[1](self.matrix.T)', 'y @ library(y)[1](self.matrix)', 'test_turboquant::test_rotations_are_rotations'),
-    Change('codes are half a step too long', '.sqrt(square)*(n/2)', '.sqrt(square)*(n/2-.5)', 'test_turboquant::test_round_trip_of_the_format'),
-    Change('the factor of a sketch upside down', 'math.sqrt(math.pi/2)/self.d', 'math.sqrt(2/math.pi)/self.d', 'test_turboquant::test_no_bias'),
+           'test_batches_of_unequal test_merge_filter'),
+    Change('key preconditioning without query statistics', 'KeyPrecondition.of(k[i], q[i])', 'KeyPrecondition.of(k[i])', 'test_keys_are_evened_out'),
+    Change('a rotation is undone by itself', 'y @ library(y)[1](self.matrix.T)', 'y @ library(y)[1](self.matrix)', 'test_rotations_are_rotations'),
+    Change('codes are half a step too long', '.sqrt(square)*(n/2)', '.sqrt(square)*(n/2-.5)', 'test_round_trip_of_the_format'),
+    Change('the factor of a sketch upside down', 'math.sqrt(math.pi/2)/self.d', 'math.sqrt(2/math.pi)/self.d', 'test_no_bias'),
 ]
 
 def sources() -> dict: # path in the package ▸ text
@@ -208,11 +208,27 @@ def run(folder: Path, nodes: list, *options: str) -> tuple: # exit status of pyt
     return p.exitcode, re.findall(r'^FAILED \S+?::(\S+)', said, re.M), said
 
 def nodes_of(nodes: list) -> tuple: # files, options
-    "test_x::test_begin as pytest takes it: a file, and an expression that picks what begins so"
+    "Beginnings of tests as pytest takes them: the files they stand in, and an expression that picks them"
     if not nodes: return ['tests'], []
-    files = dict.fromkeys(f'tests/{n.split("::")[0]}.py' for n in nodes)
-    picks = [n.split('::')[1] if '::' in n else n for n in nodes]
-    return list(files), ['-k', ' or '.join(picks)]
+    files = dict.fromkeys(f for n in nodes for f in files_of(n))
+    return list(files), ['-k', ' or '.join(n.split('::')[-1] for n in nodes)]
+
+@lru_cache
+def files_of(node: str) -> tuple: # paths
+    "The files with a test that begins so; raises ValueError if there is none"
+    file, _, begin = node.rpartition('::')
+    found = tuple(f'tests/{p.name}' for p in sorted((root/'tests').glob(f'{file or "test_*"}.py'))
+                  if re.search(rf'^def {begin}', p.read_text(encoding='utf-8'), re.M))
+    if not found: raise ValueError(f'no test begins with {node!r}')
+    return found
+
+def faults(c: Change, texts: dict) -> list: # of sentences
+    "Why a change cannot be made or its tests cannot be run"
+    found = []
+    for look in (lambda: changed(c, texts), lambda: [files_of(n) for n in c.tests.split()]):
+        try: look()
+        except ValueError as e: found.append(str(e) if c.name in str(e) else f'{c.name!r}: {e}')
+    return found
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -223,9 +239,11 @@ def main():
     args = parser.parse_args()
     os.environ.setdefault('PYTHONWARNINGS', 'ignore:resource_tracker') # of locks that a test left when its process ended
     picked, texts, survived = [c for c in CHANGES if not args.words or any(w in c.name for w in args.words)], sources(), []
-    try: edits = {c: changed(c, texts) for c in picked}
-    except ValueError as e: sys.exit(f'error: {e}') if not args.list else print(f'error: {e}')
-    if args.list: return print(*(f'{c.name}: {c.tests}' for c in picked), f'{len(picked)} changes', sep='\n')
+    wrong = [f'error: {fault}' for c in picked for fault in faults(c, texts)]
+    if args.list: print(*(f'{c.name}: {c.tests}' for c in picked), *wrong, f'{len(picked)} changes', sep='\n')
+    elif wrong: print(*wrong, sep='\n', file=sys.stderr)
+    if args.list or wrong: sys.exit(2 if wrong else 0)
+    edits = {c: changed(c, texts) for c in picked}
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d)/'mirror'
         folder.mkdir()

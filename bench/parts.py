@@ -39,7 +39,7 @@ def tensor_bytes(folder: Path) -> int:
 
 PROBE = '''
 import sys, time, resource, json, numpy as np, mlx.core as mx
-from optiq.backends import StreamedReplay
+from optiq.backends.stream import StreamedReplay
 from optiq.formats import Format, quantize_dequantize
 from optiq.models import Checkpoint
 class Backend(StreamedReplay):

@@ -32,14 +32,14 @@ from optiq.measure.gradient import agreement, gradient_sweep, screened_sweep
 from optiq.knapsack import allocate
 from optiq.models import Checkpoint
 from optiq.measure.estimate import estimate
-from optiq.measure.kl import kl_divergence, measure, on_gpu, perturb, probes
+from optiq.measure.kl import kl_divergence, measure, perturb, probes
 from optiq.sensitivity import kl_sweep
 from optiq.material.tiny import tiny
 
 WIDTHS = [Format(3), Format(4), Format(8)]
 
 def sync(b):
-    if b.name == 'torch' and b.device == 'cuda': b.xp.cuda.synchronize()
+    if isinstance(b, TorchBackend) and b.on_gpu: b.xp.cuda.synchronize()
 
 def seconds(b, f):
     start = time.perf_counter()
@@ -59,8 +59,8 @@ def against_plain(b, tokens, part):
     "Time of replay for all probes, of plain passes for every part-th, and how far they differ"
     todo = probes(b.checkpoint.units, WIDTHS)
     plain(b, tokens, todo[:2]), measure(b, tokens, todo[:8])
-    if on_gpu(b): measure(b, tokens, todo)
-    told, repeats = estimate(b, WIDTHS, tokens)['seconds'], 3 if on_gpu(b) else 1
+    if b.on_gpu: measure(b, tokens, todo)
+    told, repeats = estimate(b, WIDTHS, tokens)['seconds'], 3 if b.on_gpu else 1
     def timed(): return sorted((seconds(b, lambda: measure(b, tokens, todo)) for _ in range(repeats)), key=lambda t: t[0])[repeats//2]
     fast, kl = timed()
     slow, want = seconds(b, lambda: plain(b, tokens, todo[::part]))
@@ -71,7 +71,7 @@ def against_plain(b, tokens, part):
 
 def replay(args, c, tokens):
     b = TorchBackend(c)
-    return against_plain(b, tokens[:2], 3 if on_gpu(b) else 9)
+    return against_plain(b, tokens[:2], 3 if b.on_gpu else 9)
 
 def shortcuts(args, c, tokens):
     b = TorchBackend(c)
@@ -92,11 +92,11 @@ def mlx(args, c, tokens):
     with tempfile.TemporaryDirectory() as d:
         b = MLXBackend(Checkpoint(tiny('qwen3', f'{d}/model', shape='0.6B')))
         ids = np.random.default_rng(0).integers(0, b.checkpoint.vocabulary, (2, 128)).astype(np.int32)
-        return against_plain(b, ids, 10 if on_gpu(b) else 100)|dict(tf32=os.environ.get('MLX_ENABLE_TF32'))
+        return against_plain(b, ids, 10 if b.on_gpu else 100)|dict(tf32=os.environ.get('MLX_ENABLE_TF32'))
 
 STREAM = """
 import sys, resource, numpy as np
-from optiq.backends import StreamingBackend
+from optiq.backends.stream import StreamingBackend
 from optiq.models import Checkpoint
 from optiq.sensitivity import kl_sweep
 c = Checkpoint(sys.argv[1])
@@ -135,13 +135,14 @@ print(json.dumps(dict(seconds=time.time()-start, cpu=time.process_time()-cpu, un
 
 OURS = """
 import sys, time, json, numpy as np
-from optiq.backends import TorchBackend
+from optiq.backends.torch import TorchBackend
 from optiq.formats import Format
+from optiq.measure.estimate import estimate
+from optiq.measure.kl import measure, probes
 from optiq.models import Checkpoint
-from optiq.sensitivity import estimate, measure, on_gpu, probes
 b, tokens, widths = TorchBackend(Checkpoint(sys.argv[1])), np.array(json.loads(sys.argv[2])), [Format(3), Format(4), Format(8)]
 todo = probes(b.checkpoint.units, widths)
-measure(b, tokens, todo if on_gpu(b) else todo[:8])
+measure(b, tokens, todo if b.on_gpu else todo[:8])
 told, start, cpu = estimate(b, widths, tokens)['seconds'], time.time(), time.process_time()
 measure(b, tokens, todo)
 print(json.dumps(dict(seconds=time.time()-start, cpu=time.process_time()-cpu, estimate_s=told, units=len(b.checkpoint.units))))

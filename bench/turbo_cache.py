@@ -97,13 +97,13 @@ def cache_kinds(model):
 @contextmanager
 def road(kind):
     "The road of attention that a kind of cache takes"
-    from optiq import kv_cache, turbo_kernels
-    before = kv_cache.MANY, kv_cache.PART, turbo_kernels.FUSED
-    if 'dequantized' in kind: kv_cache.MANY = 1
-    if 'one part' in kind: kv_cache.PART = 0
-    if 'composed' in kind: turbo_kernels.FUSED = False
+    from optiq.kv import cache, kernels
+    before = cache.MANY, cache.PART, kernels.FUSED
+    if 'dequantized' in kind: cache.MANY = 1
+    if 'one part' in kind: cache.PART = 0
+    if 'composed' in kind: kernels.FUSED = False
     try: yield
-    finally: kv_cache.MANY, kv_cache.PART, turbo_kernels.FUSED = before
+    finally: cache.MANY, cache.PART, kernels.FUSED = before
 
 def filled(model, shape, make, T, chunk=4096):
     "Caches of T tokens of random keys and values: a step's time does not depend on which"

@@ -21,8 +21,8 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from optiq import tasks
 from optiq.formats import Format, quantize_dequantize
+from optiq.material import problems as tasks
 
 EOS = '<|endoftext|>'
 # how much the loss of a prompt's token counts, an answer's being 1: what is drawn at random cannot be learned

@@ -19,7 +19,7 @@ demo: $(ready)   ## convert the model that comes with the project and print the 
 demo-vlm: $(ready) ## convert the witness, a small model that sees, and print the result
 	$(if $(blas),LD_PRELOAD=$(blas)) $(python) models/witness/run.py
 
-test: $(ready)   ## run all notebooks, then all tests
+test: $(ready)   ## check the code and its layers, run all notebooks, then all tests
 	tools/test.sh
 
 docs: $(ready)   ## build the site into _docs
@@ -38,5 +38,5 @@ fill: $(ready)   ## re-run notebooks and keep their outputs: all, or NB="nbs/00_
 	$(python) tools/fill.py $(NB)
 
 clean:          ## remove what was built; .venv stays
-	rm -rf _docs _proc build dist nbs/nbdev.yml .pytest_cache .ruff_cache .hypothesis
+	rm -rf _docs _proc build dist nbs/nbdev.yml .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -print | xargs rm -rf

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# All notebooks, then all tests; pytest's count comes last.
+# The code and its layers, then all notebooks, then all tests; pytest's count comes last.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two workers, so one core each
 export OPTIQ_FAST=1 # demos at small sizes
+ruff check
+ruff check --line-length 120 optiq
+lint-imports
+
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 

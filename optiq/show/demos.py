@@ -46,7 +46,8 @@ from .plots import plot_kv_analysis, plot_memory
 # %% ../../nbs/62a_show.demos.ipynb #c0076ce5
 def profiles(sweep) -> dict: # name ▸ Plan
     "The two published profiles, and what they are compared with"
-    flat = {f'uniform {n}': uniform(sweep, n) for n in (4, 3)} | {n: recipe(sweep, n) for n in ('mixed_4_6', 'mixed_3_6')}
+    flat = {f'uniform {n}': uniform(sweep, n) for n in (4, 3)}
+    flat |= {n: recipe(sweep, n) for n in ('mixed_4_6', 'mixed_3_6')}
     return {'optiq 4.5 (4,8)': allocate(sweep, target_bits=4.5, formats=[4, 8]),
             'optiq 3.5 (3,4)': allocate(sweep, target_bits=3.5, formats=[3, 4])} | flat
 
@@ -54,8 +55,8 @@ def profiles(sweep) -> dict: # name ▸ Plan
 def solved(g: Ground, variants: dict, n: int, questions: str = 'gsm8k') -> dict: # name ▸ share, by metric
     "Word problems, and recall, that each variant solves"
     if g.about['model'] == 'demo':
-        rows = task_rows(n)
-        return {name: {t: score_rows(g.b, rows[t], o) for t in ('word_problems', 'recall')} for name, o in variants.items()}
+        rows, tasks = task_rows(n), ('word_problems', 'recall')
+        return {name: {t: score_rows(g.b, rows[t], o) for t in tasks} for name, o in variants.items()}
     asked = find_questions(questions, n)
     return {name: gsm8k(g.b, asked, overrides=o).rows[0] for name, o in variants.items()}
 
@@ -66,7 +67,8 @@ def with_answers(report: Report, answers: dict) -> Report:
         if 'gsm8k' in x: return {k: v for k, v in x.items() if k.startswith('gsm8k')}
         return {k: v for t, s in x.items() for k, v in ((t, s.value), (f'{t}_se', s.se), (f'{t}_n', s.n))}
     drop = 'agreement', 'agreement_se', 'nominal_bpw'
-    return Report([{k: v for k, v in r.items() if k not in drop} | columns(answers[r['name']]) for r in report.rows], report.about)
+    def row(r): return {k: v for k, v in r.items() if k not in drop} | columns(answers[r['name']])
+    return Report([row(r) for r in report.rows], report.about)
 
 # %% ../../nbs/62a_show.demos.ipynb #4d0c7e11
 def saved(g: Ground, plans: dict, sweep, out: 'str | Path') -> dict: # name ▸ Plan ▸ name ▸ overrides
@@ -177,7 +179,8 @@ def hardware(
     g = ground(model, Sizes.of(fast), text)
     if chip is None and Sizes.of(fast) != Sizes(): chip = 'M3 Max'
     sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast, rounding='minmax')
-    plans, lat = speed_plans(sweep), latency(g.b.checkpoint, chip, context, [3, 4, 8])
+    plans = speed_plans(sweep)
+    lat = latency(g.b.checkpoint, chip, context, [3, 4, 8])
     if chip is None: lat, speeds = validated(g, lat, plans, tokens=32, runs=3)
     else: speeds = compare_speeds(lat, plans, {}, g.about)
     curve = speed_frontier(sweep, lat, 12, [4, 8])
@@ -245,7 +248,8 @@ def combined(
                        rounding='minmax')
     report, changed = configurations(g.b, g.scored, joint, [Format(8), Format(4)], g.about)
     rows = sorted(report.rows, key=lambda r: r['kl'])
-    told = Table('Does the cache depend on the weights it serves?', ['units of the cache', 'that change format', 'cap, MB'],
+    told = Table('Does the cache depend on the weights it serves?',
+                 ['units of the cache', 'that change format', 'cap, MB'],
                  [[len(joint['cache']), len(changed), limit/2**20]])
     about = g.about | dict(context=context, limit_mb=limit/2**20)
     return Demo('combined', [configuration_table(rows, context), told], dict(memory=partial(plot_memory, rows)),
@@ -284,7 +288,7 @@ def vlm(
     questions: str = 'diagrams', # see `optiq.evals.ai2d.questions_of`
 ) -> Demo:
     "What a model still sees with fewer bits, and where it needs them"
-    b, s = open_backend(Checkpoint(model or find_witness(), model_type='vlm')), Sizes.of(fast)
+    s, b = Sizes.of(fast), open_backend(Checkpoint(model or find_witness(), model_type='vlm'))
     c, asked = b.checkpoint, questions_of(questions, s.problems//2)
     sweep = kl_sweep(b, samples(c, text, s.n//2), [2, 3, 4, 6], progress=not fast, rounding='minmax')
     plans, best = plans_at_bytes(c, sweep), 'optiq, bytes of 4'
@@ -292,8 +296,8 @@ def vlm(
     if out is not None:
         saved = convert(c, plans[best], out, sweep, True, calibration=text)
         variants[best] = overrides_of_saved(saved)
-    about = dict(model=c.name, text=str(text), calibration=f'{s.n//2} pictures', evaluation=f'{2*s.eval_n} other pictures',
-                 questions=f'{len(asked)} of {questions}', **machine())
+    about = dict(model=c.name, text=str(text), calibration=f'{s.n//2} pictures',
+                 evaluation=f'{2*s.eval_n} other pictures', questions=f'{len(asked)} of {questions}', **machine())
     report = Report(seen(b, samples(c, text, 2*s.eval_n, 'test'), asked, plans, variants), about)
     figures = dict(sensitivity=partial(sweep.plot, fmt='2g64'), quality=report.plot)
     return Demo('vlm', [report, by_part(c.units, sweep, plans[best])], figures, about, dict(sweep=sweep, plans=plans))
@@ -324,10 +328,11 @@ def audio(
     text: str = 'bundled', # speech to calibrate and, its other side, to score on; see `clips`
 ) -> Demo:
     "Which parts of a speech model can be rounded, and what that costs in words"
-    c, s = Checkpoint(model or small_asr(), model_type='audio'), Sizes.of(fast)
-    b, four = open_backend(c), uniform(c, 4)
+    s, c = Sizes.of(fast), Checkpoint(model or small_asr(), model_type='audio')
+    b = open_backend(c)
     learned, heard = (clips(text, side, k, fewer=True) for side, k in (('train', s.n//2), ('test', s.eval_n//2)))
     sweep = kl_sweep(b, speech_samples(b.model, learned), [3, 4, 6], progress=not fast, rounding='minmax')
+    four = uniform(c, 4)
     best = allocate(sweep, max_bytes=four.nbytes)
     plans = {'as it is': make_plan(c, c.formats), 'uniform 4': four, 'optiq, bytes of 4': best}
     name = c.name if model else 'a small Qwen3-ASR of random weights: its figures say nothing about quality'
@@ -349,5 +354,6 @@ def find_demo(
     name: str, # as `optiq demo` takes it
 ) -> Callable: # model, fast, … ▸ Demo
     "The demo of that name; raises ValueError, naming those that there are"
-    if (key := name.replace('-', '_')) not in DEMOS: raise ValueError(f'no demo {name!r}; there are {", ".join(names())}')
-    return DEMOS[key]
+    found = DEMOS.get(name.replace('-', '_'))
+    if found is None: raise ValueError(f'no demo {name!r}; there are {", ".join(names())}')
+    return found

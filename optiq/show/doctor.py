@@ -65,7 +65,8 @@ def chip() -> Finding:
     if file.exists(): return Finding('chip', f'{name}, measured')
     try: return Finding('chip', f'{name}, {chip_named(name).bandwidth:g} GB/s by its data sheet', 'ok',
                         'for measured speeds: optiq latency MODEL --calibrate')
-    except ValueError: return Finding('chip', f'{name}, speed unknown', 'note', 'to measure it: optiq latency MODEL --calibrate')
+    except ValueError: return Finding('chip', f'{name}, speed unknown', 'note',
+                                      'to measure it: optiq latency MODEL --calibrate')
 
 # %% ../../nbs/63_show.doctor.ipynb #3e0fd967
 def backend() -> Finding:
@@ -73,16 +74,18 @@ def backend() -> Finding:
     import mlx.core as mx
     if mx.default_device().type == mx.DeviceType.gpu: return Finding('backend', 'mlx, on the GPU')
     if find_spec('torch'): return Finding('backend', 'torch, on the CPU (MLX has no GPU here)')
-    return Finding('backend', 'mlx, on the CPU', 'note', "PyTorch measures many times faster here: pip install 'optiq[convert]'")
+    return Finding('backend', 'mlx, on the CPU', 'note',
+                   "PyTorch measures many times faster here: pip install 'optiq[convert]'")
 
 # %% ../../nbs/63_show.doctor.ipynb #30192503
 def memory() -> list[Finding]:
     "Free memory, and free room on the disk"
     from optiq.backends.replay import free_memory
     ram, disk = free_memory()/2**30, shutil.disk_usage('.').free/2**30
-    return [Finding('memory', f'{ram:.1f} GB free', *(() if ram > 4 else
-                    ('note', 'enough for models up to about 1B parameters; --backend stream reads larger ones block by block'))),
-            Finding('disk', f'{disk:.1f} GB free here', *(() if disk > 2 else ('note', 'give -o a folder on another disk')))]
+    small = 'enough for models up to about 1B parameters; --backend stream reads larger ones block by block'
+    full = 'give -o a folder on another disk'
+    return [Finding('memory', f'{ram:.1f} GB free', *(() if ram > 4 else ('note', small))),
+            Finding('disk', f'{disk:.1f} GB free here', *(() if disk > 2 else ('note', full)))]
 
 # %% ../../nbs/63_show.doctor.ipynb #3f83d505
 def gflops(product: Callable, n: int) -> float:
@@ -150,7 +153,8 @@ class Diagnosis(list):
     def figures(self): return dict(ok=self.ok, findings=[asdict(f) for f in self])
     def __repr__(self): return '\n'.join(map(repr, self))
     def _repr_html_(self):
-        rows = ''.join(f'<tr><td>{f.mark}</td><td>{f.name}</td><td>{f.value}</td><td>{f.remedy}</td></tr>' for f in self)
+        def line(f): return f'<tr><td>{f.mark}</td><td>{f.name}</td><td>{f.value}</td><td>{f.remedy}</td></tr>'
+        rows = ''.join(map(line, self))
         return f'<table><tr><th></th><th>what</th><th>found</th><th>what to do</th></tr>{rows}</table>'
 
 # %% ../../nbs/63_show.doctor.ipynb #9abb0799

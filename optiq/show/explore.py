@@ -45,7 +45,8 @@ def targets_of(
 # %% ../../nbs/61_show.explore.ipynb #de126621
 def question_of(sweep, formats: list, target: Target) -> Question:
     "What does not depend on where the cap stands: the sweep checked, its numbers laid out"
-    (table, noise), fmts = smoothed(sweep), candidates(sweep, formats)
+    table, noise = smoothed(sweep)
+    fmts = candidates(sweep, formats)
     b, = budgets_of(sweep, **target.caps(1.))
     p = make_problem(sweep, table, fmts, [b])
     return Question(sweep, table, noise, fmts, [b], p, p, set())
@@ -100,7 +101,7 @@ def figures_html(
 # %% ../../nbs/61_show.explore.ipynb #69b7af30
 class Comparison:
     "Two plans of one model"
-    def __init__(self, a: Plan, b: Plan, names: tuple = ('a', 'b'), lat: Latency | None = None, colours: dict | None = None):
+    def __init__(self, a: Plan, b: Plan, names: tuple = ('a', 'b'), lat: Latency | None = None, colours=None):
         self.a, self.b, self.names, self.lat, self.colours = a, b, names, lat, colours
         self.changed = a.diff(b) # unit path ▸ (format in a, format in b)
         self.said = f'{len(self.changed)} of {len(a)} units differ'
@@ -108,7 +109,7 @@ class Comparison:
     def to_frame(self): # ▸ pandas DataFrame
         "One row per unit that differs"
         import pandas as pd
-        return pd.DataFrame([dict(unit=p, **{n: str(f) for n, f in zip(self.names, fs)}) for p, fs in self.changed.items()])
+        return pd.DataFrame([dict(unit=p) | dict(zip(self.names, map(str, fs))) for p, fs in self.changed.items()])
 
     def __repr__(self): return f'{self.names[0]}: {self.a}\n{self.names[1]}: {self.b}\n{self.said}'
     def _repr_html_(self):
@@ -184,9 +185,10 @@ def is_live() -> bool:
 @patch
 def html(self: Explorer) -> str:
     "What is shown"
-    colours, whole = format_colours(self.sweep.formats), make_plan(self.sweep, {}).nbytes
+    colours = format_colours(self.sweep.formats)
     if self.kept is not None: return Comparison(self.plan, self.kept, ('now', 'kept'), self.lat, colours)._repr_html_()
     how = 'exact' if self.exact else f'while dragging, within {self.plan.gap:.2%} of the optimum'
+    whole = make_plan(self.sweep, {}).nbytes
     told = figures_html(dict(plan=figures_of(self.plan, self.lat, whole)))
     return f'{told}<p><small>{how}</small></p>{plan_svg(self.plan, colours=colours)}'
 
@@ -208,7 +210,8 @@ def slider_of(x: Explorer): # ▸ FloatSlider
     "From one end to the other in 400 steps"
     import ipywidgets as w
     low, high = x.planner.ends
-    return w.FloatSlider(x.value, min=low, max=high, step=(high-low)/400, readout_format=x.targets[x.by].spec, description=x.by, **WIDE)
+    return w.FloatSlider(x.value, min=low, max=high, step=(high-low)/400, readout_format=x.targets[x.by].spec,
+                         description=x.by, **WIDE)
 
 # %% ../../nbs/61_show.explore.ipynb #a2343fcb
 REST = .3 # seconds without a move after which the exact plan is drawn
@@ -286,7 +289,7 @@ def speed_of(
 # %% ../../nbs/61_show.explore.ipynb #2eff9c87
 def explore(
     sweep, # Sweep of a model's weights
-    chip: 'str | Latency | None' = 'M3 Max', # for tokens per second: a chip of the table, or a Latency of the same model
+    chip: 'str | Latency | None' = 'M3 Max', # for the speed: a chip of the table, or a Latency of the same model
     context: int = 512, # tokens in the cache, for the speed
     **options, # of Explorer: formats, by, value
 ) -> Explorer:

@@ -28,16 +28,21 @@ def format_colours(
 # %% ../../nbs/60_show.plots.ipynb #d42c253f
 def places(
     units: list, # of Unit
-) -> tuple[list, list, dict]: # names of the rows and of the columns, unit path ▸ (row, column, share of the cell from, to)
+) -> tuple[list, list, dict]: # rows, columns, unit path ▸ (row, column, share of the cell from, to)
     "Kinds × blocks; what stands before and after the blocks is at the edges, and units of one cell share it"
     parts = {getattr(u, 'part', '') for u in units}
     def row(u): return f'{u.part} {u.kind}' if len(parts) > 1 else u.kind
-    def column(u): return u.block if u.block is not None else 'in' if 'embed' in u.kind else 'out'
-    found, depth = {column(u) for u in units}, 1+max((u.block for u in units if u.block is not None), default=-1)
-    rows, columns = list(dict.fromkeys(map(row, units))), ['in']*('in' in found)+[*range(depth)]+['out']*('out' in found)
+    def column(u):
+        if u.block is not None: return u.block
+        return 'in' if 'embed' in u.kind else 'out'
+    found = {column(u) for u in units}
+    depth = 1+max((u.block for u in units if u.block is not None), default=-1)
+    rows = list(dict.fromkeys(map(row, units)))
+    columns = ['in']*('in' in found)+[*range(depth)]+['out']*('out' in found)
     cells = {}
     for u in units: cells.setdefault((rows.index(row(u)), columns.index(column(u))), []).append(u.path)
-    return rows, columns, {p: (y, x, i/len(ps), (i+1)/len(ps)) for (y, x), ps in cells.items() for i, p in enumerate(ps)}
+    where = {p: (y, x, i/len(ps), (i+1)/len(ps)) for (y, x), ps in cells.items() for i, p in enumerate(ps)}
+    return rows, columns, where
 
 # %% ../../nbs/60_show.plots.ipynb #82fdfa0e
 class Grid:
@@ -84,8 +89,10 @@ def describe(
 ) -> str:
     "A plan, or two, in one sentence"
     counts = ', '.join(f'{n} in {f}' for f, n in plan.counts().items())
-    text = f'Heat map of the formats of {len(plan)} tensors: {counts}; {plan.nominal_bits:.2f} nominal bits, {plan.size_mb:.2f} MB'
-    return text if other is None else f'{text}; {len(plan.diff(other))} of them differ in the other plan of {other.size_mb:.2f} MB'
+    size = f'{plan.nominal_bits:.2f} nominal bits, {plan.size_mb:.2f} MB'
+    text = f'Heat map of the formats of {len(plan)} tensors: {counts}; {size}'
+    if other is None: return text
+    return f'{text}; {len(plan.diff(other))} of them differ in the other plan of {other.size_mb:.2f} MB'
 
 # %% ../../nbs/60_show.plots.ipynb #4063c379
 def plan_svg(

@@ -12,5 +12,6 @@ def test_every_change_can_be_made():
 
 def test_tests_are_found_by_the_beginning_of_their_names():
     assert files_of('test_tests_are_found_by') == ('tests/test_mutants.py',)
-    assert nodes_of(['test_mutants::test_every', 'test_tests_are_found']) == (['tests/test_mutants.py'], ['-k', 'test_every or test_tests_are_found'])
+    nodes = nodes_of(['test_mutants::test_every', 'test_tests_are_found'])
+    assert nodes == (['tests/test_mutants.py'], ['-k', 'test_every or test_tests_are_found'])
     with pytest.raises(ValueError, match='no test begins'): files_of('test_doctor::test_that_nobody_wrote')

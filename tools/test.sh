@@ -6,7 +6,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two workers, so one core each
 export OPTIQ_FAST=1 # demos at small sizes
 ruff check
-ruff check --line-length 120 optiq
 lint-imports
 
 log=$(mktemp)

@@ -14,7 +14,7 @@ from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate
 from optiq.plan import uniform
 from optiq.chips import Speed, load_chip, measure_plan, save_chip, stand_in
-from optiq.latency import Speeds, compare_speeds, latency, predict_speeds, speed_frontier, speed_range
+from optiq.latency import Speeds, calibrate, compare_speeds, latency, predict_speeds, speed_frontier, speed_range
 from optiq.roofline import BANDWIDTH, CHIPS, Chip, Latency, active_shape, cache_bytes, chip_named, experts_per_token, interpolate, reads_of, skeleton
 from optiq.models import Checkpoint, Unit
 from optiq.measure.sweep import Sweep
@@ -253,7 +253,7 @@ def test_calibration_is_kept_and_replaced(instant, demo, tmp_path, monkeypatch):
     assert len(table.errors()) == 3 and table.mean_error > 0
     assert len(json.loads(next(tmp_path.iterdir()).read_text())['points']) == 2
     with pytest.raises(ValueError, match='cannot be calibrated on'):
-        L.calibrate(Latency(CHIPS['M1'], again.reads), None, {}, 'x', tmp_path)
+        calibrate(Latency(CHIPS['M1'], again.reads), None, {}, 'x', tmp_path)
 
 def test_decoding_is_timed_for_real(demo):
     s = measure_plan(demo, uniform(demo, 4), context=2, tokens=2, runs=2, warmup=1)

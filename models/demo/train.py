@@ -21,7 +21,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from optiq import tasks
+from optiq.material import problems as tasks
 from optiq.formats import Format, quantize_dequantize
 
 EOS = '<|endoftext|>'

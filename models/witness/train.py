@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from optiq import diagrams as D
+from optiq.material import diagrams as D
 from optiq.material.tiny import END, SPECIAL, TEMPLATE, hub_config
 
 T0 = time.time()

@@ -6,9 +6,8 @@
 __all__ = ['batch_for']
 
 # %% ../../nbs/52_families.samples.ipynb #6b33df38
-from importlib import import_module
-
 from ..calibration import passages, token_batch
+from . import audio, vision
 
 # %% ../../nbs/52_families.samples.ipynb #99ac1194
 def batch_for(
@@ -21,6 +20,6 @@ def batch_for(
 ): # ▸ (n, seq_len) tokens, or a list of samples
     "What a model of this type is measured on"
     if isinstance(source, list): return source[:n]
-    if c.model_type != 'llm':
-        return import_module(f'optiq.{c.model_type}').samples(c, source, n, split, fewer=fewer)
-    return token_batch(passages(source, split), c.tokenizer, n, seq_len, fewer=fewer)
+    if c.model_type == 'llm': return token_batch(passages(source, split), c.tokenizer, n, seq_len, fewer=fewer)
+    family = dict(vlm=vision, audio=audio)[c.model_type]
+    return family.samples(c, source, n, split, fewer=fewer)

@@ -7,7 +7,9 @@ __all__ = ['batch_for']
 
 # %% ../../nbs/52_families.samples.ipynb #6b33df38
 from ..calibration import passages, token_batch
-from . import audio, vision
+from . import vision
+from .audio import speech_samples
+from ..material.speech import clips
 
 # %% ../../nbs/52_families.samples.ipynb #99ac1194
 def batch_for(
@@ -21,5 +23,5 @@ def batch_for(
     "What a model of this type is measured on"
     if isinstance(source, list): return source[:n]
     if c.model_type == 'llm': return token_batch(passages(source, split), c.tokenizer, n, seq_len, fewer=fewer)
-    family = dict(vlm=vision, audio=audio)[c.model_type]
-    return family.samples(c, source, n, split, fewer=fewer)
+    if c.model_type == 'vlm': return vision.samples(c, source, n, split, fewer=fewer)
+    return speech_samples(c.load(), clips(source, split, n, fewer=fewer))

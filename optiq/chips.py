@@ -6,8 +6,8 @@
 __all__ = ['HEADS', 'GROUPS', 'WIDE', 'CHIP', 'run_once', 'per_step', 'on_gpu', 'stream_reads', 'random_bits', 'random_matrix',
            'product', 'product_chain', 'measure_product', 'small_model', 'stand_in', 'token_chain', 'line_through',
            'measure_overheads', 'Speed', 'measure_decode', 'decode_once', 'hollow', 'measure_plan', 'machine_name',
-           'keep_busy', 'attention_chain', 'measure_attention', 'measure_chip', 'extend', 'cache_folder', 'chip_file',
-           'save_chip', 'load_chip', 'this_machine']
+           'keep_busy', 'attention_chain', 'measure_attention', 'measure_chip', 'extend', 'chip_file', 'save_chip',
+           'load_chip', 'this_machine']
 
 # %% ../nbs/20a_chips.ipynb #212f43e4
 import os
@@ -327,16 +327,12 @@ def extend(
             known.append([*shape, t*chip.bandwidth*1e9/found['nbytes']])
     return replace(chip, factors=factors)
 
-# %% ../nbs/20a_chips.ipynb #7a6133ae
-def cache_folder() -> Path:
-    "Where measurements of this machine are kept"
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'optiq'/'latency'
-
 # %% ../nbs/20a_chips.ipynb #a0968cbe
 def chip_file(folder: 'Path | None' = None) -> Path:
     "The file of this chip and this version of mlx, in the user's cache folder by default"
     name = re.sub('[^A-Za-z0-9]+', '-', machine_name()).strip('-')
-    return Path(folder or cache_folder())/f'{name}-mlx-{version("mlx")}.json'
+    caches = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')
+    return Path(folder or caches/'optiq'/'latency')/f'{name}-mlx-{version("mlx")}.json'
 
 # %% ../nbs/20a_chips.ipynb #a9dae0b5
 def save_chip(

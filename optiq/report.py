@@ -28,9 +28,10 @@ def machine() -> dict: # cpu, cores, system, versions, date
     def installed(name):
         try: return version(name)
         except PackageNotFoundError: return None
-    versions = {n: v for n in ('optiq', 'mlx', 'mlx-lm', 'torch', 'transformers') if (v := installed(n))}
+    versions = {n: installed(n) for n in ('optiq', 'mlx', 'mlx-lm', 'torch', 'transformers')}
     return dict(cpu=_cpu(), cores=os.cpu_count(), system=f'{platform.system()} {platform.machine()}',
-                python=platform.python_version(), **versions, date=date.today().isoformat())
+                python=platform.python_version(), **{n: v for n, v in versions.items() if v},
+                date=date.today().isoformat())
 
 def _cpu():
     "The processor's name as the system tells it"

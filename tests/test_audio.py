@@ -81,16 +81,30 @@ def test_other_families_are_named():
 
 ONE = dict(thinker_config=dict(text_config=dict(num_hidden_layers=1), audio_config=dict(encoder_layers=1)))
 
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+    "A Qwen3-ASR of one layer on each side; nothing is written into it"
+    return tiny('qwen3_asr', tmp_path_factory.mktemp('one')/'m', shape=ONE)
+
+def short_clips(folder, n):
+    "The first two seconds of some clips, enough to measure on"
+    soundfile = pytest.importorskip('soundfile')
+    folder.mkdir(exist_ok=True)
+    for clip in clips('bundled', n=n):
+        soundfile.write(folder/f'{clip.text}.wav', clip.audio[:32000], RATE)
+        (folder/f'{clip.text}.txt').write_text(clip.text)
+    return folder
+
 def optiq(*args):
     from click.testing import CliRunner
     from optiq.cli import main
     return CliRunner().invoke(main, [str(a) for a in args])
 
-def test_the_whole_road(tmp_path):
+def test_the_whole_road(tmp_path, one):
     "optiq convert and optiq eval --task wer on Qwen3-ASR; a process without optiq opens what was written"
-    model, out = tiny('qwen3_asr', tmp_path/'m', shape=ONE), tmp_path/'out'
-    r = optiq('convert', model, '--model-type', 'audio', '--target-bpw', 5, '--n-calibration', 1, '--rounding-samples', 1, '--n-samples', 1,
-              '--no-verify', '--skip-baselines', '-o', out, '--json')
+    model, out, short = one, tmp_path/'out', short_clips(tmp_path/'short', 2)
+    r = optiq('convert', model, '--model-type', 'audio', '--calibration', short, '--evaluation', 'bundled', '--target-bpw', 5, '--n-calibration', 1,
+              '--rounding-samples', 1, '--n-samples', 1, '--no-verify', '--skip-baselines', '-o', out, '--json')
     figures = json.loads(r.stdout.splitlines()[-1])
     assert r.exit_code == 0 and 0 < figures['kl'] < 1 and figures['nominal_bpw'] <= 5
     code = f"""import sys, numpy as np, mlx.core as mx
@@ -107,9 +121,9 @@ model.generate(mx.array(np.sin(np.arange(16000, dtype=np.float32)/5)), max_token
     assert len((tmp_path/'a.jsonl').read_text().splitlines()) == 2
 
 @pytest.mark.parametrize('what, word', [('corrupt', 'no sound'), ('silent', 'silent'), ('alone', 'no transcript')])
-def test_bad_speech_is_one_line(tmp_path, what, word):
+def test_bad_speech_is_one_line(tmp_path, one, what, word):
     soundfile = pytest.importorskip('soundfile')
-    model, folder = tiny('qwen3_asr', tmp_path/'m', shape=ONE), tmp_path/'speech'
+    model, folder = one, tmp_path/'speech'
     folder.mkdir()
     if what == 'corrupt': (folder/'a.wav').write_bytes(b'RIFF and nothing else')
     else: soundfile.write(folder/'a.wav', np.zeros(800)+(what == 'alone')*np.sin(np.arange(800)), RATE)
@@ -133,14 +147,12 @@ def test_any_rate_and_channels_are_heard_alike(tmp_path, asr):
     found = json.loads(r.stdout.splitlines()[-1])
     assert r.exit_code == 0 and found['n'] == 2
 
-def test_few_clips_are_enough_to_round_on(tmp_path, asr):
+def test_few_clips_are_enough_to_round_on(tmp_path, one):
     "Rounding would learn from 32 clips; who asks for two and has two gets two, and who asks for three is told so"
     from optiq.models import Checkpoint
     from optiq.pipeline import texts
-    soundfile, c = pytest.importorskip('soundfile'), Checkpoint(tiny('qwen3_asr', tmp_path/'m', shape=ONE))
-    for clip in clips('bundled', n=2):
-        soundfile.write(tmp_path/f'{clip.text}.wav', clip.audio[:32000], RATE)
-        (tmp_path/f'{clip.text}.txt').write_text(clip.text)
+    c = Checkpoint(one)
+    short_clips(tmp_path, 2)
     assert len(texts(c, tmp_path, 'bundled', 2, 32, 128, (1, 1)).learned) == 2
     with pytest.raises(ValueError, match='2 clips.* 3 are asked for'): texts(c, tmp_path, 'bundled', 3, 32, 128, (1, 1))
 

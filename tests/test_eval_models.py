@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 import torch
 
+from optiq.arrays import top
 from optiq.backends.mlx import MLXBackend
 from optiq.backends.torch import TorchBackend
 from optiq.calibration import block_hashes, fingerprint, overlap, passages, token_batch
 from optiq.convert import convert
 from optiq.evals import harness as harness_module
 from optiq.evals.gsm8k import gsm8k, questions
-from optiq.evals.kl import largest, merged, reference, score_against
+from optiq.evals.kl import merged, reference, score_against
 from optiq.evals.needle import margins, needle, needle_trials, smallest_margin
 from optiq.evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_calibration
 from optiq.report import Report
 from optiq.score import run_task, same_words, text_tokens
-from optiq.evals.tasks import compose, write
+from optiq.evals.tasks import compose
 from optiq.evals.throughput import throughput
 from optiq.evals.verify import verify
 from optiq.formats import Format
@@ -81,7 +82,7 @@ def test_both_libraries_store_and_score_alike(b, m, tokens, plan, tmp_path):
     got = score_against(reference(m, tokens, 32, tmp_path/'m'), m, tokens, plan)
     np.testing.assert_allclose(got.kl, want.kl, rtol=1e-3)
     z = m.logits(tokens[:1, :4])
-    ids = largest(m, z, 5)
+    ids = top(z, 5)
     assert (np.array(ids) == torch.tensor(m.numpy(z)).topk(5).indices.numpy()).all()
     np.testing.assert_allclose(m.numpy(m.xp.logsumexp(merged(m, z, ids), axis=-1)), m.numpy(m.xp.logsumexp(z, axis=-1)), rtol=1e-6)
 
@@ -170,7 +171,7 @@ def test_stop_strings_end_a_text_and_are_not_part_of_it(b, m):
         got = compose(x, prompts, 40, stop)
         assert got[0] == whole[0][:whole[0].index(stop[0])]
     t = b.checkpoint.tokenizer
-    ids = write(m, [t.encode(prompts[0])], 40, t.eos_token_id, stop)[0]
+    ids = m.write([t.encode(prompts[0])], 40, t.eos_token_id, stop)[0]
     assert len(ids) < len(t.encode(whole[0])) # really stopped
 
 def test_word_problems_resume_and_refuse(b, tmp_path, monkeypatch):

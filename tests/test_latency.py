@@ -14,8 +14,8 @@ from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate
 from optiq.plan import uniform
 from optiq.chips import Speed, load_chip, measure_plan, save_chip, stand_in
-from optiq.latency import Speeds, compare_speeds, latency, predict_speeds, speed_frontier, speed_range
-from optiq.roofline import BANDWIDTH, CHIPS, Chip, Latency, active_shape, cache_bytes, chip_named, experts_per_token, interpolate, reads_of, skeleton
+from optiq.latency import Speeds, calibrate, compare_speeds, latency, predict_speeds, speed_frontier, speed_range
+from optiq.roofline import BANDWIDTH, CHIPS, Chip, Latency, active_shape, cache_reads, chip_named, experts_per_token, interpolate, reads_of, skeleton
 from optiq.models import Checkpoint, Unit
 from optiq.measure.sweep import Sweep
 from optiq.material.tiny import hub_config
@@ -69,7 +69,7 @@ def test_the_cache_is_what_a_run_leaves(demo):
     cache = make_prompt_cache(model)
     mx.eval(model(mx.zeros((1, 7), mx.int32), cache=cache))
     kept = sum(x[..., :c.offset, :].nbytes for c in cache for x in c.state[:2])
-    assert cache_bytes(model, 7) == kept and cache_bytes(model, 0) == 0
+    assert cache_reads(model, 7) == kept and cache_reads(model, 0) == 0
 
 def test_a_window_bounds_the_cache_and_a_state_does_not_grow():
     from mlx_lm.models.cache import KVCache, RotatingKVCache
@@ -80,12 +80,12 @@ def test_a_window_bounds_the_cache_and_a_state_does_not_grow():
             x = mx.zeros((1, 2, ids.shape[1], 64), mx.bfloat16)
             cache[0].update_and_fetch(x, x)
     row = 2*2*64*2
-    assert cache_bytes(Model(KVCache), 1000) == 1000*row
+    assert cache_reads(Model(KVCache), 1000) == 1000*row
     window = Model(lambda: RotatingKVCache(max_size=512))
-    assert [cache_bytes(window, n) for n in (100, 512, 5000)] == [100*row, 512*row, 512*row]
+    assert [cache_reads(window, n) for n in (100, 512, 5000)] == [100*row, 512*row, 512*row]
     config = hub_config('qwen3_5')
     hybrid = skeleton(config) # most of its layers keep a state of fixed size
-    assert cache_bytes(hybrid, 0) > 0 and cache_bytes(hybrid, 2000)-cache_bytes(hybrid, 1000) == cache_bytes(hybrid, 1000)-cache_bytes(hybrid, 0)
+    assert cache_reads(hybrid, 0) > 0 and cache_reads(hybrid, 2000)-cache_reads(hybrid, 1000) == cache_reads(hybrid, 1000)-cache_reads(hybrid, 0)
 
 # chips
 
@@ -253,7 +253,7 @@ def test_calibration_is_kept_and_replaced(instant, demo, tmp_path, monkeypatch):
     assert len(table.errors()) == 3 and table.mean_error > 0
     assert len(json.loads(next(tmp_path.iterdir()).read_text())['points']) == 2
     with pytest.raises(ValueError, match='cannot be calibrated on'):
-        L.calibrate(Latency(CHIPS['M1'], again.reads), None, {}, 'x', tmp_path)
+        calibrate(Latency(CHIPS['M1'], again.reads), None, {}, 'x', tmp_path)
 
 def test_decoding_is_timed_for_real(demo):
     s = measure_plan(demo, uniform(demo, 4), context=2, tokens=2, runs=2, warmup=1)

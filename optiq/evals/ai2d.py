@@ -10,6 +10,7 @@ __all__ = ['LETTERS', 'REJECTED', 'SINGLE', 'ENGLISH', 'CUE', 'EQUAL', 'tidy', '
 import re
 import unicodedata
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 
@@ -201,7 +202,6 @@ def asked(b, processor, row: dict, free: bool, new_tokens: int, overrides: dict 
 
 # %% ../../nbs/35_evals.ai2d.ipynb #40b1e34f
 def _report(done, figure, size, about):
-    from zlib import crc32
     on = f'{crc32(repr([[r["question"], r["options"], r["answer"]] for r in done]).encode()):08x}'
     def share(name, key): return share_figure(name, [r[key] == r['answer'] for r in done], on)
     figures = [share(figure, 'chosen')]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOTS', 'NEXT', 'GROUPED', 'NUMBER', 'SIGN', 'SCALE', 'WORDS', 'SAYS', 'CORRECTS', 'ANSWER', 'STOP', 'prompt_for',
            'first_answer', 'plain', 'numbers', 'extract', 'right', 'questions', 'read_questions', 'Answers', 'gsm8k',
-           'label_of', 'judged', 'fingerprint_of', 'score_responses']
+           'label_of', 'judged', 'questions_fingerprint', 'score_responses']
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #5607de6f
 import os
@@ -104,7 +104,8 @@ def extract(response: str): # ▸ Fraction, or None if there is no number
     text, found, end = first_answer(response), None, 0
     for m in re.finditer(r'####([^\n#]*)', text):
         if found is not None and _runs_on(text[end:m.start()]): break
-        if (value := _told(m[1])) is not None: found, end = value, m.end()
+        value = _told(m[1])
+        if value is not None: found, end = value, m.end()
     if found is not None: return found
     said = [v for m in SAYS.finditer(text) for v in [_told(re.split(r'[.!?](?:\s|$)|\n', text[m.end():])[0])] if v is not None]
     return ([None]+numbers(text)+said[-1:])[-1]
@@ -154,7 +155,7 @@ def _from_hub():
     except Exception as e:
         raise ConnectionError(
             f'openai/gsm8k cannot be fetched ({type(e).__name__}); give --questions a local .jsonl file with question '
-                              'and answer, or word-problems, which the project makes itself') from e
+            'and answer, or word-problems, which the project makes itself') from e
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #0f4ec850
 ANSWER = dict(question=PROSE, answer=PROSE, response=PROSE) # a line of the file
@@ -234,12 +235,12 @@ def judged(r: dict) -> dict: # with question, answer and response
     return r | dict(extracted=None if got is None else str(got), right=right(r['answer'], r['response']))
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #20eaa725
-def fingerprint_of(rows: list) -> str: # of dicts with question and answer
+def questions_fingerprint(rows: list) -> str: # of dicts with question and answer
     "Eight hex digits that stand for exactly these questions, in this order"
     return f'{crc32(dumps([[r["question"], r["answer"]] for r in rows]).encode()):08x}'
 
 def _report(done: list, figure: str, size: dict, about: dict) -> Report:
-    row = size | share_figure(figure, [r['right'] for r in done], fingerprint_of(done))
+    row = size | share_figure(figure, [r['right'] for r in done], questions_fingerprint(done))
     return Report([row], about | dict(questions=len(done), **machine(), responses=done))
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #b1057bc7

@@ -65,7 +65,7 @@ def write(self: Backend,
 
 # %% ../../nbs/33_evals.tasks.ipynb #27ffb335
 @patch
-def write(self: MLXBackend, prompts, new_tokens: int, end: int, stop=(), make_cache=None):
+def write(self: MLXBackend, prompts, new_tokens: int, end: int, stop=(), make_cache=None): # noqa: F811
     from mlx_lm.generate import BatchGenerator, generate_step
     caches = [make_cache(self.model) for _ in prompts] if make_cache else None
     def over(ids): return any(s in self.checkpoint.tokenizer.decode(ids[-24:]) for s in stop)
@@ -83,13 +83,13 @@ def write(self: MLXBackend, prompts, new_tokens: int, end: int, stop=(), make_ca
 
 # %% ../../nbs/33_evals.tasks.ipynb #94de8575
 @patch
-def write(self: TorchBackend, prompts, new_tokens: int, end: int, stop=(), make_cache=None):
+def write(self: TorchBackend, prompts, new_tokens: int, end: int, stop=(), make_cache=None): # noqa: F811
     _refuse_caches(self, make_cache)
     longest = max(map(len, prompts))
     def padded(rows): return self.xp.tensor([[0]*(longest-len(r))+list(r) for r in rows], device=self.device)
     stops = dict(stop_strings=list(stop), tokenizer=self.checkpoint.tokenizer) if stop else {}
     out = self.model.generate(padded(prompts), attention_mask=padded([[1]*len(p) for p in prompts]), do_sample=False,
-                           max_new_tokens=new_tokens, pad_token_id=end, eos_token_id=end, **stops)
+                              max_new_tokens=new_tokens, pad_token_id=end, eos_token_id=end, **stops)
     return [r[:r.index(end)] if end in r else r for r in out[:, longest:].tolist()]
 
 # %% ../../nbs/33_evals.tasks.ipynb #42ff2f40

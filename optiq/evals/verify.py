@@ -156,7 +156,8 @@ def check_reference(c: Checkpoint, plan: Plan | None, sweep: Sweep | None, b: Ba
             f'sweep.json says {k} {sweep.header[k]:,}, and {reference.name} has {getattr(reference, k):,}')
     if sweep.header['fingerprint']['model'] != reference.fingerprint: raise ValueError(
         f'the sweep was measured on another model than {reference.name}')
-    if polished := plan.solver.get('rounding'): raise Unknown(
+    polished = plan.solver.get('rounding')
+    if polished: raise Unknown(
         f'it was rounded by {polished}, which cannot be done again from what is stored')
     return check_rounding(c, plan, sweep, b, plan.rounding or rounding_of(sweep))
 
@@ -237,7 +238,8 @@ KINDS = {'plan.json': Plan, 'sweep.json': Sweep}
 
 def beside(c: Checkpoint, name: str):
     "What stands in the folder `optiq` of a model"
-    if not (file := c.folder/'optiq'/name).is_file(): raise Unknown(f'no optiq/{name} in the folder')
+    file = c.folder/'optiq'/name
+    if not file.is_file(): raise Unknown(f'no optiq/{name} in the folder')
     return KINDS[name].load(file)
 
 # %% ../../nbs/45_evals.verify.ipynb #7ac0bc0f

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .gsm8k import Answers, fingerprint_of
+from .gsm8k import Answers, questions_fingerprint
+from ..families.audio import load_speech, transcribe
 from ..material.speech import clips
 from ..models import Checkpoint
 from ..report import Report, _figure, machine, own_size
@@ -62,7 +63,6 @@ def wer(
     **_, # options of other tasks
 ) -> Report: # one row; about['responses'] holds every file's words and errors
     "Word error rate of greedy transcripts"
-    from optiq.families.audio import load_speech, transcribe
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
     if c.model_type != 'audio': raise ValueError(f'{c.name} is no speech model, and a word error rate needs one; try --task gsm8k')
     heard, speech = clips(source, 'all', n, fewer=True), load_speech(c)
@@ -90,4 +90,4 @@ def write_down(
 def wer_report(size: dict, done: list, about: dict = {}) -> Report: # size: columns of a row
     "The report of what was written down"
     counts = {k: sum(r[k] for r in done) for k in ('words', 'substitutions', 'insertions', 'deletions')}
-    return Report([size | wer_figure(done, fingerprint_of(done))], about | counts | dict(**machine(), responses=done))
+    return Report([size | wer_figure(done, questions_fingerprint(done))], about | counts | dict(**machine(), responses=done))

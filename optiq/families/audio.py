@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'SAMPLES', 'load_speech', 'family', 'in_float32', 'transcribe', 'whisper_sample', 'transcript_mask',
-           'qwen3_asr_sample', 'speech_samples', 'samples']
+           'qwen3_asr_sample', 'speech_samples']
 
 # %% ../../nbs/51_families.audio.ipynb #27b60c9b
 from pathlib import Path
 
 import numpy as np
 
-from ..material.speech import Clip, RATE, clips
+from ..material.speech import Clip, RATE
 from ..models import refuse_untrusted
 
 # %% ../../nbs/51_families.audio.ipynb #1c8c8e9d
@@ -94,14 +94,3 @@ def speech_samples(
     make = SAMPLES.get(family(model))
     if make is None: raise ValueError(f'how {family(model)} is given a transcript is not known; there are {", ".join(SAMPLES)}')
     return [make(model, c) for c in clips]
-
-# %% ../../nbs/51_families.audio.ipynb #6829e406
-def samples(
-    c, # Checkpoint
-    source, # 'librispeech', 'bundled' (beeps, no speech), or a folder of sound files with a .txt beside each
-    n: int = 8, # clips
-    split: str = 'train', # 'train' to calibrate on, 'test' to evaluate on, 'all' for a whole folder
-    fewer: bool = False, # take what there is if there are fewer
-) -> list[dict]:
-    "What a speech model is measured on"
-    return speech_samples(c.load(), clips(source, split, n, fewer=fewer))

@@ -155,7 +155,7 @@ def back(self: RotatedCodec, x): # (B, query heads, L, padded D) ▸ the same, t
 
 @patch
 def attend_token(self: RotatedCodec, q, keys, values, scale):
-    other, (_, G, tokens, D) = values.codec.codec, keys.shape
+    other, (_, G, tokens, D) = values.codec, keys.shape
     if not isinstance(other, RotatedCodec) or D != values.shape[3] or not turbo_kernels.fits(D, G, q.shape[1]): return None
     back = way_back(D, other.precondition, other.seed, mx.float32)
     return turbo_kernels.attend_token(self.turn(q), keys.arrays, values.arrays, back, tokens, scale, (self.bits, other.bits))

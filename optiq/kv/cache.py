@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'PART', 'MANY', 'AT_ONCE', 'CACHES', 'summable', 'Codec', 'Dense', 'codec_of', 'Stored', 'attend',
-           'attend_packed', 'attend_dense', 'findable', 'name_caches', 'hook', 'in_full', 'Mixed', 'put',
-           'MixedKVCache', 'BatchMixedKVCache', 'aligned', 'stacked', 'cache_of', 'mixed_caches', 'use_kv_config',
-           'generate_with_mixed_kv', 'mixed_bytes', 'memory_table']
+           'attend_packed', 'attend_dense', 'findable', 'name_caches', 'hook', 'in_full', 'Mixed', 'placed',
+           'MixedKVCache', 'BatchMixedKVCache', 'cache_of', 'mixed_caches', 'use_kv_config', 'generate_with_mixed_kv',
+           'mixed_bytes', 'memory_table']
 
 # %% ../../nbs/11c_kv.cache.ipynb #70e6d304
 from functools import lru_cache, partial
@@ -179,31 +179,24 @@ class Mixed:
     dims = dtype = None # widths of a head's key and value, and their type
     offset = 0 # tokens that are held
 
-    def each(self, f):
-        "Apply `f` to every array, if there are any"
-        if self.empty(): return
-        self.keys, self.values = ([f(a) for a in arrays] for arrays in (self.keys, self.values))
-    def empty(self): return self.keys is None
-
-    @property
-    def nbytes(self): return sum(a.nbytes for arrays in (self.keys, self.values) for a in arrays or ())
-
     def __init__(self, keys: Format, values: Format):
         self.formats = in_full(keys), in_full(values)
         hook()
 
-    @property
-    def about(self): return *([str(f), *getattr(f, 'parameters', ())] for f in self.formats), self.dims, self.dtype
+    def size(self): return self.offset
+    def move(self, n: int): self.offset += n
+    def empty(self): return self.keys is None
+    def is_trimmable(self): return True
 
-    @about.setter
-    def about(self, v):
-        *formats, dims, self.dtype = v
-        self.formats = tuple(in_full(parse_format(name), *parameters) for name, *parameters in formats)
-        self.dims = dims and tuple(dims)
-        hook()
+    @property
+    def nbytes(self): return sum(a.nbytes for arrays in (self.keys, self.values) for a in arrays or ())
+
+    def each(self, f):
+        "Apply `f` to every array, if there are any"
+        if not self.empty(): self.keys, self.values = ([f(a) for a in arrays] for arrays in (self.keys, self.values))
 
 # %% ../../nbs/11c_kv.cache.ipynb #06524ff7
-def put(old, new, at: int, step: int): # (B, heads, room, …), (B, heads, T, …)
+def placed(old, new, at: int, step: int): # (B, heads, room, …), (B, heads, T, …)
     "`new` behind the first `at` tokens of `old`, with more room if it is needed"
     stop = at+new.shape[2]
     if old is None or stop > old.shape[2]:
@@ -216,37 +209,23 @@ def put(old, new, at: int, step: int): # (B, heads, room, …), (B, heads, T, �
 @patch
 def write(self: Mixed, keys, values, at: int): # (B, heads, T, D) each
     "Store keys and values behind the first `at` tokens"
-    if self.keys is None: self.dims, self.dtype = (keys.shape[3], values.shape[3]), str(keys.dtype).split('.')[-1]
+    if self.empty(): self.dims, self.dtype = (keys.shape[3], values.shape[3]), str(keys.dtype).split('.')[-1]
     first, second = map(codec_of, self.formats)
-    new = first.encode_both(second, keys, values)
-    self.keys, self.values = ([put(o, n, at, self.step) for o, n in zip(old or [None]*len(n_), n_)]
-                              for old, n_ in zip((self.keys, self.values), new))
+    def side(old, new): return [placed(o, n, at, self.step) for o, n in zip(old or [None]*len(new), new)]
+    self.keys, self.values = map(side, (self.keys, self.values), map(list, first.encode_both(second, keys, values)))
 
 @patch
-def stored(self: Mixed, tokens: int):
-    "The first tokens, as attention takes them"
-    def some(fmt, arrays, dim):
-        return Stored(codec_of(fmt), arrays, tokens, dim, getattr(mx, self.dtype))
-    return tuple(map(some, self.formats, (self.keys, self.values), self.dims))
+def keys_and_values(self: Mixed):
+    "What is held, as attention takes it"
+    def side(fmt, arrays, dim): return Stored(codec_of(fmt), arrays, self.size(), dim, getattr(mx, self.dtype))
+    return tuple(map(side, self.formats, (self.keys, self.values), self.dims))
 
 # %% ../../nbs/11c_kv.cache.ipynb #272ae9b2
-@patch
-def size(self: Mixed): return self.offset
-
-@patch
-def move(self: Mixed, n: int): self.offset += n
-
-@patch
-def keys_and_values(self: Mixed): return self.stored(self.size())
-
 @patch
 def update_and_fetch(self: Mixed, keys, values):
     self.write(keys, values, self.size())
     self.move(keys.shape[2])
     return self.keys_and_values()
-
-@patch
-def is_trimmable(self: Mixed): return True
 
 @patch
 def trim(self: Mixed, n: int) -> int:
@@ -255,6 +234,19 @@ def trim(self: Mixed, n: int) -> int:
     return n
 
 # %% ../../nbs/11c_kv.cache.ipynb #404f8145
+@patch(as_prop=True)
+def about(self: Mixed):
+    "What a state says of the arrays"
+    return *([str(f), *getattr(f, 'parameters', ())] for f in self.formats), self.dims, self.dtype
+
+@patch
+def restore(self: Mixed, v):
+    "Take over what another cache's `about` says"
+    *formats, dims, self.dtype = v
+    self.formats = tuple(in_full(parse_format(name), *parameters) for name, *parameters in formats)
+    self.dims = dims and tuple(dims)
+    hook()
+
 @patch(cls_method=True)
 def from_state(cls: Mixed, state):
     obj = cls.__new__(cls)
@@ -275,7 +267,9 @@ class MixedKVCache(Mixed):
     @property
     def state(self): return self.keys, self.values, self.offset, *self.about
     @state.setter
-    def state(self, v): self.keys, self.values, self.offset, *self.about = v
+    def state(self, v):
+        self.keys, self.values, self.offset, *about = v
+        self.restore(about)
 
     @classmethod
     def merge(cls, caches): return BatchMixedKVCache.merge(caches)
@@ -294,6 +288,7 @@ class BatchMixedKVCache(Mixed):
     def __init__(self, left_padding: list, keys: Format, values: Format):
         super().__init__(keys, values)
         self.left_padding, self.offset = mx.array(left_padding), mx.array([-n for n in left_padding])
+
     def size(self): return self.length
     def move(self, n: int): self.length, self.offset = self.length+n, self.offset+n
 
@@ -307,19 +302,16 @@ class BatchMixedKVCache(Mixed):
 
     @state.setter
     def state(self, v):
-        self.keys, self.values, self.offset, self.left_padding, self.length, self.right_padding, *self.about = v
+        self.keys, self.values, self.offset, self.left_padding, self.length, self.right_padding, *about = v
+        self.restore(about)
 
 # %% ../../nbs/11c_kv.cache.ipynb #a3acec7d
-def aligned(c, arrays, j: int, like, length: int): # ▸ (B, heads, length, …)
-    "Array `j` of a batch, moved right so that it ends at `length`; zeros shaped as `like` if it is empty"
-    if arrays is None: return mx.zeros((c.offset.shape[0], like.shape[1], length, like.shape[3]), like.dtype)
-    return mx.pad(arrays[j][:, :, :c.length], [(0, 0), (0, 0), (length-c.length, 0), (0, 0)])
-
-# %% ../../nbs/11c_kv.cache.ipynb #8b45e884
-def stacked(caches: list, side: str, like, length: int) -> list: # of arrays
-    "Keys, or values, of several batches, one under another"
-    return [mx.concatenate([aligned(c, getattr(c, side), j, a, length) for c in caches])
-            for j, a in enumerate(getattr(like, side))]
+@patch
+def moved(self: BatchMixedKVCache, side: str, like: list, length: int) -> list: # of arrays (B, heads, length, …)
+    "Keys, or values, moved right so that they end at `length`; zeros shaped as those in `like` if there are none"
+    if self.empty(): return [mx.zeros((self.offset.shape[0], a.shape[1], length, a.shape[3]), a.dtype) for a in like]
+    padding = [(0, 0), (0, 0), (length-self.length, 0), (0, 0)]
+    return [mx.pad(a[:, :, :self.length], padding) for a in getattr(self, side)]
 
 # %% ../../nbs/11c_kv.cache.ipynb #0930aaaf
 @patch
@@ -328,7 +320,10 @@ def join(self: BatchMixedKVCache, others: list): # batches
     if len({c.formats for c in others}) > 1: raise ValueError(
         "caches of different formats or statistics cannot be one batch; with precondition='prompt' each has its own")
     length, like = max(c.length for c in others), next((c for c in others if not c.empty()), others[0])
-    if not like.empty(): self.keys, self.values = (stacked(others, s, like, length) for s in ('keys', 'values'))
+    def side(name):
+        apart = [c.moved(name, getattr(like, name), length) for c in others]
+        return [mx.concatenate(arrays) for arrays in zip(*apart)]
+    if not like.empty(): self.keys, self.values = map(side, ('keys', 'values'))
     self.left_padding = mx.concatenate([c.left_padding+(length-c.length) for c in others])
     self.offset, self.length = mx.concatenate([c.offset for c in others]), length
     self.dims, self.dtype = like.dims, like.dtype

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TURN', 'SUMS', 'GRIDS', 'PACK', 'ENCODE', 'QUERIES', 'SCORES', 'WEIGHTS', 'VALUES', 'TOGETHER', 'PARTIAL', 'MERGE',
-           'FUSED', 'STRETCHES', 'fits', 'kernel', 'numbers', 'grids', 'encode_token', 'attend_token']
+           'FUSED', 'STRETCHES', 'kernels_fit', 'kernel', 'numbers', 'grids', 'encode_token', 'attend_token']
 
 # %% ../../nbs/11e_kv.kernels.ipynb #2c6533c4
 import hashlib
@@ -226,7 +226,7 @@ MERGE = r'''
 # %% ../../nbs/11e_kv.kernels.ipynb #6613ecff
 FUSED = mx.cuda.is_available() # whether the kernels are used where they fit
 
-def fits(D: int, heads: int, q_heads: int) -> bool:
+def kernels_fit(D: int, heads: int, q_heads: int) -> bool:
     "Whether the kernels are made for heads of this width and number, here and now"
     n = q_heads//heads
     return FUSED and D in (64, 128, 256) and n <= 8 and n*D <= 1024 and mx.default_device() == mx.gpu

@@ -204,7 +204,8 @@ class Coordinates:
     def _points(self, codes): return array_module(codes)[1](self.points.astype(np.float32))[as_type(codes, 'int32')]
     @property
     def bits_per_coordinate(self): return self.bits+16/self.d
-    def __repr__(self): return f'{type(self).__name__}({self.d}, {self.bits}): {self.bits_per_coordinate:.3f} bits a coordinate'
+    def __repr__(self):
+        return f'{type(self).__name__}({self.d}, {self.bits}): {self.bits_per_coordinate:.3f} bits a coordinate'
 
 def check_width(x, d: int):
     "Raise ValueError unless the last axis of `x` is `d` wide"
@@ -298,7 +299,9 @@ class TurboQuantProd(Coordinates):
         "The vectors that stand for the originals in inner products"
         return self._first(codes, scales)+self.sketch.estimate(signs, lengths)
 
-    def _first(self, codes, scales): return self.mse.dequantize(codes, scales) if self.mse else as_type(codes*0, 'float32')
+    def _first(self, codes, scales):
+        return self.mse.dequantize(codes, scales) if self.mse else as_type(codes*0, 'float32')
+
     @property
     def bits_per_coordinate(self): return self.bits+(32 if self.mse else 16)/self.d
 
@@ -317,7 +320,8 @@ class TurboQuantSplit:
         self.d, self.order = d, np.arange(d) if channels is None else np.asarray(channels)
         if sorted(self.order) != list(range(d)): raise ValueError(f'channels must name each of the {d} channels once')
         n = d//(4 if paper_ratio else 2)
-        self.high, self.low = TurboQuantMSE(n, int(bits+.5), seed, **kwargs), TurboQuantMSE(d-n, int(bits), seed+1, **kwargs)
+        self.high = TurboQuantMSE(n, int(bits+.5), seed, **kwargs)
+        self.low = TurboQuantMSE(d-n, int(bits), seed+1, **kwargs)
 
     def quantize(self, x): # ▸ codes, scales of the first group; codes, scales of the second
         check_width(x, self.d)
@@ -333,7 +337,8 @@ class TurboQuantSplit:
     def code_bits(self): return (self.high.bits*self.high.d+self.low.bits*self.low.d)/self.d
     @property
     def bits_per_coordinate(self): return self.code_bits+32/self.d
-    def __repr__(self): return f'TurboQuantSplit({self.d}, {self.code_bits}): {self.bits_per_coordinate:.3f} bits a coordinate'
+    def __repr__(self):
+        return f'TurboQuantSplit({self.d}, {self.code_bits}): {self.bits_per_coordinate:.3f} bits a coordinate'
 
 # %% ../nbs/10_turboquant.ipynb #39cf07f1
 def pack_words(
@@ -358,8 +363,9 @@ def unpack_words(
     "The codes again"
     xp, constant = array_module(words)
     octets = words.view(xp.uint8).reshape(*words.shape[:-1], -1, bits, 1)
-    packed = (as_type(octets[..., 0], 'uint64') << constant(np.arange(bits, dtype=np.uint64)*np.uint64(8))).sum(-1, keepdims=True)
-    codes = packed >> constant(np.arange(8, dtype=np.uint64)*np.uint64(bits)) & constant(np.array([2**bits-1], np.uint64))
+    def steps(n, size): return constant(np.arange(n, dtype=np.uint64)*np.uint64(size))
+    packed = (as_type(octets[..., 0], 'uint64') << steps(bits, 8)).sum(-1, keepdims=True)
+    codes = packed >> steps(8, bits) & constant(np.array([2**bits-1], np.uint64))
     return as_type(codes, 'uint8').reshape(*words.shape[:-1], -1)
 
 # %% ../nbs/10_turboquant.ipynb #86885fd7
@@ -367,7 +373,8 @@ class Rotated:
     "What `optiq.formats` asks of the rotated formats, `tq2` to `tq8`"
     def takes(bits, group_size): return bits in AFFINE_BITS and group_size is None
     def divides(fmt: Format, shape: tuple): return shape[-1] > 2
-    def nbytes(fmt: Format, shape: tuple, itemsize: int = 2): return math.prod(shape[:-1])*(padded(shape[-1])*fmt.bits//8+2)
+    def nbytes(fmt: Format, shape: tuple, itemsize: int = 2):
+        return math.prod(shape[:-1])*(padded(shape[-1])*fmt.bits//8+2)
     def quantize_dequantize(x, fmt: Format): return round_trip(x, fmt.bits)
 
 FAMILIES['tq'] = Rotated
@@ -389,7 +396,7 @@ def rotate(y, seed: int): # (…, D) float32 ▸ (…, padded(D))
 # %% ../nbs/10_turboquant.ipynb #5e1fd0aa
 STEPS = (1, .8, .9, 1.1, 1.2) # times the step that is best on average; what a vector keeps is the best for itself
 
-def on_grid(y, step, n: int): # (…, D), (…, 1), number of codes ▸ nearness (…, 1), codes around zero (…, D), their square (…, 1)
+def on_grid(y, step, n: int): # (…, D), (…, 1), number of codes ▸ (…, 1), (…, D), (…, 1)
     "Codes on a grid of equal steps, how near they come to the direction of `y`, and the square of their length"
     xp, total = array_module(y)[0], lambda a: a.sum(-1, keepdims=True)
     c = xp.clip(xp.floor(y/(step+1e-30)), -n/2, n/2-1)+.5

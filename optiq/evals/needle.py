@@ -80,7 +80,8 @@ def _together(b, pairs):
     longest, most = max(len(p)+len(a) for p, a in pairs), max(len(a) for _, a in pairs)
     states = b.embed(np.array([(p+a+[0]*longest)[:longest-1] for p, a in pairs], np.int32))
     for i in range(b.n_blocks): states = b.run_block(i, states)
-    at = [[min(len(p)-1+k, longest-2) for k in range(most)] for p, _ in pairs] # (B, most) positions that predict the answer
+    # positions that predict the answer, (B, most)
+    at = [[min(len(p)-1+k, longest-2) for k in range(most)] for p, _ in pairs]
     rows, columns = (b.array(x) for x in (np.arange(len(pairs))[:, None], np.array(at)))
     z = b.numpy(b.head(states[rows, columns]))
     return [smallest_margin(x[:len(a)], a) for x, (_, a) in zip(z, pairs)]

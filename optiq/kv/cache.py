@@ -173,7 +173,7 @@ def in_full(fmt: Format, *parameters) -> Format: # ▸ with `parameters`: those 
 
 # %% ../../nbs/11c_kv.cache.ipynb #38564015
 class Mixed:
-    "Keys and values as lists of arrays in formats, tokens along axis 2: what the caches of one text and of a batch share"
+    "What the caches of one text and of a batch share: keys and values as lists of arrays, tokens along axis 2"
     keys = values = None
     step = 256 # tokens by which room grows
     dims = dtype = None # widths of a head's key and value, and their type

@@ -65,7 +65,8 @@ PACK = r'''
         unsigned int w = 0;
         for (int j = d*32/bits; j*bits < d*32+32; ++j) {
             const int shift = j*bits-d*32;
-            w |= shift >= 0 ? static_cast<unsigned int>(codes[j]) << shift : static_cast<unsigned int>(codes[j]) >> -shift;
+            const unsigned int c = codes[j];
+            w |= shift >= 0 ? c << shift : c >> -shift;
         }
         (side ? v_codes : k_codes)[head*words+d] = w;
     }
@@ -265,7 +266,8 @@ def encode_token(
     run = kernel('turbo_encode', ('k', 'v', 'mean', 'scale', 'turn_k', 'turn_v', 'steps'),
                  ('k_codes', 'k_scales', 'v_codes', 'v_scales'), ENCODE, keys.dtype,
                  (('D', D), ('G', G), ('M', len(STEPS)), ('KB', kb), ('VB', vb)))
-    out = run(inputs=[keys, values, mean, scale, turn_k, turn_v, grids(D, kb, vb)], grid=(B*G*D, 2, 1), threadgroup=(D, 1, 1),
+    out = run(inputs=[keys, values, mean, scale, turn_k, turn_v, grids(D, kb, vb)],
+              grid=(B*G*D, 2, 1), threadgroup=(D, 1, 1),
               output_shapes=[(B, G, 1, D*kb//32), (B, G, 1, 1), (B, G, 1, D*vb//32), (B, G, 1, 1)],
               output_dtypes=[mx.uint32, mx.float16]*2)
     return out[:2], out[2:]
@@ -286,8 +288,8 @@ def attend_token(
     N, C = H//G, max(c for least, c in STRETCHES if room >= least)
     now, S = numbers(tokens, room, scale), -(-tokens//C)
     same = (('D', D), ('N', N), ('C', C))
-    part = kernel('turbo_partial', ('q', 'k_codes', 'k_scales', 'v_codes', 'v_scales', 'numbers'), ('sums', 'peaks'), PARTIAL,
-                  q.dtype, (*same, ('KB', kb), ('VB', vb)))
+    part = kernel('turbo_partial', ('q', 'k_codes', 'k_scales', 'v_codes', 'v_scales', 'numbers'), ('sums', 'peaks'),
+                  PARTIAL, q.dtype, (*same, ('KB', kb), ('VB', vb)))
     sums, peaks = part(inputs=[q, *keys, *values, now], grid=(S*128, B*G, 1), threadgroup=(128, 1, 1),
                        output_shapes=[(B*G, S, N, D), (B*G, S, N, 2)], output_dtypes=[mx.float32]*2)
     merge = kernel('turbo_merge', ('sums', 'peaks', 'back', 'numbers'), ('out',), MERGE, q.dtype,

@@ -118,7 +118,8 @@ def preconditioned(
     "While this lasts, rotated formats of keys and values come in their preconditioned form"
     plain, before = b.as_cached, b.statistics
     def as_cached(unit, f, x):
-        p, fmt = statistics.get(unit.path), getattr(f, 'keywords', {}).get('fmt') # of `partial(quantize_dequantize, fmt=…)`
+        p = statistics.get(unit.path)
+        fmt = getattr(f, 'keywords', {}).get('fmt') # of `partial(quantize_dequantize, fmt=…)`
         helps = p is not None and fmt is not None and rotates(fmt)
         return plain(unit, (lambda k: p.undo(f(p.keys(k)))) if helps else f, x)
     b.as_cached, b.statistics = as_cached, statistics
@@ -141,7 +142,7 @@ class Turned(Format):
 def turned(
     fmt: 'Format | str', # 'tq3' …; formats that do not rotate are returned as they are
     seed: int | None = None, # that of `fmt` by default
-    precondition: 'KeyPrecondition | list | str | None' = None, # likewise; a list of mean and scale, as `parameters` has them
+    precondition: 'KeyPrecondition | list | str | None' = None, # likewise; a list is that of `parameters`
 ) -> Format:
     "A format of a cache, with what its rotation needs"
     f = parse_format(fmt)

@@ -22,11 +22,12 @@ from .cache import BatchMixedKVCache, Codec, MixedKVCache, codec_of, findable, n
 from .config import read_kv_config
 from .layout import kv_layers, own_caches
 from .precondition import KeyPrecondition, Turned, in_mlx, load_preconditions, turned
-from ..turboquant import STEPS, Rotated, codebook, encode_rotated, on_grid, pack_words, padded, rotation_matrix, scale_of
+from ..turboquant import STEPS, Rotated, codebook, encode_rotated, on_grid
+from ..turboquant import pack_words, padded, rotation_matrix, scale_of
 
 # %% ../../nbs/11d_kv.rotated.ipynb #93f4d90b
 @mx.compile
-def encode_one(y, bits: int): # (B, heads, 1, D) float32 ▸ words (B, heads, 1, ·) uint32, scales (B, heads, 1, 1) float16
+def encode_one(y, bits: int): # (B, heads, 1, D) float32 ▸ words (B, heads, 1, ·), scales (B, heads, 1, 1)
     "A token, rotated, with all steps along an axis: a fifth of the kernels"
     n, points, length = 2**bits, codebook(y.shape[-1], bits, 'uniform'), mx.sqrt((y*y).sum(-1, keepdims=True))
     steps = mx.array(np.array(STEPS)*(points[1]-points[0]), mx.float32)[:, None]
@@ -78,7 +79,12 @@ def encode_both(self: RotatedCodec, other, keys, values): # `other` is the codec
 
 # %% ../../nbs/11d_kv.rotated.ipynb #f95a3f61
 @lru_cache(256)
-def both_sides(keys: KeyPrecondition | None, values: KeyPrecondition | None, heads: int, D: int) -> tuple: # (2, heads, D) each
+def both_sides(
+    keys: KeyPrecondition | None,
+    values: KeyPrecondition | None,
+    heads: int,
+    D: int,
+) -> tuple: # (2, heads, D) each
     "Means and scales of keys and of values, in float32; 0 and 1 without a preconditioner"
     def both(part, none):
         sides = [np.full((heads, D), none) if p is None else getattr(p, part)[:, 0] for p in (keys, values)]
@@ -153,9 +159,10 @@ def back(self: RotatedCodec, x): # (B, query heads, L, padded D) ▸ the same, t
 @patch
 def attend_token(self: RotatedCodec, q, keys, values, scale):
     other, (_, G, tokens, D) = values.codec, keys.shape
-    if not isinstance(other, RotatedCodec) or D != values.shape[3] or not turbo_kernels.kernels_fit(D, G, q.shape[1]): return None
-    back = way_back(D, other.precondition, other.seed, mx.float32)
-    return turbo_kernels.attend_token(self.turn(q), keys.arrays, values.arrays, back, tokens, scale, (self.bits, other.bits))
+    if not isinstance(other, RotatedCodec) or D != values.shape[3]: return None
+    if not turbo_kernels.kernels_fit(D, G, q.shape[1]): return None
+    back, bits = way_back(D, other.precondition, other.seed, mx.float32), (self.bits, other.bits)
+    return turbo_kernels.attend_token(self.turn(q), keys.arrays, values.arrays, back, tokens, scale, bits)
 
 def by_heads(x, m): # (B, query heads, L, D), (D, E) or (heads, D, E) ▸ (B, query heads, L, E)
     "`x @ m`, each head of keys with its own matrix if there are several"
@@ -178,7 +185,8 @@ class TurboQuantKVCache(MixedKVCache):
         if self.dims and self.dims[0] != keys.shape[-1]: raise ValueError(
             f'this cache was made with head_dim={self.dims[0]}, the keys are {keys.shape[-1]} wide')
         if self.waits():
-            p = KeyPrecondition.of(np.array(keys.astype(mx.float32).swapaxes(1, 2)).reshape(-1, keys.shape[1], keys.shape[3]))
+            first = np.array(keys.astype(mx.float32).swapaxes(1, 2)).reshape(-1, keys.shape[1], keys.shape[3])
+            p = KeyPrecondition.of(first)
             self.formats = turned(self.formats[0], precondition=p), self.formats[1]
         super().write(keys, values, at)
     def waits(self): return getattr(self.formats[0], 'precondition', None) == 'prompt'
@@ -189,11 +197,12 @@ class TurboQuantKVCache(MixedKVCache):
         seed: int = 42, # of the rotation
         key_bits: int | None = None, # `bits` by default
         value_bits: int | None = None, # `bits` by default
-        precondition: 'KeyPrecondition | str | None' = None, # statistics, or 'prompt': the mean of the first keys it is given
+        precondition: 'KeyPrecondition | str | None' = None, # statistics; 'prompt': the mean of the first keys
     ):
         if isinstance(precondition, str) and precondition != 'prompt': raise ValueError(
             f"precondition={precondition!r}: give a KeyPrecondition, 'prompt' or None")
-        MixedKVCache.__init__(self, *(Turned(b or bits, None, 'tq', seed, p) for b, p in ((key_bits, precondition), (value_bits, None))))
+        keys = Turned(key_bits or bits, None, 'tq', seed, precondition)
+        MixedKVCache.__init__(self, keys, Turned(value_bits or bits, None, 'tq', seed))
         self.dims = head_dim, None
 
     @property
@@ -219,7 +228,7 @@ def turbo_cache(
     value_bits: int | None = None, # `bits` by default
     *,
     kv_config: 'str | Path | dict | None' = None, # formats of every layer, instead of bits
-    precondition: 'dict | str | Path | None' = None, # statistics, their file, or 'prompt'; what kv_config names by default
+    precondition: 'dict | str | Path | None' = None, # statistics, their file or 'prompt'; by default kv_config's
     seed: int = 42, # of the rotations
 ) -> list:
     "Caches for one text"
@@ -237,8 +246,10 @@ def use_turbo_cache(model, bits: int = 4, *args, **options): # as for `turbo_cac
 # %% ../../nbs/11d_kv.rotated.ipynb #824d35fa
 def make_turbo(model, bits=4, key_bits=None, value_bits=None, *, kv_config=None, precondition=None, seed=42):
     "The function that makes the caches; formats and statistics are read once"
-    formats = read_kv_config(kv_config, model) if kv_config is not None else {
-        l.index: [Format(b or bits, None, 'tq') for b in (key_bits, value_bits)] for l in kv_layers(model) if not l.left}
+    if kv_config is not None: formats = read_kv_config(kv_config, model)
+    else:
+        pair = [Format(b or bits, None, 'tq') for b in (key_bits, value_bits)]
+        formats = {l.index: pair for l in kv_layers(model) if not l.left}
     from_prompt = precondition == 'prompt'
     known = {} if from_prompt or precondition is None else precondition
     if isinstance(known, (str, Path)): known = load_preconditions(known)
@@ -290,7 +301,8 @@ class TurboQuantStateCache(ArraysCache):
 # %% ../../nbs/11d_kv.rotated.ipynb #6e0c51b4
 def alike(caches: list): # of TurboQuantStateCache ▸ the first that holds something, or the first
     "What they have in common; raises ValueError if their codes are not of one kind"
-    if len({(c.bits, c.seed) for c in caches}) > 1: raise ValueError('states of different bits or seeds cannot be one batch')
+    if len({(c.bits, c.seed) for c in caches}) > 1: raise ValueError(
+        'states of different bits or seeds cannot be one batch')
     return next((c for c in caches if not c.empty()), caches[0])
 
 # %% ../../nbs/11d_kv.rotated.ipynb #a405ea1d

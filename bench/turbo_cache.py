@@ -405,8 +405,8 @@ def their_quantizer(bits, D, seed):
 
 def one_step(x, bits):
     "`round_trip` with the step that is best on average, for all vectors"
-    from optiq.turboquant import decode, encode, rotate, rotation_matrix
-    y = decode(*encode(rotate(x, 42), bits, (1,)), bits)
+    from optiq.turboquant import decode_rotated, encode_rotated, rotate, rotation_matrix
+    y = decode_rotated(*encode_rotated(rotate(x, 42), bits, (1,)), bits)
     return (y @ rotation_matrix(y.shape[-1], 42, 'hadamard').T)[..., :x.shape[-1]]
 
 def compare(args, report):

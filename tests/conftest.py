@@ -11,3 +11,5 @@ def shared():
     folder = Path(os.environ.get('OPTIQ_SHARED') or Path(__file__).parents[1].parent/'shared')
     if not folder.is_dir(): pytest.skip('needs the shared folder: set OPTIQ_SHARED')
     return folder
+
+pytest_plugins = ['kv_models']

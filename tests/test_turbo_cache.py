@@ -380,7 +380,7 @@ def test_state_cache(tmp_path):
 @pytest.mark.parametrize('D', [32, 64, 128])
 def test_no_product_with_a_single_group(D, monkeypatch):
     "On CUDA such a product is wrong: the same numbers in more groups, or unpacked"
-    from optiq import kv_cache
+    import optiq.kv.cache as kv_cache
     k, v, q = (mx.random.normal((1, h, n, D), key=mx.random.key(h+n)) for h, n in ((2, 40), (2, 41), (4, 1)))
     pairs = ('tq4', 'tq3'), ('4g32', '4g32'), (f'4g{D}', '8g32')
     caches = [kv_cache.cache_of(*map(kv_cache.parse_format, pair)) for pair in pairs]

@@ -11,7 +11,7 @@ import optiq.kv.kernels as tk
 from optiq.kv.cache import attend
 from optiq.kv.precondition import KeyPrecondition, turned
 from optiq.kv.rotated import TurboQuantKVCache
-from optiq.turboquant import unpack
+from optiq.turboquant import unpack_words
 
 CPU = r'''
 #include <barrier>
@@ -106,7 +106,7 @@ def test_kernels_do_what_the_composed_form_does(B, D, G, N, kb, vb, T, on_cpu, m
     assert [n.split('_')[1] for n in on_cpu] == ['encode', 'partial', 'merge']
     assert abs(x-y).max() < 1e-4*max(1, abs(y).max().item())
     for p, o, bits in ((a.keys, b.keys, kb), (a.values, b.values, vb)):
-        assert (unpack(np.array(p[0][:, :, T-1]), bits) == unpack(np.array(o[0][:, :, T-1]), bits)).mean() > .98
+        assert (unpack_words(np.array(p[0][:, :, T-1]), bits) == unpack_words(np.array(o[0][:, :, T-1]), bits)).mean() > .98
         assert abs(np.array(p[1])/np.maximum(np.array(o[1]), 1e-6)-1)[:, :, T-1].max() < .01
 
 def test_long_stretches(on_cpu, monkeypatch):
@@ -121,4 +121,4 @@ def test_long_stretches(on_cpu, monkeypatch):
 def test_heads_that_the_kernels_are_not_made_for(D, G, H, monkeypatch):
     monkeypatch.setattr(tk, 'FUSED', True)
     monkeypatch.setattr(mx, 'default_device', lambda: mx.gpu)
-    assert not tk.fits(D, G, H) and tk.fits(128, G, 8)
+    assert not tk.kernels_fit(D, G, H) and tk.kernels_fit(128, G, 8)

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from optiq.formats import Format, nbytes, parse_format, quantize_dequantize
-from optiq.turboquant import PANTER_DITE, Rotation, STEPS, TurboQuantMSE, TurboQuantProd, TurboQuantSplit, cells, codebook, density, distortion, encode, mass, moment, nearest, pack, padded, rotate, rotation_matrix, round_trip, unpack
+from optiq.turboquant import PANTER_DITE, Rotation, STEPS, TurboQuantMSE, TurboQuantProd, TurboQuantSplit
+from optiq.turboquant import cell_moments, codebook, density, distortion, encode_rotated, mass, moment, nearest_codes
+from optiq.turboquant import pack_words, padded, rotate, rotation_matrix, round_trip, unpack_words
 
 D_MSE = {64: [.358387, .114526, .033391, .009132, .002399, .000616, .000156, .000039],
          96: [.360056, .115508, .033773, .009253, .002434, .000625, .000159, .000040],
@@ -38,7 +40,7 @@ def test_mass_and_moment_are_integrals_of_the_density(d):
 def test_code_books_have_the_exact_constants(d):
     for b in range(1, 9):
         c = codebook(d, b)
-        p, m = cells(c, d)
+        p, m = cell_moments(c, d)
         assert abs(c+c[::-1]).max() < 1e-7
         assert abs(m/p-c).max() < 1e-6*abs(c).max() # each point is the mean of its cell
         D = distortion(c, d)
@@ -199,18 +201,18 @@ def test_reported_size_is_the_stored_size(bits):
     x = unit(10, 128)
     q = TurboQuantMSE(128, bits)
     codes, scales = q.quantize(x)
-    assert 8*(pack(codes, bits).nbytes+scales.nbytes)/x.size == q.bits_per_coordinate == bits+16/128
+    assert 8*(pack_words(codes, bits).nbytes+scales.nbytes)/x.size == q.bits_per_coordinate == bits+16/128
     if bits < 2: return
     q = TurboQuantProd(128, bits)
     codes, scales, signs, lengths = q.quantize(x)
-    stored = pack(codes, bits-1).nbytes+pack(signs, 1).nbytes+scales.nbytes+lengths.nbytes
+    stored = pack_words(codes, bits-1).nbytes+pack_words(signs, 1).nbytes+scales.nbytes+lengths.nbytes
     assert 8*stored/x.size == q.bits_per_coordinate == bits+32/128
 
 def test_half_bits():
     x = unit(200, 128)
     for q, bits in ((TurboQuantSplit(128, 2.5), 2.5), (TurboQuantSplit(128, 3.5), 3.5), (TurboQuantSplit(128, 2.5, paper_ratio=True), 2.25)):
         a, s, c, t = q.quantize(x)
-        assert 8*(pack(a, q.high.bits).nbytes+pack(c, q.low.bits).nbytes)/x.size == q.code_bits == bits
+        assert 8*(pack_words(a, q.high.bits).nbytes+pack_words(c, q.low.bits).nbytes)/x.size == q.code_bits == bits
         assert 8*(s.nbytes+t.nbytes)/x.size+bits == q.bits_per_coordinate
     order = np.random.default_rng(0).permutation(128)
     q = TurboQuantSplit(128, 2.5, channels=order)
@@ -244,23 +246,24 @@ def test_codes_are_those_of_the_nearest_point(bits):
     import torch
     c, y = codebook(64, bits), unit(40, 64)
     naive = np.abs(y[..., None].astype(np.float64)-c).argmin(-1)
-    assert (nearest(y, c) == naive).mean() > .9999
-    assert (nearest(torch.tensor(y), c).numpy() == nearest(y, c)).all() and (np.array(nearest(mx.array(y), c)) == nearest(y, c)).all()
+    assert (nearest_codes(y, c) == naive).mean() > .9999
+    assert (nearest_codes(torch.tensor(y), c).numpy() == nearest_codes(y, c)).all()
+    assert (np.array(nearest_codes(mx.array(y), c)) == nearest_codes(y, c)).all()
 
 @pytest.mark.parametrize('bits', [1, 2, 3, 4, 5, 6, 8])
 def test_packing_is_that_of_mlx(bits):
     import mlx.core as mx
     codes = np.random.default_rng(0).integers(0, 2**bits, (3, 5, 128)).astype(np.uint8)
-    words = pack(mx.array(codes), bits)
+    words = pack_words(mx.array(codes), bits)
     one = mx.ones((3, 5, 1))
     assert (np.array(mx.dequantize(words, one, one*0, group_size=128, bits=bits)) == codes).all()
-    assert (np.array(words) == pack(codes, bits)).all()
+    assert (np.array(words) == pack_words(codes, bits)).all()
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 8), st.integers(1, 4), st.integers(0, 2**32-1))
 def test_packing_round_trip(bits, words, seed):
     codes = np.random.default_rng(seed).integers(0, 2**bits, (2, 32*words)).astype(np.uint8)
-    assert pack(codes, bits).shape == (2, words*bits) and (unpack(pack(codes, bits), bits) == codes).all()
+    assert pack_words(codes, bits).shape == (2, words*bits) and (unpack_words(pack_words(codes, bits), bits) == codes).all()
 
 # every library, every width
 
@@ -307,17 +310,17 @@ def test_round_trip_of_the_format(bits, least):
 
 @pytest.mark.parametrize('bits, gain', [(2, .999), (3, .98), (4, .93), (6, .9)])
 def test_a_step_for_each_vector(bits, gain):
-    from optiq.turboquant import decode, encode, rotate
+    from optiq.turboquant import decode_rotated, encode_rotated, rotate
     y = rotate(unit(1000, 128), 42)
-    one, best = ((((y-decode(*encode(y, bits, steps), bits))**2).sum(1)) for steps in ((1,), STEPS))
+    one, best = ((((y-decode_rotated(*encode_rotated(y, bits, steps), bits))**2).sum(1)) for steps in ((1,), STEPS))
     assert best.mean() < gain*one.mean() and (best < one*1.001+1e-6).mean() > .99
 
 @pytest.mark.parametrize('d', [64, 80, 96, 112, 128, 192, 256, 576])
 @pytest.mark.parametrize('bits', [2, 3, 4, 5, 6, 8])
 def test_bytes_of_the_format(d, bits):
     import mlx.core as mx
-    codes, scales = encode(rotate(mx.array(unit(7, d)), 42), bits)
-    assert pack(codes, bits).nbytes+scales.nbytes == nbytes(Format(bits, None, 'tq'), (7, d))
+    codes, scales = encode_rotated(rotate(mx.array(unit(7, d)), 42), bits)
+    assert pack_words(codes, bits).nbytes+scales.nbytes == nbytes(Format(bits, None, 'tq'), (7, d))
     if d % 32 == 0: assert nbytes(Format(bits, None, 'tq'), (1, d)) == bits*d//8+2
 
 @pytest.mark.parametrize('name', ['tq1', 'tq7', 'tq4g64', 'tq'])

@@ -6,4 +6,6 @@
 __all__ = ['TurboQuantKVCache']
 
 # %% ../../nbs/11z_core.turbo_kv_cache.ipynb #ca8ab46c
+from ..kv.rotated import TurboQuantKVCache
+
 _all_ = ['TurboQuantKVCache']

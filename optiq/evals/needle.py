@@ -47,7 +47,8 @@ def smallest_margin(
     answer: list, # A token ids
 ) -> float:
     "Logit of the right token minus that of the best wrong one, where it is least"
-    z, at = np.array(z, np.float32), np.arange(len(answer))
+    z = np.array(z, np.float32)
+    at = np.arange(len(answer))
     own = z[at, answer]
     z[at, answer] = -np.inf
     return float((own-z.max(-1)).min())
@@ -63,12 +64,14 @@ def margins(
     "The answer margin of every pair; positive where greedy decoding writes the answer"
     if make_cache and not b.takes_caches: raise ValueError(
         'KV configurations need the MLX backend: open the model with backend="mlx"')
-    out, order = np.zeros(len(pairs)), sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
+    out = np.zeros(len(pairs))
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
     with b.swapped(overrides):
         if make_cache: return np.array([_through_cache(b, p, a, make_cache(b.model)) for p, a in pairs])
         while order:
             part = order[:max(1, batch_tokens//(len(pairs[order[-1]][0])+8))]
-            order, out[part] = order[len(part):], _together(b, [pairs[i] for i in part])
+            order = order[len(part):]
+            out[part] = _together(b, [pairs[i] for i in part])
     return out
 
 # %% ../../nbs/37_evals.needle.ipynb #7a2af1c5
@@ -77,7 +80,8 @@ def _together(b, pairs):
     longest, most = max(len(p)+len(a) for p, a in pairs), max(len(a) for _, a in pairs)
     states = b.embed(np.array([(p+a+[0]*longest)[:longest-1] for p, a in pairs], np.int32))
     for i in range(b.n_blocks): states = b.run_block(i, states)
-    at = [[min(len(p)-1+k, longest-2) for k in range(most)] for p, _ in pairs] # (B, most) positions that predict the answer
+    # positions that predict the answer, (B, most)
+    at = [[min(len(p)-1+k, longest-2) for k in range(most)] for p, _ in pairs]
     rows, columns = (b.array(x) for x in (np.arange(len(pairs))[:, None], np.array(at)))
     z = b.numpy(b.head(states[rows, columns]))
     return [smallest_margin(x[:len(a)], a) for x, (_, a) in zip(z, pairs)]
@@ -153,10 +157,11 @@ def plot_needle(
 ):
     "Heat map, depths × lengths"
     import matplotlib.pyplot as plt
-    (depths, lengths, table), hits = depths_by_lengths(row['grid'], value), value == 'hits'
+    depths, lengths, table = depths_by_lengths(row['grid'], value)
+    hits = value == 'hits'
     if ax is None: ax = plt.subplots(figsize=(1.2+.8*len(lengths), .8+.4*len(depths)))[1]
-    ends = (0, 1) if hits else (-abs(table).max(), abs(table).max())
-    ax.imshow(table, aspect='auto', cmap='cividis' if hits else 'coolwarm_r', vmin=ends[0], vmax=ends[1])
+    low, high = (0, 1) if hits else (-abs(table).max(), abs(table).max())
+    ax.imshow(table, aspect='auto', cmap='cividis' if hits else 'coolwarm_r', vmin=low, vmax=high)
     for (i, j), v in np.ndenumerate(table):
         ax.text(j, i, f'{v:.0%}' if hits else f'{v:.1f}', ha='center', va='center', fontsize=8,
                 color='w' if hits and v < .5 else 'k')

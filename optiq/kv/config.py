@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..formats import AS_IS, FORMAT, divides, parse_format
 from .layout import KVLayer, KVLayout, kv_layers
-from .precondition import rotates
+from .precondition import load_preconditions, rotates, save_preconditions, turned
 from ..plan import Plan, make_plan
 from ..readers import INSIDE, PROSE, check, check_kind, dumps, number, read_ours, shown, whole
 
@@ -26,11 +26,10 @@ def kv_config(
     statistics: Mapping = {}, # unit path ▸ preconditioner, of which rotated formats are given theirs
 ) -> dict:
     "A plan, layer by layer"
-    formats = {p: str(f) for p, f in plan.items()}
     def layer(l):
-        keys, values = (formats.get(f'cache.{l.index}.{k}', str(AS_IS)) for k in ('keys', 'values'))
-        return dict(layer=l.index, heads=l.heads, key_dim=l.key_dim, value_dim=l.value_dim,
-                    keys=keys, values=values, **{'left': l.left} if l.left else {})
+        keys, values = (str(plan.get(f'cache.{l.index}.{k}', AS_IS)) for k in ('keys', 'values'))
+        row = dict(layer=l.index, heads=l.heads, key_dim=l.key_dim, value_dim=l.value_dim, keys=keys, values=values)
+        return row | ({'left': l.left} if l.left else {})
     used = {p: s for p, s in statistics.items() if p in plan and rotates(plan[p])}
     mine = make_plan(layout, {u.path: plan[u.path] for u in layout.units})
     return dict(optiq='kv_config', version=VERSION, model=plan.model or layout.name,
@@ -46,7 +45,6 @@ def save_kv_config(
     "Write a config, one line per layer"
     head, rows = dict(config), config['layers']
     if isinstance(head.get('statistics'), Mapping):
-        from optiq.kv.precondition import save_preconditions
         save_preconditions(head['statistics'], Path(path).parent/statistics)
         head['statistics'] = statistics
     head.pop('layers')
@@ -54,7 +52,7 @@ def save_kv_config(
     Path(path).write_text(dumps(head, indent=1)[:-2]+f',\n "layers": [\n{lines}\n ]\n}}\n')
 
 # %% ../../nbs/11b_kv.config.ipynb #400504ff
-LAYER = dict(layer=whole(0, 2**20), heads=whole(0, 2**20), key_dim=whole(0, 2**20), value_dim=whole(0, 2**20), keys=FORMAT, values=FORMAT)
+LAYER = dict.fromkeys(('layer', 'heads', 'key_dim', 'value_dim'), whole(0, 2**20)) | dict(keys=FORMAT, values=FORMAT)
 CONFIG = {'layers': [LAYER]*2, 'model?': PROSE, 'context?': whole(), 'nbytes?': number(0), 'nominal_bits?': number(0)}
 
 # %% ../../nbs/11b_kv.config.ipynb #61e1b455
@@ -105,7 +103,6 @@ def _with_statistics(where, d, found, folder):
     "The formats, rotated ones with the preconditioners that the config names or holds"
     known = d.get('statistics')
     if not known: return found
-    from optiq.kv.precondition import load_preconditions, turned
     if not isinstance(known, Mapping):
         check(known, INSIDE, f'{where}: statistics')
         if folder is None or not (folder/known).is_file(): raise ValueError(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TURN', 'SUMS', 'GRIDS', 'PACK', 'ENCODE', 'QUERIES', 'SCORES', 'WEIGHTS', 'VALUES', 'TOGETHER', 'PARTIAL', 'MERGE',
-           'FUSED', 'STRETCHES', 'fits', 'kernel', 'numbers', 'grids', 'encode_token', 'attend_token']
+           'FUSED', 'STRETCHES', 'kernels_fit', 'kernel', 'numbers', 'grids', 'encode_token', 'attend_token']
 
 # %% ../../nbs/11e_kv.kernels.ipynb #2c6533c4
 import hashlib
@@ -65,7 +65,8 @@ PACK = r'''
         unsigned int w = 0;
         for (int j = d*32/bits; j*bits < d*32+32; ++j) {
             const int shift = j*bits-d*32;
-            w |= shift >= 0 ? static_cast<unsigned int>(codes[j]) << shift : static_cast<unsigned int>(codes[j]) >> -shift;
+            const unsigned int c = codes[j];
+            w |= shift >= 0 ? c << shift : c >> -shift;
         }
         (side ? v_codes : k_codes)[head*words+d] = w;
     }
@@ -226,7 +227,7 @@ MERGE = r'''
 # %% ../../nbs/11e_kv.kernels.ipynb #6613ecff
 FUSED = mx.cuda.is_available() # whether the kernels are used where they fit
 
-def fits(D: int, heads: int, q_heads: int) -> bool:
+def kernels_fit(D: int, heads: int, q_heads: int) -> bool:
     "Whether the kernels are made for heads of this width and number, here and now"
     n = q_heads//heads
     return FUSED and D in (64, 128, 256) and n <= 8 and n*D <= 1024 and mx.default_device() == mx.gpu
@@ -265,7 +266,8 @@ def encode_token(
     run = kernel('turbo_encode', ('k', 'v', 'mean', 'scale', 'turn_k', 'turn_v', 'steps'),
                  ('k_codes', 'k_scales', 'v_codes', 'v_scales'), ENCODE, keys.dtype,
                  (('D', D), ('G', G), ('M', len(STEPS)), ('KB', kb), ('VB', vb)))
-    out = run(inputs=[keys, values, mean, scale, turn_k, turn_v, grids(D, kb, vb)], grid=(B*G*D, 2, 1), threadgroup=(D, 1, 1),
+    out = run(inputs=[keys, values, mean, scale, turn_k, turn_v, grids(D, kb, vb)],
+              grid=(B*G*D, 2, 1), threadgroup=(D, 1, 1),
               output_shapes=[(B, G, 1, D*kb//32), (B, G, 1, 1), (B, G, 1, D*vb//32), (B, G, 1, 1)],
               output_dtypes=[mx.uint32, mx.float16]*2)
     return out[:2], out[2:]
@@ -286,8 +288,8 @@ def attend_token(
     N, C = H//G, max(c for least, c in STRETCHES if room >= least)
     now, S = numbers(tokens, room, scale), -(-tokens//C)
     same = (('D', D), ('N', N), ('C', C))
-    part = kernel('turbo_partial', ('q', 'k_codes', 'k_scales', 'v_codes', 'v_scales', 'numbers'), ('sums', 'peaks'), PARTIAL,
-                  q.dtype, (*same, ('KB', kb), ('VB', vb)))
+    part = kernel('turbo_partial', ('q', 'k_codes', 'k_scales', 'v_codes', 'v_scales', 'numbers'), ('sums', 'peaks'),
+                  PARTIAL, q.dtype, (*same, ('KB', kb), ('VB', vb)))
     sums, peaks = part(inputs=[q, *keys, *values, now], grid=(S*128, B*G, 1), threadgroup=(128, 1, 1),
                        output_shapes=[(B*G, S, N, D), (B*G, S, N, 2)], output_dtypes=[mx.float32]*2)
     merge = kernel('turbo_merge', ('sums', 'peaks', 'back', 'numbers'), ('out',), MERGE, q.dtype,

@@ -13,9 +13,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from .mlx import MLXBackend
-from .replay import free_memory
 from .parts import ReplayBackend
-from .replay import check_all, check_finite, check_ids
+from .replay import check_all, check_finite, check_ids, free_memory
 from .taps import _block, _descend, same
 from ..models import Checkpoint, Unit, read_header
 

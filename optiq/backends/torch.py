@@ -13,10 +13,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from .mlx import MLXBackend, _of_type
-from .replay import free_memory
-from .replay import Backend, check_all, check_logits
+from .replay import Backend, check_all, check_logits, free_memory
 from .stream import StreamingBackend
-from .taps import eager_experts, torch_attention, torch_ear, torch_stand_ins, torch_watching
+from .taps import eager_experts, torch_attention, torch_listening, torch_stand_ins, torch_watching
 from ..models import Checkpoint, Unit, cannot_open
 
 # %% ../../nbs/03b_backends.torch.ipynb #8e997bca
@@ -168,4 +167,4 @@ def listening(self: TorchBackend, hear, block: int | None):
     names = {}
     for path, (param, part) in self.slots.items():
         if self.checkpoint.unit[path].block == block: names.setdefault(id(param), []).append(path)
-    with eager_experts(self.model), torch_ear(hear, names): yield
+    with eager_experts(self.model), torch_listening(hear, names): yield

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from optiq import knapsack, latency, rounding
+from optiq import chips, knapsack, rounding
 from optiq.backends.mlx import MLXBackend
 from optiq.backends.stream import read_rows
 from optiq.backends.torch import TorchBackend
@@ -27,6 +27,7 @@ from optiq.kv.layout import KVLayer, KVLayout
 from optiq.models import Checkpoint, Unit
 from optiq.pipeline import texts
 from optiq.arrays import to_mlx
+from optiq.roofline import Chip, Latency, cache_bytes, reads_of
 from optiq.rounding import gptq, search
 from optiq.statistics import Inputs
 from optiq.measure.gradient import second_order
@@ -280,10 +281,10 @@ class Clock:
 def test_decoding_is_timed_without_what_warms_up(monkeypatch):
     generate = import_module('mlx_lm.generate') # of that name there is a function, too
     clock = Clock()
-    for module in (latency, speed): monkeypatch.setattr(module, 'time', clock)
-    monkeypatch.setattr(latency, 'find_units', lambda model: [Some(kind='embed', shape=(9, 4))])
+    for module in (chips, speed): monkeypatch.setattr(module, 'time', clock)
+    monkeypatch.setattr(chips, 'find_units', lambda model: [Some(kind='embed', shape=(9, 4))])
     monkeypatch.setattr(generate, 'generate_step', clock.tokens(9, 5, 5, .5, .5, .5, .5))
-    assert latency.decode_once(None, 4, 4, 3) == 2
+    assert chips.decode_once(None, 4, 4, 3) == 2
     monkeypatch.setattr(generate, 'generate_step', clock.tokens(4, .5, .5, .5, .5))
     run = speed.one_run(None, [1]*8, 5)
     assert run['prompt_tps'] == 2 and run['decode_tps'] == 2
@@ -295,23 +296,23 @@ def test_the_first_run_only_warms_up(monkeypatch, c):
     assert (row['decode_tps'], row['decode_tps_low'], row['decode_tps_n']) == (6., 5., 3)
 
 def test_a_step_takes_what_one_more_step_takes(monkeypatch):
-    monkeypatch.setattr(latency, 'run_once', lambda chain, n, first: (0., 5+2*n))
-    assert latency.per_step(None, 3, 10)['seconds'] == 2
+    monkeypatch.setattr(chips, 'run_once', lambda chain, n, first: (0., 5+2*n))
+    assert chips.per_step(None, 3, 10)['seconds'] == 2
 
 def test_attention_reads_keys_and_values_of_two_bytes_each(monkeypatch, c):
-    heads, width = latency.GROUPS, latency.WIDE
-    monkeypatch.setattr(latency, 'attention_chain', lambda n: n)
-    monkeypatch.setattr(latency, 'per_step', lambda n, *a: dict(seconds=1e-9*n*heads*width*2*2))
-    assert latency.measure_attention()['seconds_per_byte'] == pytest.approx(1e-9)
+    heads, width = chips.GROUPS, chips.WIDE
+    monkeypatch.setattr(chips, 'attention_chain', lambda n: n)
+    monkeypatch.setattr(chips, 'per_step', lambda n, *a: dict(seconds=1e-9*n*heads*width*2*2))
+    assert chips.measure_attention()['seconds_per_byte'] == pytest.approx(1e-9)
     a = c.config
     grows = a['num_hidden_layers']*2*a['num_key_value_heads']*a['head_dim']*2
     model = c.load()
-    assert latency.cache_bytes(model, 48)-latency.cache_bytes(model, 16) == 32*grows
-    reads = latency.reads_of(model, a)
-    lat = [latency.Latency(latency.Chip('x', 100.), reads, n) for n in (16, 48)]
+    assert cache_bytes(model, 48)-cache_bytes(model, 16) == 32*grows
+    reads = reads_of(model, a)
+    lat = [Latency(Chip('x', 100.), reads, n) for n in (16, 48)]
     plan = uniform(c, 4)
     assert lat[1].ms(plan)-lat[0].ms(plan) == pytest.approx(32*grows/100e6)
-    busy = latency.Latency(latency.Chip('x', 100., host=1e4), reads, 16) # the CPU prepares a token while the device works on another
+    busy = Latency(Chip('x', 100., host=1e4), reads, 16) # the CPU prepares a token while the device works on another
     assert busy.device(plan) == pytest.approx(lat[0].ms(plan)) and busy.ms(plan) == busy.host == 20
 
 # the cache

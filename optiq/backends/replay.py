@@ -38,6 +38,7 @@ class Backend:
     checkpoint: Checkpoint
     n_blocks: int
     stacks = True # sequences of a batch run together
+    holds = True # all weights at once, so that they can stay changed for as long as one likes
     on_gpu = False # whether it computes on a GPU
     takes_caches = False # whether its model can be run with caches of mlx-lm
     statistics = None # cache unit ▸ preconditioner, while rotated formats have one
@@ -147,7 +148,7 @@ def free_memory(self: Backend) -> int:
 @patch
 def array(self: Backend, a: np.ndarray):
     "A NumPy array as one of the backend's own"
-    return self.xp.asarray(np.ascontiguousarray(a))
+    return self.xp.asarray(np.array(a))
 
 # %% ../../nbs/03_backends.replay.ipynb #84ce2f43
 def check_finite(xp, weight, path: str):

@@ -85,6 +85,7 @@ def _place(checkpoint, unit):
 # %% ../../nbs/03e_backends.stream.ipynb #38d647f6
 class StreamingBackend(Eager, MLXBackend):
     "Replays an mlx-lm model with one block, and some rows of the vocabulary, in memory"
+    holds = False
     rows = 8192 # of the vocabulary in memory at once
 
     def __init__(self, checkpoint: Checkpoint, dtype: str = 'float32'):

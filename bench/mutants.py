@@ -150,7 +150,7 @@ CHANGES = [
     Change('a batch is aligned at its left', '[(0, 0), (0, 0), (length-c.length, 0), (0, 0)]', '[(0, 0), (0, 0), (0, length-c.length), (0, 0)]',
            'test_kv_cache::test_batches_of_unequal test_kv_cache::test_merge_filter'),
     Change('key preconditioning without query statistics', 'KeyPrecondition.of(k[i], q[i])', 'KeyPrecondition.of(k[i])', BOOK+'keys_are_evened_out'),
-    Change('a rotation is undone by itself', 'y @ library(y)[1](self.matrix.T)', 'y @ library(y)[1](self.matrix)', 'test_turboquant::test_rotations_are_rotations'),
+    Change('a rotation is undone by itself', 'y @ beside(y)(self.matrix.T)', 'y @ beside(y)(self.matrix)', 'test_turboquant::test_rotations_are_rotations'),
     Change('codes are half a step too long', '.sqrt(square)*(n/2)', '.sqrt(square)*(n/2-.5)', 'test_turboquant::test_round_trip_of_the_format'),
     Change('the factor of a sketch upside down', 'math.sqrt(math.pi/2)/self.d', 'math.sqrt(2/math.pi)/self.d', 'test_turboquant::test_no_bias'),
 ]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'PANTER_DITE', 'SKETCHES', 'STEPS', 'density', 'mass', 'moment', 'cells', 'distortion', 'codebook',
-           'hadamard', 'rotation_matrix', 'library', 'as_type', 'Rotation', 'vector_scale', 'nearest', 'Coordinates',
-           'check_width', 'TurboQuantMSE', 'distortion_curve', 'Sketch', 'TurboQuantProd', 'TurboQuantSplit', 'pack',
-           'unpack', 'Rotated', 'padded', 'rotate', 'on_grid', 'scale_of', 'encode', 'decode', 'round_trip']
+           'hadamard', 'rotation_matrix', 'Rotation', 'vector_scale', 'nearest', 'Coordinates', 'check_width',
+           'TurboQuantMSE', 'distortion_curve', 'Sketch', 'TurboQuantProd', 'TurboQuantSplit', 'pack', 'unpack',
+           'Rotated', 'padded', 'rotate', 'on_grid', 'scale_of', 'encode', 'decode', 'round_trip']
 
 # %% ../nbs/10_turboquant.ipynb #385c8933
 import math
@@ -15,6 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from .arrays import as_type, beside, library
 from .formats import AFFINE_BITS, FAMILIES, Format
 
 # %% ../nbs/10_turboquant.ipynb #fa631272
@@ -138,21 +139,6 @@ def rotation_matrix(d: int, seed: int, kind: str) -> np.ndarray: # (d, d) float3
     q.flags.writeable = False
     return q
 
-# %% ../nbs/10_turboquant.ipynb #983ca244
-def library(x):
-    "(module, function that brings a numpy constant beside `x`) of an array"
-    if isinstance(x, np.ndarray): return np, lambda a: a
-    if type(x).__module__.startswith('mlx'):
-        import mlx.core as mx
-        return mx, mx.array
-    import torch
-    return torch, lambda a: torch.from_numpy(np.array(a)).to(x.device)
-
-def as_type(x, name: str):
-    "`x` as float32, float16, uint8 …"
-    xp = library(x)[0]
-    return x.to(getattr(xp, name)) if xp.__name__ == 'torch' else x.astype(getattr(xp, name))
-
 # %% ../nbs/10_turboquant.ipynb #839b9bba
 class Rotation:
     "A random rotation of the last axis: `y = r(x)`, back by `r.inverse(y)`"
@@ -163,8 +149,8 @@ class Rotation:
     ):
         self.d, self.seed, self.kind, self.matrix = d, seed, kind, rotation_matrix(d, seed, kind)
 
-    def __call__(self, x): return x @ library(x)[1](self.matrix) # (…, d), float32
-    def inverse(self, y): return y @ library(y)[1](self.matrix.T)
+    def __call__(self, x): return x @ beside(x)(self.matrix) # (…, d), float32
+    def inverse(self, y): return y @ beside(y)(self.matrix.T)
     def __repr__(self): return f'Rotation({self.d}, seed={self.seed}, kind={self.kind!r})'
 
 # %% ../nbs/10_turboquant.ipynb #c1e51bcd
@@ -177,7 +163,7 @@ def vector_scale(
     unit: float = 1., # length of `c` that stands for a unit vector, for 'norm'
 ): # (…, 1)
     "The number that multiplies the code points of a vector; 0 for a zero vector"
-    xp, constant = library(y)
+    xp, constant = library(y)[0], beside(y)
     dot = lambda a, b: (a*b).sum(-1, keepdims=True)
     tiny = constant(np.float32(1e-30))
     if mode == 'norm': return xp.sqrt(dot(y, y))/unit
@@ -191,7 +177,7 @@ def nearest(
     points: np.ndarray, # (n,) ascending
 ): # (…) uint8
     "Index of the nearest point"
-    xp, constant = library(y)
+    xp, constant = library(y)[0], beside(y)
     t = ((points[1:]+points[:-1])/2).astype(np.float32)
     if xp.__name__ == 'numpy': return np.searchsorted(t, y).astype(np.uint8)
     if xp.__name__ == 'torch': return xp.bucketize(y, constant(t)).to(xp.uint8)
@@ -200,7 +186,7 @@ def nearest(
 # %% ../nbs/10_turboquant.ipynb #d0c51e64
 class Coordinates:
     "What a quantizer of single coordinates knows"
-    def _points(self, codes): return library(codes)[1](self.points.astype(np.float32))[as_type(codes, 'int32')]
+    def _points(self, codes): return beside(codes)(self.points.astype(np.float32))[as_type(codes, 'int32')]
     @property
     def bits_per_coordinate(self): return self.bits+16/self.d
     def __repr__(self): return f'{type(self).__name__}({self.d}, {self.bits}): {self.bits_per_coordinate:.3f} bits a coordinate'
@@ -227,7 +213,7 @@ class TurboQuantMSE(Coordinates):
     def quantize(self, x): # (…, d) ▸ codes (…, d) uint8, scales (…, 1) float16
         "Codes and scales"
         check_width(x, self.d)
-        y, constant = self.rotation(as_type(x, 'float32')), library(x)[1]
+        y, constant = self.rotation(as_type(x, 'float32')), beside(x)
         xp, length = library(x)[0], vector_scale(y, None, 'norm')
         codes = nearest(y/xp.maximum(length, constant(np.float32(1e-30))), self.points)
         return codes, as_type(vector_scale(y, self._points(codes), self.scale), 'float16')
@@ -267,9 +253,9 @@ class Sketch:
             rotation_matrix(d, seed+1, 'haar')*math.sqrt(d))
         self.d, self.s = d, rows.astype(np.float32) # rows of mean square length d
 
-    def signs(self, r): return as_type(r @ library(r)[1](self.s.T) > 0, 'uint8') # (…, d)
+    def signs(self, r): return as_type(r @ beside(r)(self.s.T) > 0, 'uint8') # (…, d)
     def estimate(self, signs, lengths): # ▸ (…, d) float32
-        sketch = (as_type(signs, 'float32')*2-1) @ library(signs)[1](self.s)
+        sketch = (as_type(signs, 'float32')*2-1) @ beside(signs)(self.s)
         return sketch*as_type(lengths, 'float32')*(math.sqrt(math.pi/2)/self.d)
 
 # %% ../nbs/10_turboquant.ipynb #221bc688
@@ -320,12 +306,12 @@ class TurboQuantSplit:
 
     def quantize(self, x): # ▸ codes, scales of the first group; codes, scales of the second
         check_width(x, self.d)
-        x = x[..., library(x)[1](self.order)]
+        x = x[..., beside(x)(self.order)]
         return *self.high.quantize(x[..., :self.high.d]), *self.low.quantize(x[..., self.high.d:])
 
     def dequantize(self, *stored): # ▸ (…, d) float32
         parts = [q.dequantize(*s) for q, s in ((self.high, stored[:2]), (self.low, stored[2:]))]
-        xp, constant = library(parts[0])
+        xp, constant = library(parts[0])[0], beside(parts[0])
         return xp.concatenate(parts, -1)[..., constant(np.argsort(self.order))]
 
     @property
@@ -340,7 +326,7 @@ def pack(
     bits: int, # 1 to 8
 ): # (…, d·bits/32) uint32
     "Codes as MLX's affine format stores them"
-    xp, constant = library(codes)
+    xp, constant = library(codes)[0], beside(codes)
     whole = 32 % bits == 0 # no code crosses a word
     kind, n = ('uint32', 32//bits) if whole else ('uint64', 8)
     words = as_type(codes, kind).reshape(*codes.shape[:-1], -1, n) << constant((np.arange(n)*bits).astype(kind))
@@ -355,7 +341,7 @@ def unpack(
     bits: int,
 ): # (…, d) uint8
     "The codes again"
-    xp, constant = library(words)
+    xp, constant = library(words)[0], beside(words)
     octets = words.view(xp.uint8).reshape(*words.shape[:-1], -1, bits, 1)
     packed = (as_type(octets[..., 0], 'uint64') << constant(np.arange(bits, dtype=np.uint64)*np.uint64(8))).sum(-1, keepdims=True)
     codes = packed >> constant(np.arange(8, dtype=np.uint64)*np.uint64(bits)) & constant(np.array([2**bits-1], np.uint64))
@@ -383,7 +369,7 @@ def padded(d: int) -> int:
 
 def rotate(y, seed: int): # (…, D) float32 ▸ (…, padded(D))
     "`y`, padded with zeros, after the rotation"
-    return y @ library(y)[1](rotation_matrix(padded(y.shape[-1]), seed, 'hadamard')[:y.shape[-1]])
+    return y @ beside(y)(rotation_matrix(padded(y.shape[-1]), seed, 'hadamard')[:y.shape[-1]])
 
 # %% ../nbs/10_turboquant.ipynb #5e1fd0aa
 STEPS = (1, .8, .9, 1.1, 1.2) # times the step that is best on average; what a vector keeps is the best for itself
@@ -430,5 +416,5 @@ def round_trip(
     "`x` as it comes back from a cache"
     y = as_type(x, 'float32') if to is None else to(as_type(x, 'float32'))
     y = decode(*encode(rotate(y, seed), bits), bits)
-    y = y @ library(y)[1](rotation_matrix(y.shape[-1], seed, 'hadamard').T[:, :x.shape[-1]].copy())
+    y = y @ beside(y)(rotation_matrix(y.shape[-1], seed, 'hadamard').T[:, :x.shape[-1]].copy())
     return as_type(y if back is None else back(y), str(x.dtype).split('.')[-1])

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from .mlx import MLXBackend
 from .parts import ReplayBackend
-from .replay import check_all, check_finite, check_ids, free_memory
+from .replay import available_memory, check_all, check_finite, check_ids
 from .taps import _block, _descend, same
 from ..models import Checkpoint, Unit, read_header
 
@@ -96,7 +96,7 @@ class StreamingBackend(Eager, MLXBackend):
         for name in ('norm', 'model.norm', 'model.embedding_norm'): self.check(f'{name}.')
 
     def by_loader(self, checkpoint: Checkpoint): # a quantized model is not streamed
-        if 4*checkpoint.params < free_memory(): return MLXBackend(checkpoint)
+        if 4*checkpoint.params < available_memory(): return MLXBackend(checkpoint)
 
     def block(self, i: int):
         if self.held != i:

@@ -17,11 +17,12 @@ import mlx.core as mx
 import numpy as np
 from fastcore.basics import patch
 
+from ..arrays import beside, library
 from ..backends.replay import Backend
 from ..formats import Format, parse_format
 from .layout import kv_layout
 from ..models import read_header
-from ..turboquant import Rotated, library
+from ..turboquant import Rotated
 
 # %% ../../nbs/11a_kv.precondition.ipynb #ac5130fd
 def rotates(fmt: Format) -> bool: return fmt.mode == 'tq'
@@ -34,7 +35,7 @@ class KeyPrecondition:
     scale: object # (heads, 1, D) float32, numpy
     def keys(self, k): return (k-self.mine(k, self.mean))/self.mine(k, self.scale) # (B, heads, T, D), any library
     def undo(self, k): return k*self.mine(k, self.scale)+self.mine(k, self.mean)
-    def mine(self, k, a): return mlx_constant(self, a) if library(k)[0] is mx else library(k)[1](a)
+    def mine(self, k, a): return mlx_constant(self, a) if library(k)[0] is mx else beside(k)(a)
 
     @cached_property
     def digest(self): return self.mean.shape, hashlib.sha256(self.mean.tobytes()+self.scale.tobytes()).hexdigest()

@@ -15,8 +15,6 @@ from functools import partial
 from importlib import import_module
 from math import prod
 
-import numpy as np
-
 from .arrays import library, like
 from .readers import Form
 

@@ -11,11 +11,11 @@ __all__ = ['AFFINE_BITS', 'AFFINE_GROUPS', 'FAMILIES', 'ELSEWHERE', 'FLOAT_MODES
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from math import prod
 
-import numpy as np
-
+from .arrays import library, like
 from .readers import Form
 
 # %% ../nbs/00_formats.ipynb #4cfbbf7e
@@ -159,11 +159,8 @@ def quantize_dequantize(
         import mlx.core as mx
         return mx.dequantize(*mx.quantize(w, fmt.group_size, fmt.bits, fmt.mode), group_size=fmt.group_size,
                              bits=fmt.bits, mode=fmt.mode, dtype=w.dtype)
-    if isinstance(w, np.ndarray): xp, f32, cast = np, w.astype(np.float32), lambda a: a.astype(w.dtype)
-    else:
-        import torch as xp
-        f32, cast = w.float(), lambda a: a.to(w.dtype)
-    g = f32.reshape(*w.shape[:-1], -1, fmt.group_size)
+    (xp, f32, _), cast = library(w), partial(like, w=w)
+    g = f32(w).reshape(*w.shape[:-1], -1, fmt.group_size)
     out = _affine(xp, g, fmt.bits, cast) if fmt.mode == 'affine' else _block_float(xp, g, fmt.mode, cast)
     return out.reshape(w.shape)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from .arrays import library, pack_codes, to_mlx
+from .arrays import library, like, pack_codes, to_mlx
 from .backends.open import open_backend
 from .backends.replay import Backend, Heard
 from .calibration import fingerprint, shape_of
@@ -138,8 +138,7 @@ def on_accelerator(w) -> bool:
 # %% ../nbs/06_rounding.ipynb #694ddf7a
 def finished(w, codes, scales, biases, fmt: Format) -> Rounded:
     "The result, in the type of `w`"
-    like = (lambda x: x.to(w.dtype)) if library(w)[0].__name__ == 'torch' else (lambda x: x.astype(w.dtype))
-    return Rounded(like(codes), like(scales), like(biases), fmt)
+    return Rounded(like(codes, w), like(scales, w), like(biases, w), fmt)
 
 # %% ../nbs/06_rounding.ipynb #a87e504c
 def _stack(parts):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'PANTER_DITE', 'SKETCHES', 'STEPS', 'density', 'mass', 'moment', 'cell_moments', 'distortion', 'codebook',
-           'hadamard', 'rotation_matrix', 'array_module', 'as_type', 'Rotation', 'vector_scale', 'nearest_codes',
-           'Coordinates', 'check_width', 'TurboQuantMSE', 'distortion_curve', 'Sketch', 'TurboQuantProd',
-           'TurboQuantSplit', 'pack_words', 'unpack_words', 'Rotated', 'padded', 'rotate', 'on_grid', 'scale_of',
-           'encode_rotated', 'decode_rotated', 'round_trip']
+           'hadamard', 'rotation_matrix', 'Rotation', 'vector_scale', 'nearest_codes', 'Coordinates', 'check_width',
+           'TurboQuantMSE', 'distortion_curve', 'Sketch', 'TurboQuantProd', 'TurboQuantSplit', 'pack_words',
+           'unpack_words', 'Rotated', 'padded', 'rotate', 'on_grid', 'scale_of', 'encode_rotated', 'decode_rotated',
+           'round_trip']
 
 # %% ../nbs/10_turboquant.ipynb #385c8933
 import math
@@ -16,6 +16,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from .arrays import as_type, beside, library
 from .formats import AFFINE_BITS, FAMILIES, Format
 
 # %% ../nbs/10_turboquant.ipynb #fa631272
@@ -139,21 +140,6 @@ def rotation_matrix(d: int, seed: int, kind: str) -> np.ndarray: # (d, d) float3
     q.flags.writeable = False
     return q
 
-# %% ../nbs/10_turboquant.ipynb #983ca244
-def array_module(x):
-    "(module, function that brings a numpy constant beside `x`) of an array"
-    if isinstance(x, np.ndarray): return np, lambda a: a
-    if type(x).__module__.startswith('mlx'):
-        import mlx.core as mx
-        return mx, mx.array
-    import torch
-    return torch, lambda a: torch.from_numpy(np.array(a)).to(x.device)
-
-def as_type(x, name: str):
-    "`x` as float32, float16, uint8 …"
-    xp = array_module(x)[0]
-    return x.to(getattr(xp, name)) if xp.__name__ == 'torch' else x.astype(getattr(xp, name))
-
 # %% ../nbs/10_turboquant.ipynb #839b9bba
 class Rotation:
     "A random rotation of the last axis: `y = r(x)`, back by `r.inverse(y)`"
@@ -164,8 +150,8 @@ class Rotation:
     ):
         self.d, self.seed, self.kind, self.matrix = d, seed, kind, rotation_matrix(d, seed, kind)
 
-    def __call__(self, x): return x @ array_module(x)[1](self.matrix) # (…, d), float32
-    def inverse(self, y): return y @ array_module(y)[1](self.matrix.T)
+    def __call__(self, x): return x @ beside(x)(self.matrix) # (…, d), float32
+    def inverse(self, y): return y @ beside(y)(self.matrix.T)
     def __repr__(self): return f'Rotation({self.d}, seed={self.seed}, kind={self.kind!r})'
 
 # %% ../nbs/10_turboquant.ipynb #c1e51bcd
@@ -178,7 +164,7 @@ def vector_scale(
     unit: float = 1., # length of `c` that stands for a unit vector, for 'norm'
 ): # (…, 1)
     "The number that multiplies the code points of a vector; 0 for a zero vector"
-    xp, constant = array_module(y)
+    xp, constant = library(y)[0], beside(y)
     dot = lambda a, b: (a*b).sum(-1, keepdims=True)
     tiny = constant(np.float32(1e-30))
     if mode == 'norm': return xp.sqrt(dot(y, y))/unit
@@ -192,7 +178,7 @@ def nearest_codes(
     points: np.ndarray, # (n,) ascending
 ): # (…) uint8
     "Index of the nearest point"
-    xp, constant = array_module(y)
+    xp, constant = library(y)[0], beside(y)
     t = ((points[1:]+points[:-1])/2).astype(np.float32)
     if xp.__name__ == 'numpy': return np.searchsorted(t, y).astype(np.uint8)
     if xp.__name__ == 'torch': return xp.bucketize(y, constant(t)).to(xp.uint8)
@@ -201,7 +187,7 @@ def nearest_codes(
 # %% ../nbs/10_turboquant.ipynb #d0c51e64
 class Coordinates:
     "What a quantizer of single coordinates knows"
-    def _points(self, codes): return array_module(codes)[1](self.points.astype(np.float32))[as_type(codes, 'int32')]
+    def _points(self, codes): return beside(codes)(self.points.astype(np.float32))[as_type(codes, 'int32')]
     @property
     def bits_per_coordinate(self): return self.bits+16/self.d
     def __repr__(self):
@@ -229,8 +215,8 @@ class TurboQuantMSE(Coordinates):
     def quantize(self, x): # (…, d) ▸ codes (…, d) uint8, scales (…, 1) float16
         "Codes and scales"
         check_width(x, self.d)
-        y, constant = self.rotation(as_type(x, 'float32')), array_module(x)[1]
-        xp, length = array_module(x)[0], vector_scale(y, None, 'norm')
+        y, constant = self.rotation(as_type(x, 'float32')), beside(x)
+        xp, length = library(x)[0], vector_scale(y, None, 'norm')
         codes = nearest_codes(y/xp.maximum(length, constant(np.float32(1e-30))), self.points)
         return codes, as_type(vector_scale(y, self._points(codes), self.scale), 'float16')
 
@@ -269,9 +255,9 @@ class Sketch:
             rotation_matrix(d, seed+1, 'haar')*math.sqrt(d))
         self.d, self.s = d, rows.astype(np.float32) # rows of mean square length d
 
-    def signs(self, r): return as_type(r @ array_module(r)[1](self.s.T) > 0, 'uint8') # (…, d)
+    def signs(self, r): return as_type(r @ beside(r)(self.s.T) > 0, 'uint8') # (…, d)
     def estimate(self, signs, lengths): # ▸ (…, d) float32
-        sketch = (as_type(signs, 'float32')*2-1) @ array_module(signs)[1](self.s)
+        sketch = (as_type(signs, 'float32')*2-1) @ beside(signs)(self.s)
         return sketch*as_type(lengths, 'float32')*(math.sqrt(math.pi/2)/self.d)
 
 # %% ../nbs/10_turboquant.ipynb #221bc688
@@ -325,12 +311,12 @@ class TurboQuantSplit:
 
     def quantize(self, x): # ▸ codes, scales of the first group; codes, scales of the second
         check_width(x, self.d)
-        x = x[..., array_module(x)[1](self.order)]
+        x = x[..., beside(x)(self.order)]
         return *self.high.quantize(x[..., :self.high.d]), *self.low.quantize(x[..., self.high.d:])
 
     def dequantize(self, *stored): # ▸ (…, d) float32
         parts = [q.dequantize(*s) for q, s in ((self.high, stored[:2]), (self.low, stored[2:]))]
-        xp, constant = array_module(parts[0])
+        xp, constant = library(parts[0])[0], beside(parts[0])
         return xp.concatenate(parts, -1)[..., constant(np.argsort(self.order))]
 
     @property
@@ -346,7 +332,7 @@ def pack_words(
     bits: int, # 1 to 8
 ): # (…, d·bits/32) uint32
     "Codes as MLX's affine format stores them"
-    xp, constant = array_module(codes)
+    xp, constant = library(codes)[0], beside(codes)
     whole = 32 % bits == 0 # no code crosses a word
     kind, n = ('uint32', 32//bits) if whole else ('uint64', 8)
     words = as_type(codes, kind).reshape(*codes.shape[:-1], -1, n) << constant((np.arange(n)*bits).astype(kind))
@@ -361,7 +347,7 @@ def unpack_words(
     bits: int,
 ): # (…, d) uint8
     "The codes again"
-    xp, constant = array_module(words)
+    xp, constant = library(words)[0], beside(words)
     octets = words.view(xp.uint8).reshape(*words.shape[:-1], -1, bits, 1)
     def steps(n, size): return constant(np.arange(n, dtype=np.uint64)*np.uint64(size))
     packed = (as_type(octets[..., 0], 'uint64') << steps(bits, 8)).sum(-1, keepdims=True)
@@ -391,14 +377,14 @@ def padded(d: int) -> int:
 
 def rotate(y, seed: int): # (…, D) float32 ▸ (…, padded(D))
     "`y`, padded with zeros, after the rotation"
-    return y @ array_module(y)[1](rotation_matrix(padded(y.shape[-1]), seed, 'hadamard')[:y.shape[-1]])
+    return y @ beside(y)(rotation_matrix(padded(y.shape[-1]), seed, 'hadamard')[:y.shape[-1]])
 
 # %% ../nbs/10_turboquant.ipynb #5e1fd0aa
 STEPS = (1, .8, .9, 1.1, 1.2) # times the step that is best on average; what a vector keeps is the best for itself
 
 def on_grid(y, step, n: int): # (…, D), (…, 1), number of codes ▸ (…, 1), (…, D), (…, 1)
     "Codes on a grid of equal steps, how near they come to the direction of `y`, and the square of their length"
-    xp, total = array_module(y)[0], lambda a: a.sum(-1, keepdims=True)
+    xp, total = library(y)[0], lambda a: a.sum(-1, keepdims=True)
     c = xp.clip(xp.floor(y/(step+1e-30)), -n/2, n/2-1)+.5
     square = total(c*c)
     return total(y*c)/xp.sqrt(square), c, square # the length of `y` times the cosine of the angle between
@@ -406,7 +392,7 @@ def on_grid(y, step, n: int): # (…, D), (…, 1), number of codes ▸ (…, 1)
 # %% ../nbs/10_turboquant.ipynb #d0c51e68
 def scale_of(length, square, n: int): # of a vector, of its codes around zero
     "What makes codes as long as the vector; codes count as within ±1, so scales are of the size of the coordinates"
-    return as_type(length/array_module(length)[0].sqrt(square)*(n/2), 'float16')
+    return as_type(length/library(length)[0].sqrt(square)*(n/2), 'float16')
 
 # %% ../nbs/10_turboquant.ipynb #c9aea974
 def encode_rotated(
@@ -415,7 +401,7 @@ def encode_rotated(
     steps: tuple = STEPS,
 ) -> tuple: # codes (…, D) float32, scales (…, 1) float16
     "Codes on a uniform grid, and the scale that keeps each vector's length"
-    xp, n, best = array_module(y)[0], 2**bits, None
+    xp, n, best = library(y)[0], 2**bits, None
     length, points = xp.sqrt((y*y).sum(-1, keepdims=True)), codebook(y.shape[-1], bits, 'uniform')
     for m in steps:
         new = on_grid(y, length*float(m*(points[1]-points[0])), n)
@@ -438,5 +424,5 @@ def round_trip(
     "`x` as it comes back from a cache"
     y = as_type(x, 'float32') if to is None else to(as_type(x, 'float32'))
     y = decode_rotated(*encode_rotated(rotate(y, seed), bits), bits)
-    y = y @ array_module(y)[1](rotation_matrix(y.shape[-1], seed, 'hadamard').T[:, :x.shape[-1]].copy())
+    y = y @ beside(y)(rotation_matrix(y.shape[-1], seed, 'hadamard').T[:, :x.shape[-1]].copy())
     return as_type(y if back is None else back(y), str(x.dtype).split('.')[-1])

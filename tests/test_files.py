@@ -263,7 +263,7 @@ def test_a_disk_that_fills_up_is_told_with_the_place(tmp_path, e):
 
 def test_advice_after_an_interruption(home, monkeypatch):
     import optiq.pipeline as pipeline
-    import optiq.measure.sweep as sensitivity
+    import optiq.sensitivity as sensitivity
     def stop(*a, **k): raise KeyboardInterrupt
     for where in (pipeline, sensitivity): monkeypatch.setattr(where, 'kl_sweep', stop)
     def said(*args):

@@ -12,7 +12,7 @@ from optiq.backends.open import open_backend
 from optiq.backends.replay import check_logits
 from optiq.cli import main
 from optiq.evals.kl import reference, score_against
-from optiq.report import Report, compare_reports, mean_figure, paired
+from optiq.report import Report, mean_figure, paired
 from optiq.material.tiny import tiny
 
 FEW = ['--n-samples', 1]
@@ -118,6 +118,6 @@ def test_items_that_are_no_numbers():
 def test_one_item_shows_no_difference():
     rows = [dict(name=n) | mean_figure('margin', [x], 'same') for n, x in (('a', 1.), ('b', 2.))]
     assert rows[0]['margin_se'] is None and rows[0]['margin_low'] is None
-    found = compare_reports(*(Report([r]) for r in rows))
+    found = Report.compare(*(Report([r]) for r in rows))
     assert found.verdicts['margin']['winner'] is None and 'nan' not in repr(found)
     assert json.dumps(found.rows, allow_nan=False)

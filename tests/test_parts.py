@@ -17,7 +17,7 @@ from optiq.plan import default_of_vlm, make_plan, thoughtless, uniform
 from optiq.models import Checkpoint
 from optiq.rounding import as_overrides, outside_before, round_model, round_to_files
 from optiq.measure.kl import kl_divergence, measure, perturb
-from optiq.measure.sweep import load_sweep
+from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep
 from optiq.material.tiny import hub_config, hub_tensors, tiny
 
@@ -195,7 +195,7 @@ def test_sweep_resumes_and_knows_its_samples(backends, samples, tmp_path):
     file.write_text(''.join(lines[:30])+lines[30][:20])
     again = kl_sweep(b, some, ['4g64'], out=file, progress=False, rounding='minmax')
     assert all((whole.values[k] == again.values[k]).all() for k in whole.values) and whole.header['noise'] < 1e-9
-    assert {u.part for u in load_sweep(file).units} == {'vision', 'projector', 'language'}
+    assert {u.part for u in Sweep.load(file).units} == {'vision', 'projector', 'language'}
     assert set(whole.to_frame().part) == {'vision', 'projector', 'language'}
     with pytest.raises(ValueError, match='tokens'): kl_sweep(b, some[:1]*2, ['4g64'], out=file, progress=False, rounding='minmax')
     with pytest.raises(ValueError, match='exact'): kl_sweep(b, some, ['4g64'], method='gradient', progress=False, rounding='minmax')

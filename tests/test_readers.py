@@ -19,7 +19,7 @@ from optiq.latency import Speeds
 from optiq.roofline import Chip
 from optiq.models import Checkpoint, read_header, weight_files
 from optiq.readers import NAME, check, dumps, number, told, whole
-from optiq.measure.sweep import Sweep, load_sweep
+from optiq.measure.sweep import Sweep
 from optiq.material.tiny import tiny
 
 PASSAGE = 'The river was low that summer, so the ferry waited until the evening tide before it crossed to the other side. '*3
@@ -44,7 +44,7 @@ def good(tmp_path_factory):
     (root/'text.txt').write_text('\n'.join(f'{i} {PASSAGE}' for i in range(30))+'\n')
     return root
 
-READERS = {'sweep.jsonl': load_sweep, 'sweep.json': load_sweep, 'plan.json': Plan.load, 'chip.json': load_chip, 'report.json': Report.load,
+READERS = {'sweep.jsonl': Sweep.load, 'sweep.json': Sweep.load, 'plan.json': Plan.load, 'chip.json': load_chip, 'report.json': Report.load,
            'speeds.json': Speeds.load, 'answers.jsonl': lambda p: read_questions(p, ('question', 'answer')), 'text.jsonl': read_file,
                'text.txt': read_file,
            'model/config.json': lambda p: Checkpoint(p.parent), 'model/tokenizer.json': lambda p: Checkpoint(p.parent).tokenizer,
@@ -217,29 +217,29 @@ def test_records_of_a_sweep(copied, name, new):
     end = ',' if rows[3].endswith(',') else ''
     rows[3] = json.dumps(json.loads(rows[3].removesuffix(',')) | new)+end
     file.write_text('\n'.join(rows)+'\n')
-    with pytest.raises(ValueError, match=f'{name}(, (line 4|record 3)| is not finished| is no sweep)'): load_sweep(file)
+    with pytest.raises(ValueError, match=f'{name}(, (line 4|record 3)| is not finished| is no sweep)'): Sweep.load(file)
 
 def test_kinds_are_told_by_content(good, tmp_path):
     for a, b in (('sweep.json', 'x.jsonl'), ('sweep.jsonl', 'x.json')):
         shutil.copy(good/a, tmp_path/b)
-        assert load_sweep(tmp_path/b).header == load_sweep(good/a).header
-    for f, other in ((load_sweep, 'plan.json'), (Plan.load, 'sweep.json'), (Report.load, 'chip.json')):
+        assert Sweep.load(tmp_path/b).header == Sweep.load(good/a).header
+    for f, other in ((Sweep.load, 'plan.json'), (Plan.load, 'sweep.json'), (Report.load, 'chip.json')):
         with pytest.raises(ValueError, match=f'{other}.* is no .*but a {other.split(".")[0]}'): f(good/other)
 
 def test_sweep_into_a_json_file(good, tmp_path):
     argv = ['sweep', str(good/'model'), '-o', str(tmp_path/'x.json'), '--bits', '4', '--samples', '2', '--seq-len', '16', '--rounding', 'minmax']
     for _ in range(2): assert (r := CliRunner().invoke(main, argv)).exit_code == 0, r.output # and again, from what is there
-    assert len(load_sweep(tmp_path/'x.json').units) == 15
+    assert len(Sweep.load(tmp_path/'x.json').units) == 15
 
 def test_changed_params(copied):
-    for name, f in (('plan.json', Plan.load), ('sweep.json', load_sweep)):
+    for name, f in (('plan.json', Plan.load), ('sweep.json', Sweep.load)):
         file = copied(name)
         d = json.loads(file.read_text())
         file.write_text(json.dumps(d | dict(params=2*d['params'])))
         with pytest.raises(ValueError, match=f'{name}.* params'): f(file)
 
 def test_the_solver_ends_with_any_scale(good):
-    s = load_sweep(good/'sweep.json')
+    s = Sweep.load(good/'sweep.json')
     for scale in (1e-300, 1e300):
         table = {k: v*scale for k, v in s.values.items()}
         from optiq.knapsack import budgets_of

@@ -8,6 +8,7 @@ import pytest
 
 import optiq.evals.gsm8k as G
 import optiq.measure.sweep as S
+import optiq.sensitivity as sensitivity
 from optiq.backends.torch import TorchBackend
 from optiq.files import own_file
 from optiq.formats import AS_IS
@@ -24,11 +25,11 @@ def quick(monkeypatch):
     def scale(f): return 1e-7 if f == AS_IS else 1 # a weight left as it is changes nearly nothing
     def measure(b, batch, todo, *args): return np.array([[value(u, f, row)*scale(f) for row in batch] for u, f in todo])
     monkeypatch.setattr(S, 'plan_passes', lambda *a: (1, 5))
-    monkeypatch.setattr(S, 'measure', measure)
+    monkeypatch.setattr(sensitivity, 'measure', measure)
 
 def sweep(b, out, **options):
     tokens = np.random.default_rng(0).integers(0, b.checkpoint.vocabulary, (3, 16)).astype(np.int32)
-    return S.kl_sweep(b, tokens, [4, 8], out=out, progress=False, **dict(rounding='minmax')|options)
+    return sensitivity.kl_sweep(b, tokens, [4, 8], out=out, progress=False, **dict(rounding='minmax')|options)
 
 class Killed(BaseException): "As far as one process can be killed among threads"
 
@@ -108,7 +109,7 @@ def test_a_sweep_cut_at_any_byte_ends_equal(b, tmp_path):
 
 def test_an_end_that_came_early_comes_again(b, tmp_path, monkeypatch):
     "A run that ends when plans no longer change, killed right before it would have ended"
-    monkeypatch.setattr(S, 'settled', lambda log, targets: len(log.records) >= 25)
+    monkeypatch.setattr(sensitivity, 'settled', lambda log, targets: len(log.records) >= 25)
     out = tmp_path/'s.jsonl'
     for _ in range(2):
         with pytest.raises(ValueError): sweep(b, out, until='stable', targets=[5]) # half a sequence, so no sweep
@@ -132,7 +133,7 @@ def test_a_file_that_tells_values_twice_is_refused(b, tmp_path):
     sweep(b, out)
     lines = [json.loads(x) for x in out.read_text().splitlines()]
     out.write_text(''.join(json.dumps(x | dict(kl=x['kl']*2) if x.get('start') == 0 else x)+'\n' for x in lines))
-    with pytest.raises(ValueError, match='not finished'): S.load_sweep(out)
+    with pytest.raises(ValueError, match='not finished'): S.Sweep.load(out)
 
 ROWS = [dict(question=f'{i} and {i}?', answer=str(2*i)) for i in range(21)]
 

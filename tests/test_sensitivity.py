@@ -221,7 +221,6 @@ def test_two_ranks_write_what_one_writes(models, tmp_path, monkeypatch, backend,
     import torch # not on top: ranks of MLX do without
     model, script = str(models['mistral'].folder), tmp_path/'ranks.py'
     script.write_text(RANKS)
-    monkeypatch.setattr(S, 'plan_passes', S.plan_passes)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try: ranked(backend, model, tmp_path/'one.jsonl')

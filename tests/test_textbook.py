@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from optiq import gradient, knapsack, latency, rounding, sensitivity
+from optiq import chips, knapsack, rounding
 from optiq.backends.mlx import MLXBackend
 from optiq.backends.stream import read_rows
 from optiq.backends.torch import TorchBackend
@@ -23,16 +23,18 @@ from optiq.evals.wer import wer_figure
 from optiq.formats import Format, quantize_dequantize
 from optiq.knapsack import Frontier, allocate
 from optiq.plan import Plan, mean_se, uniform
-from optiq.kv.layout import KVLayer, KVUnits
+from optiq.kv.layout import KVLayer, KVLayout
 from optiq.models import Checkpoint, Unit
 from optiq.pipeline import texts
 from optiq.arrays import to_mlx
+from optiq.roofline import Chip, Latency, cache_bytes, reads_of
 from optiq.rounding import gptq, search
 from optiq.statistics import Inputs
+from optiq.measure.gradient import second_order
+from optiq.measure.kl import kl_divergence
 from optiq.measure.sweep import Sweep, fingerprint_of
 from optiq.sensitivity import kl_sweep
 from optiq.material.tiny import tiny
-from optiq.backends.taps import watch_attention
 from optiq.kv.precondition import key_statistics
 from optiq.refine import Verified, verified, verified_row
 
@@ -140,13 +142,13 @@ def test_kl_is_of_the_reference_to_the_model_and_not_the_other_way_round():
     assert abs(there-back).min() > .05
     for xp in (torch, mx):
         array = torch.tensor if xp is torch else mx.array
-        assert np.allclose(sensitivity.kl_divergence(xp, array(z_p), array(z_q)), there, rtol=1e-4)
+        assert np.allclose(kl_divergence(xp, array(z_p), array(z_q)), there, rtol=1e-4)
 
 def test_gradients_are_squared_and_halved(b, tokens):
     "The second-order estimate: half the sum of g²Δ², over all tokens"
     todo = [(u, Format(4, 64)) for u in b.checkpoint.units[:4]]
-    g = gradient._torch_gradients(b, tokens, 7)
-    for (u, f), got in zip(todo, gradient.second_order(b, tokens, todo, seed=7)):
+    g = b.gradients(tokens, 7)
+    for (u, f), got in zip(todo, second_order(b, tokens, todo, seed=7)):
         w = b.unit_weight(u.path)
         step = (quantize_dequantize(w, f).double()-w.double()).numpy()
         assert got == pytest.approx(((np.float64(g[u.path])*step)**2).sum()/2/48, rel=1e-4)
@@ -279,10 +281,10 @@ class Clock:
 def test_decoding_is_timed_without_what_warms_up(monkeypatch):
     generate = import_module('mlx_lm.generate') # of that name there is a function, too
     clock = Clock()
-    for module in (latency, speed): monkeypatch.setattr(module, 'time', clock)
-    monkeypatch.setattr(latency, 'find_units', lambda model: [Some(kind='embed', shape=(9, 4))])
+    for module in (chips, speed): monkeypatch.setattr(module, 'time', clock)
+    monkeypatch.setattr(chips, 'find_units', lambda model: [Some(kind='embed', shape=(9, 4))])
     monkeypatch.setattr(generate, 'generate_step', clock.tokens(9, 5, 5, .5, .5, .5, .5))
-    assert latency.decode_once(None, 4, 4, 3) == 2
+    assert chips.decode_once(None, 4, 4, 3) == 2
     monkeypatch.setattr(generate, 'generate_step', clock.tokens(4, .5, .5, .5, .5))
     run = speed.one_run(None, [1]*8, 5)
     assert run['prompt_tps'] == 2 and run['decode_tps'] == 2
@@ -294,23 +296,23 @@ def test_the_first_run_only_warms_up(monkeypatch, c):
     assert (row['decode_tps'], row['decode_tps_low'], row['decode_tps_n']) == (6., 5., 3)
 
 def test_a_step_takes_what_one_more_step_takes(monkeypatch):
-    monkeypatch.setattr(latency, 'run_once', lambda chain, n, first: (0., 5+2*n))
-    assert latency.per_step(None, 3, 10)['seconds'] == 2
+    monkeypatch.setattr(chips, 'run_once', lambda chain, n, first: (0., 5+2*n))
+    assert chips.per_step(None, 3, 10)['seconds'] == 2
 
 def test_attention_reads_keys_and_values_of_two_bytes_each(monkeypatch, c):
-    heads, width = latency.GROUPS, latency.WIDE
-    monkeypatch.setattr(latency, 'attention_chain', lambda n: n)
-    monkeypatch.setattr(latency, 'per_step', lambda n, *a: dict(seconds=1e-9*n*heads*width*2*2))
-    assert latency.measure_attention()['seconds_per_byte'] == pytest.approx(1e-9)
+    heads, width = chips.GROUPS, chips.WIDE
+    monkeypatch.setattr(chips, 'attention_chain', lambda n: n)
+    monkeypatch.setattr(chips, 'per_step', lambda n, *a: dict(seconds=1e-9*n*heads*width*2*2))
+    assert chips.measure_attention()['seconds_per_byte'] == pytest.approx(1e-9)
     a = c.config
     grows = a['num_hidden_layers']*2*a['num_key_value_heads']*a['head_dim']*2
     model = c.load()
-    assert latency.cache_bytes(model, 48)-latency.cache_bytes(model, 16) == 32*grows
-    reads = latency.reads_of(model, a)
-    lat = [latency.Latency(latency.Chip('x', 100.), reads, n) for n in (16, 48)]
+    assert cache_bytes(model, 48)-cache_bytes(model, 16) == 32*grows
+    reads = reads_of(model, a)
+    lat = [Latency(Chip('x', 100.), reads, n) for n in (16, 48)]
     plan = uniform(c, 4)
     assert lat[1].ms(plan)-lat[0].ms(plan) == pytest.approx(32*grows/100e6)
-    busy = latency.Latency(latency.Chip('x', 100., host=1e4), reads, 16) # the CPU prepares a token while the device works on another
+    busy = Latency(Chip('x', 100., host=1e4), reads, 16) # the CPU prepares a token while the device works on another
     assert busy.device(plan) == pytest.approx(lat[0].ms(plan)) and busy.ms(plan) == busy.host == 20
 
 # the cache
@@ -319,7 +321,7 @@ def test_keys_are_evened_out_by_the_queries_that_meet_them(b, tokens):
     seen = {}
     def see(block, q, k, v):
         for name, x in dict(q=q, k=k).items(): seen.setdefault((block, name), []).append(x[0].numpy().swapaxes(0, 1))
-    with watch_attention(b, see):
+    with b.watching(see):
         for row in tokens: b.logits(row[None])
     found = key_statistics(b, tokens)
     for i in range(2):
@@ -333,6 +335,6 @@ def test_keys_are_evened_out_by_the_queries_that_meet_them(b, tokens):
 def test_bytes_of_a_layout_are_counted_by_heads_and_windows():
     whole, window = KVLayer(0, 0, 2, 64, 96), KVLayer(1, 1, 2, 64, 64, window=100, constant=10, left='sliding window')
     assert whole.nbytes(1000) == 1000*2*(64+96)*2 and window.nbytes(1000) == 10+100*2*128*2 and window.nbytes(50) == 10+50*2*128*2
-    units = KVUnits((whole, window), 'm', 1000)
+    units = KVLayout((whole, window), 'm', 1000)
     assert {u.path: u.shape for u in units.units} == {'cache.0.keys': (1000, 2, 64), 'cache.0.values': (1000, 2, 96)}
     assert units.other_bytes == window.nbytes(1000) and units.nbytes == whole.nbytes(1000)+window.nbytes(1000)

@@ -106,3 +106,19 @@ def listening(self: MLXBackend, hear, block: int | None):
     if block is not None: self.block(block)
     layers = {u.path: self.module(u.path) for u in self.checkpoint.units if u.block == block}
     return mlx_listening(layers, hear)
+
+# %% ../../nbs/03c_backends.mlx.ipynb #dc982ba9
+@patch
+def gradients(self: MLXBackend, batch, seed: int, skip=0):
+    "path ▸ gradient of Σ log p(y) over the batch"
+    import mlx.core as mx
+    weights = {p: self.module(p).weight for p in self.checkpoint.unit}
+    ids = mx.array(batch)
+    y = mx.random.categorical(self.logits(batch)[:, skip:], key=mx.random.key(seed))[..., None]
+    def total(w):
+        for p in w: self.module(p).weight = w[p]
+        z = self.model(ids)[:, skip:]
+        return (mx.take_along_axis(z, y, -1)[..., 0]-mx.logsumexp(z, axis=-1)).sum()
+    try: return mx.grad(total)(weights)
+    finally:
+        for p, w in weights.items(): self.module(p).weight = w

@@ -10,7 +10,7 @@ import numpy as np
 
 from .mlx import MLXBackend
 from .parts import ReplayBackend
-from .replay import Backend, free_memory
+from .replay import Backend, available_memory
 from .stream import StreamedReplay, StreamingBackend
 from .torch import TorchBackend
 from ..models import Checkpoint, refuse_two_heads
@@ -20,7 +20,7 @@ def _choose(checkpoint):
     "'mlx', 'torch' or 'stream' for this machine and model"
     import mlx.core as mx
     from importlib.util import find_spec
-    if 4*checkpoint.params > free_memory()/2 and 'quantization' not in checkpoint.config: return 'stream'
+    if 4*checkpoint.params > available_memory()/2 and 'quantization' not in checkpoint.config: return 'stream'
     if checkpoint.model_type != 'llm': return 'mlx'
     return 'mlx' if mx.default_device().type == mx.DeviceType.gpu or not find_spec('torch') else 'torch'
 

@@ -13,9 +13,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from .mlx import MLXBackend
-from .replay import free_memory
 from .parts import ReplayBackend
-from .replay import check_all, check_finite, check_ids
+from .replay import available_memory, check_all, check_finite, check_ids
 from .taps import _block, _descend, same
 from ..models import Checkpoint, Unit, read_header
 
@@ -86,6 +85,7 @@ def _place(checkpoint, unit):
 # %% ../../nbs/03e_backends.stream.ipynb #38d647f6
 class StreamingBackend(Eager, MLXBackend):
     "Replays an mlx-lm model with one block, and some rows of the vocabulary, in memory"
+    holds = False
     rows = 8192 # of the vocabulary in memory at once
 
     def __init__(self, checkpoint: Checkpoint, dtype: str = 'float32'):
@@ -96,7 +96,7 @@ class StreamingBackend(Eager, MLXBackend):
         for name in ('norm', 'model.norm', 'model.embedding_norm'): self.check(f'{name}.')
 
     def by_loader(self, checkpoint: Checkpoint): # a quantized model is not streamed
-        if 4*checkpoint.params < free_memory(): return MLXBackend(checkpoint)
+        if 4*checkpoint.params < available_memory(): return MLXBackend(checkpoint)
 
     def block(self, i: int):
         if self.held != i:

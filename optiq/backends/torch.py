@@ -13,10 +13,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from .mlx import MLXBackend, _of_type
-from .replay import free_memory
-from .replay import Backend, check_all, check_logits
+from .replay import Backend, available_memory, check_all, check_logits
 from .stream import StreamingBackend
-from .taps import eager_experts, torch_attention, torch_ear, torch_stand_ins, torch_watching
+from .taps import eager_experts, torch_attention, torch_listening, torch_stand_ins, torch_watching
 from ..models import Checkpoint, Unit, cannot_open
 
 # %% ../../nbs/03b_backends.torch.ipynb #8e997bca
@@ -130,7 +129,7 @@ class TorchBackend(Backend):
         check_all(checkpoint, torch, ((path, p.data) for path, p in self.model.named_parameters()))
 
     def by_loader(self, checkpoint: Checkpoint):
-        if 4*checkpoint.params < free_memory(): return MLXBackend(checkpoint)
+        if 4*checkpoint.params < available_memory(): return MLXBackend(checkpoint)
         if 'quantization' not in checkpoint.config: return StreamingBackend(checkpoint)
         print(f'{checkpoint.name}: too little memory to compare what PyTorch and MLX make of it', file=sys.stderr)
     def block(self, i: int): return self.blocks[i]
@@ -147,7 +146,7 @@ class TorchBackend(Backend):
 def on_gpu(self: TorchBackend): return self.device == 'cuda'
 
 @patch
-def free_memory(self: TorchBackend) -> int: return self.xp.cuda.mem_get_info()[0] if self.on_gpu else free_memory()
+def free_memory(self: TorchBackend) -> int: return self.xp.cuda.mem_get_info()[0] if self.on_gpu else available_memory()
 
 @patch
 def array(self: TorchBackend, a: np.ndarray):
@@ -168,4 +167,20 @@ def listening(self: TorchBackend, hear, block: int | None):
     names = {}
     for path, (param, part) in self.slots.items():
         if self.checkpoint.unit[path].block == block: names.setdefault(id(param), []).append(path)
-    with eager_experts(self.model), torch_ear(hear, names): yield
+    with eager_experts(self.model), torch_listening(hear, names): yield
+
+# %% ../../nbs/03b_backends.torch.ipynb #573b52e4
+@patch
+def gradients(self: TorchBackend, batch, seed: int, skip=0):
+    "path ▸ gradient of Σ log p(y) over the batch, in the unit's shape"
+    import torch
+    generator = torch.Generator(self.device).manual_seed(seed)
+    params = {id(p): p for p, _ in self.slots.values()}.values()
+    for p in params: p.requires_grad_(True)
+    try:
+        log_p = self.logits(batch)[:, skip:].log_softmax(-1).flatten(0, 1)
+        y = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        log_p.gather(1, y).sum().backward()
+        return {path: p.grad[part] for path, (p, part) in self.slots.items()}
+    finally:
+        for p in params: p.requires_grad_(False).grad = None

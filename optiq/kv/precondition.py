@@ -17,11 +17,12 @@ import mlx.core as mx
 import numpy as np
 from fastcore.basics import patch
 
+from ..arrays import beside, library
 from ..backends.replay import Backend
 from ..formats import Format, parse_format
 from .layout import kv_layout
 from ..models import read_header
-from ..turboquant import Rotated, array_module
+from ..turboquant import Rotated
 
 # %% ../../nbs/11a_kv.precondition.ipynb #ac5130fd
 def rotates(fmt: Format) -> bool: return fmt.mode == 'tq'
@@ -38,8 +39,7 @@ class KeyPrecondition:
 
     def beside(self, k, part: str):
         "Mean or scale in the library of `k`"
-        xp, constant = array_module(k)
-        return in_mlx(self, part) if xp is mx else constant(getattr(self, part))
+        return in_mlx(self, part) if library(k)[0] is mx else beside(k)(getattr(self, part))
 
     @cached_property
     def digest(self): return self.mean.shape, hashlib.sha256(self.mean.tobytes()+self.scale.tobytes()).hexdigest()

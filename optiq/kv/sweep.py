@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from ..backends.open import open_backend
-from ..backends.stream import StreamingBackend
 from ..calibration import fingerprint, passages, token_batch
 from ..convert import convert, refuse_quantized
 from ..evals.perplexity import evaluate, evaluation_tokens, overrides_of
@@ -39,7 +38,7 @@ from ..sensitivity import kl_sweep
 def check_candidates(b, layout: KVLayout, formats: list):
     "Raise ValueError if no candidate fits, or if the backend cannot hold quantized weights meanwhile"
     probes(layout.units, formats)
-    if layout.weights and isinstance(b, StreamingBackend): raise ValueError(
+    if layout.weights and not b.holds: raise ValueError(
         'a streamed model cannot hold quantized weights for the length of a sweep; '
         'use --backend torch or mlx')
 

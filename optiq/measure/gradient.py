@@ -10,50 +10,15 @@ __all__ = ['second_order', 'sweep_to_write', 'gradient_sweep', 'agreement', 'cal
 from pathlib import Path
 
 import numpy as np
-from fastcore.basics import patch
 
-from ..backends.mlx import MLXBackend
 from ..backends.open import open_backend
 from ..backends.replay import Backend
-from ..backends.torch import TorchBackend
 from ..calibration import unscored
 from ..files import own_file
 from ..formats import Format, for_unit, parse_format, quantize_dequantize
 from .kl import measure, probes
 from .sweep import Sweep, SweepLog, fingerprint_of, same_sweep
 from ..models import Unit
-
-# %% ../../nbs/04d_measure.gradient.ipynb #573b52e4
-@patch
-def gradients(self: TorchBackend, batch, seed: int, skip=0):
-    "path ▸ gradient of Σ log p(y) over the batch, in the unit's shape"
-    import torch
-    generator = torch.Generator(self.device).manual_seed(seed)
-    params = {id(p): p for p, _ in self.slots.values()}.values()
-    for p in params: p.requires_grad_(True)
-    try:
-        log_p = self.logits(batch)[:, skip:].log_softmax(-1).flatten(0, 1)
-        y = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        log_p.gather(1, y).sum().backward()
-        return {path: p.grad[part] for path, (p, part) in self.slots.items()}
-    finally:
-        for p in params: p.requires_grad_(False).grad = None
-
-# %% ../../nbs/04d_measure.gradient.ipynb #dc982ba9
-@patch
-def gradients(self: MLXBackend, batch, seed: int, skip=0):
-    "path ▸ gradient of Σ log p(y) over the batch"
-    import mlx.core as mx
-    weights = {p: self.module(p).weight for p in self.checkpoint.unit}
-    ids = mx.array(batch)
-    y = mx.random.categorical(self.logits(batch)[:, skip:], key=mx.random.key(seed))[..., None]
-    def total(w):
-        for p in w: self.module(p).weight = w[p]
-        z = self.model(ids)[:, skip:]
-        return (mx.take_along_axis(z, y, -1)[..., 0]-mx.logsumexp(z, axis=-1)).sum()
-    try: return mx.grad(total)(weights)
-    finally:
-        for p, w in weights.items(): self.module(p).weight = w
 
 # %% ../../nbs/04d_measure.gradient.ipynb #86fe0e48
 def second_order(

@@ -80,8 +80,8 @@ def backend() -> Finding:
 # %% ../../nbs/63_show.doctor.ipynb #30192503
 def memory() -> list[Finding]:
     "Free memory, and free room on the disk"
-    from optiq.backends.replay import free_memory
-    ram, disk = free_memory()/2**30, shutil.disk_usage('.').free/2**30
+    from optiq.backends.replay import available_memory
+    ram, disk = available_memory()/2**30, shutil.disk_usage('.').free/2**30
     small = 'enough for models up to about 1B parameters; --backend stream reads larger ones block by block'
     full = 'give -o a folder on another disk'
     return [Finding('memory', f'{ram:.1f} GB free', *(() if ram > 4 else ('note', small))),

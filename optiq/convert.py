@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from . import __version__
 
+from . import __version__
 from .backends.open import APART, apart, few_logits
 from .backends.replay import Backend
 from .files import as_path, scratch, whole_folder
@@ -66,8 +66,8 @@ def pack(
 def copy_texts(source: Path, folder: Path):
     "Copy what a loader needs beside the weights and is not there yet"
     for f in (f for pattern in TEXT_FILES for f in source.glob(pattern)):
-        there = (copy := folder/f.relative_to(source)).exists() or f.name.endswith('.index.json')
-        if there or not f.is_file(): continue
+        copy = folder/f.relative_to(source)
+        if copy.exists() or f.name.endswith('.index.json') or not f.is_file(): continue
         copy.parent.mkdir(exist_ok=True)
         shutil.copy(f, copy)
 
@@ -90,7 +90,8 @@ def stored_bytes(c: Checkpoint) -> int:
 def check_sizes(saved: Checkpoint, plan):
     "Raise ValueError if a saved model has another format somewhere, or other bytes than its plan"
     for path, fmt in plan.items():
-        if (found := saved.formats.get(path)) != fmt: raise ValueError(
+        found = saved.formats.get(path)
+        if found != fmt: raise ValueError(
             f'{saved.folder}: {path} is stored as {found}, not {fmt}')
     if stored_bytes(saved) != plan.nbytes: raise ValueError(
         f'{saved.folder} holds {stored_bytes(saved):,} bytes of tensors, and {plan.nbytes:,} were predicted')
@@ -159,8 +160,11 @@ def as_saved(
     own = b.by_loader(saved)
     if own is not None and not b.stands_in: return own
     mine = overrides_of_saved(saved)
-    if own is None: print(f'{saved.folder}: too little memory to run it, so its weights are scored', file=sys.stderr)
-    elif (off := apart(few_logits(b, mine), few_logits(own))) > APART: raise ValueError(
+    if own is None:
+        print(f'{saved.folder}: too little memory to run it, so its weights are scored', file=sys.stderr)
+        return mine
+    off = apart(few_logits(b, mine), few_logits(own))
+    if off > APART: raise ValueError(
         f'{saved.folder}: its own forward pass differs from what its weights give in the reference, by {off:.0%} of '
         'the logits: its config.json says something else than that of the reference')
     return mine
@@ -246,9 +250,10 @@ def convert(
 ) -> Checkpoint: # the saved model
     "Write the model in the plan's formats; it is opened again and compared before it appears at `out`"
     c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)
-    if odd := set(plan) ^ set(c.unit): raise ValueError(
+    odd, out = set(plan) ^ set(c.unit), as_path(out)
+    if odd: raise ValueError(
         f'the plan is for another model: {min(odd)} is not in both')
-    with whole_folder(out := as_path(out), overwrite, plan.nbytes, source=c.folder) as part, scratch(out) as rounded:
+    with whole_folder(out, overwrite, plan.nbytes, source=c.folder) as part, scratch(out) as rounded:
         if quantizer is None: quantizer = as_planned(plan, sweep, source if isinstance(source, Backend) else c, rounded)
         write(c, plan, part, quantizer)
         check(part, plan, c, quantizer, c.trust_remote_code)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHRINK', 'BLOCK', 'ROUNDING', 'QUANTIZERS', 'Rounded', 'MinMax', 'nearest', 'descend', 'fit_grid', 'search',
            'find_grid', 'on_accelerator', 'finished', 'compensated', 'first_look', 'settle', 'second_look',
-           'look_again', 'replayed', 'prepared', 'gptq', 'gptq_all', 'few_tokens', 'shrinkage', 'NextEar', 'enough',
+           'look_again', 'replayed', 'prepared', 'gptq', 'gptq_all', 'shrinkage', 'NextListener', 'enough',
            'as_overrides', 'same_inputs', 'each_alone', 'Passage', 'round_block', 'outside_before', 'round_outside',
            'one_after_another', 'round_model', 'Held', 'RoundTrips', 'round_all', 'seconds_of_one', 'rounding_seconds',
            'announce_rounding', 'round_to_files', 'refuse_dwq', 'dwq']
@@ -28,7 +28,7 @@ from .backends.open import open_backend
 from .backends.replay import Backend, Heard
 from .calibration import fingerprint, shape_of
 from .formats import AS_IS, Format, divides, quantize_dequantize, quantize_minmax
-from .statistics import Chunks, Ear, Inputs, Statistics
+from .statistics import Chunks, Inputs, Listener, Statistics
 
 # %% ../nbs/06_rounding.ipynb #50ed958a
 @dataclass
@@ -73,7 +73,8 @@ def descend(xp, g, a, n, s, b, cast, steps=5): # g (rows, group), a (rows or 1, 
     "Codes for a grid, a grid for the codes, `steps` times; at the end scale and bias (rows, 1) as stored"
     A, Ag = _total(a), _total(a*g)
     for _ in range(steps):
-        aq = a*(q := nearest(xp, g, s, b, n))
+        q = nearest(xp, g, s, b, n)
+        aq = a*q
         Aq, Aqq, Aqg = _total(aq), _total(aq*q), _total(aq*g)
         spread = A*Aqq-Aq*Aq
         fitted = (A*Aqg-Aq*Ag)/xp.where(spread > 0, spread, 1)
@@ -87,18 +88,14 @@ SHRINK = (1., .9, .8, .7) # parts of the range to start from
 
 def fit_grid(xp, g, a, n, cast, steps=5): # g (rows, group), a (rows or 1, group), n the largest code
     "Scale and bias (rows, 1) of each group that minimise Σ a·(g − scale·code − bias)²"
-    (lo, hi), best = _edges(xp, g), None
+    low, high = (xp.amin, xp.amax) if xp.__name__ == 'torch' else (xp.min, xp.max)
+    lo, hi, best = low(g, axis=-1, keepdims=True), high(g, axis=-1, keepdims=True), None
     for part in SHRINK:
         s, b = descend(xp, g, a, n, xp.clip((hi-lo)*part/n, 1e-7, None), lo*part, cast, steps)
         error = _total(a*(g-s*nearest(xp, g, s, b, n)-b)**2)
         if best is None: best = s, b, error
         else: best = [xp.where(error < best[2], new, old) for new, old in zip((s, b, error), best)]
     return best[:2]
-
-# %% ../nbs/06_rounding.ipynb #618c571d
-def _edges(xp, g):
-    low, high = (xp.amin, xp.amax) if xp.__name__ == 'torch' else (xp.min, xp.max)
-    return low(g, axis=-1, keepdims=True), high(g, axis=-1, keepdims=True)
 
 # %% ../nbs/06_rounding.ipynb #600a7ab1
 def search(
@@ -254,17 +251,13 @@ def gptq_all(
         experts = enumerate(_per_expert(stats, len(weights[0])))
         return [_stack(r) for r in zip(*(gptq_all([w[e] for w in weights], formats, s) for e, s in experts))]
     pairs = list(zip(weights, formats))
-    if stats is None or stats.count < few_tokens(weights[0]): return [search(w, f, stats) for w, f in pairs]
+    if stats is None or stats.count < weights[0].shape[-1]//4: # too few for H
+        return [search(w, f, stats) for w, f in pairs]
     affine, done = [p for p in pairs if p[1].mode == 'affine'], []
     at_once = max(1, 2**(28 if on_accelerator(weights[0]) else 26)//max(prod(w.shape) for w in weights))
     for k in range(0, len(affine), at_once): done += _gptq(affine[k:k+at_once], stats)
     done = iter(done)
     return [next(done) if f.mode == 'affine' else MinMax(w, f) for w, f in pairs]
-
-# %% ../nbs/06_rounding.ipynb #08c23a6a
-def few_tokens(w) -> int:
-    "With fewer tokens than a quarter of its width a matrix is left to `search`"
-    return w.shape[-1]//4
 
 # %% ../nbs/06_rounding.ipynb #660251c2
 def _gptq(pairs, stats): # [(weight, format)]
@@ -272,8 +265,8 @@ def _gptq(pairs, stats): # [(weight, format)]
     xp, f32, _ = library(pairs[0][0])
     h, order, u = prepared(xp, stats)
     grids = [find_grid(w, f, stats) for w, f in pairs]
-    wide = lambda x, f: xp.stack([f32(x)]*f.group_size, -1).reshape(len(x), -1)
-    columns = lambda xs: xp.concatenate(xs).T[order]
+    def wide(x, f): return xp.stack([f32(x)]*f.group_size, -1).reshape(len(x), -1)
+    def columns(xs): return xp.concatenate(xs).T[order]
     s, b = (columns([wide(g[k], f) for g, (_, f) in zip(grids, pairs)]) for k in (0, 1))
     weights = columns([f32(w) for w, _ in pairs])
     top = xp.concatenate([xp.zeros_like(f32(w[:, 0]))+(2**f.bits-1) for w, f in pairs])
@@ -290,7 +283,7 @@ def shrinkage(h, n: int) -> float: # second moments of n tokens ▸ a part of th
     return rho/(1-rho) if rho < .99 else 100.
 
 # %% ../nbs/06_rounding.ipynb #6707cf03
-class NextEar(Ear):
+class NextListener(Listener):
     "Hears only the matrices that read the first input that is still to be rounded for; then it has heard enough"
     def __init__(self, units): super().__init__(units); self.first, self.open = None, True
     def __call__(self, path, x, experts=None):
@@ -352,8 +345,8 @@ def round_block(p: Passage, i: int): # yields [(path, Rounded or MinMax)]
     "The units of one block, first those that read its input, then those that read their results"
     p.done, left = {}, {path: u for path, u in p.todo.items() if u.block == i}
     while left:
-        p.chunks.run(i, p.states, ear := NextEar(left), as_overrides(p.done))
-        yield from p.round(ear.stats or dict.fromkeys(left))
+        p.chunks.run(i, p.states, listener := NextListener(left), as_overrides(p.done))
+        yield from p.round(listener.stats or dict.fromkeys(left))
         left = {path: u for path, u in left.items() if path not in p.done}
     p.states = p.chunks.run(i, p.states, None, as_overrides(p.done))
 
@@ -371,8 +364,8 @@ def outside_before(todo: dict, block: int | None) -> list: # of paths
 def round_outside(p: Passage, i: int | None): # yields [(path, Rounded or MinMax)]
     "Units outside the blocks that come just before block `i`; for None, after all of them"
     for path in outside_before(p.todo, i):
-        p.chunks.run(None, p.states, ear := Ear({path: p.todo[path]}))
-        yield from p.round({path: ear.stats.get(path)})
+        p.chunks.run(None, p.states, listener := Listener({path: p.todo[path]}))
+        yield from p.round({path: listener.stats.get(path)})
         if i is not None: p.states = [p.b.change(s, as_overrides({path: p.done[path]})) for s in p.states]
 
 # %% ../nbs/06_rounding.ipynb #acb4e0a5
@@ -534,7 +527,8 @@ def refuse_dwq(source, tokens, valid: int, batch_size: int):
         f'dwq trains text models only, and {source.name} is of type {source.model_type}')
     if valid < batch_size: raise ValueError(
         f'dwq validates in batches of {batch_size}, so valid={valid} is too few')
-    if len(tokens) < (need := valid+batch_size): raise ValueError(
+    need = valid+batch_size
+    if len(tokens) < need: raise ValueError(
         f'dwq needs {need} calibration sequences, {valid} of them to validate on; there are {len(tokens)}')
 
 # %% ../nbs/06_rounding.ipynb #bdc40628

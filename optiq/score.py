@@ -19,8 +19,8 @@ from .calibration import before, fingerprint, passages, token_batch
 from .evals.perplexity import evaluate, refuse_calibration
 from .files import own_file
 from .formats import parse_format
-from .knapsack import known
 from .models import Checkpoint
+from .readers import known
 from .report import Report, joined, machine, mean_figure, own_size, share_figure, test
 
 # %% ../nbs/46_score.ipynb #00293847
@@ -139,7 +139,8 @@ def kl(
     s, on = score_against(stored, open_backend(c, backend), tokens), fingerprint(tokens)
     rows = [joined(own_size(a), kl_figures(0*s.tokens[1], 0*s.flips, stored.scored.mean(1), on))]
     if c.name != a.name: rows.append(joined(own_size(c), kl_figures(s.tokens[1], s.flips, s.nll, on)))
-    kept = f'top {k} and the tail' if (k := stored.about['top_k']) else 'all words'
+    k = stored.about['top_k']
+    kept = f'top {k} and the tail' if k else 'all words'
     return Report(rows, dict(kept=kept, by_position=by_position(s)) | text_about(source, tokens))
 
 # %% ../nbs/46_score.ipynb #a21cfb58
@@ -182,7 +183,8 @@ def recall(model, n=200, seed=42, **_) -> Report:
 # %% ../nbs/46_score.ipynb #76a7dcf2
 def _needle(model, n=200, lengths=(128, 256, 512, 1024), depths=(0., .25, .5, .75, 1.), kv=None, **_):
     from optiq.evals.needle import needle
-    if n % (cells := len(lengths)*len(depths)): raise ValueError(
+    cells = len(lengths)*len(depths)
+    if n % cells: raise ValueError(
         f'{n} trials do not spread over {cells} cells; give --n-samples {max(1, n//cells)*cells}')
     make = cache_maker(kv)
     return needle(model, lengths, depths, n//cells, make_cache=make, name=_named(model, make))
@@ -190,8 +192,9 @@ def _needle(model, n=200, lengths=(128, 256, 512, 1024), depths=(0., .25, .5, .7
 def _gsm8k(model, n=200, questions='gsm8k', shots=None, out=None, kv=None, **_):
     from optiq.evals.gsm8k import gsm8k, questions as find
     own, make = questions == 'word-problems', cache_maker(kv)
-    return gsm8k(model, find(questions, n), (0 if own else 3) if shots is None else shots, out=out, make_cache=make,
-                 name=_named(model, make), figure='word_problems' if own else 'gsm8k')
+    if shots is None: shots = 0 if own else 3
+    return gsm8k(model, find(questions, n), shots, out=out, make_cache=make, name=_named(model, make),
+                 figure='word_problems' if own else 'gsm8k')
 
 TASKS = dict(perplexity=perplexity, kl=kl, gsm8k=_gsm8k, needle=_needle, recall=recall, # a string: imported when it is asked for
              ai2d='optiq.evals.ai2d', wer='optiq.evals.wer')

@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Problem', 'undominated', 'at_prices', 'lower_bound', 'bisect', 'shadow_prices', 'fill_up',
-           'solve_lagrange', 'undecided', 'quiet_stdout', 'branch_and_bound', 'solve_exact', 'solve_greedy', 'solve']
+           'solve_lagrange', 'still_open', 'quiet_stdout', 'branch_and_bound', 'solve_exact', 'solve_greedy']
 
 # %% ../nbs/05a_solver.ipynb #228bb7d0
+import ctypes
+import os
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import floor, sqrt
 
 import numpy as np
+from fastcore.basics import patch
 
 # %% ../nbs/05a_solver.ipynb #40d18dc8
 @dataclass
@@ -69,7 +73,10 @@ def bisect(
     while not fits(high) and high < 1e300: high *= 8
     low = high
     while low > 1e-300 and fits(low): low /= 8
-    while high > low*(1+1e-9): high, low = (m, low) if fits(m := sqrt(high)*sqrt(low)) else (high, m)
+    while high > low*(1+1e-9):
+        middle = sqrt(high)*sqrt(low)
+        if fits(middle): high = middle
+        else: low = middle
     return np.array([high])
 
 # %% ../nbs/05a_solver.ipynb #fccfb05b
@@ -116,7 +123,7 @@ def solve_lagrange(p: Problem) -> tuple: # pick or None, bound, prices
     return None, lower_bound(p, prices), prices
 
 # %% ../nbs/05a_solver.ipynb #5d2ab9fc
-def undecided(p: Problem, prices: np.ndarray, gap: float) -> np.ndarray: # (rows, options) of bool
+def still_open(p: Problem, prices: np.ndarray, gap: float) -> np.ndarray: # (rows, options) of bool
     "The options that a plan nearer to the bound than `gap` could have"
     worth = p.kl+np.tensordot(prices, p.costs, 1)
     return np.isfinite(p.kl) & (worth-worth.min(1, keepdims=True) <= gap*(1+1e-6))
@@ -136,8 +143,7 @@ def _whole_numbers(costs, least, i, caps): # (budgets, kept), (budgets, rows), (
 @contextmanager
 def quiet_stdout():
     "Nothing that C code prints reaches the standard output"
-    import ctypes, os, sys
-    flush = lambda: (sys.stdout.flush(), ctypes.CDLL(None).fflush(None))
+    def flush(): sys.stdout.flush(), ctypes.CDLL(None).fflush(None)
     flush()
     out, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
@@ -171,7 +177,7 @@ def solve_exact(
     pick, bound, prices = solve_lagrange(p)
     kl = np.inf if pick is None else p.kl_of(pick)
     if pick is not None and (kl-bound <= 1e-12*kl or not kl): return pick, bound, prices
-    keep, scale = undecided(p, prices, kl-bound), 1e4/(max(abs(bound), 1e-300) if pick is None else kl)
+    keep, scale = still_open(p, prices, kl-bound), 1e4/(max(abs(bound), 1e-300) if pick is None else kl)
     found, proven = branch_and_bound(p, keep, scale, seconds)
     if found is not None:
         if p.fits(found) and p.kl_of(found) <= kl: pick = fill_up(p, found)
@@ -199,16 +205,17 @@ def solve_greedy(
         if extra > left: continue
         pick[i], left = b, left-extra
         if k+2 < len(order[i]): heappush(heap, step(i, k+1))
-    return fill_up(p, pick), lower_bound(p, bisect(p)), bisect(p)
+    prices = bisect(p)
+    return fill_up(p, pick), lower_bound(p, prices), prices
 
 # %% ../nbs/05a_solver.ipynb #fe31c308
 METHODS = dict(exact=solve_exact, lagrange=solve_lagrange, greedy=solve_greedy)
 
 # %% ../nbs/05a_solver.ipynb #2e1b5707
-def solve(
-    p: Problem,
+@patch
+def solve(self: Problem,
     method: str = 'exact', # 'exact', 'lagrange' or 'greedy'
 ) -> tuple: # pick, bound, prices
     "A choice that fits; raises ValueError('contradiction') if there is none"
-    pick, bound, prices = METHODS[method](p)
-    return solve_exact(p) if pick is None else (pick, bound, prices)
+    pick, bound, prices = METHODS[method](self)
+    return solve_exact(self) if pick is None else (pick, bound, prices)

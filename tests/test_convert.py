@@ -7,12 +7,12 @@ import sys
 from types import SimpleNamespace
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from optiq.cli import main
 from optiq.convert import check, convert, stored_bytes
+from optiq.files import whole_folder
 from optiq.formats import AS_IS, Format
 from optiq.plan import make_plan, uniform
 from optiq.models import Checkpoint
@@ -153,16 +153,15 @@ def test_disk_that_fills_up(llama, tmp_path):
     "Writes fail beyond a limit, as on a full disk: nothing is left"
     c = Checkpoint(llama)
     code = ('import resource, sys; from optiq.convert import convert; from optiq.models import Checkpoint; '
-            'from optiq.knapsack import uniform; from optiq.formats import Format; '
+            'from optiq.plan import uniform; from optiq.formats import Format; '
             f'c = Checkpoint({str(llama)!r}); p = uniform(c, Format(8)); '
             'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); '
             f'convert(c, p, {str(tmp_path/"out")!r})')
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert r.returncode != 0 and not list(tmp_path.iterdir()), r.stderr
     with pytest.raises(OSError, match='free'):
-        from optiq.convert import whole_folder
         with whole_folder(tmp_path/'out', room=2**60): pass
-    assert not list(tmp_path.iterdir()) and c.units
+    assert not list(tmp_path.iterdir())
 
 def test_quantized_models_are_not_quantized_again(llama, tmp_path):
     convert(str(llama), uniform(Checkpoint(llama), Format(4)), tmp_path/'out')
@@ -170,4 +169,4 @@ def test_quantized_models_are_not_quantized_again(llama, tmp_path):
     assert set(c.formats.values()) == {Format(4)}
     with pytest.raises(ValueError, match='quantized already'): convert(c, uniform(c, Format(4)), tmp_path/'twice')
     with pytest.raises(ValueError, match='quantized already'): optimize(str(c.folder), tmp_path/'twice', target_bits=4)
-    assert {p.name for p in tmp_path.iterdir()} == {'out'} and np.isfinite(c.params)
+    assert {p.name for p in tmp_path.iterdir()} == {'out'}

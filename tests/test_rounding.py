@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from optiq.backends.mlx import MLXBackend
+from optiq.backends.parts import ReplayBackend
 from optiq.backends.stream import StreamingBackend
 from optiq.backends.torch import TorchBackend
 from optiq.convert import check, convert, overrides_of_saved, stored_bytes
 from optiq.evals.perplexity import evaluate
+from optiq.families.samples import batch_for
 from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, AS_IS, Format
 from optiq.plan import make_plan, uniform
 from optiq.models import Checkpoint
@@ -241,11 +243,6 @@ def test_few_tokens_are_not_trusted(monkeypatch):
     assert all(a < .98*loss(seed) for seed, a in enumerate(damped))
 
 def test_what_is_learned_while_parts_are_changed_is_of_the_model_as_it_was(tmp_path):
-    from optiq.backends.parts import ReplayBackend
-    from optiq.families.samples import batch_for
-    from optiq.models import Checkpoint
-    from optiq.statistics import Statistics
-    from optiq.material.tiny import tiny
     b = ReplayBackend(Checkpoint(tiny('qwen3_vl', tmp_path)))
     samples, units = batch_for(b.checkpoint, 'bundled', 1), b.checkpoint.units
     path = next(u.path for u in units if u.block is not None and 'language' in u.path)

@@ -36,7 +36,7 @@ from optiq.measure.sweep import Sweep, fingerprint_of
 from optiq.sensitivity import kl_sweep
 from optiq.material.tiny import tiny
 from optiq.kv.precondition import key_statistics
-from optiq.refine import Verified, verified, verified_row
+from optiq.refine import Verified, verified
 
 TWO = dict(num_hidden_layers=2, max_window_layers=2)
 
@@ -196,7 +196,7 @@ def test_errors_of_differences_are_those_of_the_differences():
     one, other = (Plan([Unit('u', 'q_proj', (8, 64), 0)], {'u': Format(4, 64)}, 512, 0, name=n) for n in ('flat', 'plan'))
     found, = Frontier([], [one], {'flat': other}, dict(plan=a, flat=b)).versus()
     assert found['difference_se'] == pytest.approx(se) and found['verdict'] in ('lower', 'the same plan')
-    row = verified_row(Verified(one, 'a', dict(a=one, b=one), dict(a=a, b=b)), 'b')
+    row = Verified(one, 'a', dict(a=one, b=one), dict(a=a, b=b)).row('b')
     assert row['difference_se'] == pytest.approx(se) and row['difference'] == pytest.approx(.1/6)
 
 def test_a_rates_error_is_that_of_drawing_as_many_files():

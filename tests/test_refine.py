@@ -4,7 +4,6 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-
 from click.testing import CliRunner
 
 from optiq.backends.mlx import MLXBackend
@@ -14,7 +13,7 @@ from optiq.cli import main
 from optiq.evals.perplexity import evaluate, overrides_of
 from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate, pose
-from optiq.plan import recipe, uniform
+from optiq.plan import Plan, recipe, uniform
 from optiq.models import Checkpoint
 from optiq.pipeline import find_sweep, narrowed, optimize, trade_off
 from optiq.measure.kl import measure, probes
@@ -80,7 +79,6 @@ def test_what_is_kept_keeps_its_caps_and_is_best(b, tokens, sweep, options):
     assert f'measured {record["joint_kl"]:.4g}' in repr(v.plan) and v.kept in repr(v) and '<table' in v._repr_html_()
 
 def test_plans_survive_their_file(b, tokens, sweep, tmp_path):
-    from optiq.plan import Plan
     plan = verified(b, tokens, sweep, n=1, progress=False, target_bits=4.5).plan
     plan.save(tmp_path/'p.json')
     assert Plan.load(tmp_path/'p.json').solver == plan.solver

@@ -104,7 +104,7 @@ def caps_for(caps: Caps | None, what: str) -> Caps: # with the default where the
         if caps.context is not None and caps.max_memory is None and caps.target_tps is None: raise ValueError(
             '`context` counts for `max_memory`, `target_tps` or a cache; give one of them')
     if what == 'weights and cache together' and caps.max_bytes is None: raise ValueError(
-        'weights and cache together need `max_bytes`: one cap for both')
+        'a `cache` beside the weights needs `max_bytes`: one cap for both')
     alone = not {*given} - {'chip', 'context'}
     return replace(caps, target_bits=4.5 if what == 'weights' else 5.) if alone else caps
 

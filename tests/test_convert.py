@@ -169,5 +169,5 @@ def test_quantized_models_are_not_quantized_again(llama, tmp_path):
     c = Checkpoint(tmp_path/'out')
     assert set(c.formats.values()) == {Format(4)}
     with pytest.raises(ValueError, match='quantized already'): convert(c, uniform(c, Format(4)), tmp_path/'twice')
-    with pytest.raises(ValueError, match='quantized already'): optimize(str(c.folder), tmp_path/'twice', target_bits=4)
+    with pytest.raises(ValueError, match='quantized already'): optimize(str(c.folder), tmp_path/'twice')
     assert {p.name for p in tmp_path.iterdir()} == {'out'} and np.isfinite(c.params)

@@ -21,8 +21,9 @@ from optiq.plan import uniform
 from optiq.kv.cache import BatchMixedKVCache, MixedKVCache, attend, cache_bytes, generate_with_mixed_kv, memory_table, mixed_caches, use_kv_config
 from optiq.kv.config import kv_config, read_kv_config, save_kv_config
 from optiq.kv.layout import KVLayer, KVLayout, kv_layers, kv_layout, own_caches
-from optiq.kv.sweep import at_context, combine, joint_plan, kv_sweep, optimize_kv, optimize_with_kv
+from optiq.kv.sweep import at_context, combine, joint_plan, kv_sweep
 from optiq.models import Checkpoint
+from optiq.pipeline import Cache, Caps, Job, Texts, Weights, optimize
 from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep
 from optiq.material.tiny import tiny
@@ -96,9 +97,9 @@ def test_what_was_installed_does_not_hide_the_models_own_caches(served):
 @pytest.mark.parametrize('dim, advice', [(96, 'groups of 32, such as 4g32'), (80, 'multiple of 32')])
 def test_heads_that_no_candidate_fits_are_told_before_anything_is_measured(dim, advice, tmp_path, monkeypatch):
     model = tiny('qwen3', tmp_path/'m', shape=dict(num_hidden_layers=1, head_dim=dim))
-    monkeypatch.setattr(kv, 'open_with_texts', None)
-    for run in (lambda: optimize_kv(str(model), target_bits=5), lambda: optimize_with_kv(str(model), None, 2**22, 64)):
-        with pytest.raises(ValueError, match=f'cache.0.keys.*{dim} wide.*{advice}'): run()
+    monkeypatch.setattr(Job, 'open', None)
+    for options in (dict(weights=None), dict(caps=Caps(max_bytes=2**22, context=64))):
+        with pytest.raises(ValueError, match=f'cache.0.keys.*{dim} wide.*{advice}'): optimize(str(model), cache=Cache(), **options)
 
 # Sweep and allocation
 
@@ -401,19 +402,19 @@ def text(tmp_path_factory):
     return str(file)
 
 def test_files_of_a_run(folder, text, tmp_path):
-    options = dict(calibration=text, n=2, seq_len=32, eval_n=2, context=256, backend='torch')
-    result = optimize_kv(str(folder), tmp_path/'kv', 5., formats=[4, 8], **options)
+    options = dict(weights=None, cache=Cache([4, 8]), texts=Texts(text, n=2, seq_len=32, eval_n=2), backend='torch')
+    result = optimize(str(folder), tmp_path/'kv', Caps(target_bits=5., context=256), **options)
     assert {'kv_config.json', 'sweep.json', 'plan.json', 'table.txt'} <= {f.name for f in (tmp_path/'kv').iterdir()}
     assert not (tmp_path/'kv.sweep.jsonl').exists() and result['plan'].nominal_bits <= 5
     json.dumps(result['figures'])
     assert read_kv_config(tmp_path/'kv'/'kv_config.json', Checkpoint(folder).load())
-    with pytest.raises(FileExistsError, match='--overwrite'): optimize_kv(str(folder), tmp_path/'kv', 5.)
-    with pytest.raises(ValueError, match='below the smallest possible, 4.00 bits'): optimize_kv(str(folder), None, 3.)
-    assert optimize_kv(str(folder), None, None, 3*10**5, [4, 8], **options)['plan'].nbytes <= 3*10**5
+    with pytest.raises(FileExistsError, match='--overwrite'): optimize(str(folder), tmp_path/'kv', **options)
+    with pytest.raises(ValueError, match='below the smallest possible, 4.00 bits'): optimize(str(folder), caps=Caps(target_bits=3.), **options)
+    assert optimize(str(folder), caps=Caps(max_bytes=3*10**5, context=256), **options)['plan'].nbytes <= 3*10**5
 
 def test_a_model_and_its_cache(folder, text, tmp_path):
-    result = optimize_with_kv(str(folder), tmp_path/'m', 1.5*2**20, 512, [4, 8], [4, 8], calibration=text, n=2, seq_len=32,
-                              eval_n=2, backend='torch')
+    result = optimize(str(folder), tmp_path/'m', Caps(max_bytes=1.5*2**20, context=512), cache=Cache(), backend='torch',
+                      texts=Texts(text, n=2, seq_len=32, eval_n=2))
     assert result['figures']['bytes'] <= 1.5*2**20 and json.dumps(result['figures']) and result['weights'].rounding == 'search'
     saved = Checkpoint(tmp_path/'m')
     assert read_kv_config(tmp_path/'m'/'kv_config.json', saved.load()) and (tmp_path/'m'/'optiq'/'kv_sweep.json').exists()
@@ -513,8 +514,8 @@ def evaluate_(b, tokens, f):
     return b.numpy(b.logits(tokens, overrides_of({'cache.0.keys': parse_format(f)}))).tolist()
 
 def test_a_model_and_its_rotated_cache(folder, text, tmp_path):
-    optimize_with_kv(str(folder), tmp_path/'m', 1.2*2**20, 512, [4, 8], ['tq3', 'tq4'], calibration=text, n=2, seq_len=32,
-                     eval_n=2, backend='torch')
+    optimize(str(folder), tmp_path/'m', Caps(max_bytes=1.2*2**20, context=512), cache=Cache(['tq3', 'tq4']), backend='torch',
+             texts=Texts(text, n=2, seq_len=32, eval_n=2))
     model, where = Checkpoint(tmp_path/'m').load(), tmp_path/'m'/'kv_config.json'
     found = read_kv_config(where, model)
     assert len(found) == 3 and all(f.precondition is not None for pair in found.values() for f in pair)

@@ -397,8 +397,8 @@ def test_one_allocation_over_weights_and_cache(backend, tokens):
 @pytest.fixture(scope='module')
 def text(tmp_path_factory):
     file = tmp_path_factory.mktemp('text')/'t.txt'
-    line = 'the river was low that summer so the ferry waited until the evening tide '
-    file.write_text('\n'.join(line*3+str(i) for i in range(60)))
+    words, r = 'the river was low that summer so the ferry waited until the evening tide'.split(), np.random.default_rng(3)
+    file.write_text('\n'.join(' '.join(r.permutation(words*3))+f' {i}' for i in range(60)))
     return str(file)
 
 def test_files_of_a_run(folder, text, tmp_path):

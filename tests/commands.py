@@ -8,8 +8,8 @@ import hashlib, json, os, re, shlex, sys, time, warnings
 from pathlib import Path
 
 root = Path(__file__).parents[1]
-SMALL = {'convert': dict(n=1, seq_len=32, eval_n=1, rounding_n=2), 'sweep': dict(n=1, seq_len=32, rounding_n=2),
-         'pareto': dict(n=1, seq_len=32, eval_n=1, rounding_n=2), 'kv-cache': dict(n=1, seq_len=64, eval_n=1),
+SMALL = {'convert': dict(n=1, seq_len=32, eval_n=1), 'sweep': dict(n=1, seq_len=32, rounding_n=2),
+         'pareto': dict(n=1, seq_len=32, eval_n=1), 'kv-cache': dict(n=1, seq_len=64, eval_n=1),
          'eval': dict(n=2, seq_len=64), 'benchmark': dict(n=2, seq_len=64)}
 
 def documents() -> dict: # name ▸ its Markdown
@@ -60,6 +60,8 @@ if __name__ == '__main__':
     class Wrong(UserWarning): "A value that is not what its annotation says"
     beartype_package('optiq', conf=BeartypeConf(violation_type=Wrong, is_pep484_tower=True))
     remember_grids()
+    from optiq import pipeline
+    pipeline.LEARNED = 2
     found, folder = [], Path(sys.argv[1])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('ignore')

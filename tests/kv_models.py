@@ -25,8 +25,8 @@ def tokens(): return np.random.default_rng(0).integers(20, 500, (2, 24)).astype(
 @pytest.fixture(scope='session')
 def text(tmp_path_factory):
     file = tmp_path_factory.mktemp('text')/'t.txt'
-    line = 'the river was low that summer so the ferry waited until the evening tide '
-    file.write_text('\n'.join(line*3+str(i) for i in range(60)))
+    words, r = 'the river was low that summer so the ferry waited until the evening tide'.split(), np.random.default_rng(3)
+    file.write_text('\n'.join(' '.join(r.permutation(words*3))+f' {i}' for i in range(60)))
     return str(file)
 
 @pytest.fixture(scope='session', params=SHAPES, ids=str)

@@ -150,11 +150,11 @@ def test_any_rate_and_channels_are_heard_alike(tmp_path, asr):
 def test_few_clips_are_enough_to_round_on(tmp_path, one):
     "Rounding would learn from 32 clips; who asks for two and has two gets two, and who asks for three is told so"
     from optiq.models import Checkpoint
-    from optiq.pipeline import texts
+    from optiq.pipeline import Texts, read_texts
     c = Checkpoint(one)
     short_clips(tmp_path, 2)
-    assert len(texts(c, tmp_path, 'bundled', 2, 32, 128, (1, 1)).learned) == 2
-    with pytest.raises(ValueError, match='2 clips.* 3 are asked for'): texts(c, tmp_path, 'bundled', 3, 32, 128, (1, 1))
+    assert len(read_texts(c, Texts(tmp_path, 'bundled', n=2, eval_n=1), 32).learned) == 2
+    with pytest.raises(ValueError, match='2 clips.* 3 are asked for'): read_texts(c, Texts(tmp_path, 'bundled', n=3, eval_n=1), 32)
 
 def test_a_text_model_is_no_speech_model(tmp_path):
     r = optiq('convert', 'demo', '--model-type', 'audio', '-o', tmp_path/'o')

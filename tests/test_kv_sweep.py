@@ -17,10 +17,11 @@ from optiq.kv.cache import mixed_bytes, generate_with_mixed_kv, memory_table, mi
 from optiq.kv.config import STATISTICS, kv_config, read_kv_config
 from optiq.kv.layout import KVLayer, KVLayout, kv_layout
 from optiq.kv.precondition import rotates
-from optiq.kv.sweep import at_context, combine, joint_plan, kv_sweep, optimize_kv, optimize_with_kv
+from optiq.kv.sweep import at_context, combine, joint_plan, kv_sweep
 from optiq.material.tiny import tiny
 from optiq.measure.sweep import Sweep
 from optiq.models import Checkpoint
+from optiq.pipeline import Cache, Caps, Job, Texts, optimize
 from optiq.plan import uniform
 from optiq.sensitivity import kl_sweep
 
@@ -32,9 +33,9 @@ def sweep(backend, tokens): return kv_sweep(backend, tokens, [3, 4, 8], context=
 @pytest.mark.parametrize('dim, advice', [(96, 'groups of 32, such as 4g32'), (80, 'multiple of 32')])
 def test_heads_that_no_candidate_fits_are_told_before_anything_is_measured(dim, advice, tmp_path, monkeypatch):
     model = tiny('qwen3', tmp_path/'m', shape=dict(num_hidden_layers=1, head_dim=dim))
-    monkeypatch.setattr('optiq.kv.sweep.open_with_texts', None)
-    for run in (lambda: optimize_kv(str(model), target_bits=5), lambda: optimize_with_kv(str(model), None, 2**22, 64)):
-        with pytest.raises(ValueError, match=f'cache.0.keys.*{dim} wide.*{advice}'): run()
+    monkeypatch.setattr(Job, 'open', None)
+    for options in (dict(weights=None), dict(caps=Caps(max_bytes=2**22, context=64))):
+        with pytest.raises(ValueError, match=f'cache.0.keys.*{dim} wide.*{advice}'): optimize(str(model), cache=Cache(), **options)
 
 def test_replay_equals_plain_passes(backend, sweep, tokens):
     from optiq.measure.kl import kl_divergence
@@ -127,19 +128,19 @@ def test_one_allocation_over_weights_and_cache(backend, tokens):
     with pytest.raises(ValueError, match='different numbers of sequences'): combine(few, joint['cache_sweep'])
 
 def test_files_of_a_run(folder, text, tmp_path):
-    options = dict(calibration=text, n=2, seq_len=32, eval_n=2, context=256, backend='torch')
-    result = optimize_kv(str(folder), tmp_path/'kv', 5., formats=[4, 8], **options)
+    options = dict(weights=None, cache=Cache([4, 8]), texts=Texts(text, n=2, seq_len=32, eval_n=2), backend='torch')
+    result = optimize(str(folder), tmp_path/'kv', Caps(target_bits=5., context=256), **options)
     assert {'kv_config.json', 'sweep.json', 'plan.json', 'table.txt'} <= {f.name for f in (tmp_path/'kv').iterdir()}
     assert not (tmp_path/'kv.sweep.jsonl').exists() and result['plan'].nominal_bits <= 5
     json.dumps(result['figures'])
     assert read_kv_config(tmp_path/'kv'/'kv_config.json', Checkpoint(folder).load())
-    with pytest.raises(FileExistsError, match='--overwrite'): optimize_kv(str(folder), tmp_path/'kv', 5.)
-    with pytest.raises(ValueError, match='below the smallest possible, 4.00 bits'): optimize_kv(str(folder), None, 3.)
-    assert optimize_kv(str(folder), None, None, 3*10**5, [4, 8], **options)['plan'].nbytes <= 3*10**5
+    with pytest.raises(FileExistsError, match='--overwrite'): optimize(str(folder), tmp_path/'kv', **options)
+    with pytest.raises(ValueError, match='below the smallest possible, 4.00 bits'): optimize(str(folder), caps=Caps(target_bits=3.), **options)
+    assert optimize(str(folder), caps=Caps(max_bytes=3*10**5, context=256), **options)['plan'].nbytes <= 3*10**5
 
 def test_a_model_and_its_cache(folder, text, tmp_path):
-    result = optimize_with_kv(str(folder), tmp_path/'m', 1.5*2**20, 512, [4, 8], [4, 8], calibration=text, n=2, seq_len=32,
-                              eval_n=2, backend='torch')
+    result = optimize(str(folder), tmp_path/'m', Caps(max_bytes=1.5*2**20, context=512), cache=Cache(), backend='torch',
+                      texts=Texts(text, n=2, seq_len=32, eval_n=2))
     assert result['figures']['bytes'] <= 1.5*2**20 and json.dumps(result['figures']) and result['weights'].rounding == 'search'
     saved = Checkpoint(tmp_path/'m')
     assert read_kv_config(tmp_path/'m'/'kv_config.json', saved.load()) and (tmp_path/'m'/'optiq'/'kv_sweep.json').exists()
@@ -224,8 +225,8 @@ def evaluate_(b, tokens, f):
     return b.numpy(b.logits(tokens, overrides_of({'cache.0.keys': parse_format(f)}))).tolist()
 
 def test_a_model_and_its_rotated_cache(folder, text, tmp_path):
-    optimize_with_kv(str(folder), tmp_path/'m', 1.2*2**20, 512, [4, 8], ['tq3', 'tq4'], calibration=text, n=2, seq_len=32,
-                     eval_n=2, backend='torch')
+    optimize(str(folder), tmp_path/'m', Caps(max_bytes=1.2*2**20, context=512), cache=Cache(['tq3', 'tq4']), backend='torch',
+             texts=Texts(text, n=2, seq_len=32, eval_n=2))
     model, where = Checkpoint(tmp_path/'m').load(), tmp_path/'m'/'kv_config.json'
     found = read_kv_config(where, model)
     assert len(found) == 3 and all(f.precondition is not None for pair in found.values() for f in pair)

@@ -307,8 +307,7 @@ def test_a_format_of_the_cache_is_refused_before_the_sweep(good):
         assert r.exit_code == 1 and 'tq4 is a format of the KV cache' in r.output and not Path('x').exists()
 
 def test_options_without_effect(good, tmp_path):
-    idle = ['--sweep x', '--polish dwq', '--protect embed', '--tie qkv', '--verify', '--no-verify', '--skip-baselines', '--target-bpw 4',
-            '--target-memory 9', '--target-tps 9', '--chip M1', '--model-type llm']
+    idle = ['--polish dwq', '--verify', '--skip-baselines', '--target-bpw 4', '--target-memory 9', '--target-tps 9', '--chip M1']
     for words in [f'convert MODEL --kv --target-size 9 {w}' for w in idle]+['convert MODEL --kv-candidate-bits 4',
         'pareto SWEEP --rounding gptq']:
         r = CliRunner().invoke(main, words.replace('MODEL', str(good/'model')).replace('SWEEP', str(good/'sweep.json')).split()+['-o',

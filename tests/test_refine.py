@@ -15,7 +15,7 @@ from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate, pose
 from optiq.plan import Plan, recipe, uniform
 from optiq.models import Checkpoint
-from optiq.pipeline import find_sweep, narrowed, optimize, trade_off
+from optiq.pipeline import Caps, Texts, Weights, find_sweep, narrowed, optimize, trade_off
 from optiq.measure.kl import measure, probes
 from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep
@@ -136,9 +136,9 @@ def test_another_models_sweep_is_refused(b, sweep, tokens, tmp_path):
 # The road and the curve
 
 def test_the_road_verifies_by_default(b, sweep, tmp_path):
-    options = dict(target_bits=4.5, n=2, seq_len=32, eval_n=2, eval_len=32, compare=True, backend='torch', formats=[4, 8])
+    options = dict(texts=Texts(n=2, seq_len=32, eval_n=2, eval_len=32), backend='torch')
     sweep.save(tmp_path/'s.json')
-    a, z = (optimize('demo', verify=v, sweep=tmp_path/'s.json', **options) for v in (True, False))
+    a, z = (optimize('demo', weights=Weights([4, 8], sweep=tmp_path/'s.json', verify=v), **options) for v in (None, False))
     f = a['figures']
     assert f['verified']['kept'] in {r['name'] for r in f['verified']['tried']} and z['figures']['verified'] is None
     assert f['calibration_kl'] <= z['figures']['calibration_kl']*(1+1e-6)
@@ -159,17 +159,18 @@ def test_candidates_are_what_the_sweep_holds_unless_named(tmp_path):
     name, sweep = str(c.folder), made_up(c, [Format(b) for b in (2, 3, 4, 8)])
     narrow = narrowed(sweep, [4, 8])
     narrow.save(tmp_path/'s.json')
-    options = dict(target_bits=2.5, polish='dwq') # has nothing to work on, which is found out later
-    with pytest.raises(ValueError, match='dwq trains a model that is written'): optimize(name, sweep=sweep, **options)
-    with pytest.raises(ValueError, match='below the smallest possible'): optimize(name, sweep=tmp_path/'s.json', **options)
-    with pytest.raises(ValueError, match='below the smallest possible'): optimize(name, sweep=sweep, formats=[4, 8], **options)
+    options = dict(caps=Caps(target_bits=2.5), texts=Texts('no such text')) # which is found out later
+    with pytest.raises(FileNotFoundError, match='no such text'): optimize(name, weights=Weights(sweep=sweep), **options)
+    for wrong in (Weights(sweep=tmp_path/'s.json'), Weights([4, 8], sweep=sweep)):
+        with pytest.raises(ValueError, match='below the smallest possible'): optimize(name, weights=wrong, **options)
+    with pytest.raises(ValueError, match='dwq trains a model that is written'): optimize(name, weights=Weights(polish='dwq'))
     for source, low in ((narrow, 4), (sweep, 3)):
-        curve = trade_off(name, sweep=source)['frontier']
+        curve = trade_off(name, weights=Weights(sweep=source))['frontier']
         assert min(p.solver['caps']['target_bits'] for p in curve) == low and curve.curves().keys() >= {'quality', 'all'}
-    curve = trade_off(name, (3, 4), sweep=sweep, formats=[3, 4])['frontier']
+    curve = trade_off(name, (3, 4), weights=Weights([3, 4], sweep=sweep))['frontier']
     assert curve.curves().keys() == {'compact', 'all'} and not {Format(2), Format(8)} & {f for p in curve for f in p.values()}
-    with pytest.raises(ValueError, match='6g64 was not measured'): trade_off(name, sweep=sweep, formats=[6])
-    with pytest.raises(ValueError, match='below the smallest possible'): trade_off(name, (3,), sweep=narrow)
+    with pytest.raises(ValueError, match='6g64 was not measured'): trade_off(name, weights=Weights([6], sweep=sweep))
+    with pytest.raises(ValueError, match='below the smallest possible'): trade_off(name, (3,), weights=Weights(sweep=narrow))
 
 def test_the_command_takes_what_the_sweep_holds(tmp_path):
     c = Checkpoint(tiny('llama', tmp_path/'m', dict(num_hidden_layers=1)))
@@ -185,22 +186,24 @@ def test_the_command_takes_what_the_sweep_holds(tmp_path):
 
 def test_protection_ties_and_memory_on_the_road(sweep, tmp_path):
     sweep.save(tmp_path/'s.json')
-    options = dict(n=2, seq_len=32, eval_n=2, eval_len=32, compare=False, sweep=tmp_path/'s.json', backend='torch', formats=[3, 4, 8])
-    f = optimize('demo', target_bits=5.5, protect=('embed',), tie=('qkv',), **options)
+    options = dict(texts=Texts(n=2, seq_len=32, eval_n=2, eval_len=32), backend='torch')
+    plain = Weights([3, 4, 8], sweep=tmp_path/'s.json', compare=False)
+    f = optimize('demo', caps=Caps(target_bits=5.5), weights=replace(plain, protect=('embed',), tie=('qkv',)), **options)
     assert f['plan']['model.embed_tokens'] == Format(8) and f['figures']['protect_cost'] >= 0
     assert f['figures']['protected'] == ['model.embed_tokens'] and 'protecting 1 of them costs' in repr(f['plan'])
-    m = optimize('demo', max_memory=10*2**20, context=512, **options)['plan']
+    m = optimize('demo', caps=Caps(max_memory=10*2**20, context=512), weights=plain, **options)['plan']
     cache = 10*2*2*128*2*512
     assert m.nbytes+cache <= 10*2**20 < m.nbytes+cache+300_000 and m.solver["caps"] == {"max_memory": 10*2**20}
-    with pytest.raises(ValueError, match='max_memory needs cache'): optimize('demo', max_memory=10**7, **options)
+    with pytest.raises(ValueError, match='max_memory. needs .context'): optimize('demo', caps=Caps(max_memory=10**7))
 
 def test_trade_off(sweep, tmp_path):
     sweep.save(tmp_path/'s.json')
-    options = dict(targets=(3, 4, 5, 8), n=2, seq_len=32, eval_n=3, eval_len=32, backend='torch')
+    options = dict(targets=(3, 4, 5, 8), backend='torch')
     found = trade_off(tmp_path/'s.json', **options)
     assert found['figures']['model'] == 'demo' and {p['name'].split()[0] for p in found['figures']['points']} >= {'compact', 'quality', 'all'}
     assert all(p['kl'] is None for p in found['figures']['points'])
-    found = trade_off('demo', sweep=tmp_path/'s.json', verify=2, out=tmp_path/'curve', **options)
+    found = trade_off('demo', weights=Weights(sweep=tmp_path/'s.json'), verify=2, out=tmp_path/'curve',
+                      texts=Texts(n=2, seq_len=32, eval_n=3, eval_len=32), **options)
     points = {p['name']: p for p in found['figures']['points']}
     assert points['quality 4']['kl'] is not None and points['quality 5']['kl'] is None and points['uniform 4g64']['kl_se'] > 0
     assert points['quality 4']['kl'] == points['uniform 4g64']['kl'] and points['mixed_4_6']['predicted_kl'] is None

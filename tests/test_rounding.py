@@ -16,7 +16,7 @@ from optiq.families.samples import batch_for
 from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, AS_IS, Format
 from optiq.plan import make_plan, uniform
 from optiq.models import Checkpoint
-from optiq.pipeline import optimize, trade_off
+from optiq.pipeline import Caps, Texts, Weights, optimize, trade_off
 from optiq.arrays import pack_codes, to_mlx
 from optiq.rounding import MinMax, RoundTrips, compensated, dwq, gptq, gptq_all, prepared, round_model, round_to_files, search, second_look
 from optiq.statistics import Inputs, Statistics
@@ -203,19 +203,21 @@ def test_plans_are_verified_with_the_rounding_that_saves(models, tmp_path, monke
     got = evaluate(b, tokens, {'saved': overrides_of_saved(saved)})['saved'].kl
     np.testing.assert_allclose(got, v.kl[v.kept], rtol=1e-5)
     assert not np.allclose(got, joint_kl(b, tokens, {'x': v.plan})['x'], rtol=1e-3) # min-max is something else
-    r = optimize(str(c.folder), target_bits=4, formats=formats, rounding='gptq', n=2, seq_len=32, eval_n=1, eval_len=32,
-                 compare=False, backend='torch')
+    few = Texts(n=2, seq_len=32, eval_n=1, eval_len=32)
+    r = optimize(str(c.folder), caps=Caps(target_bits=4), weights=Weights(formats, rounding='gptq', compare=False), texts=few,
+                 backend='torch')
     assert r['verified'].kept in r['verified'].tried and r['figures']['calibration_kl'] > 0
     r['sweep'].save(tmp_path/'s.json')
-    curve = trade_off(str(c.folder), (3, 4), ['all'], sweep=tmp_path/'s.json', verify=1, n=2, seq_len=32, eval_n=1, eval_len=32, backend='torch')
+    curve = trade_off(str(c.folder), (3, 4), ['all'], weights=Weights(sweep=tmp_path/'s.json'), texts=few, verify=1, backend='torch')
     assert curve['figures']['about']['rounding'] == 'gptq'
 
 def test_errors_of_a_conversion(models, tmp_path):
     c = models['llama']
     for wrong, says in ((dict(rounding='best'), 'no rounding'), (dict(polish='wax'), 'no polish'), (dict(polish='dwq'), 'give an output')):
-        with pytest.raises(ValueError, match=says): optimize(str(c.folder), target_bits=5, **wrong)
+        with pytest.raises(ValueError, match=says): optimize(str(c.folder), weights=Weights(**wrong))
     kl_sweep(c, tokens_for(c), [4, 8], out=tmp_path/'s.jsonl', progress=False, rounding='minmax')
-    with pytest.raises(ValueError, match='--rounding minmax'): optimize(str(c.folder), target_bits=5, rounding='gptq', sweep=tmp_path/'s.jsonl')
+    with pytest.raises(ValueError, match='give `rounding` minmax'):
+        optimize(str(c.folder), weights=Weights(rounding='gptq', sweep=tmp_path/'s.jsonl'))
 
 def test_dwq_trains_scales_and_nothing_else(models, tmp_path):
     c = models['llama']

@@ -17,7 +17,7 @@ from optiq.formats import AS_IS, quantize_minmax
 from optiq.knapsack import allocate
 from optiq.plan import Plan, refuse_noise, uniform
 from optiq.models import Checkpoint, said_for_mlx
-from optiq.pipeline import optimize
+from optiq.pipeline import Caps, Texts, Weights, optimize
 from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep
 from optiq.material.tiny import CONFIGS, SILU, tiny
@@ -153,8 +153,9 @@ def equal(folder, other):
 
 def test_python_and_the_command_save_the_same_model(source, sweep, saved, text, tmp_path):
     assert sweep.header['fingerprint']['quantizer'].startswith('search, 3 × 32 tokens')
-    r = optimize(str(source), tmp_path/'m', 5, formats=[3, 8], verify=False, compare=False, eval_n=2, eval_len=32, backend='torch',
-        calibration=text, **SIZES)
+    r = optimize(str(source), tmp_path/'m', Caps(target_bits=5), backend='torch',
+        weights=Weights([3, 8], verify=False, compare=False, rounding_n=SIZES['rounding_n']),
+        texts=Texts(text, n=SIZES['n'], seq_len=SIZES['seq_len'], eval_n=2, eval_len=32))
     assert r['sweep'].header['fingerprint'] == sweep.header['fingerprint'] and r['plan'].made == allocate(sweep, target_bits=5).made
     assert equal(tmp_path/'m', saved)
     plan, again = Plan.load(saved/'optiq'/'plan.json'), Sweep.load(saved/'optiq'/'sweep.json')

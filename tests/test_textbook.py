@@ -25,7 +25,7 @@ from optiq.knapsack import Frontier, allocate
 from optiq.plan import Plan, mean_se, uniform
 from optiq.kv.layout import KVLayer, KVLayout
 from optiq.models import Checkpoint, Unit
-from optiq.pipeline import texts
+from optiq.pipeline import Texts, read_texts
 from optiq.arrays import to_mlx
 from optiq.roofline import Chip, Latency, cache_bytes, reads_of
 from optiq.rounding import gptq, search
@@ -248,7 +248,7 @@ def test_evaluation_keeps_to_its_own_side(tmp_path, c):
     learn, score, both = (passages(file, side) for side in ('train', 'test', 'all'))
     assert not set(learn) & set(score) and set(learn) | set(score) == set(both) and len(both) == 400
     want = [t for p in score for t in encode(c.tokenizer, p+'\n')][:64]
-    t = texts(c, str(file), None, 2, 0, 32, (2, 32))
+    t = read_texts(c, Texts(str(file), n=2, seq_len=32, eval_n=2, eval_len=32))
     for found in (evaluation_tokens(str(file), c.tokenizer, 2, 32), t.scored): assert found.ravel().tolist() == want
     assert overlap(block_hashes(t.learned), t.scored) == 0
 

@@ -1,0 +1,87 @@
+"The one road: weights, a cache, or both under one budget, and what it refuses before anything is opened"
+import numpy as np
+import pytest
+
+from optiq import pipeline
+from optiq.files import journal_of
+from optiq.formats import Format
+from optiq.kv.config import read_kv_config
+from optiq.material.tiny import tiny
+from optiq.measure.sweep import Sweep
+from optiq.models import Checkpoint
+from optiq.pipeline import Cache, Caps, Texts, Weights, caps_for, check_weights, optimize, subject, texts_of, trade_off
+from optiq.plan import Plan
+
+BOTH = 'weights and cache together'
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+    file, r = tmp_path_factory.mktemp('text')/'t.txt', np.random.default_rng(3)
+    words = 'the river was low that summer so the ferry waited until the evening tide'.split()
+    file.write_text('\n'.join(' '.join(r.permutation(words*3))+f' {i}' for i in range(60)))
+    return str(file)
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory): return str(tiny('qwen3', tmp_path_factory.mktemp('road')/'m', shape=dict(num_hidden_layers=1), dtype='float32'))
+
+@pytest.fixture(scope='module')
+def few(text): return dict(texts=Texts(text, n=2, seq_len=32, eval_n=1), backend='torch')
+
+@pytest.mark.parametrize('what, caps, says', [
+    ('weights', Caps(max_memory=9), '`max_memory` needs `context`'), ('weights', Caps(chip='M1'), '`target_tps`'), ('weights', Caps(context=9), '`context` counts for'),
+    ('a cache', Caps(max_memory=9, context=9), '`max_memory` has no effect on a cache'), ('a cache', Caps(target_tps=9), '`target_tps` has no effect'),
+    (BOTH, Caps(max_bytes=9, target_bits=4), '`target_bits` has no effect beside `cache`'), (BOTH, Caps(), 'needs `max_bytes`'), (BOTH, None, 'needs `max_bytes`')])
+def test_a_cap_that_does_not_count_is_refused(what, caps, says):
+    with pytest.raises(ValueError, match=says): caps_for(caps, what)
+
+def test_defaults():
+    assert caps_for(None, 'weights') == Caps(target_bits=4.5) and caps_for(None, 'a cache') == Caps(target_bits=5)
+    assert caps_for(Caps(context=9), 'a cache') == Caps(target_bits=5, context=9) and caps_for(Caps(max_bytes=9), 'a cache') == Caps(max_bytes=9)
+    assert texts_of(None, 'weights') == Texts(n=8, seq_len=128, eval_n=16, eval_len=256) and texts_of(None, BOTH).eval_len == 128
+    assert texts_of(None, 'a cache') == Texts(n=5, seq_len=512, eval_n=4, eval_len=512)
+
+@pytest.mark.parametrize('weights, what, says', [
+    (Weights(polish='dwq'), BOTH, '`polish`'), (Weights(verify=True), BOTH, '`verify`'), (Weights(compare=True), BOTH, '`compare`'), (Weights(compare=False), BOTH, '`compare`'),
+    (Weights(rounding='minmax', rounding_n=4), 'weights', '`rounding_n` has no effect'), (Weights(verify=True), 'a curve', '`verify` has no effect on a curve'),
+    (Weights(rounding='best'), BOTH, "no rounding 'best'"), (Weights(polish='dwq'), 'weights', 'give an output')])
+def test_a_wish_about_weights_that_nobody_fulfils_is_refused(weights, what, says):
+    with pytest.raises(ValueError, match=says): check_weights(weights, what, None)
+
+def test_nothing_to_do_is_refused():
+    with pytest.raises(ValueError, match='nothing to choose'): optimize('demo', weights=None)
+    assert [subject(w, c) for w, c in ((Weights(), None), (None, Cache()), (Weights(), Cache()))] == ['weights', 'a cache', BOTH]
+
+def test_both_do_what_each_alone_can(model, few, text, tmp_path):
+    "Protection, ties, a sweep that was saved, and rounding by search reach the plan of weights and cache together"
+    caps, wish = Caps(max_bytes=430_000, context=256), dict(protect='embed', tie='qkv')
+    first = optimize(model, None, caps, cache=Cache(), weights=Weights(rounding_n=4, **wish), **few)
+    assert first['weights']['model.embed_tokens'] == Format(8) and first['weights'].rounding == 'search' and first['figures']['bytes'] <= caps.max_bytes
+    for b in Checkpoint(model).units: # the three of one attention share a format
+        if b.path.endswith('q_proj'): assert len({first['weights'][b.path.replace('q_proj', x)] for x in ('q_proj', 'k_proj', 'v_proj')}) == 1
+    first['weight_sweep'].save(tmp_path/'s.json')
+    again = optimize(model, tmp_path/'m', caps, cache=Cache(), weights=Weights(sweep=tmp_path/'s.json', rounding_n=4, **wish), **few)
+    assert dict(again['weights']) == dict(first['weights']) and dict(again['cache']) == dict(first['cache'])
+    assert again['figures']['rows'] == first['figures']['rows'] and not journal_of(tmp_path/'m').exists()
+    assert dict(Plan.load(tmp_path/'m'/'optiq'/'plan.json')) == dict(again['weights']) and read_kv_config(tmp_path/'m'/'kv_config.json')
+    with pytest.raises(ValueError, match='`sweep` tells 2 sequences, and the cache is to be measured on 3'):
+        optimize(model, None, caps, cache=Cache(), weights=Weights(sweep=tmp_path/'s.json'), texts=Texts(text, n=3, seq_len=32))
+
+def test_what_is_scored_on_may_not_be_calibrated_on(model, text, tmp_path):
+    "Of a cache too"
+    copy = tmp_path/'copy.txt'
+    copy.write_text(open(text).read())
+    for options in (dict(weights=None, cache=Cache()), dict(), dict(cache=Cache(), caps=Caps(max_bytes=430_000, context=256))):
+        with pytest.raises(ValueError, match='is calibration text'):
+            optimize(model, texts=Texts(text, str(copy), n=20, seq_len=128, eval_n=20, eval_len=128), **options)
+
+def test_a_sweep_alone_measures_nothing(tmp_path):
+    c = Checkpoint('demo')
+    fmts = [Format(4), Format(8)]
+    values = {(u.path, f): np.full(2, np.exp(-f.bits)) for u in c.units for f in fmts}
+    sweep = Sweep(c.units, fmts, values, dict(model='demo', params=c.params, other_bytes=c.other_bytes, fingerprint=dict(quantizer='search')))
+    assert trade_off('demo', (4, 8), weights=Weights(sweep=sweep))['frontier']
+    for name, options in (('texts', dict(texts=Texts(n=3))), ('rounding_n', dict(weights=Weights(sweep=sweep, rounding_n=3)))):
+        with pytest.raises(ValueError, match=f'`{name}` has no effect: nothing is measured'):
+            trade_off('demo', (4, 8), **dict(weights=Weights(sweep=sweep)) | options)
+    with pytest.raises(ValueError, match='`polish` has no effect on a curve'): trade_off('demo', weights=Weights(polish='dwq'))
+    assert pipeline.load_sweep(sweep) is sweep

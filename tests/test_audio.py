@@ -103,8 +103,8 @@ def optiq(*args):
 def test_the_whole_road(tmp_path, one):
     "optiq convert and optiq eval --task wer on Qwen3-ASR; a process without optiq opens what was written"
     model, out, short = one, tmp_path/'out', short_clips(tmp_path/'short', 2)
-    r = optiq('convert', model, '--model-type', 'audio', '--calibration', short, '--evaluation', 'bundled', '--target-bpw', 5, '--n-calibration', 1,
-              '--rounding-samples', 1, '--n-samples', 1, '--no-verify', '--skip-baselines', '-o', out, '--json')
+    r = optiq('convert', model, '--model-type', 'audio', '--calibration', short, '--evaluation', 'bundled', '--target-bpw', 5,
+              '--n-calibration', 1, '--rounding-samples', 1, '--n-samples', 1, '--no-verify', '--skip-baselines', '-o', out, '--json')
     figures = json.loads(r.stdout.splitlines()[-1])
     assert r.exit_code == 0 and 0 < figures['kl'] < 1 and figures['nominal_bpw'] <= 5
     code = f"""import sys, numpy as np, mlx.core as mx

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from optiq.report import Report, holm, interval, joined, mean_figure, metric, paired, share_figure, test as paired_rows, verdict
+from optiq.report import Report, holm, interval, joined, mean_figure, metric, paired, share_figure
+from optiq.report import test as paired_rows, verdict
 from optiq.score import as_figures, find_task, one_figure, perplexity_figure, run_task
 
 def row(name, **figures): return joined(dict(name=name, nominal_bpw=4., true_bpw=4.5, size_mb=10.), *figures.values())

@@ -15,7 +15,8 @@ from optiq.knapsack import allocate
 from optiq.plan import uniform
 from optiq.chips import Speed, load_chip, measure_plan, save_chip, stand_in
 from optiq.latency import Speeds, calibrate, compare_speeds, latency, predict_speeds, speed_frontier, speed_range
-from optiq.roofline import BANDWIDTH, CHIPS, Chip, Latency, active_shape, cache_reads, chip_named, experts_per_token, interpolate, reads_of, skeleton
+from optiq.roofline import BANDWIDTH, CHIPS, Chip, Latency, active_shape, cache_reads, chip_named, experts_per_token
+from optiq.roofline import interpolate, reads_of, skeleton
 from optiq.models import Checkpoint, Unit
 from optiq.measure.sweep import Sweep
 from optiq.material.tiny import hub_config

@@ -18,7 +18,8 @@ from optiq.plan import make_plan, uniform
 from optiq.models import Checkpoint
 from optiq.pipeline import Caps, Texts, Weights, optimize, trade_off
 from optiq.arrays import pack_codes, to_mlx
-from optiq.rounding import MinMax, RoundTrips, compensated, dwq, gptq, gptq_all, prepared, round_model, round_to_files, search, second_look
+from optiq.rounding import MinMax, RoundTrips, compensated, dwq, gptq, gptq_all, prepared, round_model, round_to_files
+from optiq.rounding import search, second_look
 from optiq.statistics import Inputs, Statistics
 from optiq.measure.kl import measure, probes
 from optiq.sensitivity import kl_sweep, sweep_quantizer

@@ -7,7 +7,8 @@ import pytest
 
 import optiq
 from optiq.material import problems as tasks
-from optiq.material.problems import KNOWN_CHAINS, NAMES, NEW_CHAINS, NEW_NAMES, NEW_STORIES, STORIES, correct, held_out, lists, mixture, prose, recall, training_text, word_problems
+from optiq.material.problems import KNOWN_CHAINS, NAMES, NEW_CHAINS, NEW_NAMES, NEW_STORIES, STORIES, correct
+from optiq.material.problems import held_out, lists, mixture, prose, recall, training_text, word_problems
 
 DEMO = Path(optiq.__file__).parent/'data'/'demo'
 

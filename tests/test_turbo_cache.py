@@ -13,7 +13,8 @@ from optiq.kv.cache import MixedKVCache, attend, attend_dense, attend_packed, ca
 from optiq.kv.config import STATISTICS, kv_config
 from optiq.kv.layout import kv_layout, own_caches
 from optiq.kv.precondition import KeyPrecondition, load_preconditions, save_preconditions, turned
-from optiq.kv.rotated import BatchTurboQuantKVCache, TurboQuantKVCache, TurboQuantStateCache, turbo_cache, use_turbo_cache
+from optiq.kv.rotated import BatchTurboQuantKVCache, TurboQuantKVCache, TurboQuantStateCache, turbo_cache
+from optiq.kv.rotated import use_turbo_cache
 from optiq.turboquant import round_trip
 
 def small_model(head_dim=64, heads=4, kv_heads=2, layers=2, seed=0):

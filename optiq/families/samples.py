@@ -7,7 +7,7 @@ __all__ = ['batch_for']
 
 # %% ../../nbs/52_families.samples.ipynb #6b33df38
 from ..calibration import passages, token_batch
-from . import audio, vision
+from . import vision
 from .audio import speech_samples
 from ..material.speech import clips
 

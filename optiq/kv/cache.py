@@ -132,7 +132,8 @@ def attend_packed(q, keys, values, scale, mask, sinks):
 # %% ../../nbs/11c_kv.cache.ipynb #d9e1fecd
 def attend_dense(q, keys, values, scale, mask, sinks):
     "MLX's fused attention on a few unpacked heads at a time"
-    (B, H, L, _), (G, T, D) = q.shape, keys.shape[1:]
+    B, H = q.shape[:2]
+    G, T, D = keys.shape[1:]
     step, parts = min(G, max(1, AT_ONCE//(B*T*D))), []
     for g in range(0, G, step):
         stored, queries = slice(g, g+step), slice(g*H//G, (g+step)*H//G)

@@ -85,13 +85,14 @@ def given_options() -> dict: # name ▸ what stands on the command line
 
 def calls_of(command: click.Command) -> dict: # name ▸ --option
     "What a command calls the parameters of its options"
-    found = {p.name: '/'.join([*p.opts, *p.secondary_opts]) for p in command.params if isinstance(p, click.Option)}
+    found = {p.name: '/'.join([p.opts[-1], *p.secondary_opts]) for p in command.params if isinstance(p, click.Option)}
     return found | {k: found[other] for k, other in ALSO.items() if k not in found and other in found}
 
+# %% ../nbs/90_cli.ipynb #81d82c03
 def quoted(text: str, value: str) -> bool:
     "Whether a text quotes a value, as it stands or as a number"
     try: forms = {value, f'{float(value):g}', f'{float(value):,.10g}'}
-    except ValueError: forms = {value, *value.split(',')}
+    except ValueError: forms = {value, repr(value)[1:-1], *value.split(',')}
     return any(re.search(rf'(?<![\w.]){re.escape(f)}(?![\w])', text) for f in forms if f.strip())
 
 def named(e: Exception, command: click.Command, given: dict) -> str:
@@ -100,14 +101,14 @@ def named(e: Exception, command: click.Command, given: dict) -> str:
     text = re.sub(rf'`(\w+)`|\b({"|".join(CAPS)})\b', lambda m: calls.get(m[1] or m[2], m[0]), told(e))
     values = {k: ' '.join(v) if isinstance(v, (list, tuple)) else str(v) for k, v in given.items()
               if v is not None and not isinstance(v, bool)}
-    options = {calls[k].split('/')[0]: v for k, v in values.items() if k in calls and k != 'out'}
+    options = {calls[k].split('/')[0]: v for k, v in values.items() if k in calls}
     if any(o in text for c in calls.values() for o in c.split('/') if o.startswith('--')): return text
     about = {o: v for o, v in options.items() if quoted(text, v)}
     models = [v for k, v in values.items() if k not in calls]
     if not about and (isinstance(e, OSError) or any(quoted(text, m) for m in models)): return text
-    said = ' '.join(f'{o} {v}' for o, v in (about or options).items())
+    rest = {o: v for o, v in options.items() if o != '--output'}
+    said = ' '.join(f'{o} {repr(v)[1:-1]}' for o, v in (about or rest).items())
     return f'{text} (given: {said})' if said else text
-
 
 # %% ../nbs/90_cli.ipynb #a59aa83a
 class Command(click.Command):

@@ -8,8 +8,9 @@ __all__ = ['FORMATS', 'WIDE', 'COUNTS', 'BESIDE', 'LEARNED', 'CONTEXT', 'Caps', 
            'read_texts', 'load_sweep', 'candidates_for', 'narrowed', 'rounding_for', 'refuse_other_rounding',
            'refuse_sweep', 'as_swept', 'find_sweep', 'refuse_rounding', 'refuse_output', 'room_for', 'is_own_folder',
            'kv_output', 'quantizer_of_plans', 'choose', 'kl_on_calibration', 'write_and_score', 'write_model',
-           'summary', 'Job', 'conditions', 'choose_weights', 'choose_cache', 'write_kv', 'choose_both', 'check_length',
-           'write_beside', 'optimize', 'possible', 'draw_curve', 'save_curve', 'trade_off', 'compare']
+           'summary', 'Job', 'conditions', 'choose_weights', 'choose_cache', 'write_kv', 'draw_sensitivity',
+           'choose_both', 'check_length', 'write_beside', 'optimize', 'possible', 'draw_curve', 'save_curve',
+           'trade_off', 'compare']
 
 # %% ../nbs/08_pipeline.ipynb #fd0200eb
 import time
@@ -106,7 +107,7 @@ def caps_for(caps: Caps | None, what: str) -> Caps: # with the default where the
         if caps.chip is not None and caps.target_tps is None: raise ValueError(
             '`chip` says where `target_tps` is to be reached; give both')
         if caps.context is not None and caps.max_memory is None and caps.target_tps is None: raise ValueError(
-            '`context` counts for `max_memory`, `target_tps` or a cache; give one of them')
+            '`context` counts for `max_memory`, `target_tps` or `cache`; give one of them')
     if what == 'weights and cache together' and caps.max_bytes is None: raise ValueError(
         'a `cache` beside the weights needs `max_bytes`: one cap for both')
     alone = not {*given} - {'chip', 'context'}
@@ -463,7 +464,12 @@ def write_kv(found: dict, out: 'str | Path', overwrite: bool = False, beside: bo
         save_kv_config(found['config'], folder/'kv_config.json', str((rest/STATISTICS).relative_to(folder)))
         said = layer_table(found['config']), memory_lines(found['figures']['memory']), str(found['report'])
         (rest/'table.txt').write_text('\n\n'.join(said)+'\n', encoding='utf-8')
-        if can_draw(): plot_kv(found['sweep']).figure.savefig(rest/'sensitivity.svg', bbox_inches='tight')
+        if can_draw(): draw_sensitivity(found['sweep'], rest/'sensitivity.svg')
+
+def draw_sensitivity(sweep: Sweep, file: Path):
+    "KL by layer, on a figure that no notebook shows by itself"
+    from matplotlib.figure import Figure
+    plot_kv(sweep, Figure(figsize=(8, 3)).subplots()).figure.savefig(file, bbox_inches='tight')
 
 
 # %% ../nbs/08_pipeline.ipynb #e308257d

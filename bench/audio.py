@@ -103,7 +103,7 @@ class Bench:
         with self.b.swapped(overrides): done = write_down(lambda c: transcribe(self.b.model, c.audio), [self.heard[i] for i in which])
         return list(kl), done
 
-    def sizes(self, plan): return dict(nominal_bpw=plan.nominal_bits, true_bpw=plan.true_bits, size_mb=plan.size_mb, bytes=plan.nbytes)
+    def sizes(self, plan): return dict(nominal_bpw=plan.nominal_bpw, true_bpw=plan.true_bpw, size_mb=plan.size_mb, bytes=plan.nbytes)
 
     def of_scope(self, scope, fmt): # uniform
         return make_plan(self.c, {u.path: AS_IS if scope == 'decoder' and u.part == 'encoder' else fmt for u in self.c.units}, f'uniform {fmt}')
@@ -219,7 +219,7 @@ class Bench:
                     true.append((plan.nbytes-rest)*8/params)
                 by_clip = [kl[i] for i in sorted(kl)]
                 k = mean_figure('kl', by_clip)
-                rows.append(dict(bits=bits, rounding=rounding, true_bits=max(true), seconds=time.perf_counter()-start,
+                rows.append(dict(bits=bits, rounding=rounding, true_bpw=max(true), seconds=time.perf_counter()-start,
                                  kl=k['kl'], kl_se=k['kl_se'], kl_by_clip=[float(f'{v:.5g}') for v in by_clip]))
                 self.save('decoder', rows)
 

@@ -48,8 +48,8 @@ def quality(args):
     c = b.checkpoint
     tokens, scored = token_batch(passages('bundled'), c.tokenizer, 8, 128), evaluation_tokens('bundled', c.tokenizer, args.sequences, 256)
     sweep = kl_sweep(b, tokens, [3, 4, 8], progress=False, rounding='minmax')
-    plans = {'bfloat16': make_plan(c, c.formats), 'optiq 4.5 (4,8)': allocate(sweep, target_bits=4.5, formats=[4, 8]),
-             'uniform 4': uniform(c, Format(4)), 'optiq 3.5 (3,4)': allocate(sweep, target_bits=3.5, formats=[3, 4]),
+    plans = {'bfloat16': make_plan(c, c.formats), 'optiq 4.5 (4,8)': allocate(sweep, target_bpw=4.5, formats=[4, 8]),
+             'uniform 4': uniform(c, Format(4)), 'optiq 3.5 (3,4)': allocate(sweep, target_bpw=3.5, formats=[3, 4]),
              'uniform 3': uniform(c, Format(3))}
     variants = {n: overrides_of(q) for n, q in plans.items()}
     scores = evaluate(b, scored, variants)

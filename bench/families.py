@@ -380,8 +380,8 @@ def effect(m):
     return f'{len(kl)} units' + (f'; {len(left)} fit no group: {", ".join(kinds(left))}' if left else '')
 
 def plan(m):
-    m.plan = allocate(m.sweep, target_bits=5)
-    return f'{m.plan.nominal_bits:.2f} bits'
+    m.plan = allocate(m.sweep, target_bpw=5)
+    return f'{m.plan.nominal_bpw:.2f} bits'
 
 def save(m):
     shutil.rmtree(m.out, ignore_errors=True)

@@ -43,13 +43,13 @@ def texts(args, c):
     "Calibration and evaluation tokens, from disjoint text"
     whole = Path(args.evaluation).is_file() and args.evaluation != args.calibration
     tokens = token_batch(passages(args.calibration, 'all' if whole else 'train'), c.tokenizer, args.n, args.seq_len)
-    return tokens, evaluation_tokens(args.evaluation, c.tokenizer, args.eval_n, args.eval_len, 'all' if whole else 'test')
+    return tokens, evaluation_tokens(args.evaluation, c.tokenizer, args.n_evaluation, args.eval_len, 'all' if whole else 'test')
 
 def plans_of(sweep):
     "Uniform formats, and allocations with keys and values apart and tied"
     found = {f'uniform {f}': uniform(sweep, f) for f in sweep.formats}
     for t in (5, 4, 3):
-        found |= {f'mixed {t}': allocate(sweep, target_bits=t), f'tied {t}': allocate(sweep, target_bits=t, tie='cache')}
+        found |= {f'mixed {t}': allocate(sweep, target_bpw=t), f'tied {t}': allocate(sweep, target_bpw=t, tie='cache')}
     return found
 
 def row(name, p, score, same):
@@ -135,7 +135,7 @@ def against(name, plan, kl, flat):
     "KL of a plan, and its ratio to uniform 3g64 with an interval over sequences drawn again"
     draws = np.random.default_rng(0).integers(0, len(kl), (4000, len(kl)))
     low, high = np.quantile(kl[draws].mean(1)/flat[draws].mean(1), [.025, .975])
-    found = dict(name=name, nominal_bpw=plan.nominal_bits, true_bpw=plan.true_bits, predicted_kl=plan.predicted_kl, kl=float(kl.mean()),
+    found = dict(name=name, nominal_bpw=plan.nominal_bpw, true_bpw=plan.true_bpw, predicted_kl=plan.predicted_kl, kl=float(kl.mean()),
                  kl_se=float(kl.std(ddof=1)/len(kl)**.5), ratio=float(kl.mean()/flat.mean()), ratio_95=[float(low), float(high)],
                  counts={str(f): k for f, k in plan.counts().items()}, formats={p: str(f) for p, f in plan.items()})
     print('{name:48} {nominal_bpw:.3f} / {true_bpw:.3f} bits  KL {kl:.4f} ± {kl_se:.4f}  of uniform {ratio:.3f} {ratio_95}'.format(**found), flush=True)
@@ -236,7 +236,7 @@ if __name__ == '__main__':
     p.add_argument('--only', default='quality,combined,kernels,peak,speed')
     p.add_argument('--formats', default='2g64,3g64,4g64,5g64,6g64,8g64')
     p.add_argument('--weight-formats', default='3g64,4g64,6g64,8g64')
-    sizes = dict(n=4, seq_len=256, eval_n=4, eval_len=512, context=16384, limit=0, long=8192, chunk=2048, steps=30)
+    sizes = dict(n=4, seq_len=256, n_evaluation=4, eval_len=512, context=16384, limit=0, long=8192, chunk=2048, steps=30)
     for name, default in sizes.items():
         p.add_argument(f'--{name.replace("_", "-")}', type=int, default=default)
     p.add_argument('--lengths', default='4096,16384,32768')

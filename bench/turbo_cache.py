@@ -368,7 +368,7 @@ def kl(args, report):
           {f'KIVI-style {n} bits': (kivi(layout, n), n+1.) for n in (4, 2)})
     with preconditioned(b, stats):
         sweep = kv_sweep(b, calibration[:2, :256], ['tq2', 'tq3', 'tq4'], progress=False)
-        plans = {f'separate K and V, {t} bits': allocate(sweep, target_bits=t) for t in (3, 2.5)}
+        plans = {f'separate K and V, {t} bits': allocate(sweep, target_bpw=t) for t in (3, 2.5)}
         score({n: p for n, p in plans.items()} | {'K4 V2': everywhere('tq4', 'tq2')}, True)
         for r in rows:
             if r['name'] in plans: r['predicted_kl'] = plans[r['name']].predicted_kl

@@ -66,7 +66,7 @@ def sweep(args, b):
 
 def compare(args, b):
     c, found, calibration = b.checkpoint, Sweep.load(args.sweep), samples(b.checkpoint, n=args.rounding_n)
-    scored, flat = samples(c, n=args.eval_n, split='test'), {k: uniform(c, Format(k, 64)) for k in (4, 3, 2)}
+    scored, flat = samples(c, n=args.n_evaluation, split='test'), {k: uniform(c, Format(k, 64)) for k in (4, 3, 2)}
     default, stored = default_plan(c)
     if default.nbytes != stored: raise RuntimeError(f'mlx-vlm saved {stored} bytes, the plan says {default.nbytes}')
     plans = {'bfloat16': make_plan(c, c.formats), 'mlx-vlm 4 bits, vision at 16': default,
@@ -87,7 +87,7 @@ def compare(args, b):
         row['items'] = dict(kl=[float(f'{x:.4g}') for x in row['items']['kl']], **{k: v for k, v in row['items'].items() if k == 'diagrams'})
         rows.append(row | dict(nbytes=int(p.nbytes), raised=raised(c, p)))
         print(n, f'KL {row["kl"]:.3g} ± {row["kl_se"]:.2g}', f'{p.nbytes:,} bytes', row.get('diagrams'), flush=True)
-    report = Report.compare(Report(rows, dict(samples=args.eval_n, rounded_on=args.rounding_n, questions=args.questions)))
+    report = Report.compare(Report(rows, dict(samples=args.n_evaluation, rounded_on=args.rounding_n, questions=args.questions)))
     return dict(report=dict(optiq='report', rows=report.rows, about=report.about), ratios=ratios_of(report.rows))
 
 PAIRS = [('optiq, bytes of mlx-vlm', 'mlx-vlm 4 bits, vision at 16'),

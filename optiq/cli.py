@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'ALSO', 'CAPS', 'SHARED', 'MB', 'GB', 'MEASURING', 'TASKS', 'stoppable', 'advice', 'Number', 'Filled',
            'checked', 'given_options', 'calls_of', 'quoted', 'named', 'Command', 'Group', 'main', 'finish', 'options',
-           'refuse_idle', 'filled', 'as_formats', 'check_group', 'as_names', 'Rounding', 'as_bytes', 'ending_of',
-           'default_output', 'convert', 'weights_alone', 'with_cache', 'sweep', 'refuse_unused_in_sweep', 'measured',
+           'check_idle', 'filled', 'as_formats', 'check_group', 'as_names', 'Rounding', 'as_bytes', 'ending_of',
+           'default_output', 'convert', 'weights_alone', 'with_cache', 'sweep', 'check_unused_in_sweep', 'measured',
            'told_of', 'most_sensitive', 'as_targets', 'pareto', 'kv_cache', 'latency', 'eval_', 'scored', 'answered',
            'benchmark', 'with_speeds', 'has_gpu', 'verify', 'demo', 'with_options', 'serve', 'doctor']
 
@@ -76,8 +76,8 @@ def checked(kind: click.ParamType) -> click.ParamType:
 
 
 # %% ../nbs/90_cli.ipynb #19e79b25
-ALSO = dict(target_bits='targets', max_ms='target_tps', cache='kv') # name ▸ the option's, where it has another
-CAPS = 'target_bits', 'true_bits', 'max_bytes', 'max_memory', 'max_ms' # known without backticks
+ALSO = dict(target_bpw='targets', max_ms='target_tps', cache='kv') # name ▸ the option's, where it has another
+CAPS = 'target_bpw', 'true_bpw', 'max_bytes', 'max_memory', 'max_ms' # known without backticks
 
 def given_options() -> dict: # name ▸ what stands on the command line
     "The options and arguments that the command in hand was given, before they were read"
@@ -162,7 +162,7 @@ def options(*names):
     return add
 
 # %% ../nbs/90_cli.ipynb #12d6e75f
-def refuse_idle(names, why: str):
+def check_idle(names, why: str):
     "Raise ValueError for an option, by its parameter, that was given and has no effect"
     for name in names:
         if given_options().get(name) is not None: raise ValueError(f'`{name}` has no effect: {why}')
@@ -180,7 +180,7 @@ SHARED = dict(
     evaluation=click.option('--evaluation', metavar='NAME|FILE',
         help='text to score on; default: the test side of the calibration text'),
     seq_len=click.option('--seq-len', default=128, show_default=True, help='tokens in each calibration sequence'),
-    eval_n=click.option('--n-samples', 'eval_n', default=16, show_default=True,
+    n_evaluation=click.option('--n-samples', 'n_evaluation', default=16, show_default=True,
         help='evaluation sequences of 256 tokens'),
     sweep=click.option('--sweep', type=click.Path(), help='use a sweep of MODEL that was saved before'))
 
@@ -253,7 +253,7 @@ MB, GB = 2**20, 2**30
 def ending_of(caps: dict, kv: bool = False) -> str: # of `Caps`
     "What the caps are called in a folder's name"
     mb = {k: caps[k]/MB for k in ('max_bytes', 'max_memory') if caps.get(k) is not None}
-    found = {'bpw': caps.get('target_bits'), 'mb': mb.get('max_bytes'), 'mb-all': mb.get('max_memory'),
+    found = {'bpw': caps.get('target_bpw'), 'mb': mb.get('max_bytes'), 'mb-all': mb.get('max_memory'),
              'tps': caps.get('target_tps')}
     return '-'.join([f'{v:g}{what}' for what, v in found.items() if v is not None]+['kv']*kv)
 
@@ -269,7 +269,7 @@ def default_output(model: str, ending: str) -> str:
 @click.argument('model')
 @click.option('--target', type=click.Choice(['mlx']), default='mlx', show_default=True, help='what to write')
 @options('model_type')
-@click.option('--target-bpw', 'target_bits', type=float, help='cap on nominal bits per weight')
+@click.option('--target-bpw', 'target_bpw', type=float, help='cap on nominal bits per weight')
 @click.option('--target-size', 'max_bytes', type=float, callback=as_bytes(MB), metavar='MB',
               help='cap on the size of all tensors')
 @click.option('--target-memory', 'max_memory', type=float, callback=as_bytes(MB), metavar='MB',
@@ -286,7 +286,7 @@ def default_output(model: str, ending: str) -> str:
               help='widths of keys and values, or formats such as tq3, for --kv  [default: 4,8]')
 @click.option('-o', '--output', type=click.Path(), help='folder to write; default: optiq_output/<model>-<target>')
 @click.option('--n-calibration', 'n', default=8, show_default=True, help='calibration sequences')
-@options('seq_len', 'calibration', 'evaluation', 'eval_n', 'sweep')
+@options('seq_len', 'calibration', 'evaluation', 'n_evaluation', 'sweep')
 @click.option('--verify/--no-verify', default=None,
               help='measure the plan and its like, keep the best  [default: --verify, unless --kv]')
 @click.option('--skip-baselines', 'compare', is_flag=True, callback=lambda ctx, param, skip: False if skip else None,
@@ -304,8 +304,8 @@ def convert(model, target, bits, formats, group_size, kv, kv_bits, output, dry_r
     """
     from optiq.files import own_output
     from optiq.pipeline import Cache, Caps, Texts, Weights, caps_for, optimize, subject
-    if not kv: refuse_idle(['kv_bits'], 'it counts for --kv; give both')
-    if dry_run and not output: refuse_idle(['overwrite'], 'a dry run writes nothing')
+    if not kv: check_idle(['kv_bits'], 'it counts for --kv; give both')
+    if dry_run and not output: check_idle(['overwrite'], 'a dry run writes nothing')
     default = '4,8' if given['sweep'] is None else None
     fmts = as_formats(formats, bits, group_size, default)
     cache = Cache(as_formats(None, kv_bits, group_size, '4,8', cache=True)) if kv else None
@@ -358,20 +358,20 @@ def sweep(model, out, bits, formats, group_size, targets, resume, as_json, **giv
     """
     if not resume and os.path.exists(os.path.expanduser(out)):
         raise FileExistsError(f'{out} exists; give another -o, or --resume to go on with it')
-    refuse_unused_in_sweep(given)
+    check_unused_in_sweep(given)
     check_group(group_size, (formats, bits, '4,8'))
     given |= dict(formats=as_formats(formats, bits, group_size, '4,8'), targets=as_targets(targets or '4.5'),
                   rounding_n=given['rounding_n'] or 32)
     finish(*told_of(measured(model, out=out, **given), out), as_json)
 
 # %% ../nbs/90_cli.ipynb #725f56a7
-def refuse_unused_in_sweep(given: dict):
+def check_unused_in_sweep(given: dict):
     "Raise ValueError for what the method, or the rounding, makes no use of"
     method = given['method']
-    if method != 'exact': refuse_idle(['until', 'max_memory'], f'it counts for --method exact, not {method}')
-    if method != 'screened' and not given['until']: refuse_idle(
+    if method != 'exact': check_idle(['until', 'max_memory'], f'it counts for --method exact, not {method}')
+    if method != 'screened' and not given['until']: check_idle(
         ['targets'], 'it counts for --method screened and --until-stable')
-    if given['rounding'] == 'minmax': refuse_idle(['rounding_n'], 'minmax learns from no text')
+    if given['rounding'] == 'minmax': check_idle(['rounding_n'], 'minmax learns from no text')
 
 
 # %% ../nbs/90_cli.ipynb #7d9f5ab1
@@ -424,7 +424,7 @@ MEASURING = ['calibration', 'n', 'seq_len', 'rounding_n', 'backend', 'model_type
 @click.option('-o', '--output', 'out', type=click.Path(), metavar='DIR',
               help='folder for table, figure, sweep and plans')
 @click.option('--samples', 'n', default=8, show_default=True, help='calibration sequences')
-@options('sweep', 'seq_len', 'calibration', 'evaluation', 'eval_n')
+@options('sweep', 'seq_len', 'calibration', 'evaluation', 'n_evaluation')
 @options('overwrite', 'backend', 'model_type', 'trust', 'json')
 def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, **given):
     """Plans for every target from one sweep, beside uniform widths and mlx-lm's recipes.
@@ -435,9 +435,9 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
     """
     from optiq.pipeline import Texts, Weights, trade_off
     saved = given['sweep'] is not None or os.path.isfile(source)
-    idle = [] if given['verify'] else ['evaluation', 'eval_n']+MEASURING*saved
-    refuse_idle(idle, 'nothing is scored; give --verify' if not saved else 'nothing is measured; give --verify')
-    if out is None: refuse_idle(['overwrite'], 'nothing is written; give -o')
+    idle = [] if given['verify'] else ['evaluation', 'n_evaluation']+MEASURING*saved
+    check_idle(idle, 'nothing is scored; give --verify' if not saved else 'nothing is measured; give --verify')
+    if out is None: check_idle(['overwrite'], 'nothing is written; give -o')
     default = None if saved else '2,3,4,5,6,8'
     check_group(group_size, (formats, bits, default))
     weights = filled(Weights, given | dict(formats=as_formats(formats, bits, group_size, default), verify=None))
@@ -463,7 +463,7 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
               'default: optiq_output/<model>-kv')
 @click.option('--n-samples', 'n', default=5, show_default=True, help='calibration sequences')
 @click.option('--seq-len', default=512, show_default=True, help='tokens in each')
-@click.option('--eval-samples', 'eval_n', default=4, show_default=True, help='evaluation sequences')
+@click.option('--eval-samples', 'n_evaluation', default=4, show_default=True, help='evaluation sequences')
 @options('calibration', 'evaluation', 'overwrite', 'backend', 'trust', 'json')
 def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
     """Measure how much each layer's keys and values suffer, choose a format for each, write kv_config.json.
@@ -552,7 +552,7 @@ def scored(model: str | None, task: str, n: int | None, **given): # ▸ Report
     from optiq.score import find_task, run_task
     if model is None: raise click.UsageError('give a MODEL, or --responses with answers to score')
     taken = signature(find_task(task)).parameters
-    refuse_idle({'limit', 'seq_len', 'source', 'questions', 'exact', 'kv', 'out'}-taken.keys(), f'{task} makes no use of it')
+    check_idle({'limit', 'seq_len', 'source', 'questions', 'exact', 'kv', 'out'}-taken.keys(), f'{task} makes no use of it')
     if n is None: n = 50 if task in ('perplexity', 'kl') else 200
     return run_task(task, model, n=n, **given)
 
@@ -561,7 +561,7 @@ def answered(responses: str, task: str, baseline: str | None): # ▸ Report
     "`score_responses`, which knows one task and no model"
     from optiq.evals.gsm8k import score_responses
     if task != 'gsm8k' or baseline: raise click.UsageError('--responses goes with --task gsm8k and no --baseline')
-    refuse_idle(given_options().keys()-{'responses', 'task', 'as_json'}, 'answers are scored, and no model is asked')
+    check_idle(given_options().keys()-{'responses', 'task', 'as_json'}, 'answers are scored, and no model is asked')
     return score_responses(responses)
 
 # %% ../nbs/90_cli.ipynb #254be786
@@ -586,7 +586,7 @@ def benchmark(model, baseline, prompt_tokens, new_tokens, repeats, speed, as_jso
     from optiq.evals.throughput import throughput
     from optiq.pipeline import compare
     timed = has_gpu() if speed is None else speed
-    if not timed: refuse_idle(['prompt_tokens', 'new_tokens', 'repeats'], 'no speed is measured; give --speed')
+    if not timed: check_idle(['prompt_tokens', 'new_tokens', 'repeats'], 'no speed is measured; give --speed')
     quality, models = compare(model, baseline, **given), dict.fromkeys((baseline or model, model))
     how = dict(trust_remote_code=given['trust_remote_code'])
     speeds = [throughput(m, prompt_tokens, new_tokens, repeats, **how) for m in models if timed]
@@ -626,7 +626,7 @@ def verify(model, as_json, **given):
     optiq verify optiq_output/demo-4.5bpw --reference demo
     """
     from optiq.evals.verify import verify as run
-    if given['reference'] is None: refuse_idle(['within', 'backend'], 'it counts for --reference; give both')
+    if given['reference'] is None: check_idle(['within', 'backend'], 'it counts for --reference; give both')
     checks = run(model, **given)
     finish(checks.figures(), str(checks), as_json)
     if not checks.ok: sys.exit(1)
@@ -654,7 +654,7 @@ def demo(name, output, overwrite, as_json, **given):
     from optiq.show.demos import find_demo, names
     from optiq.files import own_folder
     if name is None:
-        refuse_idle(given_options().keys()-{'name', 'as_json'}, 'no demo is run without a name')
+        check_idle(given_options().keys()-{'name', 'as_json'}, 'no demo is run without a name')
         return finish(dict(demos=names()), ' '.join(names()), as_json)
     run = with_options(find_demo(name), name, given)
     out = own_folder(output or os.path.join('optiq_output', f'demo-{name}'), overwrite, 'demo')

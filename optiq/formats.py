@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AFFINE_BITS', 'AFFINE_GROUPS', 'FAMILIES', 'ELSEWHERE', 'FLOAT_MODES', 'AS_IS', 'FORMAT', 'WORD', 'ALL_FORMATS',
-           'Format', 'parse_format', 'check_storable', 'nbytes', 'divides', 'refuse_width', 'quantize_dequantize',
+           'Format', 'parse_format', 'check_storable', 'nbytes', 'divides', 'check_divides', 'quantize_dequantize',
            'quantize_minmax', 'for_unit', 'config_entry', 'format_html']
 
 # %% ../nbs/00_formats.ipynb #436f9d0d
@@ -93,7 +93,7 @@ def nbytes(
     "Bytes of a tensor of this shape in format `fmt`: codes, scales and biases"
     n = prod(shape)
     if fmt.mode == 'as-is': return n*itemsize
-    refuse_width(fmt, shape)
+    check_divides(fmt, shape)
     if fmt.mode in FAMILIES: return FAMILIES[fmt.mode].nbytes(fmt, shape, itemsize)
     per_group = 2*itemsize if fmt.mode == 'affine' else 1
     return n*fmt.bits//8 + n//fmt.group_size*per_group
@@ -103,7 +103,7 @@ def divides(fmt: Format, shape: tuple) -> bool:
     if fmt.mode in FAMILIES: return FAMILIES[fmt.mode].divides(fmt, shape)
     return fmt.mode == 'as-is' or shape[-1] % max(fmt.group_size, WORD) == 0
 
-def refuse_width(fmt: Format, shape: tuple):
+def check_divides(fmt: Format, shape: tuple):
     "Raise ValueError where it does not"
     if not divides(fmt, shape): raise ValueError(f'the last axis of {tuple(shape)} does not divide into groups of '
                                                  f'{fmt.group_size}' if shape[-1] % WORD == 0 or fmt.mode in FAMILIES else
@@ -153,7 +153,7 @@ def quantize_dequantize(
 ):
     "`w` after a round trip through `fmt`, same library, shape and type: what `mx.dequantize(mx.quantize(w))` returns"
     if fmt.mode == 'as-is': return w
-    refuse_width(fmt, w.shape)
+    check_divides(fmt, w.shape)
     if fmt.mode in FAMILIES: return FAMILIES[fmt.mode].quantize_dequantize(w, fmt)
     if type(w).__module__.startswith('mlx'):
         import mlx.core as mx

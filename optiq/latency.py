@@ -144,7 +144,7 @@ def compare_speeds(
     for name, p in plans.items():
         s = measured.get(name)
         at = replace(lat, context=round(s.context)) if s else lat
-        rows.append(dict(name=name, size_mb=p.size_mb, true_bpw=p.true_bits, predicted=at.tps(p)))
+        rows.append(dict(name=name, size_mb=p.size_mb, true_bpw=p.true_bpw, predicted=at.tps(p)))
         if s: rows[-1] |= dict(measured=s.tps, spread=s.spread, calibration=lat.point.get('name') == name)
     return Speeds(rows, dict(chip=lat.chip.name, context=lat.context, source=lat.chip.source, point=lat.how)|about)
 

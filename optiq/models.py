@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TEXT_FILES', 'HUB_FILES', 'NAMES_CODE', 'KERNELS', 'BITS', 'NOTES', 'TENSOR', 'MARKS_OF_OTHERS', 'LOADERS', 'SIZE',
            'CONFIG', 'LACKS', 'UNIT', 'ROUTERS', 'PARTS', 'REST', 'ORDER', 'OPEN', 'TOKENIZER', 'BESIDE', 'demo',
-           'find_model', 'refuse_links', 'refuse_untrusted', 'read_header', 'weight_files', 'refuse_others',
-           'is_vision', 'is_speech', 'model_type_of', 'read_config', 'check_type', 'Unit', 'read_units', 'blocks_path',
+           'find_model', 'check_links', 'check_untrusted', 'read_header', 'weight_files', 'check_others', 'is_vision',
+           'is_speech', 'model_type_of', 'read_config', 'check_type', 'Unit', 'read_units', 'blocks_path',
            'block_lists', 'find_units', 'block_of', 'part_of', 'said_for_mlx', 'reading', 'load_lazy', 'cannot_open',
-           'digest', 'check_beside', 'open_tokenizer', 'refuse_stray', 'ModelFolder', 'stored_format', 'refuse_odd',
-           'Listing', 'Checkpoint', 'refuse_two_heads', 'unit_html']
+           'digest', 'check_beside', 'open_tokenizer', 'check_stray', 'ModelFolder', 'stored_format', 'check_odd',
+           'Listing', 'Checkpoint', 'check_two_heads', 'unit_html']
 
 # %% ../nbs/01_models.ipynb #51be52fc
 import hashlib
@@ -70,7 +70,7 @@ def _own_ground(folder):
     of_the_hub = real.parent.name == 'snapshots' and real.parents[1].name.startswith('models--')
     return real.parents[1] if of_the_hub else real
 
-def refuse_links(folder: Path):
+def check_links(folder: Path):
     "Raise ValueError for a link that leaves the model"
     ground = _own_ground(folder)
     for p in _paths(folder):
@@ -93,13 +93,13 @@ def _code_of(file):
     return found
 
 # %% ../nbs/01_models.ipynb #2ce51008
-def refuse_untrusted(
+def check_untrusted(
     folder: Path, # of a checkpoint
     trust_remote_code: bool = False, # run code that comes with it
 ):
     "The gate before every loader: raises ValueError for links out of the folder, and for code unless it is trusted"
     if not (folder/'config.json').is_file(): return # no checkpoint, as `weight_files` will say
-    refuse_links(folder)
+    check_links(folder)
     for p in () if trust_remote_code else _paths(folder):
         for entry, code in _code_of(p) if p.suffix == '.json' and p.is_file() else (): raise ValueError(
             f'{p}: {entry} names code of others that would be run ({json.dumps(code)[:120]}); '
@@ -200,7 +200,7 @@ def _others(config):
 # %% ../nbs/01_models.ipynb #436f82c3
 MARKS_OF_OTHERS = {'hf_quant_config.json': 'modelopt', 'quantize_config.json': 'gptq', 'quant_config.json': 'awq'}
 
-def refuse_others(name: str, folder: Path, config: dict):
+def check_others(name: str, folder: Path, config: dict):
     "Raise ValueError for weights that another library than MLX has quantized"
     if config.get('quantization'): return
     said, file = _others(config), next((f for f in MARKS_OF_OTHERS if (folder/f).is_file()), None)
@@ -502,7 +502,7 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False):
     raise ValueError(f'{folder} has no tokenizer that holds a word (tokenizer.json, tokenizer.model …); fetch it again')
 
 # %% ../nbs/01_models.ipynb #22e28e37
-def refuse_stray(folder: Path, files: list, model_type: str):
+def check_stray(folder: Path, files: list, model_type: str):
     "Raise ValueError for weights that mlx-audio, or mlx-vlm without an index, would read with the others"
     if model_type == 'vlm' and (folder/'model.safetensors.index.json').exists(): return
     stray = sorted({*folder.glob('*.safetensors')}-{*files}-{folder/'consolidated.safetensors'})
@@ -514,18 +514,18 @@ class ModelFolder:
     "A model's files, checked; its arguments are those of `Checkpoint`"
     def __init__(self, name: 'str | Path', trust_remote_code: bool = False, model_type: str = 'auto'):
         self.name, self.folder, self.trust_remote_code = str(name), find_model(name), trust_remote_code
-        refuse_untrusted(self.folder, trust_remote_code)
+        check_untrusted(self.folder, trust_remote_code)
         self.files = weight_files(self.folder)
         names = [k for f in self.files for k in read_header(f)]
         self.config = read_config(self.folder/'config.json', len(names))
         check_beside(self.folder, BESIDE)
-        refuse_others(self.name, self.folder, self.config)
+        check_others(self.name, self.folder, self.config)
         for k in ('quantization', 'quantization_config'):
             if not self.config.get(k): self.config.pop(k, None) # null says nothing
         if 'quantization' not in self.config: self.config = said_for_mlx(self.config) # else MLX wrote it
         self.model_type = model_type_of(self.config, names) if model_type == 'auto' else model_type
         check_type(self.name, self.config, self.model_type)
-        if self.model_type != 'llm': refuse_stray(self.folder, self.files, self.model_type)
+        if self.model_type != 'llm': check_stray(self.folder, self.files, self.model_type)
 
     def load(self):
         "A fresh model with lazy arrays"
@@ -555,7 +555,7 @@ def _census(model, units):
     return sum(u.params for u in units.values())+sum(v.size for v in other), sum(v.nbytes for v in other)
 
 # %% ../nbs/01_models.ipynb #370b3a71
-def refuse_odd(units: list[Unit]):
+def check_odd(units: list[Unit]):
     "Raise ValueError for a model without units, or with weights of a type that is not rounded"
     if not units: raise ValueError('the model has no tensor that can be quantized')
     if odd := [u for u in units if u.dtype not in ('bfloat16', 'float16', 'float32')]: raise ValueError(
@@ -573,7 +573,7 @@ class Listing:
         self.tied = not any(u.kind == 'lm_head' for u in self.units)
         self.formats = {p: stored_format(m) for p, m in model.named_modules() if p in self.unit}
         self.params, self.other_bytes = _census(model, self.unit)
-        refuse_odd(self.units)
+        check_odd(self.units)
 
     @cached_property
     def unit(self): return {u.path: u for u in self.units}
@@ -599,7 +599,7 @@ class Checkpoint(ModelFolder, Listing):
         return f'{self.name}: {self.params:,} parameters, {units}, {size:.1f} MB'
 
 # %% ../nbs/01_models.ipynb #d7a20002
-def refuse_two_heads(c: Checkpoint):
+def check_two_heads(c: Checkpoint):
     "Raise ValueError if a head is stored that MLX does not use, and it is not the embedding once more"
     stored = {k: (f, t) for f in c.files for k, t in read_header(f).items()}
     head = next((k for k in stored if k.endswith('lm_head.weight')), None)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMATS', 'WIDE', 'COUNTS', 'BESIDE', 'LEARNED', 'CONTEXT', 'Caps', 'Weights', 'Cache', 'subject', 'beside',
            'caps_for', 'check_weights', 'baselines', 'untested', 'feasible', 'Texts', 'texts_of', 'Batches', 'told',
-           'read_texts', 'load_sweep', 'candidates_for', 'narrowed', 'rounding_for', 'refuse_other_rounding',
-           'refuse_sweep', 'as_swept', 'find_sweep', 'refuse_rounding', 'refuse_output', 'room_for', 'is_own_folder',
+           'read_texts', 'load_sweep', 'candidates_for', 'narrowed', 'rounding_for', 'check_other_rounding',
+           'check_sweep', 'as_swept', 'find_sweep', 'check_rounding_name', 'check_output', 'room_for', 'is_own_folder',
            'kv_output', 'quantizer_of_plans', 'choose', 'kl_on_calibration', 'write_and_score', 'write_model',
            'summary', 'Job', 'conditions', 'choose_weights', 'choose_cache', 'write_kv', 'draw_sensitivity',
            'choose_both', 'check_length', 'write_beside', 'optimize', 'possible', 'draw_curve', 'save_curve',
@@ -23,12 +23,12 @@ import numpy as np
 
 from .backends.open import open_backend
 from .calibration import block_hashes, fingerprint, overlap, shape_of, text_of
-from .convert import as_saved, convert, refuse_quantized
-from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_calibration
-from .evals.perplexity import refuse_overlap
+from .convert import as_saved, convert, check_quantized
+from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, check_calibration
+from .evals.perplexity import check_overlap
 from .families.samples import batch_for
 from .files import added_files, as_path, can_draw, journal_of, own_file, own_folder, own_output, own_place
-from .files import refuse_full, scratch, whole_folder
+from .files import check_full, scratch, whole_folder
 from .formats import AS_IS, Format, check_storable, parse_format, quantize_minmax
 from .knapsack import PROFILES, allocate, candidates, known, pareto
 from .kv.config import STATISTICS, save_kv_config
@@ -36,9 +36,9 @@ from .kv.layout import KVLayout, cache_bytes, kv_layout
 from .kv.sweep import combine, layer_table, memory_lines, parts, planned_cache, planned_together, plot_kv
 from .latency import latency
 from .measure.kl import probes
-from .measure.sweep import Sweep, about_texts, learned_again, refuse_other, rounding_of, texts_for
+from .measure.sweep import Sweep, about_texts, learned_again, check_other, rounding_of, texts_for
 from .models import Checkpoint
-from .plan import make_plan, thoughtless
+from .plan import make_plan, baseline_plans
 from .readers import write_json
 from .refine import measured, verified
 from .report import Report, machine, score_row
@@ -52,8 +52,8 @@ FORMATS, WIDE = ('4g64', '8g64'), (2, 3, 4, 5, 6, 8) # candidates for a plan, an
 @dataclass(frozen=True)
 class Caps:
     "What a plan must keep to; any number at once, and all of them hold"
-    target_bits: float | None = None # average code width; without any cap 4.5 for weights, 5 for a cache
-    true_bits: float | None = None # bytes of everything saved × 8 / parameters
+    target_bpw: float | None = None # average code width; without any cap 4.5 for weights, 5 for a cache
+    true_bpw: float | None = None # bytes of everything saved × 8 / parameters
     max_bytes: float | None = None # bytes of all tensors, of the cache at `context`, or of both together
     max_memory: float | None = None # bytes of all tensors and of a KV cache that stays as it is
     target_tps: float | None = None # tokens per second, by prediction
@@ -83,7 +83,7 @@ class Cache:
 
 
 # %% ../nbs/08_pipeline.ipynb #6d3ee90d
-COUNTS = {'weights': [*Caps.__annotations__], 'a cache': ['target_bits', 'true_bits', 'max_bytes', 'context'],
+COUNTS = {'weights': [*Caps.__annotations__], 'a cache': ['target_bpw', 'true_bpw', 'max_bytes', 'context'],
           'weights and cache together': ['max_bytes', 'context']}
 
 def subject(weights: Weights | None, cache: Cache | None) -> str: # key of COUNTS
@@ -111,7 +111,7 @@ def caps_for(caps: Caps | None, what: str) -> Caps: # with the default where the
     if what == 'weights and cache together' and caps.max_bytes is None: raise ValueError(
         'a `cache` beside the weights needs `max_bytes`: one cap for both')
     alone = not {*given} - {'chip', 'context'}
-    return replace(caps, target_bits=4.5 if what == 'weights' else 5.) if alone else caps
+    return replace(caps, target_bpw=4.5 if what == 'weights' else 5.) if alone else caps
 
 
 # %% ../nbs/08_pipeline.ipynb #5c6caa97
@@ -122,7 +122,7 @@ def check_weights(weights: Weights, what: str, out):
             f'`{name}` has no effect {beside(what)} yet; leave one of the two')
     if weights.compare is False and what != 'weights': raise ValueError(
         f'`compare` has no effect {beside(what)} yet; leave one of the two')
-    refuse_rounding(rounding := rounding_for(weights.rounding, weights.sweep), weights.polish, out)
+    check_rounding_name(rounding := rounding_for(weights.rounding, weights.sweep), weights.polish, out)
     if rounding == 'minmax' and not weights.polish and weights.rounding_n is not None: raise ValueError(
         '`rounding_n` has no effect: minmax learns from no text; leave it out, or choose another `rounding`')
 
@@ -134,7 +134,7 @@ def baselines(
     lowest: Format, # the smallest candidate
 ) -> dict: # name ▸ Plan
     "Plans that need no measurement: uniform at the lowest width, uniform at equal bytes, the loader's recipes"
-    found = {p.name: p for p in thoughtless(c)}
+    found = {p.name: p for p in baseline_plans(c)}
     def off(p): return abs(p.nbytes/plan.nbytes-1)
     near = sorted((p for n, p in found.items() if n.startswith('uniform') and off(p) < .01), key=off)
     default = [n for n in found if n.startswith('mlx-vlm')]
@@ -170,12 +170,12 @@ class Texts:
     evaluation: 'str | Path | list | None' = None # what to score on; the evaluation side of `calibration` by default
     n: int = 8 # calibration sequences
     seq_len: int = 128 # tokens in each
-    eval_n: int = 16 # evaluation sequences
+    n_evaluation: int = 16 # evaluation sequences
     eval_len: int | None = None # tokens in each; 256 by default, with a cache as many as in the others
 
 def texts_of(texts: Texts | None, what: str) -> Texts: # with the default where there is none
     "The texts that such a plan is judged by"
-    texts = texts or (Texts(n=5, seq_len=512, eval_n=4) if what == 'a cache' else Texts())
+    texts = texts or (Texts(n=5, seq_len=512, n_evaluation=4) if what == 'a cache' else Texts())
     return replace(texts, eval_len=texts.eval_len or (256 if what == 'weights' else texts.seq_len))
 
 @dataclass
@@ -183,7 +183,7 @@ class Batches:
     "What rounding learns from, what is chosen on, and what is reported on"
     learned: 'np.ndarray | list' # (≥ n, T) calibration tokens, or samples
     tokens: 'np.ndarray | list' # (n, T) the first of them: for the sweep and for verification
-    scored: 'np.ndarray | list' # (eval_n, eval_len) evaluation tokens, or samples, disjoint from them
+    scored: 'np.ndarray | list' # (n_evaluation, eval_len) evaluation tokens, or samples, disjoint from them
     about: dict # what to say of them
     source: str | None = None # where the calibration text comes from, if it has a name
 
@@ -205,9 +205,9 @@ def read_texts(
     other = t.calibration if t.evaluation is None else t.evaluation
     side, held_out = ('train', 'test') if str(other) == str(t.calibration) else ('all', 'all')
     tokens, learned = texts_for(c, t.calibration, t.n, t.seq_len, more, side)
-    if c.model_type == 'llm': scored = evaluation_tokens(other, c.tokenizer, t.eval_n, t.eval_len or 256, held_out)
-    else: scored = batch_for(c, other, t.eval_n, split=held_out)
-    refuse_overlap(overlap(block_hashes(text_of(c, learned)), scored))
+    if c.model_type == 'llm': scored = evaluation_tokens(other, c.tokenizer, t.n_evaluation, t.eval_len or 256, held_out)
+    else: scored = batch_for(c, other, t.n_evaluation, split=held_out)
+    check_overlap(overlap(block_hashes(text_of(c, learned)), scored))
     about = dict(calibration=told(c, t.calibration, tokens), evaluation=told(c, other, scored))
     return Batches(learned, tokens, scored, dict(model=c.name, **about, **machine()),
                    None if isinstance(t.calibration, list) else str(t.calibration))
@@ -241,19 +241,19 @@ def rounding_for(rounding: str | None, sweep) -> str:
     return rounding or (ROUNDING if sweep is None else rounding_of(load_sweep(sweep)))
 
 # %% ../nbs/08_pipeline.ipynb #3f93bf66
-def refuse_other_rounding(found: Sweep, name, rounding: str):
+def check_other_rounding(found: Sweep, name, rounding: str):
     "Raise ValueError for a sweep that was measured with another rounding"
     if (was := rounding_of(found)) != rounding: raise ValueError(
         f'{name} was measured with {was}, and the model is to be saved with {rounding}; '
         f'measure it again, or give `rounding` {was}')
 
-def refuse_sweep(found: Sweep, name, c: Checkpoint, formats: list, rounding: str):
+def check_sweep(found: Sweep, name, c: Checkpoint, formats: list, rounding: str):
     "Raise ValueError for a sweep of another model, with another rounding, or without one of these formats"
     if {u.path: u.shape for u in found.units} != {u.path: u.shape for u in c.units}:
         raise ValueError(f'{name} was measured on another model, {found.header["model"]}')
-    refuse_other(name, dict(model=found.header['fingerprint']['model']), dict(model=c.fingerprint))
-    refuse_other(name, {k: found.header.get(k) for k in ('params', 'other_bytes')}, dict(params=c.params, other_bytes=c.other_bytes))
-    refuse_other_rounding(found, name, rounding)
+    check_other(name, dict(model=found.header['fingerprint']['model']), dict(model=c.fingerprint))
+    check_other(name, {k: found.header.get(k) for k in ('params', 'other_bytes')}, dict(params=c.params, other_bytes=c.other_bytes))
+    check_other_rounding(found, name, rounding)
     if lacking := [str(f) for f in formats if f not in found.formats]: raise ValueError(
         f'{name} has no {", ".join(lacking)}; it has {", ".join(map(str, found.formats))}')
 
@@ -271,14 +271,14 @@ def find_sweep(b, t: Batches, formats, sweep, out, rounding=None) -> Sweep:
     "The sweep to plan with: one that was saved, or a new one that is written beside `out` as it goes"
     formats, rounding = [f for f in formats if f != AS_IS], rounding_for(rounding, sweep)
     if sweep is not None:
-        refuse_sweep(found := load_sweep(sweep), sweep, b.checkpoint, formats, rounding)
+        check_sweep(found := load_sweep(sweep), sweep, b.checkpoint, formats, rounding)
         return as_swept(found, t, b.checkpoint, rounding)
     log = journal_of(out) if out is not None else None
     return kl_sweep(b, t.tokens, formats, out=log, rounding=rounding, rounding_tokens=t.learned,
                     calibration=t.source, journal=True)
 
 # %% ../nbs/08_pipeline.ipynb #4dedca02
-def refuse_rounding(rounding: str, polish: str | None, out):
+def check_rounding_name(rounding: str, polish: str | None, out):
     "Raise ValueError for a rounding or a polish that does not exist or has nothing to work on"
     if rounding not in QUANTIZERS: raise ValueError(
         f'no rounding {rounding!r}; there are {", ".join(QUANTIZERS)}')
@@ -287,11 +287,11 @@ def refuse_rounding(rounding: str, polish: str | None, out):
         'dwq trains a model that is written; give an output, or leave the polish')
 
 # %% ../nbs/08_pipeline.ipynb #9f6bbe68
-def refuse_output(c: Checkpoint, out, plan, rounding: str):
+def check_output(c: Checkpoint, out, plan, rounding: str):
     "Raise an error if `out` is given, and the model cannot be converted, or there is no room for such a plan"
     if out is None: return
-    refuse_quantized(c)
-    refuse_full(out.parent, room_for(plan, rounding))
+    check_quantized(c)
+    check_full(out.parent, room_for(plan, rounding))
 
 def room_for(plan, rounding: str) -> float: # bytes
     "What a conversion needs on the disk: tensors that were rounded wait in files until they are written"
@@ -365,7 +365,7 @@ def summary(report: Report, plan, joint, v, out, seconds: float) -> dict:
     rows = {r['name']: r for r in report.rows}
     mine, reference = rows.pop('optiq'), rows.pop('reference')
     few = 'name', 'nominal_bpw', 'true_bpw', 'size_mb', 'kl', 'kl_se', 'perplexity'
-    return dict(output=None if out is None else str(out), nominal_bpw=plan.nominal_bits, true_bpw=plan.true_bits,
+    return dict(output=None if out is None else str(out), nominal_bpw=plan.nominal_bpw, true_bpw=plan.true_bpw,
                 size_mb=plan.size_mb, predicted_kl=known(plan.predicted_kl), predicted_kl_se=known(plan.predicted_kl_se),
                 calibration_kl=float(joint.mean()), kl=mine['kl'], kl_se=mine['kl_se'],
                 perplexity=mine['perplexity'], perplexity_se=mine['perplexity_se'],
@@ -413,7 +413,7 @@ class Job:
 def conditions(job: Job) -> dict: # of `allocate`
     "What a plan of the weights must keep to"
     c, caps, fmts = job.c, job.caps, job.formats
-    found = {k: getattr(caps, k) for k in ('target_bits', 'true_bits', 'max_bytes', 'max_memory')}
+    found = {k: getattr(caps, k) for k in ('target_bpw', 'true_bpw', 'max_bytes', 'max_memory')}
     found |= dict(formats=fmts, protect=job.weights.protect, tie=job.weights.tie)
     if caps.max_memory is not None: found['cache'] = cache_bytes(c, caps.context)
     if caps.target_tps is None: return found
@@ -425,7 +425,7 @@ def choose_weights(job: Job) -> dict: # report, plan, sweep, verified, figures
     "Measure, choose, write, and score what was written"
     c, w, out, rounding, start = job.c, job.weights, job.out, job.rounding, time.perf_counter()
     likely = feasible(c, **(options := conditions(job)))
-    refuse_output(c, out, likely, rounding)
+    check_output(c, out, likely, rounding)
     b, t = job.open(job.more)
     found = find_sweep(b, t, job.formats, w.sweep, out, rounding)
     plan, v = choose(b, t, found, rounding, w.verify is not False, **options)
@@ -441,7 +441,7 @@ def choose_weights(job: Job) -> dict: # report, plan, sweep, verified, figures
 def choose_cache(job: Job) -> dict: # report, plan, sweep, config, figures
     "Measure, choose, score, write"
     caps, formats, out = job.caps, job.kv_formats, job.out
-    options = dict(target_bits=caps.target_bits, true_bits=caps.true_bits, max_bytes=caps.max_bytes,
+    options = dict(target_bpw=caps.target_bpw, true_bpw=caps.true_bpw, max_bytes=caps.max_bytes,
                    tie='cache' if job.cache.tie else None)
     layout = kv_layout(job.c, job.context)
     allocate(untested(layout, formats), **options) # raises before anything is measured if no plan fits
@@ -479,7 +479,7 @@ def choose_both(job: Job) -> dict: # report, config, figures, and what `joint_pl
     layout = kv_layout(c, job.context)
     wishes = dict(protect=w.protect, tie=w.tie)
     likely = feasible(c, fmts, layout, job.kv_formats, max_bytes=job.caps.max_bytes, **wishes)
-    refuse_output(c, out, likely, rounding)
+    check_output(c, out, likely, rounding)
     if w.sweep is not None: check_length(load_sweep(w.sweep), job.texts.n)
     b, t = job.open(job.more)
     known = None if w.sweep is None else narrowed(find_sweep(b, t, fmts, w.sweep, None, rounding), fmts)
@@ -581,7 +581,7 @@ def trade_off(
     if sweep is not None and not verify:
         idle = [k for k, v in dict(texts=texts, rounding_n=weights.rounding_n).items() if v is not None]
         if idle: raise ValueError(f'`{idle[0]}` has no effect: nothing is measured; give `verify`')
-        refuse_other_rounding(found := load_sweep(sweep), sweep, rounding)
+        check_other_rounding(found := load_sweep(sweep), sweep, rounding)
         about = machine()
     else:
         c = Checkpoint(source, trust_remote_code, model_type)
@@ -615,7 +615,7 @@ def compare(
     same_words(c, opened[model].checkpoint)
     if reference.stacks: tokens = text_tokens(c, evaluation, n, seq_len)
     else: tokens = batch_for(c, evaluation, n, split='test')
-    for b in opened.values(): refuse_calibration(b.checkpoint, tokens)
+    for b in opened.values(): check_calibration(b.checkpoint, tokens)
     scores = evaluate(reference, tokens, {model: opened[model]} if first != model else {})
     plans = {m: make_plan(b.checkpoint, b.checkpoint.formats) for m, b in opened.items()}
     rows = [score_row(m, plans[m], s, fingerprint(tokens)) for m, s in zip(opened, scores.values())]

@@ -23,7 +23,7 @@ from .formats import quantize_dequantize
 from .knapsack import Frontier, Question, plus_minus, pose
 from .measure.estimate import passes_of, plan_passes
 from .measure.kl import measure
-from .plan import Plan, mean_se, smoothed, thoughtless
+from .plan import Plan, mean_se, smoothed, baseline_plans
 from .readers import known
 from .solver import Problem, undominated
 
@@ -73,7 +73,7 @@ def within(
     "Uniform formats and recipes that keep the same conditions in the same bytes"
     spent = [sum(x.cost(u, plan[u.path]) for u in q.sweep.units) for x in q.budgets]
     left = min((x.cap-s for x, s in zip(q.budgets, spent) if x.unit in ('bits', 'bytes')), default=0)
-    found = [p for p in thoughtless(q.sweep) if p.nbytes <= plan.nbytes+left and q.admits(p)]
+    found = [p for p in baseline_plans(q.sweep) if p.nbytes <= plan.nbytes+left and q.admits(p)]
     flat = {p.name: f for p in found for f in [next(iter(p.values()))] if p.name.startswith('uniform')}
     def outdone(f): return any(g != f and g.mode == 'affine' and g.bits >= f.bits and g.group_size <= f.group_size
                                for g in flat.values())

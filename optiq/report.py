@@ -238,7 +238,7 @@ def size_of(
     size, # Plan or anything that knows bits and bytes
 ) -> dict: # columns of a row
     "The size of a model, as a report has it"
-    return dict(name=name, nominal_bpw=size.nominal_bits, true_bpw=size.true_bits, size_mb=size.size_mb)
+    return dict(name=name, nominal_bpw=size.nominal_bpw, true_bpw=size.true_bpw, size_mb=size.size_mb)
 
 def own_size(c, name: str | None = None, plan=None) -> dict: # Checkpoint ▸ columns of a row
     "The size of a model as it is stored, or in a plan that stands for it"

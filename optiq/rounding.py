@@ -8,7 +8,7 @@ __all__ = ['SHRINK', 'BLOCK', 'ROUNDING', 'QUANTIZERS', 'Rounded', 'MinMax', 'ne
            'look_again', 'replayed', 'prepared', 'gptq', 'gptq_all', 'shrinkage', 'NextListener', 'enough',
            'as_overrides', 'same_inputs', 'each_alone', 'Passage', 'round_block', 'outside_before', 'round_outside',
            'one_after_another', 'round_model', 'Held', 'RoundTrips', 'round_all', 'seconds_of_one', 'rounding_seconds',
-           'announce_rounding', 'round_to_files', 'refuse_dwq', 'dwq']
+           'announce_rounding', 'round_to_files', 'check_dwq', 'dwq']
 
 # %% ../nbs/06_rounding.ipynb #180ca31b
 import sys
@@ -521,7 +521,7 @@ def _read(w, fmt, file, planned):
     return mx.load(file)
 
 # %% ../nbs/06_rounding.ipynb #775cff8a
-def refuse_dwq(source, tokens, valid: int, batch_size: int):
+def check_dwq(source, tokens, valid: int, batch_size: int):
     "Raise ValueError for a model that dwq does not know, or too little to train and validate on"
     if source.model_type != 'llm': raise ValueError(
         f'dwq trains text models only, and {source.name} is of type {source.model_type}')
@@ -548,7 +548,7 @@ def dwq(
     from mlx.optimizers import Adam
     from mlx_lm.quant.dwq import dwq_quantize
     from mlx_lm.utils import load_model, save_model
-    refuse_dwq(source, tokens, valid, batch_size)
+    check_dwq(source, tokens, valid, batch_size)
     student, teacher = load_model(Path(folder), trust_remote_code=source.trust_remote_code)[0], source.load()
     student.freeze() # mlx-lm unfreezes scales and biases; it would train the norms too
     rows, adam = [(t.tolist(), 0) for t in tokens], Adam(learning_rate, bias_correction=True)

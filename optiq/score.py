@@ -16,7 +16,7 @@ import numpy as np
 
 from .backends.open import open_backend
 from .calibration import before, fingerprint, passages, token_batch
-from .evals.perplexity import evaluate, refuse_calibration
+from .evals.perplexity import evaluate, check_calibration
 from .files import own_file
 from .formats import parse_format
 from .models import Checkpoint
@@ -71,7 +71,7 @@ def perplexity(
     "Perplexity on windows of text, with its interval"
     c = checkpoint_of(model)
     tokens = text_tokens(c, source, n, seq_len, limit)
-    refuse_calibration(c, tokens)
+    check_calibration(c, tokens)
     nll = evaluate(open_backend(c, backend), tokens)['reference'].nll
     return Report([own_size(c, name) | perplexity_figure(nll, fingerprint(tokens))], text_about(source, tokens))
 
@@ -134,7 +134,7 @@ def kl(
     a, c = checkpoint_of(baseline), checkpoint_of(model)
     same_words(a, c)
     tokens = text_tokens(a, source, n, seq_len, limit)
-    for m in (a, c): refuse_calibration(m, tokens)
+    for m in (a, c): check_calibration(m, tokens)
     stored = reference(a, tokens, None if exact else min(top_k, a.vocabulary//2), cache)
     s, on = score_against(stored, open_backend(c, backend), tokens), fingerprint(tokens)
     rows = [joined(own_size(a), kl_figures(0*s.tokens[1], 0*s.flips, stored.scored.mean(1), on))]

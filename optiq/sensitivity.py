@@ -51,7 +51,7 @@ def settled(log: SweepLog, targets: list) -> bool:
     if len(done) < 3: return False
     def up_to(stop): return to_sweep(log.header, {k: v for k, v in log.records.items() if k[2] <= stop})
     now, *shorter = map(up_to, (done[-1], done[-2], done[-3]))
-    def same(s, t): return dict(allocate(now, target_bits=t)) == dict(allocate(s, target_bits=t))
+    def same(s, t): return dict(allocate(now, target_bpw=t)) == dict(allocate(s, target_bpw=t))
     return all(same(s, t) for t in targets for s in shorter)
 
 # %% ../nbs/04_sensitivity.ipynb #78782674

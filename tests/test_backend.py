@@ -115,7 +115,7 @@ def test_gradient(b, tokens, sweep):
     assert spearmanr(*([s.kl(*k) for k in sweep.values] for s in (found, sweep)))[0] > .9
 
 def test_a_plan_is_verified(b, tokens, sweep):
-    found = verified(b, tokens, sweep, progress=False, target_bits=5)
+    found = verified(b, tokens, sweep, progress=False, target_bpw=5)
     assert np.allclose(found.kl['allocated'], plain(b, tokens, overrides_of(found.tried['allocated'])), rtol=1e-3)
     assert found.kl[found.kept].mean() == min(v.mean() for v in found.kl.values())
 

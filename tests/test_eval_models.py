@@ -16,7 +16,7 @@ from optiq.evals import harness as harness_module
 from optiq.evals.gsm8k import gsm8k, questions
 from optiq.evals.kl import merged, reference, score_against
 from optiq.evals.needle import margins, needle, needle_trials, smallest_margin
-from optiq.evals.perplexity import evaluate, evaluation_tokens, overrides_of, refuse_calibration
+from optiq.evals.perplexity import evaluate, evaluation_tokens, overrides_of, check_calibration
 from optiq.report import Report
 from optiq.score import run_task, same_words, text_tokens
 from optiq.evals.tasks import compose
@@ -46,7 +46,7 @@ def saved(b, tmp_path_factory):
     folder = tmp_path_factory.mktemp('saved')
     calibration = token_batch(passages('bundled'), b.checkpoint.tokenizer, 2, 64)
     sweep = kl_sweep(b, calibration, [4, 8], progress=False, rounding='minmax')
-    convert('demo', allocate(sweep, target_bits=4.5), folder/'m', sweep)
+    convert('demo', allocate(sweep, target_bpw=4.5), folder/'m', sweep)
     return folder/'m'
 
 # perplexity and KL
@@ -118,9 +118,9 @@ def test_calibration_text_is_refused(saved, b, tmp_path):
     c, t = Checkpoint(saved), b.checkpoint.tokenizer
     own = token_batch(passages('bundled'), t, 2, 64)
     for tokens in (own, own.reshape(1, 128)[:, 3:99], own[::-1, 1:]): # as they were, shifted, in another order
-        with pytest.raises(ValueError, match='calibration text of'): refuse_calibration(c, tokens)
-    refuse_calibration(c, evaluation_tokens('bundled', t, 8, 128))
-    refuse_calibration(Checkpoint('demo'), own) # was not calibrated
+        with pytest.raises(ValueError, match='calibration text of'): check_calibration(c, tokens)
+    check_calibration(c, evaluation_tokens('bundled', t, 8, 128))
+    check_calibration(Checkpoint('demo'), own) # was not calibrated
     text = tmp_path/'t.txt'
     text.write_text('\n'.join(p.replace('\n', ' ') for p in passages('bundled')))
     with pytest.raises(ValueError, match='calibration text'):

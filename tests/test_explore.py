@@ -51,12 +51,12 @@ def test_every_kind_of_cap_is_kept(sweep, by):
     assert p.plan(low-9) == p.plan(low) and p.plan(high+9) == p.plan(high)
 
 def test_at_rest_it_is_the_allocation(sweep):
-    assert Explorer(sweep, value=4.3).plan == allocate(sweep, target_bits=4.3)
+    assert Explorer(sweep, value=4.3).plan == allocate(sweep, target_bpw=4.3)
 
 def test_formats_can_be_switched_off(sweep):
     x = Explorer(sweep, value=5).choose(['4', '8g64'])
-    assert set(map(str, x.plan.values())) == {'4g64', '8g64'} and x.plan == allocate(sweep, target_bits=5, formats=[4, 8])
-    assert x.choose([]).plan == allocate(sweep, target_bits=5, formats=[4, 8])
+    assert set(map(str, x.plan.values())) == {'4g64', '8g64'} and x.plan == allocate(sweep, target_bpw=5, formats=[4, 8])
+    assert x.choose([]).plan == allocate(sweep, target_bpw=5, formats=[4, 8])
     assert x.choose(['4']).plan == uniform(sweep, 4)
 
 def test_page_has_what_a_screen_reader_needs(sweep):
@@ -76,7 +76,7 @@ def test_kept_plan_is_compared(sweep):
     assert 'kept' not in x.keep(False).html()
 
 def test_compare(sweep):
-    a, b = allocate(sweep, target_bits=4), allocate(sweep, target_bits=6)
+    a, b = allocate(sweep, target_bpw=4), allocate(sweep, target_bpw=6)
     c = compare(a, b)
     assert len(c.to_frame()) == len(a.diff(b)) and 'units differ' in repr(c)
     with pytest.raises(ValueError, match='different models'): compare(a, uniform(sweep.units[:5], 4))

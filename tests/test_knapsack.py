@@ -22,7 +22,7 @@ def test_order_of_units_does_not_matter(seed, target, random):
     sweep = random_sweep(seed)
     other = SimpleNamespace(**vars(sweep))
     other.units = random.sample(sweep.units, len(sweep.units))
-    assert allocate(sweep, target_bits=target) == allocate(other, target_bits=target)
+    assert allocate(sweep, target_bpw=target) == allocate(other, target_bpw=target)
 
 @property_test
 @given(st.integers(0, 10**6), st.floats(3.01, 8))
@@ -32,33 +32,33 @@ def test_bytes_and_true_bits(seed, target):
     cap = uniform(sweep, 3).nbytes+int((large.nbytes-uniform(sweep, 3).nbytes)*(target-3)/5)
     plan = allocate(sweep, max_bytes=cap)
     assert plan.nbytes <= cap and plan.nbytes == stored(sweep, plan)
-    again = allocate(sweep, true_bits=8*cap/plan.params)
-    assert again == plan and again.true_bits == 8*plan.nbytes/sweep.header['params']
+    again = allocate(sweep, true_bpw=8*cap/plan.params)
+    assert again == plan and again.true_bpw == 8*plan.nbytes/sweep.header['params']
 
 def test_the_ends_themselves_can_be_had():
     sweep = random_sweep(1)
     for bits in (3, 8):
         flat = uniform(sweep, bits)
-        for caps in (dict(target_bits=bits), dict(true_bits=flat.true_bits), dict(max_bytes=flat.nbytes)):
+        for caps in (dict(target_bpw=bits), dict(true_bpw=flat.true_bpw), dict(max_bytes=flat.nbytes)):
             assert allocate(sweep, **caps) == flat
 
 def test_as_is_is_a_candidate_when_asked_for():
     sweep = random_sweep(3)
-    assert AS_IS not in allocate(sweep, target_bits=7).counts()
-    plan = allocate(sweep, target_bits=9, formats=[4, 8, 'as-is'])
-    assert AS_IS in plan.counts() and plan.nominal_bits <= 9
-    assert allocate(sweep, target_bits=16, formats=[4, 'as-is']).predicted_kl == 0
+    assert AS_IS not in allocate(sweep, target_bpw=7).counts()
+    plan = allocate(sweep, target_bpw=9, formats=[4, 8, 'as-is'])
+    assert AS_IS in plan.counts() and plan.nominal_bpw <= 9
+    assert allocate(sweep, target_bpw=16, formats=[4, 'as-is']).predicted_kl == 0
 
 def test_a_unit_that_no_format_fits_stays_and_counts():
     units = [*block_units(1), Unit('model.odd', 'odd', (64, 100), None, 'float32')]
     sweep = make_sweep(units, [Format(4), Format(8)], lambda u, f: 4.**-f.bits)
-    plan = allocate(sweep, target_bits=7.5)
+    plan = allocate(sweep, target_bpw=7.5)
     assert plan['model.odd'] == AS_IS and plan('model.odd') is False and uniform(sweep, 4)['model.odd'] == AS_IS
-    least = uniform(sweep, 4).nominal_bits
+    least = uniform(sweep, 4).nominal_bpw
     assert least > 4.2
-    with pytest.raises(ValueError, match='below the smallest possible') as e: allocate(sweep, target_bits=4.2)
+    with pytest.raises(ValueError, match='below the smallest possible') as e: allocate(sweep, target_bpw=4.2)
     said = float(str(e.value).split('possible, ')[1].split()[0])
-    assert least <= said < least+.01 and allocate(sweep, target_bits=said) == uniform(sweep, 4)
+    assert least <= said < least+.01 and allocate(sweep, target_bpw=said) == uniform(sweep, 4)
 
 # Protection and ties
 
@@ -72,53 +72,53 @@ def test_protection(seed, target, name):
     least = nominal(sweep, {u.path: Format(8 if u.path in pins else 3) for u in sweep.units})
     if least > target:
         with pytest.raises(ValueError, match='too small to protect.*smallest at which') as e:
-            allocate(sweep, target_bits=target, protect=name)
+            allocate(sweep, target_bpw=target, protect=name)
         said = float(str(e.value).split()[-2])
         assert said-.01 <= least <= said
         target = said
-    plan, free = allocate(sweep, target_bits=target, protect=name), allocate(sweep, target_bits=target)
-    assert plan.nominal_bits <= target+1e-9 and all(plan[p] == Format(8) for p in pins)
+    plan, free = allocate(sweep, target_bpw=target, protect=name), allocate(sweep, target_bpw=target)
+    assert plan.nominal_bpw <= target+1e-9 and all(plan[p] == Format(8) for p in pins)
     assert plan.solver['protect_cost'] == pytest.approx(plan.predicted_kl-free.predicted_kl, abs=1e-12)
     assert plan.solver['protect_cost'] >= -1e-12
 
 def test_an_untied_head_is_the_head():
     units = [*block_units(1), Unit('lm_head', 'lm_head', (512, 128), None)]
     sweep = make_sweep(units, [Format(4), Format(8)], lambda u, f: 4.**-f.bits*(u.kind != 'lm_head')+1e-9)
-    plan = allocate(sweep, target_bits=6.5, protect=('lm_head',))
+    plan = allocate(sweep, target_bpw=6.5, protect=('lm_head',))
     assert plan.solver['protected'] == ['lm_head'] and plan['lm_head'] == Format(8)
 
 @property_test
 @given(st.integers(0, 10**6), st.floats(3, 8), st.sampled_from(['qkv', 'kv', 'gate_up', ('qkv', 'gate_up'), 'function']))
 def test_ties(seed, target, tie):
     sweep = random_sweep(seed)
-    plan = allocate(sweep, target_bits=target, tie=(lambda u: u.block) if tie == 'function' else tie)
+    plan = allocate(sweep, target_bpw=target, tie=(lambda u: u.block) if tie == 'function' else tie)
     kinds = dict(qkv=KINDS[:3], kv=KINDS[1:3], gate_up=KINDS[3:5], function=KINDS)
     for t in [tie] if isinstance(tie, str) else tie:
         for block in (0, 1): assert len({plan[u.path] for u in sweep.units if u.block == block and u.kind in kinds[t]}) == 1
-    assert plan.nominal_bits <= target+1e-9
-    assert plan.predicted_kl >= allocate(sweep, target_bits=target).predicted_kl*(1-1e-9)
+    assert plan.nominal_bpw <= target+1e-9
+    assert plan.predicted_kl >= allocate(sweep, target_bpw=target).predicted_kl*(1-1e-9)
 
 def test_ties_are_optimal_too():
     sweep = random_sweep(5, 5)
     q, k = [u.path for u in sweep.units][:2]
-    plan = allocate(sweep, target_bits=4.7, tie=lambda u: 'pair' if u.path in (q, k) else None)
+    plan = allocate(sweep, target_bpw=4.7, tie=lambda u: 'pair' if u.path in (q, k) else None)
     best = brute_force(sweep, lambda c: nominal(sweep, c) <= 4.7, same=lambda c: c[q] == c[k])
     assert plan.predicted_kl == pytest.approx(best, rel=1e-8)
 
 # Errors
 
 @pytest.mark.parametrize('options, said', [
-    (dict(target_bits=2.5), r'target_bits 2\.5 is below the smallest possible, 3\.00 bits; the largest is 8\.00'),
-    (dict(target_bits=8.5), r'above the largest possible, 8\.00 bits; the smallest is 3\.00'),
-    (dict(true_bits=20), 'true_bits 20 is above'), (dict(max_bytes=10), r'max_bytes 10 is below .* bytes \('),
-    (dict(max_bytes=10**9), 'max_bytes 1,000,000,000 is above'), (dict(target_bits=9, max_bytes=60_000), 'target_bits 9 is above'),
+    (dict(target_bpw=2.5), r'target_bpw 2\.5 is below the smallest possible, 3\.00 bits; the largest is 8\.00'),
+    (dict(target_bpw=8.5), r'above the largest possible, 8\.00 bits; the smallest is 3\.00'),
+    (dict(true_bpw=20), 'true_bpw 20 is above'), (dict(max_bytes=10), r'max_bytes 10 is below .* bytes \('),
+    (dict(max_bytes=10**9), 'max_bytes 1,000,000,000 is above'), (dict(target_bpw=9, max_bytes=60_000), 'target_bpw 9 is above'),
     (dict(), 'no cap'), (dict(max_ms=1), 'costs_ms'), (dict(max_memory=10**6), 'cache_bytes'),
     (dict(max_memory=10**5, cache=10**5), 'max_memory 100,000 is below the smallest possible, .* bytes'),
-    (dict(target_bits=float('nan')), 'positive'),
-    (dict(target_bits=4, formats=[]), 'no candidate formats'), (dict(target_bits=4, formats=[5]), '5g64 was not measured'),
-    (dict(target_bits=4, protect='nothing'), "'nothing' matches no unit"), (dict(target_bits=4, tie='vk'), "no tie 'vk'"),
-    (dict(target_bits=4, method='best'), "no method 'best'"),
-    (dict(target_bits=5, true_bits=6, method='greedy'), 'takes one cap')])
+    (dict(target_bpw=float('nan')), 'positive'),
+    (dict(target_bpw=4, formats=[]), 'no candidate formats'), (dict(target_bpw=4, formats=[5]), '5g64 was not measured'),
+    (dict(target_bpw=4, protect='nothing'), "'nothing' matches no unit"), (dict(target_bpw=4, tie='vk'), "no tie 'vk'"),
+    (dict(target_bpw=4, method='best'), "no method 'best'"),
+    (dict(target_bpw=5, true_bpw=6, method='greedy'), 'takes one cap')])
 def test_what_cannot_be_had_is_said_in_one_line(options, said):
     with pytest.raises(ValueError, match=said) as e: allocate(random_sweep(0), **options)
     assert '\n' not in str(e.value)
@@ -126,7 +126,7 @@ def test_what_cannot_be_had_is_said_in_one_line(options, said):
 def test_ties_without_a_common_format():
     units = [Unit('a.k_proj', 'k_proj', (8, 64), 0), Unit('a.v_proj', 'v_proj', (8, 100), 0)]
     with pytest.raises(ValueError, match='no format fits them all'):
-        allocate(make_sweep(units, [Format(4)], lambda u, f: .1), target_bits=9, tie='kv')
+        allocate(make_sweep(units, [Format(4)], lambda u, f: .1), target_bpw=9, tie='kv')
 
 # Why, the frontier, stability
 
@@ -141,21 +141,21 @@ def test_price_ranges_are_what_a_unit_buys(kl):
 
 def test_why():
     sweep = random_sweep(4, n=8)
-    plan = allocate(sweep, target_bits=5)
+    plan = allocate(sweep, target_bpw=5)
     path = next(p for p, f in plan.items() if f == Format(6))
     why = plan.why(path, sweep)
     chosen = next(r for r in why.rows if r['format'] == plan[path])
-    assert why.price == pytest.approx(plan.solver['prices']['target_bits'], rel=1e-6) and path in repr(why) and '◀' in repr(why)
+    assert why.price == pytest.approx(plan.solver['prices']['target_bpw'], rel=1e-6) and path in repr(why) and '◀' in repr(why)
     assert [r['bytes'] for r in why.rows] == [next(u for u in sweep.units if u.path == path).nbytes(f) for f in sweep.formats]
     for r in why.rows: # at a target inside its range, the unit gets that format
         if r['bits'] and r['bits'][1]-r['bits'][0] > .5:
-            assert allocate(sweep, target_bits=sum(r['bits'])/2)[path] == r['format']
+            assert allocate(sweep, target_bpw=sum(r['bits'])/2)[path] == r['format']
     assert chosen['bits'][0]-.3 <= 5 <= chosen['bits'][1]+.3
     with pytest.raises(ValueError, match='is no unit'): plan.why('nowhere', sweep)
 
 def test_why_of_protected_tied_and_uniform():
     sweep = random_sweep(4)
-    plan = allocate(sweep, target_bits=6, protect='embed', tie='qkv')
+    plan = allocate(sweep, target_bpw=6, protect='embed', tie='qkv')
     assert '(protected)' in repr(plan.why('model.embed_tokens', sweep))
     assert 'q_proj + ' in repr(plan.why('model.layers.0.self_attn.k_proj', sweep)) or '(tied)' in repr(
         plan.why('model.layers.0.self_attn.k_proj', sweep))
@@ -206,20 +206,20 @@ def test_profiles():
 
 def test_stability():
     sweep = random_sweep(7, n=6)
-    a, b = stability(sweep, 40, target_bits=4.5), stability(sweep, 40, target_bits=4.5)
+    a, b = stability(sweep, 40, target_bpw=4.5), stability(sweep, 40, target_bpw=4.5)
     assert a == b and a.keys() == a.plan.keys() and all(0 <= s <= 1 for s in a.values())
     sure = SimpleNamespace(**vars(sweep))
     sure.values = {k: np.full(6, v.mean()) for k, v in sweep.values.items()}
-    assert set(stability(sure, 20, target_bits=4.5).values()) == {1.}
+    assert set(stability(sure, 20, target_bpw=4.5).values()) == {1.}
     cap = uniform(sweep, 4).nbytes
-    assert stability(sweep, 5, target_bits=6, max_bytes=cap, tie='kv', method='exact').plan.nbytes <= cap
-    with pytest.raises(ValueError, match='one calibration sequence'): stability(random_sweep(7, n=1), target_bits=4.5)
+    assert stability(sweep, 5, target_bpw=6, max_bytes=cap, tie='kv', method='exact').plan.nbytes <= cap
+    with pytest.raises(ValueError, match='one calibration sequence'): stability(random_sweep(7, n=1), target_bpw=4.5)
 
 def test_further_budgets():
     sweep = random_sweep(8)
     wide = Budget('wide units', lambda u, f: f.bits == 8, 2)
-    plan = allocate(sweep, target_bits=6.5, budgets=(wide,))
-    assert plan.counts().get(Format(8), 0) <= 2 and plan.solver['caps'] == {'target_bits': 6.5, 'wide units': 2}
+    plan = allocate(sweep, target_bpw=6.5, budgets=(wide,))
+    assert plan.counts().get(Format(8), 0) <= 2 and plan.solver['caps'] == {'target_bpw': 6.5, 'wide units': 2}
 
 # The KV cache
 
@@ -246,10 +246,10 @@ def test_only_the_guilty_caps_are_named():
     ms = lambda u, f: (20-f.bits)*u.params # the fewer bits, the slower
     fast = sum(ms(u, Format(8)) for u in sweep.units)
     with pytest.raises(ValueError, match='^contradictory caps: max_bytes .* and max_ms .* can each be met, but not together$'):
-        allocate(sweep, target_bits=7.9, max_bytes=uniform(sweep, 4).nbytes, max_ms=fast*1.01, costs_ms=ms)
+        allocate(sweep, target_bpw=7.9, max_bytes=uniform(sweep, 4).nbytes, max_ms=fast*1.01, costs_ms=ms)
 
 def test_the_cost_of_protection_is_printed():
-    plan = allocate(random_sweep(0), target_bits=7, protect='embed')
+    plan = allocate(random_sweep(0), target_bpw=7, protect='embed')
     assert f'protecting 1 of them costs {plan.solver["protect_cost"]:.2g}' in repr(plan)
 
 def test_imports_nothing_heavy():

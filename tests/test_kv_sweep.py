@@ -45,7 +45,7 @@ def test_replay_equals_plain_passes(backend, sweep, tokens):
         assert got == pytest.approx(sweep.kl(path, f), rel=1e-3, abs=1e-9)
 
 def test_backends_agree_and_the_cache_does_what_was_scored(backend, folder, tokens, sweep):
-    plan = allocate(sweep, target_bits=4)
+    plan = allocate(sweep, target_bpw=4)
     m, model = MLXBackend(backend.checkpoint), Checkpoint(folder).load()
     x, y = backend.numpy(backend.logits(tokens, overrides_of(plan))), m.numpy(m.logits(tokens, overrides_of(plan)))
     formats = read_kv_config(kv_config(plan, kv_layout(model)), model)
@@ -98,8 +98,8 @@ def test_a_perturbation_that_never_arrives_is_refused(backend, tokens, monkeypat
 @settings(max_examples=20, deadline=None)
 @given(st.floats(3, 8))
 def test_allocation_holds_its_cap(sweep, bits):
-    apart, tied = allocate(sweep, target_bits=bits), allocate(sweep, target_bits=bits, tie='cache')
-    assert apart.nominal_bits <= bits+1e-9 and apart.predicted_kl <= tied.predicted_kl+1e-12
+    apart, tied = allocate(sweep, target_bpw=bits), allocate(sweep, target_bpw=bits, tie='cache')
+    assert apart.nominal_bpw <= bits+1e-9 and apart.predicted_kl <= tied.predicted_kl+1e-12
     assert all(tied[f'cache.{i}.keys'] == tied[f'cache.{i}.values'] for i in range(3))
 
 def test_bytes_at_a_context(sweep):
@@ -111,7 +111,7 @@ def test_bytes_at_a_context(sweep):
 def kv_layout_of(sweep): return KVLayout(tuple(KVLayer(**l) for l in sweep.header['layers']), sweep.header['model'], sweep.header['context'])
 
 def test_memory_is_what_was_said(sweep):
-    plan = allocate(sweep, target_bits=4)
+    plan = allocate(sweep, target_bpw=4)
     layout = kv_layout_of(sweep)
     rows = memory_table(layout, read_kv_config(kv_config(plan, layout)), (256, 1024))
     assert rows[1]['bytes'] == 4*rows[0]['bytes'] and rows[0]['fp16_bytes'] == KVLayout(layout.layers, context=256).nbytes
@@ -128,19 +128,19 @@ def test_one_allocation_over_weights_and_cache(backend, tokens):
     with pytest.raises(ValueError, match='different numbers of sequences'): combine(few, joint['cache_sweep'])
 
 def test_files_of_a_run(folder, text, tmp_path):
-    options = dict(weights=None, cache=Cache([4, 8]), texts=Texts(text, n=2, seq_len=32, eval_n=2), backend='torch')
-    result = optimize(str(folder), tmp_path/'kv', Caps(target_bits=5., context=256), **options)
+    options = dict(weights=None, cache=Cache([4, 8]), texts=Texts(text, n=2, seq_len=32, n_evaluation=2), backend='torch')
+    result = optimize(str(folder), tmp_path/'kv', Caps(target_bpw=5., context=256), **options)
     assert {'kv_config.json', 'sweep.json', 'plan.json', 'table.txt'} <= {f.name for f in (tmp_path/'kv').iterdir()}
-    assert not (tmp_path/'kv.sweep.jsonl').exists() and result['plan'].nominal_bits <= 5
+    assert not (tmp_path/'kv.sweep.jsonl').exists() and result['plan'].nominal_bpw <= 5
     json.dumps(result['figures'])
     assert read_kv_config(tmp_path/'kv'/'kv_config.json', Checkpoint(folder).load())
     with pytest.raises(FileExistsError, match='--overwrite'): optimize(str(folder), tmp_path/'kv', **options)
-    with pytest.raises(ValueError, match='below the smallest possible, 4.00 bits'): optimize(str(folder), caps=Caps(target_bits=3.), **options)
+    with pytest.raises(ValueError, match='below the smallest possible, 4.00 bits'): optimize(str(folder), caps=Caps(target_bpw=3.), **options)
     assert optimize(str(folder), caps=Caps(max_bytes=3*10**5, context=256), **options)['plan'].nbytes <= 3*10**5
 
 def test_a_model_and_its_cache(folder, text, tmp_path):
     result = optimize(str(folder), tmp_path/'m', Caps(max_bytes=1.5*2**20, context=512), cache=Cache(), backend='torch',
-                      texts=Texts(text, n=2, seq_len=32, eval_n=2))
+                      texts=Texts(text, n=2, seq_len=32, n_evaluation=2))
     assert result['figures']['bytes'] <= 1.5*2**20 and json.dumps(result['figures']) and result['weights'].rounding == 'search'
     saved = Checkpoint(tmp_path/'m')
     assert read_kv_config(tmp_path/'m'/'kv_config.json', saved.load()) and (tmp_path/'m'/'optiq'/'kv_sweep.json').exists()
@@ -226,7 +226,7 @@ def evaluate_(b, tokens, f):
 
 def test_a_model_and_its_rotated_cache(folder, text, tmp_path):
     optimize(str(folder), tmp_path/'m', Caps(max_bytes=1.2*2**20, context=512), cache=Cache(['tq3', 'tq4']), backend='torch',
-             texts=Texts(text, n=2, seq_len=32, eval_n=2))
+             texts=Texts(text, n=2, seq_len=32, n_evaluation=2))
     model, where = Checkpoint(tmp_path/'m').load(), tmp_path/'m'/'kv_config.json'
     found = read_kv_config(where, model)
     assert len(found) == 3 and all(f.precondition is not None for pair in found.values() for f in pair)

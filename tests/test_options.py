@@ -148,7 +148,7 @@ def test_the_defaults_of_the_command_are_those_of_python(optiq):
         mine, other = asked
         assert mine.texts == other.texts and mine.backend == other.backend and mine.overwrite == other.overwrite
         assert (mine.caps.context or 16384) == (other.caps.context or 16384) and mine.caps.max_bytes == other.caps.max_bytes
-        assert mine.caps.target_bits == other.caps.target_bits
+        assert mine.caps.target_bpw == other.caps.target_bpw
         if mine.weights: assert mine.formats == other.formats and mine.more == other.more and mine.rounding == other.rounding
         if mine.cache: assert mine.kv_formats == other.kv_formats and mine.cache.tie == other.cache.tie
 
@@ -198,5 +198,5 @@ def test_an_error_that_names_nothing_tells_what_was_given():
     command, given = cli.main.commands['pareto'], dict(targets='7', source='demo', as_json=True)
     assert cli.named(ValueError('Maximum allowed size exceeded'), command, given).endswith('exceeded (given: --targets 7)')
     assert cli.named(ValueError('demo is damaged'), command, given) == 'demo is damaged'
-    assert cli.named(ValueError('`targets` are none, target_bits 3 is low'), command, given) == '--targets are none, --targets 3 is low'
+    assert cli.named(ValueError('`targets` are none, target_bpw 3 is low'), command, given) == '--targets are none, --targets 3 is low'
     assert cli.named(OSError('x.json is no file'), command, given) == 'x.json is no file'

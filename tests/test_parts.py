@@ -13,7 +13,7 @@ from optiq.convert import convert, overrides_of_saved
 from optiq.evals.perplexity import evaluate, overrides_of
 from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate
-from optiq.plan import default_of_vlm, make_plan, thoughtless, uniform
+from optiq.plan import default_of_vlm, make_plan, baseline_plans, uniform
 from optiq.models import Checkpoint
 from optiq.rounding import as_overrides, outside_before, round_model, round_to_files
 from optiq.measure.kl import kl_divergence, measure, perturb
@@ -118,9 +118,9 @@ def test_widths_that_no_group_divides_stay(backends, samples):
     b = backends['qwen2_5_vl']
     sweep = kl_sweep(b, samples['qwen2_5_vl'][:1], ['3g64', '8g64'], progress=False, rounding='minmax')
     assert {u.kind for u in sweep.left} == {'down_proj'} and len(sweep.left) == 3 and '3 units of a width' in repr(sweep)
-    plan = allocate(sweep, target_bits=5)
-    assert all(plan[u.path] == AS_IS for u in sweep.left) and 4.5 < plan.nominal_bits <= 5
-    assert {p.name for p in thoughtless(b.checkpoint)} >= {'uniform 4g64', 'mlx-vlm default 4g64'}
+    plan = allocate(sweep, target_bpw=5)
+    assert all(plan[u.path] == AS_IS for u in sweep.left) and 4.5 < plan.nominal_bpw <= 5
+    assert {p.name for p in baseline_plans(b.checkpoint)} >= {'uniform 4g64', 'mlx-vlm default 4g64'}
     default = default_of_vlm(b.checkpoint)
     assert {u.part for u in b.checkpoint.units if default[u.path] == AS_IS} == {'vision', 'projector'}
 

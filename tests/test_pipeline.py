@@ -25,20 +25,20 @@ def text(tmp_path_factory):
 def model(tmp_path_factory): return str(tiny('qwen3', tmp_path_factory.mktemp('road')/'m', shape=dict(num_hidden_layers=1), dtype='float32'))
 
 @pytest.fixture(scope='module')
-def few(text): return dict(texts=Texts(text, n=2, seq_len=32, eval_n=1), backend='torch')
+def few(text): return dict(texts=Texts(text, n=2, seq_len=32, n_evaluation=1), backend='torch')
 
 @pytest.mark.parametrize('what, caps, says', [
     ('weights', Caps(max_memory=9), '`max_memory` needs `context`'), ('weights', Caps(chip='M1'), '`target_tps`'), ('weights', Caps(context=9), '`context` counts for'),
     ('a cache', Caps(max_memory=9, context=9), '`max_memory` has no effect on a cache'), ('a cache', Caps(target_tps=9), '`target_tps` has no effect'),
-    (BOTH, Caps(max_bytes=9, target_bits=4), '`target_bits` has no effect beside `cache`'), (BOTH, Caps(), 'needs `max_bytes`'), (BOTH, None, 'needs `max_bytes`')])
+    (BOTH, Caps(max_bytes=9, target_bpw=4), '`target_bpw` has no effect beside `cache`'), (BOTH, Caps(), 'needs `max_bytes`'), (BOTH, None, 'needs `max_bytes`')])
 def test_a_cap_that_does_not_count_is_refused(what, caps, says):
     with pytest.raises(ValueError, match=says): caps_for(caps, what)
 
 def test_defaults():
-    assert caps_for(None, 'weights') == Caps(target_bits=4.5) and caps_for(None, 'a cache') == Caps(target_bits=5)
-    assert caps_for(Caps(context=9), 'a cache') == Caps(target_bits=5, context=9) and caps_for(Caps(max_bytes=9), 'a cache') == Caps(max_bytes=9)
-    assert texts_of(None, 'weights') == Texts(n=8, seq_len=128, eval_n=16, eval_len=256) and texts_of(None, BOTH).eval_len == 128
-    assert texts_of(None, 'a cache') == Texts(n=5, seq_len=512, eval_n=4, eval_len=512)
+    assert caps_for(None, 'weights') == Caps(target_bpw=4.5) and caps_for(None, 'a cache') == Caps(target_bpw=5)
+    assert caps_for(Caps(context=9), 'a cache') == Caps(target_bpw=5, context=9) and caps_for(Caps(max_bytes=9), 'a cache') == Caps(max_bytes=9)
+    assert texts_of(None, 'weights') == Texts(n=8, seq_len=128, n_evaluation=16, eval_len=256) and texts_of(None, BOTH).eval_len == 128
+    assert texts_of(None, 'a cache') == Texts(n=5, seq_len=512, n_evaluation=4, eval_len=512)
 
 @pytest.mark.parametrize('weights, what, says', [
     (Weights(polish='dwq'), BOTH, '`polish`'), (Weights(verify=True), BOTH, '`verify`'), (Weights(compare=True), BOTH, '`compare`'), (Weights(compare=False), BOTH, '`compare`'),
@@ -72,7 +72,7 @@ def test_what_is_scored_on_may_not_be_calibrated_on(model, text, tmp_path):
     copy.write_text(open(text).read())
     for options in (dict(weights=None, cache=Cache()), dict(), dict(cache=Cache(), caps=Caps(max_bytes=430_000, context=256))):
         with pytest.raises(ValueError, match='is calibration text'):
-            optimize(model, texts=Texts(text, str(copy), n=20, seq_len=128, eval_n=20, eval_len=128), **options)
+            optimize(model, texts=Texts(text, str(copy), n=20, seq_len=128, n_evaluation=20, eval_len=128), **options)
 
 def test_a_sweep_alone_measures_nothing(tmp_path):
     c = Checkpoint('demo')

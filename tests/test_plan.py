@@ -22,7 +22,7 @@ def test_a_wider_format_measured_worse_is_not_rewarded():
     table, noise = smoothed(sweep)
     assert noise == pytest.approx(.2) and table[odd, Format(4)].mean() == table[odd, Format(6)].mean() == pytest.approx(.2)
     for target in np.arange(3, 8, .3):
-        plan = allocate(sweep, target_bits=target)
+        plan = allocate(sweep, target_bpw=target)
         assert plan[odd] != Format(6) and plan.solver['noise'] == noise
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
@@ -36,24 +36,24 @@ def test_formats_of_other_kinds_are_compared_as_measured():
     fmts = [parse_format(s) for s in ('4g64', '6g128', 'mxfp4', 'mxfp8')]
     sweep = make_sweep(units, fmts, lambda u, f: dict(zip(fmts, (.1, .006, .13, .007)))[f])
     assert smoothed(sweep)[1] == 0
-    for target in (4.3, 5, 6, 6.5): assert parse_format('mxfp8') not in allocate(sweep, true_bits=target+1).counts()
+    for target in (4.3, 5, 6, 6.5): assert parse_format('mxfp8') not in allocate(sweep, true_bpw=target+1).counts()
 
 @pytest.mark.parametrize('bad, said', [(-1e-6, 'a negative KL for'), (np.nan, 'NaN or infinite KL for'), (np.inf, 'NaN or inf')])
 def test_broken_values_name_their_unit(bad, said):
     sweep = random_sweep(0)
     path = sweep.units[3].path
     sweep.values[path, Format(4)] = np.array([.1, bad])
-    with pytest.raises(ValueError, match=f'{said}.*{path}.*4g64' if bad != np.inf else said): allocate(sweep, target_bits=4)
+    with pytest.raises(ValueError, match=f'{said}.*{path}.*4g64' if bad != np.inf else said): allocate(sweep, target_bpw=4)
 
 def test_a_sweep_of_zeros_or_of_nothing():
     units = block_units(1)
     with pytest.raises(ValueError, match='every KL of the sweep is zero'):
-        allocate(make_sweep(units, [Format(4)], lambda u, f: 0), target_bits=4)
-    with pytest.raises(ValueError, match='no values'): allocate(make_sweep(units, [], None), target_bits=4)
+        allocate(make_sweep(units, [Format(4)], lambda u, f: 0), target_bpw=4)
+    with pytest.raises(ValueError, match='no values'): allocate(make_sweep(units, [], None), target_bpw=4)
 
 # The plan
 
-@pytest.mark.parametrize('options', [dict(target_bits=4.5), dict(max_bytes=200_000, protect='v_proj', tie='gate_up')])
+@pytest.mark.parametrize('options', [dict(target_bpw=4.5), dict(max_bytes=200_000, protect='v_proj', tie='gate_up')])
 def test_json_round_trip(tmp_path, options):
     plan = allocate(random_sweep(2), **options)
     plan.save(tmp_path/'plan.json')
@@ -71,7 +71,7 @@ def test_json_of_a_plan_without_kl(tmp_path):
     with pytest.raises(ValueError, match='is no plan'): Plan.load(tmp_path/'other.json')
 
 def test_shows_itself():
-    plan = allocate(random_sweep(2), target_bits=5)
+    plan = allocate(random_sweep(2), target_bpw=5)
     assert len(repr(plan)) < 160 and plan._repr_html_().count('<tr>') == 1+len(plan.counts())
     frame = plan.to_frame()
     assert list(frame) == ['unit', 'kind', 'block', 'format', 'params', 'kl']
@@ -98,7 +98,7 @@ def test_is_the_predicate_that_mlx_lm_asks(tmp_path, architecture):
     sweep = make_sweep(units, [Format(3, 64), Format(4, 32), Format(8, 64), parse_format('mxfp4')],
                        lambda u, f: rng.uniform()*4.**-f.bits, sum(v.nbytes for k, v in arrays.items() if k not in mine))
     sweep.header['params'] = params = sum(v.size for v in arrays.values())
-    plan = allocate(sweep, true_bits=6, formats=['3g64', '4g32', '8g64', 'mxfp4', 'as-is'])
+    plan = allocate(sweep, true_bpw=6, formats=['3g64', '4g32', '8g64', 'mxfp4', 'as-is'])
     model, config = quantize_model(model, {}, group_size=32, bits=4, quant_predicate=plan)
     modules = dict(model.named_modules())
     for path, f in plan.items():

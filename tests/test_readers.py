@@ -243,7 +243,7 @@ def test_the_solver_ends_with_any_scale(good):
     for scale in (1e-300, 1e300):
         table = {k: v*scale for k, v in s.values.items()}
         from optiq.knapsack import budgets_of
-        assert len(bisect(make_problem(s, table, s.formats, budgets_of(s, target_bits=5)))) == 1
+        assert len(bisect(make_problem(s, table, s.formats, budgets_of(s, target_bpw=5)))) == 1
 
 # ---- text that people have
 

@@ -48,7 +48,7 @@ def test_replay_around_a_plan_is_the_plan_with_one_change(tmp_path, architecture
     np.testing.assert_allclose(got, [want[str(p)].kl for p in todo], rtol=2e-3, atol=1e-7)
 
 def test_around_agrees_with_whole_plans(b, tokens, sweep):
-    plan = allocate(sweep, target_bits=3.5)
+    plan = allocate(sweep, target_bpw=3.5)
     paths = {u.path for u in plan.units[:1]+plan.units[20:22]}
     values = around(b, tokens, plan, paths, {p: sweep.formats for p in paths})
     assert len(values) == 3*4 and all(v.shape == (3,) for v in values.values())
@@ -65,8 +65,8 @@ def test_equal_plans_are_measured_once(b, tokens, sweep, monkeypatch):
 
 # Verified
 
-@pytest.mark.parametrize('options', [dict(target_bits=2.7), dict(target_bits=4.5, formats=[4, 8]),
-    dict(max_bytes=5_000_000, protect='embed', tie='qkv'), dict(true_bits=5, target_bits=4.4, tie='gate_up')])
+@pytest.mark.parametrize('options', [dict(target_bpw=2.7), dict(target_bpw=4.5, formats=[4, 8]),
+    dict(max_bytes=5_000_000, protect='embed', tie='qkv'), dict(true_bpw=5, target_bpw=4.4, tie='gate_up')])
 def test_what_is_kept_keeps_its_caps_and_is_best(b, tokens, sweep, options):
     v = verified(b, tokens, sweep, n=3, progress=False, **options)
     assert v.plan == v.tried[v.kept] and all(mean(v, v.kept) <= mean(v, name) for name in v.tried)
@@ -79,38 +79,38 @@ def test_what_is_kept_keeps_its_caps_and_is_best(b, tokens, sweep, options):
     assert f'measured {record["joint_kl"]:.4g}' in repr(v.plan) and v.kept in repr(v) and '<table' in v._repr_html_()
 
 def test_plans_survive_their_file(b, tokens, sweep, tmp_path):
-    plan = verified(b, tokens, sweep, n=1, progress=False, target_bits=4.5).plan
+    plan = verified(b, tokens, sweep, n=1, progress=False, target_bpw=4.5).plan
     plan.save(tmp_path/'p.json')
     assert Plan.load(tmp_path/'p.json').solver == plan.solver
 
 def test_baselines_are_those_that_fit(sweep):
-    q = pose(sweep, target_bits=4.5, formats=[4, 8])
+    q = pose(sweep, target_bpw=4.5, formats=[4, 8])
     found = within(q, q.solve())
     assert {'uniform 4g32', 'uniform nvfp4'} <= set(found) and not {'uniform 4g64', 'uniform 8g64', 'uniform 3g32'} & set(found)
     assert 'mixed_4_6' in found and recipe(sweep, 'mixed_4_6') == found['mixed_4_6']
-    tied = pose(sweep, target_bits=4.5, formats=[4, 8], tie='qkv') # the recipes give v_proj more than q_proj
+    tied = pose(sweep, target_bpw=4.5, formats=[4, 8], tie='qkv') # the recipes give v_proj more than q_proj
     assert {n for n in within(tied, tied.solve())} == {n for n in found if n.startswith('uniform')}
-    safe = pose(sweep, target_bits=5, formats=[4, 8], protect='embed')
+    safe = pose(sweep, target_bpw=5, formats=[4, 8], protect='embed')
     assert within(safe, safe.solve()) == {} # none of them protects
 
 def test_a_baseline_that_wins_is_kept_and_named(b, tokens, sweep):
     wrong = Sweep(sweep.units, sweep.formats, {k: v.copy() for k, v in sweep.values.items()}, sweep.header)
     for u in wrong.units: # a sweep that has everything upside down
         for f in wrong.formats: wrong.values[u.path, f] = 1e-6*4.**-f.bits/np.maximum(sweep.values[u.path, f], 1e-9)
-    v = verified(b, tokens, wrong, n=0, rounds=0, progress=False, target_bits=4.5, formats=[4, 8])
+    v = verified(b, tokens, wrong, n=0, rounds=0, progress=False, target_bpw=4.5, formats=[4, 8])
     assert v.kept in v.baselines and f'{v.kept} measured better than every plan that was allocated' in repr(v)
-    assert v.plan == v.tried[v.kept] and v.plan.solver['method'] == 'baseline' and v.plan.solver['caps'] == {'target_bits': 4.5}
+    assert v.plan == v.tried[v.kept] and v.plan.solver['method'] == 'baseline' and v.plan.solver['caps'] == {'target_bpw': 4.5}
 
 def test_measured_again_where_the_sum_is_off(b, tokens, sweep):
-    v = verified(b, tokens, sweep, n=4, progress=False, target_bits=2.3, formats=[2, 3, 4])
+    v = verified(b, tokens, sweep, n=4, progress=False, target_bpw=2.3, formats=[2, 3, 4])
     first = v.rounds[0]
     assert abs(first['joint']-first['forecast']) > .15*first['forecast'] and first['units'] > 0
     assert 'measured again 1' in v.tried or len(v.rounds) == 1
-    still = verified(b, tokens, sweep, n=4, progress=False, target_bits=2.3, formats=[2, 3, 4], tolerance=9)
+    still = verified(b, tokens, sweep, n=4, progress=False, target_bpw=2.3, formats=[2, 3, 4], tolerance=9)
     assert len(still.rounds) == 1 and still.rounds[0]['units'] == 0 and mean(v, v.kept) <= mean(still, still.kept)
 
 def test_solve_again_changes_only_what_was_measured_and_takes_what_is_better(sweep):
-    q = pose(sweep, target_bits=4, formats=[3, 4, 8])
+    q = pose(sweep, target_bpw=4, formats=[3, 4, 8])
     plan = q.solve()
     a, z = [u for u in sweep.units if u.kind == 'q_proj'][:2]
     values = {(u.path, f): np.full(3, 1+x) for u, xs in ((a, (.3, .2, 0)), (z, (.5, .4, .39)))
@@ -118,13 +118,13 @@ def test_solve_again_changes_only_what_was_measured_and_takes_what_is_better(swe
     for u in (a, z): # forecasts are joint KLs: both tables agree on the plan itself
         values = {k: v-values[u.path, plan[u.path]]+1 if k[0] == u.path else v for k, v in values.items()}
     new, forecast = solve_again(q, plan, values)
-    assert set(new.diff(plan)) <= {a.path, z.path} and new.nominal_bits <= 4 and forecast <= 1+1e-12
+    assert set(new.diff(plan)) <= {a.path, z.path} and new.nominal_bpw <= 4 and forecast <= 1+1e-12
     assert forecast == pytest.approx(1+sum(values[u.path, new[u.path]].mean()-1 for u in (a, z)))
 
 def test_another_models_sweep_is_refused(b, sweep, tokens, tmp_path):
     other = Checkpoint(tiny('llama', tmp_path))
     with pytest.raises(ValueError, match='the sweep is of another model'):
-        verified(TorchBackend(other), tokens, sweep, target_bits=4, progress=False)
+        verified(TorchBackend(other), tokens, sweep, target_bpw=4, progress=False)
     sweep.save(tmp_path/'s.json')
     with pytest.raises(ValueError, match='was measured on another model'):
         find_sweep(TorchBackend(other), tokens, [Format(4)], tmp_path/'s.json', None)
@@ -136,7 +136,7 @@ def test_another_models_sweep_is_refused(b, sweep, tokens, tmp_path):
 # The road and the curve
 
 def test_the_road_verifies_by_default(b, sweep, tmp_path):
-    options = dict(texts=Texts(n=2, seq_len=32, eval_n=2, eval_len=32), backend='torch')
+    options = dict(texts=Texts(n=2, seq_len=32, n_evaluation=2, eval_len=32), backend='torch')
     sweep.save(tmp_path/'s.json')
     a, z = (optimize('demo', weights=Weights([4, 8], sweep=tmp_path/'s.json', verify=v), **options) for v in (None, False))
     f = a['figures']
@@ -159,14 +159,14 @@ def test_candidates_are_what_the_sweep_holds_unless_named(tmp_path):
     name, sweep = str(c.folder), made_up(c, [Format(b) for b in (2, 3, 4, 8)])
     narrow = narrowed(sweep, [4, 8])
     narrow.save(tmp_path/'s.json')
-    options = dict(caps=Caps(target_bits=2.5), texts=Texts('no such text')) # which is found out later
+    options = dict(caps=Caps(target_bpw=2.5), texts=Texts('no such text')) # which is found out later
     with pytest.raises(FileNotFoundError, match='no such text'): optimize(name, weights=Weights(sweep=sweep), **options)
     for wrong in (Weights(sweep=tmp_path/'s.json'), Weights([4, 8], sweep=sweep)):
         with pytest.raises(ValueError, match='below the smallest possible'): optimize(name, weights=wrong, **options)
     with pytest.raises(ValueError, match='dwq trains a model that is written'): optimize(name, weights=Weights(polish='dwq'))
     for source, low in ((narrow, 4), (sweep, 3)):
         curve = trade_off(name, weights=Weights(sweep=source))['frontier']
-        assert min(p.solver['caps']['target_bits'] for p in curve) == low and curve.curves().keys() >= {'quality', 'all'}
+        assert min(p.solver['caps']['target_bpw'] for p in curve) == low and curve.curves().keys() >= {'quality', 'all'}
     curve = trade_off(name, (3, 4), weights=Weights([3, 4], sweep=sweep))['frontier']
     assert curve.curves().keys() == {'compact', 'all'} and not {Format(2), Format(8)} & {f for p in curve for f in p.values()}
     with pytest.raises(ValueError, match='6g64 was not measured'): trade_off(name, weights=Weights([6], sweep=sweep))
@@ -186,9 +186,9 @@ def test_the_command_takes_what_the_sweep_holds(tmp_path):
 
 def test_protection_ties_and_memory_on_the_road(sweep, tmp_path):
     sweep.save(tmp_path/'s.json')
-    options = dict(texts=Texts(n=2, seq_len=32, eval_n=2, eval_len=32), backend='torch')
+    options = dict(texts=Texts(n=2, seq_len=32, n_evaluation=2, eval_len=32), backend='torch')
     plain = Weights([3, 4, 8], sweep=tmp_path/'s.json', compare=False)
-    f = optimize('demo', caps=Caps(target_bits=5.5), weights=replace(plain, protect=('embed',), tie=('qkv',)), **options)
+    f = optimize('demo', caps=Caps(target_bpw=5.5), weights=replace(plain, protect=('embed',), tie=('qkv',)), **options)
     assert f['plan']['model.embed_tokens'] == Format(8) and f['figures']['protect_cost'] >= 0
     assert f['figures']['protected'] == ['model.embed_tokens'] and 'protecting 1 of them costs' in repr(f['plan'])
     m = optimize('demo', caps=Caps(max_memory=10*2**20, context=512), weights=plain, **options)['plan']
@@ -203,7 +203,7 @@ def test_trade_off(sweep, tmp_path):
     assert found['figures']['model'] == 'demo' and {p['name'].split()[0] for p in found['figures']['points']} >= {'compact', 'quality', 'all'}
     assert all(p['kl'] is None for p in found['figures']['points'])
     found = trade_off('demo', weights=Weights(sweep=tmp_path/'s.json'), verify=2, out=tmp_path/'curve',
-                      texts=Texts(n=2, seq_len=32, eval_n=3, eval_len=32), **options)
+                      texts=Texts(n=2, seq_len=32, n_evaluation=3, eval_len=32), **options)
     points = {p['name']: p for p in found['figures']['points']}
     assert points['quality 4']['kl'] is not None and points['quality 5']['kl'] is None and points['uniform 4g64']['kl_se'] > 0
     assert points['quality 4']['kl'] == points['uniform 4g64']['kl'] and points['mixed_4_6']['predicted_kl'] is None

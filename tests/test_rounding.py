@@ -198,14 +198,14 @@ def test_plans_are_verified_with_the_rounding_that_saves(models, tmp_path, monke
     monkeypatch.setattr(rounding, 'round_all', lambda w, fmts, *more: (asked.append(fmts), plain(w, fmts, *more))[1])
     kl = joint_kl(b, tokens, {'a': uniform(c, formats[0]), 'b': uniform(c, formats[1])}, quantize)
     assert asked == [formats]*len(c.units) # every unit once, for all plans
-    v = verified(b, tokens, sweep, target_bits=3.5, n=2, quantize=quantize, progress=False)
+    v = verified(b, tokens, sweep, target_bpw=3.5, n=2, quantize=quantize, progress=False)
     assert v.tried.keys() > {'allocated'} and set(kl) == {'a', 'b'}
     saved = convert(c, v.plan, tmp_path/'out', quantizer=round_to_files(b, tokens, v.plan, 'search', tmp_path, progress=False))
     got = evaluate(b, tokens, {'saved': overrides_of_saved(saved)})['saved'].kl
     np.testing.assert_allclose(got, v.kl[v.kept], rtol=1e-5)
     assert not np.allclose(got, joint_kl(b, tokens, {'x': v.plan})['x'], rtol=1e-3) # min-max is something else
-    few = Texts(n=2, seq_len=32, eval_n=1, eval_len=32)
-    r = optimize(str(c.folder), caps=Caps(target_bits=4), weights=Weights(formats, rounding='gptq', compare=False), texts=few,
+    few = Texts(n=2, seq_len=32, n_evaluation=1, eval_len=32)
+    r = optimize(str(c.folder), caps=Caps(target_bpw=4), weights=Weights(formats, rounding='gptq', compare=False), texts=few,
                  backend='torch')
     assert r['verified'].kept in r['verified'].tried and r['figures']['calibration_kl'] > 0
     r['sweep'].save(tmp_path/'s.json')

@@ -15,7 +15,7 @@ from optiq.convert import as_saved, convert
 from optiq.evals.verify import expected, verify
 from optiq.formats import AS_IS, quantize_minmax
 from optiq.knapsack import allocate
-from optiq.plan import Plan, refuse_noise, uniform
+from optiq.plan import Plan, check_noise, uniform
 from optiq.models import Checkpoint, said_for_mlx
 from optiq.pipeline import Caps, Texts, Weights, optimize
 from optiq.measure.sweep import Sweep
@@ -142,7 +142,7 @@ def sweep(b, text): return kl_sweep(b, formats=[3, 8], calibration=text, progres
 @pytest.fixture(scope='module')
 def saved(b, sweep, tmp_path_factory):
     folder = tmp_path_factory.mktemp('saved')/'m'
-    convert(b, allocate(sweep, target_bits=5), folder, sweep)
+    convert(b, allocate(sweep, target_bpw=5), folder, sweep)
     return folder
 
 def tensors(folder): return mx.load(str(folder/'model.safetensors'))
@@ -153,10 +153,10 @@ def equal(folder, other):
 
 def test_python_and_the_command_save_the_same_model(source, sweep, saved, text, tmp_path):
     assert sweep.header['fingerprint']['quantizer'].startswith('search, 3 × 32 tokens')
-    r = optimize(str(source), tmp_path/'m', Caps(target_bits=5), backend='torch',
+    r = optimize(str(source), tmp_path/'m', Caps(target_bpw=5), backend='torch',
         weights=Weights([3, 8], verify=False, compare=False, rounding_n=SIZES['rounding_n']),
-        texts=Texts(text, n=SIZES['n'], seq_len=SIZES['seq_len'], eval_n=2, eval_len=32))
-    assert r['sweep'].header['fingerprint'] == sweep.header['fingerprint'] and r['plan'].made == allocate(sweep, target_bits=5).made
+        texts=Texts(text, n=SIZES['n'], seq_len=SIZES['seq_len'], n_evaluation=2, eval_len=32))
+    assert r['sweep'].header['fingerprint'] == sweep.header['fingerprint'] and r['plan'].made == allocate(sweep, target_bpw=5).made
     assert equal(tmp_path/'m', saved)
     plan, again = Plan.load(saved/'optiq'/'plan.json'), Sweep.load(saved/'optiq'/'sweep.json')
     assert again.learned is None and plan.rounding == 'search' and plan.made['text']['source'] == text
@@ -178,9 +178,9 @@ def test_a_plan_is_not_saved_as_it_was_not_measured(b, sweep, saved, text, tmp_p
 
 def test_noise_as_large_as_the_signal_is_refused(sweep):
     loud = Sweep(sweep.units, sweep.formats, sweep.values, sweep.header | dict(noise=.58))
-    for f in (refuse_noise, lambda s: allocate(s, target_bits=5)):
+    for f in (check_noise, lambda s: allocate(s, target_bpw=5)):
         with pytest.raises(ValueError, match='left as it is gave a KL of 0.58'): f(loud)
-    refuse_noise(sweep)
+    check_noise(sweep)
 
 # Verified
 

@@ -25,19 +25,19 @@ def rows(n=3):
                  agreement=.9, agreement_se=.1, gsm8k=.5, gsm8k_low=.4, gsm8k_high=.6, gsm8k_n=9, needle=.5) for i in range(n)]
 
 def test_the_five_nouns_in_jupyter(sweep):
-    plan = allocate(sweep, target_bits=4.5)
+    plan = allocate(sweep, target_bpw=4.5)
     for noun in (Format(4, 64), Format(8, 32, 'mxfp8'), AS_IS, sweep.units[0], sweep.units[1], sweep, plan, Report(rows())):
         html = noun._repr_html_()
         assert '<table' in html and '</table>' in html and len(repr(noun)) < 2000
     assert '4.500' in Format(4, 64)._repr_html_() and 'bytes' in sweep.units[0]._repr_html_()
 
 def test_frames_are_tidy(sweep):
-    plan = allocate(sweep, target_bits=4.5)
+    plan = allocate(sweep, target_bpw=4.5)
     assert len(sweep.to_frame()) == 3*len(sweep.units) and len(plan.to_frame()) == len(plan) and len(Report(rows()).to_frame()) == 3
 
 def test_plots_draw_on_the_axes_they_are_given(sweep):
     from matplotlib.figure import Figure
-    for noun in (sweep, allocate(sweep, target_bits=4.5), Report(rows()), Frontier([uniform(sweep, 4)])):
+    for noun in (sweep, allocate(sweep, target_bpw=4.5), Report(rows()), Frontier([uniform(sweep, 4)])):
         ax = Figure().subplots()
         assert noun.plot(ax) is ax and ax.has_data()
 
@@ -46,7 +46,7 @@ def test_wide_tables_fit_a_terminal(sweep):
     assert max(map(len, text.splitlines())) <= 80 and text.count('optiq 4.5 (4,8) 2') > 1
     assert all(x in text for x in ('perplexity', 'agreement', 'GSM8K', 'needle'))
     flat = [uniform(sweep, f) for f in sweep.formats]
-    curve = Frontier([allocate(sweep, target_bits=t) for t in (4, 5)], flat, scores={p.name: np.full(4, .1) for p in flat})
+    curve = Frontier([allocate(sweep, target_bpw=t) for t in (4, 5)], flat, scores={p.name: np.full(4, .1) for p in flat})
     assert max(map(len, repr(curve).splitlines()[:6])) <= 80
 
 def test_fit_keeps_every_cell():

@@ -17,7 +17,7 @@ from optiq.calibration import block_hashes, encode, fingerprint, overlap, passag
 from optiq.convert import check_sizes
 from optiq.evals import throughput as speed
 from optiq.evals.gsm8k import right
-from optiq.evals.perplexity import Score, evaluation_tokens, refuse_overlap
+from optiq.evals.perplexity import Score, evaluation_tokens, check_overlap
 from optiq.report import mean_figure, paired
 from optiq.evals.wer import wer_figure
 from optiq.formats import Format, quantize_dequantize
@@ -208,7 +208,7 @@ def test_a_rates_error_is_that_of_drawing_as_many_files():
 def test_the_plan_that_measured_best_is_kept(monkeypatch, b, tokens):
     sweep = kl_sweep(b, tokens, [Format(3, 64), Format(8, 64)], progress=False, rounding='minmax')
     monkeypatch.setattr('optiq.refine.joint_kl', lambda b, tokens, plans, quantize: {n: np.full(2, i+1.) for i, n in enumerate(plans)})
-    found = verified(b, tokens, sweep, rounds=0, progress=False, target_bits=5)
+    found = verified(b, tokens, sweep, rounds=0, progress=False, target_bpw=5)
     assert found.kept == 'allocated' and len(found.tried) > 2
 
 # what a cap allows
@@ -228,7 +228,7 @@ def test_a_cap_is_kept_to_the_byte():
 
 def test_nominal_bits_are_the_average_over_weights():
     small, large = Unit('a', 'q_proj', (8, 64), 0), Unit('b', 'v_proj', (24, 64), 0)
-    assert Plan([small, large], dict(a=Format(8, 64), b=Format(4, 64)), 2048, 0).nominal_bits == 5
+    assert Plan([small, large], dict(a=Format(8, 64), b=Format(4, 64)), 2048, 0).nominal_bpw == 5
 
 def test_each_format_is_bought_between_two_prices():
     found = knapsack.price_ranges(np.array([4., 1., 0.]), np.array([1., 2., 3.])) # 3 KL for the first byte more, 1 for the second
@@ -248,7 +248,7 @@ def test_evaluation_keeps_to_its_own_side(tmp_path, c):
     learn, score, both = (passages(file, side) for side in ('train', 'test', 'all'))
     assert not set(learn) & set(score) and set(learn) | set(score) == set(both) and len(both) == 400
     want = [t for p in score for t in encode(c.tokenizer, p+'\n')][:64]
-    t = read_texts(c, Texts(str(file), n=2, seq_len=32, eval_n=2, eval_len=32))
+    t = read_texts(c, Texts(str(file), n=2, seq_len=32, n_evaluation=2, eval_len=32))
     for found in (evaluation_tokens(str(file), c.tokenizer, 2, 32), t.scored): assert found.ravel().tolist() == want
     assert overlap(block_hashes(t.learned), t.scored) == 0
 
@@ -256,8 +256,8 @@ def test_calibration_text_is_found_wherever_it_begins(tokens):
     text = np.random.default_rng(0).integers(0, 500, 1000).astype(np.int32)
     share = overlap(block_hashes(text[None, :640]), text[None, 7:519])
     assert share > .9
-    with pytest.raises(ValueError, match='calibration text'): refuse_overlap(share)
-    refuse_overlap(overlap(block_hashes(text[None, :480]), text[None, 500:980]))
+    with pytest.raises(ValueError, match='calibration text'): check_overlap(share)
+    check_overlap(overlap(block_hashes(text[None, :480]), text[None, 500:980]))
 
 # answers
 

@@ -12,7 +12,7 @@ from optiq.families.audio import load_speech
 from optiq.cli import main
 from optiq.convert import convert
 from optiq.plan import uniform
-from optiq.models import Checkpoint, demo, refuse_untrusted
+from optiq.models import Checkpoint, demo, check_untrusted
 from optiq.material.tiny import tiny
 
 COMMANDS = dict(
@@ -84,9 +84,9 @@ def test_a_text_model_made_a_vision_model_is_refused(llama, tmp_path):
 def test_no_spelling_hides_it(llama, tmp_path, text):
     folder = planted(llama, tmp_path/'m', 'config.json')
     (folder/'tokenizer_config.json').write_text(text, encoding='utf-8')
-    with pytest.raises(ValueError, match='auto_map'): refuse_untrusted(folder)
+    with pytest.raises(ValueError, match='auto_map'): check_untrusted(folder)
     (folder/'tokenizer_config.json').write_bytes(b'{"name": "\xe9", "auto_map": "evil.T"}') # Latin-1, which a locale may read
-    with pytest.raises(ValueError, match='auto_map'): refuse_untrusted(folder)
+    with pytest.raises(ValueError, match='auto_map'): check_untrusted(folder)
 
 def test_words_of_a_vocabulary_are_no_code(llama, tmp_path):
     folder = planted(llama, tmp_path/'m', 'vocab.json', auto_map=17, model_file=18)

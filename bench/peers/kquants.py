@@ -189,14 +189,14 @@ def against_ours(x, bits, kl_each):
     "The paired difference to OptiQ's rows at the same bytes; above the largest of them, to that one, which has fewer"
     known = json.loads(Path(x.args.ours).read_text())
     if any(known['about'][k] != x.results['about'][k] for k in ('model', 'test')): return None
-    rows = sorted((r for n, r in known['rows'].items() if n.startswith('ours ') and n.endswith(' gptq')), key=lambda r: r['true_bits'])
-    if bits < rows[0]['true_bits']: return None
-    bits = min(bits, rows[-1]['true_bits'])
-    a, b = next((a, b) for a, b in zip(rows, rows[1:]) if a['true_bits'] <= bits <= b['true_bits'])
-    share, p, q = (bits-a['true_bits'])/(b['true_bits']-a['true_bits']), np.log(a['kl_each']), np.log(b['kl_each'])
+    rows = sorted((r for n, r in known['rows'].items() if n.startswith('ours ') and n.endswith(' gptq')), key=lambda r: r['true_bpw'])
+    if bits < rows[0]['true_bpw']: return None
+    bits = min(bits, rows[-1]['true_bpw'])
+    a, b = next((a, b) for a, b in zip(rows, rows[1:]) if a['true_bpw'] <= bits <= b['true_bpw'])
+    share, p, q = (bits-a['true_bpw'])/(b['true_bpw']-a['true_bpw']), np.log(a['kl_each']), np.log(b['kl_each'])
     ours = np.exp(p+(q-p)*share)[:len(kl_each)]
     d = np.asarray(kl_each)-ours
-    return dict(true_bits=bits, kl=float(ours.mean()), difference=float(d.mean()), difference_se=float(d.std(ddof=1)/len(d)**.5),
+    return dict(true_bpw=bits, kl=float(ours.mean()), difference=float(d.mean()), difference_se=float(d.std(ddof=1)/len(d)**.5),
                 ratio=float(np.mean(kl_each)/ours.mean()))
 
 def score(x, variants, at_once=5):
@@ -214,13 +214,13 @@ def score(x, variants, at_once=5):
 
 def write(x, name, nbytes, s, seconds, **more):
     se, bits = lambda v: float(v.std(ddof=1)/len(v)**.5), 8*nbytes/x.c.params
-    x.results['rows'][name] = dict(true_bits=bits, bytes=nbytes, kl=float(s.kl.mean()), kl_se=se(s.kl), sequences=len(s.kl), kl_p99=s.kl_p99,
+    x.results['rows'][name] = dict(true_bpw=bits, bytes=nbytes, kl=float(s.kl.mean()), kl_se=se(s.kl), sequences=len(s.kl), kl_p99=s.kl_p99,
         perplexity=s.perplexity, perplexity_se=s.perplexity_se, flips=1-float(s.agree.mean()), flips_se=se(s.agree), seconds=round(seconds, 1),
         against_ours=against_ours(x, bits, s.kl)) | more | dict(kl_each=[float(f'{v:.6g}') for v in s.kl])
     x.save()
     o = x.results['rows'][name]['against_ours']
     print(f'{name:48} {bits:.3f} bits  KL {s.kl.mean():.5f} ± {se(s.kl):.5f}  flips {1-s.agree.mean():.1%}'+
-          (f'  ours {o["kl"]:.5f} at {o["true_bits"]:.3f}, {o["difference"]:+.5f} ± {o["difference_se"]:.5f}' if o else ''), flush=True)
+          (f'  ours {o["kl"]:.5f} at {o["true_bpw"]:.3f}, {o["difference"]:+.5f} ± {o["difference_se"]:.5f}' if o else ''), flush=True)
 
 def part_kquants(x):
     s, llama, imatrix = x.source, x.llama, x.source.importance(x.tokens)

@@ -77,11 +77,11 @@ class Bench:
         "Score a variant (overrides, or a Backend) and write its row"
         s = evaluate(self.b, self.test, {name: variant})[name]
         se = lambda x: float(x.std(ddof=1)/len(x)**.5) if len(x) > 1 else None
-        self.results['rows'][name] = dict(true_bits=size['true_bits'], bytes=size['bytes'], kl=float(s.kl.mean()), kl_se=se(s.kl),
+        self.results['rows'][name] = dict(true_bpw=size['true_bpw'], bytes=size['bytes'], kl=float(s.kl.mean()), kl_se=se(s.kl),
             kl_first16=float(s.kl[:16].mean()), perplexity=s.perplexity, perplexity_se=s.perplexity_se, flips=1-float(s.agree.mean()),
             flips_se=se(s.agree), seconds=seconds, kl_each=[float(f'{x:.6g}') for x in s.kl]) | more
         self.save()
-        print(f'{name:44} {size["true_bits"]:.3f} bits  KL {s.kl.mean():.4f} ± {se(s.kl) or 0:.4f}  (first 16: {s.kl[:16].mean():.4f})  '
+        print(f'{name:44} {size["true_bpw"]:.3f} bits  KL {s.kl.mean():.4f} ± {se(s.kl) or 0:.4f}  (first 16: {s.kl[:16].mean():.4f})  '
               f'perplexity {s.perplexity:.2f}  flips {1-s.agree.mean():.1%}  {seconds:.1f} s', flush=True)
 
     def reference(self):
@@ -91,7 +91,7 @@ def device():
     import torch
     return torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
 
-def of_plan(plan): return dict(true_bits=plan.true_bits, bytes=plan.nbytes)
+def of_plan(plan): return dict(true_bpw=plan.true_bpw, bytes=plan.nbytes)
 
 def timed(f):
     start = time.perf_counter()
@@ -132,7 +132,7 @@ def part_ours(x):
     for rounding in x.args.roundings.split(',')[::-1]: # the best first
         sweep = sweep_of(x, rounding)
         for t in x.targets:
-            try: plan = allocate(sweep, true_bits=t)
+            try: plan = allocate(sweep, true_bpw=t)
             except ValueError as e: print(rounding, t, e); continue
             ways = [rounding]+(['minmax'] if x.args.alternatives and rounding == 'gptq' else [])
             for way in ways:
@@ -222,7 +222,7 @@ def save_mlx(x, model, entries, folder):
 def score_saved(x, name, folder, seconds, **more):
     from mlx_lm.utils import compute_bits_per_weight
     saved = Checkpoint(folder)
-    size = dict(true_bits=8*stored_bytes(saved)/x.c.params, bytes=stored_bytes(saved))
+    size = dict(true_bpw=8*stored_bytes(saved)/x.c.params, bytes=stored_bytes(saved))
     more |= dict(mlx_lm_bits=float(compute_bits_per_weight(saved.load())), file_bytes=sum(f.stat().st_size for f in saved.files))
     x.row(name, size, TorchBackend(saved), seconds, **more)
 
@@ -241,7 +241,7 @@ def part_dwq(x):
     for t in x.targets:
         name = f'ours {t:g} gptq + dwq'
         if not x.missing(name): continue
-        try: plan = allocate(sweep_of(x, 'gptq'), true_bits=t)
+        try: plan = allocate(sweep_of(x, 'gptq'), true_bpw=t)
         except ValueError as e: print(name, e); continue
         with TemporaryDirectory() as d: polished(x, name, plan, round_to_files(x.b, x.tokens, plan, 'gptq', d, progress=False))
 

@@ -17,7 +17,7 @@ def main():
     p.add_argument('--problems', type=int, default=60)
     args, start = p.parse_args(), time.time()
     matplotlib.use('Agg')
-    found = llm('demo', out=args.o, sizes=Sizes(eval_n=16, eval_len=256, problems=args.problems))
+    found = llm('demo', out=args.o, sizes=Sizes(n_evaluation=16, eval_len=256, problems=args.problems))
     report = found.tables[0]
     report.rows[0]['name'] = 'bfloat16'
     report.about |= dict(seconds=round(time.time()-start), command='make demo')

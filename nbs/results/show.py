@@ -94,7 +94,7 @@ BLUE, ORANGE, GREEN, GREY, PINK, YELLOW, SKY = '#0072B2', '#D55E00', '#009E73', 
 def smollm2_series() -> dict: # label ▸ dict of colour, marker, line, points (true bits, KL, standard error, name)
     "SmolLM2-135M by size: what other tools give, and what OptiQ gives; one text, one file"
     rows = {n: r for n, r in result('peers-smollm2')['rows'].items() if r.get('kl') and not r.get('left_as_is')}
-    def those(test, **look): return look | dict(points=sorted((r['true_bits'], r['kl'], r['kl_se'], n) for n, r in rows.items() if test(n)))
+    def those(test, **look): return look | dict(points=sorted((r['true_bpw'], r['kl'], r['kl_se'], n) for n, r in rows.items() if test(n)))
     ours = lambda rounding: lambda n: n.startswith('ours') and n.endswith(rounding)
     recipe = lambda n: n.startswith('mlx-lm mixed')
     return {

@@ -19,7 +19,7 @@ from ..backends.replay import Backend
 from .tasks import answers, compose
 from ..files import append, as_path, own_file, settle
 from ..material.problems import PROMPT, word_problems
-from ..measure.sweep import refuse_other
+from ..measure.sweep import check_other
 from ..models import Checkpoint
 from ..readers import OBJECT, PROSE, check, check_kind, dumps, read_records, records_in, shown
 from ..report import Report, machine, own_size, share_figure
@@ -170,7 +170,7 @@ def _resume(path: Path, settings: dict, rows: list) -> list:
     (_, header), *done = records_in(whole.split(b'\n'), path)
     check_kind(header, f'{path}, line 1', 'responses', dict(settings=OBJECT), '`optiq eval -o`')
     done = [check(r, ANSWER, f'{path}, line {i}') for i, r in done]
-    refuse_other(path, header['settings'], settings)
+    check_other(path, header['settings'], settings)
     odd = [r for r, q in zip(done, rows) if (r['question'], r['answer']) != (q['question'], q['answer'])]
     if odd or len(done) > len(rows): raise ValueError(
         f'{path} holds answers to other questions; give another file, or remove it')

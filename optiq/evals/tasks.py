@@ -41,7 +41,7 @@ def _until(steps, end: int, over) -> list:
     return out
 
 # %% ../../nbs/33_evals.tasks.ipynb #1f6bb964
-def _refuse_caches(b: Backend, make_cache):
+def _check_caches(b: Backend, make_cache):
     "Raise ValueError if a backend is asked to run with caches and cannot"
     if make_cache and not b.takes_caches: raise ValueError(
         'KV configurations need the MLX backend: open the model with backend="mlx"')
@@ -55,7 +55,7 @@ def write(self: Backend,
     make_cache = None, # mlx-lm model ▸ caches; needs a backend that takes them
 ) -> list: # of token ids
     "Greedy continuations, a whole forward pass a token; a library's own generator is faster"
-    _refuse_caches(self, make_cache)
+    _check_caches(self, make_cache)
     def over(ids): return any(s in self.checkpoint.tokenizer.decode(ids[-24:]) for s in stop)
     def steps(ids):
         while True:
@@ -84,7 +84,7 @@ def write(self: MLXBackend, prompts, new_tokens: int, end: int, stop=(), make_ca
 # %% ../../nbs/33_evals.tasks.ipynb #94de8575
 @patch
 def write(self: TorchBackend, prompts, new_tokens: int, end: int, stop=(), make_cache=None): # noqa: F811
-    _refuse_caches(self, make_cache)
+    _check_caches(self, make_cache)
     longest = max(map(len, prompts))
     def padded(rows): return self.xp.tensor([[0]*(longest-len(r))+list(r) for r in rows], device=self.device)
     stops = dict(stop_strings=list(stop), tokenizer=self.checkpoint.tokenizer) if stop else {}

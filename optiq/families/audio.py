@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..material.speech import Clip, RATE
-from ..models import refuse_untrusted
+from ..models import check_untrusted
 
 # %% ../../nbs/51_families.audio.ipynb #1c8c8e9d
 WINDOW = 30*RATE # samples that Whisper hears at once
@@ -26,7 +26,7 @@ def load_speech(
     import mlx.core as mx
     from mlx_audio.stt import load
     folder = Path(getattr(model, 'folder', model))
-    refuse_untrusted(folder, getattr(model, 'trust_remote_code', False))
+    check_untrusted(folder, getattr(model, 'trust_remote_code', False))
     speech = load(folder)
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     return in_float32(speech) if (on_cpu if float32 is None else float32) else speech

@@ -33,7 +33,7 @@ def kv_config(
     used = {p: s for p, s in statistics.items() if p in plan and rotates(plan[p])}
     mine = make_plan(layout, {u.path: plan[u.path] for u in layout.units})
     return dict(optiq='kv_config', version=VERSION, model=plan.model or layout.name,
-                nominal_bits=mine.nominal_bits, context=layout.context, nbytes=mine.nbytes,
+                nominal_bpw=mine.nominal_bpw, context=layout.context, nbytes=mine.nbytes,
                 **{'statistics': used} if used else {}, layers=[layer(l) for l in layout.layers])
 
 # %% ../../nbs/11b_kv.config.ipynb #a7b90bc9
@@ -53,7 +53,7 @@ def save_kv_config(
 
 # %% ../../nbs/11b_kv.config.ipynb #400504ff
 LAYER = dict.fromkeys(('layer', 'heads', 'key_dim', 'value_dim'), whole(0, 2**20)) | dict(keys=FORMAT, values=FORMAT)
-CONFIG = {'layers': [LAYER]*2, 'model?': PROSE, 'context?': whole(), 'nbytes?': number(0), 'nominal_bits?': number(0)}
+CONFIG = {'layers': [LAYER]*2, 'model?': PROSE, 'context?': whole(), 'nbytes?': number(0), 'nominal_bpw?': number(0)}
 
 # %% ../../nbs/11b_kv.config.ipynb #61e1b455
 def _load_config(config: 'str | Path | dict') -> tuple: # what to call it, its folder, what it holds

@@ -137,7 +137,7 @@ def planned_cache(
         joint = float(evaluate(b, tokens, {'mixed': overrides_of(plan)})['mixed'].kl.mean())
     config = kv_config(plan, layout, statistics)
     return dict(report=report, plan=plan, sweep=sweep, config=config, figures=kv_figures(
-        out, layout, [plan], report, config, nominal_bits=plan.nominal_bits, true_bits=plan.true_bits,
+        out, layout, [plan], report, config, nominal_bpw=plan.nominal_bpw, true_bpw=plan.true_bpw,
         predicted_kl_se=known(plan.predicted_kl_se), calibration_kl=joint,
         statistics=sorted(config.get('statistics', ())), memory=memory_table(layout, read_kv_config(config))))
 

@@ -115,7 +115,7 @@ def in_doubt(
 ) -> set:
     "Paths, not measured exactly, of units that are undecided at the price of a target"
     from optiq.knapsack import allocate
-    solved = [allocate(sweep, target_bits=t, method='lagrange').solver for t in targets]
+    solved = [allocate(sweep, target_bpw=t, method='lagrange').solver for t in targets]
     known, prices = {p for p, _ in exact}, [next(iter(x['prices'].values())) for x in solved]
     return {u.path for u in sweep.units if u.path not in known
             and any(undecided(sweep, u, x, sigmas*spread) for x in prices)}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADER', 'RECORD', 'Sweep', 'heat_table', 'tokens_per_expert', 'warn_of_idle', 'sweep_header', 'fingerprint_of',
-           'refuse_other', 'read_log', 'begin', 'same_sweep', 'go_on', 'Journal', 'to_sweep', 'Ranks', 'TorchRanks',
-           'MLXRanks', 'ranks_here', 'log_files', 'read_logs', 'whole_passes', 'SweepLog', 'moved', 'refuse_flat',
+           'check_other', 'read_log', 'begin', 'same_sweep', 'go_on', 'Journal', 'to_sweep', 'Ranks', 'TorchRanks',
+           'MLXRanks', 'ranks_here', 'log_files', 'read_logs', 'whole_passes', 'SweepLog', 'moved', 'check_flat',
            'gather', 'close', 'progress_bar', 'texts_for', 'about_texts', 'rounding_of', 'learned_again']
 
 # %% ../../nbs/04c_measure.sweep.ipynb #b51c0f32
@@ -24,12 +24,12 @@ from ..backends.open import open_backend
 from ..backends.replay import Backend
 from ..calibration import block_hashes, fingerprint, samples_of, shape_of, text_of
 from ..families.samples import batch_for
-from ..files import append, as_path, own_file, refuse_gone, settle
+from ..files import append, as_path, own_file, check_gone, settle
 from ..formats import AS_IS, FORMAT, Format, parse_format, quantize_dequantize, quantize_minmax
 from .estimate import Pass, block_passes, cost, passes_of, plan_passes
 from .kl import probes
 from ..models import Checkpoint, Unit, read_units
-from ..plan import refuse_noise
+from ..plan import check_noise
 from ..readers import LIST, NAME, OBJECT, PROSE, TEXT, check, check_kind, dumps, maybe, number, one_of
 from ..readers import parse, read_bytes, records_in, whole
 from ..rounding import round_to_files
@@ -169,7 +169,7 @@ def fingerprint_of(
                 quantizer=quantizer, dtype=str(b.dtype).split('.')[-1], backend=b.name)
 
 # %% ../../nbs/04c_measure.sweep.ipynb #70edad05
-def refuse_other(
+def check_other(
     path: 'str | Path',
     theirs: dict, # the fingerprint in the file
     ours: dict, # the one that it should have
@@ -236,7 +236,7 @@ def same_sweep(
     "What a sweep file holds; raises ValueError if it was measured on something else"
     if not path.exists() or b'\n' not in path.read_bytes(): return header, {}
     there, records, _ = read_log(path)
-    refuse_other(path, there['fingerprint'], header['fingerprint'])
+    check_other(path, there['fingerprint'], header['fingerprint'])
     there.pop('journal', None)
     return there, records
 
@@ -441,7 +441,7 @@ class SweepLog(Journal):
         "The sweep, gathered from all ranks; raises ValueError if nothing moved the output"
         if self.ranks.size > 1: gather(self)
         close(self)
-        refuse_noise(sweep := refuse_flat(self.b, to_sweep(self.header, self.records)))
+        check_noise(sweep := check_flat(self.b, to_sweep(self.header, self.records)))
         return sweep
 
 # %% ../../nbs/04c_measure.sweep.ipynb #d69fc064
@@ -453,7 +453,7 @@ def moved(b: Backend, sweep: Sweep) -> bool:
     return any(v.any() for v in sweep.values.values()) and any(s > 1e-3 for s in shifts)
 
 # %% ../../nbs/04c_measure.sweep.ipynb #3c3c0a15
-def refuse_flat(b: Backend, sweep: Sweep) -> Sweep: # the same
+def check_flat(b: Backend, sweep: Sweep) -> Sweep: # the same
     "Raise ValueError if nothing moved the output"
     if any(v.mean() >= 1e-6 for v in sweep.values.values()) or moved(b, sweep): return sweep
     raise ValueError(f'{b.checkpoint.name}: every KL is under 1e-6: quantizing changed nothing, '
@@ -475,7 +475,7 @@ def close(log: SweepLog):
     "One file, as an undisturbed process would have written it; raises FileNotFoundError if it was deleted meanwhile"
     log.records = whole_passes(log.records, log.passes)
     if log.path is None: return
-    refuse_gone(log.path)
+    check_gone(log.path)
     if log.ranks.rank == 0: settle(log.out, log.text())
     log.ranks.sum(np.zeros(1, np.float32)) # it is written before anything is deleted
     gone = log_files(log.out) if log.ranks.rank == 0 else [log.path]

@@ -102,7 +102,7 @@ class Sizes:
     "How much a demo measures"
     n: int = 8 # calibration sequences
     seq_len: int = 128 # tokens in each
-    eval_n: int = 8 # evaluation sequences
+    n_evaluation: int = 8 # evaluation sequences
     eval_len: int = 128 # tokens in each
     problems: int = 40
 
@@ -118,7 +118,7 @@ class Ground:
     "An open model and its texts"
     b: Backend
     tokens: np.ndarray # (n, seq_len) to measure on
-    scored: np.ndarray # (eval_n, eval_len) to report on, from other text
+    scored: np.ndarray # (n_evaluation, eval_len) to report on, from other text
     about: dict
 
 once_read = lru_cache(passages) # the bundled text takes some seconds to make
@@ -132,9 +132,9 @@ def ground(
     "What every demo starts with"
     b, s = open_backend(model), sizes
     tokens = token_batch(once_read(text, 'train'), b.checkpoint.tokenizer, s.n, s.seq_len)
-    scored = token_batch(once_read(text, 'test', -1), b.checkpoint.tokenizer, s.eval_n, s.eval_len, seed=None)
+    scored = token_batch(once_read(text, 'test', -1), b.checkpoint.tokenizer, s.n_evaluation, s.eval_len, seed=None)
     about = dict(model=b.checkpoint.name, text=text, calibration=f'{s.n} × {s.seq_len} tokens',
-                 evaluation=f'{s.eval_n} × {s.eval_len} tokens, other text', **machine())
+                 evaluation=f'{s.n_evaluation} × {s.eval_len} tokens, other text', **machine())
     return Ground(b, tokens, scored, about)
 
 # %% ../../nbs/62_show.demo.ipynb #0190ba60

@@ -48,8 +48,8 @@ def profiles(sweep) -> dict: # name ▸ Plan
     "The two published profiles, and what they are compared with"
     flat = {f'uniform {n}': uniform(sweep, n) for n in (4, 3)}
     flat |= {n: recipe(sweep, n) for n in ('mixed_4_6', 'mixed_3_6')}
-    return {'optiq 4.5 (4,8)': allocate(sweep, target_bits=4.5, formats=[4, 8]),
-            'optiq 3.5 (3,4)': allocate(sweep, target_bits=3.5, formats=[3, 4])} | flat
+    return {'optiq 4.5 (4,8)': allocate(sweep, target_bpw=4.5, formats=[4, 8]),
+            'optiq 3.5 (3,4)': allocate(sweep, target_bpw=3.5, formats=[3, 4])} | flat
 
 # %% ../../nbs/62a_show.demos.ipynb #b4d4b319
 def solved(g: Ground, variants: dict, n: int, questions: str = 'gsm8k') -> dict: # name ▸ share, by metric
@@ -74,7 +74,7 @@ def with_answers(report: Report, answers: dict) -> Report:
 def saved(g: Ground, plans: dict, sweep, out: 'str | Path') -> dict: # name ▸ Plan ▸ name ▸ overrides
     "Models in a folder, and what they hold"
     def write(plan):
-        folder = Path(out)/f'{Path(g.about["model"]).name}-{plan.nominal_bits:.1f}bpw'
+        folder = Path(out)/f'{Path(g.about["model"]).name}-{plan.nominal_bpw:.1f}bpw'
         return convert(g.b.checkpoint, plan, folder, sweep, True, calibration=g.about['text'])
     return {n: overrides_of_saved(write(p)) for n, p in plans.items()}
 
@@ -147,7 +147,7 @@ def speed_plans(sweep) -> dict: # name ▸ Plan
     "The plans of the published validation; the first one calibrates"
     flat = {f'uniform {n}': uniform(sweep, n) for n in (4, 3, 8)}
     points = ((4.5, (4, 8)), (3.5, (3, 4)), (6, (4, 8)))
-    return flat | {f'optiq {t:g} ({f[0]},{f[1]})': allocate(sweep, target_bits=t, formats=f) for t, f in points}
+    return flat | {f'optiq {t:g} ({f[0]},{f[1]})': allocate(sweep, target_bpw=t, formats=f) for t, f in points}
 
 # %% ../../nbs/62a_show.demos.ipynb #a1035bf8
 def validated(g: Ground, lat, plans: dict, **options) -> tuple: # Latency, Speeds
@@ -163,7 +163,7 @@ def best_at_speeds(curve: list, lat, n: int = 4) -> Table: # of plans, from slow
     "The best plan at each of some speeds"
     picked = [curve[i] for i in np.linspace(0, len(curve)-1, n).astype(int)]
     def wide(p): return sum(f.bits == 8 for f in p.values())
-    rows = [[f'{lat.tps(p):,.1f}', p.nominal_bits, p.size_mb, p.predicted_kl, wide(p)] for p in picked]
+    rows = [[f'{lat.tps(p):,.1f}', p.nominal_bpw, p.size_mb, p.predicted_kl, wide(p)] for p in picked]
     return Table(f'The best plan at each of four speeds on {lat.chip.name}, context {lat.context}',
                  ['tok/s', 'nominal bits', 'MB', 'predicted KL', 'units at 8 bits'], rows, lat.how)
 
@@ -214,8 +214,8 @@ def kv_cache(
     "The cache's sensitivity, allocation, quality and memory"
     g = ground(model, Sizes.of(fast), text)
     sweep = kv_sweep(g.b, g.tokens, [4, 8], context=context, progress=not fast)
-    plans = {'uniform 8': uniform(sweep, 8), 'mixed 6': allocate(sweep, target_bits=6),
-             'mixed 5': allocate(sweep, target_bits=5), 'uniform 4': uniform(sweep, 4)}
+    plans = {'uniform 8': uniform(sweep, 8), 'mixed 6': allocate(sweep, target_bpw=6),
+             'mixed 5': allocate(sweep, target_bpw=5), 'uniform 4': uniform(sweep, 4)}
     c, layout = g.b.checkpoint, kv_layout(g.b.checkpoint, context)
     memory = memory_table(layout, read_kv_config(kv_config(plans['mixed 5'], layout)))
     tables = [scored_rows(g, plans, make_plan(sweep, {})), most_and_least(sweep),
@@ -297,8 +297,8 @@ def vlm(
         saved = convert(c, plans[best], out, sweep, True, calibration=text)
         variants[best] = overrides_of_saved(saved)
     about = dict(model=c.name, text=str(text), calibration=f'{s.n//2} pictures',
-                 evaluation=f'{2*s.eval_n} other pictures', questions=f'{len(asked)} of {questions}', **machine())
-    report = Report(seen(b, samples(c, text, 2*s.eval_n, 'test'), asked, plans, variants), about)
+                 evaluation=f'{2*s.n_evaluation} other pictures', questions=f'{len(asked)} of {questions}', **machine())
+    report = Report(seen(b, samples(c, text, 2*s.n_evaluation, 'test'), asked, plans, variants), about)
     figures = dict(sensitivity=partial(sweep.plot, fmt='2g64'), quality=report.plot)
     return Demo('vlm', [report, by_part(c.units, sweep, plans[best])], figures, about, dict(sweep=sweep, plans=plans))
 
@@ -330,7 +330,7 @@ def audio(
     "Which parts of a speech model can be rounded, and what that costs in words"
     s, c = Sizes.of(fast), Checkpoint(model or small_asr(), model_type='audio')
     b = open_backend(c)
-    learned, heard = (clips(text, side, k, fewer=True) for side, k in (('train', s.n//2), ('test', s.eval_n//2)))
+    learned, heard = (clips(text, side, k, fewer=True) for side, k in (('train', s.n//2), ('test', s.n_evaluation//2)))
     sweep = kl_sweep(b, speech_samples(b.model, learned), [3, 4, 6], progress=not fast, rounding='minmax')
     four = uniform(c, 4)
     best = allocate(sweep, max_bytes=four.nbytes)

@@ -36,7 +36,7 @@ def targets_of(
     lat: Latency | None = None, # of the same model, if speed counts
 ) -> dict: # name ▸ Target
     "What can be dragged"
-    found = {'nominal bits': Target(lambda x: dict(target_bits=x), lambda p: p.nominal_bits),
+    found = {'nominal bits': Target(lambda x: dict(target_bpw=x), lambda p: p.nominal_bpw),
              'MB': Target(lambda x: dict(max_bytes=x*2**20), lambda p: p.size_mb)}
     if lat is not None: found['tokens per second'] = Target(
         lambda x: dict(max_ms=1e3/x*(1+1e-9), costs_ms=lat), lat.tps, '.0f')
@@ -83,7 +83,7 @@ def figures_of(
     "What is told of a plan"
     se = f' ± {plan.predicted_kl_se:.2g}' if isfinite(plan.predicted_kl_se) else ''
     size = f'{plan.size_mb:.2f}'+(f' (1/{whole/plan.nbytes:.1f})' if whole else '')
-    found = {'nominal bits': f'{plan.nominal_bits:.3f}', 'true bits': f'{plan.true_bits:.3f}', 'MB': size,
+    found = {'nominal bits': f'{plan.nominal_bpw:.3f}', 'true bits': f'{plan.true_bpw:.3f}', 'MB': size,
              'predicted KL': f'{plan.predicted_kl:.4g}{se}'}
     if lat: found['tokens per second'] = f'{"" if lat.point else "≤ "}{lat.tps(plan):,.0f}'
     return found
@@ -304,7 +304,7 @@ def at(self: Explorer, context: int):
     "A cache at another context length; the average width stays. Raises ValueError for a sweep of weights"
     if 'layers' not in self.sweep.header: raise ValueError(
         'this is no sweep of keys and values; kv_sweep measures one, and explore takes weights')
-    by, bits = self.by, self.plan.nominal_bits
+    by, bits = self.by, self.plan.nominal_bpw
     self.context, self.sweep = context, at_context(self.sweep, context)
     self.ask(self.formats, 'nominal bits')
     self.drag(bits, exact=True)

@@ -89,7 +89,7 @@ def describe(
 ) -> str:
     "A plan, or two, in one sentence"
     counts = ', '.join(f'{n} in {f}' for f, n in plan.counts().items())
-    size = f'{plan.nominal_bits:.2f} nominal bits, {plan.size_mb:.2f} MB'
+    size = f'{plan.nominal_bpw:.2f} nominal bits, {plan.size_mb:.2f} MB'
     text = f'Heat map of the formats of {len(plan)} tensors: {counts}; {size}'
     if other is None: return text
     return f'{text}; {len(plan.diff(other))} of them differ in the other plan of {other.size_mb:.2f} MB'

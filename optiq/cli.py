@@ -85,7 +85,7 @@ def given_options() -> dict: # name ▸ what stands on the command line
 
 def calls_of(command: click.Command) -> dict: # name ▸ --option
     "What a command calls the parameters of its options"
-    found = {p.name: '/'.join([p.opts[-1], *p.secondary_opts]) for p in command.params if isinstance(p, click.Option)}
+    found = {p.name: '/'.join([p.opts[0], *p.secondary_opts]) for p in command.params if isinstance(p, click.Option)}
     return found | {k: found[other] for k, other in ALSO.items() if k not in found and other in found}
 
 # %% ../nbs/90_cli.ipynb #81d82c03
@@ -180,7 +180,7 @@ SHARED = dict(
     evaluation=click.option('--evaluation', metavar='NAME|FILE',
         help='text to score on; default: the test side of the calibration text'),
     seq_len=click.option('--seq-len', default=128, show_default=True, help='tokens in each calibration sequence'),
-    n_evaluation=click.option('--n-samples', 'n_evaluation', default=16, show_default=True,
+    n_evaluation=click.option('--n-evaluation', '--n-samples', 'n_evaluation', default=16, show_default=True,
         help='evaluation sequences of 256 tokens'),
     sweep=click.option('--sweep', type=click.Path(), help='use a sweep of MODEL that was saved before'))
 
@@ -285,7 +285,7 @@ def default_output(model: str, ending: str) -> str:
 @click.option('--kv-candidate-bits', 'kv_bits',
               help='widths of keys and values, or formats such as tq3, for --kv  [default: 4,8]')
 @click.option('-o', '--output', type=click.Path(), help='folder to write; default: optiq_output/<model>-<target>')
-@click.option('--n-calibration', 'n', default=8, show_default=True, help='calibration sequences')
+@click.option('--n-calibration', 'n_calibration', default=8, show_default=True, help='calibration sequences')
 @options('seq_len', 'calibration', 'evaluation', 'n_evaluation', 'sweep')
 @click.option('--verify/--no-verify', default=None,
               help='measure the plan and its like, keep the best  [default: --verify, unless --kv]')
@@ -343,7 +343,7 @@ def with_cache(found: dict) -> str:
 @click.option('--targets', help='nominal bits that screened and --until-stable look at  [default: 4.5]')
 @click.option('--until-stable', 'until', flag_value='stable',
               help='stop when the plans at the targets no longer change')
-@click.option('--samples', 'n', default=8, show_default=True, help='calibration sequences')
+@click.option('--n-calibration', '--samples', 'n', default=8, show_default=True, help='calibration sequences')
 @options('seq_len', 'calibration', 'backend')
 @click.option('--max-memory', type=float, callback=as_bytes(GB), metavar='GB',
               help='memory for states; default: two thirds of what is free')
@@ -409,7 +409,7 @@ def as_targets(text: str) -> list[float]:
     raise ValueError(f'--targets {text!r} is neither from:to:step, such as 3.0:8.0:0.25, of a thousand steps at most, nor a list, such as 3,3.5,4')
 
 # %% ../nbs/90_cli.ipynb #998be856
-MEASURING = ['calibration', 'n', 'seq_len', 'rounding_n', 'backend', 'model_type', 'trust_remote_code'] # what needs the model
+MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'backend', 'model_type', 'trust_remote_code'] # what needs the model
 
 # %% ../nbs/90_cli.ipynb #a0b58f7c
 @main.command(short_help='Size against quality: the whole curve from one sweep.')
@@ -423,7 +423,7 @@ MEASURING = ['calibration', 'n', 'seq_len', 'rounding_n', 'backend', 'model_type
               help='points of each curve to measure on evaluation text, with all baselines')
 @click.option('-o', '--output', 'out', type=click.Path(), metavar='DIR',
               help='folder for table, figure, sweep and plans')
-@click.option('--samples', 'n', default=8, show_default=True, help='calibration sequences')
+@click.option('--n-calibration', '--samples', 'n_calibration', default=8, show_default=True, help='calibration sequences')
 @options('sweep', 'seq_len', 'calibration', 'evaluation', 'n_evaluation')
 @options('overwrite', 'backend', 'model_type', 'trust', 'json')
 def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, **given):
@@ -461,9 +461,9 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
               help='keys and values of a layer apart, or in one format')
 @click.option('-o', '--output', type=click.Path(), help='folder to write, or MODEL itself, to which files are added; '
               'default: optiq_output/<model>-kv')
-@click.option('--n-samples', 'n', default=5, show_default=True, help='calibration sequences')
+@click.option('--n-calibration', '--n-samples', 'n_calibration', default=5, show_default=True, help='calibration sequences')
 @click.option('--seq-len', default=512, show_default=True, help='tokens in each')
-@click.option('--eval-samples', 'n_evaluation', default=4, show_default=True, help='evaluation sequences')
+@click.option('--n-evaluation', '--eval-samples', 'n_evaluation', default=4, show_default=True, help='evaluation sequences')
 @options('calibration', 'evaluation', 'overwrite', 'backend', 'trust', 'json')
 def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
     """Measure how much each layer's keys and values suffer, choose a format for each, write kv_config.json.

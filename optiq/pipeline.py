@@ -168,14 +168,14 @@ class Texts:
     "What is measured and scored on"
     calibration: 'str | Path | list' = 'bundled' # text, pictures or speech to measure on, by name or path; or samples
     evaluation: 'str | Path | list | None' = None # what to score on; the evaluation side of `calibration` by default
-    n: int = 8 # calibration sequences
+    n_calibration: int = 8 # sequences to measure on
     seq_len: int = 128 # tokens in each
     n_evaluation: int = 16 # evaluation sequences
     eval_len: int | None = None # tokens in each; 256 by default, with a cache as many as in the others
 
 def texts_of(texts: Texts | None, what: str) -> Texts: # with the default where there is none
     "The texts that such a plan is judged by"
-    texts = texts or (Texts(n=5, seq_len=512, n_evaluation=4) if what == 'a cache' else Texts())
+    texts = texts or (Texts(n_calibration=5, seq_len=512, n_evaluation=4) if what == 'a cache' else Texts())
     return replace(texts, eval_len=texts.eval_len or (256 if what == 'weights' else texts.seq_len))
 
 @dataclass
@@ -199,12 +199,12 @@ def told(c: Checkpoint, source, tokens) -> str:
 def read_texts(
     c: Checkpoint,
     t: Texts,
-    more: int = 0, # sequences that rounding learns from, if they are more than `t.n`
+    more: int = 0, # sequences that rounding learns from, if they are more than `t.n_calibration`
 ) -> Batches:
     "Tokens to choose on, and tokens to report on"
     other = t.calibration if t.evaluation is None else t.evaluation
     side, held_out = ('train', 'test') if str(other) == str(t.calibration) else ('all', 'all')
-    tokens, learned = texts_for(c, t.calibration, t.n, t.seq_len, more, side)
+    tokens, learned = texts_for(c, t.calibration, t.n_calibration, t.seq_len, more, side)
     if c.model_type == 'llm': scored = evaluation_tokens(other, c.tokenizer, t.n_evaluation, t.eval_len or 256, held_out)
     else: scored = batch_for(c, other, t.n_evaluation, split=held_out)
     check_overlap(overlap(block_hashes(text_of(c, learned)), scored))
@@ -480,7 +480,7 @@ def choose_both(job: Job) -> dict: # report, config, figures, and what `joint_pl
     wishes = dict(protect=w.protect, tie=w.tie)
     likely = feasible(c, fmts, layout, job.kv_formats, max_bytes=job.caps.max_bytes, **wishes)
     check_output(c, out, likely, rounding)
-    if w.sweep is not None: check_length(load_sweep(w.sweep), job.texts.n)
+    if w.sweep is not None: check_length(load_sweep(w.sweep), job.texts.n_calibration)
     b, t = job.open(job.more)
     known = None if w.sweep is None else narrowed(find_sweep(b, t, fmts, w.sweep, None, rounding), fmts)
     found = planned_together(b, t.tokens, t.scored, layout, job.caps.max_bytes, fmts, job.kv_formats, t.about, out,

@@ -128,7 +128,7 @@ def test_one_allocation_over_weights_and_cache(backend, tokens):
     with pytest.raises(ValueError, match='different numbers of sequences'): combine(few, joint['cache_sweep'])
 
 def test_files_of_a_run(folder, text, tmp_path):
-    options = dict(weights=None, cache=Cache([4, 8]), texts=Texts(text, n=2, seq_len=32, n_evaluation=2), backend='torch')
+    options = dict(weights=None, cache=Cache([4, 8]), texts=Texts(text, n_calibration=2, seq_len=32, n_evaluation=2), backend='torch')
     result = optimize(str(folder), tmp_path/'kv', Caps(target_bpw=5., context=256), **options)
     assert {'kv_config.json', 'sweep.json', 'plan.json', 'table.txt'} <= {f.name for f in (tmp_path/'kv').iterdir()}
     assert not (tmp_path/'kv.sweep.jsonl').exists() and result['plan'].nominal_bpw <= 5
@@ -140,7 +140,7 @@ def test_files_of_a_run(folder, text, tmp_path):
 
 def test_a_model_and_its_cache(folder, text, tmp_path):
     result = optimize(str(folder), tmp_path/'m', Caps(max_bytes=1.5*2**20, context=512), cache=Cache(), backend='torch',
-                      texts=Texts(text, n=2, seq_len=32, n_evaluation=2))
+                      texts=Texts(text, n_calibration=2, seq_len=32, n_evaluation=2))
     assert result['figures']['bytes'] <= 1.5*2**20 and json.dumps(result['figures']) and result['weights'].rounding == 'search'
     saved = Checkpoint(tmp_path/'m')
     assert read_kv_config(tmp_path/'m'/'kv_config.json', saved.load()) and (tmp_path/'m'/'optiq'/'kv_sweep.json').exists()
@@ -226,7 +226,7 @@ def evaluate_(b, tokens, f):
 
 def test_a_model_and_its_rotated_cache(folder, text, tmp_path):
     optimize(str(folder), tmp_path/'m', Caps(max_bytes=1.2*2**20, context=512), cache=Cache(['tq3', 'tq4']), backend='torch',
-             texts=Texts(text, n=2, seq_len=32, n_evaluation=2))
+             texts=Texts(text, n_calibration=2, seq_len=32, n_evaluation=2))
     model, where = Checkpoint(tmp_path/'m').load(), tmp_path/'m'/'kv_config.json'
     found = read_kv_config(where, model)
     assert len(found) == 3 and all(f.precondition is not None for pair in found.values() for f in pair)

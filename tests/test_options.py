@@ -131,7 +131,7 @@ def test_what_arrives_with_a_cache(optiq):
         '--seq-len', 64, '--n-calibration', 8, '--context', 512, '-o', 'both', '--rounding-samples', 9, '--formats', '3g64,8g64')
     assert code == 0, said
     job = next(s for s in seen if s.startswith("('choose_both'"))
-    for part in ("rounding='gptq'", "protect=('embed',)", "tie=('qkv',)", "sweep='s.json'", 'tq3', 'seq_len=64', 'n=8', 'context=512', "PosixPath('both')",
+    for part in ("rounding='gptq'", "protect=('embed',)", "tie=('qkv',)", "sweep='s.json'", 'tq3', 'seq_len=64', 'n_calibration=8', 'context=512', "PosixPath('both')",
                  'rounding_n=9', '3g64', 'max_bytes=20971520', 'eval_len=64'): assert part in job, (part, job)
     r = optiq(*KV, '--rounding', 'gptq', '--polish', 'dwq', '--protect', 'embed', '--tie', 'qkv', '--sweep', '/no/such/file')
     assert r[0] == 1 and '--polish' in r[1]

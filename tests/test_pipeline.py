@@ -25,7 +25,7 @@ def text(tmp_path_factory):
 def model(tmp_path_factory): return str(tiny('qwen3', tmp_path_factory.mktemp('road')/'m', shape=dict(num_hidden_layers=1), dtype='float32'))
 
 @pytest.fixture(scope='module')
-def few(text): return dict(texts=Texts(text, n=2, seq_len=32, n_evaluation=1), backend='torch')
+def few(text): return dict(texts=Texts(text, n_calibration=2, seq_len=32, n_evaluation=1), backend='torch')
 
 @pytest.mark.parametrize('what, caps, says', [
     ('weights', Caps(max_memory=9), '`max_memory` needs `context`'), ('weights', Caps(chip='M1'), '`target_tps`'), ('weights', Caps(context=9), '`context` counts for'),
@@ -37,8 +37,8 @@ def test_a_cap_that_does_not_count_is_refused(what, caps, says):
 def test_defaults():
     assert caps_for(None, 'weights') == Caps(target_bpw=4.5) and caps_for(None, 'a cache') == Caps(target_bpw=5)
     assert caps_for(Caps(context=9), 'a cache') == Caps(target_bpw=5, context=9) and caps_for(Caps(max_bytes=9), 'a cache') == Caps(max_bytes=9)
-    assert texts_of(None, 'weights') == Texts(n=8, seq_len=128, n_evaluation=16, eval_len=256) and texts_of(None, BOTH).eval_len == 128
-    assert texts_of(None, 'a cache') == Texts(n=5, seq_len=512, n_evaluation=4, eval_len=512)
+    assert texts_of(None, 'weights') == Texts(n_calibration=8, seq_len=128, n_evaluation=16, eval_len=256) and texts_of(None, BOTH).eval_len == 128
+    assert texts_of(None, 'a cache') == Texts(n_calibration=5, seq_len=512, n_evaluation=4, eval_len=512)
 
 @pytest.mark.parametrize('weights, what, says', [
     (Weights(polish='dwq'), BOTH, '`polish`'), (Weights(verify=True), BOTH, '`verify`'), (Weights(compare=True), BOTH, '`compare`'), (Weights(compare=False), BOTH, '`compare`'),
@@ -64,7 +64,7 @@ def test_both_do_what_each_alone_can(model, few, text, tmp_path):
     assert again['figures']['rows'] == first['figures']['rows'] and not journal_of(tmp_path/'m').exists()
     assert dict(Plan.load(tmp_path/'m'/'optiq'/'plan.json')) == dict(again['weights']) and read_kv_config(tmp_path/'m'/'kv_config.json')
     with pytest.raises(ValueError, match='`sweep` tells 2 sequences, and the cache is to be measured on 3'):
-        optimize(model, None, caps, cache=Cache(), weights=Weights(sweep=tmp_path/'s.json'), texts=Texts(text, n=3, seq_len=32))
+        optimize(model, None, caps, cache=Cache(), weights=Weights(sweep=tmp_path/'s.json'), texts=Texts(text, n_calibration=3, seq_len=32))
 
 def test_what_is_scored_on_may_not_be_calibrated_on(model, text, tmp_path):
     "Of a cache too"
@@ -80,7 +80,7 @@ def test_a_sweep_alone_measures_nothing(tmp_path):
     values = {(u.path, f): np.full(2, np.exp(-f.bits)) for u in c.units for f in fmts}
     sweep = Sweep(c.units, fmts, values, dict(model='demo', params=c.params, other_bytes=c.other_bytes, fingerprint=dict(quantizer='search')))
     assert trade_off('demo', (4, 8), weights=Weights(sweep=sweep))['frontier']
-    for name, options in (('texts', dict(texts=Texts(n=3))), ('rounding_n', dict(weights=Weights(sweep=sweep, rounding_n=3)))):
+    for name, options in (('texts', dict(texts=Texts(n_calibration=3))), ('rounding_n', dict(weights=Weights(sweep=sweep, rounding_n=3)))):
         with pytest.raises(ValueError, match=f'`{name}` has no effect: nothing is measured'):
             trade_off('demo', (4, 8), **dict(weights=Weights(sweep=sweep)) | options)
     with pytest.raises(ValueError, match='`polish` has no effect on a curve'): trade_off('demo', weights=Weights(polish='dwq'))

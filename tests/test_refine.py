@@ -136,7 +136,7 @@ def test_another_models_sweep_is_refused(b, sweep, tokens, tmp_path):
 # The road and the curve
 
 def test_the_road_verifies_by_default(b, sweep, tmp_path):
-    options = dict(texts=Texts(n=2, seq_len=32, n_evaluation=2, eval_len=32), backend='torch')
+    options = dict(texts=Texts(n_calibration=2, seq_len=32, n_evaluation=2, eval_len=32), backend='torch')
     sweep.save(tmp_path/'s.json')
     a, z = (optimize('demo', weights=Weights([4, 8], sweep=tmp_path/'s.json', verify=v), **options) for v in (None, False))
     f = a['figures']
@@ -186,7 +186,7 @@ def test_the_command_takes_what_the_sweep_holds(tmp_path):
 
 def test_protection_ties_and_memory_on_the_road(sweep, tmp_path):
     sweep.save(tmp_path/'s.json')
-    options = dict(texts=Texts(n=2, seq_len=32, n_evaluation=2, eval_len=32), backend='torch')
+    options = dict(texts=Texts(n_calibration=2, seq_len=32, n_evaluation=2, eval_len=32), backend='torch')
     plain = Weights([3, 4, 8], sweep=tmp_path/'s.json', compare=False)
     f = optimize('demo', caps=Caps(target_bpw=5.5), weights=replace(plain, protect=('embed',), tie=('qkv',)), **options)
     assert f['plan']['model.embed_tokens'] == Format(8) and f['figures']['protect_cost'] >= 0
@@ -203,7 +203,7 @@ def test_trade_off(sweep, tmp_path):
     assert found['figures']['model'] == 'demo' and {p['name'].split()[0] for p in found['figures']['points']} >= {'compact', 'quality', 'all'}
     assert all(p['kl'] is None for p in found['figures']['points'])
     found = trade_off('demo', weights=Weights(sweep=tmp_path/'s.json'), verify=2, out=tmp_path/'curve',
-                      texts=Texts(n=2, seq_len=32, n_evaluation=3, eval_len=32), **options)
+                      texts=Texts(n_calibration=2, seq_len=32, n_evaluation=3, eval_len=32), **options)
     points = {p['name']: p for p in found['figures']['points']}
     assert points['quality 4']['kl'] is not None and points['quality 5']['kl'] is None and points['uniform 4g64']['kl_se'] > 0
     assert points['quality 4']['kl'] == points['uniform 4g64']['kl'] and points['mixed_4_6']['predicted_kl'] is None

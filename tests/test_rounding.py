@@ -204,7 +204,7 @@ def test_plans_are_verified_with_the_rounding_that_saves(models, tmp_path, monke
     got = evaluate(b, tokens, {'saved': overrides_of_saved(saved)})['saved'].kl
     np.testing.assert_allclose(got, v.kl[v.kept], rtol=1e-5)
     assert not np.allclose(got, joint_kl(b, tokens, {'x': v.plan})['x'], rtol=1e-3) # min-max is something else
-    few = Texts(n=2, seq_len=32, n_evaluation=1, eval_len=32)
+    few = Texts(n_calibration=2, seq_len=32, n_evaluation=1, eval_len=32)
     r = optimize(str(c.folder), caps=Caps(target_bpw=4), weights=Weights(formats, rounding='gptq', compare=False), texts=few,
                  backend='torch')
     assert r['verified'].kept in r['verified'].tried and r['figures']['calibration_kl'] > 0

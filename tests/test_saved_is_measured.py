@@ -155,7 +155,7 @@ def test_python_and_the_command_save_the_same_model(source, sweep, saved, text, 
     assert sweep.header['fingerprint']['quantizer'].startswith('search, 3 × 32 tokens')
     r = optimize(str(source), tmp_path/'m', Caps(target_bpw=5), backend='torch',
         weights=Weights([3, 8], verify=False, compare=False, rounding_n=SIZES['rounding_n']),
-        texts=Texts(text, n=SIZES['n'], seq_len=SIZES['seq_len'], n_evaluation=2, eval_len=32))
+        texts=Texts(text, n_calibration=SIZES['n'], seq_len=SIZES['seq_len'], n_evaluation=2, eval_len=32))
     assert r['sweep'].header['fingerprint'] == sweep.header['fingerprint'] and r['plan'].made == allocate(sweep, target_bpw=5).made
     assert equal(tmp_path/'m', saved)
     plan, again = Plan.load(saved/'optiq'/'plan.json'), Sweep.load(saved/'optiq'/'sweep.json')

@@ -85,7 +85,8 @@ def given_options() -> dict: # name ▸ what stands on the command line
 
 def calls_of(command: click.Command) -> dict: # name ▸ --option
     "What a command calls the parameters of its options"
-    found = {p.name: '/'.join([p.opts[0], *p.secondary_opts]) for p in command.params if isinstance(p, click.Option)}
+    def name(p): return '/'.join([next(o for o in p.opts if o.startswith('--')), *p.secondary_opts])
+    found = {p.name: name(p) for p in command.params if isinstance(p, click.Option)}
     return found | {k: found[other] for k, other in ALSO.items() if k not in found and other in found}
 
 # %% ../nbs/90_cli.ipynb #81d82c03
@@ -450,7 +451,7 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
 # %% ../nbs/90_cli.ipynb #c3973217
 @main.command('kv-cache', short_help='Choose formats for the KV cache.')
 @click.argument('model')
-@click.option('--target-bits', type=float, help='cap on the average bits of a key or value  [default: 5.0]')
+@click.option('--target-bits', 'target_bpw', type=float, help='cap on the average bits of a key or value  [default: 5.0]')
 @click.option('--target-size', 'max_bytes', type=float, callback=as_bytes(MB), metavar='MB',
               help='cap on the size of the cache at --context tokens')
 @click.option('--context', default=16384, show_default=True, help='tokens for which bytes are counted')

@@ -34,7 +34,7 @@ from optiq.backends.open import open_backend
 from optiq.convert import convert
 from optiq.evals.perplexity import evaluate, overrides_of
 from optiq.report import machine, mean_figure
-from optiq.evals.wer import errors, wer_figure, write_down
+from optiq.evals.wer import errors, _wer_figure, write_down
 from optiq.formats import AS_IS, Format, parse_format, quantize_dequantize
 from optiq.knapsack import allocate
 from optiq.plan import make_plan
@@ -75,7 +75,7 @@ def heard_by_transformers(folder, heard):
 
 def figures(done, kl=None):
     "Word error rate, KL and what was written"
-    w = wer_figure(done)
+    w = _wer_figure(done)
     out = {k: v for k, v in w.items() if k.startswith('wer')} | dict(
         errors=sum(map(errors, done)), words=sum(r['words'] for r in done), written=[r['response'] for r in done])
     if kl is None: return out

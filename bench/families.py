@@ -70,7 +70,7 @@ from optiq.kv.layout import kv_layout
 from optiq.kv.sweep import kv_sweep
 from optiq.models import Checkpoint, read_header
 from optiq.sensitivity import kl_sweep
-from optiq.material.tiny import PROSE, draw, merged, write_json, write_tokenizer
+from optiq.material.tiny import _PROSE, _draw, _merged, write_json, _write_tokenizer
 
 HERE = Path(__file__).parent
 TABLE, RESULT = HERE/'families.json', HERE.parent/'nbs/results/families.json'
@@ -87,8 +87,8 @@ def resolved(entry, parts: dict):
     "A configuration with the parts that it is made of, wherever it says `_of`"
     if not isinstance(entry, dict): return entry
     out = {}
-    for name in entry.get('_of', ()): out = merged(out, resolved(parts[name], parts))
-    return merged(out, {k: resolved(v, parts) for k, v in entry.items() if k != '_of'})
+    for name in entry.get('_of', ()): out = _merged(out, resolved(parts[name], parts))
+    return _merged(out, {k: resolved(v, parts) for k, v in entry.items() if k != '_of'})
 
 def stripped(entry):
     "Without what it says under `_drop`"
@@ -124,7 +124,7 @@ def takes_pictures(folder: Path) -> bool:
 
 def values(name: str, shape: tuple, model_type: str) -> np.ndarray:
     "Random weights, float32; experts that are stored as one tensor are as wide as each of them"
-    x = np.concatenate([*draw(name, shape, model_type), np.zeros(0, np.float32)]).reshape(shape)
+    x = np.concatenate([*_draw(name, shape, model_type), np.zeros(0, np.float32)]).reshape(shape)
     return x*np.float32(np.sqrt(shape[1])) if len(shape) == 3 and re.search('expert|switch', name) else x
 
 def transformers_class(config: dict, vision: bool = False):
@@ -211,7 +211,7 @@ def write_checkpoint(out: Path, config: dict, told: dict, form: str, vision: boo
     out.mkdir(parents=True)
     found = transformers_class(config, vision) if form == 'hub' else None
     write_native(out, config, found) if found else write_mlx(out, config, vision)
-    write_tokenizer(out)
+    _write_tokenizer(out)
     if 'bos' in told: put_bos(out)
     if told.get('pack') == 'mxfp4': put_mxfp4(out)
     if told.get('draft'): put_draft(out, config)
@@ -312,7 +312,7 @@ def tokens(m):
     "Whether sequences start as texts do"
     t = m.c.tokenizer
     first = [i for i in t.encode('a')[:1] if i in t.all_special_ids]
-    rows = token_batch([PROSE.replace('\n', ' ')]*8, t, 2, 32)
+    rows = token_batch([_PROSE.replace('\n', ' ')]*8, t, 2, 32)
     if first and not (rows[:, 0] == first[0]).all(): raise Wrong(
         f'the tokenizer starts a text with {t.decode(first)}, and calibration sequences do not')
     return f'{t.decode(first)} first' if first else 'nothing added'

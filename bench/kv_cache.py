@@ -28,14 +28,14 @@ from optiq.report import machine, score_row
 from optiq.formats import AS_IS, Format, divides, parse_format, quantize_dequantize
 from optiq.knapsack import allocate, pose
 from optiq.plan import uniform
-from optiq.kv.cache import MixedKVCache, attend, mixed_bytes, memory_table
+from optiq.kv.cache import MixedKVCache, _attend, mixed_bytes, memory_table
 from optiq.kv.config import kv_config, read_kv_config
 from optiq.kv.layout import kv_layout, own_caches
-from optiq.kv.sweep import configurations, helped, joint_plan, kv_sweep
+from optiq.kv.sweep import configurations, _helped, joint_plan, kv_sweep
 from optiq.models import Checkpoint
 from optiq.measure.sweep import Sweep
 from optiq.material.tiny import tiny
-from optiq.refine import alternatives, improve, joint_kl
+from optiq.refine import _alternatives, improve, _joint_kl
 
 GPU = mx.default_device().type == mx.DeviceType.gpu
 
@@ -96,7 +96,7 @@ def three(args):
     more = token_batch(passages(args.calibration, 'train'), c.tokenizer, 3*args.n, args.seq_len)
     affine, rotated = [f'{n}g{g}' for n in (2, 3, 4) for g in (32, 64, 128)]+['5g64', '6g64'], [f'tq{n}' for n in (2, 3, 4, 5)]
     plain, found = ['2g64', '3g64', '4g64', '5g64', '6g64'], dict(model=c.name, tokens=list(tokens.shape), scored=list(scored.shape), rows=[])
-    with helped(b, tokens, [parse_format('tq3')]):
+    with _helped(b, tokens, [parse_format('tq3')]):
         def add(plans, **more):
             scores = evaluate(b, scored, {n: overrides_of(p) for n, p in plans.items()})
             found['flat'] = flat = found.get('flat') or scores['uniform 3g64'].kl.tolist()
@@ -124,8 +124,8 @@ def searched(b, tokens, sweep, base):
     "The plan that measured best among near-optimal ones, then measured again around, until nothing gets better"
     q = pose(sweep, max_bytes=base.nbytes)
     plan = q.solve('exact')
-    tried = {'allocated': plan, 'uniform': base} | alternatives(q, plan)
-    kl = joint_kl(b, tokens, tried)
+    tried = {'allocated': plan, 'uniform': base} | _alternatives(q, plan)
+    kl = _joint_kl(b, tokens, tried)
     best = min(tried, key=lambda n: kl[n].mean())
     best, history = improve(b, tokens, q, tried, kl, best, 0, 1, quantize_dequantize)
     best = min(tried, key=lambda n: kl[n].mean())
@@ -155,7 +155,7 @@ def worst_difference(f, dim):
     for many in (1, 5, 64):
         q, how = mx.random.normal((1, 8, many, dim)), dict(scale=dim**-.5, mask='causal' if many > 1 else None)
         want = mx.fast.scaled_dot_product_attention(q, *(s.dense() for s in stored), **how)
-        try: worst = max(worst, abs(attend(q, *stored, **how)-want).max().item())
+        try: worst = max(worst, abs(_attend(q, *stored, **how)-want).max().item())
         except Exception as e: return f'{type(e).__name__}: {e}'
     print(f, dim, worst, flush=True)
     return worst

@@ -26,8 +26,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from optiq.report import machine
 from optiq.formats import Format
 from optiq.plan import make_plan, uniform
-from optiq.chips import Speed, decode_once, extend, keep_busy, measure_chip, on_gpu, per_step, stand_in
-from optiq.latency import LEARNED, compare_speeds
+from optiq.chips import Speed, _decode_once, _extend, _keep_busy, measure_chip, _on_gpu, _per_step, _stand_in
+from optiq.latency import _LEARNED, compare_speeds
 from optiq.roofline import Chip, Latency, reads_of, skeleton
 from optiq.material.tiny import hub_config
 
@@ -56,13 +56,13 @@ def plans_of(reads, bits):
 def decode_speeds(models, context, tokens, rounds, seconds):
     "name ▸ Speed, one run of each model per round, in an order that turns; fewer rounds if time is up, but five at least"
     warmup, runs, names, start = 8, {n: [] for n in models}, list(models), time.time()
-    for m in models.values(): decode_once(m, context, 8, warmup)
+    for m in models.values(): _decode_once(m, context, 8, warmup)
     gc.collect()
     gc.disable() # a collection in the middle of a run would be charged to one plan
     try:
         for r in range(rounds):
             if r >= 5 and time.time()-start > seconds: break
-            for n in names[r % len(names):]+names[:r % len(names)]: runs[n].append(decode_once(models[n], context, tokens, warmup))
+            for n in names[r % len(names):]+names[:r % len(names)]: runs[n].append(_decode_once(models[n], context, tokens, warmup))
     finally: gc.enable()
     return {n: Speed(np.array(r), context+warmup+tokens/2) for n, r in runs.items()}
 
@@ -75,7 +75,7 @@ def block_times(model, first, runs):
             for _ in range(n): x = mx.argmax(model(x, cache=cache)[:, -1:], -1)
             return x
         model.model.layers = blocks[:depth]
-        try: found.append(per_step(forward, 1, 2, first, 3*runs))
+        try: found.append(_per_step(forward, 1, 2, first, 3*runs))
         finally: model.model.layers = blocks
     return dict(seconds=(found[1]['seconds']-found[0]['seconds'])/3, raw=found)
 
@@ -100,10 +100,10 @@ def measure_machine(args, out, reads, formats):
     chip = measure_chip([], [], args.runs, raw)
     out.keep(chip=asdict(chip), raw=raw)
     for f in formats:
-        chip = extend(chip, matrices, [f], args.runs, raw)
+        chip = _extend(chip, matrices, [f], args.runs, raw)
         out.keep(chip=asdict(chip), raw=raw)
     print(chip)
-    first = keep_busy(chip.bandwidth) if on_gpu() else None
+    first = _keep_busy(chip.bandwidth) if _on_gpu() else None
     return first
 
 def measure(args):
@@ -115,7 +115,7 @@ def measure(args):
     first = measure_machine(args, out, reads, formats)
     decode, blocks, contexts = {}, {}, [int(c) for c in args.contexts.split(',') if c]
     for s in shapes:
-        models = {n: stand_in(skeleton(config_of(s)), p) for n, p in plans_of(reads[s], bits).items()}
+        models = {n: _stand_in(skeleton(config_of(s)), p) for n, p in plans_of(reads[s], bits).items()}
         speeds = decode_speeds(models, args.context, args.tokens, args.rounds, args.seconds)
         decode[s] = {n: dict(runs=v.runs.tolist(), context=v.context) for n, v in speeds.items()}
         out.keep(decode=decode)
@@ -209,7 +209,7 @@ def predict(found):
                                f'± {r["measured_se"]:.1f} µs, {r["error"]:+.1%}'+' *'*r['calibration'])
         tables[s] = dict(rows=table.rows, fastest=fastest.rows, blocks=blocks, mean_error=table.mean_error, long_context=far,
                          fastest_mean_error=fastest.mean_error, terms={n: plain.terms(p) for n, p in plans.items()},
-                         learned={k: getattr(lat.chip, k) for k in LEARNED})
+                         learned={k: getattr(lat.chip, k) for k in _LEARNED})
     for kind, e in shorts.items(): print(f'{kind}: mean absolute error of {len(e)} plans: {np.mean(e):.2%}, worst {max(e):.2%}')
     return dict(tables=tables, variants=variants(found, chip), **{k: dict(mean_error=float(np.mean(e)), worst=float(max(e))) for k, e in shorts.items()})
 

@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 
 from optiq.calibration import passages
-from optiq.material.speech import RATE, read_sound
+from optiq.material.speech import RATE, _read_sound
 
 VOICES = 'en-us', 'en-gb', 'en-us+f3', 'en-gb-scotland', 'en-us+m3', 'en-gb+f2', 'en-gb-x-rp', 'en-us+f5', 'en-us+m7', 'en-gb+m1'
 
@@ -26,7 +26,7 @@ def sentences(text: str) -> list[str]:
 def say(text: str, voice: str, pace: int) -> np.ndarray:
     "Sound of `RATE`"
     done = subprocess.run(['espeak-ng', '-v', voice, '-s', str(pace), '--stdout', text], capture_output=True, check=True)
-    return read_sound(done.stdout, f'espeak-ng {voice}')
+    return _read_sound(done.stdout, f'espeak-ng {voice}')
 
 def speak(source: str, n: int, folder: Path, seconds: float, seed: int = 0):
     rng, clips = np.random.default_rng(seed), 0

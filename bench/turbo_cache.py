@@ -10,7 +10,7 @@
 `attention` microseconds of one layer's attention at a step
 `kl`       KL of whole models with every token quantized, rotated against affine and KIVI-style formats, and an allocation
 `compare`  error of attention on one model's keys and values, beside mlx-vlm's TurboQuant (where it is installed)
-`needle`   retrieval on the demo model: hit rate with Wilson intervals, and margins
+`needle`   retrieval on the demo model: hit rate with Wilson intervals, and _margins
 
 On a CPU: python bench/turbo_cache.py --only speed --shapes smollm2-135m --contexts 1024,4096 --kinds 'fp16;affine 4 bits;tq4;tq4, dequantized first'
 
@@ -82,28 +82,28 @@ def cache_kinds(model):
     from optiq.formats import parse_format
     from optiq.kv.cache import MixedKVCache
     from optiq.kv.layout import own_caches
-    from optiq.kv.rotated import make_turbo
+    from optiq.kv.rotated import _make_turbo
     n = len(own_caches(model))
     affine = parse_format('4g64')
     return {'fp16': lambda: own_caches(model),
             'affine 4 bits': lambda: [MixedKVCache(affine, affine) for _ in range(n)],
-            'tq4': make_turbo(model, 4),
+            'tq4': _make_turbo(model, 4),
             'affine 4 bits, mlx-lm': lambda: [QuantizedKVCache(64, 4) for _ in range(n)],
-            'tq4, composed': make_turbo(model, 4), 'tq4, dequantized first': make_turbo(model, 4),
-            'tq3': make_turbo(model, 3), 'tq2': make_turbo(model, 2),
-            'tq4, keys preconditioned': make_turbo(model, 4, precondition='prompt'),
+            'tq4, composed': _make_turbo(model, 4), 'tq4, dequantized first': _make_turbo(model, 4),
+            'tq3': _make_turbo(model, 3), 'tq2': _make_turbo(model, 2),
+            'tq4, keys preconditioned': _make_turbo(model, 4, precondition='prompt'),
             'affine 4 bits, in one part': lambda: [MixedKVCache(affine, affine) for _ in range(n)]}
 
 @contextmanager
 def road(kind):
     "The road of attention that a kind of cache takes"
     from optiq.kv import cache, kernels
-    before = cache.MANY, cache.PART, kernels.FUSED
-    if 'dequantized' in kind: cache.MANY = 1
+    before = cache._MANY, cache.PART, kernels._FUSED
+    if 'dequantized' in kind: cache._MANY = 1
     if 'one part' in kind: cache.PART = 0
-    if 'composed' in kind: kernels.FUSED = False
+    if 'composed' in kind: kernels._FUSED = False
     try: yield
-    finally: cache.MANY, cache.PART, kernels.FUSED = before
+    finally: cache._MANY, cache.PART, kernels._FUSED = before
 
 def filled(model, shape, make, T, chunk=4096):
     "Caches of T tokens of random keys and values: a step's time does not depend on which"
@@ -264,7 +264,7 @@ def far(kind, D, bits, q, k, v):
     import mlx.core as mx
     from mlx_lm.models.base import quantized_scaled_dot_product_attention as theirs
     from mlx_lm.models.cache import QuantizedKVCache
-    from optiq.kv.cache import MixedKVCache, attend
+    from optiq.kv.cache import MixedKVCache, _attend
     from optiq.kv.rotated import TurboQuantKVCache
     scale, last = D**-.5, (k[:, :, -1:]*.5, v[:, :, -1:]*.5)
     if kind == 'affine, mlx-lm':
@@ -277,7 +277,7 @@ def far(kind, D, bits, q, k, v):
         c = MixedKVCache(f'{bits}g{min(D, 64)}', f'{bits}g{min(D, 64)}') if kind == 'affine' else TurboQuantKVCache(D, bits)
         c.update_and_fetch(k, v)
         keys, values = c.update_and_fetch(*last)
-        got = attend(q, keys, values, scale=scale)
+        got = _attend(q, keys, values, scale=scale)
         kk, vv = (x.codec.back(x.codec.dense(x.arrays, mx.float32)) for x in (keys, values)) # bfloat16 would add .5 % of its own
     want = mx.fast.scaled_dot_product_attention(q.astype(mx.float32), kk, vv, scale=scale)
     return dict(relative_error=mx.sqrt(((got.astype(mx.float32)-want)**2).sum()/(want**2).sum()).item())
@@ -404,9 +404,9 @@ def their_quantizer(bits, D, seed):
     return apply
 
 def one_step(x, bits):
-    "`round_trip` with the step that is best on average, for all vectors"
-    from optiq.turboquant import decode_rotated, encode_rotated, rotate, rotation_matrix
-    y = decode_rotated(*encode_rotated(rotate(x, 42), bits, (1,)), bits)
+    "`_round_trip` with the step that is best on average, for all vectors"
+    from optiq.turboquant import _decode_rotated, encode_rotated, _rotate, rotation_matrix
+    y = _decode_rotated(*encode_rotated(_rotate(x, 42), bits, (1,)), bits)
     return (y @ rotation_matrix(y.shape[-1], 42, 'hadamard').T)[..., :x.shape[-1]]
 
 def compare(args, report):
@@ -416,7 +416,7 @@ def compare(args, report):
     from optiq.kv.layout import kv_layout
     from optiq.models import Checkpoint
     from optiq.kv.precondition import key_statistics
-    from optiq.turboquant import TurboQuantMSE, round_trip
+    from optiq.turboquant import TurboQuantMSE, _round_trip
     b, seen = TorchBackend(Checkpoint(args.model)), {}
     calibration, tokens = texts(args, b.checkpoint.tokenizer)
     stats = key_statistics(b, calibration)
@@ -424,7 +424,7 @@ def compare(args, report):
     D, rows = seen[0][1].shape[-1], []
     def affine(x, bits, group): return quantize_dequantize(x, Format(bits, group))
     def methods(i, n):
-        p, w, tq = *(stats[f'cache.{i}.{kind}'] for kind in ('keys', 'values')), lambda x, **how: round_trip(x, n, **how)
+        p, w, tq = *(stats[f'cache.{i}.{kind}'] for kind in ('keys', 'values')), lambda x, **how: _round_trip(x, n, **how)
         def by(s): return dict(to=s.keys, back=s.undo)
         true = lambda name: 8*nbytes(parse_format(name), (1, D))/D
         lloyd = TurboQuantMSE(D, n, scale='norm', rotation='hadamard')
@@ -452,11 +452,11 @@ def compare(args, report):
 # retrieval
 
 def needle(args, report):
-    "`needle`: one code in filler; `recall`: one of many codes. The same texts for every cache, so margins are compared in pairs"
+    "`needle`: one code in filler; `recall`: one of many codes. The same texts for every cache, so _margins are compared in pairs"
     from scipy.stats import binomtest
     from optiq.backends.torch import TorchBackend
     from optiq.calibration import passages, token_batch
-    from optiq.evals.needle import margins
+    from optiq.evals.needle import _margins
     from optiq.evals.perplexity import overrides_of
     from optiq.formats import parse_format
     from optiq.kv.layout import kv_layout
@@ -476,7 +476,7 @@ def needle(args, report):
             pairs = [(ids(r['prompt']), ids(' '+r['answer'])) for r in texts]
             for bits, kind, name in [CACHES[0], *(c for c in todo if c[0] < 16)]:
                 plan = overrides_of({u.path: parse_format(name) for u in units}) if bits < 16 else {}
-                with preconditioned(b, stats if 'preconditioned' in kind else {}): m = margins(b, pairs, plan)
+                with preconditioned(b, stats if 'preconditioned' in kind else {}): m = _margins(b, pairs, plan)
                 reference = m if reference is None else reference
                 if (bits, kind) in have: continue
                 hits = int((m > 0).sum())

@@ -4,7 +4,7 @@
 
 `sweep`     KL of each unit at each width on diagrams, and each part of the model (vision, projector, language) at 2, 3 and 4 bits
 `compare`   KL and accuracy of full precision, mlx-vlm's default 4 bits (the vision tower at 16), uniform 4, 3 and 2 bits everywhere
-            and OptiQ at the bytes of the first three, rounded plainly and with GPTQ (at 4 bits also with a search)
+            and OptiQ at the bytes of the first three, _rounded plainly and with GPTQ (at 4 bits also with a search)
 `ratios`    KL over that of the plan it competes with, from what `compare` kept of each diagram
 
 Each step is written when it is done. The real shape of Qwen3-VL-2B is in bench/parts.py. On a Linux CPU it is ten times as fast
@@ -33,7 +33,7 @@ from optiq.rounding import as_overrides, round_model
 from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep
 from optiq.families.vision import samples
-from optiq.show.demos import rounded
+from optiq.show.demos import _rounded
 
 WIDTHS = [Format(k, 64) for k in (2, 3, 4, 5, 6)]
 PARTS = 'vision', 'projector', 'language'
@@ -57,7 +57,7 @@ def sweep(args, b):
     found.save(args.sweep)
     scored, units = samples(b.checkpoint, n=args.parts_n, split='test'), b.checkpoint.units
     whole = {f'{p} {f}': make_plan(b.checkpoint, {u.path: f if u.part == p else AS_IS for u in units}) for p in PARTS for f in WIDTHS[:3]}
-    joint = evaluate(b, scored, rounded(b, whole))
+    joint = evaluate(b, scored, _rounded(b, whole))
     rows = [dict(unit=r.unit, part=r.part, kind=r.kind, block=b.checkpoint.unit[r.unit].block, format=r.format,
                  params=int(r.params), kl=float(f'{r.kl:.4g}'), se=float(f'{r.se:.3g}')) for r in frame.itertuples()]
     return dict(seconds=round(seconds), samples=args.n, calibration=fingerprint(calibration), units=rows,
@@ -73,7 +73,7 @@ def compare(args, b):
              'optiq, bytes of mlx-vlm': allocate(found, max_bytes=default.nbytes, formats=[*WIDTHS, AS_IS])}
     for k in (4, 3): plans |= {f'uniform {k} bits': flat[k], f'optiq, bytes of {k} bits': allocate(found, max_bytes=flat[k].nbytes)}
     plans['uniform 2 bits'] = flat[2]
-    variants = rounded(b, {n: p for n, p in plans.items() if n != 'bfloat16'})
+    variants = _rounded(b, {n: p for n, p in plans.items() if n != 'bfloat16'})
     again = [(n, 'gptq') for n in plans if n[-6:] in ('4 bits', '3 bits') and 'vision' not in n]+[('optiq, bytes of 4 bits', 'search')]
     for n, method in again:
         plans[f'{n}, {method}'] = plans[n]

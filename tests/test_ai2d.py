@@ -1,7 +1,7 @@
 "Letters in what models write, and questions from files"
 import json
 import pytest
-from optiq.evals.ai2d import as_choice, letter_of, questions_of
+from optiq.evals.ai2d import _as_choice, _letter_of, questions_of
 
 ANIMALS = ['fox', 'field mouse', 'grass', 'mouse']
 CASES = [
@@ -22,16 +22,16 @@ CASES = [
     ("I can't tell", None), ("It's the hawk", None), ('A lion', None)]
 
 @pytest.mark.parametrize('text,want', CASES)
-def test_letter(text, want): assert letter_of(text, ANIMALS) == want
+def test_letter(text, want): assert _letter_of(text, ANIMALS) == want
 
 def test_numbers_and_long_lists():
-    assert letter_of('There are 2 arrows.', ['0', '1', '2', '3']) == 'C' and letter_of('12', ['1', '2']) is None
-    assert letter_of('The answer is H.', list('stuvwxyz')) == 'H' and letter_of('I', list('rstuvwxyz')) == 'I'
+    assert _letter_of('There are 2 arrows.', ['0', '1', '2', '3']) == 'C' and _letter_of('12', ['1', '2']) is None
+    assert _letter_of('The answer is H.', list('stuvwxyz')) == 'H' and _letter_of('I', list('rstuvwxyz')) == 'I'
 
 def test_answers_of_a_file(tmp_path):
-    assert [as_choice(a, ['x', 'y', '1'], 'f') for a in (1, 'B', 'y', '1')] == [1, 1, 1, 2]
+    assert [_as_choice(a, ['x', 'y', '1'], 'f') for a in (1, 'B', 'y', '1')] == [1, 1, 1, 2]
     for bad in (3, -1, 'D', 'z', '', None):
-        with pytest.raises(ValueError, match='none of the 3 options'): as_choice(bad, ['x', 'y', '1'], 'f')
+        with pytest.raises(ValueError, match='none of the 3 options'): _as_choice(bad, ['x', 'y', '1'], 'f')
     with pytest.raises(FileNotFoundError, match='questions.jsonl is missing'): questions_of(tmp_path)
     (tmp_path/'questions.jsonl').write_text(json.dumps(dict(image='a.png', question='What?', options=['x', 'y'], answer='y'))+'\n{"image": 1}\n')
     with pytest.raises(ValueError, match='line 2 lacks question'): questions_of(tmp_path)

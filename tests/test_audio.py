@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip('mlx_audio')
 import mlx.core as mx
-from optiq.families.audio import load_speech, qwen3_asr_sample, speech_samples, transcribe, whisper_sample
+from optiq.families.audio import load_speech, _qwen3_asr_sample, speech_samples, transcribe, _whisper_sample
 from optiq.material.speech import Clip, RATE, clips
 from optiq.material.tiny import tiny
 
@@ -40,7 +40,7 @@ def test_qwen3_asr_hears_what_its_own_extractor_hears(asr):
                                                                  truncation=False, padding=True, return_tensors='np')
     np.testing.assert_allclose(np.array(features), want['input_features'], atol=1e-5)
     assert np.array(mask).sum() == want['attention_mask'].sum() == round(clip.seconds*100)
-    s = qwen3_asr_sample(asr, clip)
+    s = _qwen3_asr_sample(asr, clip)
     assert (s['input_ids'] == asr.config.audio_token_id).sum() == n
     np.testing.assert_array_equal(s['input_features'], np.array(features))
 
@@ -58,7 +58,7 @@ def test_units_and_sizes_of_the_real_qwen3_asr():
 
 def test_sound_reaches_the_logits(asr):
     a, b = clips('bundled', n=2)
-    x, y = (qwen3_asr_sample(asr, Clip('c', a.text, audio[:60000])) for audio in (a.audio, b.audio))
+    x, y = (_qwen3_asr_sample(asr, Clip('c', a.text, audio[:60000])) for audio in (a.audio, b.audio))
     run = lambda s: np.array(asr(**{k: mx.array(v) for k, v in s.items() if k != 'scored'}))
     assert np.abs(run(x)-run(y)).max() > 1e-3
 
@@ -150,11 +150,11 @@ def test_any_rate_and_channels_are_heard_alike(tmp_path, asr):
 def test_few_clips_are_enough_to_round_on(tmp_path, one):
     "Rounding would learn from 32 clips; who asks for two and has two gets two, and who asks for three is told so"
     from optiq.models import Checkpoint
-    from optiq.pipeline import Texts, read_texts
+    from optiq.pipeline import Texts, _read_texts
     c = Checkpoint(one)
     short_clips(tmp_path, 2)
-    assert len(read_texts(c, Texts(tmp_path, 'bundled', n_calibration=2, n_evaluation=1), 32).learned) == 2
-    with pytest.raises(ValueError, match='2 clips.* 3 are asked for'): read_texts(c, Texts(tmp_path, 'bundled', n_calibration=3, n_evaluation=1), 32)
+    assert len(_read_texts(c, Texts(tmp_path, 'bundled', n_calibration=2, n_evaluation=1), 32).learned) == 2
+    with pytest.raises(ValueError, match='2 clips.* 3 are asked for'): _read_texts(c, Texts(tmp_path, 'bundled', n_calibration=3, n_evaluation=1), 32)
 
 def test_a_text_model_is_no_speech_model(tmp_path):
     r = optiq('convert', 'demo', '--model-type', 'audio', '-o', tmp_path/'o')
@@ -178,7 +178,7 @@ def test_whisper_sample(whisper, cabbage):
     "Features and logits are those of transformers, and greedy transcripts are the same to the letter"
     import torch
     model, (clip, reference, features, written) = load_speech(whisper), cabbage
-    s = whisper_sample(model, clip)
+    s = _whisper_sample(model, clip)
     tokenizer, ids = model._processor.tokenizer, s['tokens'][0]
     assert tokenizer.decode(ids[1:][s['scored'][0, :-1].astype(bool)]) == ' '+clip.text
     np.testing.assert_allclose(s['mel'][0], features[0].numpy().T, atol=1e-4)
@@ -190,7 +190,7 @@ def test_whisper_sample(whisper, cabbage):
     model.encoder = encoder
     np.testing.assert_allclose(np.array(model(mx.array(s['mel']), mx.array(s['tokens']))), z, atol=5e-3)
     assert transcribe(model, clip.audio) == written
-    with pytest.raises(ValueError, match='31 s long.*cut it'): whisper_sample(model, Clip('long', 'x', np.ones(31*RATE, np.float32)))
+    with pytest.raises(ValueError, match='31 s long.*cut it'): _whisper_sample(model, Clip('long', 'x', np.ones(31*RATE, np.float32)))
 
 PLAIN = """import sys, numpy as np, mlx.core as mx, soundfile
 from mlx_audio.stt import load

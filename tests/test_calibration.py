@@ -10,7 +10,7 @@ from optiq.backends.mlx import MLXBackend
 from optiq.backends.torch import TorchBackend
 from optiq.calibration import before, block_hashes, fingerprint, overlap, passages, token_batch, unscored
 from optiq.evals.kl import reference, score_against
-from optiq.evals.needle import pairs_of
+from optiq.evals.needle import _pairs_of
 from optiq.evals.perplexity import evaluate, overrides_of
 from optiq.score import text_tokens
 from optiq.formats import Format
@@ -129,7 +129,7 @@ def test_the_gradient_does_not_see_it_either(greeted, monkeypatch):
 
 def test_prompts_have_it_and_answers_have_not(greeted):
     t = greeted[0].checkpoint.tokenizer
-    (prompt, answer), = pairs_of(t, [dict(prompt='The river', answer='low')])
+    (prompt, answer), = _pairs_of(t, [dict(prompt='The river', answer='low')])
     assert prompt == t('The river')['input_ids'] and 0 not in answer
 
 def test_calibration_text_is_known_again_behind_it(greeted):

@@ -14,8 +14,8 @@ from optiq.calibration import block_hashes, fingerprint, overlap, passages, toke
 from optiq.convert import convert
 from optiq.evals import harness as harness_module
 from optiq.evals.gsm8k import gsm8k, questions
-from optiq.evals.kl import merged, reference, score_against
-from optiq.evals.needle import margins, needle, needle_trials, smallest_margin
+from optiq.evals.kl import _merged, reference, score_against
+from optiq.evals.needle import _margins, needle, _needle_trials, _smallest_margin
 from optiq.evals.perplexity import evaluate, evaluation_tokens, overrides_of, check_calibration
 from optiq.report import Report
 from optiq.score import run_task, same_words, text_tokens
@@ -25,7 +25,7 @@ from optiq.evals.verify import verify
 from optiq.formats import Format
 from optiq.knapsack import allocate
 from optiq.plan import uniform
-from optiq.models import Checkpoint, demo
+from optiq.models import Checkpoint, _demo
 from optiq.sensitivity import kl_sweep
 
 @pytest.fixture(scope='module')
@@ -42,7 +42,7 @@ def plan(b): return overrides_of(uniform(b.checkpoint, Format(4)))
 
 @pytest.fixture(scope='module')
 def saved(b, tmp_path_factory):
-    "The demo model, measured on a little text and converted"
+    "The _demo model, measured on a little text and converted"
     folder = tmp_path_factory.mktemp('saved')
     calibration = token_batch(passages('bundled'), b.checkpoint.tokenizer, 2, 64)
     sweep = kl_sweep(b, calibration, [4, 8], progress=False, rounding='minmax')
@@ -84,7 +84,7 @@ def test_both_libraries_store_and_score_alike(b, m, tokens, plan, tmp_path):
     z = m.logits(tokens[:1, :4])
     ids = top(z, 5)
     assert (np.array(ids) == torch.tensor(m.numpy(z)).topk(5).indices.numpy()).all()
-    np.testing.assert_allclose(m.numpy(m.xp.logsumexp(merged(m, z, ids), axis=-1)), m.numpy(m.xp.logsumexp(z, axis=-1)), rtol=1e-6)
+    np.testing.assert_allclose(m.numpy(m.xp.logsumexp(_merged(m, z, ids), axis=-1)), m.numpy(m.xp.logsumexp(z, axis=-1)), rtol=1e-6)
 
 def test_reference_is_computed_once_and_never_mistaken(b, tokens, tmp_path, monkeypatch):
     r = reference(b, tokens, 8, tmp_path)
@@ -105,7 +105,7 @@ def test_other_tokenizer_is_refused(b, tmp_path):
     from optiq.material.tiny import tiny
     other = Checkpoint(tiny('llama', tmp_path/'t'))
     with pytest.raises(ValueError, match='different tokenizers, so no KL'): same_words(Checkpoint('demo'), other)
-    shutil.copytree(demo(), tmp_path/'d')
+    shutil.copytree(_demo(), tmp_path/'d')
     t = json.loads((tmp_path/'d'/'tokenizer.json').read_text())
     words = t['model']['vocab']
     (x, i), (y, j) = list(words.items())[100:102]
@@ -159,7 +159,7 @@ def test_batches_caches_and_libraries_write_alike(b, m):
     class Lone(KVCache):
         @property
         def merge(self): raise AttributeError('cannot be merged')
-    assert want == compose(m, prompts, 24, make_cache=make_prompt_cache) # merged into a batch
+    assert want == compose(m, prompts, 24, make_cache=make_prompt_cache) # _merged into a batch
     assert want == compose(m, prompts, 24, make_cache=lambda model: [Lone() for _ in model.layers]) # one by one
     with pytest.raises(ValueError, match='MLX backend'): compose(b, prompts, 4, make_cache=make_prompt_cache)
 
@@ -201,27 +201,27 @@ def test_writing_and_the_short_cut_agree(b):
 
 def test_margin_is_right_minus_best_wrong():
     z = np.array([[3., 1., 0.], [0., 5., 4.5]])
-    assert smallest_margin(z, [0, 1]) == .5 and smallest_margin(z, [1, 1]) == -2
+    assert _smallest_margin(z, [0, 1]) == .5 and _smallest_margin(z, [1, 1]) == -2
 
 def test_padding_and_caches_do_not_change_a_margin(b, m):
     t = b.checkpoint.tokenizer
-    rows = needle_trials(t, (96, 160), (0., 1.), 1)
+    rows = _needle_trials(t, (96, 160), (0., 1.), 1)
     assert all(len(t.encode(r['prompt']+' '+r['answer'])) <= r['length'] for r in rows)
     pairs = [(t.encode(r['prompt']), t.encode(' '+r['answer'])) for r in rows]
-    together = margins(b, pairs)
-    np.testing.assert_allclose(together, [margins(b, [p])[0] for p in pairs], atol=1e-3)
-    np.testing.assert_allclose(together, margins(m, pairs), atol=1e-2)
+    together = _margins(b, pairs)
+    np.testing.assert_allclose(together, [_margins(b, [p])[0] for p in pairs], atol=1e-3)
+    np.testing.assert_allclose(together, _margins(m, pairs), atol=1e-2)
     from mlx_lm.models.cache import make_prompt_cache
-    np.testing.assert_allclose(together, margins(m, pairs, {}, make_prompt_cache), atol=1e-2)
-    assert abs(together-margins(m, pairs, {}, quantized(4))).max() > .01 # the cache under test was really used
-    with pytest.raises(ValueError, match='MLX backend'): margins(b, pairs, {}, make_prompt_cache)
+    np.testing.assert_allclose(together, _margins(m, pairs, {}, make_prompt_cache), atol=1e-2)
+    assert abs(together-_margins(m, pairs, {}, quantized(4))).max() > .01 # the cache under test was really used
+    with pytest.raises(ValueError, match='MLX backend'): _margins(b, pairs, {}, make_prompt_cache)
 
 def test_needle_report(b):
     r = needle(b, (96,), (0., .5, 1.), 2)
     row = r.rows[0]
     assert row['needle_n'] == 6 and [c['depth'] for c in row['grid']] == [0., .5, 1.] and sum(c['n'] for c in row['grid']) == 6
     assert row['items']['needle'] == [int(x > 0) for x in row['items']['margin']]
-    assert needle_trials(b.checkpoint.tokenizer, (96,), (0.,), 2) == needle_trials(b.checkpoint.tokenizer, (96,), (0.,), 2)
+    assert _needle_trials(b.checkpoint.tokenizer, (96,), (0.,), 2) == _needle_trials(b.checkpoint.tokenizer, (96,), (0.,), 2)
     with pytest.raises(ValueError, match='grid is empty'): needle(b, (), (0.,), 2)
     with pytest.raises(ValueError, match='tokens at most'): needle(b, (10**6,), (0.,), 1)
     with pytest.raises(ValueError, match='spread over 20 cells; give --n-samples 20'): run_task('needle', 'demo', n=30)
@@ -249,12 +249,12 @@ def test_harness_hands_over_and_reads_back(monkeypatch):
             seen.update(kw)
             return dict(samples={'b': [dict(doc_id=0, filter='none', acc=1.)],
                                  'a': [dict(doc_id=1, filter='none', acc=0.), dict(doc_id=0, filter='none', acc=1.)]})
-    monkeypatch.setattr(harness_module, 'adapter', lambda: (Eval, lambda path, **kw: ('adapter', path)))
+    monkeypatch.setattr(harness_module, '_adapter', lambda: (Eval, lambda path, **kw: ('adapter', path)))
     r = run_task('harness:arc', 'demo', 'demo', n=3)
     row = r.rows[0]
     assert seen['tasks'] == ['arc'] and seen['limit'] == 3 and row['harness:arc'] == 2/3 and row['items']['harness:arc'] == [1, 0, 1]
     assert 'harness:arc' in r.metrics and 'arc' in repr(r)
-    with pytest.raises(ValueError, match='run lm-eval itself'): harness_module.items_of(dict(samples=dict(x=[dict(doc_id=0, bleu=1)])), 'x')
+    with pytest.raises(ValueError, match='run lm-eval itself'): harness_module._items_of(dict(samples=dict(x=[dict(doc_id=0, bleu=1)])), 'x')
 
 TASK = '''task: local_sums
 dataset_path: json

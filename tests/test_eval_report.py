@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from optiq.report import Report, holm, interval, joined, mean_figure, metric, paired, share_figure
-from optiq.report import test as paired_rows, verdict
-from optiq.score import as_figures, find_task, one_figure, perplexity_figure, run_task
+from optiq.report import Report, holm, interval, joined, mean_figure, _metric, paired, share_figure
+from optiq.report import test as paired_rows, _verdict
+from optiq.score import as_figures, _find_task, _one_figure, _perplexity_figure, run_task
 
 def row(name, **figures): return joined(dict(name=name, nominal_bpw=4., true_bpw=4.5, size_mb=10.), *figures.values())
 
@@ -40,7 +40,7 @@ def test_figures():
     assert (f['gsm8k_low'], f['gsm8k_high']) == pytest.approx((.4902, .9433), abs=1e-4) and f['gsm8k_n'] == 10
     f = mean_figure('kl', [1., 2., 3., 4.])
     assert f['kl_high']-f['kl'] == pytest.approx(3.182446*f['kl_se'], rel=1e-5) # t with 3 degrees of freedom
-    f = perplexity_figure(np.log([2., 8.]))
+    f = _perplexity_figure(np.log([2., 8.]))
     assert f['perplexity'] == pytest.approx(4) and f['perplexity_low'] < 4 < f['perplexity_high']
 
 def test_holm_is_monotone_and_never_smaller():
@@ -49,18 +49,18 @@ def test_holm_is_monotone_and_never_smaller():
 
 def test_a_winner_needs_the_test():
     a, b = row('a', g=share_figure('gsm8k', [1]*60+[0]*40, 'q')), row('b', g=share_figure('gsm8k', [1]*57+[0]*43, 'q'))
-    assert verdict([a, b], 'gsm8k') == dict(winner=None, text='no difference shown between a and b (p = 0.25)')
+    assert _verdict([a, b], 'gsm8k') == dict(winner=None, text='no difference shown between a and b (p = 0.25)')
     c = row('c', g=share_figure('gsm8k', [1]*20+[0]*80, 'q'))
-    assert verdict([a, c], 'gsm8k')['winner'] == 'a'
-    assert verdict([a, b, c], 'gsm8k')['winner'] is None # beats c, not b
+    assert _verdict([a, c], 'gsm8k')['winner'] == 'a'
+    assert _verdict([a, b, c], 'gsm8k')['winner'] is None # beats c, not b
     other = row('d', g=share_figure('gsm8k', [1]*20+[0]*80, 'other questions'))
-    assert 'no paired test' in verdict([a, other], 'gsm8k')['text'] and paired_rows(a, other, 'gsm8k') is None
-    assert verdict([a], 'gsm8k') is None
+    assert 'no paired test' in _verdict([a, other], 'gsm8k')['text'] and paired_rows(a, other, 'gsm8k') is None
+    assert _verdict([a], 'gsm8k') is None
 
 def test_less_is_better_where_it_is():
     x, noise = np.linspace(1, 2, 20), np.random.default_rng(0).normal(size=20)/50
     a, b = (row(n, k=mean_figure('kl', x+d*(.1+noise), 'q')) for n, d in (('a', 0), ('b', 1)))
-    assert verdict([a, b], 'kl')['winner'] == 'a' and metric('wer').better == -1 and metric('harness:x').better == 1
+    assert _verdict([a, b], 'kl')['winner'] == 'a' and _metric('wer').better == -1 and _metric('harness:x').better == 1
 
 def test_compare_merges_models_and_refuses_contradictions(tmp_path):
     g, k = (lambda v: share_figure('gsm8k', v, 'q')), (lambda v: mean_figure('kl', v, 't'))
@@ -89,8 +89,8 @@ def test_json_has_the_same_keys_for_model_and_baseline():
     assert {'task', 'metric', 'value', 'low', 'high', 'n', 'baseline', 'p_value'} <= set(f)
     assert set(f['baseline']) <= set(f) and f['baseline']['value'] == .8 and f['value'] == .2 and f['p_value'] == pytest.approx(2/64)
     json.loads(json.dumps(f, allow_nan=False))
-    assert as_figures(Report([a]), 'gsm8k')['baseline'] is None and one_figure('gsm8k', 'gsm8k', a)['p_value'] is None
+    assert as_figures(Report([a]), 'gsm8k')['baseline'] is None and _one_figure('gsm8k', 'gsm8k', a)['p_value'] is None
 
 def test_tasks_that_do_not_exist():
-    with pytest.raises(ValueError, match='there are perplexity, kl'): find_task('mmlu')
+    with pytest.raises(ValueError, match='there are perplexity, kl'): _find_task('mmlu')
     with pytest.raises(ValueError, match='none; give --n-samples'): run_task('gsm8k', 'demo', n=0)

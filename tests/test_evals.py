@@ -11,7 +11,7 @@ from optiq.evals.tasks import Share, answers
 from optiq.formats import Format
 from optiq.measure.gradient import agreement, gradient_sweep, screened_sweep
 from optiq.plan import make_plan, uniform
-from optiq.models import Checkpoint, demo
+from optiq.models import Checkpoint, _demo
 from optiq.pipeline import compare
 from optiq.sensitivity import kl_sweep
 
@@ -23,7 +23,7 @@ def tokens(b): return evaluation_tokens('bundled', b.checkpoint.tokenizer, n=4, 
 
 def test_perplexity_is_that_of_transformers(b, tokens):
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(demo(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(_demo(), dtype=torch.float32)
     ids = torch.tensor(tokens).long()
     with torch.no_grad(): want = float(model(input_ids=ids, labels=ids).loss.exp())
     assert evaluate(b, tokens)['reference'].perplexity == pytest.approx(want, rel=1e-5)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import CHROMIUM, browser, lab, until
-from optiq.show.explore import Explorer, Planner, compare, explore, explore_kv, targets_of
+from optiq.show.explore import Explorer, Planner, _compare, explore, explore_kv, _targets_of
 from optiq.formats import Format
 from optiq.knapsack import allocate
 from optiq.plan import uniform
@@ -40,7 +40,7 @@ def test_a_step_of_the_slider_is_quick():
 
 @pytest.mark.parametrize('by', ['nominal bits', 'MB', 'tokens per second'])
 def test_every_kind_of_cap_is_kept(sweep, by):
-    target = targets_of(latency('demo', 'M3 Max', 512))[by]
+    target = _targets_of(latency('demo', 'M3 Max', 512))[by]
     p = Planner(sweep, FORMATS, target)
     low, high = p.ends
     assert low < high
@@ -77,9 +77,9 @@ def test_kept_plan_is_compared(sweep):
 
 def test_compare(sweep):
     a, b = allocate(sweep, target_bpw=4), allocate(sweep, target_bpw=6)
-    c = compare(a, b)
+    c = _compare(a, b)
     assert len(c.to_frame()) == len(a.diff(b)) and 'units differ' in repr(c)
-    with pytest.raises(ValueError, match='different models'): compare(a, uniform(sweep.units[:5], 4))
+    with pytest.raises(ValueError, match='different models'): _compare(a, uniform(sweep.units[:5], 4))
 
 def test_cache_grows_with_the_context():
     x = explore_kv(made_up(kv_layout('demo')), 4096, value=5)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from optiq import files
 from optiq.cli import main
-from optiq.files import added_files, clear_stale, own_folder, read_mark, scratch, whole_folder, write_mark
+from optiq.files import added_files, _clear_stale, own_folder, _read_mark, scratch, whole_folder, _write_mark
 from optiq.models import Checkpoint
 from optiq.material.tiny import tiny
 
@@ -62,7 +62,7 @@ def ours(folder: Path, made: str, *more: str):
     "A folder with our mark, and what somebody put there since"
     folder.mkdir(parents=True)
     (folder/'plan.json').write_text('{}')
-    write_mark(folder, made)
+    _write_mark(folder, made)
     for name in more:
         (folder/name).parent.mkdir(exist_ok=True)
         (folder/name).write_text('mine')
@@ -137,8 +137,8 @@ def test_kv_cache_adds_beside_the_weights(home):
     run = [*FOLDERS['kv_cache'], '-o']
     assert optiq(*run, 'models/a/').exit_code == 0
     after = tree(model)
-    assert before.items() <= after.items() and {'kv_config.json', 'optiq', 'optiq/kv', files.MARK, 'optiq/kv/plan.json'} <= {*after}
-    assert all(n.split('/')[0] in ('kv_config.json', 'optiq', files.MARK) for n in after.keys()-before.keys())
+    assert before.items() <= after.items() and {'kv_config.json', 'optiq', 'optiq/kv', files._MARK, 'optiq/kv/plan.json'} <= {*after}
+    assert all(n.split('/')[0] in ('kv_config.json', 'optiq', files._MARK) for n in after.keys()-before.keys())
     refused(home, [*run, 'models/a'], 'overwrite it')
     r = optiq(*run, 'models/a', '--overwrite', '--context', 128)
     assert r.exit_code == 0 and {*tree(model)} == {*after} and json.loads((model/'kv_config.json').read_text())['context'] == 128
@@ -146,7 +146,7 @@ def test_kv_cache_adds_beside_the_weights(home):
     refused(home, [*run, 'models/a', '--overwrite'], 'mine.txt')
     refused(home, [*FOLDERS['pareto'], '-o', 'models/a', '--overwrite'])
     shutil.rmtree(model/'optiq')
-    (model/files.MARK).unlink()
+    (model/files._MARK).unlink()
     refused(home, [*run, 'models/a', '--overwrite'], 'kv_config.json')
     (model/'kv_config.json').unlink()
     (model/'optiq').symlink_to(home/'work'/'thesis')
@@ -201,20 +201,20 @@ def test_killed_between_two_renames(tmp_path, monkeypatch, renames, signal):
     if signal == 'SIGKILL': own_folder('out', overwrite=True)
     assert {f.name for f in tmp_path.iterdir()} == {'out'}
     finished = renames == 2 or signal != 'SIGKILL' # a signal that can wait does
-    assert Path('out/plan.json').read_text() == ('new' if finished else '{}') and read_mark(Path('out'))['files'] == ['plan.json']
+    assert Path('out/plan.json').read_text() == ('new' if finished else '{}') and _read_mark(Path('out'))['files'] == ['plan.json']
 
 def test_what_is_stale_is_cleared_and_what_lives_is_not(tmp_path):
     out = tmp_path/'out'
     with scratch(out) as mine:
-        clear_stale(out)
+        _clear_stale(out)
         assert mine.is_dir()
     for name in ('.out-abcdefgh.optiq-part', '.out-x-abcdefgh.optiq-part', '.out-abcdefgi.optiq-part'):
         (tmp_path/name).mkdir()
         (tmp_path/name/'half').write_text('…')
-    write_mark(tmp_path/'.out-abcdefgh.optiq-part', 'part', [])
-    write_mark(tmp_path/'.out-x-abcdefgh.optiq-part', 'part', [])
+    _write_mark(tmp_path/'.out-abcdefgh.optiq-part', 'part', [])
+    _write_mark(tmp_path/'.out-x-abcdefgh.optiq-part', 'part', [])
     (tmp_path/'.out-abcdefgj.optiq-part').mkdir() # killed before it was marked
-    clear_stale(out)
+    _clear_stale(out)
     assert {f.name for f in tmp_path.iterdir()} == {'.out-x-abcdefgh.optiq-part', '.out-abcdefgi.optiq-part'}
 
 def test_what_was_made_meanwhile_stays(tmp_path):
@@ -232,15 +232,15 @@ def test_added_files_of_before_are_replaced(tmp_path):
         with added_files(tmp_path, 'a', 'd', overwrite=flag) as part:
             (part/'d').mkdir()
             for n in names: (part/n).write_text(n)
-    assert read_mark(tmp_path)['files'] == ['a', 'd/c'] and {*tree(tmp_path)} == {'.optiq', 'a', 'd', 'd/c'}
+    assert _read_mark(tmp_path)['files'] == ['a', 'd/c'] and {*tree(tmp_path)} == {'.optiq', 'a', 'd', 'd/c'}
 
 @pytest.mark.parametrize('names', [['d/../../mine'], ['d/../a'], [1, {}], ['d'], '[', 'folder'])
 def test_marks_that_lie(tmp_path, names):
     "A checkpoint may come with one: what it names outside of the added folder stays, and it never stops the end of a run"
     (folder := tmp_path/'m').mkdir()
     for f in (tmp_path/'mine', folder/'a'): f.write_text('mine')
-    if names == 'folder': (folder/files.MARK).mkdir()
-    else: (folder/files.MARK).write_text('['*100000 if names == '[' else json.dumps(dict(optiq='folder', made='model', files=names)))
+    if names == 'folder': (folder/files._MARK).mkdir()
+    else: (folder/files._MARK).write_text('['*100000 if names == '[' else json.dumps(dict(optiq='folder', made='model', files=names)))
     if names == ['d']: (folder/'d').write_text('mine')
     else: (folder/'d'/'e').mkdir(parents=True)
     before = tree(tmp_path)
@@ -249,7 +249,7 @@ def test_marks_that_lie(tmp_path, names):
         assert tree(tmp_path) == before
     else:
         with added_files(folder, 'k', 'd') as part: (part/'k').write_text('k')
-        assert before.items()-{(f'm/{files.MARK}', before[f'm/{files.MARK}'])} <= tree(tmp_path).items()
+        assert before.items()-{(f'm/{files._MARK}', before[f'm/{files._MARK}'])} <= tree(tmp_path).items()
 
 def test_a_full_disk_is_told_before_the_work(home, monkeypatch):
     usage = shutil.disk_usage('.')

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from optiq.evals.gsm8k import SHOTS, extract, first_answer, prompt_for, questions, right, score_responses
+from optiq.evals.gsm8k import _SHOTS, extract, first_answer, _prompt_for, questions, _right, score_responses
 
 HARD = [ # response, the number it gives
     # a #### with a number
@@ -134,23 +134,23 @@ def test_hard(response, want):
 @pytest.mark.parametrize('answer,response,ok', [
     ('so <<9*2=18>>18\n#### 18', '#### 18.0', True), ('#### 70,000', '$70000', True), ('#### 18', '#### 81', False),
     ('#### 18', '', False), ('#### 0.75', '3/4', True), ('#### 3', '#### 3.0001', False), ('#### -8', '#### 8', False), ('18', '18', True)])
-def test_right(answer, response, ok): assert right(answer, response) is ok
+def test_right(answer, response, ok): assert _right(answer, response) is ok
 
 def test_an_answer_without_number_is_an_error():
-    with pytest.raises(ValueError, match='holds no number'): right('many', '18')
+    with pytest.raises(ValueError, match='holds no number'): _right('many', '18')
 
 def test_first_answer_keeps_what_starts_with_a_question():
     assert first_answer('Question: a?\nAnswer: 5') == 'Question: a?\nAnswer: 5'
     assert first_answer('5\nQuestion: a?') .strip() == '5'
 
 def test_prompt_has_the_shots_and_ends_where_the_model_goes_on():
-    text = prompt_for('How many?', 3)
+    text = _prompt_for('How many?', 3)
     assert text.endswith('Question: How many?\nAnswer:') and text.count('Question:') == 4 and text.count('####') == 3
-    assert prompt_for('How many?', 0) == 'Question: How many?\nAnswer:'
+    assert _prompt_for('How many?', 0) == 'Question: How many?\nAnswer:'
 
 def test_the_sums_of_the_shots_are_right():
     import re
-    for question, answer in SHOTS:
+    for question, answer in _SHOTS:
         steps = re.findall(r'([\d.]+) ([-+*/]) ([\d.]+) = ([\d.]+)', answer)
         assert steps and all(abs(eval(a+o+b)-float(c)) < 1e-9 for a, o, b, c in steps)
         assert extract(answer) == Fraction(steps[-1][-1])
@@ -160,12 +160,12 @@ def test_gold_answers_are_found(shared):
     assert len(rows) == 1319
     for r in rows:
         gold = Fraction(r['answer'].rsplit('####', 1)[1].strip().replace(',', ''))
-        assert extract(r['answer']) == gold and right(r['answer'], r['answer'])
+        assert extract(r['answer']) == gold and _right(r['answer'], r['answer'])
 
 def test_shots_are_not_in_the_data(shared):
     for part in ('test', 'train'):
         asked = {r['question'] for r in questions(shared/'data'/'gsm8k'/f'{part}.jsonl')}
-        assert not asked & {q for q, _ in SHOTS}
+        assert not asked & {q for q, _ in _SHOTS}
 
 def test_questions_say_what_is_wrong(tmp_path):
     p = tmp_path/'q.jsonl'

@@ -1,6 +1,6 @@
 """The server's guard: who may ask, what may be asked, and a generation that outlives what fails
 
-The server runs in this process and is asked over loopback; nothing here needs more than the demo model.
+The server runs in this process and is asked over loopback; nothing here needs more than the _demo model.
 """
 import json, random, socket, threading, time
 from argparse import Namespace
@@ -15,13 +15,13 @@ from optiq.formats import parse_format
 from optiq.plan import make_plan
 from optiq.kv.config import kv_config
 from optiq.kv.layout import kv_layout
-from optiq.models import demo
-from optiq.serve import Generator, Handler, LONGEST, Provider, Server, check_origin, names_of, serve
+from optiq.models import _demo
+from optiq.serve import _Generator, _Handler, _LONGEST, _Provider, _Server, _check_origin, _names_of, serve
 
 def arguments(**changes):
     "What mlx_lm.server makes of no options but ours"
     return Namespace(**dict(
-        model=str(demo()), adapter_path=None, draft_model=None, pipeline=False, trust_remote_code=False, chat_template='',
+        model=str(_demo()), adapter_path=None, draft_model=None, pipeline=False, trust_remote_code=False, chat_template='',
         use_default_chat_template=False, allowed_origins=[''], host='127.0.0.1', temp=0., top_p=1., top_k=0, min_p=0., max_tokens=2,
         chat_template_args={}, decode_concurrency=32, prompt_concurrency=8, prefill_step_size=2048, prompt_cache_size=10,
         prompt_cache_bytes=None, kv_bits=None, kv_group_size=64, quantized_kv_start=0, num_draft_tokens=3) | changes)
@@ -29,9 +29,9 @@ def arguments(**changes):
 class Running:
     "A server on a free port, and requests to it"
     def __init__(self, config=None, **changes):
-        self.generator = Generator(Provider(arguments(**changes), names_of(['demo']), config), LRUPromptCache(10))
-        make = partial(Handler, self.generator, system_fingerprint='test')
-        self.http = type('Ours', (Server,), dict(generator=self.generator))(('127.0.0.1', 0), make)
+        self.generator = _Generator(_Provider(arguments(**changes), _names_of(['demo']), config), LRUPromptCache(10))
+        make = partial(_Handler, self.generator, system_fingerprint='test')
+        self.http = type('Ours', (_Server,), dict(generator=self.generator))(('127.0.0.1', 0), make)
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
         self.port = self.http.server_address[1]
 
@@ -97,12 +97,12 @@ def test_right_requests_are_answered(running):
     for more in (dict(), dict(stop='x'), dict(stop=['x', 'yz']), dict(logit_bias={'5': 3, '7': -1.5}), dict(seed=4), dict(top_k=5,
         temperature=.7),
                  dict(stream=True, stream_options=dict(include_usage=True)), dict(logprobs=True, top_logprobs=3), dict(stop=None, seed=None),
-                 dict(model='default_model'), dict(model=str(demo().resolve()))):
+                 dict(model='default_model'), dict(model=str(_demo().resolve()))):
         status, _, answer = running.ask(**more)
         assert status == 200, answer
     assert running.send(said(content=[dict(type='text', text='Hello')]) | dict(max_tokens=2), CHAT)[0] == 200
     models = json.loads(running.send(b'', '/v1/models', 'GET')[2])['data']
-    assert [m['id'] for m in models] == ['demo', str(demo().resolve())]
+    assert [m['id'] for m in models] == ['demo', str(_demo().resolve())]
     assert [m['id'] for m in json.loads(running.send(b'', '/v1/models/demo', 'GET')[2])['data']] == ['demo']
 
 VALUES = [None, 0, -1, 5, 2**31, 2**63, 1.5, -.1, 1e-300, '', 'a', '\0', '\u200b', [], ['a'], [[]], [None], {}, {'a': 1}, {'0': 1}, True, False]
@@ -130,12 +130,12 @@ def test_only_what_was_named_can_be_asked_for(running, field, name, monkeypatch)
 
 def test_models_that_were_named_beside_the_first(tmp_path, monkeypatch):
     import shutil
-    second = shutil.copytree(demo(), tmp_path/'second')
-    p = Provider(arguments(), names_of(['demo', second]))
-    assert [*p.names] == ['demo', str(demo().resolve()), str(second)]
+    second = shutil.copytree(_demo(), tmp_path/'second')
+    p = _Provider(arguments(), _names_of(['demo', second]))
+    assert [*p.names] == ['demo', str(_demo().resolve()), str(second)]
     p.load(str(second))
     assert p.model_key[0] == str(second) and p.vocabulary
-    with pytest.raises(ValueError, match='second model to serve'): Provider(arguments(model=str(second)), names_of(['demo']))
+    with pytest.raises(ValueError, match='second model to serve'): _Provider(arguments(model=str(second)), _names_of(['demo']))
 
 ORIGINS = [ # page, Host that was asked, allowed origins, may it
     (None, 'localhost:1', [''], True), ('http://localhost:3000', 'localhost:8080', [''], True), ('http://127.0.0.1', '127.0.0.1:8080', [''],
@@ -152,8 +152,8 @@ ORIGINS = [ # page, Host that was asked, allowed origins, may it
 def test_origins(origin, host, allowed, may):
     headers = dict(Host=host) | ({} if origin is None else dict(Origin=origin))
     args = Namespace(allowed_origins=allowed, host='my.host')
-    if may: return check_origin(headers, args)
-    with pytest.raises(ValueError, match='--allowed-origins'): check_origin(headers, args)
+    if may: return _check_origin(headers, args)
+    with pytest.raises(ValueError, match='--allowed-origins'): _check_origin(headers, args)
 
 def test_pages_of_other_sites_may_not_ask(running):
     good, evil = dict(Origin=f'http://127.0.0.1:{running.port+1}'), dict(Origin='http://evil.example')
@@ -166,7 +166,7 @@ def test_pages_of_other_sites_may_not_ask(running):
         assert running.send(dict(prompt='A'), headers={'Content-Type': kind})[0] == 415
 
 def test_a_request_has_a_length(running):
-    for length, status in ((LONGEST+1, 413), ('9'*5000, 413), (-1, 400), ('x', 400)):
+    for length, status in ((_LONGEST+1, 413), ('9'*5000, 413), (-1, 400), ('x', 400)):
         with socket.create_connection(('127.0.0.1', running.port), timeout=20) as s:
             s.sendall(f'POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n'.encode())
             assert s.recv(4096).split()[1] == str(status).encode() # at once: nothing is read first
@@ -200,7 +200,7 @@ def test_all_who_wait_are_told(fresh, monkeypatch):
 def test_a_server_that_cannot_generate_ends_with_a_line(at, monkeypatch):
     def fails(*_, **__): raise ValueError('a damaged\nmodel')
     if at == 'load': monkeypatch.setattr(server, 'load', fails)
-    else: monkeypatch.setattr(Generator, '_generate', fails)
+    else: monkeypatch.setattr(_Generator, '_generate', fails)
     start = time.time()
     with pytest.raises(RuntimeError, match='nothing can be generated any more: ValueError: a damaged'):
         serve('demo', options=['--port', '0', '--log-level', 'CRITICAL'])

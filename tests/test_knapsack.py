@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from optiq.formats import AS_IS, Format
-from optiq.knapsack import Budget, allocate, pareto, price_ranges, stability
+from optiq.knapsack import Budget, allocate, pareto, _price_ranges, stability
 from optiq.kv.layout import cache_bytes
 from optiq.material.tiny import tiny
 from optiq.models import Checkpoint, Unit
@@ -134,7 +134,7 @@ def test_ties_without_a_common_format():
 @given(st.lists(st.floats(.001, 1), min_size=2, max_size=6, unique=True))
 def test_price_ranges_are_what_a_unit_buys(kl):
     kl, cost = np.array(sorted(kl, reverse=True)), np.arange(len(kl))*3.+2
-    ranges = price_ranges(kl, cost)
+    ranges = _price_ranges(kl, cost)
     for price in np.geomspace(1e-6, 1, 50)*1.0123:
         j = (kl+price*cost).argmin()
         assert ranges[j, 0]*(1-1e-9) <= price <= ranges[j, 1]*(1+1e-9)

@@ -12,7 +12,7 @@ import optiq.kv.cache as kv
 from kv_models import caches_of, run
 from optiq.backends.torch import TorchBackend
 from optiq.formats import ALL_FORMATS, AS_IS, FAMILIES, divides, nbytes, parse_format, quantize_dequantize
-from optiq.kv.cache import BatchMixedKVCache, MixedKVCache, attend, generate_with_mixed_kv, mixed_caches, use_kv_config
+from optiq.kv.cache import BatchMixedKVCache, MixedKVCache, _attend, generate_with_mixed_kv, mixed_caches, use_kv_config
 from optiq.kv.config import kv_config, read_kv_config
 from optiq.kv.layout import kv_layout, own_caches
 from optiq.kv.sweep import kv_sweep
@@ -36,7 +36,7 @@ def test_every_format_stores_what_was_scored(dim):
 @pytest.mark.parametrize('mask', ['none', 'causal', 'bool', 'float', 'per head', 'sinks'])
 @pytest.mark.parametrize('L', [1, 5, 40])
 def test_attention_equals_dense(mask, L, monkeypatch):
-    monkeypatch.setattr(kv, 'AT_ONCE', 1) # one head at a time
+    monkeypatch.setattr(kv, '_AT_ONCE', 1) # one head at a time
     q, (k, v) = mx.random.normal((2, 8, L, 64)), mx.random.normal((2, 2, 4, 50, 64))
     keys, values = MixedKVCache('4g64', '3g32').update_and_fetch(k, v)
     options = dict(causal=dict(mask='causal'), bool=dict(mask=create_causal_mask(L, 50-L, left_padding=mx.array([3, 0]))),
@@ -54,7 +54,7 @@ def test_a_family_joins_as_one_row(monkeypatch, tmp_path):
         nbytes = staticmethod(lambda f, shape, itemsize: 2*int(np.prod(shape)))
         quantize_dequantize = staticmethod(
             lambda x, f: -((-x).astype(mx.float16).astype(x.dtype)) if isinstance(x, mx.array) else x.half().to(x.dtype))
-        class codec(kv.Dense):
+        class codec(kv._Dense):
             def encode(self, x): return [-x.astype(mx.float16)]
             def product(self, a, arrays, transpose): return super().product(a, [arrays[0].astype(a.dtype)], transpose)
             def turn(self, q): return -q
@@ -67,8 +67,8 @@ def test_a_family_joins_as_one_row(monkeypatch, tmp_path):
     keys, values = MixedKVCache(f, f).update_and_fetch(k, v)
     want = mx.fast.scaled_dot_product_attention(q, k, v, scale=.1)
     for many in (1, 100):
-        monkeypatch.setattr(kv, 'MANY', many)
-        assert abs(attend(q, keys, values, scale=.1)-want).max() < 1e-2
+        monkeypatch.setattr(kv, '_MANY', many)
+        assert abs(_attend(q, keys, values, scale=.1)-want).max() < 1e-2
     c = Checkpoint(tiny('qwen3', tmp_path/'m', shape=dict(num_hidden_layers=2, head_dim=80)))
     with pytest.raises(ValueError, match='no candidate fits cache.0.keys, 80 wide'): kv_sweep(TorchBackend(c), np.arange(20, 52)[None], [4])
     s = kv_sweep(TorchBackend(c), np.arange(20, 52)[None], [f], progress=False)

@@ -14,7 +14,7 @@ from optiq.plan import uniform
 from optiq.kv.cache import MixedKVCache, use_kv_config
 from optiq.kv.config import kv_config
 from optiq.kv.layout import kv_layout
-from optiq.models import demo
+from optiq.models import _demo
 from optiq.kv.rotated import TurboQuantKVCache, use_turbo_cache
 
 def mixed(model):
@@ -38,7 +38,7 @@ def serve(install, monkeypatch):
         model.make_cache = lambda: made.append(make()) or made[-1]
         return model, *rest
     monkeypatch.setattr(server, 'load', load_and_install)
-    monkeypatch.setattr(sys, 'argv', ['server', '--model', str(demo()), '--port', '0', '--log-level', 'ERROR'])
+    monkeypatch.setattr(sys, 'argv', ['server', '--model', str(_demo()), '--port', '0', '--log-level', 'ERROR'])
     started = []
     class Server(server.ThreadingHTTPServer):
         def __init__(self, *args, **options):
@@ -60,7 +60,7 @@ def test_server(install, kind, monkeypatch):
     http, thread, made = serve(install, monkeypatch)
     try:
         port = http.server_address[1]
-        model, tokenizer = load(str(demo()))
+        model, tokenizer = load(str(_demo()))
         model.set_dtype(mx.float32)
         install(model)
         want = [generate(model, tokenizer, p, max_tokens=10) for p in PROMPTS]

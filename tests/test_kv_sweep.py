@@ -17,7 +17,7 @@ from optiq.kv.cache import mixed_bytes, generate_with_mixed_kv, memory_table, mi
 from optiq.kv.config import STATISTICS, kv_config, read_kv_config
 from optiq.kv.layout import KVLayer, KVLayout, kv_layout
 from optiq.kv.precondition import rotates
-from optiq.kv.sweep import at_context, combine, joint_plan, kv_sweep
+from optiq.kv.sweep import at_context, _combine, joint_plan, kv_sweep
 from optiq.material.tiny import tiny
 from optiq.measure.sweep import Sweep
 from optiq.models import Checkpoint
@@ -122,10 +122,10 @@ def test_memory_is_what_was_said(sweep):
 def test_one_allocation_over_weights_and_cache(backend, tokens):
     joint = joint_plan(backend, tokens, 1.5*2**20, 512, [3, 8], [3, 8], progress=False)
     assert joint['weights'].nbytes+joint['cache'].nbytes <= 1.5*2**20
-    smaller = combine(joint['weight_sweep'], joint['cache_sweep'])
+    smaller = _combine(joint['weight_sweep'], joint['cache_sweep'])
     assert allocate(smaller, max_bytes=1.4*2**20).predicted_kl >= allocate(smaller, max_bytes=1.5*2**20).predicted_kl
     few = kl_sweep(backend, tokens[:1], [4], progress=False, rounding='minmax')
-    with pytest.raises(ValueError, match='different numbers of sequences'): combine(few, joint['cache_sweep'])
+    with pytest.raises(ValueError, match='different numbers of sequences'): _combine(few, joint['cache_sweep'])
 
 def test_files_of_a_run(folder, text, tmp_path):
     options = dict(weights=None, cache=Cache([4, 8]), texts=Texts(text, n_calibration=2, seq_len=32, n_evaluation=2), backend='torch')
@@ -235,9 +235,9 @@ def test_a_model_and_its_rotated_cache(folder, text, tmp_path):
 
 def test_generation_and_server_take_the_statistics(rotated, folder):
     from mlx_lm import generate, load
-    from optiq.serve import find_config
+    from optiq.serve import _find_config
     from optiq.kv.rotated import turbo_cache
-    file = find_config(Checkpoint(folder).folder, rotated[0]/'kv_config.json')
+    file = _find_config(Checkpoint(folder).folder, rotated[0]/'kv_config.json')
     model, tokenizer = load(str(folder))
     text = generate_with_mixed_kv(model, tokenizer, [30, 31, 32], kv_config=file, max_tokens=12)
     assert text and text == generate(model, tokenizer, [30, 31, 32], prompt_cache=turbo_cache(model, kv_config=file), max_tokens=12)

@@ -13,10 +13,10 @@ import optiq.chips as L
 from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate
 from optiq.plan import uniform
-from optiq.chips import Speed, load_chip, measure_plan, save_chip, stand_in
-from optiq.latency import Speeds, calibrate, compare_speeds, latency, predict_speeds, speed_frontier, speed_range
-from optiq.roofline import BANDWIDTH, CHIPS, Chip, Latency, active_shape, cache_reads, chip_named, experts_per_token
-from optiq.roofline import interpolate, reads_of, skeleton
+from optiq.chips import Speed, load_chip, measure_plan, save_chip, _stand_in
+from optiq.latency import Speeds, calibrate, compare_speeds, latency, predict_speeds, speed_frontier, _speed_range
+from optiq.roofline import _BANDWIDTH, CHIPS, Chip, Latency, _active_shape, cache_reads, chip_named, _experts_per_token
+from optiq.roofline import _interpolate, reads_of, skeleton
 from optiq.models import Checkpoint, Unit
 from optiq.measure.sweep import Sweep
 from optiq.material.tiny import hub_config
@@ -49,17 +49,17 @@ def test_experts_count_as_often_as_they_are_visited():
     u = next(u for u in r.units if u.kind == 'experts.up_proj')
     assert u.shape == (8, 128, 128) and r.active[u.path] == (2*128, 128)
     assert r.nbytes(u, Format(4, 64)) == u.nbytes(Format(4, 64))*2//8
-    assert experts_per_token(dict(text_config=dict(moe_topk=6))) == 6
-    with pytest.raises(ValueError, match='does not say how many experts'): experts_per_token(dict(model_type='x'))
+    assert _experts_per_token(dict(text_config=dict(moe_topk=6))) == 6
+    with pytest.raises(ValueError, match='does not say how many experts'): _experts_per_token(dict(model_type='x'))
 
 @pytest.mark.parametrize('path', ['vision_tower.blocks.0.attn.qkv', 'model.visual.blocks.1.mlp.fc1', 'audio_tower.layers.0.fc1',
                                   'multi_modal_projector.linear_1', 'thinker.audio_tower.proj1'])
 def test_towers_are_not_read(path):
-    assert active_shape(Unit(path, 'fc1', (64, 128), None), None, {}) == (0, 128)
+    assert _active_shape(Unit(path, 'fc1', (64, 128), None), None, {}) == (0, 128)
 
 def test_blocks_of_the_language_model_are_no_tower(reads):
     assert all(rows > 0 for rows, _ in reads.active.values())
-    assert active_shape(Unit('language_model.model.layers.0.mlp.up_proj', 'up_proj', (64, 128), 0), None, {}) == (64, 128)
+    assert _active_shape(Unit('language_model.model.layers.0.mlp.up_proj', 'up_proj', (64, 128), 0), None, {}) == (64, 128)
 
 def test_total_is_what_is_stored_if_everything_is_read(demo, reads):
     assert reads.total(demo.formats) == sum(a.nbytes for _, a in tree_flatten(demo.load().parameters()))
@@ -91,7 +91,7 @@ def test_a_window_bounds_the_cache_and_a_state_does_not_grow():
 # chips
 
 def test_the_table_has_each_chip_once_and_none_that_was_never_made():
-    assert CHIPS.keys() == BANDWIDTH.keys() and 'M4 Ultra' not in CHIPS
+    assert CHIPS.keys() == _BANDWIDTH.keys() and 'M4 Ultra' not in CHIPS
     assert {f'M{i}{s}' for i in range(1, 6) for s in ('', ' Pro', ' Max')} <= CHIPS.keys()
     assert all(c.bandwidth > 0 and not c.measured for c in CHIPS.values())
 
@@ -110,9 +110,9 @@ def test_published_factor_of_three_bits():
 
 def test_interpolation_is_exact_at_measured_shapes_and_flat_outside():
     found = [[64, 64, 3.], [64, 256, 2.], [256, 64, 5.], [1024, 1024, 1.]]
-    assert [interpolate(found, (r, w)) for r, w, _ in found] == [f for *_, f in found]
-    assert interpolate(found, (1, 64)) == 3 and interpolate(found, (9999, 9999)) == 1
-    assert 1 < interpolate(found, (512, 256)) < 5
+    assert [_interpolate(found, (r, w)) for r, w, _ in found] == [f for *_, f in found]
+    assert _interpolate(found, (1, 64)) == 3 and _interpolate(found, (9999, 9999)) == 1
+    assert 1 < _interpolate(found, (512, 256)) < 5
 
 # the roofline and what is learned
 
@@ -156,13 +156,13 @@ def test_what_is_learned_carries_over_to_another_depth():
 @given(st.floats(0, 1), st.integers(0, 99))
 def test_a_plan_is_as_fast_as_was_asked(reads, where, seed):
     sweep, lat = made_up(reads.units, seed=seed), Latency(CHIPS['M1'], reads, 100)
-    low, high = speed_range(lat, sweep.formats)
+    low, high = _speed_range(lat, sweep.formats)
     tps = 1e3/(low+where*(high-low))
     assert lat.tps(allocate(sweep, **lat.budget(tps, sweep.formats), method='lagrange')) >= tps*(1-1e-9)
 
 def test_speeds_out_of_range_name_both_ends(reads):
     lat = Latency(CHIPS['M1'], reads)
-    low, high = speed_range(lat, [Format(4, 64), Format(8, 64)])
+    low, high = _speed_range(lat, [Format(4, 64), Format(8, 64)])
     for tps, what in ((1e3/low*1.01, 'out of reach'), (1e3/high*.99, 'slower than every plan')):
         with pytest.raises(ValueError, match=f'{what}: on M1 .* 4g64, 8g64 give {1e3/high:.4g} to {1e3/low:.4g} tok/s'):
             lat.budget(tps, [4, 8])
@@ -199,7 +199,7 @@ def test_the_calibration_point_is_left_out_of_the_mean(tmp_path, reads):
 def test_random_weights_stand_in_for_every_format(reads, demo):
     fmts = [Format(3, 64), Format(8, 32), Format(4, 32, 'mxfp4'), Format(4, 16, 'nvfp4'), Format(8, 32, 'mxfp8'), AS_IS]
     plan = {u.path: fmts[i % len(fmts)] for i, u in enumerate(reads.units)}
-    model = stand_in(skeleton(demo.config), plan)
+    model = _stand_in(skeleton(demo.config), plan)
     modules = dict(model.named_modules())
     for u in reads.units:
         m = modules[u.path]
@@ -224,12 +224,12 @@ def instant(monkeypatch):
         calls.append((str(fmt), tuple(shape)))
         size = L.nbytes(fmt, shape)
         return dict(seconds=1e-6+2e-9*size, nbytes=size, format=str(fmt), shape=list(shape), raw=[])
-    monkeypatch.setattr(L, 'measure_product', product)
-    monkeypatch.setattr(L, 'measure_overheads', lambda *a, **k: dict(dispatch=10., constant=20., host=5., host_constant=1., raw={}))
-    monkeypatch.setattr(L, 'measure_attention', lambda *a: dict(seconds_per_byte=1e-9))
-    monkeypatch.setattr(L, 'stream_reads', lambda: SimpleNamespace(nbytes=10**6))
-    monkeypatch.setattr(L, 'per_step', lambda *a, **k: dict(seconds=1e-3))
-    monkeypatch.setattr(L, 'decode_once', lambda *a: 200.)
+    monkeypatch.setattr(L, '_measure_product', product)
+    monkeypatch.setattr(L, '_measure_overheads', lambda *a, **k: dict(dispatch=10., constant=20., host=5., host_constant=1., raw={}))
+    monkeypatch.setattr(L, '_measure_attention', lambda *a: dict(seconds_per_byte=1e-9))
+    monkeypatch.setattr(L, '_stream_reads', lambda: SimpleNamespace(nbytes=10**6))
+    monkeypatch.setattr(L, '_per_step', lambda *a, **k: dict(seconds=1e-3))
+    monkeypatch.setattr(L, '_decode_once', lambda *a: 200.)
     return calls
 
 def test_only_what_is_missing_is_measured(instant, demo, tmp_path):
@@ -249,7 +249,7 @@ def test_calibration_is_kept_and_replaced(instant, demo, tmp_path, monkeypatch):
     assert row['name'] == 'uniform 4g64' and row['predicted'] == pytest.approx(200)
     again = latency(demo, context=16, formats=[4, 8], folder=tmp_path)
     assert again.point['name'] == 'uniform 4g64' and 'calibrated' in repr(again)
-    monkeypatch.setattr(L, 'decode_once', lambda *a: 100.)
+    monkeypatch.setattr(L, '_decode_once', lambda *a: 100.)
     table = predict_speeds(demo, [4, 8], context=16, calibrate_first=True, measure=True, folder=tmp_path)
     assert len(table.errors()) == 3 and table.mean_error > 0
     assert len(json.loads(next(tmp_path.iterdir()).read_text())['points']) == 2

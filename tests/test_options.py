@@ -74,7 +74,7 @@ def optiq(monkeypatch, tmp_path, sweep):
     spy(latency, 'predict_speeds', lambda *a, **k: Anything(rows=[], mean_error=0, about=dict(chip='', source='', context=1, point='')))
     for where, name in ((throughput, 'throughput'), (verify, 'verify'), (serve, 'serve'), (cli, 'with_speeds')): spy(where, name)
     spy(doctor, 'doctor', lambda *a: type('Found', (list,), dict(figures=dict, ok=True))())
-    tasks, real_demo = score.find_task, demos.find_demo
+    tasks, real_demo = score._find_task, demos.find_demo
     def task(name): return functools.wraps(tasks(name))(lambda *a, **k: seen.append(('task', repr(a), repr(sorted(k.items())))) or Anything())
     def demo(name):
         real = real_demo(name)
@@ -82,7 +82,7 @@ def optiq(monkeypatch, tmp_path, sweep):
             seen.append((name, repr(a), repr(sorted(k.items()))))
             return Anything(save=lambda *a: seen.append(('saved', repr(a))), results=dict)
         return functools.wraps(real)(run)
-    monkeypatch.setattr(score, 'find_task', task)
+    monkeypatch.setattr(score, '_find_task', task)
     monkeypatch.setattr(demos, 'find_demo', demo)
     monkeypatch.setattr(score, 'as_figures', lambda *a: {})
     monkeypatch.setattr('optiq.evals.gsm8k.score_responses', lambda *a: Anything())

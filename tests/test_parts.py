@@ -7,7 +7,7 @@ mx = pytest.importorskip('mlx.core')
 pytest.importorskip('mlx_vlm'), pytest.importorskip('mlx_audio')
 from PIL import Image
 from optiq.backends.open import open_backend
-from optiq.backends.parts import ReplayBackend, narrow
+from optiq.backends.parts import ReplayBackend, _narrow
 from optiq.calibration import block_hashes, fingerprint, overlap, positions, shape_of
 from optiq.convert import convert, overrides_of_saved
 from optiq.evals.perplexity import evaluate, overrides_of
@@ -15,11 +15,11 @@ from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate
 from optiq.plan import default_of_vlm, make_plan, baseline_plans, uniform
 from optiq.models import Checkpoint
-from optiq.rounding import as_overrides, outside_before, round_model, round_to_files
+from optiq.rounding import as_overrides, _outside_before, round_model, round_to_files
 from optiq.measure.kl import kl_divergence, measure, perturb
 from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep
-from optiq.material.tiny import hub_config, hub_tensors, tiny
+from optiq.material.tiny import hub_config, _hub_tensors, tiny
 
 VISION, ALL = ['qwen2_vl', 'qwen2_5_vl', 'qwen3_vl'], ['qwen2_vl', 'qwen2_5_vl', 'qwen3_vl', 'qwen3_asr', 'whisper']
 
@@ -56,7 +56,7 @@ def plain(b, sample, weights={}):
     "The model's own call with other weights in its layers; nothing of the replay"
     before = {p: b.module(p).weight for p in weights}
     for p, f in weights.items(): b.module(p).weight = f(b.unit_weight(p)).astype(mx.float32)
-    out = b.model(**{k: mx.array(narrow(v)) for k, v in sample.items() if k != 'scored'})
+    out = b.model(**{k: mx.array(_narrow(v)) for k, v in sample.items() if k != 'scored'})
     for p, w in before.items(): b.module(p).weight = w
     z = getattr(out, 'logits', out)
     return z[:, mx.array(positions(sample))]
@@ -111,8 +111,8 @@ def test_parts_and_blocks(backends):
     assert not any(u.fixed for u in whisper.units) and {u.part for u in whisper.units} == {'encoder', 'decoder'}
     paths = [u.path for u in c.units]
     assert paths.index('vision_tower.merger.linear_fc1') > paths.index('vision_tower.blocks.2.attn.qkv')
-    assert 'vision_tower.merger.linear_fc1' in outside_before(c.unit, 3) and outside_before(c.unit, None) == []
-    assert 'language_model.lm_head' in outside_before(backends['qwen2_5_vl'].checkpoint.unit, None)
+    assert 'vision_tower.merger.linear_fc1' in _outside_before(c.unit, 3) and _outside_before(c.unit, None) == []
+    assert 'language_model.lm_head' in _outside_before(backends['qwen2_5_vl'].checkpoint.unit, None)
 
 def test_widths_that_no_group_divides_stay(backends, samples):
     b = backends['qwen2_5_vl']
@@ -154,7 +154,7 @@ def opened(backends, samples, tmp_path_factory):
         c, s, folder = b.checkpoint, samples[a][0], root/a
         saved = convert(c, mixed(c), folder/'m')
         assert saved.model_type == c.model_type and dict(saved.formats) == dict(mixed(c))
-        np.savez(folder/'in.npz', **{k: narrow(v) for k, v in s.items() if k != 'scored'})
+        np.savez(folder/'in.npz', **{k: _narrow(v) for k, v in s.items() if k != 'scored'})
         jobs.append([c.model_type, *(str(folder/n) for n in ('m', 'in.npz', 'out.npy'))])
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
     subprocess.run([sys.executable, '-c', PLAIN, json.dumps(jobs)], check=True, env=env, cwd=root, capture_output=True)
@@ -220,15 +220,15 @@ def test_errors(folders, tmp_path):
 def test_a_missing_loader_says_what_to_install(monkeypatch):
     import optiq.models as models
     monkeypatch.setattr(models, 'find_spec', lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'optiq\[audio\]'"): models.check_type('m', dict(model_type='whisper'), 'audio')
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'optiq\[audio\]'"): models._check_type('m', dict(model_type='whisper'), 'audio')
 
 def linear_layers(config):
     "Linear layers as published counts have them: matrices, embeddings apart"
-    return [n for n, s in hub_tensors(config).items() if len(s) == 2 and 'embed' not in n]
+    return [n for n, s in _hub_tensors(config).items() if len(s) == 2 and 'embed' not in n]
 
 def test_published_sizes_of_qwen3_asr():
     config = hub_config('qwen3_asr', '0.6B')
-    shapes, names = hub_tensors(config), linear_layers(config)
+    shapes, names = _hub_tensors(config), linear_layers(config)
     size = {n: int(np.prod(s)) for n, s in shapes.items()}
     decoder = sum(size[n] for n in names if 'audio_tower' not in n)
     total = sum(size.values())

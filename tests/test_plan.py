@@ -9,7 +9,7 @@ from optiq.formats import AS_IS, Format, parse_format
 from optiq.knapsack import allocate
 from optiq.material.tiny import tiny
 from optiq.models import Checkpoint, Unit
-from optiq.plan import Plan, isotonic, recipe, smoothed, uniform
+from optiq.plan import Plan, _isotonic, recipe, smoothed, uniform
 from sweeps import block_units, make_sweep, random_sweep
 
 # What was measured
@@ -27,7 +27,7 @@ def test_a_wider_format_measured_worse_is_not_rewarded():
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_isotonic(v):
-    out = isotonic(np.array(v)[:, None]).ravel()
+    out = _isotonic(np.array(v)[:, None]).ravel()
     assert (np.diff(out) <= 1e-12).all() and out.mean() == pytest.approx(np.mean(v))
     if sorted(v, reverse=True) == v: assert out.tolist() == v
 

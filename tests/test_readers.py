@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from optiq.calibration import passages, read_file
+from optiq.calibration import passages, _read_file
 from optiq.cli import main
 from optiq.evals.gsm8k import read_questions
 from optiq.report import Report
@@ -17,7 +17,7 @@ from optiq.solver import bisect
 from optiq.chips import load_chip, save_chip
 from optiq.latency import Speeds
 from optiq.roofline import Chip
-from optiq.models import Checkpoint, read_header, weight_files
+from optiq.models import Checkpoint, read_header, _weight_files
 from optiq.readers import NAME, check, dumps, number, told, whole
 from optiq.measure.sweep import Sweep
 from optiq.material.tiny import tiny
@@ -45,11 +45,11 @@ def good(tmp_path_factory):
     return root
 
 READERS = {'sweep.jsonl': Sweep.load, 'sweep.json': Sweep.load, 'plan.json': Plan.load, 'chip.json': load_chip, 'report.json': Report.load,
-           'speeds.json': Speeds.load, 'answers.jsonl': lambda p: read_questions(p, ('question', 'answer')), 'text.jsonl': read_file,
-               'text.txt': read_file,
+           'speeds.json': Speeds.load, 'answers.jsonl': lambda p: read_questions(p, ('question', 'answer')), 'text.jsonl': _read_file,
+               'text.txt': _read_file,
            'model/config.json': lambda p: Checkpoint(p.parent), 'model/tokenizer.json': lambda p: Checkpoint(p.parent).tokenizer,
            'model/tokenizer_config.json': lambda p: Checkpoint(p.parent).tokenizer, 'model/model.safetensors': lambda p: read_header(p),
-           'sharded/model.safetensors.index.json': lambda p: weight_files(p.parent)}
+           'sharded/model.safetensors.index.json': lambda p: _weight_files(p.parent)}
 PEOPLE = 'answers.jsonl', 'text.jsonl', 'text.txt' # what people bring: more is read
 
 DAMAGE = dict(empty=b'', binary=bytes(range(256))*4, latin1=lambda b: b[:-3]+'é'.encode('latin-1')+b[-3:], bom=lambda b: b'\xef\xbb\xbf'+b,
@@ -171,21 +171,21 @@ def test_ids_beyond_the_embedding(good, backend, ids):
 def test_a_stale_index_beside_a_whole_file(good, copied):
     folder = copied('model')
     shutil.copy(good/'sharded'/'model.safetensors.index.json', folder)
-    assert [f.name for f in weight_files(folder)] == ['model.safetensors'] and Checkpoint(folder).params == Checkpoint(good/'model').params
+    assert [f.name for f in _weight_files(folder)] == ['model.safetensors'] and Checkpoint(folder).params == Checkpoint(good/'model').params
 
 @pytest.mark.parametrize('folder', ['model', 'sharded'])
 def test_stray_weights(copied, folder):
     folder = copied(folder)
-    shutil.copy(weight_files(folder)[0], folder/'model-extra.safetensors')
-    with pytest.raises(ValueError, match='model-extra.safetensors .* take it out'): weight_files(folder)
+    shutil.copy(_weight_files(folder)[0], folder/'model-extra.safetensors')
+    with pytest.raises(ValueError, match='model-extra.safetensors .* take it out'): _weight_files(folder)
     (folder/'model-extra.safetensors').rename(folder/'adapter_config.json') # transformers would look elsewhere for the model
-    with pytest.raises(ValueError, match='adapter_config.json .* take it out'): weight_files(folder)
+    with pytest.raises(ValueError, match='adapter_config.json .* take it out'): _weight_files(folder)
 
 def test_a_shard_that_is_another(copied):
     folder = copied('sharded')
-    one, two, *_ = weight_files(folder)
+    one, two, *_ = _weight_files(folder)
     shutil.copy(two, one)
-    with pytest.raises(ValueError, match=f'{one.name} has no'): weight_files(folder)
+    with pytest.raises(ValueError, match=f'{one.name} has no'): _weight_files(folder)
 
 @pytest.mark.parametrize('to', ['../x.safetensors', '/etc/passwd', '', '.', 3, None])
 def test_an_index_names_files_beside_it(copied, to):
@@ -193,7 +193,7 @@ def test_an_index_names_files_beside_it(copied, to):
     d = json.loads(file.read_text())
     d['weight_map'][A] = to
     file.write_text(json.dumps(d))
-    with pytest.raises(ValueError, match='index.json: the file of'): weight_files(file.parent)
+    with pytest.raises(ValueError, match='index.json: the file of'): _weight_files(file.parent)
 
 def test_whisper_in_weights_safetensors(tmp_path):
     pytest.importorskip('mlx_audio')
@@ -265,14 +265,14 @@ def test_texts_are_read(tmp_path, name, code):
     file = tmp_path/name
     file.write_bytes(gzip.compress(TEXTS[name].encode()) if code == 'gzip' else TEXTS[name].encode(code))
     for split in ('train', 'test'): assert all('{' not in p and 'river' in p for p in passages(file, split))
-    if 'seps' in name: assert len(read_file(file)) == 40
+    if 'seps' in name: assert len(_read_file(file)) == 40
 
 @pytest.mark.parametrize('row', ['{"text": 3}', '[1]', '3', '{}', '{"content": "x"}', '{"text": "x', '{"text": NaN}', '{"question": "x"}',
     r'{"text": "\ud800"}'])
 def test_records_that_hold_no_text(good, tmp_path, row):
     file = tmp_path/'t.jsonl'
     file.write_text((good/'text.jsonl').read_text()+row+'\n')
-    with pytest.raises(ValueError, match='t.jsonl, line 31'): read_file(file)
+    with pytest.raises(ValueError, match='t.jsonl, line 31'): _read_file(file)
 
 def test_parquet(tmp_path):
     pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
@@ -280,7 +280,7 @@ def test_parquet(tmp_path):
     assert len(passages(tmp_path/'t.parquet', 'all')) == 40
     for data in (b'', b'PAR1'+bytes(99)+b'PAR1', PASSAGE.encode()):
         (tmp_path/'t.parquet').write_bytes(data)
-        with pytest.raises(ValueError, match='t.parquet'): read_file(tmp_path/'t.parquet')
+        with pytest.raises(ValueError, match='t.parquet'): _read_file(tmp_path/'t.parquet')
 
 # ---- numbers of options, and what is printed
 

@@ -15,12 +15,12 @@ from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate, pose
 from optiq.plan import Plan, recipe, uniform
 from optiq.models import Checkpoint
-from optiq.pipeline import Caps, Texts, Weights, find_sweep, narrowed, optimize, trade_off
+from optiq.pipeline import Caps, Texts, Weights, find_sweep, _narrowed, optimize, trade_off
 from optiq.measure.kl import measure, probes
 from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep
 from optiq.material.tiny import tiny
-from optiq.refine import around, joint_kl, solve_again, verified, within
+from optiq.refine import _around, _joint_kl, _solve_again, verified, _within
 
 @pytest.fixture(scope='module')
 def b(): return TorchBackend(Checkpoint('demo'))
@@ -50,17 +50,17 @@ def test_replay_around_a_plan_is_the_plan_with_one_change(tmp_path, architecture
 def test_around_agrees_with_whole_plans(b, tokens, sweep):
     plan = allocate(sweep, target_bpw=3.5)
     paths = {u.path for u in plan.units[:1]+plan.units[20:22]}
-    values = around(b, tokens, plan, paths, {p: sweep.formats for p in paths})
+    values = _around(b, tokens, plan, paths, {p: sweep.formats for p in paths})
     assert len(values) == 3*4 and all(v.shape == (3,) for v in values.values())
     for (path, f), v in values.items():
         whole = replace(plan, formats=plan.formats | {path: f})
-        np.testing.assert_allclose(v, joint_kl(b, tokens, {'x': whole})['x'], rtol=1e-3)
+        np.testing.assert_allclose(v, _joint_kl(b, tokens, {'x': whole})['x'], rtol=1e-3)
 
 def test_equal_plans_are_measured_once(b, tokens, sweep, monkeypatch):
     import optiq.refine as module
     seen = []
     monkeypatch.setattr(module, 'evaluate', lambda b, t, variants: (seen.append(list(variants)), evaluate(b, t, variants))[1])
-    kl = joint_kl(b, tokens, {'a': uniform(sweep, 4), 'b': uniform(b.checkpoint, 4), 'c': uniform(sweep, 3)})
+    kl = _joint_kl(b, tokens, {'a': uniform(sweep, 4), 'b': uniform(b.checkpoint, 4), 'c': uniform(sweep, 3)})
     assert seen == [['a', 'c']] and (kl['a'] == kl['b']).all() and kl['c'].mean() > kl['a'].mean()
 
 # Verified
@@ -85,13 +85,13 @@ def test_plans_survive_their_file(b, tokens, sweep, tmp_path):
 
 def test_baselines_are_those_that_fit(sweep):
     q = pose(sweep, target_bpw=4.5, formats=[4, 8])
-    found = within(q, q.solve())
+    found = _within(q, q.solve())
     assert {'uniform 4g32', 'uniform nvfp4'} <= set(found) and not {'uniform 4g64', 'uniform 8g64', 'uniform 3g32'} & set(found)
     assert 'mixed_4_6' in found and recipe(sweep, 'mixed_4_6') == found['mixed_4_6']
     tied = pose(sweep, target_bpw=4.5, formats=[4, 8], tie='qkv') # the recipes give v_proj more than q_proj
-    assert {n for n in within(tied, tied.solve())} == {n for n in found if n.startswith('uniform')}
+    assert {n for n in _within(tied, tied.solve())} == {n for n in found if n.startswith('uniform')}
     safe = pose(sweep, target_bpw=5, formats=[4, 8], protect='embed')
-    assert within(safe, safe.solve()) == {} # none of them protects
+    assert _within(safe, safe.solve()) == {} # none of them protects
 
 def test_a_baseline_that_wins_is_kept_and_named(b, tokens, sweep):
     wrong = Sweep(sweep.units, sweep.formats, {k: v.copy() for k, v in sweep.values.items()}, sweep.header)
@@ -117,7 +117,7 @@ def test_solve_again_changes_only_what_was_measured_and_takes_what_is_better(swe
               for f, x in zip([Format(3), Format(4), Format(8)], xs)}
     for u in (a, z): # forecasts are joint KLs: both tables agree on the plan itself
         values = {k: v-values[u.path, plan[u.path]]+1 if k[0] == u.path else v for k, v in values.items()}
-    new, forecast = solve_again(q, plan, values)
+    new, forecast = _solve_again(q, plan, values)
     assert set(new.diff(plan)) <= {a.path, z.path} and new.nominal_bpw <= 4 and forecast <= 1+1e-12
     assert forecast == pytest.approx(1+sum(values[u.path, new[u.path]].mean()-1 for u in (a, z)))
 
@@ -157,7 +157,7 @@ def made_up(c, formats):
 def test_candidates_are_what_the_sweep_holds_unless_named(tmp_path):
     c = Checkpoint(tiny('llama', tmp_path/'m', dict(num_hidden_layers=1)))
     name, sweep = str(c.folder), made_up(c, [Format(b) for b in (2, 3, 4, 8)])
-    narrow = narrowed(sweep, [4, 8])
+    narrow = _narrowed(sweep, [4, 8])
     narrow.save(tmp_path/'s.json')
     options = dict(caps=Caps(target_bpw=2.5), texts=Texts('no such text')) # which is found out later
     with pytest.raises(FileNotFoundError, match='no such text'): optimize(name, weights=Weights(sweep=sweep), **options)

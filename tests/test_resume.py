@@ -59,7 +59,7 @@ def together(monkeypatch, b, out, size, after=None):
             failed.append(e)
             barrier.abort()
     with monkeypatch.context() as m:
-        m.setattr(S, 'ranks_here', lambda: here.ranks)
+        m.setattr(S, '_ranks_here', lambda: here.ranks)
         m.setattr(S.SweepLog, 'add', add)
         threads = [threading.Thread(target=run, args=(r,)) for r in range(size)]
         for t in threads: t.start()

@@ -13,18 +13,18 @@ from optiq.backends.torch import TorchBackend
 from optiq.convert import check, convert, overrides_of_saved, stored_bytes
 from optiq.evals.perplexity import evaluate
 from optiq.families.samples import batch_for
-from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, AS_IS, Format
+from optiq.formats import AFFINE_BITS, _AFFINE_GROUPS, AS_IS, Format
 from optiq.plan import make_plan, uniform
 from optiq.models import Checkpoint
 from optiq.pipeline import Caps, Texts, Weights, optimize, trade_off
 from optiq.arrays import pack_codes, to_mlx
-from optiq.rounding import MinMax, RoundTrips, compensated, dwq, gptq, gptq_all, prepared, round_model, round_to_files
-from optiq.rounding import search, second_look
+from optiq.rounding import MinMax, RoundTrips, _compensated, dwq, gptq, _gptq_all, _prepared, round_model, round_to_files
+from optiq.rounding import search, _second_look
 from optiq.statistics import Inputs, Statistics
 from optiq.measure.kl import measure, probes
 from optiq.sensitivity import kl_sweep, sweep_quantizer
 from optiq.material.tiny import tiny
-from optiq.refine import joint_kl, verified
+from optiq.refine import _joint_kl, verified
 
 BACKENDS = dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend)
 
@@ -67,7 +67,7 @@ def test_inputs_that_are_all_zero_weigh_alike():
     nothing.add(torch.zeros(9, 128))
     assert torch.equal(search(w, Format(3), nothing).dequantize(), search(w, Format(3)).dequantize())
 
-@pytest.mark.parametrize('bits, group', list(product(AFFINE_BITS, AFFINE_GROUPS)))
+@pytest.mark.parametrize('bits, group', list(product(AFFINE_BITS, _AFFINE_GROUPS)))
 def test_codes_are_packed_as_mlx_packs_them(bits, group):
     codes = np.random.default_rng(bits).integers(0, 2**bits, (2, 5, 256))
     for dtype in (mx.float32, mx.bfloat16, mx.float16):
@@ -95,14 +95,14 @@ def test_each_way_beats_the_one_before(bits):
 
 def test_second_look_never_hurts():
     w, stats = weight().float(), correlated()
-    h, order, u = prepared(torch, stats)
+    h, order, u = _prepared(torch, stats)
     columns = w.T[order]
     for bits in (2, 3, 4):
         s = torch.full_like(columns, 6/(2**bits-1))
         b, top = torch.full_like(columns, -3), torch.full((len(w),), 2.**bits-1)
-        codes = compensated(torch, columns, s, b, top, u)
+        codes = _compensated(torch, columns, s, b, top, u)
         loss = lambda q: float(((h @ (columns-s*q-b))*(columns-s*q-b)).sum())
-        again = second_look(torch, columns, codes, s, b, top, h)
+        again = _second_look(torch, columns, codes, s, b, top, h)
         assert loss(again) <= loss(codes)*(1+1e-5) and again.min() >= 0 and again.max() <= 2**bits-1
         assert (again == again.round()).all()
 
@@ -114,7 +114,7 @@ def test_without_correlation_gptq_is_nearest():
 def test_many_formats_at_once_are_the_same_as_each_alone():
     w, stats = weight(), correlated()
     formats = [Format(2, 32), Format(4, 64), Format(8, 128), Format(4, 16, 'nvfp4')]
-    for f, r in zip(formats, gptq_all([w]*len(formats), formats, stats)):
+    for f, r in zip(formats, _gptq_all([w]*len(formats), formats, stats)):
         alone = gptq(w, f, stats)
         assert r.fmt == f and (r.dequantize() == alone.dequantize()).float().mean() > .999
 
@@ -190,20 +190,20 @@ def test_the_sweep_scores_with_the_rounding_that_saves(models, tmp_path):
 
 def test_plans_are_verified_with_the_rounding_that_saves(models, tmp_path, monkeypatch):
     from optiq import rounding
-    c, asked, plain = models['llama'], [], rounding.round_all
+    c, asked, plain = models['llama'], [], rounding._round_all
     tokens, formats = tokens_for(c), [Format(3, 32), Format(4, 32)]
     b = TorchBackend(c)
     sweep = kl_sweep(b, tokens, formats, rounding='search', progress=False)
     quantize, _ = sweep_quantizer(b, tokens, formats, 'search', blocks=True)
-    monkeypatch.setattr(rounding, 'round_all', lambda w, fmts, *more: (asked.append(fmts), plain(w, fmts, *more))[1])
-    kl = joint_kl(b, tokens, {'a': uniform(c, formats[0]), 'b': uniform(c, formats[1])}, quantize)
+    monkeypatch.setattr(rounding, '_round_all', lambda w, fmts, *more: (asked.append(fmts), plain(w, fmts, *more))[1])
+    kl = _joint_kl(b, tokens, {'a': uniform(c, formats[0]), 'b': uniform(c, formats[1])}, quantize)
     assert asked == [formats]*len(c.units) # every unit once, for all plans
     v = verified(b, tokens, sweep, target_bpw=3.5, n=2, quantize=quantize, progress=False)
     assert v.tried.keys() > {'allocated'} and set(kl) == {'a', 'b'}
     saved = convert(c, v.plan, tmp_path/'out', quantizer=round_to_files(b, tokens, v.plan, 'search', tmp_path, progress=False))
     got = evaluate(b, tokens, {'saved': overrides_of_saved(saved)})['saved'].kl
     np.testing.assert_allclose(got, v.kl[v.kept], rtol=1e-5)
-    assert not np.allclose(got, joint_kl(b, tokens, {'x': v.plan})['x'], rtol=1e-3) # min-max is something else
+    assert not np.allclose(got, _joint_kl(b, tokens, {'x': v.plan})['x'], rtol=1e-3) # min-max is something else
     few = Texts(n_calibration=2, seq_len=32, n_evaluation=1, eval_len=32)
     r = optimize(str(c.folder), caps=Caps(target_bpw=4), weights=Weights(formats, rounding='gptq', compare=False), texts=few,
                  backend='torch')
@@ -242,7 +242,7 @@ def test_few_tokens_are_not_trusted(monkeypatch):
         stats.add(mx.array(x[:100]))
         return float((((w-gptq(w, Format(3, 64), stats).dequantize()) @ mx.array(x[100:]).T)**2).mean())
     damped = [loss(seed) for seed in range(3)]
-    monkeypatch.setattr(rounding, 'shrinkage', lambda h, n: 0.)
+    monkeypatch.setattr(rounding, '_shrinkage', lambda h, n: 0.)
     assert all(a < .98*loss(seed) for seed, a in enumerate(damped))
 
 def test_what_is_learned_while_parts_are_changed_is_of_the_model_as_it_was(tmp_path):

@@ -7,22 +7,22 @@ import pytest
 from mlx_lm.utils import load_model
 
 from optiq.backends.mlx import MLXBackend
-from optiq.backends.open import AGREED, open_backend
+from optiq.backends.open import _AGREED, open_backend
 from optiq.backends.parts import ReplayBackend
 from optiq.backends.stream import StreamingBackend
 from optiq.backends.torch import TorchBackend
 from optiq.convert import as_saved, convert
-from optiq.evals.verify import expected, verify
+from optiq.evals.verify import _expected, verify
 from optiq.formats import AS_IS, quantize_minmax
 from optiq.knapsack import allocate
 from optiq.plan import Plan, check_noise, uniform
-from optiq.models import Checkpoint, said_for_mlx
+from optiq.models import Checkpoint, _said_for_mlx
 from optiq.pipeline import Caps, Texts, Weights, optimize
 from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep
-from optiq.material.tiny import CONFIGS, SILU, tiny
+from optiq.material.tiny import _CONFIGS, _SILU, tiny
 
-OLMO2 = dict(SILU, architectures=['Olmo2ForCausalLM'], rope_theta=500000., rope_scaling=None, tie_word_embeddings=False)
+OLMO2 = dict(_SILU, architectures=['Olmo2ForCausalLM'], rope_theta=500000., rope_scaling=None, tie_word_embeddings=False)
 
 def changed(folder, change):
     "Rewrite a folder's config.json"
@@ -57,7 +57,7 @@ def logits(folder):
 
 @pytest.mark.parametrize('architecture', ['llama', 'mistral', 'olmo2', 'qwen3', 'gemma3'])
 def test_rope_is_read_wherever_it_stands(tmp_path, architecture, monkeypatch):
-    monkeypatch.setitem(CONFIGS, 'olmo2', OLMO2)
+    monkeypatch.setitem(_CONFIGS, 'olmo2', OLMO2)
     old, new = tiny(architecture, tmp_path/'old'), changed(tiny(architecture, tmp_path/'new'), as_transformers_5)
     assert 'rope_theta' not in json.loads((new/'config.json').read_text())
     open_backend(str(new), 'torch') # agrees with MLX
@@ -72,12 +72,12 @@ def test_rope_is_read_in_models_of_several_parts(tmp_path, architecture):
     np.testing.assert_array_equal(z, other)
 
 def test_rope_says_what_transformers_reads():
-    assert said_for_mlx(dict(rope_theta=1, rope_parameters=dict(rope_theta=2.)))['rope_theta'] == 2
-    assert 'rope_scaling' not in said_for_mlx(dict(rope_parameters=dict(rope_theta=2., rope_type='default')))
-    inner = said_for_mlx(dict(thinker_config=dict(text_config=dict(rope_parameters=dict(rope_theta=3., rope_type='yarn', factor=2)))))
+    assert _said_for_mlx(dict(rope_theta=1, rope_parameters=dict(rope_theta=2.)))['rope_theta'] == 2
+    assert 'rope_scaling' not in _said_for_mlx(dict(rope_parameters=dict(rope_theta=2., rope_type='default')))
+    inner = _said_for_mlx(dict(thinker_config=dict(text_config=dict(rope_parameters=dict(rope_theta=3., rope_type='yarn', factor=2)))))
     assert inner['thinker_config']['text_config']['rope_scaling'] == dict(rope_type='yarn', type='yarn', factor=2)
     older = dict(rope_theta=1., rope_scaling=dict(rope_type='linear', factor=2), rope_parameters=dict(rope_theta=9.))
-    assert said_for_mlx(older) == older
+    assert _said_for_mlx(older) == older
 
 @pytest.mark.parametrize('name', ['hidden_act', 'hidden_activation'])
 def test_an_activation_that_mlx_ignores_is_refused(tmp_path, name):
@@ -101,7 +101,7 @@ def test_two_heads_are_refused_and_one_stored_twice_is_not(tmp_path):
 def test_models_are_compared_once(tmp_path, monkeypatch):
     folder = tiny('llama', tmp_path/'m')
     open_backend(str(folder), 'torch')
-    assert Checkpoint(folder).fingerprint in AGREED
+    assert Checkpoint(folder).fingerprint in _AGREED
     monkeypatch.setattr(TorchBackend, 'by_loader', lambda *a: pytest.fail('compared again'))
     open_backend(str(folder), 'torch')
 
@@ -218,8 +218,8 @@ def test_another_model_of_the_same_weights_is_not_verified(tmp_path, text, how, 
 def test_a_forecast_is_held_to_its_error(sweep, forecast, measured, fits):
     plan = uniform(sweep, 8)
     plan.kl = {p: forecast/len(plan) for p in plan}
-    got, low, high = expected(plan, np.array([measured, measured]), True, None)
+    got, low, high = _expected(plan, np.array([measured, measured]), True, None)
     assert got == pytest.approx(forecast) and (low <= measured <= high) == fits
     plan.solver['verified'] = dict(joint_kl=measured) # whole plans that were measured are held to what came out
-    got, low, high = expected(plan, np.array([measured, measured]), True, None)
+    got, low, high = _expected(plan, np.array([measured, measured]), True, None)
     assert low <= measured <= high < 1.05*measured

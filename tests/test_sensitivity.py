@@ -15,7 +15,7 @@ import pytest
 import optiq.measure.sweep as S
 from optiq.backends.mlx import MLXBackend
 from optiq.backends.stream import StreamingBackend
-from optiq.backends.taps import torch_attending, torch_attention
+from optiq.backends.taps import _torch_attending, torch_attention
 from optiq.backends.torch import TorchBackend
 from optiq.calibration import fingerprint
 from optiq.convert import convert
@@ -25,9 +25,9 @@ from optiq.plan import uniform
 from optiq.models import Checkpoint
 from optiq.measure.estimate import estimate
 from optiq.measure.kl import kl_divergence, measure, perturb, probes
-from optiq.measure.sweep import Sweep, read_log, tokens_per_expert
+from optiq.measure.sweep import Sweep, read_log, _tokens_per_expert
 from optiq.sensitivity import kl_sweep
-from optiq.material.tiny import CONFIGS, FROM_ONE, tiny
+from optiq.material.tiny import _CONFIGS, _FROM_ONE, tiny
 
 TEXT = ['qwen3', 'qwen3_moe', 'qwen3_5', 'llama', 'gemma3', 'mistral', 'phi3']
 BACKENDS = dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend)
@@ -68,8 +68,8 @@ def gemma2(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         changes = dict(architectures=['Gemma2ForCausalLM'], model_type='gemma2', attn_logit_softcapping=2., final_logit_softcapping=5.,
                        head_dim=128, query_pre_attn_scalar=64, sliding_window=4096)
-        m.setitem(CONFIGS, 'gemma2', CONFIGS['gemma3'] | changes)
-        m.setitem(FROM_ONE, 'gemma2', FROM_ONE['gemma3_text'])
+        m.setitem(_CONFIGS, 'gemma2', _CONFIGS['gemma3'] | changes)
+        m.setitem(_FROM_ONE, 'gemma2', _FROM_ONE['gemma3_text'])
         return Checkpoint(tiny('gemma2', tmp_path_factory.mktemp('gemma2')/'m', dtype='float32'))
 
 def test_bent_attention_on_both_backends(gemma2):
@@ -79,7 +79,7 @@ def test_bent_attention_on_both_backends(gemma2):
     np.testing.assert_allclose(t.numpy(t.logits(tokens)), m.numpy(m.logits(tokens)), atol=1e-4)
     np.testing.assert_allclose(measure(t, tokens, todo), measure(m, tokens, todo), rtol=2e-2, atol=1e-8)
     heard = []
-    with torch_attending(t.model, lambda attention, module, *a, **k: heard.append(module.layer_idx) or attention(module, *a, **k)):
+    with _torch_attending(t.model, lambda attention, module, *a, **k: heard.append(module.layer_idx) or attention(module, *a, **k)):
         with torch_attention(t.model, {0: {'keys': lambda k: 0*k}}): z = t.logits(tokens)
     assert heard == list(range(t.n_blocks)) and 'eager' not in table and abs(t.numpy(z-t.logits(tokens))).max() > 1e-3
 
@@ -260,12 +260,12 @@ def test_experts_are_quantized_as_one_tensor(models):
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_tokens_are_counted_for_every_expert(models, backend):
     c = models['qwen3_moe']
-    counts = tokens_per_expert(BACKENDS[backend](c), tokens_for(c))
+    counts = _tokens_per_expert(BACKENDS[backend](c), tokens_for(c))
     assert set(counts) == set(range(c.n_blocks))
     assert {sum(n) for n in counts.values()} == {2*24*c.config['num_experts_per_tok']}
-    assert counts == tokens_per_expert(TorchBackend(c), tokens_for(c))
+    assert counts == _tokens_per_expert(TorchBackend(c), tokens_for(c))
 
 def test_idle_experts_are_warned_of(models):
     with pytest.warns(UserWarning, match='saw no calibration token'):
         kl_sweep(TorchBackend(models['qwen3_moe']), tokens_for(models['qwen3_moe'], 1, 3), [4], progress=False, rounding='minmax')
-    assert tokens_per_expert(TorchBackend(models['llama']), tokens_for(models['llama'])) == {}
+    assert _tokens_per_expert(TorchBackend(models['llama']), tokens_for(models['llama'])) == {}

@@ -12,7 +12,7 @@ from optiq.kv.cache import generate_with_mixed_kv
 from optiq.kv.config import kv_config, save_kv_config
 from optiq.kv.layout import kv_layout
 from optiq.models import find_model
-from optiq.serve import find_config
+from optiq.serve import _find_config
 from optiq.material.problems import word_problems
 
 openai = pytest.importorskip('openai')
@@ -79,9 +79,9 @@ def test_models_are_listed(client):
 def test_a_config_beside_the_weights_is_found(tmp_path, config):
     folder = find_model('demo')
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    assert find_config(tmp_path) is None
+    assert _find_config(tmp_path) is None
     (tmp_path/'kv_config.json').write_text(config.read_text())
-    assert find_config(tmp_path) == tmp_path/'kv_config.json'
+    assert _find_config(tmp_path) == tmp_path/'kv_config.json'
 
 def refused(*line):
     r = CliRunner().invoke(main, ['serve', *map(str, line)])

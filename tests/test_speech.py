@@ -4,7 +4,7 @@ import pytest
 
 soundfile = pytest.importorskip('soundfile')
 pytest.importorskip('mlx_audio')
-from optiq.material.speech import RATE, beeps, clips, folder_clips, librispeech, morse, read_sound
+from optiq.material.speech import RATE, _beeps, clips, _folder_clips, _librispeech, _morse, _read_sound
 
 def tone(rate, seconds=.5, hertz=440): return .3*np.sin(2*np.pi*hertz*np.arange(int(rate*seconds))/rate)
 
@@ -15,18 +15,18 @@ def pitch(x): return np.abs(np.fft.rfft(x)).argmax()*RATE/len(x)
 def test_any_rate_and_channels(tmp_path, suffix, rate, channels):
     file = tmp_path/f'a.{suffix}'
     soundfile.write(file, np.stack([tone(rate)]*channels, 1), rate)
-    x = read_sound(file)
+    x = _read_sound(file)
     assert x.dtype == np.float32 and x.ndim == 1 and abs(len(x)-RATE/2) <= 2
     assert abs(pitch(x)-440) < 4 and abs(np.abs(x).max()-.3) < .06
-    np.testing.assert_array_equal(x, read_sound(file.read_bytes()))
+    np.testing.assert_array_equal(x, _read_sound(file.read_bytes()))
 
 def test_opus(tmp_path):
     soundfile.write(tmp_path/'a.ogg', tone(16000), 16000, format='OGG', subtype='OPUS')
-    assert abs(pitch(read_sound(tmp_path/'a.ogg'))-440) < 4
+    assert abs(pitch(_read_sound(tmp_path/'a.ogg'))-440) < 4
 
 def test_channels_are_averaged(tmp_path):
     soundfile.write(tmp_path/'a.wav', np.stack([tone(RATE), np.zeros(RATE//2)], 1), RATE, subtype='FLOAT')
-    np.testing.assert_allclose(read_sound(tmp_path/'a.wav'), tone(RATE)/2, atol=1e-6)
+    np.testing.assert_allclose(_read_sound(tmp_path/'a.wav'), tone(RATE)/2, atol=1e-6)
 
 def test_what_cannot_be_used_is_an_error_of_one_line(tmp_path):
     good = tmp_path/'good.flac'
@@ -37,7 +37,7 @@ def test_what_cannot_be_used_is_an_error_of_one_line(tmp_path):
     soundfile.write(tmp_path/'nan.wav', np.array([0, np.nan]), RATE, subtype='FLOAT')
     for name, word in [('cut.flac', 'no sound'), ('text.wav', 'no sound'), ('silent.wav', 'silent'), ('empty.wav', 'empty'),
                        ('nan.wav', 'finite'), ('missing.wav', 'no sound')]:
-        with pytest.raises(ValueError, match=word) as e: read_sound(tmp_path/name)
+        with pytest.raises(ValueError, match=word) as e: _read_sound(tmp_path/name)
         assert name in str(e.value) and '\n' not in str(e.value)
 
 def folder(path, n=12):
@@ -47,7 +47,7 @@ def folder(path, n=12):
     return path
 
 def test_a_folder_is_split(tmp_path):
-    train, test, every = (folder_clips(folder(tmp_path), s) for s in ('train', 'test', 'all'))
+    train, test, every = (_folder_clips(folder(tmp_path), s) for s in ('train', 'test', 'all'))
     assert len(every) == 12 and sorted(train+test) == every and train and test
     assert every[3][:2] == ('03.wav', 'number 3 of many')
     found = clips(tmp_path, 'all', 5)
@@ -67,10 +67,10 @@ def test_transcripts(tmp_path):
     with pytest.raises(FileNotFoundError, match='librispeech, bundled'): clips(tmp_path/'nowhere')
 
 def test_beeps_are_disjoint_and_long_enough():
-    a, b = beeps('train', 40), beeps('test', 40)
+    a, b = _beeps('train', 40), _beeps('test', 40)
     assert not {t for _, t, _ in a} & {t for _, t, _ in b}
     assert all(4 < len(x)/RATE < 30 and np.abs(x).max() <= .31 for _, _, x in a+b)
-    assert len(morse('tt')) > len(morse('ee')) and abs(pitch(morse('tttt'))-600) < 5
+    assert len(_morse('tt')) > len(_morse('ee')) and abs(pitch(_morse('tttt'))-600) < 5
 
 def test_librispeech_by_name(tmp_path, monkeypatch):
     "The real code on files of the form that the hub has"
@@ -85,7 +85,7 @@ def test_librispeech_by_name(tmp_path, monkeypatch):
         asked.append((*args, kwargs['split']))
         return rows.to_iterable_dataset()
     monkeypatch.setattr(datasets, 'load_dataset', load)
-    assert {n for n, _, _ in librispeech('train')} == {'00', '01', '02'} and len(librispeech('test')) == 4
+    assert {n for n, _, _ in _librispeech('train')} == {'00', '01', '02'} and len(_librispeech('test')) == 4
     found = clips('librispeech', 'all', 2)
     assert len(found) == 2 and found[0].text == 'some words' and found[0].audio.dtype == np.float32
     assert {a[-1] for a in asked} == {'validation', 'test'} and asked[0][:2] == ('openslr/librispeech_asr', 'clean')

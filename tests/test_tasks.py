@@ -7,8 +7,8 @@ import pytest
 
 import optiq
 from optiq.material import problems as tasks
-from optiq.material.problems import KNOWN_CHAINS, NAMES, NEW_CHAINS, NEW_NAMES, NEW_STORIES, STORIES, correct
-from optiq.material.problems import held_out, lists, mixture, prose, recall, training_text, word_problems
+from optiq.material.problems import _KNOWN_CHAINS, _NAMES, _NEW_CHAINS, _NEW_NAMES, _NEW_STORIES, _STORIES, correct
+from optiq.material.problems import held_out, lists, mixture, _prose, recall, _training_text, word_problems
 
 DEMO = Path(optiq.__file__).parent/'data'/'demo'
 
@@ -32,16 +32,16 @@ def test_no_held_out_pair_is_added_in_training():
     assert not any(map(held_out, train)) and all(map(held_out, test))
 
 def test_names_and_templates_are_disjoint():
-    assert not set(NAMES) & set(NEW_NAMES)
-    assert not set(STORIES) & set(NEW_STORIES) and not set(KNOWN_CHAINS) & set(NEW_CHAINS)
+    assert not set(_NAMES) & set(_NEW_NAMES)
+    assert not set(_STORIES) & set(_NEW_STORIES) and not set(_KNOWN_CHAINS) & set(_NEW_CHAINS)
     words = set(re.findall(r'\w+', ' '.join(r['question'] for r in word_problems(1000))))
-    assert not words & set(NEW_NAMES)
+    assert not words & set(_NEW_NAMES)
     train, test, unseen = ({r['template'] for r in word_problems(300, s)} for s in ('train', 'test', 'unseen'))
     assert not unseen & (train | test)
 
 def test_every_template_can_be_drawn():
     import random
-    for t in [*STORIES, *NEW_STORIES, *map(tasks.chain, KNOWN_CHAINS[::9]), *map(tasks.chain, NEW_CHAINS[::9])]:
+    for t in [*_STORIES, *_NEW_STORIES, *map(tasks.chain, _KNOWN_CHAINS[::9]), *map(tasks.chain, _NEW_CHAINS[::9])]:
         ranges, steps, *_ = tasks._parse(t)
         r = random.Random(42)
         assert any(tasks._work_out(steps, {k: r.randint(*v) for k, v in ranges.items()}) for _ in range(5000)), t
@@ -49,7 +49,7 @@ def test_every_template_can_be_drawn():
 def test_seeds_reproduce():
     for f in (word_problems, lists, recall):
         assert f(5, seed=1) == f(5, seed=1) != f(5, seed=2)
-    assert list(islice(training_text(3), 20)) == list(islice(training_text(3), 20))
+    assert list(islice(_training_text(3), 20)) == list(islice(_training_text(3), 20))
     assert {o['task'] for o in islice(mixture(), 200)} == set(tasks.SHARES)
 
 @pytest.mark.parametrize('length', [128, 512, 2048])
@@ -67,7 +67,7 @@ def test_recall_says_when_the_keys_do_not_fit():
 def test_lists_and_prose_are_disjoint():
     key = lambda r: tuple(sorted(map(int, r['answer'].split())))
     assert not {key(r) for r in lists(500)} & {key(r) for r in lists(500, 'test')}
-    assert not set(prose()) & set(prose('test')) and min(map(len, prose()+prose('test'))) > 100
+    assert not set(_prose()) & set(_prose('test')) and min(map(len, _prose()+_prose('test'))) > 100
 
 def test_demo_checkpoint():
     assert (DEMO/'model.safetensors').stat().st_size <= 18_000_000

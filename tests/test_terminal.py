@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from optiq.cli import main
 from optiq.show.demo import published
 from optiq.show.demos import audio, find_demo, names, vlm
-from optiq.report import Report, fit, text_table
+from optiq.report import Report, fit, _text_table
 from optiq.formats import AS_IS, Format
 from optiq.knapsack import Frontier, allocate
 from optiq.plan import uniform
@@ -42,7 +42,7 @@ def test_plots_draw_on_the_axes_they_are_given(sweep):
         assert noun.plot(ax) is ax and ax.has_data()
 
 def test_wide_tables_fit_a_terminal(sweep):
-    text = text_table(rows())
+    text = _text_table(rows())
     assert max(map(len, text.splitlines())) <= 80 and text.count('optiq 4.5 (4,8) 2') > 1
     assert all(x in text for x in ('perplexity', 'agreement', 'GSM8K', 'needle'))
     flat = [uniform(sweep, f) for f in sweep.formats]

@@ -11,21 +11,21 @@ import torch
 
 from optiq import chips, knapsack, rounding
 from optiq.backends.mlx import MLXBackend
-from optiq.backends.stream import read_rows
+from optiq.backends.stream import _read_rows
 from optiq.backends.torch import TorchBackend
 from optiq.calibration import block_hashes, encode, fingerprint, overlap, passages
-from optiq.convert import check_sizes
+from optiq.convert import _check_sizes
 from optiq.evals import throughput as speed
-from optiq.evals.gsm8k import right
+from optiq.evals.gsm8k import _right
 from optiq.evals.perplexity import Score, evaluation_tokens, check_overlap
 from optiq.report import mean_figure, paired
-from optiq.evals.wer import wer_figure
+from optiq.evals.wer import _wer_figure
 from optiq.formats import Format, quantize_dequantize
 from optiq.knapsack import Frontier, allocate
 from optiq.plan import Plan, mean_se, uniform
 from optiq.kv.layout import KVLayer, KVLayout
 from optiq.models import Checkpoint, Unit
-from optiq.pipeline import Texts, read_texts
+from optiq.pipeline import Texts, _read_texts
 from optiq.arrays import to_mlx
 from optiq.roofline import Chip, Latency, cache_bytes, reads_of
 from optiq.rounding import gptq, search
@@ -163,8 +163,8 @@ def test_the_dtype_is_part_of_what_a_sweep_depends_on(tokens):
 
 def test_rows_are_read_from_where_they_stand(c):
     u = c.units[0]
-    whole, rows = read_rows(c, u, slice(0, u.shape[0])), np.array([3, 4, 9, 200, 201])
-    assert mx.array_equal(read_rows(c, u, rows), whole[mx.array(rows)])
+    whole, rows = _read_rows(c, u, slice(0, u.shape[0])), np.array([3, 4, 9, 200, 201])
+    assert mx.array_equal(_read_rows(c, u, rows), whole[mx.array(rows)])
     assert mx.array_equal(whole, MLXBackend(c).unit_weight(u.path))
 
 def test_both_libraries_hold_the_same_tensors(tmp_path):
@@ -201,13 +201,13 @@ def test_errors_of_differences_are_those_of_the_differences():
 
 def test_a_rates_error_is_that_of_drawing_as_many_files():
     e = np.random.default_rng(0).poisson(2, 50)
-    f = wer_figure([dict(words=10, substitutions=int(x), insertions=0, deletions=0) for x in e])
+    f = _wer_figure([dict(words=10, substitutions=int(x), insertions=0, deletions=0) for x in e])
     assert f['wer_se'] == pytest.approx(textbook_se(e.tolist())/10, rel=.05)
     assert f['wer_high']-f['wer_low'] == pytest.approx(2*1.96*f['wer_se'], rel=.05)
 
 def test_the_plan_that_measured_best_is_kept(monkeypatch, b, tokens):
     sweep = kl_sweep(b, tokens, [Format(3, 64), Format(8, 64)], progress=False, rounding='minmax')
-    monkeypatch.setattr('optiq.refine.joint_kl', lambda b, tokens, plans, quantize: {n: np.full(2, i+1.) for i, n in enumerate(plans)})
+    monkeypatch.setattr('optiq.refine._joint_kl', lambda b, tokens, plans, quantize: {n: np.full(2, i+1.) for i, n in enumerate(plans)})
     found = verified(b, tokens, sweep, rounds=0, progress=False, target_bpw=5)
     assert found.kept == 'allocated' and len(found.tried) > 2
 
@@ -231,14 +231,14 @@ def test_nominal_bits_are_the_average_over_weights():
     assert Plan([small, large], dict(a=Format(8, 64), b=Format(4, 64)), 2048, 0).nominal_bpw == 5
 
 def test_each_format_is_bought_between_two_prices():
-    found = knapsack.price_ranges(np.array([4., 1., 0.]), np.array([1., 2., 3.])) # 3 KL for the first byte more, 1 for the second
+    found = knapsack._price_ranges(np.array([4., 1., 0.]), np.array([1., 2., 3.])) # 3 KL for the first byte more, 1 for the second
     assert found.tolist() == [[3., math.inf], [1., 3.], [0., 1.]]
 
 def test_a_saved_model_is_neither_smaller_nor_larger_than_its_plan(monkeypatch, c):
     plan = uniform(c, 4)
     for off in (-1, 1):
         monkeypatch.setattr('optiq.convert.stored_bytes', lambda saved: plan.nbytes+off)
-        with pytest.raises(ValueError, match='were predicted'): check_sizes(Some(formats=dict(plan), folder='m'), plan)
+        with pytest.raises(ValueError, match='were predicted'): _check_sizes(Some(formats=dict(plan), folder='m'), plan)
 
 # which side of a text
 
@@ -248,7 +248,7 @@ def test_evaluation_keeps_to_its_own_side(tmp_path, c):
     learn, score, both = (passages(file, side) for side in ('train', 'test', 'all'))
     assert not set(learn) & set(score) and set(learn) | set(score) == set(both) and len(both) == 400
     want = [t for p in score for t in encode(c.tokenizer, p+'\n')][:64]
-    t = read_texts(c, Texts(str(file), n=2, seq_len=32, n_evaluation=2, eval_len=32))
+    t = _read_texts(c, Texts(str(file), n=2, seq_len=32, n_evaluation=2, eval_len=32))
     for found in (evaluation_tokens(str(file), c.tokenizer, 2, 32), t.scored): assert found.ravel().tolist() == want
     assert overlap(block_hashes(t.learned), t.scored) == 0
 
@@ -264,7 +264,7 @@ def test_calibration_text_is_found_wherever_it_begins(tokens):
 @pytest.mark.parametrize('answer, response, ok', [
     ('#### 18', 'She starts with 18 eggs and sells 9 of them for 2 dollars.\n#### 20', False),
     ('#### 7', 'A week has 7 days, so the answer is 21.', False), ('#### 3', '3 + 4 = 7\n#### 7', False), ('#### 7', '3 + 4 = 7\n#### 7', True)])
-def test_a_number_on_the_way_is_no_answer(answer, response, ok): assert right(answer, response) is ok
+def test_a_number_on_the_way_is_no_answer(answer, response, ok): assert _right(answer, response) is ok
 
 # time
 
@@ -284,26 +284,26 @@ def test_decoding_is_timed_without_what_warms_up(monkeypatch):
     for module in (chips, speed): monkeypatch.setattr(module, 'time', clock)
     monkeypatch.setattr(chips, 'find_units', lambda model: [Some(kind='embed', shape=(9, 4))])
     monkeypatch.setattr(generate, 'generate_step', clock.tokens(9, 5, 5, .5, .5, .5, .5))
-    assert chips.decode_once(None, 4, 4, 3) == 2
+    assert chips._decode_once(None, 4, 4, 3) == 2
     monkeypatch.setattr(generate, 'generate_step', clock.tokens(4, .5, .5, .5, .5))
-    run = speed.one_run(None, [1]*8, 5)
+    run = speed._one_run(None, [1]*8, 5)
     assert run['prompt_tps'] == 2 and run['decode_tps'] == 2
 
 def test_the_first_run_only_warms_up(monkeypatch, c):
     runs = iter([1., 5., 7., 6.])
-    monkeypatch.setattr(speed, 'one_run', lambda *a: dict.fromkeys(('prompt_tps', 'decode_tps', 'peak_mb'), next(runs)))
+    monkeypatch.setattr(speed, '_one_run', lambda *a: dict.fromkeys(('prompt_tps', 'decode_tps', 'peak_mb'), next(runs)))
     row = speed.throughput(c, 4, 2, 3).rows[0]
     assert (row['decode_tps'], row['decode_tps_low'], row['decode_tps_n']) == (6., 5., 3)
 
 def test_a_step_takes_what_one_more_step_takes(monkeypatch):
     monkeypatch.setattr(chips, 'run_once', lambda chain, n, first: (0., 5+2*n))
-    assert chips.per_step(None, 3, 10)['seconds'] == 2
+    assert chips._per_step(None, 3, 10)['seconds'] == 2
 
 def test_attention_reads_keys_and_values_of_two_bytes_each(monkeypatch, c):
     heads, width = chips.GROUPS, chips.WIDE
     monkeypatch.setattr(chips, 'attention_chain', lambda n: n)
-    monkeypatch.setattr(chips, 'per_step', lambda n, *a: dict(seconds=1e-9*n*heads*width*2*2))
-    assert chips.measure_attention()['seconds_per_byte'] == pytest.approx(1e-9)
+    monkeypatch.setattr(chips, '_per_step', lambda n, *a: dict(seconds=1e-9*n*heads*width*2*2))
+    assert chips._measure_attention()['seconds_per_byte'] == pytest.approx(1e-9)
     a = c.config
     grows = a['num_hidden_layers']*2*a['num_key_value_heads']*a['head_dim']*2
     model = c.load()

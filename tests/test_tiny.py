@@ -3,7 +3,7 @@ import json, math, struct
 import mlx.core as mx
 import numpy as np
 import pytest
-from optiq.material.tiny import CONFIGS, SHAPES, hub_config, hub_tensors, tiny
+from optiq.material.tiny import _CONFIGS, _SHAPES, hub_config, _hub_tensors, tiny
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -46,7 +46,7 @@ def test_hub_form(architecture, tmp_path):
     assert all(width % 128 == 0 for width in linear)
 
 def test_experts_are_apart():
-    names = hub_tensors(hub_config('qwen3_moe'))
+    names = _hub_tensors(hub_config('qwen3_moe'))
     assert names['model.layers.0.mlp.experts.7.down_proj.weight'] == (128, 128)
     assert 'model.layers.0.mlp.gate.weight' in names
 
@@ -99,7 +99,7 @@ def test_changed_shape(tmp_path):
     ('qwen3', '0.6B', 0.596), ('qwen3', '1.7B', 1.72), ('qwen3', '8B', 8.19), ('qwen3_moe', '30B-A3B', 3.11),
     ('qwen3_vl', '2B', 2.13), ('qwen3_asr', '0.6B', 0.78)])
 def test_real_sizes(architecture, shape, billions):
-    count = sum(map(math.prod, hub_tensors(hub_config(architecture, shape)).values()))
+    count = sum(map(math.prod, _hub_tensors(hub_config(architecture, shape)).values()))
     assert count/1e9 == pytest.approx(billions, rel=0.01)
 
 def test_made_twice_a_checkpoint_is_the_same(tmp_path):
@@ -107,12 +107,12 @@ def test_made_twice_a_checkpoint_is_the_same(tmp_path):
     assert (one/"config.json").read_text() == (two/"config.json").read_text()
 
 def test_speech_has_the_published_linear_layers():
-    shapes = hub_tensors(hub_config('qwen3_asr', '0.6B'))
+    shapes = _hub_tensors(hub_config('qwen3_asr', '0.6B'))
     linear = [name for name, shape in shapes.items() if len(shape) == 2 and 'embed_tokens' not in name]
     assert len(linear) == 307 and sum('audio_tower' in name for name in linear) == 111
 
 def test_every_named_shape_has_an_architecture():
-    assert SHAPES.keys() <= CONFIGS.keys()
+    assert _SHAPES.keys() <= _CONFIGS.keys()
 
 @pytest.mark.parametrize('args, said', [
     (('bert',), 'qwen3_moe'), (('qwen3', '9B'), '1.7B'), (('phi3', '4B'), 'none')])

@@ -12,7 +12,7 @@ from optiq.families.audio import load_speech
 from optiq.cli import main
 from optiq.convert import convert
 from optiq.plan import uniform
-from optiq.models import Checkpoint, demo, check_untrusted
+from optiq.models import Checkpoint, _demo, check_untrusted
 from optiq.material.tiny import tiny
 
 COMMANDS = dict(
@@ -125,13 +125,13 @@ def test_a_flag_of_the_command_trusts(llama, tmp_path):
 
 def test_all_that_a_loader_needs_is_copied(tmp_path):
     from fnmatch import fnmatch
-    from optiq.models import HUB_FILES
-    source = shutil.copytree(demo(), tmp_path/'m')
+    from optiq.models import _HUB_FILES
+    source = shutil.copytree(_demo(), tmp_path/'m')
     for name in ('tokenization_mine.py', 'mine.tiktoken', 'chat_template.jinja', 'additional_chat_templates/rag.jinja',
                  'tokenizer.model', 'vocab.bpe', 'merges.txt', 'special.jsonl', 'spm.vocab'):
         (source/name).parent.mkdir(exist_ok=True)
         (source/name).write_text(f'of {name}')
-        assert any(fnmatch(name, pattern) for pattern in HUB_FILES) # so the Hub's files are the same
+        assert any(fnmatch(name, pattern) for pattern in _HUB_FILES) # so the Hub's files are the same
     (source/'keys.pem').write_text('no loader needs it')
     c = Checkpoint(source)
     convert(c, uniform(c, 4), tmp_path/'out')
@@ -161,7 +161,7 @@ def test_templates_of_vision_models_run_in_the_sandbox(where, tmp_path):
 
 def test_templates_of_text_models_run_in_the_sandbox(tmp_path):
     from jinja2.exceptions import SecurityError
-    folder = shutil.copytree(demo(), tmp_path/'m')
+    folder = shutil.copytree(_demo(), tmp_path/'m')
     (folder/'chat_template.jinja').write_text(ESCAPE.replace('MARK', str(tmp_path/'mark')))
     with pytest.raises(SecurityError): Checkpoint(folder).tokenizer.apply_chat_template([dict(role='user', content='Hi')])
     assert not (tmp_path/'mark').exists()
@@ -170,7 +170,7 @@ def test_templates_of_text_models_run_in_the_sandbox(tmp_path):
 def test_links_out_of_the_model_are_refused(command, tmp_path):
     (tmp_path/'secret.txt').write_text('a key')
     for name, target in (('keys.txt', '../secret.txt'), ('additional_chat_templates', '..'), ('tokenizer.model', 'hop')):
-        folder = shutil.copytree(demo(), tmp_path/'m')
+        folder = shutil.copytree(_demo(), tmp_path/'m')
         (folder/name).symlink_to(target)
         if target == 'hop': (folder/'hop').symlink_to(tmp_path/'nowhere'/'yet')
         line = refused(command, folder, tmp_path/'out')
@@ -182,7 +182,7 @@ def test_links_inside_are_followed(tmp_path):
     hub = tmp_path/'models--a--b'
     folder, blobs = hub/'snapshots'/'0123', hub/'blobs'
     blobs.mkdir(parents=True), folder.mkdir(parents=True)
-    for f in demo().iterdir():
+    for f in _demo().iterdir():
         if f.is_dir(): continue
         shutil.copy(f, blobs/f.name)
         (folder/f.name).symlink_to(f'../../blobs/{f.name}')

@@ -9,13 +9,13 @@ import pytest
 
 from optiq.formats import parse_format
 from optiq.plan import uniform
-from optiq.kv.cache import MixedKVCache, attend, attend_dense, attend_packed, cache_of, use_kv_config
+from optiq.kv.cache import MixedKVCache, _attend, _attend_dense, _attend_packed, cache_of, use_kv_config
 from optiq.kv.config import STATISTICS, kv_config
 from optiq.kv.layout import kv_layout, own_caches
 from optiq.kv.precondition import KeyPrecondition, load_preconditions, save_preconditions, turned
 from optiq.kv.rotated import BatchTurboQuantKVCache, TurboQuantKVCache, TurboQuantStateCache, turbo_cache
 from optiq.kv.rotated import use_turbo_cache
-from optiq.turboquant import round_trip
+from optiq.turboquant import _round_trip
 
 def small_model(head_dim=64, heads=4, kv_heads=2, layers=2, seed=0):
     "A random Llama whose predictions vary"
@@ -50,12 +50,12 @@ def filled(D=64, Dv=None, tokens=40, heads=2, seed=0, **options):
 def test_attention_equals_attention_with_the_simulated_keys_and_values(D, bits):
     p = precondition(D=D)
     c, k, v, (sk, sv) = filled(D, key_bits=bits[0], value_bits=bits[1], precondition=p)
-    kk, vv = round_trip(k, bits[0], to=p.keys, back=p.undo), round_trip(v, bits[1])
+    kk, vv = _round_trip(k, bits[0], to=p.keys, back=p.undo), _round_trip(v, bits[1])
     for L in (1, 3, 40):
         q = mx.random.normal((1, 6, L, D), key=mx.random.key(L))
         mask = None if L == 1 else 'causal'
         want = mx.fast.scaled_dot_product_attention(q, kk, vv, scale=D**-.5, mask=mask)
-        assert abs(attend(q, sk, sv, scale=D**-.5, mask=mask)-want).max() < 2e-4
+        assert abs(_attend(q, sk, sv, scale=D**-.5, mask=mask)-want).max() < 2e-4
 
 @pytest.mark.parametrize('dtype, most', [(mx.float16, 2e-3), (mx.bfloat16, .01)])
 @pytest.mark.parametrize('bits', [2, 4, 8])
@@ -65,7 +65,7 @@ def test_half_precision(dtype, most, bits):
     q = mx.array(r.standard_normal((1, 4, 1, 128))).astype(dtype)
     def out(*qkv):
         q, k, v = qkv
-        got = attend(q, *TurboQuantKVCache(128, bits).update_and_fetch(k, v), scale=.1)
+        got = _attend(q, *TurboQuantKVCache(128, bits).update_and_fetch(k, v), scale=.1)
         assert got.dtype == q.dtype
         return np.array(got.astype(mx.float32))
     exact = out(*(x.astype(mx.float32) for x in (q, k, v)))
@@ -79,16 +79,16 @@ def test_both_roads_with_masks_and_sinks():
     for mask in (None, 'causal', allowed, mx.where(allowed, 0., -1e9)):
         for s in (None, sinks):
             turned_q = sk.codec.turn(q)
-            a, b = (f(turned_q, sk, sv, .125, mask, s) for f in (attend_packed, attend_dense))
+            a, b = (f(turned_q, sk, sv, .125, mask, s) for f in (_attend_packed, _attend_dense))
             assert abs(a-b).max() < 1e-4
 
 def test_spare_room_is_never_seen():
     c, k, v, (sk, sv) = filled(tokens=40)
     assert c.keys[0].shape[2] == 256
     q = mx.random.normal((1, 4, 1, 64))
-    before = attend(q, sk, sv, scale=.125)
+    before = _attend(q, sk, sv, scale=.125)
     c.keys[0][:, :, 40:], c.keys[1][:, :, 40:], c.values[1][:, :, 40:] = 2**32-1, 1e4, 1e4
-    assert mx.array_equal(attend(q, *c.keys_and_values(), scale=.125), before)
+    assert mx.array_equal(_attend(q, *c.keys_and_values(), scale=.125), before)
 
 # the model
 
@@ -249,7 +249,7 @@ def step(c, seed, tokens=1):
     "What attention, or the recurrence, gets from a cache after some more tokens"
     r = np.random.default_rng(seed)
     k, v, q = (mx.array(r.standard_normal((1, 2, tokens, 64)).astype(np.float32)) for _ in 'kvq')
-    if not isinstance(c, TurboQuantStateCache): return attend(q, *c.update_and_fetch(k, v), scale=.1, mask='causal' if tokens > 1 else None)
+    if not isinstance(c, TurboQuantStateCache): return _attend(q, *c.update_and_fetch(k, v), scale=.1, mask='causal' if tokens > 1 else None)
     c[0], c[1] = q[:, :, -1:], k[:, :, -1:]+(0 if c[1] is None else c[1])
     return c[1]
 
@@ -303,7 +303,7 @@ def test_attention_does_not_see_the_preconditioner():
     for p in (None, precondition()):
         c, k, v, (sk, sv) = filled(bits=8, precondition=p)
         q = mx.random.normal((1, 4, 1, 64), key=mx.random.key(2))
-        far.append(abs(attend(q, sk, sv, scale=.125)-mx.fast.scaled_dot_product_attention(q, k, v, scale=.125)).max().item())
+        far.append(abs(_attend(q, sk, sv, scale=.125)-mx.fast.scaled_dot_product_attention(q, k, v, scale=.125)).max().item())
     assert max(far) < .02
 
 def test_it_repairs_a_bias_and_uneven_channels():
@@ -314,7 +314,7 @@ def test_it_repairs_a_bias_and_uneven_channels():
     keys = mx.array(k[:100].swapaxes(0, 1)[None].astype(np.float32))
     scores = lambda k: np.einsum('qhd,hkd->hqk', q[:100, ::2], np.array(k)[0])
     def off(**steps):
-        e = scores(round_trip(keys, 3, **steps))-scores(keys)
+        e = scores(_round_trip(keys, 3, **steps))-scores(keys)
         return (e-e.mean(-1, keepdims=True)).std() # what softmax sees
     plain, mean, both = off(), off(to=centred.keys, back=centred.undo), off(to=p.keys, back=p.undo)
     assert mean < .3*plain and both < .8*mean
@@ -344,15 +344,15 @@ def test_wrong_head_dim():
 def test_zero_vectors():
     c = TurboQuantKVCache(64)
     sk, sv = c.update_and_fetch(mx.zeros((1, 1, 3, 64)), mx.zeros((1, 1, 3, 64)))
-    assert abs(attend(mx.ones((1, 2, 1, 64)), sk, sv, scale=1.)).max() == 0
+    assert abs(_attend(mx.ones((1, 2, 1, 64)), sk, sv, scale=1.)).max() == 0
 
 @pytest.mark.parametrize('D', [64, 80])
 def test_a_plain_mixed_cache_takes_rotated_formats(D):
     from optiq.kv.cache import MixedKVCache
     r = np.random.default_rng(0)
     k, v, q = (mx.array(r.standard_normal((1, 2, 30, D)).astype(np.float32)) for _ in 'kvq')
-    got = attend(q[:, :, :1], *MixedKVCache('tq4', 'tq3').update_and_fetch(k, v), scale=.1)
-    want = mx.fast.scaled_dot_product_attention(q[:, :, :1], round_trip(k, 4), round_trip(v, 3), scale=.1)
+    got = _attend(q[:, :, :1], *MixedKVCache('tq4', 'tq3').update_and_fetch(k, v), scale=.1)
+    want = mx.fast.scaled_dot_product_attention(q[:, :, :1], _round_trip(k, 4), _round_trip(v, 3), scale=.1)
     assert abs(got-want).max() < 2e-4
 
 # the recurrent state
@@ -390,7 +390,7 @@ def test_no_product_with_a_single_group(D, monkeypatch):
     pairs = ('tq4', 'tq3'), ('4g32', '4g32'), (f'4g{D}', '8g32')
     caches = [kv_cache.cache_of(*map(kv_cache.parse_format, pair)) for pair in pairs]
     for c in caches: c.update_and_fetch(k, v[:, :, :40])
-    def out(): return [attend(q, *c.keys_and_values(), scale=.1) for c in caches]
+    def out(): return [_attend(q, *c.keys_and_values(), scale=.1) for c in caches]
     want, before = out(), mx.quantized_matmul
     def checked(x, w, scales, biases, transpose, **how):
         assert not transpose or scales.shape[-1] > 1

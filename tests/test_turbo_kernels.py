@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import optiq.kv.kernels as tk
-from optiq.kv.cache import attend
+from optiq.kv.cache import _attend
 from optiq.kv.precondition import KeyPrecondition, turned
 from optiq.kv.rotated import TurboQuantKVCache
-from optiq.turboquant import unpack_words
+from optiq.turboquant import _unpack_words
 
 CPU = r'''
 #include <barrier>
@@ -97,28 +97,28 @@ def test_kernels_do_what_the_composed_form_does(B, D, G, N, kb, vb, T, on_cpu, m
     k, v = (mx.array(r.standard_normal((B, G, T, D)).astype(np.float32)) for _ in 'kv')
     q = mx.array(r.standard_normal((B, G*N, 1, D)).astype(np.float32))
     def run(fused):
-        monkeypatch.setattr(tk, 'FUSED', fused)
+        monkeypatch.setattr(tk, '_FUSED', fused)
         c = TurboQuantKVCache.of(turned(f'tq{kb}', 42, statistics(np.random.default_rng(0), G, D)),
                                  turned(f'tq{vb}', 7, statistics(np.random.default_rng(1), G, D, 0) if N > 1 else None))
         if T > 1: c.update_and_fetch(k[:, :, :-1], v[:, :, :-1])
-        return c, attend(q, *c.update_and_fetch(k[:, :, -1:], v[:, :, -1:]), scale=D**-.5)
+        return c, _attend(q, *c.update_and_fetch(k[:, :, -1:], v[:, :, -1:]), scale=D**-.5)
     (a, x), (b, y) = run(True), run(False)
     assert [n.split('_')[1] for n in on_cpu] == ['encode', 'partial', 'merge']
     assert abs(x-y).max() < 1e-4*max(1, abs(y).max().item())
     for p, o, bits in ((a.keys, b.keys, kb), (a.values, b.values, vb)):
-        assert (unpack_words(np.array(p[0][:, :, T-1]), bits) == unpack_words(np.array(o[0][:, :, T-1]), bits)).mean() > .98
+        assert (_unpack_words(np.array(p[0][:, :, T-1]), bits) == _unpack_words(np.array(o[0][:, :, T-1]), bits)).mean() > .98
         assert abs(np.array(p[1])/np.maximum(np.array(o[1]), 1e-6)-1)[:, :, T-1].max() < .01
 
 def test_long_stretches(on_cpu, monkeypatch):
-    monkeypatch.setattr(tk, 'STRETCHES', ((0, 128), (256, 512)))
-    monkeypatch.setattr(tk, 'FUSED', True)
+    monkeypatch.setattr(tk, '_STRETCHES', ((0, 128), (256, 512)))
+    monkeypatch.setattr(tk, '_FUSED', True)
     c, (k, v, q) = TurboQuantKVCache(64, 2), mx.random.normal((3, 1, 1, 600, 64))
-    got = attend(q[:, :, :1], *c.update_and_fetch(k, v), scale=.125)
-    monkeypatch.setattr(tk, 'FUSED', False)
-    assert abs(got-attend(q[:, :, :1], *c.keys_and_values(), scale=.125)).max() < 1e-4 and '_512' in on_cpu[0]
+    got = _attend(q[:, :, :1], *c.update_and_fetch(k, v), scale=.125)
+    monkeypatch.setattr(tk, '_FUSED', False)
+    assert abs(got-_attend(q[:, :, :1], *c.keys_and_values(), scale=.125)).max() < 1e-4 and '_512' in on_cpu[0]
 
 @pytest.mark.parametrize('D, G, H', [(80, 1, 4), (128, 1, 16), (256, 1, 8)])
 def test_heads_that_the_kernels_are_not_made_for(D, G, H, monkeypatch):
-    monkeypatch.setattr(tk, 'FUSED', True)
+    monkeypatch.setattr(tk, '_FUSED', True)
     monkeypatch.setattr(mx, 'default_device', lambda: mx.gpu)
     assert not tk.kernels_fit(D, G, H) and tk.kernels_fit(128, G, 8)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from optiq.formats import Format, nbytes, parse_format, quantize_dequantize
-from optiq.turboquant import PANTER_DITE, Rotation, STEPS, TurboQuantMSE, TurboQuantProd, TurboQuantSplit
-from optiq.turboquant import cell_moments, codebook, density, distortion, encode_rotated, mass, moment, nearest_codes
-from optiq.turboquant import pack_words, padded, rotate, rotation_matrix, round_trip, unpack_words
+from optiq.turboquant import _PANTER_DITE, Rotation, STEPS, TurboQuantMSE, TurboQuantProd, TurboQuantSplit
+from optiq.turboquant import _cell_moments, codebook, _density, distortion, encode_rotated, _mass, _moment, _nearest_codes
+from optiq.turboquant import pack_words, padded, _rotate, rotation_matrix, _round_trip, _unpack_words
 
 D_MSE = {64: [.358387, .114526, .033391, .009132, .002399, .000616, .000156, .000039],
          96: [.360056, .115508, .033773, .009253, .002434, .000625, .000159, .000040],
@@ -28,11 +28,11 @@ def error(q, x): return float(((x-q.dequantize(*q.quantize(x)))**2).sum(-1).mean
 @pytest.mark.parametrize('d', [3, 4, 5, 64, 127, 1536])
 def test_mass_and_moment_are_integrals_of_the_density(d):
     x = np.linspace(-1, 1, 400001)
-    f = density(x, d)
+    f = _density(x, d)
     steps = (f[1:]+f[:-1])/2*np.diff(x)
     assert abs(np.cumsum(steps)[-1]-1) < 1e-5
-    assert abs(np.cumsum(steps)[300000]-(mass(x[300001], d)-mass(-1, d))) < 1e-5
-    assert abs((steps*(x[1:]+x[:-1])/2)[:150000].sum()-(moment(x[150000], d)-moment(-1, d))) < 1e-5
+    assert abs(np.cumsum(steps)[300000]-(_mass(x[300001], d)-_mass(-1, d))) < 1e-5
+    assert abs((steps*(x[1:]+x[:-1])/2)[:150000].sum()-(_moment(x[150000], d)-_moment(-1, d))) < 1e-5
 
 # T1
 
@@ -40,12 +40,12 @@ def test_mass_and_moment_are_integrals_of_the_density(d):
 def test_code_books_have_the_exact_constants(d):
     for b in range(1, 9):
         c = codebook(d, b)
-        p, m = cell_moments(c, d)
+        p, m = _cell_moments(c, d)
         assert abs(c+c[::-1]).max() < 1e-7
         assert abs(m/p-c).max() < 1e-6*abs(c).max() # each point is the mean of its cell
         D = distortion(c, d)
         assert abs(D-D_MSE[d][b-1]) <= 1e-3*D+5e-7 # the table has six decimals
-        assert 4.**-b < D < PANTER_DITE*4.**-b
+        assert 4.**-b < D < _PANTER_DITE*4.**-b
     scaled = [4**b*distortion(codebook(d, b), d) for b in range(1, 9)]
     assert scaled == sorted(scaled)
 
@@ -246,9 +246,9 @@ def test_codes_are_those_of_the_nearest_point(bits):
     import torch
     c, y = codebook(64, bits), unit(40, 64)
     naive = np.abs(y[..., None].astype(np.float64)-c).argmin(-1)
-    assert (nearest_codes(y, c) == naive).mean() > .9999
-    assert (nearest_codes(torch.tensor(y), c).numpy() == nearest_codes(y, c)).all()
-    assert (np.array(nearest_codes(mx.array(y), c)) == nearest_codes(y, c)).all()
+    assert (_nearest_codes(y, c) == naive).mean() > .9999
+    assert (_nearest_codes(torch.tensor(y), c).numpy() == _nearest_codes(y, c)).all()
+    assert (np.array(_nearest_codes(mx.array(y), c)) == _nearest_codes(y, c)).all()
 
 @pytest.mark.parametrize('bits', [1, 2, 3, 4, 5, 6, 8])
 def test_packing_is_that_of_mlx(bits):
@@ -263,7 +263,7 @@ def test_packing_is_that_of_mlx(bits):
 @given(st.integers(1, 8), st.integers(1, 4), st.integers(0, 2**32-1))
 def test_packing_round_trip(bits, words, seed):
     codes = np.random.default_rng(seed).integers(0, 2**bits, (2, 32*words)).astype(np.uint8)
-    assert pack_words(codes, bits).shape == (2, words*bits) and (unpack_words(pack_words(codes, bits), bits) == codes).all()
+    assert pack_words(codes, bits).shape == (2, words*bits) and (_unpack_words(pack_words(codes, bits), bits) == codes).all()
 
 # every library, every width
 
@@ -310,16 +310,16 @@ def test_round_trip_of_the_format(bits, least):
 
 @pytest.mark.parametrize('bits, gain', [(2, .999), (3, .98), (4, .93), (6, .9)])
 def test_a_step_for_each_vector(bits, gain):
-    from optiq.turboquant import decode_rotated, encode_rotated, rotate
-    y = rotate(unit(1000, 128), 42)
-    one, best = ((((y-decode_rotated(*encode_rotated(y, bits, steps), bits))**2).sum(1)) for steps in ((1,), STEPS))
+    from optiq.turboquant import _decode_rotated, encode_rotated, _rotate
+    y = _rotate(unit(1000, 128), 42)
+    one, best = ((((y-_decode_rotated(*encode_rotated(y, bits, steps), bits))**2).sum(1)) for steps in ((1,), STEPS))
     assert best.mean() < gain*one.mean() and (best < one*1.001+1e-6).mean() > .99
 
 @pytest.mark.parametrize('d', [64, 80, 96, 112, 128, 192, 256, 576])
 @pytest.mark.parametrize('bits', [2, 3, 4, 5, 6, 8])
 def test_bytes_of_the_format(d, bits):
     import mlx.core as mx
-    codes, scales = encode_rotated(rotate(mx.array(unit(7, d)), 42), bits)
+    codes, scales = encode_rotated(_rotate(mx.array(unit(7, d)), 42), bits)
     assert pack_words(codes, bits).nbytes+scales.nbytes == nbytes(Format(bits, None, 'tq'), (7, d))
     if d % 32 == 0: assert nbytes(Format(bits, None, 'tq'), (1, d)) == bits*d//8+2
 
@@ -332,4 +332,4 @@ def test_formats_that_are_none(name):
 @example(8, 80, 1e-3, 0)
 def test_scaling_a_vector_scales_what_comes_back(bits, d, factor, seed):
     x = unit(2, d, seed)
-    assert np.allclose(round_trip(x*np.float32(factor), bits), factor*round_trip(x, bits), rtol=5e-3, atol=1e-3*factor)
+    assert np.allclose(_round_trip(x*np.float32(factor), bits), factor*_round_trip(x, bits), rtol=5e-3, atol=1e-3*factor)

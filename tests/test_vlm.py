@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optiq.material.diagrams import LAYOUTS, diagram, diagrams, prompt
+from optiq.material.diagrams import _LAYOUTS, _diagram, diagrams, prompt
 from optiq.models import Checkpoint
 
 FOLDER = Path(__file__).parents[1]/'models'/'witness'
@@ -133,14 +133,14 @@ def test_coco(blind, monkeypatch):
     import datasets
     from PIL import Image
     from optiq.material.problems import is_test
-    from optiq.families.vision import from_coco, samples
+    from optiq.families.vision import _from_coco, samples
     class Stored(list): # what `load_dataset` gives, as far as it is used
         def __getitem__(self, i): return [r[i] for r in self] if isinstance(i, str) else list.__getitem__(self, i)
     image = Image.new('RGB', (64, 48), 'red')
     rows = Stored(dict(image=image, file_name=f'{i:012}.jpg', answer=[f' A picture, {i}.', 'Red']) for i in range(60))
     def load_dataset(name, split): return dict(val=rows)[split] if name == 'lmms-lab/COCO-Caption2017' else None
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-    sides = {side: {r['answer'] for r in from_coco(60, side, 1)} for side in ('train', 'test')}
+    sides = {side: {r['answer'] for r in _from_coco(60, side, 1)} for side in ('train', 'test')}
     assert sides['test'] == {f'A picture, {i}.' for i in range(60) if is_test(f'{i:012}.jpg')} and sides['test']
     assert not sides['train'] & sides['test'] and len(sides['train'] | sides['test']) == 60
     one, = samples(blind, 'coco', 1)
@@ -190,9 +190,9 @@ def test_answers_are_kept_and_gone_on_with(blind, tmp_path):
 def test_every_layout_keeps_its_promises():
     import random
     r = random.Random(0)
-    for layout in LAYOUTS:
+    for layout in _LAYOUTS:
         for _ in range(30):
-            d = diagram(r, layout)
+            d = _diagram(r, layout)
             labels = [n.label for n in d.nodes]
             assert 3 <= len(set(labels)) == len(labels) <= 6 and all({a, b} <= set(labels) for a, b in d.arrows)
             degree = {x: sum(a == x for a, _ in d.arrows) for x in labels}

@@ -43,8 +43,8 @@ def make_tokenizer(
         pre_tokenizers.Split(Regex(r"[0-9]| ?[A-Za-z_]+| ?[^\sA-Za-z_0-9]+|\n+| +(?! )| +|\s"), 'isolated'),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
-    texts = [*islice(tasks.training_text(seed), n), *tasks.prose()]
-    texts += [' '.join(f' {w}' for w in [*tasks.ADJECTIVES, *tasks.NOUNS, *tasks.NAMES])]*20 # whole words for keys and names
+    texts = [*islice(tasks._training_text(seed), n), *tasks._prose()]
+    texts += [' '.join(f' {w}' for w in [*tasks.ADJECTIVES, *tasks.NOUNS, *tasks._NAMES])]*20 # whole words for keys and names
     tok.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return tok
@@ -403,7 +403,7 @@ def score(model, tok, args):
         lo, hi = wilson(k, len(rows))
         out[name] = dict(right=k, n=len(rows), score=round(k/len(rows), 4), low=round(lo, 4), high=round(hi, 4))
         if name == 'problems': out['detail'] = [(r, texts[id(r)], ok) for r, ok in zip(rows, right)]
-    out['prose perplexity'] = round(perplexity(model, tok, tasks.prose('test')[:args.n_prose]), 3)
+    out['prose perplexity'] = round(perplexity(model, tok, tasks._prose('test')[:args.n_prose]), 3)
     return out
 
 def table(witness):
@@ -418,7 +418,7 @@ def table(witness):
 
 def make(args, lengths):
     "Data, tokenizer, training, checkpoint"
-    log(f'{len(tasks.prose())} passages of prose, {sum(map(len, tasks.prose()))/1e6:.2f}M characters')
+    log(f'{len(tasks._prose())} passages of prose, {sum(map(len, tasks._prose()))/1e6:.2f}M characters')
     tok = make_tokenizer(args.seed, 2000 if args.smoke else 15_000, args.vocab)
     log('tokenizer of', tok.get_vocab_size())
     # the processes start before CUDA does; they make the data while the model compiles

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from optiq.material import diagrams as D
-from optiq.material.tiny import END, SPECIAL, TEMPLATE, hub_config
+from optiq.material.tiny import _END, _SPECIAL, _TEMPLATE, hub_config
 
 T0 = time.time()
 def log(*a): print(f'[{time.time()-T0:6.1f}s]', *a, flush=True)
@@ -61,10 +61,10 @@ def make_tokenizer(out):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     r = random.Random('tokenizer')
     texts = [' '.join(f' {c}' for c in D.LETTERS)]*50
-    texts += [f'{q}\n{a}' for _ in range(600) for q, a in tasks_of(r, D.diagram(r))] + ['user\nassistant\n']*50
+    texts += [f'{q}\n{a}' for _ in range(600) for q, a in tasks_of(r, D._diagram(r))] + ['user\nassistant\n']*50
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=512, special_tokens=SPECIAL, show_progress=False,
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=512, special_tokens=_SPECIAL, show_progress=False,
                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tok.save(str(out/'tokenizer.json'))
     return tok
@@ -105,7 +105,7 @@ def worker(k, tok_json, length, n, folder, queue):
     while True:
         drawn, turns, known = [], [], []
         while len(drawn) < n:
-            d = D.diagram(r)
+            d = D._diagram(r)
             if D.fits(d, 'train'): drawn.append(pixels(d)); known.append(facts(d)); turns += tasks_of(r, d)
         path = f'{folder}/{k}-{i}'
         np.stack(drawn).tofile(path)
@@ -333,11 +333,11 @@ def save(model, config, out):
     write('model.safetensors.index.json', dict(metadata=dict(total_size=sum(t.nbytes for p in parts for t in p.values())),
                                                weight_map={k: n for n, p in zip(names, parts) for k in p}))
     write('config.json', config)
-    write('generation_config.json', END | dict(do_sample=False))
+    write('generation_config.json', _END | dict(do_sample=False))
     write('preprocessor_config.json', IMAGES)
     video = {k: v for k, v in IMAGES.items() if k != 'image_processor_type'}
     write('video_preprocessor_config.json', video | dict(video_processor_type='Qwen3VLVideoProcessor'))
-    write('tokenizer_config.json', dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=4096, chat_template=TEMPLATE,
+    write('tokenizer_config.json', dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=4096, chat_template=_TEMPLATE,
                                         eos_token='<|im_end|>', pad_token='<|endoftext|>', clean_up_tokenization_spaces=False))
 
 def main():

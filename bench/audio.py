@@ -8,7 +8,7 @@
 `sweep`     KL that quantizing each tensor alone causes (min-max), per clip: the decoder at 3, 4 and 5 bits, the encoder at 4
 `optiq`     at no more bytes than uniform 4 bits, cross-validated: formats chosen and codes rounded (gptq) on some clips,
             scored on the others, in turn. The KL at 4 bits is carried to other formats by the squared error weighted with the
-            inputs, to which it is proportional where errors are small. The decoder is rounded on synthesised speech as well:
+            inputs, to which it is proportional where _errors are small. The decoder is rounded on synthesised speech as well:
             four clips have a hundred tokens, fewer than a matrix has inputs. Nothing is scored on it
 `saved`     one of these models, converted, opened by mlx-audio in a process of its own
 `decoder`   the decoder alone at several sizes, with each rounding, cross-validated likewise
@@ -34,7 +34,7 @@ from optiq.backends.open import open_backend
 from optiq.convert import convert
 from optiq.evals.perplexity import evaluate, overrides_of
 from optiq.report import machine, mean_figure
-from optiq.evals.wer import errors, _wer_figure, write_down
+from optiq.evals.wer import _errors, _wer_figure, write_down
 from optiq.formats import AS_IS, Format, parse_format, quantize_dequantize
 from optiq.knapsack import allocate
 from optiq.plan import make_plan
@@ -58,7 +58,7 @@ print(json.dumps([written(f) for f in {files}]))"""
 
 FOUR = Format(4, 64)
 FOLDS = [[0, 5], [1, 3], [2, 4]]
-CARRIED = '3g64 4g128 4g64 4g32 5g128 5g64 6g64 8g64'.split() # errors at 2 bits are not small
+CARRIED = '3g64 4g128 4g64 4g32 5g128 5g64 6g64 8g64'.split() # _errors at 2 bits are not small
 
 def heard_by_transformers(folder, heard):
     "Greedy transcripts of transformers"
@@ -77,7 +77,7 @@ def figures(done, kl=None):
     "Word error rate, KL and what was written"
     w = _wer_figure(done)
     out = {k: v for k, v in w.items() if k.startswith('wer')} | dict(
-        errors=sum(map(errors, done)), words=sum(r['words'] for r in done), written=[r['response'] for r in done])
+        errors=sum(map(_errors, done)), words=sum(r['words'] for r in done), written=[r['response'] for r in done])
     if kl is None: return out
     k = mean_figure('kl', kl)
     return out | {n: v for n, v in k.items() if n.startswith('kl')} | dict(kl_by_clip=[float(f'{v:.5g}') for v in kl])
@@ -144,8 +144,8 @@ class Bench:
             found[u.path] = {f: float(f'{x/e[str(FOUR)]:.4g}') for f, x in e.items()}
         return found
 
-    def carried(self, kl, errors): # both by path ▸ Sweep
-        values = {(p, parse_format(f)): np.array(kl[p])*e for p, found in errors.items() for f, e in found.items()}
+    def carried(self, kl, _errors): # both by path ▸ Sweep
+        values = {(p, parse_format(f)): np.array(kl[p])*e for p, found in _errors.items() for f, e in found.items()}
         return Sweep(self.c.units, [parse_format(f) for f in CARRIED], values,
                      dict(model=self.c.name, params=self.c.params, other_bytes=self.c.other_bytes))
 
@@ -165,12 +165,12 @@ class Bench:
 
     def learned(self, held): # Sweep, (clips, spoken)
         learn = [i for i in range(len(self.heard)) if i not in held]
-        errors, key, mine = self.found.get('errors', {}), ' '.join(map(str, learn)), [self.samples[i] for i in learn]
-        if key not in errors:
-            errors[key] = self.errors_of(Statistics(self.b, mine, whole=False))
-            self.save('errors', errors)
+        _errors, key, mine = self.found.get('errors', {}), ' '.join(map(str, learn)), [self.samples[i] for i in learn]
+        if key not in _errors:
+            _errors[key] = self.errors_of(Statistics(self.b, mine, whole=False))
+            self.save('errors', _errors)
         kl = {r['unit']: np.array(r['kl'])[learn] for r in self.found['sweep']['rows'] if r['format'] == str(FOUR)}
-        return self.carried(kl, errors[key]), (mine, self.spoken)
+        return self.carried(kl, _errors[key]), (mine, self.spoken)
 
     def optiq(self, cap, encoder): # at the bytes of uniform 4 bits in which scope; whether the encoder may change
         name, parts = 'optiq, gptq'+', encoder too'*(encoder and cap == 'decoder'), self.found.get('folds', [])

@@ -28,7 +28,7 @@ from optiq.report import machine, score_row
 from optiq.formats import AS_IS, Format, divides, parse_format, quantize_dequantize
 from optiq.knapsack import allocate, pose
 from optiq.plan import uniform
-from optiq.kv.cache import MixedKVCache, _attend, mixed_bytes, memory_table
+from optiq.kv.cache import MixedKVCache, _attend, _mixed_bytes, memory_table
 from optiq.kv.config import kv_config, read_kv_config
 from optiq.kv.layout import kv_layout, own_caches
 from optiq.kv.sweep import configurations, _helped, joint_plan, kv_sweep
@@ -197,7 +197,7 @@ def peak(args):
                 after, held = mx.get_peak_memory()-before, sum(c.nbytes for c in caches)
                 del caches
             pair = None if kind == 'dense' else tuple(map(parse_format, kind.split('/')))
-            predicted = mixed_bytes(layout, {l.index: pair for l in layout.layers} if pair else {}, args.long)
+            predicted = _mixed_bytes(layout, {l.index: pair for l in layout.layers} if pair else {}, args.long)
             kinds[kind] = dict(peak_mb=after/2**20, cache_mb=held/2**20, predicted_mb=predicted/2**20)
             print(kind, kinds[kind], flush=True)
     return dict(tokens=args.long, chunk=args.chunk if GPU else 512, kinds=kinds)

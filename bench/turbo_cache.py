@@ -98,12 +98,12 @@ def cache_kinds(model):
 def road(kind):
     "The road of attention that a kind of cache takes"
     from optiq.kv import cache, kernels
-    before = cache._MANY, cache.PART, kernels._FUSED
+    before = cache._MANY, cache._PART, kernels._FUSED
     if 'dequantized' in kind: cache._MANY = 1
-    if 'one part' in kind: cache.PART = 0
+    if 'one part' in kind: cache._PART = 0
     if 'composed' in kind: kernels._FUSED = False
     try: yield
-    finally: cache._MANY, cache.PART, kernels._FUSED = before
+    finally: cache._MANY, cache._PART, kernels._FUSED = before
 
 def filled(model, shape, make, T, chunk=4096):
     "Caches of T tokens of random keys and values: a step's time does not depend on which"

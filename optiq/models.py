@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT_FILES', 'LOADERS', 'ORDER', 'find_model', 'check_untrusted', 'read_header', 'Unit', 'read_units', 'blocks_path',
-           'block_lists', 'find_units', 'cannot_open', 'ModelFolder', 'Checkpoint', 'check_two_heads']
+           'find_units', 'cannot_open', 'ModelFolder', 'Checkpoint', 'check_two_heads']
 
 # %% ../nbs/01_models.ipynb #51be52fc
 import hashlib
@@ -313,7 +313,7 @@ def blocks_path(
     raise ValueError(f'{type(model).__module__} keeps its blocks where they cannot be replayed')
 
 # %% ../nbs/01_models.ipynb #1d409124
-def block_lists(
+def _block_lists(
     model, # mlx-vlm or mlx-audio model
 ) -> dict: # path ▸ number of blocks
     "The lists that hold a model's blocks, in the order in which it makes them, and so runs them"
@@ -563,7 +563,7 @@ class _Listing:
         model, # its weights may be lazy
         model_type: str = 'llm', # a key of `LOADERS`
     ):
-        self.blocks = {blocks_path(model): len(model.layers)} if model_type == 'llm' else block_lists(model)
+        self.blocks = {blocks_path(model): len(model.layers)} if model_type == 'llm' else _block_lists(model)
         self.units, self.n_blocks = find_units(model, self.blocks, model_type), sum(self.blocks.values())
         self.tied = not any(u.kind == 'lm_head' for u in self.units)
         self.formats = {p: _stored_format(m) for p, m in model.named_modules() if p in self.unit}

@@ -61,7 +61,7 @@ if __name__ == '__main__':
     beartype_package('optiq', conf=BeartypeConf(violation_type=Wrong, is_pep484_tower=True))
     remember_grids()
     from optiq import pipeline
-    pipeline.LEARNED = 2
+    pipeline._LEARNED = 2
     found, folder = [], Path(sys.argv[1])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('ignore')

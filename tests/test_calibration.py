@@ -14,7 +14,7 @@ from optiq.evals.needle import _pairs_of
 from optiq.evals.perplexity import evaluate, overrides_of
 from optiq.score import text_tokens
 from optiq.formats import Format
-from optiq.measure.gradient import second_order
+from optiq.measure.gradient import _second_order
 from optiq.plan import uniform
 from optiq.models import Checkpoint
 from optiq.measure.kl import kl_divergence, perturb, probes
@@ -119,13 +119,13 @@ def test_what_is_predicted_before_all_text_is_scored_nowhere(greeted, tmp_path):
 def test_the_gradient_does_not_see_it_either(greeted, monkeypatch):
     b, tokens = greeted
     todo = probes(b.checkpoint.units, [Format(3)])[1:4]
-    want = second_order(b, tokens, todo)
+    want = _second_order(b, tokens, todo)
     if b.name == 'torch':
         logits = b.logits
         monkeypatch.setattr(b, 'logits', lambda batch: b.xp.cat([0*logits(batch)[:, :1], logits(batch)[:, 1:]], 1))
-        assert second_order(b, tokens, todo) == want
+        assert _second_order(b, tokens, todo) == want
     monkeypatch.setattr('optiq.measure.gradient.unscored', lambda c, tokens: 0)
-    assert second_order(b, tokens, todo) != want
+    assert _second_order(b, tokens, todo) != want
 
 def test_prompts_have_it_and_answers_have_not(greeted):
     t = greeted[0].checkpoint.tokenizer

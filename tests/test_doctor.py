@@ -19,24 +19,24 @@ def test_json_names_what_to_do():
     assert all(f['remedy'] for f in d['findings'] if f['state'] != 'ok')
 
 def test_what_is_missing(monkeypatch):
-    monkeypatch.setattr(doctor, 'installed', lambda name: None if name in ('torch', 'mlx-lm') else '1.0')
-    found = doctor.Diagnosis(doctor.versions())
+    monkeypatch.setattr(doctor, '_installed', lambda name: None if name in ('torch', 'mlx-lm') else '1.0')
+    found = doctor._Diagnosis(doctor._versions())
     assert finding(found, 'torch').state == 'note' and 'optiq[convert]' in finding(found, 'torch').remedy
     assert finding(found, 'mlx-lm').state == 'bad' and not found.ok
     assert '✗' in found._repr_html_()
 
 def test_exit_status_tells_what_is_broken(monkeypatch):
-    monkeypatch.setattr(doctor, 'doctor', lambda timeout: doctor.Diagnosis([doctor.Finding('mlx', 'missing', 'bad', 'install it')]))
+    monkeypatch.setattr(doctor, 'doctor', lambda timeout: doctor._Diagnosis([doctor._Finding('mlx', 'missing', 'bad', 'install it')]))
     assert CliRunner().invoke(main, ['doctor']).exit_code == 1
 
 def test_hub_is_left_alone_when_offline(monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    assert doctor.hub().value.startswith('not asked')
+    assert doctor._hub().value.startswith('not asked')
 
 def test_hub_that_does_not_answer(monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
-    assert doctor.hub(2).state == 'note' and 'HF_ENDPOINT' in doctor.hub(2).remedy
+    assert doctor._hub(2).state == 'note' and 'HF_ENDPOINT' in doctor._hub(2).remedy
 
 def test_hub_that_answers(monkeypatch):
     from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -49,7 +49,7 @@ def test_hub_that_answers(monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(constants, 'ENDPOINT', f'http://127.0.0.1:{server.server_port}')
     monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
-    assert doctor.hub().state == 'ok'
+    assert doctor._hub().state == 'ok'
     server.shutdown()
 
 @pytest.mark.parametrize('line', [['doctor'], ['convert', 'no-such-model']])

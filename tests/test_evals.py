@@ -7,7 +7,7 @@ from optiq.backends.mlx import MLXBackend
 from optiq.backends.torch import TorchBackend
 from optiq.evals.perplexity import evaluate, evaluation_tokens, overrides_of
 from optiq.report import Report, score_row
-from optiq.evals.tasks import Share, answers
+from optiq.evals.tasks import _Share, answers
 from optiq.formats import Format
 from optiq.measure.gradient import agreement, gradient_sweep, screened_sweep
 from optiq.plan import make_plan, uniform
@@ -55,7 +55,7 @@ def test_answers_without_and_with_writing_agree(b):
     assert [a.strip() for a in answers(b, rows)] == [a.strip() for a in answers(b, wrong, new_tokens=60)]
 
 def test_wilson():
-    assert Share(8, 10).interval == pytest.approx((.4902, .9433), abs=1e-4)
+    assert _Share(8, 10).interval == pytest.approx((.4902, .9433), abs=1e-4)
 
 def test_report_and_compare(b, tokens, tmp_path):
     s = evaluate(b, tokens)['reference']

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import CHROMIUM, browser, lab, until
-from optiq.show.explore import Explorer, Planner, _compare, explore, explore_kv, _targets_of
+from optiq.show.explore import Explorer, _Planner, _compare, explore, explore_kv, _targets_of
 from optiq.formats import Format
 from optiq.knapsack import allocate
 from optiq.plan import uniform
@@ -41,7 +41,7 @@ def test_a_step_of_the_slider_is_quick():
 @pytest.mark.parametrize('by', ['nominal bits', 'MB', 'tokens per second'])
 def test_every_kind_of_cap_is_kept(sweep, by):
     target = _targets_of(latency('demo', 'M3 Max', 512))[by]
-    p = Planner(sweep, FORMATS, target)
+    p = _Planner(sweep, FORMATS, target)
     low, high = p.ends
     assert low < high
     for v in np.linspace(low, high, 5):

@@ -186,8 +186,8 @@ def slow(self, *a):
     if left[0] == -1: os.kill(os.getpid(), getattr(signal, sys.argv[2]))
     return rename(self, *a)
 Path.rename = slow
-from optiq.cli import stoppable
-with stoppable(), files.whole_folder('out', overwrite=True) as part: (part/'plan.json').write_text('new')
+from optiq.cli import _stoppable
+with _stoppable(), files.whole_folder('out', overwrite=True) as part: (part/'plan.json').write_text('new')
 '''
 
 @pytest.mark.parametrize('signal', ['SIGKILL', 'SIGTERM', 'SIGINT', 'SIGHUP'])

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from optiq.evals.gsm8k import _SHOTS, extract, first_answer, _prompt_for, questions, _right, score_responses
+from optiq.evals.gsm8k import _SHOTS, _extract, first_answer, _prompt_for, questions, _right, score_responses
 
 HARD = [ # response, the number it gives
     # a #### with a number
@@ -129,7 +129,7 @@ def test_there_are_many_cases(): assert len(HARD) >= 60 and len({r for r, _ in H
 
 @pytest.mark.parametrize('response,want', HARD)
 def test_hard(response, want):
-    assert extract(response) == (None if want is None else Fraction(want))
+    assert _extract(response) == (None if want is None else Fraction(want))
 
 @pytest.mark.parametrize('answer,response,ok', [
     ('so <<9*2=18>>18\n#### 18', '#### 18.0', True), ('#### 70,000', '$70000', True), ('#### 18', '#### 81', False),
@@ -153,14 +153,14 @@ def test_the_sums_of_the_shots_are_right():
     for question, answer in _SHOTS:
         steps = re.findall(r'([\d.]+) ([-+*/]) ([\d.]+) = ([\d.]+)', answer)
         assert steps and all(abs(eval(a+o+b)-float(c)) < 1e-9 for a, o, b, c in steps)
-        assert extract(answer) == Fraction(steps[-1][-1])
+        assert _extract(answer) == Fraction(steps[-1][-1])
 
 def test_gold_answers_are_found(shared):
     rows = questions(shared/'data'/'gsm8k'/'test.jsonl')
     assert len(rows) == 1319
     for r in rows:
         gold = Fraction(r['answer'].rsplit('####', 1)[1].strip().replace(',', ''))
-        assert extract(r['answer']) == gold and _right(r['answer'], r['answer'])
+        assert _extract(r['answer']) == gold and _right(r['answer'], r['answer'])
 
 def test_shots_are_not_in_the_data(shared):
     for part in ('test', 'train'):

@@ -13,7 +13,7 @@ from optiq.backends.torch import TorchBackend
 from optiq.evals.perplexity import overrides_of
 from optiq.formats import Format, parse_format, quantize_dequantize
 from optiq.knapsack import allocate
-from optiq.kv.cache import mixed_bytes, generate_with_mixed_kv, memory_table, mixed_caches, use_kv_config
+from optiq.kv.cache import _mixed_bytes, generate_with_mixed_kv, memory_table, mixed_caches, use_kv_config
 from optiq.kv.config import STATISTICS, kv_config, read_kv_config
 from optiq.kv.layout import KVLayer, KVLayout, kv_layout
 from optiq.kv.precondition import rotates
@@ -21,7 +21,7 @@ from optiq.kv.sweep import at_context, _combine, joint_plan, kv_sweep
 from optiq.material.tiny import tiny
 from optiq.measure.sweep import Sweep
 from optiq.models import Checkpoint
-from optiq.pipeline import Cache, Caps, Job, Texts, optimize
+from optiq.pipeline import Cache, Caps, _Job, Texts, optimize
 from optiq.plan import uniform
 from optiq.sensitivity import kl_sweep
 
@@ -33,7 +33,7 @@ def sweep(backend, tokens): return kv_sweep(backend, tokens, [3, 4, 8], context=
 @pytest.mark.parametrize('dim, advice', [(96, 'groups of 32, such as 4g32'), (80, 'multiple of 32')])
 def test_heads_that_no_candidate_fits_are_told_before_anything_is_measured(dim, advice, tmp_path, monkeypatch):
     model = tiny('qwen3', tmp_path/'m', shape=dict(num_hidden_layers=1, head_dim=dim))
-    monkeypatch.setattr(Job, 'open', None)
+    monkeypatch.setattr(_Job, 'open', None)
     for options in (dict(weights=None), dict(caps=Caps(max_bytes=2**22, context=64))):
         with pytest.raises(ValueError, match=f'cache.0.keys.*{dim} wide.*{advice}'): optimize(str(model), cache=Cache(), **options)
 
@@ -106,7 +106,7 @@ def test_bytes_at_a_context(sweep):
     at = at_context(sweep, 4096)
     plan = allocate(at, max_bytes=uniform(at, 4).nbytes)
     formats = read_kv_config(kv_config(plan, KVLayout(tuple(KVLayer(**l) for l in at.header['layers']), context=4096)))
-    assert mixed_bytes(kv_layout_of(at), formats, 4096) == plan.nbytes <= uniform(at, 4).nbytes
+    assert _mixed_bytes(kv_layout_of(at), formats, 4096) == plan.nbytes <= uniform(at, 4).nbytes
 
 def kv_layout_of(sweep): return KVLayout(tuple(KVLayer(**l) for l in sweep.header['layers']), sweep.header['model'], sweep.header['context'])
 

@@ -15,7 +15,7 @@ from optiq.knapsack import allocate
 from optiq.plan import uniform
 from optiq.chips import Speed, load_chip, measure_plan, save_chip, _stand_in
 from optiq.latency import Speeds, calibrate, compare_speeds, latency, predict_speeds, speed_frontier, _speed_range
-from optiq.roofline import _BANDWIDTH, CHIPS, Chip, Latency, _active_shape, cache_reads, chip_named, _experts_per_token
+from optiq.roofline import _BANDWIDTH, CHIPS, Chip, Latency, _active_shape, _cache_reads, chip_named, _experts_per_token
 from optiq.roofline import _interpolate, reads_of, skeleton
 from optiq.models import Checkpoint, Unit
 from optiq.measure.sweep import Sweep
@@ -70,7 +70,7 @@ def test_the_cache_is_what_a_run_leaves(demo):
     cache = make_prompt_cache(model)
     mx.eval(model(mx.zeros((1, 7), mx.int32), cache=cache))
     kept = sum(x[..., :c.offset, :].nbytes for c in cache for x in c.state[:2])
-    assert cache_reads(model, 7) == kept and cache_reads(model, 0) == 0
+    assert _cache_reads(model, 7) == kept and _cache_reads(model, 0) == 0
 
 def test_a_window_bounds_the_cache_and_a_state_does_not_grow():
     from mlx_lm.models.cache import KVCache, RotatingKVCache
@@ -81,12 +81,12 @@ def test_a_window_bounds_the_cache_and_a_state_does_not_grow():
             x = mx.zeros((1, 2, ids.shape[1], 64), mx.bfloat16)
             cache[0].update_and_fetch(x, x)
     row = 2*2*64*2
-    assert cache_reads(Model(KVCache), 1000) == 1000*row
+    assert _cache_reads(Model(KVCache), 1000) == 1000*row
     window = Model(lambda: RotatingKVCache(max_size=512))
-    assert [cache_reads(window, n) for n in (100, 512, 5000)] == [100*row, 512*row, 512*row]
+    assert [_cache_reads(window, n) for n in (100, 512, 5000)] == [100*row, 512*row, 512*row]
     config = hub_config('qwen3_5')
     hybrid = skeleton(config) # most of its layers keep a state of fixed size
-    assert cache_reads(hybrid, 0) > 0 and cache_reads(hybrid, 2000)-cache_reads(hybrid, 1000) == cache_reads(hybrid, 1000)-cache_reads(hybrid, 0)
+    assert _cache_reads(hybrid, 0) > 0 and _cache_reads(hybrid, 2000)-_cache_reads(hybrid, 1000) == _cache_reads(hybrid, 1000)-_cache_reads(hybrid, 0)
 
 # chips
 

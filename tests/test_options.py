@@ -67,7 +67,7 @@ def optiq(monkeypatch, tmp_path, sweep):
     found = dict(figures=dict(memory=[]), report='', plan='', verified=None, config=dict(layers=[]), weights='', cache='')
     for name in ('choose_weights', 'choose_cache', 'choose_both'): spy(pipeline, name, lambda job: found)
     for where in (pipeline, models, score): spy(where, 'Checkpoint', lambda name, *a: Checkpoint('demo'))
-    spy(pipeline.Job, 'open', lambda job, more: (None, SimpleNamespace(scored=None, about={})))
+    spy(pipeline._Job, 'open', lambda job, more: (None, SimpleNamespace(scored=None, about={})))
     for name in ('find_sweep', 'narrowed'): spy(pipeline, name, lambda *a, **k: sweep)
     for name in ('pareto', 'measured', 'save_curve', 'compare', 'quantizer_of_plans'): spy(pipeline, name)
     spy(sensitivity, 'kl_sweep', lambda *a, **k: sweep)
@@ -100,7 +100,7 @@ def cases() -> list:
         for p in cli.main.commands[base[0]].params:
             if not isinstance(p, click.Option) or {*p.opts, *p.secondary_opts} & {*base}: continue
             for option in [*p.opts[-1:]*(p.default is not True), *p.secondary_opts]: # not what is so anyway
-                value = VALUES.get(option, 'there' if isinstance(p.type, cli.Filled) else '7')
+                value = VALUES.get(option, 'there' if isinstance(p.type, cli._Filled) else '7')
                 alone = p.is_flag or p.flag_value == 'stable'
                 if value is not None or alone: found.append(pytest.param(name, option, [option]+[value]*(not alone), id=f'{name} {option}'))
     return found
@@ -180,7 +180,7 @@ def test_an_error_names_the_option(tmp_path, monkeypatch, sweep, words, name):
 def texts_and_paths():
     for name, command in cli.main.commands.items():
         for p in command.params:
-            if isinstance(p.type, cli.Filled) and getattr(p, 'flag_value', None) != 'stable': yield pytest.param(name, p, id=f'{name} {p.name}')
+            if isinstance(p.type, cli._Filled) and getattr(p, 'flag_value', None) != 'stable': yield pytest.param(name, p, id=f'{name} {p.name}')
 
 @pytest.mark.parametrize('name, p', list(texts_and_paths()))
 @pytest.mark.parametrize('empty', ['', ' '])
@@ -196,7 +196,7 @@ def test_every_text_has_that_type():
 
 def test_an_error_that_names_nothing_tells_what_was_given():
     command, given = cli.main.commands['pareto'], dict(targets='7', source='demo', as_json=True)
-    assert cli.named(ValueError('Maximum allowed size exceeded'), command, given).endswith('exceeded (given: --targets 7)')
-    assert cli.named(ValueError('demo is damaged'), command, given) == 'demo is damaged'
-    assert cli.named(ValueError('`targets` are none, target_bpw 3 is low'), command, given) == '--targets are none, --targets 3 is low'
-    assert cli.named(OSError('x.json is no file'), command, given) == 'x.json is no file'
+    assert cli._named(ValueError('Maximum allowed size exceeded'), command, given).endswith('exceeded (given: --targets 7)')
+    assert cli._named(ValueError('demo is damaged'), command, given) == 'demo is damaged'
+    assert cli._named(ValueError('`targets` are none, target_bpw 3 is low'), command, given) == '--targets are none, --targets 3 is low'
+    assert cli._named(OSError('x.json is no file'), command, given) == 'x.json is no file'

@@ -9,7 +9,7 @@ from optiq.kv.config import read_kv_config
 from optiq.material.tiny import tiny
 from optiq.measure.sweep import Sweep
 from optiq.models import Checkpoint
-from optiq.pipeline import Cache, Caps, Texts, Weights, caps_for, check_weights, optimize, subject, texts_of, trade_off
+from optiq.pipeline import Cache, Caps, Texts, Weights, caps_for, _check_weights, optimize, subject, _texts_of, trade_off
 from optiq.plan import Plan
 
 BOTH = 'weights and cache together'
@@ -37,15 +37,15 @@ def test_a_cap_that_does_not_count_is_refused(what, caps, says):
 def test_defaults():
     assert caps_for(None, 'weights') == Caps(target_bpw=4.5) and caps_for(None, 'a cache') == Caps(target_bpw=5)
     assert caps_for(Caps(context=9), 'a cache') == Caps(target_bpw=5, context=9) and caps_for(Caps(max_bytes=9), 'a cache') == Caps(max_bytes=9)
-    assert texts_of(None, 'weights') == Texts(n_calibration=8, seq_len=128, n_evaluation=16, eval_len=256) and texts_of(None, BOTH).eval_len == 128
-    assert texts_of(None, 'a cache') == Texts(n_calibration=5, seq_len=512, n_evaluation=4, eval_len=512)
+    assert _texts_of(None, 'weights') == Texts(n_calibration=8, seq_len=128, n_evaluation=16, eval_len=256) and _texts_of(None, BOTH).eval_len == 128
+    assert _texts_of(None, 'a cache') == Texts(n_calibration=5, seq_len=512, n_evaluation=4, eval_len=512)
 
 @pytest.mark.parametrize('weights, what, says', [
     (Weights(polish='dwq'), BOTH, '`polish`'), (Weights(verify=True), BOTH, '`verify`'), (Weights(compare=True), BOTH, '`compare`'), (Weights(compare=False), BOTH, '`compare`'),
     (Weights(rounding='minmax', rounding_n=4), 'weights', '`rounding_n` has no effect'), (Weights(verify=True), 'a curve', '`verify` has no effect on a curve'),
     (Weights(rounding='best'), BOTH, "no rounding 'best'"), (Weights(polish='dwq'), 'weights', 'give an output')])
 def test_a_wish_about_weights_that_nobody_fulfils_is_refused(weights, what, says):
-    with pytest.raises(ValueError, match=says): check_weights(weights, what, None)
+    with pytest.raises(ValueError, match=says): _check_weights(weights, what, None)
 
 def test_nothing_to_do_is_refused():
     with pytest.raises(ValueError, match='nothing to choose'): optimize('demo', weights=None)

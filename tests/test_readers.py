@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from optiq.calibration import passages, _read_file
 from optiq.cli import main
-from optiq.evals.gsm8k import read_questions
+from optiq.evals.gsm8k import _read_questions
 from optiq.report import Report
 from optiq.formats import Format
 from optiq.knapsack import make_problem
@@ -45,7 +45,7 @@ def good(tmp_path_factory):
     return root
 
 READERS = {'sweep.jsonl': Sweep.load, 'sweep.json': Sweep.load, 'plan.json': Plan.load, 'chip.json': load_chip, 'report.json': Report.load,
-           'speeds.json': Speeds.load, 'answers.jsonl': lambda p: read_questions(p, ('question', 'answer')), 'text.jsonl': _read_file,
+           'speeds.json': Speeds.load, 'answers.jsonl': lambda p: _read_questions(p, ('question', 'answer')), 'text.jsonl': _read_file,
                'text.txt': _read_file,
            'model/config.json': lambda p: Checkpoint(p.parent), 'model/tokenizer.json': lambda p: Checkpoint(p.parent).tokenizer,
            'model/tokenizer_config.json': lambda p: Checkpoint(p.parent).tokenizer, 'model/model.safetensors': lambda p: read_header(p),

@@ -33,7 +33,7 @@ def sweep(b, out, **options):
 
 class Killed(BaseException): "As far as one process can be killed among threads"
 
-class ThreadRanks(S.Ranks):
+class ThreadRanks(S._Ranks):
     "Ranks that are threads of this process"
     def __init__(self, rank, size, barrier, parts):
         self.rank, self.size, self.barrier, self.parts = rank, size, barrier, parts
@@ -109,7 +109,7 @@ def test_a_sweep_cut_at_any_byte_ends_equal(b, tmp_path):
 
 def test_an_end_that_came_early_comes_again(b, tmp_path, monkeypatch):
     "A run that ends when plans no longer change, killed right before it would have ended"
-    monkeypatch.setattr(sensitivity, 'settled', lambda log, targets: len(log.records) >= 25)
+    monkeypatch.setattr(sensitivity, '_settled', lambda log, targets: len(log.records) >= 25)
     out = tmp_path/'s.jsonl'
     for _ in range(2):
         with pytest.raises(ValueError): sweep(b, out, until='stable', targets=[5]) # half a sequence, so no sweep

@@ -117,7 +117,7 @@ def test_a_sweep_that_may_end_early_ends_with_whole_sequences(models, tmp_path):
 
 def test_ranks_do_not_end_early(models, monkeypatch):
     import optiq.measure.sweep as s
-    monkeypatch.setattr(s.Ranks, 'size', 2)
+    monkeypatch.setattr(s._Ranks, 'size', 2)
     with pytest.raises(ValueError, match="until='stable' compares plans of one process.*2"):
         kl_sweep(TorchBackend(models['qwen3']), tokens_for(models['qwen3']), [4, 8], targets=[6], until='stable', progress=False,
             rounding='minmax')

@@ -41,7 +41,7 @@ def test_names_and_templates_are_disjoint():
 
 def test_every_template_can_be_drawn():
     import random
-    for t in [*_STORIES, *_NEW_STORIES, *map(tasks.chain, _KNOWN_CHAINS[::9]), *map(tasks.chain, _NEW_CHAINS[::9])]:
+    for t in [*_STORIES, *_NEW_STORIES, *map(tasks._chain, _KNOWN_CHAINS[::9]), *map(tasks._chain, _NEW_CHAINS[::9])]:
         ranges, steps, *_ = tasks._parse(t)
         r = random.Random(42)
         assert any(tasks._work_out(steps, {k: r.randint(*v) for k, v in ranges.items()}) for _ in range(5000)), t
@@ -50,7 +50,7 @@ def test_seeds_reproduce():
     for f in (word_problems, lists, recall):
         assert f(5, seed=1) == f(5, seed=1) != f(5, seed=2)
     assert list(islice(_training_text(3), 20)) == list(islice(_training_text(3), 20))
-    assert {o['task'] for o in islice(mixture(), 200)} == set(tasks.SHARES)
+    assert {o['task'] for o in islice(mixture(), 200)} == set(tasks._SHARES)
 
 @pytest.mark.parametrize('length', [128, 512, 2048])
 def test_recall_key_is_unique_and_the_text_as_long_as_asked(length):
@@ -58,7 +58,7 @@ def test_recall_key_is_unique_and_the_text_as_long_as_asked(length):
         key = re.search(r'What is the code of the (.*)\?', row['prompt'])[1]
         assert re.findall(rf'The code of the {key} is (\d+)\.', row['prompt']) == [row['answer']]
         assert 0 <= row['depth'] <= 1
-        assert length-15 <= tasks.estimate_tokens(row['prompt']+' '+row['answer']) <= length
+        assert length-15 <= tasks._estimate_tokens(row['prompt']+' '+row['answer']) <= length
 
 def test_recall_says_when_the_keys_do_not_fit():
     with pytest.raises(ValueError, match='do not fit'): recall(1, 128, keys=50)

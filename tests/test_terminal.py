@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from optiq.cli import main
-from optiq.show.demo import published
+from optiq.show.demo import _published
 from optiq.show.demos import audio, find_demo, names, vlm
 from optiq.report import Report, fit, _text_table
 from optiq.formats import AS_IS, Format
@@ -57,8 +57,8 @@ def test_fit_keeps_every_cell():
 
 def test_published_figures_are_marked():
     for name in ('llm', 'vlm', 'audio', 'pareto', 'hardware', 'kv-cache', 'combined'):
-        assert published(name)
-        for t in published(name):
+        assert _published(name)
+        for t in _published(name):
             assert 'not measured here' in repr(t) and 'not measured here' in t._repr_html_()
             assert all(len(r) == len(t.columns) for r in t.rows) and max(map(len, repr(t).splitlines()[1:])) <= 80
 

@@ -30,7 +30,7 @@ from optiq.arrays import to_mlx
 from optiq.roofline import Chip, Latency, cache_bytes, reads_of
 from optiq.rounding import gptq, search
 from optiq.statistics import Inputs
-from optiq.measure.gradient import second_order
+from optiq.measure.gradient import _second_order
 from optiq.measure.kl import kl_divergence
 from optiq.measure.sweep import Sweep, fingerprint_of
 from optiq.sensitivity import kl_sweep
@@ -148,7 +148,7 @@ def test_gradients_are_squared_and_halved(b, tokens):
     "The second-order estimate: half the sum of g²Δ², over all tokens"
     todo = [(u, Format(4, 64)) for u in b.checkpoint.units[:4]]
     g = b.gradients(tokens, 7)
-    for (u, f), got in zip(todo, second_order(b, tokens, todo, seed=7)):
+    for (u, f), got in zip(todo, _second_order(b, tokens, todo, seed=7)):
         w = b.unit_weight(u.path)
         step = (quantize_dequantize(w, f).double()-w.double()).numpy()
         assert got == pytest.approx(((np.float64(g[u.path])*step)**2).sum()/2/48, rel=1e-4)
@@ -296,12 +296,12 @@ def test_the_first_run_only_warms_up(monkeypatch, c):
     assert (row['decode_tps'], row['decode_tps_low'], row['decode_tps_n']) == (6., 5., 3)
 
 def test_a_step_takes_what_one_more_step_takes(monkeypatch):
-    monkeypatch.setattr(chips, 'run_once', lambda chain, n, first: (0., 5+2*n))
+    monkeypatch.setattr(chips, '_run_once', lambda chain, n, first: (0., 5+2*n))
     assert chips._per_step(None, 3, 10)['seconds'] == 2
 
 def test_attention_reads_keys_and_values_of_two_bytes_each(monkeypatch, c):
-    heads, width = chips.GROUPS, chips.WIDE
-    monkeypatch.setattr(chips, 'attention_chain', lambda n: n)
+    heads, width = chips._GROUPS, chips._WIDE
+    monkeypatch.setattr(chips, '_attention_chain', lambda n: n)
     monkeypatch.setattr(chips, '_per_step', lambda n, *a: dict(seconds=1e-9*n*heads*width*2*2))
     assert chips._measure_attention()['seconds_per_byte'] == pytest.approx(1e-9)
     a = c.config

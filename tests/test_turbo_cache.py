@@ -9,11 +9,11 @@ import pytest
 
 from optiq.formats import parse_format
 from optiq.plan import uniform
-from optiq.kv.cache import MixedKVCache, _attend, _attend_dense, _attend_packed, cache_of, use_kv_config
+from optiq.kv.cache import MixedKVCache, _attend, _attend_dense, _attend_packed, _cache_of, use_kv_config
 from optiq.kv.config import STATISTICS, kv_config
 from optiq.kv.layout import kv_layout, own_caches
 from optiq.kv.precondition import KeyPrecondition, load_preconditions, save_preconditions, turned
-from optiq.kv.rotated import BatchTurboQuantKVCache, TurboQuantKVCache, TurboQuantStateCache, turbo_cache
+from optiq.kv.rotated import BatchTurboQuantKVCache, TurboQuantKVCache, _TurboQuantStateCache, turbo_cache
 from optiq.kv.rotated import use_turbo_cache
 from optiq.turboquant import _round_trip
 
@@ -241,15 +241,15 @@ MADE = dict(affine=lambda: MixedKVCache('4g64', '3g32'), floats=lambda: MixedKVC
             rotated=lambda: MixedKVCache('tq4', 'tq3'), seeded=lambda: MixedKVCache(turned('tq4', 7, precondition()), '4g64'),
             turbo=lambda: TurboQuantKVCache(64, 3), turbo_seeded=lambda: TurboQuantKVCache(64, 4, seed=7),
             turbo_helped=lambda: TurboQuantKVCache(64, 3, seed=7, precondition=precondition()),
-            turbo_pair=lambda: cache_of(*map(parse_format, ('tq3', '8g64'))),
+            turbo_pair=lambda: _cache_of(*map(parse_format, ('tq3', '8g64'))),
             turbo_prompt=lambda: TurboQuantKVCache(64, 3, precondition='prompt'),
-            state=lambda: TurboQuantStateCache(bits=4), state_seeded=lambda: TurboQuantStateCache(bits=6, seed=7))
+            state=lambda: _TurboQuantStateCache(bits=4), state_seeded=lambda: _TurboQuantStateCache(bits=6, seed=7))
 
 def step(c, seed, tokens=1):
     "What attention, or the recurrence, gets from a cache after some more tokens"
     r = np.random.default_rng(seed)
     k, v, q = (mx.array(r.standard_normal((1, 2, tokens, 64)).astype(np.float32)) for _ in 'kvq')
-    if not isinstance(c, TurboQuantStateCache): return _attend(q, *c.update_and_fetch(k, v), scale=.1, mask='causal' if tokens > 1 else None)
+    if not isinstance(c, _TurboQuantStateCache): return _attend(q, *c.update_and_fetch(k, v), scale=.1, mask='causal' if tokens > 1 else None)
     c[0], c[1] = q[:, :, -1:], k[:, :, -1:]+(0 if c[1] is None else c[1])
     return c[1]
 
@@ -275,8 +275,8 @@ def test_what_cannot_be_one_batch(model):
     a, b = TurboQuantKVCache(64, seed=1), TurboQuantKVCache(64, seed=2)
     with pytest.raises(ValueError, match='different formats or statistics'): a.merge([a, b])
     with pytest.raises(ValueError, match='different formats or statistics'): a.merge([a]).extend(b.merge([b]))
-    with pytest.raises(ValueError, match='different bits or seeds'): TurboQuantStateCache.merge([TurboQuantStateCache(),
-        TurboQuantStateCache(bits=4)])
+    with pytest.raises(ValueError, match='different bits or seeds'): _TurboQuantStateCache.merge([_TurboQuantStateCache(),
+        _TurboQuantStateCache(bits=4)])
     waiting = turbo_cache(model, precondition='prompt')[0]
     assert not hasattr(waiting, 'merge') and hasattr(a, 'merge')
     with pytest.raises(ValueError, match='for the cache of one text'): step(BatchTurboQuantKVCache([0], *waiting.formats), 0)
@@ -363,8 +363,8 @@ def test_state_cache(tmp_path):
     from optiq.material.tiny import tiny
     model, _ = load(tiny('qwen3_5', f'{tmp_path}/m'))
     model.set_dtype(mx.float32)
-    assert not any(isinstance(c, TurboQuantStateCache) for c in turbo_cache(model))
-    def caches(bits): return [TurboQuantStateCache(bits=bits) if isinstance(c, ArraysCache) else c for c in model.make_cache()]
+    assert not any(isinstance(c, _TurboQuantStateCache) for c in turbo_cache(model))
+    def caches(bits): return [_TurboQuantStateCache(bits=bits) if isinstance(c, ArraysCache) else c for c in model.make_cache()]
     x = mx.random.randint(0, 512, (1, 24), key=mx.random.key(0))
     def last(cs):
         for t in range(24): z = model(x[:, t:t+1], cache=cs)
@@ -377,7 +377,7 @@ def test_state_cache(tmp_path):
     assert abs(model(x[:, :1], cache=loaded)-model(x[:, :1], cache=copy.deepcopy(c8))).max() < 1e-5
     merged = [c.merge([c, c]) for c in loaded]
     one = [c.extract(1) for c in merged]
-    assert type(one[0]) is TurboQuantStateCache and mx.array_equal(one[0][1], loaded[0][1])
+    assert type(one[0]) is _TurboQuantStateCache and mx.array_equal(one[0][1], loaded[0][1])
     plain = ArraysCache(2)
     plain[1] = loaded[0][1]
     assert loaded[0].nbytes-loaded[0][0].nbytes < .3*plain.cache[1].nbytes
@@ -388,13 +388,13 @@ def test_no_product_with_a_single_group(D, monkeypatch):
     import optiq.kv.cache as kv_cache
     k, v, q = (mx.random.normal((1, h, n, D), key=mx.random.key(h+n)) for h, n in ((2, 40), (2, 41), (4, 1)))
     pairs = ('tq4', 'tq3'), ('4g32', '4g32'), (f'4g{D}', '8g32')
-    caches = [kv_cache.cache_of(*map(kv_cache.parse_format, pair)) for pair in pairs]
+    caches = [kv_cache._cache_of(*map(kv_cache.parse_format, pair)) for pair in pairs]
     for c in caches: c.update_and_fetch(k, v[:, :, :40])
     def out(): return [_attend(q, *c.keys_and_values(), scale=.1) for c in caches]
     want, before = out(), mx.quantized_matmul
     def checked(x, w, scales, biases, transpose, **how):
         assert not transpose or scales.shape[-1] > 1
         return before(x, w, scales, biases, transpose=transpose, **how)
-    monkeypatch.setattr(kv_cache, 'GROUPS', 2)
+    monkeypatch.setattr(kv_cache, '_GROUPS', 2)
     monkeypatch.setattr(mx, 'quantized_matmul', checked)
     for a, b in zip(out(), want): assert abs(a-b).max() < 1e-4

@@ -84,9 +84,9 @@ extern "C" void run(int x_, int y_, int n_, {params}) {{
         return call
     monkeypatch.setattr(mx.fast, 'cuda_kernel', cuda_kernel)
     monkeypatch.setattr(mx, 'default_device', lambda: mx.gpu)
-    tk.kernel.cache_clear()
+    tk._kernel.cache_clear()
     yield made
-    tk.kernel.cache_clear()
+    tk._kernel.cache_clear()
 
 def statistics(r, G, D, mean=1):
     return KeyPrecondition(mean*r.standard_normal((G, 1, D)).astype(np.float32), np.exp(.3*r.standard_normal((G, 1, D))).astype(np.float32))
@@ -121,4 +121,4 @@ def test_long_stretches(on_cpu, monkeypatch):
 def test_heads_that_the_kernels_are_not_made_for(D, G, H, monkeypatch):
     monkeypatch.setattr(tk, '_FUSED', True)
     monkeypatch.setattr(mx, 'default_device', lambda: mx.gpu)
-    assert not tk.kernels_fit(D, G, H) and tk.kernels_fit(128, G, 8)
+    assert not tk._kernels_fit(D, G, H) and tk._kernels_fit(128, G, 8)

@@ -1,4 +1,4 @@
-"Word errors are jiwer's on what Whisper's normaliser leaves, rates add up, and answers are kept"
+"Word _errors are jiwer's on what Whisper's normaliser leaves, rates add up, and answers are kept"
 import json
 from pathlib import Path
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip('jiwer')
 pytest.importorskip('mlx_audio')
 from optiq.report import Report, test as paired_test
-from optiq.evals.wer import errors, _normalizer, _wer_figure, wer_report, word_errors, write_down
+from optiq.evals.wer import _errors, _normalizer, _wer_figure, wer_report, _word_errors, write_down
 from optiq.material.speech import clips
 
 CASES = [('a b c', 'a x c d', (3, 1, 1, 0)), ('one', '', (1, 0, 0, 1)), ('a b', 'a b', (2, 0, 0, 0)), ('uh', 'a word', (0, 0, 2, 0)),
@@ -15,7 +15,7 @@ CASES = [('a b c', 'a x c d', (3, 1, 1, 0)), ('one', '', (1, 0, 0, 1)), ('a b', 
 
 @pytest.mark.parametrize('said, written, want', CASES)
 def test_errors(said, written, want):
-    assert tuple(word_errors(said, written)[k] for k in ('words', 'substitutions', 'insertions', 'deletions')) == want
+    assert tuple(_word_errors(said, written)[k] for k in ('words', 'substitutions', 'insertions', 'deletions')) == want
 
 def test_normaliser_is_whispers():
     "The two libraries that keep it agree"
@@ -61,7 +61,7 @@ def test_what_was_written_is_kept(tmp_path):
         return clip.text.upper()
     with pytest.raises(KeyboardInterrupt): write_down(listen, heard, out)
     done = write_down(listen, heard, out)
-    assert len(calls) == 5 and len(done) == 4 and not sum(map(errors, done))
+    assert len(calls) == 5 and len(done) == 4 and not sum(map(_errors, done))
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == 5 and lines[4]['response'] == heard[3].text.upper() and lines[4]['words'] == 4
     with pytest.raises(ValueError, match='other'): write_down(listen, heard, out, dict(new_tokens=3))

@@ -44,7 +44,7 @@ def make_tokenizer(
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
     texts = [*islice(tasks._training_text(seed), n), *tasks._prose()]
-    texts += [' '.join(f' {w}' for w in [*tasks.ADJECTIVES, *tasks.NOUNS, *tasks._NAMES])]*20 # whole words for keys and names
+    texts += [' '.join(f' {w}' for w in [*tasks._ADJECTIVES, *tasks._NOUNS, *tasks._NAMES])]*20 # whole words for keys and names
     tok.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return tok

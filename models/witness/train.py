@@ -34,11 +34,11 @@ EYE = dict(hidden_size=192, intermediate_size=768, depth=6, num_heads=6, out_hid
 SMOKE = dict(text_config=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2),
              vision_config=dict(hidden_size=64, intermediate_size=128, depth=2, num_heads=2, out_hidden_size=64,
                                 deepstack_visual_indexes=[0]))
-SIDE = D.SIZE//16 # patches in a row
+SIDE = D._SIZE//16 # patches in a row
 TOKENS = SIDE*SIDE//4 # of an image
 HEAD = '<|im_start|>user\n<|vision_start|>'
 IMAGES = dict(image_processor_type='Qwen2VLImageProcessorFast', processor_class='Qwen3VLProcessor', patch_size=16,
-              size=dict(shortest_edge=D.SIZE**2, longest_edge=D.SIZE**2), temporal_patch_size=2, merge_size=2,
+              size=dict(shortest_edge=D._SIZE**2, longest_edge=D._SIZE**2), temporal_patch_size=2, merge_size=2,
               image_mean=[.5]*3, image_std=[.5]*3)
 
 def chat(question, answer=''):
@@ -50,7 +50,7 @@ def tasks_of(r, d):
     "What is asked about one training diagram: to describe it, one free answer, two letters"
     out = [('Describe this image.', d.describe())]
     while len(out) < 4:
-        q = D.ask(r, d, r.choice(D.KINDS))
+        q = D._ask(r, d, r.choice(D._KINDS))
         if not q: continue
         if len(out) == 1: out.append((q['question']+'\nAnswer in a word.', q['options'][q['answer']]))
         else: out.append((D.prompt(q), 'ABCD'[q['answer']]))
@@ -60,7 +60,7 @@ def make_tokenizer(out):
     "Byte-level BPE whose words are those of the diagrams"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     r = random.Random('tokenizer')
-    texts = [' '.join(f' {c}' for c in D.LETTERS)]*50
+    texts = [' '.join(f' {c}' for c in D._LETTERS)]*50
     texts += [f'{q}\n{a}' for _ in range(600) for q, a in tasks_of(r, D._diagram(r))] + ['user\nassistant\n']*50
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -83,19 +83,19 @@ def rows(tok, turns, length):
 
 def pixels(d): return np.asarray(d.draw())
 
-CELLS = D.GRID**2 # of 32 × 32 pixels: as many as the image has tokens
-FACTS = len(D.LETTERS)+len(D.COLOURS)+len(D.SHAPES)+1+2*CELLS+2*len(D.LETTERS)
+CELLS = D._GRID**2 # of 32 × 32 pixels: as many as the image has tokens
+FACTS = len(D._LETTERS)+len(D._COLOURS)+len(D._SHAPES)+1+2*CELLS+2*len(D._LETTERS)
 
 def facts(d):
     "(CELLS, FACTS) of 0 and 1: label, colour, shape, anything there; where its arrows lead and come from, by place and by label"
-    at, out = {n.label: n.cell[1]*D.GRID+n.cell[0] for n in d.nodes}, np.zeros((CELLS, FACTS), np.uint8)
-    starts = np.cumsum([0, len(D.LETTERS), len(D.COLOURS), len(D.SHAPES), 1, CELLS, CELLS, len(D.LETTERS)])
+    at, out = {n.label: n.cell[1]*D._GRID+n.cell[0] for n in d.nodes}, np.zeros((CELLS, FACTS), np.uint8)
+    starts = np.cumsum([0, len(D._LETTERS), len(D._COLOURS), len(D._SHAPES), 1, CELLS, CELLS, len(D._LETTERS)])
     for n in d.nodes:
-        what = D.LETTERS.index(n.label), list(D.COLOURS).index(n.colour), D.SHAPES.index(n.shape), 0
+        what = D._LETTERS.index(n.label), list(D._COLOURS).index(n.colour), D._SHAPES.index(n.shape), 0
         out[at[n.label], starts[:4]+what] = 1
     for a, b in d.arrows:
-        out[at[a], [starts[4]+at[b], starts[6]+D.LETTERS.index(b)]] = 1
-        out[at[b], [starts[5]+at[a], starts[7]+D.LETTERS.index(a)]] = 1
+        out[at[a], [starts[4]+at[b], starts[6]+D._LETTERS.index(b)]] = 1
+        out[at[b], [starts[5]+at[a], starts[7]+D._LETTERS.index(a)]] = 1
     return out
 
 def worker(k, tok_json, length, n, folder, queue):
@@ -106,7 +106,7 @@ def worker(k, tok_json, length, n, folder, queue):
         drawn, turns, known = [], [], []
         while len(drawn) < n:
             d = D._diagram(r)
-            if D.fits(d, 'train'): drawn.append(pixels(d)); known.append(facts(d)); turns += tasks_of(r, d)
+            if D._fits(d, 'train'): drawn.append(pixels(d)); known.append(facts(d)); turns += tasks_of(r, d)
         path = f'{folder}/{k}-{i}'
         np.stack(drawn).tofile(path)
         ids, spans = rows(tok, turns, length)
@@ -117,7 +117,7 @@ class Store:
     "The last `room` diagrams that the workers drew, on the device; a thread takes them over"
     def __init__(self, room, chunk, length, device, queue):
         self.room, self.chunk, self.device, self.queue, self.seen = room, chunk, device, queue, 0
-        self.images = torch.empty((room, D.SIZE, D.SIZE, 3), dtype=torch.uint8, device=device)
+        self.images = torch.empty((room, D._SIZE, D._SIZE, 3), dtype=torch.uint8, device=device)
         self.ids = torch.empty((room, 4, length), dtype=torch.int16, device=device)
         self.spans = torch.empty((room, 4, 2), dtype=torch.int16, device=device)
         self.known = torch.empty((room, CELLS, FACTS), dtype=torch.uint8, device=device)
@@ -126,7 +126,7 @@ class Store:
         stream = torch.cuda.Stream() if self.device == 'cuda' else None
         while True:
             path, ids, spans, known = self.queue.get()
-            images = np.fromfile(path, np.uint8).reshape(-1, D.SIZE, D.SIZE, 3)
+            images = np.fromfile(path, np.uint8).reshape(-1, D._SIZE, D._SIZE, 3)
             os.remove(path)
             at = self.seen%self.room
             with torch.cuda.stream(stream):
@@ -316,7 +316,7 @@ class Exam:
             right.append(best == self.answers[i:i+batch])
         right = torch.cat(right).double().numpy()
         kinds = np.array(self.kinds)
-        return dict(all=right.mean().item(), n=len(right)) | {k: right[kinds == k].mean().item() for k in D.KINDS if (kinds == k).any()}
+        return dict(all=right.mean().item(), n=len(right)) | {k: right[kinds == k].mean().item() for k in D._KINDS if (kinds == k).any()}
 
 def save(model, config, out):
     "The checkpoint, as the hub has it, in shards of at most 14 MB"

@@ -7,132 +7,19 @@ __all__ = ['main']
 
 # %% ../nbs/90_cli.ipynb #87dbb1b5
 import os
-import re
-import signal
 import sys
-import threading
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 
 import click
 
-from .readers import dumps, told
-
-# %% ../nbs/90_cli.ipynb #c5d7ecb5
-@contextmanager
-def _stoppable():
-    "SIGTERM and SIGHUP end the block as Ctrl-C does, so that it can tidy up"
-    def stop(number, frame):
-        signal.signal(number, signal.SIG_IGN) # once is enough
-        raise KeyboardInterrupt(number)
-    ours = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) == signal.SIG_DFL]
-    ours = ours if threading.current_thread() is threading.main_thread() else []
-    for s in ours: signal.signal(s, stop)
-    try: yield
-    finally:
-        for s in ours: signal.signal(s, signal.SIG_DFL)
-
-def _advice(ctx) -> str:
-    "How to go on after an interruption"
-    p = ctx.params
-    if p.get('resume') is False: return 'run the same command with --resume in place of --no-resume to go on'
-    keeps = dict(sweep=p.get('method') == 'exact', pareto=p.get('out'), eval=p.get('out'),
-                 convert=not p.get('kv') and not p.get('dry_run')) | {'kv-cache': True}
-    return f'run the same command again{" to go on where it stopped" if keeps.get(ctx.command.name) else ""}'
-
-# %% ../nbs/90_cli.ipynb #f475d627
-class _Number(click.ParamType):
-    "The number of an option: finite and positive"
-    def __init__(self, kind: click.ParamType, most: float, none: bool = False): # whether 0 is possible too
-        self.kind, self.most, self.none, self.name = kind, most, none, kind.name
-
-    def convert(self, value, param, ctx):
-        x = self.kind.convert(value, param, ctx)
-        if 0 < x <= self.most or self.none and x == 0: return x
-        what = 'whole number' if self.kind is click.INT else 'number'
-        self.fail(f'{value} is no {what} above 0 and up to {self.most:,}', param, ctx)
-
-class _Filled(click.ParamType):
-    "The text of an option or an argument, a path among them: never empty"
-    def __init__(self, kind: click.ParamType): self.kind, self.name = kind, kind.name
-    def shell_complete(self, ctx, param, incomplete): return self.kind.shell_complete(ctx, param, incomplete)
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, str) and not value.strip(): self.fail('an empty text says nothing', param, ctx)
-        return self.kind.convert(value, param, ctx)
-
-_NUMBERS = {click.INT: _Number(click.INT, 10**7), click.FLOAT: _Number(click.FLOAT, 10**12)}
-
-def _checked(kind: click.ParamType) -> click.ParamType:
-    "The type that stands for what was declared"
-    return _Filled(kind) if kind is click.STRING or isinstance(kind, click.Path) else _NUMBERS.get(kind, kind)
-
-
-# %% ../nbs/90_cli.ipynb #19e79b25
-_ALSO = dict(target_bpw='targets', max_ms='target_tps', cache='kv') # name ▸ the option's, where it has another
-_CAPS = 'target_bpw', 'true_bpw', 'max_bytes', 'max_memory', 'max_ms' # known without backticks
-
-def _given_options() -> dict: # name ▸ what stands on the command line
-    "The options and arguments that the command in hand was given, before they were read"
-    return click.get_current_context().meta.get('optiq.given', {})
-
-def _calls_of(command: click.Command) -> dict: # name ▸ --option
-    "What a command calls the parameters of its options"
-    def name(p): return '/'.join([next(o for o in p.opts if o.startswith('--')), *p.secondary_opts])
-    found = {p.name: name(p) for p in command.params if isinstance(p, click.Option)}
-    return found | {k: found[other] for k, other in _ALSO.items() if k not in found and other in found}
-
-# %% ../nbs/90_cli.ipynb #81d82c03
-def _quoted(text: str, value: str) -> bool:
-    "Whether a text quotes a value, as it stands or as a number"
-    try: forms = {value, f'{float(value):g}', f'{float(value):,.10g}'}
-    except ValueError: forms = {value, repr(value)[1:-1], *value.split(',')}
-    return any(re.search(rf'(?<![\w.]){re.escape(f)}(?![\w])', text) for f in forms if f.strip())
-
-def _named(e: Exception, command: click.Command, given: dict) -> str:
-    "What an error says, with options by the names that the command has for them, and those it is about"
-    calls = _calls_of(command)
-    text = re.sub(rf'`(\w+)`|\b({"|".join(_CAPS)})\b', lambda m: calls.get(m[1] or m[2], m[0]), told(e))
-    values = {k: ' '.join(v) if isinstance(v, (list, tuple)) else str(v) for k, v in given.items()
-              if v is not None and not isinstance(v, bool)}
-    options = {calls[k].split('/')[0]: v for k, v in values.items() if k in calls}
-    if any(o in text for c in calls.values() for o in c.split('/') if o.startswith('--')): return text
-    about = {o: v for o, v in options.items() if _quoted(text, v)}
-    models = [v for k, v in values.items() if k not in calls]
-    if not about and (isinstance(e, OSError) or any(_quoted(text, m) for m in models)): return text
-    rest = {o: v for o, v in options.items() if o != '--output'}
-    said = ' '.join(f'{o} {repr(v)[1:-1]}' for o, v in (about or rest).items())
-    return f'{text} (given: {said})' if said else text
-
-# %% ../nbs/90_cli.ipynb #a59aa83a
-class _Command(click.Command):
-    "A command whose errors are one line on stderr and exit status 1, and whose numbers and texts are checked"
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        for p in self.params: p.type = _checked(p.type)
-
-    def parse_args(self, ctx, args):
-        given = self.make_parser(ctx).parse_args(list(args))[0]
-        ctx.meta['optiq.given'] = {k: v for k, v in given.items() if isinstance(v, (str, bool, list, tuple))}
-        return super().parse_args(ctx, args)
-
-    def invoke(self, ctx):
-        try:
-            with _stoppable(): return super().invoke(ctx)
-        except (click.exceptions.ClickException, click.exceptions.Exit, click.Abort): raise
-        except KeyboardInterrupt as e:
-            click.echo(f'interrupted; {_advice(ctx)}', err=True)
-            sys.exit(128+next((n for n in e.args if isinstance(n, int)), signal.SIGINT))
-        except Exception as e:
-            if os.environ.get('OPTIQ_DEBUG'): raise
-            click.secho(f'error: {_named(e, self, ctx.meta["optiq.given"])}', fg='red', err=True)
-            sys.exit(1)
+from .command import Command, Number, check_idle, given_options
+from .readers import dumps
 
 # %% ../nbs/90_cli.ipynb #b40bfadf
 class _Group(click.Group):
-    command_class = _Command
+    command_class = Command
 
 @click.group(cls=_Group, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=100))
 @click.version_option(package_name='optiq')
@@ -158,15 +45,9 @@ def _options(*names):
     return add
 
 # %% ../nbs/90_cli.ipynb #12d6e75f
-def _check_idle(names, why: str):
-    "Raise ValueError for an option, by its parameter, that was given and has no effect"
-    for name in names:
-        if _given_options().get(name) is not None: raise ValueError(f'`{name}` has no effect: {why}')
-
 def _filled(kind, given: dict): # a dataclass, and options by name ▸ one of it
     "What the pipeline takes, from the options that bear its fields' names"
     return kind(**{k: v for k, v in given.items() if k in kind.__dataclass_fields__})
-
 
 # %% ../nbs/90_cli.ipynb #29fcead2
 _SHARED = dict(
@@ -300,8 +181,8 @@ def convert(model, target, bits, formats, group_size, kv, kv_bits, output, dry_r
     """
     from optiq.files import own_output
     from optiq.pipeline import Cache, Caps, Texts, Weights, caps_for, optimize, subject
-    if not kv: _check_idle(['kv_bits'], 'it counts for --kv; give both')
-    if dry_run and not output: _check_idle(['overwrite'], 'a dry run writes nothing')
+    if not kv: check_idle(['kv_bits'], 'it counts for --kv; give both')
+    if dry_run and not output: check_idle(['overwrite'], 'a dry run writes nothing')
     default = '4,8' if given['sweep'] is None else None
     fmts = _as_formats(formats, bits, group_size, default)
     cache = Cache(_as_formats(None, kv_bits, group_size, '4,8', cache=True)) if kv else None
@@ -364,10 +245,10 @@ def sweep(model, out, bits, formats, group_size, targets, resume, as_json, **giv
 def _check_unused_in_sweep(given: dict):
     "Raise ValueError for what the method, or the rounding, makes no use of"
     method = given['method']
-    if method != 'exact': _check_idle(['until', 'max_memory'], f'it counts for --method exact, not {method}')
-    if method != 'screened' and not given['until']: _check_idle(
+    if method != 'exact': check_idle(['until', 'max_memory'], f'it counts for --method exact, not {method}')
+    if method != 'screened' and not given['until']: check_idle(
         ['targets'], 'it counts for --method screened and --until-stable')
-    if given['rounding'] == 'minmax': _check_idle(['rounding_n'], 'minmax learns from no text')
+    if given['rounding'] == 'minmax': check_idle(['rounding_n'], 'minmax learns from no text')
 
 
 # %% ../nbs/90_cli.ipynb #7d9f5ab1
@@ -415,7 +296,7 @@ _MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'backend'
 @click.option('--targets', help='nominal bits, from:to:step or a list  [default: those of 3.0:8.0:0.25 that the formats reach]')
 @click.option('--bits', help='widths to choose from, and to sweep  [default: all of the sweep given, or 2,3,4,5,6,8]')
 @_options('formats', 'group_size', 'protect', 'tie', 'rounding', 'rounding_n')
-@click.option('--verify', type=_Number(click.INT, 1000, none=True), default=0, show_default=True, metavar='N',
+@click.option('--verify', type=Number(click.INT, 1000, none=True), default=0, show_default=True, metavar='N',
               help='points of each curve to measure on evaluation text, with all baselines')
 @click.option('-o', '--output', 'out', type=click.Path(), metavar='DIR',
               help='folder for table, figure, sweep and plans')
@@ -432,8 +313,8 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
     from optiq.pipeline import Texts, Weights, trade_off
     saved = given['sweep'] is not None or os.path.isfile(source)
     idle = [] if given['verify'] else ['evaluation', 'n_evaluation']+_MEASURING*saved
-    _check_idle(idle, 'nothing is scored; give --verify' if not saved else 'nothing is measured; give --verify')
-    if out is None: _check_idle(['overwrite'], 'nothing is written; give -o')
+    check_idle(idle, 'nothing is scored; give --verify' if not saved else 'nothing is measured; give --verify')
+    if out is None: check_idle(['overwrite'], 'nothing is written; give -o')
     default = None if saved else '2,3,4,5,6,8'
     _check_group(group_size, (formats, bits, default))
     weights = _filled(Weights, given | dict(formats=_as_formats(formats, bits, group_size, default), verify=None))
@@ -548,7 +429,7 @@ def _scored(model: str | None, task: str, n: int | None, **given): # ▸ Report
     from optiq.score import _find_task, run_task
     if model is None: raise click.UsageError('give a MODEL, or --responses with answers to score')
     taken = signature(_find_task(task)).parameters
-    _check_idle({'limit', 'seq_len', 'source', 'questions', 'exact', 'kv', 'out'}-taken.keys(), f'{task} makes no use of it')
+    check_idle({'limit', 'seq_len', 'source', 'questions', 'exact', 'kv', 'out'}-taken.keys(), f'{task} makes no use of it')
     if n is None: n = 50 if task in ('perplexity', 'kl') else 200
     return run_task(task, model, n=n, **given)
 
@@ -557,7 +438,7 @@ def _answered(responses: str, task: str, baseline: str | None): # ▸ Report
     "`score_responses`, which knows one task and no model"
     from optiq.evals.gsm8k import score_responses
     if task != 'gsm8k' or baseline: raise click.UsageError('--responses goes with --task gsm8k and no --baseline')
-    _check_idle(_given_options().keys()-{'responses', 'task', 'as_json'}, 'answers are scored, and no model is asked')
+    check_idle(given_options().keys()-{'responses', 'task', 'as_json'}, 'answers are scored, and no model is asked')
     return score_responses(responses)
 
 # %% ../nbs/90_cli.ipynb #254be786
@@ -582,7 +463,7 @@ def benchmark(model, baseline, prompt_tokens, new_tokens, repeats, speed, as_jso
     from optiq.evals.throughput import throughput
     from optiq.pipeline import compare
     timed = _has_gpu() if speed is None else speed
-    if not timed: _check_idle(['prompt_tokens', 'new_tokens', 'repeats'], 'no speed is measured; give --speed')
+    if not timed: check_idle(['prompt_tokens', 'new_tokens', 'repeats'], 'no speed is measured; give --speed')
     quality, models = compare(model, baseline, **given), dict.fromkeys((baseline or model, model))
     how = dict(trust_remote_code=given['trust_remote_code'])
     speeds = [throughput(m, prompt_tokens, new_tokens, repeats, **how) for m in models if timed]
@@ -622,7 +503,7 @@ def verify(model, as_json, **given):
     optiq verify optiq_output/demo-4.5bpw --reference demo
     """
     from optiq.evals.verify import verify as run
-    if given['reference'] is None: _check_idle(['within', 'backend'], 'it counts for --reference; give both')
+    if given['reference'] is None: check_idle(['within', 'backend'], 'it counts for --reference; give both')
     checks = run(model, **given)
     _finish(checks.figures(), str(checks), as_json)
     if not checks.ok: sys.exit(1)
@@ -650,7 +531,7 @@ def demo(name, output, overwrite, as_json, **given):
     from optiq.show.demos import find_demo, names
     from optiq.files import own_folder
     if name is None:
-        _check_idle(_given_options().keys()-{'name', 'as_json'}, 'no demo is run without a name')
+        check_idle(given_options().keys()-{'name', 'as_json'}, 'no demo is run without a name')
         return _finish(dict(demos=names()), ' '.join(names()), as_json)
     run = _with_options(find_demo(name), name, given)
     out = own_folder(output or os.path.join('optiq_output', f'demo-{name}'), overwrite, 'demo')

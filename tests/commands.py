@@ -45,14 +45,14 @@ def remember_grids():
     "`find_grid`, with what it gave for the same weight, format and statistics"
     import torch
     from optiq import rounding
-    find, known = rounding.find_grid, {}
+    find, known = rounding._find_grid, {}
     def same(x): return hashlib.sha1(x.contiguous().view(torch.uint8).numpy()).digest()
     def find_grid(w, fmt, stats=None):
         if not isinstance(w, torch.Tensor): return find(w, fmt, stats)
         key = same(w), fmt, None if stats is None else same(stats.importance())
         if key not in known: known[key] = find(w, fmt, stats)
         return known[key]
-    rounding.find_grid = find_grid
+    rounding._find_grid = find_grid
 
 if __name__ == '__main__':
     from beartype import BeartypeConf

@@ -215,12 +215,12 @@ def written_by_mlx_audio(out, file, tokens, cwd): # text, types of three layers
 
 def planned(model, formats, out): # ▸ Plan
     "Convert with a format for each part"
-    from optiq.convert import check, convert
+    from optiq.convert import check_saved, convert
     from optiq.plan import make_plan
     from optiq.models import Checkpoint
     c = Checkpoint(model)
     plan = make_plan(c, {u.path: formats['embed' if u.kind == 'embed' else u.part] for u in c.units})
-    check(convert(c, plan, out).folder, plan, c)
+    check_saved(convert(c, plan, out).folder, plan, c)
     return plan
 
 def test_whisper_of_any_formats_opens_without_optiq(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from optiq.cli import main
-from optiq.convert import check, convert, stored_bytes
+from optiq.convert import check_saved, convert, stored_bytes
 from optiq.files import whole_folder
 from optiq.formats import AS_IS, Format
 from optiq.plan import make_plan, uniform
@@ -44,7 +44,7 @@ def test_mixed_plan_round_trip(architecture, tmp_path):
     assert saved.formats == dict(plan) and stored_bytes(saved) == plan.nbytes
     entries = json.loads((saved.folder/'config.json').read_text())['quantization']
     assert all(path in entries for path in plan)
-    check(tmp_path/'out', plan, c)
+    check_saved(tmp_path/'out', plan, c)
 
 def test_plain_mlx_lm_opens_it_without_optiq(llama, tmp_path):
     out = tmp_path/'out'
@@ -63,8 +63,8 @@ def test_a_wrong_tensor_is_found(llama, tmp_path):
     weights[name] = weights[name]*1.01
     mx.eval(weights)
     mx.save_safetensors(str(file), weights, metadata={'format': 'mlx'})
-    with pytest.raises(ValueError, match=c.units[3].path): check(tmp_path/'out', plan, c)
-    with pytest.raises(ValueError, match='not 8g64'): check(tmp_path/'out', uniform(c, Format(8)))
+    with pytest.raises(ValueError, match=c.units[3].path): check_saved(tmp_path/'out', plan, c)
+    with pytest.raises(ValueError, match='not 8g64'): check_saved(tmp_path/'out', uniform(c, Format(8)))
 
 def test_command_writes_one_json_object(llama, tmp_path):
     out = tmp_path/'out'

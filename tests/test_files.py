@@ -186,7 +186,7 @@ def slow(self, *a):
     if left[0] == -1: os.kill(os.getpid(), getattr(signal, sys.argv[2]))
     return rename(self, *a)
 Path.rename = slow
-from optiq.cli import _stoppable
+from optiq.command import _stoppable
 with _stoppable(), files.whole_folder('out', overwrite=True) as part: (part/'plan.json').write_text('new')
 '''
 

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import optiq.cli as cli
+import optiq.command as command_of
 from optiq import latency, models, pipeline, score, sensitivity, serve
 from optiq.evals import throughput, verify
 from optiq.formats import parse_format
@@ -65,14 +66,14 @@ def optiq(monkeypatch, tmp_path, sweep):
             return gives(*a, **k)
         monkeypatch.setattr(where, name, functools.wraps(real)(fake) if callable(real) and not isinstance(real, type) else fake)
     found = dict(figures=dict(memory=[]), report='', plan='', verified=None, config=dict(layers=[]), weights='', cache='')
-    for name in ('choose_weights', 'choose_cache', 'choose_both'): spy(pipeline, name, lambda job: found)
+    for name in ('_choose_weights', '_choose_cache', '_choose_both'): spy(pipeline, name, lambda job: found)
     for where in (pipeline, models, score): spy(where, 'Checkpoint', lambda name, *a: Checkpoint('demo'))
     spy(pipeline._Job, 'open', lambda job, more: (None, SimpleNamespace(scored=None, about={})))
-    for name in ('find_sweep', 'narrowed'): spy(pipeline, name, lambda *a, **k: sweep)
-    for name in ('pareto', 'measured', 'save_curve', 'compare', 'quantizer_of_plans'): spy(pipeline, name)
+    for name in ('_find_sweep', '_narrowed'): spy(pipeline, name, lambda *a, **k: sweep)
+    for name in ('pareto', 'measured', '_save_curve', 'compare', '_quantizer_of_plans'): spy(pipeline, name)
     spy(sensitivity, 'kl_sweep', lambda *a, **k: sweep)
     spy(latency, 'predict_speeds', lambda *a, **k: Anything(rows=[], mean_error=0, about=dict(chip='', source='', context=1, point='')))
-    for where, name in ((throughput, 'throughput'), (verify, 'verify'), (serve, 'serve'), (cli, 'with_speeds')): spy(where, name)
+    for where, name in ((throughput, 'throughput'), (verify, 'verify'), (serve, 'serve'), (cli, '_with_speeds')): spy(where, name)
     spy(doctor, 'doctor', lambda *a: type('Found', (list,), dict(figures=dict, ok=True))())
     tasks, real_demo = score._find_task, demos.find_demo
     def task(name): return functools.wraps(tasks(name))(lambda *a, **k: seen.append(('task', repr(a), repr(sorted(k.items())))) or Anything())
@@ -100,7 +101,7 @@ def cases() -> list:
         for p in cli.main.commands[base[0]].params:
             if not isinstance(p, click.Option) or {*p.opts, *p.secondary_opts} & {*base}: continue
             for option in [*p.opts[-1:]*(p.default is not True), *p.secondary_opts]: # not what is so anyway
-                value = VALUES.get(option, 'there' if isinstance(p.type, cli._Filled) else '7')
+                value = VALUES.get(option, 'there' if isinstance(p.type, command_of._Filled) else '7')
                 alone = p.is_flag or p.flag_value == 'stable'
                 if value is not None or alone: found.append(pytest.param(name, option, [option]+[value]*(not alone), id=f'{name} {option}'))
     return found
@@ -130,7 +131,7 @@ def test_what_arrives_with_a_cache(optiq):
     code, said, seen = optiq(*KV, '--rounding', 'gptq', '--protect', 'embed', '--tie', 'qkv', '--sweep', 's.json', '--kv-candidate-bits', 'tq3',
         '--seq-len', 64, '--n-calibration', 8, '--context', 512, '-o', 'both', '--rounding-samples', 9, '--formats', '3g64,8g64')
     assert code == 0, said
-    job = next(s for s in seen if s.startswith("('choose_both'"))
+    job = next(s for s in seen if s.startswith("('_choose_both'"))
     for part in ("rounding='gptq'", "protect=('embed',)", "tie=('qkv',)", "sweep='s.json'", 'tq3', 'seq_len=64', 'n_calibration=8', 'context=512', "PosixPath('both')",
                  'rounding_n=9', '3g64', 'max_bytes=20971520', 'eval_len=64'): assert part in job, (part, job)
     r = optiq(*KV, '--rounding', 'gptq', '--polish', 'dwq', '--protect', 'embed', '--tie', 'qkv', '--sweep', '/no/such/file')
@@ -142,7 +143,7 @@ def test_the_defaults_of_the_command_are_those_of_python(optiq):
         asked = []
         for run in (lambda: optiq(*words), lambda: pipeline.optimize('demo', **how)):
             with pytest.MonkeyPatch.context() as m:
-                for name in ('choose_weights', 'choose_cache', 'choose_both'): m.setattr(pipeline, name, lambda job: asked.append(job) or 1/0)
+                for name in ('_choose_weights', '_choose_cache', '_choose_both'): m.setattr(pipeline, name, lambda job: asked.append(job) or 1/0)
                 try: run()
                 except (AssertionError, ZeroDivisionError): pass
         mine, other = asked
@@ -180,7 +181,7 @@ def test_an_error_names_the_option(tmp_path, monkeypatch, sweep, words, name):
 def texts_and_paths():
     for name, command in cli.main.commands.items():
         for p in command.params:
-            if isinstance(p.type, cli._Filled) and getattr(p, 'flag_value', None) != 'stable': yield pytest.param(name, p, id=f'{name} {p.name}')
+            if isinstance(p.type, command_of._Filled) and getattr(p, 'flag_value', None) != 'stable': yield pytest.param(name, p, id=f'{name} {p.name}')
 
 @pytest.mark.parametrize('name, p', list(texts_and_paths()))
 @pytest.mark.parametrize('empty', ['', ' '])
@@ -196,7 +197,7 @@ def test_every_text_has_that_type():
 
 def test_an_error_that_names_nothing_tells_what_was_given():
     command, given = cli.main.commands['pareto'], dict(targets='7', source='demo', as_json=True)
-    assert cli._named(ValueError('Maximum allowed size exceeded'), command, given).endswith('exceeded (given: --targets 7)')
-    assert cli._named(ValueError('demo is damaged'), command, given) == 'demo is damaged'
-    assert cli._named(ValueError('`targets` are none, target_bpw 3 is low'), command, given) == '--targets are none, --targets 3 is low'
-    assert cli._named(OSError('x.json is no file'), command, given) == 'x.json is no file'
+    assert command_of._named(ValueError('Maximum allowed size exceeded'), command, given).endswith('exceeded (given: --targets 7)')
+    assert command_of._named(ValueError('demo is damaged'), command, given) == 'demo is damaged'
+    assert command_of._named(ValueError('`targets` are none, target_bpw 3 is low'), command, given) == '--targets are none, --targets 3 is low'
+    assert command_of._named(OSError('x.json is no file'), command, given) == 'x.json is no file'

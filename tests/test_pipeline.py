@@ -84,4 +84,4 @@ def test_a_sweep_alone_measures_nothing(tmp_path):
         with pytest.raises(ValueError, match=f'`{name}` has no effect: nothing is measured'):
             trade_off('demo', (4, 8), **dict(weights=Weights(sweep=sweep)) | options)
     with pytest.raises(ValueError, match='`polish` has no effect on a curve'): trade_off('demo', weights=Weights(polish='dwq'))
-    assert pipeline.load_sweep(sweep) is sweep
+    assert pipeline._load_sweep(sweep) is sweep

@@ -15,7 +15,7 @@ from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate, pose
 from optiq.plan import Plan, recipe, uniform
 from optiq.models import Checkpoint
-from optiq.pipeline import Caps, Texts, Weights, find_sweep, _narrowed, optimize, trade_off
+from optiq.pipeline import Caps, Texts, Weights, _find_sweep, _narrowed, optimize, trade_off
 from optiq.measure.kl import measure, probes
 from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep
@@ -127,11 +127,11 @@ def test_another_models_sweep_is_refused(b, sweep, tokens, tmp_path):
         verified(TorchBackend(other), tokens, sweep, target_bpw=4, progress=False)
     sweep.save(tmp_path/'s.json')
     with pytest.raises(ValueError, match='was measured on another model'):
-        find_sweep(TorchBackend(other), tokens, [Format(4)], tmp_path/'s.json', None)
+        _find_sweep(TorchBackend(other), tokens, [Format(4)], tmp_path/'s.json', None)
     tuned = Sweep(sweep.units, sweep.formats, sweep.values, sweep.header | dict(fingerprint=dict(model='a fine-tune')))
-    with pytest.raises(ValueError, match='was measured on something else: model'): find_sweep(b, tokens, [Format(4)], tuned, None)
+    with pytest.raises(ValueError, match='was measured on something else: model'): _find_sweep(b, tokens, [Format(4)], tuned, None)
     with pytest.raises(ValueError, match='has no 6g64; it has 2g64, 3g64'):
-        find_sweep(b, tokens, [Format(6), AS_IS], tmp_path/'s.json', None)
+        _find_sweep(b, tokens, [Format(6), AS_IS], tmp_path/'s.json', None)
 
 # The road and the curve
 

@@ -10,7 +10,7 @@ from optiq.backends.mlx import MLXBackend
 from optiq.backends.parts import ReplayBackend
 from optiq.backends.stream import StreamingBackend
 from optiq.backends.torch import TorchBackend
-from optiq.convert import check, convert, overrides_of_saved, stored_bytes
+from optiq.convert import check_saved, convert, overrides_of_saved, stored_bytes
 from optiq.evals.perplexity import evaluate
 from optiq.families.samples import batch_for
 from optiq.formats import AFFINE_BITS, _AFFINE_GROUPS, AS_IS, Format
@@ -18,7 +18,7 @@ from optiq.plan import make_plan, uniform
 from optiq.models import Checkpoint
 from optiq.pipeline import Caps, Texts, Weights, optimize, trade_off
 from optiq.arrays import pack_codes, to_mlx
-from optiq.rounding import MinMax, RoundTrips, _compensated, dwq, gptq, _gptq_all, _prepared, round_model, round_to_files
+from optiq.rounding import _MinMax, RoundTrips, _compensated, dwq, gptq, _gptq_all, _prepared, round_model, round_to_files
 from optiq.rounding import search, _second_look
 from optiq.statistics import Inputs, Statistics
 from optiq.measure.kl import measure, probes
@@ -90,7 +90,7 @@ def test_round_trip_is_what_a_loader_computes(dtype, fmt):
 def test_each_way_beats_the_one_before(bits):
     w, stats, fmt = weight(), correlated(), Format(bits, 64)
     d = torch.diag(stats.importance())
-    assert cost(w, search(w, fmt, stats), d) < cost(w, MinMax(w, fmt), d)
+    assert cost(w, search(w, fmt, stats), d) < cost(w, _MinMax(w, fmt), d)
     assert cost(w, gptq(w, fmt, stats), stats.moments) < cost(w, search(w, fmt, stats), stats.moments)
 
 def test_second_look_never_hurts():
@@ -163,8 +163,8 @@ def test_a_rounded_model_is_saved_as_it_was_scored(models, backend, tmp_path):
     assert set(quantizer) == {p for p, f in plan.items() if f != AS_IS}
     saved = convert(c, plan, tmp_path/'out', quantizer=quantizer)
     assert saved.formats == dict(plan) and stored_bytes(saved) == plan.nbytes
-    check(tmp_path/'out', plan, c, quantizer)
-    with pytest.raises(ValueError, match='not those that were measured'): check(tmp_path/'out', plan, c)
+    check_saved(tmp_path/'out', plan, c, quantizer)
+    with pytest.raises(ValueError, match='not those that were measured'): check_saved(tmp_path/'out', plan, c)
     with pytest.raises(ValueError, match='not 8g32'): quantizer[c.units[0].path](None, Format(8, 32))
 
 def test_the_sweep_scores_with_the_rounding_that_saves(models, tmp_path):

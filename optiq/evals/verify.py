@@ -163,7 +163,7 @@ def _check_reference(c: Checkpoint, plan: Plan | None, sweep: Sweep | None, b: B
 def _check_rounding(c: Checkpoint, plan: Plan, sweep: Sweep, b: Backend, planned: str, n: int = 8) -> str:
     "Whether the tensors are what the planned rounding makes of the reference's weights"
     if planned == 'minmax':
-        check(c.folder, plan, b.checkpoint)
+        check_saved(c.folder, plan, b.checkpoint)
         return f'weights are those of {b.checkpoint.name}, rounded by minmax'
     saved = dict(zip((u.path for u in c.units), dequantized_units(c)))
     some = [u for u in c.units if u.block == 0 and plan[u.path] != AS_IS][:n]

@@ -27,7 +27,7 @@ from optiq.kv.layout import KVLayer, KVLayout
 from optiq.models import Checkpoint, Unit
 from optiq.pipeline import Texts, _read_texts
 from optiq.arrays import to_mlx
-from optiq.roofline import Chip, Latency, cache_bytes, reads_of
+from optiq.roofline import Chip, Latency, _cache_reads, reads_of
 from optiq.rounding import gptq, search
 from optiq.statistics import Inputs
 from optiq.measure.gradient import _second_order

@@ -307,7 +307,7 @@ def test_attention_reads_keys_and_values_of_two_bytes_each(monkeypatch, c):
     a = c.config
     grows = a['num_hidden_layers']*2*a['num_key_value_heads']*a['head_dim']*2
     model = c.load()
-    assert cache_bytes(model, 48)-cache_bytes(model, 16) == 32*grows
+    assert _cache_reads(model, 48)-_cache_reads(model, 16) == 32*grows
     reads = reads_of(model, a)
     lat = [Latency(Chip('x', 100.), reads, n) for n in (16, 48)]
     plan = uniform(c, 4)

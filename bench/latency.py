@@ -26,7 +26,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from optiq.report import machine
 from optiq.formats import Format
 from optiq.plan import make_plan, uniform
-from optiq.chips import Speed, _decode_once, _extend, _keep_busy, measure_chip, _on_gpu, _per_step, _stand_in
+from optiq.chips import Speed, _decode_once, _extend, _keep_busy, _measure_chip, _on_gpu, _per_step, _stand_in
 from optiq.latency import _LEARNED, compare_speeds
 from optiq.roofline import Chip, Latency, reads_of, skeleton
 from optiq.material.tiny import hub_config
@@ -97,7 +97,7 @@ def measure_machine(args, out, reads, formats):
         before = json.loads(Path(args.chip).read_text())
         out.keep(chip=before['chip'], raw=before['raw'])
         return None
-    chip = measure_chip([], [], args.runs, raw)
+    chip = _measure_chip([], [], args.runs, raw)
     out.keep(chip=asdict(chip), raw=raw)
     for f in formats:
         chip = _extend(chip, matrices, [f], args.runs, raw)

@@ -381,7 +381,7 @@ class _Job:
     texts: Texts
     backend: str
     overwrite: bool
-    _beside: bool = False # files are added to the model's own folder
+    beside: bool = False # files are added to the model's own folder
 
     @property
     def formats(self): return _candidates_for(self.weights.formats, self.weights.sweep)

@@ -154,7 +154,8 @@ def test_few_clips_are_enough_to_round_on(tmp_path, one):
     c = Checkpoint(one)
     short_clips(tmp_path, 2)
     assert len(_read_texts(c, Texts(tmp_path, 'bundled', n_calibration=2, n_evaluation=1), 32).learned) == 2
-    with pytest.raises(ValueError, match='2 clips.* 3 are asked for'): _read_texts(c, Texts(tmp_path, 'bundled', n_calibration=3, n_evaluation=1), 32)
+    with pytest.raises(ValueError, match='2 clips.* 3 are asked for'): _read_texts(c, Texts(tmp_path, 'bundled', n_calibration=3,
+                                                                                            n_evaluation=1), 32)
 
 def test_a_text_model_is_no_speech_model(tmp_path):
     r = optiq('convert', 'demo', '--model-type', 'audio', '-o', tmp_path/'o')

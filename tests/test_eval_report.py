@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from optiq.report import Report, holm, interval, joined, mean_figure, _metric, paired, share_figure
+from optiq.report import Report, _holm, interval, joined, mean_figure, _metric, paired, share_figure
 from optiq.report import test as paired_rows, _verdict
 from optiq.score import as_figures, _find_task, _one_figure, _perplexity_figure, run_task
 
@@ -45,7 +45,7 @@ def test_figures():
 
 def test_holm_is_monotone_and_never_smaller():
     p = dict(a=.01, b=.04, c=.03)
-    assert holm(p) == pytest.approx(dict(a=.03, c=.06, b=.06))
+    assert _holm(p) == pytest.approx(dict(a=.03, c=.06, b=.06))
 
 def test_a_winner_needs_the_test():
     a, b = row('a', g=share_figure('gsm8k', [1]*60+[0]*40, 'q')), row('b', g=share_figure('gsm8k', [1]*57+[0]*43, 'q'))

@@ -86,7 +86,8 @@ def test_a_window_bounds_the_cache_and_a_state_does_not_grow():
     assert [_cache_reads(window, n) for n in (100, 512, 5000)] == [100*row, 512*row, 512*row]
     config = hub_config('qwen3_5')
     hybrid = skeleton(config) # most of its layers keep a state of fixed size
-    assert _cache_reads(hybrid, 0) > 0 and _cache_reads(hybrid, 2000)-_cache_reads(hybrid, 1000) == _cache_reads(hybrid, 1000)-_cache_reads(hybrid, 0)
+    assert _cache_reads(hybrid, 0) > 0 and _cache_reads(hybrid, 2000)-_cache_reads(hybrid, 1000) == _cache_reads(hybrid,
+                                                                                                                 1000)-_cache_reads(hybrid, 0)
 
 # chips
 

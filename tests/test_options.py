@@ -26,23 +26,30 @@ from optiq.show import demos, doctor
 KV = ['convert', 'demo', '--kv', '--target-size', '20']
 BASES = dict(
     convert=['convert', 'demo'], convert_sweep=['convert', 'demo', '--sweep', 's.json'], dry=['convert', 'demo', '--dry-run'], kv=KV,
-    kv_sweep=[*KV, '--sweep', 's.json'], kv_cache=['kv-cache', 'demo'], pareto=['pareto', 'demo'], pareto_verify=['pareto', 'demo', '--verify', '1'],
+    kv_sweep=[*KV, '--sweep', 's.json'], kv_cache=['kv-cache', 'demo'], pareto=['pareto', 'demo'],
+    pareto_verify=['pareto', 'demo', '--verify', '1'],
     pareto_sweep=['pareto', 's.json'], pareto_file=['pareto', 'demo', '--sweep', 's.json', '--verify', '1'],
-    pareto_out=['pareto', 'demo', '-o', 'curve'], sweep=['sweep', 'demo', '-o', 'there'], sweep_minmax=['sweep', 'demo', '-o', 'there', '--rounding', 'minmax'],
+    pareto_out=['pareto', 'demo', '-o', 'curve'], sweep=['sweep', 'demo', '-o', 'there'],
+    sweep_minmax=['sweep', 'demo', '-o', 'there', '--rounding', 'minmax'],
     screened=['sweep', 'demo', '-o', 'there', '--method', 'screened'], stable=['sweep', 'demo', '-o', 'there', '--until-stable'],
     latency=['latency', 'demo'], benchmark=['benchmark', 'demo', '--no-speed'], speed=['benchmark', 'demo', '--speed'],
     verify=['verify', 'demo'], reference=['verify', 'demo', '--reference', 'demo'], demo=['demo'], demo_llm=['demo', 'llm'],
-    demo_hardware=['demo', 'hardware'], serve=['serve', 'demo'], doctor=['doctor'], responses=['eval', '--task', 'gsm8k', '--responses', 'there'],
+    demo_hardware=['demo', 'hardware'], serve=['serve', 'demo'], doctor=['doctor'],
+    responses=['eval', '--task', 'gsm8k', '--responses', 'there'],
     **{t: ['eval', 'demo', '--task', t] for t in ('perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer', 'harness:x')})
-VALUES = {'--target': None, '--formats': '4g32,8g64', '--candidate-bits': '3,4', '--bits': '3,4', '--kv-candidate-bits': '3', '--group-size': '32',
-    '--protect': 'embed', '--tie': 'qkv', '--rounding': 'gptq', '--backend': 'mlx', '--model-type': 'llm', '--sweep': 's.json', '--chip': 'M3 Max',
-    '--targets': '4,5', '--profiles': 'all', '--kv': '4', '--task': None, '--method': 'gradient', '--questions': 'word-problems', '--output': 'elsewhere'}
+VALUES = {'--target': None, '--formats': '4g32,8g64', '--candidate-bits': '3,4', '--bits': '3,4', '--kv-candidate-bits': '3',
+          '--group-size': '32', '--protect': 'embed', '--tie': 'qkv', '--rounding': 'gptq', '--backend': 'mlx',
+          '--model-type': 'llm', '--sweep': 's.json', '--chip': 'M3 Max',
+          '--targets': '4,5', '--profiles': 'all', '--kv': '4', '--task': None, '--method': 'gradient', '--questions': 'word-problems',
+          '--output': 'elsewhere'}
 
 def made_up(c) -> Sweep:
     fmts = [parse_format(f) for f in ('3g64', '4g64', '8g64', '4g32', '3g32', '8g32')]
     values = {(u.path, f): np.full(8, np.exp(-f.bits)) for u in c.units for f in fmts}
-    return Sweep(c.units, fmts, values, dict(optiq='sweep', model='demo', params=c.params, other_bytes=c.other_bytes, units=[asdict(u) for u in c.units],
-        fingerprint=dict(model=c.fingerprint, tokens='made up', quantizer='search', backend='torch', device='cpu', formats=[str(f) for f in fmts])))
+    return Sweep(c.units, fmts, values, dict(optiq='sweep', model='demo', params=c.params, other_bytes=c.other_bytes,
+                                             units=[asdict(u) for u in c.units],
+        fingerprint=dict(model=c.fingerprint, tokens='made up', quantizer='search', backend='torch', device='cpu',
+                         formats=[str(f) for f in fmts])))
 
 class Anything(SimpleNamespace):
     "A result that can be shown"
@@ -132,7 +139,8 @@ def test_what_arrives_with_a_cache(optiq):
         '--seq-len', 64, '--n-calibration', 8, '--context', 512, '-o', 'both', '--rounding-samples', 9, '--formats', '3g64,8g64')
     assert code == 0, said
     job = next(s for s in seen if s.startswith("('_choose_both'"))
-    for part in ("rounding='gptq'", "protect=('embed',)", "tie=('qkv',)", "sweep='s.json'", 'tq3', 'seq_len=64', 'n_calibration=8', 'context=512', "PosixPath('both')",
+    for part in ("rounding='gptq'", "protect=('embed',)", "tie=('qkv',)", "sweep='s.json'", 'tq3', 'seq_len=64', 'n_calibration=8',
+                 'context=512', "PosixPath('both')",
                  'rounding_n=9', '3g64', 'max_bytes=20971520', 'eval_len=64'): assert part in job, (part, job)
     r = optiq(*KV, '--rounding', 'gptq', '--polish', 'dwq', '--protect', 'embed', '--tie', 'qkv', '--sweep', '/no/such/file')
     assert r[0] == 1 and '--polish' in r[1]
@@ -163,14 +171,20 @@ def test_a_dry_run_judges_its_output(optiq, tmp_path):
 # Errors name the option
 
 @pytest.mark.parametrize('words, name', [
-    (['convert', 'demo', '--target-tps', '1e9', '--chip', 'M3 Max'], '--target-tps'), (['convert', 'demo', '--target-tps', '1e-320', '--chip', 'M3 Max'], '--target-tps'),
+    (['convert', 'demo', '--target-tps', '1e9', '--chip', 'M3 Max'], '--target-tps'),
+    (['convert', 'demo', '--target-tps', '1e-320', '--chip', 'M3 Max'], '--target-tps'),
     (['convert', 'demo', '--target-bpw', '2'], '--target-bpw'), (['convert', 'demo', '--target-size', '1'], '--target-size'),
-    (['convert', 'demo', '--target-memory', '1', '--context', '512'], '--target-memory'), (['kv-cache', 'demo', '--target-bits', '2'], '--target-bits'),
+    (['convert', 'demo', '--target-memory', '1', '--context', '512'], '--target-memory'),
+    (['kv-cache', 'demo', '--target-bits', '2'], '--target-bits'),
     (['convert', 'demo', '--protect', 'nobody'], '--protect'), (['convert', 'demo', '--tie', 'nobody'], '--tie'),
-    (['convert', 'demo', '--sweep', '.'], '--sweep'), (['convert', 'demo', '--formats', '9g64'], '--formats'), (['convert', 'demo', '--chip', 'Z80', '--target-tps', '9'], '--chip'),
-    (['pareto', 's.json', '--targets', '1e-320'], '--targets'), (['pareto', 's.json', '--targets', '60'], '--targets'), (['pareto', 's.json', '--profiles', 'none'], '--profiles'),
-    (['pareto', 'demo', '--verify', '9'*24], '--verify'), (['pareto', 'demo', '--verify', '-1'], '--verify'), (['sweep', 'demo', '-o', 's', '--targets', 'x', '--until-stable'], '--targets'),
-    (['pareto', 's.json', '--sweep', 's.json'], '--sweep'), (['pareto', 's.json', '--calibration', 'x'], '--calibration'), (['convert', 'demo', '--calibration', 'nowhere.txt'], '--calibration')])
+    (['convert', 'demo', '--sweep', '.'], '--sweep'), (['convert', 'demo', '--formats', '9g64'], '--formats'),
+    (['convert', 'demo', '--chip', 'Z80', '--target-tps', '9'], '--chip'),
+    (['pareto', 's.json', '--targets', '1e-320'], '--targets'), (['pareto', 's.json', '--targets', '60'], '--targets'),
+    (['pareto', 's.json', '--profiles', 'none'], '--profiles'),
+    (['pareto', 'demo', '--verify', '9'*24], '--verify'), (['pareto', 'demo', '--verify', '-1'], '--verify'),
+    (['sweep', 'demo', '-o', 's', '--targets', 'x', '--until-stable'], '--targets'),
+    (['pareto', 's.json', '--sweep', 's.json'], '--sweep'), (['pareto', 's.json', '--calibration', 'x'], '--calibration'),
+    (['convert', 'demo', '--calibration', 'nowhere.txt'], '--calibration')])
 def test_an_error_names_the_option(tmp_path, monkeypatch, sweep, words, name):
     monkeypatch.chdir(tmp_path)
     sweep.save('s.json')
@@ -181,7 +195,8 @@ def test_an_error_names_the_option(tmp_path, monkeypatch, sweep, words, name):
 def texts_and_paths():
     for name, command in cli.main.commands.items():
         for p in command.params:
-            if isinstance(p.type, command_of._Filled) and getattr(p, 'flag_value', None) != 'stable': yield pytest.param(name, p, id=f'{name} {p.name}')
+            text = isinstance(p.type, command_of._Filled) and getattr(p, 'flag_value', None) != 'stable'
+            if text: yield pytest.param(name, p, id=f'{name} {p.name}')
 
 @pytest.mark.parametrize('name, p', list(texts_and_paths()))
 @pytest.mark.parametrize('empty', ['', ' '])

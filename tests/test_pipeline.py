@@ -28,21 +28,27 @@ def model(tmp_path_factory): return str(tiny('qwen3', tmp_path_factory.mktemp('r
 def few(text): return dict(texts=Texts(text, n_calibration=2, seq_len=32, n_evaluation=1), backend='torch')
 
 @pytest.mark.parametrize('what, caps, says', [
-    ('weights', Caps(max_memory=9), '`max_memory` needs `context`'), ('weights', Caps(chip='M1'), '`target_tps`'), ('weights', Caps(context=9), '`context` counts for'),
-    ('a cache', Caps(max_memory=9, context=9), '`max_memory` has no effect on a cache'), ('a cache', Caps(target_tps=9), '`target_tps` has no effect'),
-    (BOTH, Caps(max_bytes=9, target_bpw=4), '`target_bpw` has no effect beside `cache`'), (BOTH, Caps(), 'needs `max_bytes`'), (BOTH, None, 'needs `max_bytes`')])
+    ('weights', Caps(max_memory=9), '`max_memory` needs `context`'), ('weights', Caps(chip='M1'), '`target_tps`'),
+    ('weights', Caps(context=9), '`context` counts for'),
+    ('a cache', Caps(max_memory=9, context=9), '`max_memory` has no effect on a cache'),
+    ('a cache', Caps(target_tps=9), '`target_tps` has no effect'),
+    (BOTH, Caps(max_bytes=9, target_bpw=4), '`target_bpw` has no effect beside `cache`'), (BOTH, Caps(), 'needs `max_bytes`'),
+    (BOTH, None, 'needs `max_bytes`')])
 def test_a_cap_that_does_not_count_is_refused(what, caps, says):
     with pytest.raises(ValueError, match=says): caps_for(caps, what)
 
 def test_defaults():
     assert caps_for(None, 'weights') == Caps(target_bpw=4.5) and caps_for(None, 'a cache') == Caps(target_bpw=5)
     assert caps_for(Caps(context=9), 'a cache') == Caps(target_bpw=5, context=9) and caps_for(Caps(max_bytes=9), 'a cache') == Caps(max_bytes=9)
-    assert _texts_of(None, 'weights') == Texts(n_calibration=8, seq_len=128, n_evaluation=16, eval_len=256) and _texts_of(None, BOTH).eval_len == 128
+    assert _texts_of(None, 'weights') == Texts(n_calibration=8, seq_len=128, n_evaluation=16, eval_len=256)
+    assert _texts_of(None, BOTH).eval_len == 128
     assert _texts_of(None, 'a cache') == Texts(n_calibration=5, seq_len=512, n_evaluation=4, eval_len=512)
 
 @pytest.mark.parametrize('weights, what, says', [
-    (Weights(polish='dwq'), BOTH, '`polish`'), (Weights(verify=True), BOTH, '`verify`'), (Weights(compare=True), BOTH, '`compare`'), (Weights(compare=False), BOTH, '`compare`'),
-    (Weights(rounding='minmax', rounding_n=4), 'weights', '`rounding_n` has no effect'), (Weights(verify=True), 'a curve', '`verify` has no effect on a curve'),
+    (Weights(polish='dwq'), BOTH, '`polish`'), (Weights(verify=True), BOTH, '`verify`'), (Weights(compare=True), BOTH, '`compare`'),
+    (Weights(compare=False), BOTH, '`compare`'),
+    (Weights(rounding='minmax', rounding_n=4), 'weights', '`rounding_n` has no effect'),
+    (Weights(verify=True), 'a curve', '`verify` has no effect on a curve'),
     (Weights(rounding='best'), BOTH, "no rounding 'best'"), (Weights(polish='dwq'), 'weights', 'give an output')])
 def test_a_wish_about_weights_that_nobody_fulfils_is_refused(weights, what, says):
     with pytest.raises(ValueError, match=says): _check_weights(weights, what, None)
@@ -55,7 +61,8 @@ def test_both_do_what_each_alone_can(model, few, text, tmp_path):
     "Protection, ties, a sweep that was saved, and rounding by search reach the plan of weights and cache together"
     caps, wish = Caps(max_bytes=430_000, context=256), dict(protect='embed', tie='qkv')
     first = optimize(model, None, caps, cache=Cache(), weights=Weights(rounding_n=4, **wish), **few)
-    assert first['weights']['model.embed_tokens'] == Format(8) and first['weights'].rounding == 'search' and first['figures']['bytes'] <= caps.max_bytes
+    assert first['weights']['model.embed_tokens'] == Format(8)
+    assert first['weights'].rounding == 'search' and first['figures']['bytes'] <= caps.max_bytes
     for b in Checkpoint(model).units: # the three of one attention share a format
         if b.path.endswith('q_proj'): assert len({first['weights'][b.path.replace('q_proj', x)] for x in ('q_proj', 'k_proj', 'v_proj')}) == 1
     first['weight_sweep'].save(tmp_path/'s.json')

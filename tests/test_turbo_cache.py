@@ -395,6 +395,6 @@ def test_no_product_with_a_single_group(D, monkeypatch):
     def checked(x, w, scales, biases, transpose, **how):
         assert not transpose or scales.shape[-1] > 1
         return before(x, w, scales, biases, transpose=transpose, **how)
-    monkeypatch.setattr(kv_cache, '_GROUPS', 2)
+    monkeypatch.setattr(kv_cache, 'GROUPS', 2)
     monkeypatch.setattr(mx, 'quantized_matmul', checked)
     for a, b in zip(out(), want): assert abs(a-b).max() < 1e-4

@@ -121,4 +121,4 @@ def test_long_stretches(on_cpu, monkeypatch):
 def test_heads_that_the_kernels_are_not_made_for(D, G, H, monkeypatch):
     monkeypatch.setattr(tk, '_FUSED', True)
     monkeypatch.setattr(mx, 'default_device', lambda: mx.gpu)
-    assert not tk._kernels_fit(D, G, H) and tk._kernels_fit(128, G, 8)
+    assert not tk.kernels_fit(D, G, H) and tk.kernels_fit(128, G, 8)

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings, strategies as st
 
 from optiq.formats import Format, nbytes, parse_format, quantize_dequantize
 from optiq.turboquant import _PANTER_DITE, Rotation, STEPS, TurboQuantMSE, TurboQuantProd, TurboQuantSplit
-from optiq.turboquant import _cell_moments, codebook, _density, distortion, encode_rotated, _mass, _moment, _nearest_codes
+from optiq.turboquant import _cell_moments, codebook, _density, _distortion, encode_rotated, _mass, _moment, _nearest_codes
 from optiq.turboquant import pack_words, padded, _rotate, rotation_matrix, _round_trip, _unpack_words
 
 D_MSE = {64: [.358387, .114526, .033391, .009132, .002399, .000616, .000156, .000039],
@@ -43,10 +43,10 @@ def test_code_books_have_the_exact_constants(d):
         p, m = _cell_moments(c, d)
         assert abs(c+c[::-1]).max() < 1e-7
         assert abs(m/p-c).max() < 1e-6*abs(c).max() # each point is the mean of its cell
-        D = distortion(c, d)
+        D = _distortion(c, d)
         assert abs(D-D_MSE[d][b-1]) <= 1e-3*D+5e-7 # the table has six decimals
         assert 4.**-b < D < _PANTER_DITE*4.**-b
-    scaled = [4**b*distortion(codebook(d, b), d) for b in range(1, 9)]
+    scaled = [4**b*_distortion(codebook(d, b), d) for b in range(1, 9)]
     assert scaled == sorted(scaled)
 
 def test_centroids():
@@ -60,7 +60,7 @@ def test_centroids():
 def test_uniform_grids(bits, step, mse):
     c = codebook(128, bits, 'uniform')
     assert np.allclose(np.diff(c), c[1]-c[0]) and abs((c[1]-c[0])*128**.5-step) < 1e-4
-    assert abs(distortion(c, 128)/mse-1) < 1e-4
+    assert abs(_distortion(c, 128)/mse-1) < 1e-4
 
 @pytest.mark.parametrize('args, what', [((128, 0), 'bits=0'), ((128, 9), 'bits=9'), ((128, 2.5), 'bits=2.5'), ((2, 4), 'd=2'),
                                         ((128, 4, 'log'), 'log')])
@@ -279,7 +279,7 @@ def test_libraries_agree(make):
 
 @pytest.mark.parametrize('d', [80, 96, 112, 192, 576])
 def test_any_width(d):
-    for bits in (2, 4, 8): assert abs(error(TurboQuantMSE(d, bits), unit(200, d))/distortion(codebook(d, bits), d)-1) < .05
+    for bits in (2, 4, 8): assert abs(error(TurboQuantMSE(d, bits), unit(200, d))/_distortion(codebook(d, bits), d)-1) < .05
 
 @pytest.mark.parametrize('quantizer', [TurboQuantMSE(128, 4), TurboQuantProd(128, 4), TurboQuantMSE(128, 4, scale='unbiased'),
                                        TurboQuantMSE(128, 4, scale='norm_match')])

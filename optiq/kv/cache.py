@@ -22,9 +22,10 @@ def summable(a):
     "Queries or weights in a type in which a product may be summed"
     return a.astype(mx.float32) if mx.default_device() == mx.cpu else a
 
-# %% ../../nbs/11c_kv.cache.ipynb #d1bfc04f
-_GROUPS = 2 if mx.cuda.is_available() else 1 # in a vector, at least, for a product with keys
+# %% ../../nbs/11c_kv.cache.ipynb #083fe48c
+GROUPS = 2 if mx.cuda.is_available() else 1 # in a vector, at least, for a product with keys
 
+# %% ../../nbs/11c_kv.cache.ipynb #d1bfc04f
 class Codec:
     "Keys or values in one of MLX's quantized formats"
     def __init__(self, fmt: Format):
@@ -40,7 +41,7 @@ class Codec:
 
     def product(self, a, arrays, transpose: bool): # (B, heads, rows, D or T) ▸ (B, heads, rows, T or D)
         "`a` times what is stored, transposed or not"
-        if transpose and arrays[-1].shape[-1] < _GROUPS: return a @ self.dense(arrays, a.dtype).swapaxes(-1, -2)
+        if transpose and arrays[-1].shape[-1] < GROUPS: return a @ self.dense(arrays, a.dtype).swapaxes(-1, -2)
         return mx.quantized_matmul(summable(a), *arrays, transpose=transpose, **self.how).astype(a.dtype)
 
     def dense(self, arrays, dtype): # ▸ (B, heads, T, D)

@@ -23,7 +23,8 @@ def pack_codes(
 # %% ../nbs/70_arrays.ipynb #d1182d98
 def library(w):
     "The namespace of an array, a function to float32, and one that rounds float32 values to its type"
-    if isinstance(w, np.ndarray): return np, lambda x: x.astype(np.float32), lambda x: x.astype(w.dtype).astype(np.float32)
+    if isinstance(w, np.ndarray):
+        return np, lambda x: x.astype(np.float32), lambda x: x.astype(w.dtype).astype(np.float32)
     if type(w).__module__.startswith('mlx'):
         import mlx.core as mx
         return mx, lambda x: x.astype(mx.float32), lambda x: x.astype(w.dtype).astype(mx.float32)

@@ -31,10 +31,12 @@ def _record_text(r, where: str) -> str:
     "The text of one record: text, a list of it, or an object that holds some; nothing where it is null"
     if isinstance(r, str): return check(r, PROSE, where)
     if isinstance(r, list): return '\n'.join(_record_text(x, f'{where}[{i}]') for i, x in enumerate(r))
-    if not isinstance(r, dict): raise ValueError(f'{where} is {shown(r)}, and should be text or an object that holds some')
+    if not isinstance(r, dict):
+        raise ValueError(f'{where} is {shown(r)}, and should be text or an object that holds some')
     names = next((ns for ns in _ROLES if r.keys() >= {*ns}), None)
     if names is None: raise ValueError(
-        f"{where}: a record needs 'text', or 'question' and 'answer'; this one has {shown(', '.join(map(str, r)) or 'nothing')}")
+        f"{where}: a record needs 'text', or 'question' and 'answer'; this one has "
+        f"{shown(', '.join(map(str, r)) or 'nothing')}")
     parts = ['' if r[n] is None else _record_text(r[n], f'{where}: {n}') for n in names]
     if not any(parts): return ''
     return parts[0] if len(parts) == 1 else '\n'.join(f'{n.capitalize()}: {p}' for n, p in zip(names, parts))
@@ -60,7 +62,8 @@ def _parquet(path):
     import pyarrow as pa
     import pyarrow.parquet as pq
     try: rows = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as e: raise ValueError(f'{path} is damaged, or only a part of a parquet file: {told(e)}') from None
+    except (pa.ArrowException, OSError) as e: raise ValueError(f'{path} is damaged, or only a part of a parquet file: '
+                                                               f'{told(e)}') from None
     return [_record_text(r, f'{path}, row {i}') for i, r in enumerate(rows, 1)]
 
 def _as_list(text, where):

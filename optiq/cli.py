@@ -283,24 +283,28 @@ def _as_targets(text: str) -> list[float]:
         low, high, step = found
         if 0 <= high-low <= 1000*step: return [round(low+k*step, 9) for k in range(int((high-low)/step+1e-9)+1)]
     except ValueError: pass
-    raise ValueError(f'--targets {text!r} is neither from:to:step, such as 3.0:8.0:0.25, of a thousand steps at most, nor a list, such as 3,3.5,4')
+    raise ValueError(f'--targets {text!r} is neither from:to:step, such as 3.0:8.0:0.25, of a thousand steps at most, '
+                     f'nor a list, such as 3,3.5,4')
 
 # %% ../nbs/90_cli.ipynb #998be856
-_MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'backend', 'model_type', 'trust_remote_code'] # what needs the model
+_MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'backend', 'model_type',
+              'trust_remote_code'] # what needs the model
 
 # %% ../nbs/90_cli.ipynb #a0b58f7c
 @main.command(short_help='Size against quality: the whole curve from one sweep.')
 @click.argument('source', metavar='MODEL|SWEEP')
 @click.option('--profiles', callback=_as_names,
               help='of compact, quality and all; default: those that the formats allow')
-@click.option('--targets', help='nominal bits, from:to:step or a list  [default: those of 3.0:8.0:0.25 that the formats reach]')
+@click.option('--targets', help='nominal bits, from:to:step or a list  [default: those of 3.0:8.0:0.25 that the '
+                                'formats reach]')
 @click.option('--bits', help='widths to choose from, and to sweep  [default: all of the sweep given, or 2,3,4,5,6,8]')
 @_options('formats', 'group_size', 'protect', 'tie', 'rounding', 'rounding_n')
 @click.option('--verify', type=Number(click.INT, 1000, none=True), default=0, show_default=True, metavar='N',
               help='points of each curve to measure on evaluation text, with all baselines')
 @click.option('-o', '--output', 'out', type=click.Path(), metavar='DIR',
               help='folder for table, figure, sweep and plans')
-@click.option('--n-calibration', '--samples', 'n_calibration', default=8, show_default=True, help='calibration sequences')
+@click.option('--n-calibration', '--samples', 'n_calibration', default=8, show_default=True,
+              help='calibration sequences')
 @_options('sweep', 'seq_len', 'calibration', 'evaluation', 'n_evaluation')
 @_options('overwrite', 'backend', 'model_type', 'trust', 'json')
 def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, **given):
@@ -327,7 +331,8 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
 # %% ../nbs/90_cli.ipynb #c3973217
 @main.command('kv-cache', short_help='Choose formats for the KV cache.')
 @click.argument('model')
-@click.option('--target-bits', 'target_bpw', type=float, help='cap on the average bits of a key or value  [default: 5.0]')
+@click.option('--target-bits', 'target_bpw', type=float,
+              help='cap on the average bits of a key or value  [default: 5.0]')
 @click.option('--target-size', 'max_bytes', type=float, callback=_as_bytes(_MB), metavar='MB',
               help='cap on the size of the cache at --context tokens')
 @click.option('--context', default=16384, show_default=True, help='tokens for which bytes are counted')
@@ -338,9 +343,11 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
               help='keys and values of a layer apart, or in one format')
 @click.option('-o', '--output', type=click.Path(), help='folder to write, or MODEL itself, to which files are added; '
               'default: optiq_output/<model>-kv')
-@click.option('--n-calibration', '--n-samples', 'n_calibration', default=5, show_default=True, help='calibration sequences')
+@click.option('--n-calibration', '--n-samples', 'n_calibration', default=5, show_default=True,
+              help='calibration sequences')
 @click.option('--seq-len', default=512, show_default=True, help='tokens in each')
-@click.option('--n-evaluation', '--eval-samples', 'n_evaluation', default=4, show_default=True, help='evaluation sequences')
+@click.option('--n-evaluation', '--eval-samples', 'n_evaluation', default=4, show_default=True,
+              help='evaluation sequences')
 @_options('calibration', 'evaluation', 'overwrite', 'backend', 'trust', 'json')
 def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
     """Measure how much each layer's keys and values suffer, choose a format for each, write kv_config.json.
@@ -351,7 +358,8 @@ def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
     """
     from optiq.kv.sweep import layer_table, memory_lines
     from optiq.pipeline import Cache, Caps, Texts, optimize
-    cache, out = Cache(_as_formats(formats, bits, group_size, '4,8', cache=True), tie), output or _default_output(model, 'kv')
+    cache, out = Cache(_as_formats(formats, bits, group_size, '4,8', cache=True),
+                       tie), output or _default_output(model, 'kv')
     _check_group(group_size, (formats, bits, '4,8'))
     r = optimize(model, out, _filled(Caps, given), weights=None, cache=cache, texts=_filled(Texts, given),
                  **{k: given[k] for k in ('backend', 'overwrite', 'trust_remote_code')})
@@ -429,7 +437,8 @@ def _scored(model: str | None, task: str, n: int | None, **given): # ▸ Report
     from optiq.score import _find_task, run_task
     if model is None: raise click.UsageError('give a MODEL, or --responses with answers to score')
     taken = signature(_find_task(task)).parameters
-    check_idle({'limit', 'seq_len', 'source', 'questions', 'exact', 'kv', 'out'}-taken.keys(), f'{task} makes no use of it')
+    check_idle({'limit', 'seq_len', 'source', 'questions', 'exact', 'kv', 'out'}-taken.keys(),
+               f'{task} makes no use of it')
     if n is None: n = 50 if task in ('perplexity', 'kl') else 200
     return run_task(task, model, n=n, **given)
 

@@ -253,7 +253,8 @@ def convert(
     if odd: raise ValueError(
         f'the plan is for another model: {min(odd)} is not in both')
     with whole_folder(out, overwrite, plan.nbytes, source=c.folder) as part, scratch(out) as rounded:
-        if quantizer is None: quantizer = _as_planned(plan, sweep, source if isinstance(source, Backend) else c, rounded)
+        if quantizer is None: quantizer = _as_planned(plan, sweep, source if isinstance(source, Backend) else c,
+                                                      rounded)
         _write(c, plan, part, quantizer)
         check_saved(part, plan, c, quantizer, c.trust_remote_code)
         if polish:

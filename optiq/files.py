@@ -58,7 +58,8 @@ def _told_full(path: Path):
     try: yield
     except (OSError, RuntimeError) as e: # MLX raises the latter
         full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or 'Unable to write' in str(e)
-        if full: raise OSError(f'{path} cannot be written whole: there is no room; make some, or give another output') from e
+        if full:
+            raise OSError(f'{path} cannot be written whole: there is no room; make some, or give another output') from e
         raise
 
 def _part_of(path): return path.with_name(f'.{path.name}.optiq-part')
@@ -169,7 +170,7 @@ def _clear_stale(out: Path):
 
 # %% ../nbs/71_files.ipynb #9d9a39ed
 def _check_strange(folder: Path, made: str):
-    "Raise FileExistsError, naming what is there, unless all that a folder holds was written by us, and for the same purpose"
+    "Raise FileExistsError, naming what is there, unless all that a folder holds was written by us for the same purpose"
     mark = _read_mark(folder)
     there = _names_in(folder) if mark else sorted(os.listdir(folder)) # a large folder of somebody's is not searched
     strange = [n for n in there if n not in mark.get('files', ())]
@@ -270,7 +271,8 @@ def own_place(
     _clear_stale(folder)
     _check_locked(folder)
     _check_part(folder/_MARK)
-    if (folder/_MARK).is_dir(): raise FileExistsError(f'{folder/_MARK} is a folder, and should be the mark of optiq; move it')
+    if (folder/_MARK).is_dir():
+        raise FileExistsError(f'{folder/_MARK} is a folder, and should be the mark of optiq; move it')
     mine, there = set(_read_mark(folder).get('files', ())), _names_in(folder)
     taken = [n for n in there for x in (first, *rest) if f'{n}/'.startswith(f'{x}/') or f'{x}/'.startswith(f'{n}/')]
     strange = [n for n in taken if n not in mine or any(x.startswith(f'{n}/') for x in rest)]

@@ -20,7 +20,7 @@ from .readers import Form
 # %% ../nbs/00_formats.ipynb #4cfbbf7e
 AFFINE_BITS, _AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 FAMILIES = {} # mode ▸ what another module says of its formats: takes(bits, group), divides, nbytes, quantize_dequantize
-_ELSEWHERE = {'tq': 'optiq.kv.rotated'} # mode ▸ the module that adds it to FAMILIES, imported when the mode is first named
+_ELSEWHERE = {'tq': 'optiq.kv.rotated'} # mode ▸ the module that adds it to FAMILIES, imported when it is named
 _FLOAT_MODES = {'mxfp4': (4, 32), 'nvfp4': (4, 16), 'mxfp8': (8, 32)} # mode: (bits, group size)
 
 # %% ../nbs/00_formats.ipynb #1a43683f
@@ -62,7 +62,8 @@ def parse_format(
     m = re.fullmatch(r'([a-z_-]*)([0-9]{1,4})(?:g([0-9]{1,4}))?', name)
     if m and m[1] in _ELSEWHERE: import_module(_ELSEWHERE[m[1]])
     if m and m[1] in FAMILIES: return Format(int(m[2]), int(m[3]) if m[3] else None, m[1])
-    if not m or m[1]: raise ValueError(f"{s!r} is no format; write a width (4), a width with its group (4g64), or one of "
+    if not m or m[1]:
+        raise ValueError(f"{s!r} is no format; write a width (4), a width with its group (4g64), or one of "
                                f"{', '.join(_FLOAT_MODES)}, as-is")
     return Format(int(m[2]), int(m[3] or group_size))
 
@@ -104,9 +105,10 @@ def divides(fmt: Format, shape: tuple) -> bool:
 
 def _check_divides(fmt: Format, shape: tuple):
     "Raise ValueError where it does not"
-    if not divides(fmt, shape): raise ValueError(f'the last axis of {tuple(shape)} does not divide into groups of '
-                                                 f'{fmt.group_size}' if shape[-1] % WORD == 0 or fmt.mode in FAMILIES else
-                                                 f'the last axis of {tuple(shape)} is no multiple of {WORD}, which {fmt} needs')
+    if divides(fmt, shape): return
+    axis, groups = f'the last axis of {tuple(shape)}', shape[-1] % WORD == 0 or fmt.mode in FAMILIES
+    raise ValueError(f'{axis} does not divide into groups of {fmt.group_size}' if groups else
+                     f'{axis} is no multiple of {WORD}, which {fmt} needs')
 
 # %% ../nbs/00_formats.ipynb #d58a0259
 def _affine(xp, g, bits, cast): # g (…, groups, group_size) in float32
@@ -114,7 +116,8 @@ def _affine(xp, g, bits, cast): # g (…, groups, group_size) in float32
     n = 2**bits-1
     lo, hi = xp.amin(g, axis=-1, keepdims=True), xp.amax(g, axis=-1, keepdims=True)
     low_edge = abs(lo) > abs(hi)
-    scale = xp.clip((hi-lo)/xp.full_like(hi, n), 1e-7, None) # by an array: CUDA divides by a number as times its inverse
+    scale = xp.clip((hi-lo)/xp.full_like(hi, n), 1e-7,
+                    None) # by an array: CUDA divides by a number as times its inverse
     scale = xp.where(low_edge, scale, -scale)
     edge = xp.where(low_edge, lo, hi)
     steps = xp.round(edge/scale)

@@ -38,7 +38,8 @@ class Budget:
     def cap(self): return self.limit*self.per*(1+1e-12)-self.fixed # room for rounding, far under a byte
     def figure(self, total): return (total+self.fixed)/self.per
     @property
-    def label(self): return f'{self.limit/2**20:.4g} MB' if self.unit == 'bytes' else f'{self.limit:g} {self.unit or self.name}'
+    def label(self):
+        return f'{self.limit/2**20:.4g} MB' if self.unit == 'bytes' else f'{self.limit:g} {self.unit or self.name}'
 
 # %% ../nbs/05b_knapsack.ipynb #55872f1a
 @patch
@@ -245,7 +246,8 @@ class Question:
         "What was asked, as a plan records it"
         caps = {b.name: float(b.limit) for b in self.budgets}
         more = dict(protected=sorted(self.pins), tied=[list(r) for r in self.problem.rows if len(r) > 1])
-        return dict(caps=caps, noise=self.noise, formats=list(map(str, self.fmts)), **{k: v for k, v in more.items() if v})
+        return dict(caps=caps, noise=self.noise, formats=list(map(str, self.fmts)),
+                    **{k: v for k, v in more.items() if v})
 
     def plan(self, pick, report: dict, name: str | None = None) -> Plan:
         "The plan that a solver's pick stands for"
@@ -423,7 +425,7 @@ def _least_bits(
 def _plans_of(
     sweep, # Sweep
     profile: str, # one of PROFILES
-    targets = None, # nominal bits; those in the profile's range are taken. By default those of `TARGETS` that a plan can have
+    targets = None, # nominal bits, of which those in the profile's range are taken; by default those of `TARGETS`
     **options, # of `allocate`
 ) -> list[Plan]:
     "One curve"
@@ -503,7 +505,8 @@ def versus(self: Frontier) -> list: # of dicts
         verdict = 'higher' if diff > 2*se else 'no difference shown'
         if diff < -2*se: verdict = 'lower'
         if plan == flat: verdict = 'the same plan'
-        found.append(dict(baseline=flat.name, size_mb=flat.size_mb, plan_size_mb=plan.size_mb, baseline_kl=float(b.mean()),
+        found.append(dict(baseline=flat.name, size_mb=flat.size_mb, plan_size_mb=plan.size_mb,
+                          baseline_kl=float(b.mean()),
                           plan_kl=float(a.mean()), difference=diff, difference_se=known(se), verdict=verdict))
     return found
 

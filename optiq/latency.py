@@ -87,7 +87,8 @@ class Speeds:
         return pd.DataFrame([r|dict(error=self.errors().get(r['name'])) for r in self.rows])
     def save(self, path): write_json(path, dict(optiq='speeds')|asdict(self))
     @classmethod
-    def load(cls, path): return cls(*map(read_ours(path, 'speeds', dict(rows=[OBJECT], about=OBJECT)).get, ('rows', 'about')))
+    def load(cls, path): return cls(*map(read_ours(path, 'speeds', dict(rows=[OBJECT], about=OBJECT)).get,
+                                         ('rows', 'about')))
 
 # %% ../nbs/20b_latency.ipynb #62d04d50
 @patch(as_prop=True)
@@ -157,7 +158,8 @@ def plot(self: Speeds,
     if ax is None: ax = plt.subplots(figsize=(4.5, 4))[1]
     known = [r for r in self.rows if r.get('measured')]
     for r in known:
-        ax.errorbar(r['predicted'], r['measured'], 2*r['spread'], marker='*' if r.get('calibration') else 'o', capsize=2)
+        ax.errorbar(r['predicted'], r['measured'], 2*r['spread'], marker='*' if r.get('calibration') else 'o',
+                    capsize=2)
         ax.annotate(r['name'], (r['predicted'], r['measured']), (5, -8), textcoords='offset points', fontsize=8)
     ends = [f([r[k] for r in known for k in ('predicted', 'measured')]) for f in (min, max)]
     ax.plot(ends, ends, 'k:', lw=1)
@@ -224,7 +226,8 @@ def budget(self: Latency,
     low, high = _speed_range(self, fmts)
     fast, slow = 1e3/max(low, self.host), 1e3/max(high, self.host)
     if not slow*(1-1e-9) <= tps <= fast*(1+1e-9): raise ValueError(
-        f'{tps:g} tok/s is {"out of reach" if tps > fast else "slower than every plan"}: on {self.chip.name} at context '
+        f'{tps:g} tok/s is {"out of reach" if tps > fast else "slower than every plan"}: on {self.chip.name} at '
+        f'context '
         f'{self.context} plans of {", ".join(map(str, fmts))} give {slow:.4g} to {fast:.4g} tok/s'
         +(f'; the CPU alone takes {self.host:.3g} ms per token' if self.host > low else ''))
     return dict(max_ms=min(1e3/tps, high)*(1+1e-12), costs_ms=self)

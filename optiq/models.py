@@ -74,7 +74,8 @@ def _check_links(folder: Path):
 
 # %% ../nbs/01_models.ipynb #edb3f100
 _NAMES_CODE = ('model_file', 'auto_map') # entries of JSON files
-_KERNELS = [f'{_}{what}_implementation' for _ in ('', '_') for what in ('attn', 'experts')] # a Hub id there is fetched and run
+_KERNELS = [f'{_}{what}_implementation' for _ in ('', '_')
+            for what in ('attn', 'experts')] # a Hub id there is fetched and run
 
 def _code_of(file):
     "(entry, what it names) of all code that a JSON file names, at any depth"
@@ -101,7 +102,8 @@ def check_untrusted(
             'read it, then say that you trust remote code, or take the entry out')
 
 # %% ../nbs/01_models.ipynb #a92075d3
-_BITS = dict(BOOL=8, U8=8, I8=8, F8_E4M3=8, F8_E5M2=8, F8_E8M0=8, U16=16, I16=16, F16=16, BF16=16, U32=32, I32=32, F32=32,
+_BITS = dict(BOOL=8, U8=8, I8=8, F8_E4M3=8, F8_E5M2=8, F8_E8M0=8, U16=16, I16=16, F16=16, BF16=16, U32=32, I32=32,
+             F32=32,
             U64=64, I64=64, F64=64, C64=64) # of one number, by the name of its type
 _NOTES = Form('an object or null', lambda x: x is None or isinstance(x, dict))
 _TENSOR = dict(dtype=one_of(*_BITS), shape=[whole(0)], data_offsets=[whole(0)])
@@ -116,7 +118,7 @@ def _once(pairs):
 def read_header(
     path: Path, # a .safetensors file
 ) -> dict: # name ▸ {'dtype', 'shape', 'data_offsets'}, offsets from the start of the file
-    "The table of contents of a safetensors file; raises ValueError unless its tensors fill the file, one after the other"
+    "The table of contents of a safetensors file; raises ValueError unless its tensors fill the file without gaps"
     size = check_file(path).stat().st_size
     broken = f'{path} is cut short or damaged ({size} bytes)'
     with Path(path).open('rb') as f:
@@ -126,7 +128,8 @@ def read_header(
     check(header.pop('__metadata__', None), _NOTES, f'{path}: __metadata__') # MLX writes null
     for name, t in header.items(): check(t, _TENSOR, f'{path}: {name}')
     end = 8+n
-    for name, t in sorted(header.items(), key=lambda x: x[1]['data_offsets']): end = _placed(t, 8+n, end, f'{broken}: {name}')
+    for name, t in sorted(header.items(), key=lambda x: x[1]['data_offsets']): end = _placed(t, 8+n, end,
+                                                                                             f'{broken}: {name}')
     if end != size: raise ValueError(f'{broken}: its tensors end at {end}; fetch it again')
     return header
 
@@ -201,7 +204,8 @@ def _check_others(name: str, folder: Path, config: dict):
     said, file = _others(config), next((f for f in _MARKS_OF_OTHERS if (folder/f).is_file()), None)
     if not said and not file: return
     where = 'quantization_config in config.json' if said else file
-    by = str(said.get('quant_method') or 'without a name') if isinstance(said, dict) else _MARKS_OF_OTHERS.get(file, said)
+    by = str(said.get('quant_method') or 'without a name') if isinstance(said, dict) else _MARKS_OF_OTHERS.get(file,
+                                                                                                               said)
     raise ValueError(f'{name} was quantized by another library ({by}: {where}), whose codes are not read here; '
                      'take the full-precision model that it was made from')
 
@@ -282,7 +286,8 @@ class Unit:
     def bits(self, fmt: Format) -> int: return fmt.bits or 8*self.itemsize
 
 # %% ../nbs/01_models.ipynb #0c1d21ae
-_UNIT = dict(path=NAME, kind=NAME, shape=[whole(), ]*2, block=maybe(whole(0, 2**20)), dtype=one_of('bfloat16', 'float16', 'float32'))
+_UNIT = dict(path=NAME, kind=NAME, shape=[whole(), ]*2, block=maybe(whole(0, 2**20)),
+             dtype=one_of('bfloat16', 'float16', 'float32'))
 _UNIT |= {'part?': NAME, 'fixed?': FLAG}
 
 def read_units(
@@ -293,12 +298,15 @@ def read_units(
 ) -> list[Unit]:
     "Units from a file; raises ValueError for one that is none, stands there twice, or does not go with the sizes"
     check(rows, [_UNIT]*2, f'{where}: units')
-    found = [Unit(**{k.rstrip('?'): r[k.rstrip('?')] for k in _UNIT if k.rstrip('?') in r} | dict(shape=tuple(r['shape']))) for r in rows]
+    found = [Unit(**{k.rstrip('?'): r[k.rstrip('?')] for k in _UNIT
+                     if k.rstrip('?') in r} | dict(shape=tuple(r['shape']))) for r in rows]
     if len({u.path for u in found}) < len(found): raise ValueError(f'{where}: units hold one path twice')
-    if odd := next((u for u in found if len(u.shape) < 2), None): raise ValueError(f'{where}: {odd.path} has the shape {odd.shape}')
+    if odd := next((u for u in found if len(u.shape) < 2), None):
+        raise ValueError(f'{where}: {odd.path} has the shape {odd.shape}')
     rest = params-sum(u.params for u in found) # elements of everything else, 1 to 8 bytes each
     if not rest <= other_bytes <= 8*rest: raise ValueError(
-        f'{where}: params {params:,} and other_bytes {other_bytes:,} do not go with units of {params-rest:,} parameters')
+        f'{where}: params {params:,} and other_bytes {other_bytes:,} do not go with units of {params-rest:,} '
+        f'parameters')
     return found
 
 # %% ../nbs/01_models.ipynb #98b9a649
@@ -480,7 +488,8 @@ def _digest(files: list[Path]) -> str:
 
 # %% ../nbs/01_models.ipynb #a319a8e4
 _TOKENIZER = 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'
-_BESIDE = 'generation_config.json', 'hf_quant_config.json', 'preprocessor_config.json', 'processor_config.json', 'video_preprocessor_config.json'
+_BESIDE = ('generation_config.json', 'hf_quant_config.json', 'preprocessor_config.json', 'processor_config.json',
+           'video_preprocessor_config.json')
 
 def _check_beside(folder: Path, names: tuple):
     "Raise an error that names the file unless those of these that are there hold a JSON object"
@@ -501,7 +510,9 @@ def _check_stray(folder: Path, files: list, model_type: str):
     "Raise ValueError for weights that mlx-audio, or mlx-vlm without an index, would read with the others"
     if model_type == 'vlm' and (folder/'model.safetensors.index.json').exists(): return
     stray = sorted({*folder.glob('*.safetensors')}-{*files}-{folder/'consolidated.safetensors'})
-    if stray: raise ValueError(f'{stray[0]} is no part of the model, and {LOADERS[model_type].replace("_", "-")} would read it '
+    if stray:
+        raise ValueError(f'{stray[0]} is no part of the model, and {LOADERS[model_type].replace("_", "-")} would read '
+                         f'it '
                                'as one; take it out of the folder')
 
 # %% ../nbs/01_models.ipynb #5f46e1dc

@@ -59,7 +59,7 @@ class Caps:
 class Weights:
     "How the weights are chosen, rounded and judged"
     formats: 'list | tuple | None' = None # candidates; by default those of the sweep given, or `FORMATS`
-    protect: 'str | tuple | list' = () # units that get the widest one: 'embed', 'lm_head', 'first', 'last', paths, kinds
+    protect: 'str | tuple | list' = () # what gets the widest one: 'embed', 'lm_head', 'first', 'last', paths
     tie: 'str | tuple | list | Callable | None' = () # what shares a format: 'qkv', 'kv', 'gate_up'
     sweep: 'Sweep | str | Path | None' = None # a sweep of this model, or its file
     rounding: str | None = None # 'minmax', 'search' or 'gptq'; by default that of the sweep, or `ROUNDING`
@@ -198,7 +198,8 @@ def _read_texts(
     other = t.calibration if t.evaluation is None else t.evaluation
     side, held_out = ('train', 'test') if str(other) == str(t.calibration) else ('all', 'all')
     tokens, learned = texts_for(c, t.calibration, t.n_calibration, t.seq_len, more, side)
-    if c.model_type == 'llm': scored = evaluation_tokens(other, c.tokenizer, t.n_evaluation, t.eval_len or 256, held_out)
+    if c.model_type == 'llm': scored = evaluation_tokens(other, c.tokenizer, t.n_evaluation, t.eval_len or 256,
+                                                         held_out)
     else: scored = batch_for(c, other, t.n_evaluation, split=held_out)
     check_overlap(overlap(block_hashes(text_of(c, learned)), scored))
     about = dict(calibration=_told(c, t.calibration, tokens), evaluation=_told(c, other, scored))
@@ -245,7 +246,8 @@ def _check_sweep(found: Sweep, name, c: Checkpoint, formats: list, rounding: str
     if {u.path: u.shape for u in found.units} != {u.path: u.shape for u in c.units}:
         raise ValueError(f'{name} was measured on another model, {found.header["model"]}')
     check_other(name, dict(model=found.header['fingerprint']['model']), dict(model=c.fingerprint))
-    check_other(name, {k: found.header.get(k) for k in ('params', 'other_bytes')}, dict(params=c.params, other_bytes=c.other_bytes))
+    check_other(name, {k: found.header.get(k) for k in ('params', 'other_bytes')},
+                dict(params=c.params, other_bytes=c.other_bytes))
     _check_other_rounding(found, name, rounding)
     if lacking := [str(f) for f in formats if f not in found.formats]: raise ValueError(
         f'{name} has no {", ".join(lacking)}; it has {", ".join(map(str, found.formats))}')
@@ -359,7 +361,8 @@ def _summary(report: Report, plan, joint, v, out, seconds: float) -> dict:
     mine, reference = rows.pop('optiq'), rows.pop('reference')
     few = 'name', 'nominal_bpw', 'true_bpw', 'size_mb', 'kl', 'kl_se', 'perplexity'
     return dict(output=None if out is None else str(out), nominal_bpw=plan.nominal_bpw, true_bpw=plan.true_bpw,
-                size_mb=plan.size_mb, predicted_kl=known(plan.predicted_kl), predicted_kl_se=known(plan.predicted_kl_se),
+                size_mb=plan.size_mb, predicted_kl=known(plan.predicted_kl),
+                predicted_kl_se=known(plan.predicted_kl_se),
                 calibration_kl=float(joint.mean()), kl=mine['kl'], kl_se=mine['kl_se'],
                 perplexity=mine['perplexity'], perplexity_se=mine['perplexity_se'],
                 reference_perplexity=reference['perplexity'], seconds=seconds,
@@ -410,7 +413,8 @@ def _conditions(job: _Job) -> dict: # of `allocate`
     found |= dict(formats=fmts, protect=job.weights.protect, tie=job.weights.tie)
     if caps.max_memory is not None: found['cache'] = cache_bytes(c, caps.context)
     if caps.target_tps is None: return found
-    return found | latency(c, caps.chip, 512 if caps.context is None else caps.context, fmts).budget(caps.target_tps, fmts)
+    return found | latency(c, caps.chip, 512 if caps.context is None else caps.context, fmts).budget(caps.target_tps,
+                                                                                                     fmts)
 
 
 # %% ../nbs/08_pipeline.ipynb #50bd03d3
@@ -486,7 +490,8 @@ def _choose_both(job: _Job) -> dict: # report, config, figures, and what `joint_
 def _check_length(sweep: Sweep, n: int):
     "Raise ValueError unless a sweep tells so many sequences"
     told = len(next(iter(sweep.values.values())))
-    if told != n: raise ValueError(f'`sweep` tells {told} sequences, and the cache is to be measured on {n}; give `n` {told}')
+    if told != n:
+        raise ValueError(f'`sweep` tells {told} sequences, and the cache is to be measured on {n}; give `n` {told}')
 
 
 # %% ../nbs/08_pipeline.ipynb #77ca70d3
@@ -555,7 +560,8 @@ def trade_off(
     targets = None, # nominal bits; by default those from 3 to 8 that the formats reach
     profiles = None, # of 'compact', 'quality' and 'all'; by default all that the formats allow
     *,
-    weights: Weights = Weights(), # how they are chosen and rounded; all of a sweep, or `WIDE`, are candidates by default
+    weights: Weights = Weights(),
+    # how they are chosen and rounded; all of a sweep, or `WIDE`, are candidates by default
     texts: Texts | None = None, # what is measured and scored on
     verify: int = 0, # points of each curve to measure on evaluation text
     out: 'str | Path | None' = None, # folder for pareto.json, pareto.png, pareto.svg, the sweep and the plans
@@ -566,7 +572,8 @@ def trade_off(
 ) -> dict: # frontier, sweep, figures
     "Size against quality of a model, from one sweep"
     sweep, saved = weights.sweep, Path(source).is_file()
-    if saved and sweep is not None: raise ValueError(f'`sweep` has no effect: {source} is a sweep; leave one of the two')
+    if saved and sweep is not None:
+        raise ValueError(f'`sweep` has no effect: {source} is a sweep; leave one of the two')
     if saved: sweep, source = source, Sweep.load(source).header['model']
     _check_weights(weights := replace(weights, sweep=sweep), 'a curve', out)
     out = own_output(out, overwrite, 'pareto', source, journal=sweep is None)

@@ -137,11 +137,14 @@ def save(self: Plan,
     Path(path).write_text(f'{text},\n "units": [\n{lines}\n ]\n}}\n', encoding='utf-8')
 
 # %% ../nbs/05_plan.ipynb #ea4c2044
-_SOLVER = {'method?': maybe(TEXT), 'rounding?': maybe(TEXT), 'caps?': OBJECT, 'protected?': [NAME], 'protect_cost?': maybe(number()),
+_SOLVER = {'method?': maybe(TEXT), 'rounding?': maybe(TEXT), 'caps?': OBJECT, 'protected?': [NAME],
+           'protect_cost?': maybe(number()),
           'verified?': {'joint_kl': number(0)}, 'bound?': maybe(number()), 'gap?': maybe(number())}
 _TOKENS = {'source?': maybe(PROSE), 'shape': [whole(1, 2**31)]*3, 'fingerprint': TEXT} # of a text
-_PLAN = dict(name=PROSE, model=PROSE, params=whole(), other_bytes=whole(0), predicted_kl_se=maybe(number(0)), solver=_SOLVER)
-_PLAN |= {'made?': {'rounding': TEXT, 'learned?': _TOKENS, 'text?': _TOKENS}, 'units': [dict(format=FORMAT, kl=maybe(number(0, 1e30)))]*2}
+_PLAN = dict(name=PROSE, model=PROSE, params=whole(), other_bytes=whole(0), predicted_kl_se=maybe(number(0)),
+             solver=_SOLVER)
+_PLAN |= {'made?': {'rounding': TEXT, 'learned?': _TOKENS, 'text?': _TOKENS},
+          'units': [dict(format=FORMAT, kl=maybe(number(0, 1e30)))]*2}
 
 @patch(cls_method=True)
 def load(cls: Plan,
@@ -156,7 +159,8 @@ def load(cls: Plan,
             f'{path}: {u.path} is {u.shape[-1]} wide, which {formats[u.path]} does not divide')
     kl = {r['path']: nan if r['kl'] is None else r['kl'] for r in d['units']}
     se = nan if d['predicted_kl_se'] is None else d['predicted_kl_se']
-    return Plan(units, formats, d['params'], d['other_bytes'], kl, se, d['name'], d['model'], d['solver'], d.get('made', {}))
+    return Plan(units, formats, d['params'], d['other_bytes'], kl, se, d['name'], d['model'], d['solver'],
+                d.get('made', {}))
 
 # %% ../nbs/05_plan.ipynb #2e175503
 def _isotonic(
@@ -174,7 +178,8 @@ def _isotonic(
 # %% ../nbs/05_plan.ipynb #d7e10004
 def check_noise(sweep):
     "Raise ValueError for a sweep whose null measurement is as large as what it measured"
-    noise, signal = getattr(sweep, 'header', {}).get('noise'), float(np.mean([np.mean(v) for v in sweep.values.values()]))
+    noise, signal = getattr(sweep, 'header', {}).get('noise'), float(np.mean([np.mean(v)
+                                                                              for v in sweep.values.values()]))
     if noise is not None and noise > 1e-6 and not noise < signal/10: raise ValueError(
         f'a weight left as it is gave a KL of {noise:.2g}, and quantizing gave {signal:.2g} on average: '
         'the measurement is all noise; look at the tokens and the backend, and measure it again')
@@ -184,7 +189,8 @@ def _check_values(sweep):
     "Raise ValueError for a sweep without values, or with values that no measurement gives"
     if not sweep.values: raise ValueError('the sweep holds no values; measure some formats first')
     for (path, f), v in sweep.values.items():
-        wrong = {'a NaN or infinite': ~np.isfinite(v), 'a negative': np.less(v, 0), 'an impossible': np.greater(v, 1e30)}
+        wrong = {'a NaN or infinite': ~np.isfinite(v), 'a negative': np.less(v, 0),
+                 'an impossible': np.greater(v, 1e30)}
         for odd, found in wrong.items():
             if found.any(): raise ValueError(f'the sweep holds {odd} KL for {path} at {f}; measure it again')
     if not any(np.any(v) for v in sweep.values.values()): raise ValueError(
@@ -296,7 +302,7 @@ def baseline_plans(
     source, # Sweep, Checkpoint, or a list of units
     formats = ALL_FORMATS, # for the uniform ones
 ) -> list[Plan]:
-    "Plans that need no measurement, the smallest first: uniform formats, mlx-lm's recipes, what mlx-vlm does by default"
+    "Plans that need no measurement, the smallest first: uniform formats, mlx-lm's recipes, mlx-vlm's default"
     units = getattr(source, 'units', source)
     free = [u for u in units if any(u.takes(f) for f in ALL_FORMATS)] # the others stay as they are
     found = [uniform(source, f) for f in formats if all(u.takes(f) for u in free)]

@@ -22,10 +22,12 @@ def check_file(
     "The path, if a file is there; raises FileNotFoundError or OSError, saying what is there instead"
     path, told = Path(path), repr(str(path))[1:-1] # a name can hold a zero byte or a line end
     try: there = path.exists()
-    except (OSError, ValueError) as e: raise OSError(f'{told} cannot be opened: {getattr(e, "strerror", None) or e}') from None
+    except (OSError, ValueError) as e: raise OSError(f'{told} cannot be opened: '
+                                                     f'{getattr(e, "strerror", None) or e}') from None
     if path.is_file(): return path
     if there: raise OSError(f'{told} is {"a folder" if path.is_dir() else "a pipe or a device"}, and should be a file')
-    raise FileNotFoundError(f'{told} leads nowhere: {"its target is gone" if path.is_symlink() else "there is no such file"}')
+    raise FileNotFoundError(f'{told} leads nowhere: '
+                            f'{"its target is gone" if path.is_symlink() else "there is no such file"}')
 
 def read_bytes(path: 'str | Path') -> bytes:
     "What a file holds; raises OSError if it is none or cannot be read"
@@ -34,7 +36,8 @@ def read_bytes(path: 'str | Path') -> bytes:
 
 # %% ../nbs/72_readers.ipynb #6a48af25
 _UTF8 = b'\xef\xbb\xbf' # its byte order mark
-_MARKS = {_UTF8: 'utf-8-sig', b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32', b'\xff\xfe': 'utf-16', b'\xfe\xff': 'utf-16'}
+_MARKS = {_UTF8: 'utf-8-sig', b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32', b'\xff\xfe': 'utf-16',
+          b'\xfe\xff': 'utf-16'}
 
 def read_text(
     path: 'str | Path', # UTF-8, or UTF-16 with its mark, packed by gzip or not
@@ -42,11 +45,13 @@ def read_text(
     "The text of a file that somebody wrote; raises ValueError naming the line that is no text"
     data = read_bytes(path)
     try: data = gzip.decompress(data) if data.startswith(b'\x1f\x8b') else data
-    except (OSError, EOFError, ValueError, gzip.zlib.error): raise ValueError(f'{path} is cut short or damaged: gzip cannot unpack it') from None
+    except (OSError, EOFError, ValueError,
+            gzip.zlib.error): raise ValueError(f'{path} is cut short or damaged: gzip cannot unpack it') from None
     code = next((c for mark, c in _MARKS.items() if data.startswith(mark)), 'utf-8')
     try: return data.decode(code)
     except UnicodeDecodeError as e: raise ValueError(
-        f'{path}, line {data.count(10, 0, e.start)+1}, is no {code[:6].rstrip("-").upper()} text: byte {data[e.start]:#x} '
+        f'{path}, line {data.count(10, 0, e.start)+1}, is no {code[:6].rstrip("-").upper()} text: byte '
+        f'{data[e.start]:#x} '
         'stands where no letter can; save the file as UTF-8') from None
 
 # %% ../nbs/72_readers.ipynb #c303cc4d
@@ -69,11 +74,14 @@ def parse(
     pairs: Callable | None = None, # of `json.loads`: makes an object of its names and values
 ):
     "What JSON says; raises ValueError naming the place of the first thing that is none"
-    try: return json.loads(text if isinstance(text, str) else text.decode('utf-8'), parse_constant=None if constants else _no_constant, object_pairs_hook=pairs)
+    try: return json.loads(text if isinstance(text, str) else text.decode('utf-8'), parse_constant=None if constants
+                           else _no_constant, object_pairs_hook=pairs)
     except json.JSONDecodeError as e: raise ValueError(
-        f'{where} is no JSON: {e.msg.lower()}{f", line {e.lineno}" if chr(10) in e.doc else ""}, column {e.colno}') from None
+        f'{where} is no JSON: {e.msg.lower()}{f", line {e.lineno}" if chr(10) in e.doc else ""}, column '
+        f'{e.colno}') from None
     except UnicodeDecodeError as e: raise ValueError(f'{where} is no JSON: byte {e.start} is no UTF-8') from None
-    except RecursionError: raise ValueError(f'{where} is no JSON that anything writes: it is nested too deeply') from None
+    except RecursionError: raise ValueError(f'{where} is no JSON that anything writes: it is nested too '
+                                            f'deeply') from None
     except ValueError as e: raise ValueError(f'{where} cannot be read: {e}') from None
 
 # %% ../nbs/72_readers.ipynb #d312363a
@@ -97,7 +105,8 @@ def number(low: float = float('-inf'), high: float = float('inf')) -> Form:
 _NUMBERS = Form('a list of finite numbers', lambda x: isinstance(x, list) and all(number().holds(v) for v in x))
 
 def maybe(form: Form) -> Form: return Form(f'{form.words}, or null', lambda x: x is None or form.holds(x))
-def one_of(*values) -> Form: return Form(f'one of {", ".join(map(str, values))}', lambda x: isinstance(x, str) and x in values)
+def one_of(*values) -> Form: return Form(f'one of {", ".join(map(str, values))}', lambda x: isinstance(x, str)
+                                         and x in values)
 
 
 # %% ../nbs/72_readers.ipynb #f84a4fa3
@@ -129,11 +138,14 @@ def check(
         return x
     check(x, OBJECT if isinstance(form, dict) else LIST, where)
     if isinstance(form, list):
-        if len(x) < len(form)-1: raise ValueError(f'{where} has {len(x)} entries, and should have {len(form)-1} at least')
+        if len(x) < len(form)-1:
+            raise ValueError(f'{where} has {len(x)} entries, and should have {len(form)-1} at least')
         for i, v in enumerate(x): check(v, form[0], f'{where}[{i}]')
         return x
     lacking = [k for k in form if not k.endswith('?') and k not in x]
-    if lacking: raise ValueError(f'{where} lacks {" and ".join(lacking)}, which should be {getattr(form[lacking[0]], "words", "there")}')
+    if lacking:
+        raise ValueError(f'{where} lacks {" and ".join(lacking)}, which should be '
+                         f'{getattr(form[lacking[0]], "words", "there")}')
     for k, f in form.items():
         name = k.rstrip('?')
         if name in x: check(x[name], f, f'{where}.{name}' if ': ' in where else f'{where}: {name}')
@@ -203,7 +215,9 @@ def write_json(path: 'str | Path', x, **how):
 def told(e: BaseException) -> str:
     "What an error of a library says, on one line; of one that it did not mean to raise, where it arose"
     text, frames = ' '.join(str(e).split()), e.__traceback__
-    if text and not isinstance(e, (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, AssertionError)): return text
+    if text and not isinstance(e, (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+                                   AssertionError)):
+        return text
     while frames is not None and frames.tb_next is not None: frames = frames.tb_next
     place = f' in {Path(frames.tb_frame.f_code.co_filename).name}, line {frames.tb_lineno}' if frames else ''
     return f'something is not as it should be ({type(e).__name__}{place}); OPTIQ_DEBUG=1 shows the whole story'

@@ -48,8 +48,10 @@ class _Metric:
     better: int = 1 # 1 if more is better, -1 if less is
 
 _METRICS = dict(kl=_Metric('KL', '.4f', -1), kl_p99=_Metric('KL p99', '.3f', -1), flips=_Metric('flips', '.1%', -1),
-               perplexity=_Metric('perplexity', '.2f', -1), agreement=_Metric('agreement'), word_problems=_Metric('problems'),
-               recall=_Metric('recall'), gsm8k=_Metric('GSM8K'), needle=_Metric('needle'), margin=_Metric('margin', '.2f'),
+               perplexity=_Metric('perplexity', '.2f', -1), agreement=_Metric('agreement'),
+               word_problems=_Metric('problems'),
+               recall=_Metric('recall'), gsm8k=_Metric('GSM8K'), needle=_Metric('needle'),
+               margin=_Metric('margin', '.2f'),
                ai2d=_Metric('AI2D'), wer=_Metric('WER', '.1%', -1), prompt_tps=_Metric('prompt tok/s', '.0f'),
                decode_tps=_Metric('decode tok/s', '.1f'), peak_mb=_Metric('peak MB', '.0f', -1))
 _TO_REFERENCE = 'kl', 'kl_p99', 'flips', 'agreement' # say nothing about the reference itself
@@ -87,7 +89,8 @@ def share_figure(
 # %% ../nbs/30_report.ipynb #7f3dcd4f
 def _figure(name, value, se, low, high, items, on):
     ends = {f'{name}_se': known(se), f'{name}_low': known(float(low)), f'{name}_high': known(float(high))}
-    return {name: value, **ends, f'{name}_n': len(items), 'items': {name: [round(v, 9) for v in items.tolist()]}, 'on': {name: on}}
+    return {name: value, **ends, f'{name}_n': len(items), 'items': {name: [round(v, 9) for v in items.tolist()]},
+            'on': {name: on}}
 
 def joined(*parts: dict) -> dict:
     "One row of several: sizes and figures side by side"
@@ -120,11 +123,13 @@ def _verdict(
 ) -> dict | None: # winner (a name or None), text
     "Who is best in a metric, and whether the paired tests tell it from all others"
     have = [r for r in rows if r.get(name) is not None and not (name in _TO_REFERENCE and r.get('kl') == 0)]
-    if len(have) < 2 or not any(r.get('items', {}).get(name) for r in have): return None # medians of speed have no items
+    if len(have) < 2 or not any(r.get('items', {}).get(name) for r in have):
+        return None # medians of speed have no items
     best = max(have, key=lambda r: _metric(name).better*r[name])
     tests = {r['name']: test(best, r, name) for r in have if r is not best}
     if None in tests.values(): return dict(winner=None, text='no paired test: the items differ, or were not kept')
-    if any(t['p_value'] is None for t in tests.values()): return dict(winner=None, text='no paired test: one item shows no difference')
+    if any(t['p_value'] is None for t in tests.values()):
+        return dict(winner=None, text='no paired test: one item shows no difference')
     p = _holm({n: t['p_value'] for n, t in tests.items()})
     unsure = ', '.join(f'{n} ({_p(q)})' for n, q in p.items() if not q < level)
     if not unsure: return dict(winner=best['name'], text=f'{best["name"]} ({_p(max(p.values()))})')
@@ -140,7 +145,8 @@ def test(a: dict, b: dict, name: str) -> dict | None:
 def _holm(p: dict) -> dict: # name ▸ corrected p-value
     "Holm's step-down correction (Holm 1979)"
     out, worst = {}, 0.
-    for i, (n, v) in enumerate(sorted(p.items(), key=lambda c: c[1])): out[n] = worst = max(worst, min(1., v*(len(p)-i)))
+    for i, (n, v) in enumerate(sorted(p.items(), key=lambda c: c[1])): out[n] = worst = max(worst,
+                                                                                            min(1., v*(len(p)-i)))
     return out
 
 def _p(p): return 'p < 0.001' if p < .001 else f'p = {p:.2g}'
@@ -199,7 +205,7 @@ def _html_table(rows: list) -> str:
 @dataclass(repr=False)
 class Report:
     "Measured size and quality of models, side by side"
-    rows: list # of dicts: name, nominal_bpw, true_bpw, size_mb, and metrics with <metric>_se, _low, _high, _n; items, on
+    rows: list # of dicts: name, nominal_bpw, true_bpw, size_mb, metrics with <metric>_se, _low, _high, _n; items
     about: dict = field(default_factory=dict) # text, tokens, machine, command …; verdicts of a comparison
 
     @property
@@ -252,10 +258,12 @@ def score_row(
 ) -> dict:
     "A row of a report"
     (kl, kl_se), (agree, agree_se) = mean_se(score.kl), mean_se(score.agree)
-    items = {k: x for k, x in dict(kl=score.kl, perplexity=score.nll, agreement=score.agree).items() if np.isfinite(x).all()}
+    items = {k: x for k, x in dict(kl=score.kl, perplexity=score.nll, agreement=score.agree).items()
+             if np.isfinite(x).all()}
     figures = dict(kl=kl, kl_se=kl_se, perplexity=score.perplexity, perplexity_se=score.perplexity_se, agreement=agree,
                    agreement_se=agree_se)
-    return dict(_size_of(name, size), **known(figures), items={k: [float(f'{v:.9g}') for v in x] for k, x in items.items()},
+    return dict(_size_of(name, size), **known(figures),
+                items={k: [float(f'{v:.9g}') for v in x] for k, x in items.items()},
                 on=dict.fromkeys(items, on))
 
 # %% ../nbs/30_report.ipynb #6de94263

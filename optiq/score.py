@@ -77,7 +77,8 @@ def perplexity(
 def same_words(a: Checkpoint, b: Checkpoint):
     "Raise ValueError, saying why, unless two models read the same tokens"
     if a.vocabulary != b.vocabulary: raise ValueError(
-        f'{a.name} has {a.vocabulary:,} words and {b.name} {b.vocabulary:,}: they have different tokenizers, so no KL between '
+        f'{a.name} has {a.vocabulary:,} words and {b.name} {b.vocabulary:,}: they have different tokenizers, so no KL '
+        f'between '
         'them exists; compare them with --task gsm8k')
     odd = [w for w, i in a.tokenizer.get_vocab().items() if b.tokenizer.get_vocab().get(w) != i]
     if odd: raise ValueError(
@@ -89,7 +90,8 @@ def _p99_figure(kl: np.ndarray, draws: int = 200): # (n, T)
     r = np.random.default_rng(42)
     again = [np.quantile(kl[r.integers(0, len(kl), len(kl))], .99) for _ in range(draws)] if len(kl) > 1 else [np.nan]
     low, high = np.quantile(again, [.025, .975])
-    return known(dict(kl_p99=float(np.quantile(kl, .99)), kl_p99_low=float(low), kl_p99_high=float(high), kl_p99_n=kl.size))
+    return known(dict(kl_p99=float(np.quantile(kl, .99)), kl_p99_low=float(low), kl_p99_high=float(high),
+                      kl_p99_n=kl.size))
 
 # %% ../nbs/46_score.ipynb #d58cd433
 def _kl_figures(
@@ -194,7 +196,8 @@ def _gsm8k(model, n=200, questions='gsm8k', shots=None, out=None, kv=None, **_):
     return gsm8k(model, find(questions, n), shots, out=out, make_cache=make, name=_named(model, make),
                  figure='word_problems' if own else 'gsm8k')
 
-_TASKS = dict(perplexity=perplexity, kl=kl, gsm8k=_gsm8k, needle=_needle, recall=recall, # a string: imported when it is asked for
+_TASKS = dict(perplexity=perplexity, kl=kl, gsm8k=_gsm8k, needle=_needle, recall=recall,
+              # a string: imported when it is asked for
              ai2d='optiq.evals.ai2d', wer='optiq.evals.wer')
 
 # %% ../nbs/46_score.ipynb #a897101c
@@ -227,7 +230,8 @@ def _find_task(task: str):
     if task.startswith('harness:'):
         from optiq.evals.harness import harness
         return lambda model, n, **_: harness(model, task[8:], n)
-    if task not in _TASKS: raise ValueError(f'no task {task!r}; there are {", ".join(_TASKS)} and harness:<task of lm-eval>')
+    if task not in _TASKS:
+        raise ValueError(f'no task {task!r}; there are {", ".join(_TASKS)} and harness:<task of lm-eval>')
     f = _TASKS[task]
     if not isinstance(f, str): return f
     if find_spec(f) is None: raise ValueError(f'--task {task} is not part of this version: it has no {f}')

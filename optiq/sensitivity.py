@@ -47,7 +47,8 @@ def _settled(log: SweepLog, targets: list) -> bool:
     "Whether the plans at these targets are the same with and without the last sequences measured"
     from optiq.knapsack import allocate
     probes = {k[:2] for p in log.passes for k in p.keys}
-    done = sorted(s for s, n in Counter(s for *_, s in log.records).items() if n == len(probes)) # others are being measured
+    done = sorted(s for s, n in Counter(s for *_, s in log.records).items()
+                  if n == len(probes)) # others are being measured
     if len(done) < 3: return False
     def up_to(stop): return to_sweep(log.header, {k: v for k, v in log.records.items() if k[2] <= stop})
     now, *shorter = map(up_to, (done[-1], done[-2], done[-3]))
@@ -64,9 +65,11 @@ def _complete(
 ) -> Sweep:
     "Measure what a log lacks"
     if targets is not None and log.ranks.size > 1: raise ValueError(
-        f"until='stable' compares plans of one process, and this is one of {log.ranks.size}; leave it out, or measure in one process")
+        f"until='stable' compares plans of one process, and this is one of {log.ranks.size}; leave it out, or measure "
+        f"in one process")
     warn_of_idle(log.header.get('experts', {}))
-    if log.missing(): measure(log.b, tokens[:1], []) # a model whose logits are no numbers is refused before anything is rounded
+    if log.missing(): measure(log.b, tokens[:1],
+                              []) # a model whose logits are no numbers is refused before anything is rounded
     with progress_bar(log, progress) as bar:
         for p in log.missing():
             if targets is not None and _settled(log, targets): break # also where an earlier run was

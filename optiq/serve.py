@@ -102,7 +102,8 @@ def _check_request(body, chat: bool):
     need = 'messages' if chat else 'prompt'
     if body.get(need) is None: raise ValueError(f'the request has no {need}')
     for k, x in body.items():
-        fits, what = _FIELDS.get(k, (lambda x: not isinstance(x, (int, float)) or _number(x), f'a number below {_MOST}'))
+        fits, what = _FIELDS.get(k, (lambda x: not isinstance(x, (int, float)) or _number(x),
+                                     f'a number below {_MOST}'))
         if x is not None and not fits(x): raise ValueError(f'{k} has to be {what}')
 
 def _read_request(raw: bytes): # ▸ what it holds

@@ -126,7 +126,8 @@ class Statistics(Mapping):
     ):
         self.b, self.chunks, self.whole = b, Chunks(b, tokens), whole
         outside = [u.path for u in b.checkpoint.units if u.block is None and not b.stacks]
-        self.outside = {p: lambda _, w=b.unit_weight(p): w for p in outside} # models of parts hold them changed while a plan runs
+        self.outside = {p: lambda _, w=b.unit_weight(p): w
+                        for p in outside} # models of parts hold them changed while a plan runs
         self.restart()
     def unperturbed(self): return self.b.swapped(self.outside)
 

@@ -128,7 +128,8 @@ def _recall(states: _Passed, i: int, changed: bool, args, kwargs) -> tuple:
 
 # %% ../../nbs/03d_backends.parts.ipynb #4cdc1753
 @patch
-def replay(self: ReplayBackend, states: _Passed, overrides: dict = {}, stop: int | None = None) -> tuple: # states, logits
+def replay(self: ReplayBackend, states: _Passed, overrides: dict = {},
+           stop: int | None = None) -> tuple: # states, logits
     "Run on from `states`, to the end of block `stop` or to the logits"
     mine, passed = {}, replace(states, answers={}, given={})
     for p, f in (states.outside | overrides).items():

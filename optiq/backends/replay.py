@@ -164,7 +164,8 @@ def check_all(checkpoint: Checkpoint, xp, weights):
 def _file_of(checkpoint, path):
     "The file that holds a tensor, or the folder, where it has another name there"
     name = path.removesuffix('.weight')
-    return next((f for f in checkpoint.files for k in read_header(f) if k.removesuffix('.weight').endswith(name)), checkpoint.folder)
+    return next((f for f in checkpoint.files for k in read_header(f) if k.removesuffix('.weight').endswith(name)),
+                checkpoint.folder)
 
 # %% ../../nbs/03_backends.replay.ipynb #5d0c71a2
 def _damaged(checkpoint: Checkpoint) -> str | None:
@@ -179,6 +180,7 @@ def check_logits(b, z): # (…, V) ▸ the same
     "Raise ValueError, naming the model and its first damaged tensor, if a logit is NaN or infinite"
     if bool(b.xp.isfinite(z.sum())) or bool(b.xp.isfinite(z).all()): return z
     odd = _damaged(b.checkpoint)
-    why = f': {_file_of(b.checkpoint, odd)}: {odd} holds NaN or infinity, so the checkpoint is damaged; fetch or make it again' if odd else (
-        ', though all its weights are finite; it cannot be measured')
-    raise ValueError(f'{b.checkpoint.name} computes logits that are no numbers{why}')
+    said = f'{b.checkpoint.name} computes logits that are no numbers'
+    if not odd: raise ValueError(f'{said}, though all its weights are finite; it cannot be measured')
+    raise ValueError(f'{said}: {_file_of(b.checkpoint, odd)}: {odd} holds NaN or infinity, so the checkpoint is '
+                     'damaged; fetch or make it again')

@@ -35,7 +35,8 @@ class StreamedReplay(_Eager, ReplayBackend):
         for file in self.checkpoint.files:
             arrays = self.xp.load(str(file))
             each = ((k, arrays.pop(k)) for k in [*arrays])
-            check_all(self.checkpoint, self.xp, ((k, a) for k, a in each if self.xp.issubdtype(a.dtype, self.xp.floating)))
+            check_all(self.checkpoint, self.xp, ((k, a) for k, a in each
+                                                 if self.xp.issubdtype(a.dtype, self.xp.floating)))
 
     def block(self, i: int):
         if self.held != i:

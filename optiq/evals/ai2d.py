@@ -22,7 +22,8 @@ from ..report import Report, joined, machine, own_size, share_figure
 
 # %% ../../nbs/35_evals.ai2d.ipynb #37dc6259
 _LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
-_REJECTED = re.compile(r"(?i:\b(?:not|isn't|rather than|instead of|neither|nor|except)\s+(?:option\s+|choice\s+)?)[(\[]?[A-Z][)\]]?(?![\w'’])")
+_REJECTED = re.compile(r"(?i:\b(?:not|isn't|rather than|instead "
+                       r"of|neither|nor|except)\s+(?:option\s+|choice\s+)?)[(\[]?[A-Z][)\]]?(?![\w'’])")
 
 def _tidy(text: str) -> str:
     "An answer without thoughts, markup and rejected letters"
@@ -88,8 +89,10 @@ def questions_of(
     if source == 'diagrams': rows = [dict(q, image=d.draw()) for d, q in diagrams(n or 200)]
     elif source == 'ai2d': rows = _from_hub()
     elif path.is_dir() or path.suffix == '.jsonl': rows = _from_file(path/'questions.jsonl' if path.is_dir() else path)
-    else: raise FileNotFoundError(f'no questions {str(source)!r}: give ai2d, diagrams, a .jsonl file, or a folder with questions.jsonl')
-    if n is not None and n > len(rows): raise ValueError(f'{source} has {len(rows)} questions, not {n}: give --n-samples {len(rows)} or fewer')
+    else: raise FileNotFoundError(f'no questions {str(source)!r}: give ai2d, diagrams, a .jsonl file, or a folder '
+                                  f'with questions.jsonl')
+    if n is not None and n > len(rows):
+        raise ValueError(f'{source} has {len(rows)} questions, not {n}: give --n-samples {len(rows)} or fewer')
     return [r | dict(answer=_LETTERS[r['answer']]) for r in rows[:n]]
 
 # %% ../../nbs/35_evals.ai2d.ipynb #45163efd
@@ -207,4 +210,5 @@ def _report(done, figure, size, about):
     if 'extracted' in done[0]: figures.append(share(f'{figure}:free', 'extracted'))
     kinds = sorted({r['kind'] for r in done if 'kind' in r})
     by_kind = {k: float(np.mean([r['chosen'] == r['answer'] for r in done if r.get('kind') == k])) for k in kinds}
-    return Report([joined(size, *figures)], about | dict(questions=len(done), by_kind=by_kind, **machine(), responses=done))
+    return Report([joined(size, *figures)], about | dict(questions=len(done), by_kind=by_kind, **machine(),
+                                                         responses=done))

@@ -24,15 +24,19 @@ from ..report import Report, machine, own_size, share_figure
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #cd294d53
 _SHOTS = [
-    ('Lena picks 4 baskets of apples with 15 apples in each. She gives 12 apples to her neighbour and shares the rest equally '
+    ('Lena picks 4 baskets of apples with 15 apples in each. She gives 12 apples to her neighbour and shares the rest '
+     'equally '
      'among 6 friends. How many apples does each friend get?',
      'Lena picks 4 * 15 = 60 apples. After the gift there are 60 - 12 = 48 apples left. '
      'Each friend gets 48 / 6 = 8 apples.\n#### 8'),
-    ('A ticket for the zoo costs $14 for an adult and half as much for a child. How many dollars do 2 adults and 3 children pay?',
+    ('A ticket for the zoo costs $14 for an adult and half as much for a child. How many dollars do 2 adults and 3 '
+     'children pay?',
      'A child pays 14 / 2 = 7 dollars. The adults pay 2 * 14 = 28 dollars and the children pay 3 * 7 = 21 dollars. '
      'Together they pay 28 + 21 = 49 dollars.\n#### 49'),
-    ('Omar saves $25 a week. After 8 weeks he spends 40% of his savings on a bicycle. How many dollars does he have left?',
-     'Omar saves 25 * 8 = 200 dollars. The bicycle costs 200 * 0.4 = 80 dollars. He has 200 - 80 = 120 dollars left.\n#### 120')]
+    ('Omar saves $25 a week. After 8 weeks he spends 40% of his savings on a bicycle. How many dollars does he have '
+     'left?',
+     'Omar saves 25 * 8 = 200 dollars. The bicycle costs 200 * 0.4 = 80 dollars. He has 200 - 80 = 120 dollars '
+     'left.\n#### 120')]
 
 def _prompt_for(
     question: str,
@@ -45,10 +49,11 @@ def _prompt_for(
 _NEXT = re.compile(r'(?im)^[\s*#>]*(?:next |another |new )?'
                   r'(?:question|q|problem|exercise|example|human|user|instruction|input)\s*\d*\s*(?:[:.)]|\*\*:)'
                   r'|<\|[a-z_]+\|>|</?s>|<(?:eos|end_of_turn|start_of_turn)>|\[/?INST\]')
-_GROUPED = r'\d{1,3}(?:[,\u00a0\u202f]\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+' # 1,234,567; 12,34,567 as in India; 1234567
+_GROUPED = r'\d{1,3}(?:[,\u00a0\u202f]\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+' # also 12,34,567 as in India
 _NUMBER = re.compile(rf'(?P<above>(?:{_GROUPED})(?:\.\d+)?(?:e\+?\d{{1,2}}\b)?|(?<!\w)\.\d+)'
                     r'(?:\s?/\s?(?P<below>[1-9]\d*)(?!\d|[./,]\d))?', re.A | re.I)
-_SIGN = re.compile(r'(?P<sign>[-−–]?)(?P<gap>\s?)(?P<money>\\?[$€£¥₹]|(?:US|A|C)\\?\$|USD|EUR|GBP|Rs\.?|)\s?(?P<inner>[-−–]?)$')
+_SIGN = re.compile(r'(?P<sign>[-−–]?)(?P<gap>\s?)(?P<money>\\?[$€£¥₹]|(?:US|A|C)\\?\$|USD|EUR|GBP|Rs\.?|)\s?'
+                   r'(?P<inner>[-−–]?)$')
 _SCALE = re.compile(r'[\s*]*(thousand|million|billion|trillion)\b', re.I)
 _WORDS = dict(thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 
@@ -60,7 +65,9 @@ def first_answer(text: str) -> str:
 # %% ../../nbs/34_evals.gsm8k.ipynb #ec13fcbb
 def _plain(text: str) -> str:
     "LaTeX's boxes, fractions and commas as plain text, and 1 1/2 as 3/2"
-    text = re.sub(r'\\(?:text|mathrm|mathbf|boxed)\s*\{', ' {', text).replace('{,}', ',').replace('\\,', '').replace('\\%', '%')
+    text = re.sub(r'\\(?:text|mathrm|mathbf|boxed)\s*\{', ' {', text).replace('{,}', ',').replace('\\,',
+                                                                                                  '').replace('\\%',
+                                                                                                              '%')
     text = re.sub(r'\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}', r' \1/\2 ', text)
     def one(m):
         whole, above, below = map(int, m.groups())
@@ -81,12 +88,14 @@ def _value(m, text):
     minus = front['inner'] or front['sign'] and not front['gap'] and not re.search(r'[\w)%.\]}]$', before)
     scale = _SCALE.match(text, m.end())
     if len(m[0]) > 400: return None # no quantity, and Python refuses to print what has 4300 digits
-    value = Fraction(re.sub(r'[,\u00a0\u202f]', '', m['above']))/int(m['below'] or 1)*(_WORDS[scale[1].lower()] if scale else 1)
+    value = Fraction(re.sub(r'[,\u00a0\u202f]', '', m['above']))/int(m['below'] or 1)*(_WORDS[scale[1].lower()]
+                                                                                       if scale else 1)
     return -value if minus else value
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #6f992e7c
 _SAYS = re.compile(r'(?i)\b(?:answer (?:is|=|would be)|final answer\s*:)')
-_CORRECTS = re.compile(r"(?i)\b(?:wait|no|sorry|oops|mistake|wrong|incorrect|correct(?:ed|ion)|actually|check|instead)\b")
+_CORRECTS = re.compile(r"(?i)\b(?:wait|no|sorry|oops|mistake|wrong|incorrect|"
+                       r"correct(?:ed|ion)|actually|check|instead)\b")
 
 def _told(text):
     "The number that the words behind a mark give, or None: of a sum its result, else the first"
@@ -105,7 +114,8 @@ def _extract(response: str): # ▸ Fraction, or None if there is no number
         value = _told(m[1])
         if value is not None: found, end = value, m.end()
     if found is not None: return found
-    said = [v for m in _SAYS.finditer(text) for v in [_told(re.split(r'[.!?](?:\s|$)|\n', text[m.end():])[0])] if v is not None]
+    said = [v for m in _SAYS.finditer(text) for v in [_told(re.split(r'[.!?](?:\s|$)|\n', text[m.end():])[0])]
+            if v is not None]
     return ([None]+_numbers(text)+said[-1:])[-1]
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #efaacc30
@@ -120,7 +130,7 @@ def _right(
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #635409bf
 def questions(
-    source: str = 'gsm8k', # 'gsm8k' from the Hub, 'word-problems' of the demo model, or a .jsonl file with question and answer
+    source: str = 'gsm8k', # 'gsm8k' from the Hub, 'word-problems' of the demo model, or a .jsonl file
     n: int | None = None, # the first n; None takes all (200 word problems)
 ) -> list: # of dicts with question and answer
     "The test questions of a source; raises ValueError if it has fewer than n"

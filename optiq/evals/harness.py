@@ -33,7 +33,8 @@ def harness(
     lm_eval, MLXLM = _adapter()
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
     lm = MLXLM(str(c.folder), batch_size=batch, use_chat_template=False, trust_remote_code=c.trust_remote_code)
-    found = lm_eval.simple_evaluate(model=lm, tasks=[task], limit=limit, num_fewshot=shots, log_samples=True, random_seed=42,
+    found = lm_eval.simple_evaluate(model=lm, tasks=[task], limit=limit, num_fewshot=shots, log_samples=True,
+                                    random_seed=42,
                                     numpy_random_seed=42, torch_random_seed=42, fewshot_random_seed=42, **options)
     on, items = _items_of(found, task)
     figure = share_figure if set(items) <= {0, 1} else mean_figure
@@ -52,6 +53,7 @@ def _items_of(
         if name is None: raise ValueError(f'{sub} has none of {", ".join(order)}: run lm-eval itself for it')
         used.add(name)
         first = samples[0].get('filter')
-        items += [float(s[name]) for s in sorted((s for s in samples if s.get('filter') == first), key=lambda s: s['doc_id'])]
+        items += [float(s[name]) for s in sorted((s for s in samples if s.get('filter') == first),
+                                                 key=lambda s: s['doc_id'])]
     if not items: raise ValueError(f'lm-eval returned no items for {task}')
     return f'{task}: {", ".join(sorted(used))}, {len(items)} items', items

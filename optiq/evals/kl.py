@@ -70,7 +70,8 @@ class _Reference:
     def load(cls, folder):
         about = read_ours(Path(folder)/'about.json', 'reference')
         load = lambda name: np.load(Path(folder)/f'{name}.npy', mmap_mode='r', allow_pickle=False)
-        return cls(Path(folder), about, load('logits'), load('ids') if about['top_k'] else None, load('nll'), load('best'))
+        return cls(Path(folder), about, load('logits'), load('ids') if about['top_k'] else None, load('nll'),
+                   load('best'))
 
 # %% ../../nbs/32_evals.kl.ipynb #8b3f9763
 def _cache_folder() -> Path:
@@ -85,7 +86,8 @@ def reference(
     cache: 'str | Path | None' = None, # folder of references; see `cache_folder`
 ) -> _Reference:
     "The stored predictions of a model, computed now if they are not there yet"
-    c = model.checkpoint if isinstance(model, Backend) else model if isinstance(model, Checkpoint) else Checkpoint(model)
+    c = model.checkpoint if isinstance(model, Backend) else model if isinstance(model,
+                                                                                Checkpoint) else Checkpoint(model)
     if top_k is not None and not 0 < top_k < c.vocabulary-1: raise ValueError(
         f'top_k is {top_k}, and {c.name} has {c.vocabulary:,} words: give fewer, or none to keep all')
     key = f'{c.fingerprint}-{fingerprint(tokens)}-{top_k or "all"}'

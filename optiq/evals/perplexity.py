@@ -70,9 +70,11 @@ class Score:
 
     @classmethod
     def of_samples(cls, rows: list): # of (3, T) with a T of their own; NaN where nothing is known
-        with np.errstate(all='ignore'): means = np.array([[r[k][~np.isnan(r[k])].mean() for r in rows] for k in range(3)])
+        with np.errstate(all='ignore'): means = np.array([[r[k][~np.isnan(r[k])].mean() for r in rows]
+                                                          for k in range(3)])
         wide = max(r.shape[1] for r in rows)
-        return cls(*means, np.stack([np.pad(r, ((0, 0), (0, wide-r.shape[1])), constant_values=np.nan) for r in rows], 1))
+        return cls(*means, np.stack([np.pad(r, ((0, 0), (0, wide-r.shape[1])), constant_values=np.nan) for r in rows],
+                                    1))
 
     @property
     def flips(self): return 1-self.agree # (n,) share of tokens whose best token changed
@@ -86,13 +88,14 @@ class Score:
     @property
     def perplexity_se(self): return self.perplexity*_se(self.nll) # first-order error of exp
 
-    def by_position(self, edges): # ▸ (len(edges)-1,) mean KL of the tokens between these positions, and its standard error
+    def by_position(self, edges): # ▸ (len(edges)-1,) mean KL of tokens between these positions, and its error
         "KL early and late in a sequence"
         parts = [np.nanmean(self.tokens[1][:, a:b], 1) for a, b in zip(edges, edges[1:])]
         return np.array([p.mean() for p in parts]), np.array([_se(p) for p in parts])
 
     def __repr__(self):
-        figures = (('perplexity', self.perplexity, self.perplexity_se, '.2f'), ('KL', self.kl.mean(), _se(self.kl), '.4f'),
+        figures = (('perplexity', self.perplexity, self.perplexity_se, '.2f'),
+                   ('KL', self.kl.mean(), _se(self.kl), '.4f'),
                    ('agreement', self.agree.mean(), _se(self.agree), '.1%'))
         return ', '.join(f'{name} {plus_minus(known(x), known(se), spec)}' for name, x, se, spec in figures)
 

@@ -103,7 +103,8 @@ def compose(
 ) -> list[str]:
     "What the model writes after each prompt, as text"
     t = b.checkpoint.tokenizer
-    with b.swapped(overrides): ids = b.write([t.encode(p) for p in prompts], new_tokens, t.eos_token_id, stop, make_cache)
+    with b.swapped(overrides): ids = b.write([t.encode(p) for p in prompts], new_tokens, t.eos_token_id, stop,
+                                             make_cache)
     texts = [t.decode(x) for x in ids]
     return [s[:min((s.find(x) for x in stop if x in s), default=len(s))] for s in texts]
 
@@ -170,4 +171,5 @@ def task_rows(
 ) -> dict: # task ▸ rows
     "The test splits of the demo model's tasks; recall takes its share of each length"
     return dict(word_problems=word_problems(n, 'test', seed),
-                recall=[r for k in lengths for r in recall(n//len(lengths), k, 'test', seed)], lists=lists(n, 'test', seed))
+                recall=[r for k in lengths for r in recall(n//len(lengths), k, 'test', seed)],
+                lists=lists(n, 'test', seed))

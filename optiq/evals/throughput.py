@@ -59,4 +59,5 @@ def throughput(
 
 # %% ../../nbs/38_evals.throughput.ipynb #3d3a3709
 def _spread(name, x):
-    return {name: float(np.median(x)), f'{name}_low': min(x), f'{name}_high': max(x), f'{name}_n': len(x), 'items': {}, 'on': {}}
+    return {name: float(np.median(x)), f'{name}_low': min(x), f'{name}_high': max(x), f'{name}_n': len(x),
+            'items': {}, 'on': {}}

@@ -120,7 +120,8 @@ def _check_tokenizer(c: Checkpoint, reference: Checkpoint | None) -> str:
     ids = t.encode(_SAMPLE, add_special_tokens=False)
     if not ids or max(ids) >= c.vocabulary or len(t) > c.vocabulary: raise ValueError(
         f'{len(t):,} tokens, and the embedding has {c.vocabulary:,} rows')
-    if reference and reference.tokenizer.encode(_SAMPLE) != t.encode(_SAMPLE): raise ValueError( # what it puts before, too
+    if reference and reference.tokenizer.encode(_SAMPLE) != t.encode(_SAMPLE):
+        raise ValueError( # what it puts before, too
         'other ids than those of the reference')
     same = ', the ids of the reference' if reference else ''
     return f'{len(t):,} tokens{same}'+('' if t.decode(ids) == _SAMPLE else '; some signs do not come back')

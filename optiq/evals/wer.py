@@ -64,7 +64,8 @@ def wer(
 ) -> Report: # one row; about['responses'] holds every file's words and errors
     "Word error rate of greedy transcripts"
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
-    if c.model_type != 'audio': raise ValueError(f'{c.name} is no speech model, and a word error rate needs one; try --task gsm8k')
+    if c.model_type != 'audio':
+        raise ValueError(f'{c.name} is no speech model, and a word error rate needs one; try --task gsm8k')
     heard, speech = clips(source, 'all', n, fewer=True), load_speech(c)
     settings = dict(model=c.fingerprint, new_tokens=new_tokens)
     done = write_down(lambda clip: transcribe(speech, clip.audio, new_tokens), heard, out, settings)
@@ -90,4 +91,5 @@ def write_down(
 def wer_report(size: dict, done: list, about: dict = {}) -> Report: # size: columns of a row
     "The report of what was written down"
     counts = {k: sum(r[k] for r in done) for k in ('words', 'substitutions', 'insertions', 'deletions')}
-    return Report([size | _wer_figure(done, questions_fingerprint(done))], about | counts | dict(**machine(), responses=done))
+    return Report([size | _wer_figure(done, questions_fingerprint(done))],
+                  about | counts | dict(**machine(), responses=done))

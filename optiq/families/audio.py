@@ -63,11 +63,13 @@ def transcribe(
 def _whisper_sample(model, clip: Clip) -> dict: # mel (1, 3000, mels), tokens (1, T), scored (1, T)
     "What Whisper's forward pass takes"
     from mlx_audio.stt.models.whisper.audio import N_FRAMES, pad_or_trim
-    if len(clip.audio) > _WINDOW: raise ValueError(f'{clip.name} is {clip.seconds:.0f} s long and Whisper hears 30 at once; cut it')
+    if len(clip.audio) > _WINDOW:
+        raise ValueError(f'{clip.name} is {clip.seconds:.0f} s long and Whisper hears 30 at once; cut it')
     tokenizer = model.get_tokenizer('en')
     prompt, said = list(tokenizer.sot_sequence_including_notimestamps), tokenizer.encode(' '+clip.text)
     mel = pad_or_trim(model._prepare_audio(clip.audio)[0], N_FRAMES, axis=-2)
-    return dict(mel=np.array(mel)[None], tokens=np.array([prompt+said]), scored=_transcript_mask(len(prompt), len(said)))
+    return dict(mel=np.array(mel)[None], tokens=np.array([prompt+said]),
+                scored=_transcript_mask(len(prompt), len(said)))
 
 def _transcript_mask(before: int, said: int) -> np.ndarray: # (1, before+said)
     "1 where the transcript and its end are predicted"
@@ -91,5 +93,6 @@ def speech_samples(
 ) -> list[dict]: # for each clip what the model's forward pass takes, and `scored`
     "Clips as a model takes them, teacher-forced on their transcripts"
     make = _SAMPLES.get(_family(model))
-    if make is None: raise ValueError(f'how {_family(model)} is given a transcript is not known; there are {", ".join(_SAMPLES)}')
+    if make is None:
+        raise ValueError(f'how {_family(model)} is given a transcript is not known; there are {", ".join(_SAMPLES)}')
     return [make(model, c) for c in clips]

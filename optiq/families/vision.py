@@ -21,7 +21,8 @@ def load_processor(c: Checkpoint):
     from mlx_vlm.utils import load_processor
     lacking = [n for n in ('preprocessor_config.json', 'tokenizer_config.json') if not (c.folder/n).is_file()]
     if lacking and not (c.folder/'processor_config.json').is_file(): raise ValueError(
-        f'{c.name} has no {lacking[0]}, so it cannot read pictures; copy the processor files of the model it was made from')
+        f'{c.name} has no {lacking[0]}, so it cannot read pictures; copy the processor files of the model it was made '
+        f'from')
     return load_processor(c.folder, eos_token_ids=c.config.get('eos_token_id'), trust_remote_code=c.trust_remote_code)
 
 # %% ../../nbs/50_families.vision.ipynb #7c73c99d
@@ -30,7 +31,8 @@ def find_witness() -> Path:
     import optiq
     for root in (Path.cwd(), Path(optiq.__file__).parents[1]):
         if (found := root/'models'/'witness').is_dir(): return found
-    raise FileNotFoundError('the witness is no part of the package: run this in a clone of the repository, or give a model')
+    raise FileNotFoundError('the witness is no part of the package: run this in a clone of the repository, or give a '
+                            'model')
 
 # %% ../../nbs/50_families.vision.ipynb #e88a3824
 def read_image(source): # ▸ PIL image
@@ -66,11 +68,13 @@ def sample(
     "A picture, a question and its answer as the model takes them"
     from mlx_vlm.utils import prepare_inputs
     image, text = read_image(image), question_text(c, processor, question)
-    if max(image.size) > 200*min(image.size): raise ValueError('a picture of {} × {} pixels is too narrow for a processor that '
+    if max(image.size) > 200*min(image.size):
+        raise ValueError('a picture of {} × {} pixels is too narrow for a processor that '
         'keeps its shape (200 : 1 is the limit); crop it or add a border'.format(*image.size))
     found = prepare_inputs(processor, images=[image], prompts=text, image_token_index=c.config.get('image_token_id'))
     arrays = {k: np.array(v) for k, v in found.items() if hasattr(v, 'shape')}
-    return _with_answer(arrays, [] if answer is None else _answer_ids(processor, answer), c.config.get('image_token_id'))
+    return _with_answer(arrays, [] if answer is None else _answer_ids(processor, answer),
+                        c.config.get('image_token_id'))
 
 # %% ../../nbs/50_families.vision.ipynb #856d4af1
 def _answer_ids(processor, answer: str) -> list:
@@ -91,7 +95,8 @@ def _with_answer(arrays: dict, answer: list, image_token: int | None) -> dict:
     return out | dict(scored=scored[None].astype(np.int32))
 
 # %% ../../nbs/50_families.vision.ipynb #2ecdb6d7
-_PROMPTS = ('Describe this image.', 'What is shown in this image?', 'What is the most important thing in this image, and where is it?',
+_PROMPTS = ('Describe this image.', 'What is shown in this image?',
+            'What is the most important thing in this image, and where is it?',
            'Which text can be read in this image?')
 _PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 
@@ -109,9 +114,11 @@ def _from_coco(n: int, split: str, seed: int) -> list:
         from datasets import load_dataset
         data = load_dataset('lmms-lab/COCO-Caption2017', split='val')
     except Exception as e: raise ConnectionError(
-        f'coco cannot be fetched ({type(e).__name__}); give a folder of pictures, or diagrams, which the project draws itself') from e
+        f'coco cannot be fetched ({type(e).__name__}); give a folder of pictures, or diagrams, which the project '
+        f'draws itself') from e
     names = data['file_name']
-    mine = [i for i in np.random.default_rng(seed).permutation(len(names)) if is_test(names[int(i)]) == (split == 'test')]
+    mine = [i for i in np.random.default_rng(seed).permutation(len(names))
+            if is_test(names[int(i)]) == (split == 'test')]
     rows = [data[int(i)] for i in mine[:n]]
     return [dict(image=r['image'], question=_PROMPTS[0], answer=r['answer'][0].strip()) for r in rows]
 
@@ -129,7 +136,8 @@ def _from_folder(folder, n: int, split: str, seed: int) -> list:
 # %% ../../nbs/50_families.vision.ipynb #af10b3c9
 def read_samples(path, fields: tuple) -> list:
     "The records of a .jsonl file, each with these fields"
-    form = {f: LIST if f == 'options' else PROSE for f in fields if f != 'answer'} | {f: ANYTHING for f in fields if f == 'answer'}
+    form = {f: LIST if f == 'options' else PROSE for f in fields if f != 'answer'} | {f: ANYTHING for f in fields
+                                                                                      if f == 'answer'}
     return [check(r, form, f'{path}, line {i}') for i, r in read_records(path)]
 
 # %% ../../nbs/50_families.vision.ipynb #f467e797

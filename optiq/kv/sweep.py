@@ -61,7 +61,8 @@ def kv_sweep(
     formats = [parse_format(f) for f in formats]
     layout = kv_layout(b.checkpoint, context, weights, b.statistics)
     _check_candidates(b, layout, formats)
-    with b.swapped(overrides_of(weights or {}) if rounded is None else rounded): sweep = kl_sweep(b, tokens, formats, of=layout, **options)
+    with b.swapped(overrides_of(weights or {}) if rounded is None else rounded): sweep = kl_sweep(b, tokens, formats,
+                                                                                                  of=layout, **options)
     _check_heard(sweep, b)
     return sweep
 
@@ -193,7 +194,7 @@ def joint_plan(
     calibration: str | None = None, # where these come from
     protect = (), # units that get their widest candidate, as for `allocate`
     tie = None, # what shares a format, likewise
-) -> dict: # weights, cache: Plans; weight_sweep, cache_sweep; full_sweep: of the cache, on full weights; rounded: the weights
+) -> dict: # weights, cache: Plans; weight_sweep, cache_sweep; full_sweep: of the cache, on full weights; rounded
     "One allocation over weights and cache, the cache measured on the weights that it will serve"
     full = kv_sweep(b, tokens, kv_formats, context=context, progress=progress)
     w = weight_sweep or kl_sweep(b, tokens, formats, progress=progress, rounding=rounding,

@@ -38,7 +38,8 @@ def _second_order(
 # %% ../../nbs/04d_measure.gradient.ipynb #7b1345ba
 def _sweep_to_write(b: Backend, tokens, formats: list[Format], name: str, out, about: dict = {}) -> dict: # its header
     "What a sweep by another method begins with; raises an error if `out` is there and is not that sweep"
-    header = SweepLog(b, tokens, formats, about=about).header | dict(fingerprint=fingerprint_of(b, tokens, formats, name))
+    header = SweepLog(b, tokens, formats, about=about).header | dict(fingerprint=fingerprint_of(b, tokens, formats,
+                                                                                                name))
     if out is not None: same_sweep(own_file(out, 'sweep'), header)
     return header
 

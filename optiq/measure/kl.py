@@ -54,7 +54,8 @@ def probes(
                 raise ValueError(f'{u.path} is {u.shape[-1]} wide, which groups of {f.group_size} do not divide; '
                                  f'use groups of {smaller.group_size}, such as {smaller}')
     if formats and not found: raise ValueError(
-        f'no candidate fits {units[0].path}, {units[0].shape[-1]} wide, or another unit: MLX needs a multiple of {WORD}')
+        f'no candidate fits {units[0].path}, {units[0].shape[-1]} wide, or another unit: MLX needs a multiple of '
+        f'{WORD}')
     return found
 
 # %% ../../nbs/04a_measure.kl.ipynb #6217875f
@@ -162,8 +163,9 @@ def _finite(b: Backend, kl: np.ndarray, todo) -> np.ndarray: # (len(todo), n), t
     odd = ~np.isfinite(kl)
     if not odd.any(): return kl
     u, f = todo[int(odd.any(1).argmax())]
-    why = 'the model itself gives logits that are no numbers' if odd.all() else 'rounding it gives logits that are no numbers'
-    raise ValueError(f'{b.checkpoint.name}: the KL of {u.path} in {f} is not finite: {why}; its weights are too large for {b.name}')
+    why = f'{"the model itself" if odd.all() else "rounding it"} gives logits that are no numbers'
+    raise ValueError(f'{b.checkpoint.name}: the KL of {u.path} in {f} is not finite: {why}; its weights are too large '
+                     f'for {b.name}')
 
 # %% ../../nbs/04a_measure.kl.ipynb #0b4f09e4
 def measure(

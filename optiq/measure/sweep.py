@@ -180,14 +180,15 @@ def check_other(
 
 # %% ../../nbs/04c_measure.sweep.ipynb #d7d59487
 _HEADER = dict(optiq=one_of('sweep'), model=PROSE, params=whole(), other_bytes=whole(0), units=[OBJECT]*2)
-_HEADER |= {'fingerprint': dict(model=TEXT, tokens=TEXT, quantizer=TEXT, formats=[FORMAT]*2), 'shape?': [whole()]*2, 'noise?': maybe(number(-1)),
+_HEADER |= {'fingerprint': dict(model=TEXT, tokens=TEXT, quantizer=TEXT, formats=[FORMAT]*2), 'shape?': [whole()]*2,
+            'noise?': maybe(number(-1)),
            'blocks?': [whole(0)], 'experts?': OBJECT, 'passes?': [whole()]*2, 'layers?': [OBJECT], 'context?': whole()}
 _RECORD = dict(unit=NAME, format=FORMAT, start=whole(0), kl=[number(-1, 1e30)]*2)
 
 def read_log(
     path: Path,
 ) -> tuple[dict, dict, int]: # header, (path, format, start) ▸ values, bytes that are whole
-    "What a sweep file holds; a last line that was cut short is left out; raises ValueError naming the line that is wrong"
+    "What a sweep file holds, but for a last line that was cut short; raises ValueError naming the line that is wrong"
     data = read_bytes(path)
     header, rows, whole = _document(data, path) or _journal(data, path)
     units, formats = {u['path'] for u in header['units']}, {*header['fingerprint']['formats'], str(AS_IS)}
@@ -195,7 +196,8 @@ def read_log(
         check(r, _RECORD, where)
         if r['unit'] not in units or r['format'] not in formats: raise ValueError(
             f'{where} is about {r["unit"]} in {r["format"]}, which the header does not name')
-        if r['format'] != str(AS_IS) and min(r['kl']) < 0: raise ValueError(f'{where} holds a negative KL; measure it again')
+        if r['format'] != str(AS_IS) and min(r['kl']) < 0:
+            raise ValueError(f'{where} holds a negative KL; measure it again')
     return header, {(r['unit'], r['format'], r['start']): r['kl'] for _, r in rows}, whole
 
 # %% ../../nbs/04c_measure.sweep.ipynb #13ba851f
@@ -387,7 +389,8 @@ def _read_logs(
     files = dict.fromkeys([out, ranks.own(out), *_log_files(out)] if out else [])
     found = [_go_on(own_file(f, 'sweep', **mark), header) for f in files]
     there = next((h for h, _ in found if h is not header), header)
-    if 'passes' not in there: raise ValueError(f'{out} holds no passes to go on with: it is the result of another method, or was changed')
+    if 'passes' not in there:
+        raise ValueError(f'{out} holds no passes to go on with: it is the result of another method, or was changed')
     passes = _agreed(ranks, there is not header, there['passes'])
     records = {k: v for h, r in found if [*h['passes']] == passes for k, v in r.items()}
     return there | dict(passes=passes), records
@@ -524,7 +527,8 @@ def learned_again(sweep: Sweep, c: Checkpoint): # ▸ tokens, or samples
         except (ValueError, OSError, ModuleNotFoundError): continue
         if fingerprint(tokens) == said['fingerprint']: return tokens
     raise ValueError(f'the sweep was rounded by {rounding_of(sweep)}, and the text that it learned from '
-                     f'({said.get("source") or "it has no name"}) is not to be had again; measure it again, or give a quantizer')
+                     f'({said.get("source") or "it has no name"}) is not to be had again; measure it again, or give a '
+                     f'quantizer')
 
 # %% ../../nbs/04c_measure.sweep.ipynb #d7f10005
 @patch

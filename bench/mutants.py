@@ -74,8 +74,8 @@ CHANGES = [
     Change('logits that are NaN are let through', 'if bool(b.xp.isfinite(z.sum())) or', 'if True or', 'test_logits_that'),
     Change('an unknown error is NaN', 'return None if isinstance(x, float) and not isfinite(x) else x', 'return x', 'test_one_item_shows'),
     # backends
-    Change('gate and up of experts swapped', 'gate_proj=(EVERYTHING, slice(0, out)), up_proj=(EVERYTHING, slice(out, 2*out))',
-           'up_proj=(EVERYTHING, slice(0, out)), gate_proj=(EVERYTHING, slice(out, 2*out))', 'test_both_libraries_hold'),
+    Change('gate and up of experts swapped', 'gate_proj=(_EVERYTHING, slice(0, out)), up_proj=(_EVERYTHING, slice(out, 2*out))',
+           'up_proj=(_EVERYTHING, slice(0, out)), gate_proj=(_EVERYTHING, slice(out, 2*out))', 'test_both_libraries_hold'),
     Change('rows are read from the top of their table', 'start+int(r[0])*width)', 'start)', 'test_rows_are_read'),
     # allocation
     Change('a cap is off by a group', 'self.limit*self.per*(1+1e-12)-self.fixed', 'self.limit*self.per*(1+1e-12)-self.fixed+32', 'test_a_cap_is_kept'),
@@ -116,13 +116,13 @@ CHANGES = [
     Change('likelihood of the token itself', 'ids[:, s.start+1:s.stop+1]', 'ids[:, s.start:s.stop]', 'test_perplexity_is_that_of_transformers'),
     Change('the margin to itself', 'z[at, answer] = -np.inf', 'z[at, answer] = z[at, answer]', 'test_margin_is_right'),
     Change('an answer is looked for one token late', 'min(len(p)-1+k, longest-2)', 'min(len(p)+k, longest-2)', 'test_padding_and_caches'),
-    Change('words are compared as they are written', '(normalizer()(t) for t in (said, written))', '(t for t in (said, written))', 'test_wer::test_errors'),
+    Change('words are compared as they are written', '(_normalizer()(t) for t in (said, written))', '(t for t in (said, written))', 'test_wer::test_errors'),
     Change('a mean of rates, not the rate of all words', "_figure('wer', float(e.sum()/words)", "_figure('wer', float((e/w).mean())", 'test_rate_and_interval'),
-    Change('the first letter that is named, not the last', 'decided[-1:] or opening', 'decided[:1] or opening', 'test_letter'),
+    Change('the first letter that is named, not the last', 'decided[-1:] or _opening', 'decided[:1] or _opening', 'test_letter'),
     # rounding
     Change('search ignores how large inputs are', 'known = stats is not None and stats.count', 'known = False', 'test_search_minds'),
     Change('importance without its square', 'else (x*x).sum(0)', 'else abs(x).sum(0)', 'test_importance_is'),
-    Change("the sign of GPTQ's update of what is left", 'w[i+BLOCK:] -= u[now', 'w[i+BLOCK:] += u[now', 'test_gptq_is_the_textbooks'),
+    Change("the sign of GPTQ's update of what is left", 'w[i+_BLOCK:] -= u[now', 'w[i+_BLOCK:] += u[now', 'test_gptq_is_the_textbooks'),
     Change("the sign of GPTQ's update within a block", 'z = w[k]-u[:k, k] @ errors[:k]', 'z = w[k]+u[:k, k] @ errors[:k]', 'test_gptq_is_the_textbooks'),
     Change('the sign of the second look', 'gradient -= h[:, now] @ moves', 'gradient += h[:, now] @ moves', 'test_gptq_is_the_textbooks'),
     Change('the sign of the second look within a block', 'g = gradient[k]-h[k, :k] @', 'g = gradient[k]+h[k, :k] @', 'test_gptq_is_the_textbooks'),
@@ -137,7 +137,7 @@ CHANGES = [
            'start = time.perf_counter()\n    for _ in range(warmup): next(steps)', 'test_decoding_is_timed'),
     Change('decode speed counts the prompt', '(new_tokens-1)/(times[-1]-times[1])', '(new_tokens-1)/(times[-1]-times[0])', 'test_decoding_is_timed'),
     Change('the run that warms up counts', 'for _ in range(1+repeats)][1:]', 'for _ in range(1+repeats)]', 'test_the_first_run_only'),
-    Change('half the bytes of attention in the roofline', '2*2*GROUPS*WIDE*', '2*GROUPS*WIDE*', 'test_attention_reads'),
+    Change('half the bytes of attention in the roofline', '2*2*_GROUPS*_WIDE*', '2*_GROUPS*_WIDE*', 'test_attention_reads'),
     Change('a prediction without the cache', '/1e6+self.cache+self.overhead', '/1e6+self.overhead', 'test_attention_reads'),
     Change('device and host one after the other', 'max(self.device(plan), self.host)', 'self.device(plan)+self.host', 'test_attention_reads'),
     # caches

@@ -4,6 +4,7 @@ Pages load nothing from another host: formulas become MathML, fonts are the read
 without a description or anything loaded from elsewhere fails the build, whoever made it.
 """
 import html, re, shutil, subprocess, sys
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from latex2mathml.converter import convert as to_mathml
@@ -31,6 +32,14 @@ def processed():
         path.with_name(pages.get(path.name, path.name)).write_text(text, encoding='utf-8')
     return folder
 
+def unlisted():
+    "Ends of addresses that nbdev would link to, of names that a module keeps to itself: no page has a place for them"
+    from optiq._modidx import d
+    for module, symbols in d['syms'].items():
+        public = import_module(module).__all__
+        for name, (address, _) in symbols.items():
+            if name.removeprefix(module+'.').split('.')[0] not in public: yield address
+
 def formula(match):
     "One formula that smalldocs left to a script from a CDN, as MathML, which browsers draw themselves"
     tex = html.unescape(match[2]).strip()[2:-2]
@@ -38,8 +47,10 @@ def formula(match):
 
 def at_home(site):
     "Pages and style sheets that need no other host"
+    hidden = '|'.join(map(re.escape, unlisted()))
     for page in site.rglob('*.html'):
-        text = re.sub(r'<span class="math (inline|display)">(.*?)</span>', formula, page.read_text(encoding='utf-8'), flags=re.S)
+        text = re.sub(rf'<a href="[^"]*({hidden})"[^>]*>(.*?)</a>', r'\2', page.read_text(encoding='utf-8'), flags=re.S)
+        text = re.sub(r'<span class="math (inline|display)">(.*?)</span>', formula, text, flags=re.S)
         text = re.sub(r'<(?:link|script)[^>]*katex[^>]*>(?:</script>)?\s*', '', text)
         page.write_text(text, encoding='utf-8')
     for sheet in site.rglob('*.css'):

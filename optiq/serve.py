@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,11 +19,15 @@ from inspect import signature
 from io import BytesIO
 from ipaddress import ip_address
 from pathlib import Path
+from random import getrandbits
+from select import POLLIN, poll
+from socket import MSG_PEEK
 from types import SimpleNamespace
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from weakref import WeakSet
 
 import mlx.core as mx
+from fastcore.basics import patch
 from mlx_lm import server
 from mlx_lm.models.cache import LRUPromptCache
 
@@ -31,6 +36,14 @@ from .kv.config import read_kv_config
 from .models import Checkpoint, ModelFolder
 
 # %% ../nbs/09_serve.ipynb #01a87fb8
+_MOST = 2**31 # what a number in a request stays below
+
+def _context_of(config: dict) -> int: # of a model ▸ tokens that it reads and writes
+    config = config | (config.get('text_config') or {})
+    scaling = config.get('rope_scaling') or config.get('rope_parameters') or {}
+    stretched = (scaling.get('original_max_position_embeddings') or 0)*(scaling.get('factor') or 1)
+    return max(config.get('max_position_embeddings') or _MOST, int(stretched))
+
 class _Provider(server.ModelProvider):
     "mlx-lm's provider of models, for those that are named; the first makes the caches of a config"
     def __init__(self,
@@ -43,18 +56,17 @@ class _Provider(server.ModelProvider):
         if args.draft_model: # which mlx-lm would open without asking for trust
             args.draft_model = str(ModelFolder(args.draft_model, args.trust_remote_code, 'llm').folder)
         super().__init__(args)
-        self.names, self.config, self.vocabulary = names, config, None
+        self.names, self.config, self.vocabulary, self.context = names, config, None, _MOST
         self._model_map |= names
         self._adapter_map |= {n: args.adapter_path for n, folder in names.items() if folder == args.model}
 
     def _load(self, path, *others):
         super()._load(path, *others)
         if self.config and path == self.cli_args.model: use_kv_config(self.model, self.config)
+        self.context = _context_of(json.loads((Path(path)/'config.json').read_text()))
         self.vocabulary = self.model(mx.array([[0]])).shape[-1] # a shape; nothing is computed
 
 # %% ../nbs/09_serve.ipynb #393cd720
-_MOST = 2**31 # what a number in a request stays below
-
 def _text(x): return isinstance(x, str)
 def _all(check): return lambda xs: isinstance(xs, list) and all(map(check, xs))
 
@@ -78,10 +90,13 @@ def _message(x):
 # %% ../nbs/09_serve.ipynb #b3e3d3d8
 def _number(x): return isinstance(x, (int, float)) and abs(x) < _MOST
 def _above(least): return lambda x: _number(x) and (x == 0 or x >= least)
-def _bias(xs): return isinstance(xs, dict) and all(k.isdecimal() and _number(v) for k, v in xs.items())
+def _bias(xs): return isinstance(xs, dict) and all(k.isascii() and k.isdecimal() and _number(v) for k, v in xs.items())
 def _table(xs): return isinstance(xs, dict) and all(map(_text, xs.values()))
 
-_FIELDS = dict(
+_ONLY = dict(n=1, best_of=1, echo=False, suffix='', response_format={'type': 'text'}, tool_choice='auto',
+             modalities=['text'], functions=[]) # what mlx-lm ignores ▸ what it does
+
+_FIELDS = {k: (lambda x, it=it: x == it, f'{json.dumps(it)}; nothing else is done here') for k, it in _ONLY.items()} | dict(
     prompt=(lambda x: _text(x) and x, 'one text that is not empty'),
     messages=(lambda x: _all(_message)(x) and x,
               'a list of messages, each with a role and with text or data: URLs of pictures'),
@@ -93,6 +108,7 @@ _FIELDS = dict(
     chat_template_kwargs=(lambda x: isinstance(x, dict), 'an object'),
     seed=(lambda x: isinstance(x, int) and 0 <= x < 2**63, 'a whole number from 0 on'),
     temperature=(_above(1e-4), '0, or a number from 0.0001 on'),
+    xtc_threshold=(lambda x: _number(x) and 0 <= x <= .5, 'a number from 0 to 0.5'),
     repetition_penalty=(_above(1e-2), '0, or a number from 0.01 on'))
 
 # %% ../nbs/09_serve.ipynb #559ee8d4
@@ -104,7 +120,7 @@ def _check_request(body, chat: bool):
     for k, x in body.items():
         fits, what = _FIELDS.get(k, (lambda x: not isinstance(x, (int, float)) or _number(x),
                                      f'a number below {_MOST}'))
-        if x is not None and not fits(x): raise ValueError(f'{k} has to be {what}')
+        if not fits(x): raise ValueError(f'{k} has to be {what}')
 
 def _read_request(raw: bytes): # ▸ what it holds
     "The JSON of a request; raises ValueError for what no field may hold"
@@ -114,7 +130,7 @@ def _read_request(raw: bytes): # ▸ what it holds
     try: body = json.loads(raw.decode(), parse_float=real, parse_constant=real)
     except RecursionError: raise ValueError('the request is nested too deeply') from None
     json.dumps(body, ensure_ascii=False).encode() # half a surrogate pair is no text
-    return body
+    return {k: x for k, x in body.items() if x is not None} if isinstance(body, dict) else body
 
 # %% ../nbs/09_serve.ipynb #3032c0fd
 def _check_for_model(
@@ -135,7 +151,7 @@ def _check_for_model(
 class _Generator(server.ResponseGenerator):
     "mlx-lm's thread that generates; it outlives a request that fails"
     def __init__(self, *args):
-        self.waiting, self.served, self.failure = WeakSet(), False, None
+        self.waiting, self.served, self.failure, self.interrupt = WeakSet(), False, None, None
         super().__init__(*args)
 
     def _next_request(self, timeout=None):
@@ -145,15 +161,6 @@ class _Generator(server.ResponseGenerator):
             self.served = True
         return found
 
-    def _tokenize(self, tokenizer, request, args):
-        "Everything that can fail of a request is tried here, where mlx-lm answers a failure"
-        _check_for_model(args, self.model_provider.vocabulary)
-        prompt, *others = super()._tokenize(tokenizer, request, args)
-        if not isinstance(prompt, list) or not prompt: raise ValueError('the prompt has no tokens')
-        self._make_state_machine(self.model_provider.model_key, tokenizer, args.stop_words)
-        server._make_sampler(args, tokenizer), server._make_logits_processors(args)
-        return prompt, *others
-
     def _run_generate(self):
         try:
             self.model_provider.load_default()
@@ -162,17 +169,53 @@ class _Generator(server.ResponseGenerator):
                 try: self._generate()
                 except Exception as e:
                     if self._is_distributed or not self.served: raise # it would fail again
-                    _tell(self, f'generation failed: {type(e).__name__}: {e}')
+                    self.tell(f'generation failed: {type(e).__name__}: {e}')
         except Exception as e: self._generation_failed, self.failure = True, f'{type(e).__name__}: {e}'
 
+    def stop_and_join(self):
+        super().stop_and_join()
+        left = Path(f'/proc/self/task/{self._generation_thread.native_id}')
+        for _ in range(1000): # MLX tidies up after Python's end of a thread, and needs the interpreter for it
+            if not left.exists(): break
+            time.sleep(.01)
+
+# %% ../nbs/09_serve.ipynb #2e6f4151
+def _mend_random():
+    "A new random state, where one was left that cannot be computed"
+    try: mx.eval(mx.random.state[0])
+    except Exception: mx.random.seed(getrandbits(63))
+
+@patch
+def _tokenize(self: _Generator, tokenizer, request, args):
+    "Everything that can fail of a request is tried here, where mlx-lm answers a failure"
+    p = self.model_provider
+    _mend_random()
+    _check_for_model(args, p.vocabulary)
+    prompt, *others = super(_Generator, self)._tokenize(tokenizer, request, args)
+    encoded = request.request_type == 'text' or not tokenizer.has_chat_template # else a template ends it
+    if isinstance(prompt, list) and encoded and tokenizer.encode('a')[-1] in tokenizer.eos_token_ids: prompt.pop()
+    if not isinstance(prompt, list) or not prompt: raise ValueError('the prompt has no tokens')
+    room, wanted = p.context-len(prompt), args.max_tokens or 1
+    if wanted > room: raise ValueError(f'max_tokens: {wanted} and the {len(prompt)} tokens of the prompt '
+                                       f'are more than the {p.context} of the model\'s context')
+    args.max_tokens = args.max_tokens or min(self.cli_args.max_tokens, room)
+    self._make_state_machine(p.model_key, tokenizer, args.stop_words)
+    server._make_logits_processors(args)
+    try: mx.eval(server._make_sampler(args, tokenizer)(mx.zeros((1, p.vocabulary))))
+    except Exception as e: raise ValueError(f'nothing can be drawn so: {e}') from None
+    finally: _mend_random()
+    return prompt, *others
+
 # %% ../nbs/09_serve.ipynb #d46dcb42
-def _tell(generator: _Generator, why: str):
+@patch
+def tell(self: _Generator, why: str):
     "Tell those who wait, and forget what the error may have spoilt"
     logging.error(why, exc_info=logging.root.level <= logging.DEBUG)
-    for queue in list(generator.waiting): queue.put(RuntimeError(why))
-    generator.waiting.clear()
-    generator._state_machine_cache.clear()
-    generator.prompt_cache = LRUPromptCache(generator.cli_args.prompt_cache_size)
+    for queue in list(self.waiting): queue.put(RuntimeError(why))
+    self.waiting.clear()
+    self._state_machine_cache.clear()
+    self.prompt_cache = LRUPromptCache(self.cli_args.prompt_cache_size)
+    mx.random.seed(getrandbits(63))
     mx.clear_cache()
 
 class _Server(ThreadingHTTPServer):
@@ -180,6 +223,10 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128 # clients that may knock at once
     def service_actions(self):
         if self.generator.failure: raise RuntimeError(f'nothing can be generated any more: {self.generator.failure}')
+
+    def serve_forever(self, *args):
+        try: super().serve_forever(*args)
+        except KeyboardInterrupt as e: self.generator.interrupt = e # mlx-lm would keep it to itself
 
 # %% ../nbs/09_serve.ipynb #f4093317
 _LONGEST = 16*2**20 # bytes of a request
@@ -196,11 +243,16 @@ def _is_here(host: str | None, names: Sequence) -> bool:
     try: return host in names or bool(ip_address(host or ''))
     except ValueError: return False
 
+def _host_of(url: str) -> str | None:
+    "The host that a URL names; raises Refused for what is no URL"
+    try: return urlsplit(url).hostname
+    except ValueError as e: raise _Refused(400, f'{url[:200]!r} is no address: {e}') from None
+
 def _check_origin(headers, args):
     "Raise Refused for a page of another site; `args` are those of mlx_lm.server"
-    origin, asked = headers.get('Origin'), urlsplit(f'//{headers.get("Host", "")}').hostname
+    origin, asked = headers.get('Origin'), _host_of(f'//{headers.get("Host", "")}')
     if origin is None or {origin, '*'} & set(args.allowed_origins): return
-    if (page := urlsplit(origin).hostname) != asked or not _is_here(page, ('localhost', args.host)): raise _Refused(
+    if (page := _host_of(origin)) != asked or not _is_here(page, ('localhost', args.host)): raise _Refused(
         403, f'pages of {origin} may not ask; --allowed-origins names those that may')
 
 def _read_body(headers, file) -> bytes:
@@ -227,22 +279,24 @@ class _Handler(server.APIHandler):
     instead = {} # HTTP status of mlx-lm ▸ the one to send
 
     def do_GET(self): self.guarded(super().do_GET)
-    def do_POST(self):
-        known = self.path in _PATHS and self.headers['Content-Length'] is not None
-        self.guarded(self.complete if known else super().do_POST)
+    def do_OPTIONS(self): self.guarded(super().do_OPTIONS)
+    def do_POST(self): self.guarded(super().do_POST)
 
     def guarded(self, go):
+        self.path = self.path.partition('?')[0]
         try:
             _check_origin(self.headers, self.response_generator.cli_args)
+            if self.command == 'POST' and self.path in _PATHS and self.headers['Content-Length'] is not None: self.read()
             go()
         except ValueError as e: self.answer(dict(error=str(e)), getattr(e, 'status', 400))
 
-    def complete(self):
-        _check_request(body := _read_request(raw := _read_body(self.headers, self.rfile)), 'chat' in self.path)
+    def read(self):
+        "Check the body, and leave what it says for mlx-lm to read"
+        _check_request(body := _read_request(_read_body(self.headers, self.rfile)), 'chat' in self.path)
         _check_names(body, self.response_generator.model_provider)
-        self.rfile, socket = BytesIO(raw), self.rfile # mlx-lm reads it again
-        try: super().do_POST()
-        finally: self.rfile = socket
+        raw = json.dumps(body).encode()
+        self.headers.replace_header('Content-Length', str(len(raw)))
+        self.rfile = BytesIO(raw)
 
     def answer(self, what: dict, status: int = 200):
         "Send JSON"
@@ -253,42 +307,53 @@ class _Handler(server.APIHandler):
 
     def _set_completion_headers(self, status_code: int = 200):
         super()._set_completion_headers(self.instead.get(status_code, status_code))
-    def _set_cors_headers(self): _may_read(self)
-    def handle_completion(self, request, stop_words): _complete(super().handle_completion, self, request, stop_words)
-    def handle_models_request(self): _list_models(self)
 
 # %% ../nbs/09_serve.ipynb #766e8223
-def _may_read(handler):
-    origin = handler.headers.get('Origin')
-    try: _check_origin(handler.headers, handler.response_generator.cli_args)
+@patch
+def _set_cors_headers(self: _Handler):
+    origin = self.headers.get('Origin')
+    try: _check_origin(self.headers, self.response_generator.cli_args)
     except _Refused: return
     told = {'Allow-Origin': origin, 'Allow-Methods': '*', 'Allow-Headers': '*'} if origin else {}
-    for k, v in told.items(): handler.send_header(f'Access-Control-{k}', v)
-    handler.send_header('Vary', 'Origin')
+    for k, v in told.items(): self.send_header(f'Access-Control-{k}', v)
+    self.send_header('Vary', 'Origin')
 
-def _list_models(handler):
-    names = handler.response_generator.model_provider.names
-    one = handler.path.removeprefix('/v1/models').strip('/')
-    found = [dict(id=n, object='model', created=handler.created) for n in names if one in ('', n)]
-    handler.answer(dict(object='list', data=found))
+@patch
+def handle_models_request(self: _Handler):
+    names, one = self.response_generator.model_provider.names, unquote(self.path.removeprefix('/v1/models'))
+    found = [dict(id=n, object='model', created=self.created) for n in names if one in ('', '/', f'/{n}')]
+    if not found: raise _Refused(404, f'no model {one[1:201]!r} is served here; there are {", ".join(names)}')
+    self.answer(dict(object='list', data=found))
 
 # %% ../nbs/09_serve.ipynb #bd6a9f42
-def _complete(run, handler, request, stop_words):
+@patch
+def check_client(self: _Handler, *_):
+    "Raise ConnectionError for a client that has gone, RuntimeError for a server that ends"
+    waiting = poll()
+    waiting.register(self.connection, POLLIN)
+    if waiting.poll(0) and not self.connection.recv(1, MSG_PEEK): raise ConnectionError('the client has gone')
+    if self.server.generator._stop: raise RuntimeError('the server ends')
+
+@patch
+def handle_completion(self: _Handler, request, stop_words):
     "Let mlx-lm answer, and say what fails, a request (status 400) or the generation (500)"
-    whole, handler.instead = handler.response_generator, {404: 400}
-    def generate(*args, **options):
-        try: return whole.generate(*args, **options)
+    whole, self.instead = self.response_generator, {404: 400}
+    def generate(request, args, progress_callback):
+        if not {'max_tokens', 'max_completion_tokens'} & set(self.body): args.max_tokens = 0 # as many as there is room
+        def progress(*done): self.check_client(), progress_callback(*done)
+        try: context, found = whole.generate(request, args, progress)
         except RuntimeError:
-            handler.instead = {404: 500}
+            self.instead = {404: 500}
             raise
-    handler.response_generator = SimpleNamespace(generate=generate, cli_args=whole.cli_args)
-    try: run(request, stop_words)
+        return context, (self.check_client() or x for x in found)
+    self.response_generator = SimpleNamespace(generate=generate, cli_args=whole.cli_args)
+    try: super(_Handler, self).handle_completion(request, stop_words)
     except ConnectionError: pass # the client has gone
     except Exception as e:
-        handler._headers_buffer = [] # of an answer that was not sent
-        if handler.stream: handler.wfile.write(f'data: {json.dumps(dict(error=str(e)))}\n\n'.encode())
-        else: handler.answer(dict(error=str(e)), 500)
-    finally: handler.response_generator = whole
+        self._headers_buffer = [] # of an answer that was not sent
+        if self.stream: self.wfile.write(f'data: {json.dumps(dict(error=str(e)))}\n\n'.encode())
+        else: self.answer(dict(error=str(e)), 500)
+    finally: self.response_generator = whole
 
 # %% ../nbs/09_serve.ipynb #6bf50872
 def _find_config(
@@ -317,9 +382,11 @@ def _replaced(owner, **attributes):
 # %% ../nbs/09_serve.ipynb #59e3c88e
 def _answer_http(run, what: str, host: str, port: int, generator: _Generator):
     "mlx-lm's `_run_http_server`, which is `run`, with our server; tells what is served, and ends its thread"
-    print(what, file=sys.stderr)
-    try: run(host, port, generator, type('Server', (_Server,), dict(generator=generator)), _Handler)
+    try:
+        print(what, file=sys.stderr)
+        run(host, port, generator, type('Server', (_Server,), dict(generator=generator)), _Handler)
     finally: generator.stop_and_join()
+    if generator.interrupt: raise generator.interrupt
 
 def _names_of(models: Sequence, trust_remote_code: bool = False) -> dict:
     "What a client may call some models ▸ their folders; raises ValueError for a model that may not be opened"

@@ -16,7 +16,7 @@ from optiq.plan import make_plan
 from optiq.kv.config import kv_config
 from optiq.kv.layout import kv_layout
 from optiq.models import _demo
-from optiq.serve import _Generator, _Handler, _LONGEST, _Provider, _Server, _check_origin, _names_of, serve
+from optiq.serve import _FIELDS, _Generator, _Handler, _LONGEST, _Provider, _Server, _check_origin, _names_of, serve
 
 def arguments(**changes):
     "What mlx_lm.server makes of no options but ours"
@@ -76,6 +76,9 @@ WRONG = [
         repetition_context_size=2**70, top_logprobs=50, logprobs=1, stream_options=5, tools=5, chat_template_kwargs=[1]).items()),
     dict(prompt='a', top_k=10**6), dict(prompt='a', temperature=1e-30), dict(prompt='a', seed=2**64), dict(prompt='a', max_tokens=10**30),
     dict(prompt='a', stream=True, stream_options={}), dict(prompt='a', max_tokens='5'), dict(prompt='a', xtc_probability=7.),
+    dict(prompt='a', temperature=1, xtc_probability=1., xtc_threshold=1.), dict(prompt='a', max_tokens=4096), dict(prompt='a', max_tokens=10**8),
+    *(dict(prompt='a', **m) for m in (dict(n=2), dict(best_of=2), dict(echo=True), dict(suffix='x'), dict(logit_bias={'٣': 1}),
+                                      dict(response_format=dict(type='json_object')))),
     b'', b'{', b'[]', b'"a"', b'\xff', b'{"prompt": "a", "top_p": NaN}', b'{"prompt": "a", "temperature": 1e400}',
     b'{"prompt": "a", "seed": -Infinity}', b'['*100_000, b'{"prompt": "a", "max_tokens": ' + b'9'*5000 + b'}']
 WRONG_CHAT = [
@@ -96,7 +99,10 @@ def test_a_wrong_request_is_the_clients_fault(running, i):
 def test_right_requests_are_answered(running):
     for more in (dict(), dict(stop='x'), dict(stop=['x', 'yz']), dict(logit_bias={'5': 3, '7': -1.5}), dict(seed=4), dict(top_k=5,
         temperature=.7),
-                 dict(stream=True, stream_options=dict(include_usage=True)), dict(logprobs=True, top_logprobs=3), dict(stop=None, seed=None),
+                 dict(stream=True, stream_options=dict(include_usage=True)), dict(logprobs=True, top_logprobs=3), 
+                 dict.fromkeys(['stop', 'seed', 'max_completion_tokens', 'temperature', 'top_p', 'top_k', 'stream', 'logprobs',
+                     'model', 'num_draft_tokens', 'n', 'suffix', 'response_format']), dict(max_tokens=None), dict(max_tokens=4000, stop='e'),
+                 dict(n=1, best_of=1, echo=False, suffix='', response_format=dict(type='text')),
                  dict(model='default_model'), dict(model=str(_demo().resolve()))):
         status, _, answer = running.ask(**more)
         assert status == 200, answer
@@ -104,6 +110,8 @@ def test_right_requests_are_answered(running):
     models = json.loads(running.send(b'', '/v1/models', 'GET')[2])['data']
     assert [m['id'] for m in models] == ['demo', str(_demo().resolve())]
     assert [m['id'] for m in json.loads(running.send(b'', '/v1/models/demo', 'GET')[2])['data']] == ['demo']
+    assert json.loads(running.send(b'', '/v1/models?x=1', 'GET')[2])['data'] == models
+    for path in ('/v1/models/none', '/v1/modelsX'): assert running.send(b'', path, 'GET')[0] == 404
 
 VALUES = [None, 0, -1, 5, 2**31, 2**63, 1.5, -.1, 1e-300, '', 'a', '\0', '\u200b', [], ['a'], [[]], [None], {}, {'a': 1}, {'0': 1}, True, False]
 NAMES = ['prompt', 'messages', 'stop', 'logit_bias', 'temperature', 'top_p', 'top_k', 'min_p', 'seed', 'stream', 'logprobs', 'top_logprobs',
@@ -164,6 +172,44 @@ def test_pages_of_other_sites_may_not_ask(running):
         assert 'Access-Control-Allow-Origin' not in headers and (status == 403 or method == 'OPTIONS' and not answer)
     for kind in ('text/plain', 'application/x-www-form-urlencoded', 'multipart/form-data', ''):
         assert running.send(dict(prompt='A'), headers={'Content-Type': kind})[0] == 415
+
+@pytest.mark.parametrize('method, path', [('POST', '/v1/completions'), ('GET', '/v1/models'), ('OPTIONS', '/v1/completions')])
+@pytest.mark.parametrize('headers', [dict(Host='[::1'), dict(Origin='http://[bad')])
+def test_an_address_that_is_none(running, method, path, headers):
+    status, _, answer = running.send(dict(prompt='A', max_tokens=1), path, method, headers)
+    assert status == 400 and 'is no address' in json.loads(answer)['error']
+
+def draws(running, **more): return running.ask(temperature=1, **more)[0]
+
+@pytest.mark.parametrize('single', [dict(), dict(seed=1)])
+def test_what_the_sampler_refuses_spoils_no_other(running, monkeypatch, single):
+    monkeypatch.setitem(_FIELDS, 'xtc_threshold', (lambda x: True, '')) # the sampler has to refuse it
+    assert draws(running, xtc_probability=1., xtc_threshold=1., **single) == 400
+    assert draws(running) == draws(running, **single) == 200
+
+def ends(running, within=10):
+    "Whether nothing is generated any more, soon: a single request waits for one before it"
+    start = time.time()
+    assert running.ask(seed=3)[0] == 200
+    return time.time()-start < within
+
+@pytest.mark.parametrize('single', [dict(), dict(seed=1)])
+def test_a_client_that_hangs_up_is_not_written_for(running, monkeypatch, single):
+    monkeypatch.setattr(running.generator.model_provider, 'context', 10**9)
+    raw = json.dumps(dict(prompt='a', max_tokens=10**8, logit_bias={'5': 1000}, **single)).encode()
+    with socket.create_connection(('127.0.0.1', running.port)) as s:
+        s.sendall(b'POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n' % len(raw)+raw)
+        time.sleep(.5)
+    assert ends(running)
+
+def test_no_end_of_text_stands_before_the_answer(running, monkeypatch):
+    tokenizer, seen = running.generator.model_provider.tokenizer, []
+    plain, end = tokenizer._tokenizer.encode, tokenizer._tokenizer.eos_token_id
+    monkeypatch.setattr(tokenizer._tokenizer, 'encode', lambda *a, **k: plain(*a, **k)+[end])
+    ours = _Generator._tokenize
+    monkeypatch.setattr(_Generator, '_tokenize', lambda *a: seen.append(ours(*a)) or seen[-1])
+    assert running.ask('A river')[0] == 200
+    assert seen[0][0] == plain('A river')
 
 def test_a_request_has_a_length(running):
     for length, status in ((_LONGEST+1, 413), ('9'*5000, 413), (-1, 400), ('x', 400)):

@@ -1,8 +1,8 @@
 "The server, asked by OpenAI's own client over loopback"
-import shutil, socket, subprocess, sys, time
+import json, shutil, socket, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 import pytest
 from click.testing import CliRunner
 from optiq.cli import main
@@ -95,3 +95,19 @@ def test_what_cannot_work_is_refused_at_the_start(tmp_path, config):
     c = kv_config(uniform(layout, '4g64'), layout)
     save_kv_config(c | dict(layers=c['layers'][:-1]), other)
     assert '9 layers' in refused('demo', '--kv-config', other)
+
+@pytest.mark.parametrize('single', [{}, dict(seed=1)])
+def test_a_server_that_is_stopped_while_it_writes_ends_as_other_commands(single):
+    with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
+    command = [sys.executable, '-m', 'optiq.cli', 'serve', 'demo', '--port', str(port), '--log-level', 'ERROR']
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(1200):
+            try: urlopen(f'http://127.0.0.1:{port}/health')
+            except URLError: time.sleep(.1)
+            else: break
+        body = json.dumps(dict(prompt='a', max_tokens=4000, logit_bias={'5': 1000}, stream=True, **single)).encode()
+        urlopen(Request(f'http://127.0.0.1:{port}/v1/completions', body, {'Content-Type': 'application/json'})).readline()
+        server.terminate()
+        assert server.wait(20) == 128+15 and server.stderr.read().splitlines()[-1].startswith('interrupted;')
+    finally: server.kill()

@@ -184,7 +184,7 @@ def convert(model, target, bits, formats, group_size, kv, kv_bits, output, dry_r
     if not kv: check_idle(['kv_bits'], 'it counts for --kv; give both')
     if dry_run and not output: check_idle(['overwrite'], 'a dry run writes nothing')
     default = '4,8' if given['sweep'] is None else None
-    fmts = _as_formats(formats, bits, group_size, default)
+    fmts = _as_formats(formats, bits, group_size, default if group_size else None) # None: nobody named any
     cache = Cache(_as_formats(None, kv_bits, group_size, '4,8', cache=True)) if kv else None
     _check_group(group_size, (formats, bits, default), (kv_bits, '4,8') if kv else ())
     weights = _filled(Weights, given | dict(formats=fmts))

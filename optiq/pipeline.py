@@ -312,11 +312,11 @@ def _quantizer_of_plans(b, t: _Batches, formats: list, rounding: str):
     return sweep_quantizer(b, t.learned, formats, rounding, blocks=True)[0]
 
 # %% ../nbs/08_pipeline.ipynb #67d1f050
-def _choose(b, t: _Batches, sweep: Sweep, rounding: str, verify: bool, **options) -> tuple: # Plan, Verified or None
+def _choose(b, t: _Batches, sweep: Sweep, rounding: str, verify: bool, only=None, **options) -> tuple: # Plan, Verified or None
     "The plan to save: the best on paper, or the best that was measured"
     if not verify: return allocate(sweep, **options), None
     quantize = _quantizer_of_plans(b, t, options['formats'], rounding)
-    v = verified(b, t.tokens, sweep, quantize=quantize, **options)
+    v = verified(b, t.tokens, sweep, quantize=quantize, only=only, **options)
     return v.plan, v
 
 # %% ../nbs/08_pipeline.ipynb #209cb292
@@ -381,10 +381,13 @@ class _Job:
     texts: Texts
     backend: str
     overwrite: bool
-    _beside: bool = False # files are added to the model's own folder
+    beside: bool = False # files are added to the model's own folder
 
     @property
     def formats(self): return _candidates_for(self.weights.formats, self.weights.sweep)
+    @property
+    def only(self): # candidates that somebody named
+        return None if self.weights.formats is None and self.weights.sweep is None else self.formats
     @property
     def kv_formats(self): return [parse_format(f) for f in self.cache.formats]
     @property
@@ -421,7 +424,7 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     _check_output(c, out, likely, rounding)
     b, t = job.open(job.more)
     found = _find_sweep(b, t, job.formats, w.sweep, out, rounding)
-    plan, v = _choose(b, t, found, rounding, w.verify is not False, **options)
+    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, **options)
     if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
     others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
     report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish)

@@ -20,7 +20,7 @@ from .convert import as_saved, convert, check_quantized
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, check_calibration
 from .evals.perplexity import check_overlap
 from .families.samples import batch_for
-from .files import added_files, as_path, can_draw, journal_of, own_file, own_folder, own_output, own_place
+from .files import added_files, as_path, can_draw, claiming, journal_of, own_file, own_folder, own_output, own_place
 from .files import check_full, scratch, whole_folder
 from .formats import AS_IS, Format, check_storable, parse_format, quantize_minmax
 from .knapsack import PROFILES, allocate, candidates, known, pareto
@@ -502,6 +502,7 @@ def _write_beside(found: dict, folder: Path) -> dict: # label ▸ text for the m
 
 
 # %% ../nbs/08_pipeline.ipynb #be42ac0c
+@claiming
 def optimize(
     model: str, # 'demo', a folder, or a Hub id; for a cache alone it may be quantized
     out: 'str | Path | None' = None, # folder to write; nothing is written without it
@@ -553,6 +554,7 @@ def _save_curve(curve, sweep, figures: dict, out, overwrite: bool = False):
         for p in [*curve, *curve.rivals.values()]: p.save(part/'plans'/f'{p.name.replace(" ", "-")}.json')
 
 # %% ../nbs/08_pipeline.ipynb #bbe815a2
+@claiming
 def trade_off(
     source: 'str | Path', # 'demo', a folder, a Hub id, or a sweep file
     targets = None, # nominal bits; by default those from 3 to 8 that the formats reach

@@ -16,6 +16,7 @@ import numpy as np
 from ..backends.open import open_backend
 from .gsm8k import Answers, first_answer
 from ..families.vision import load_processor, question_text, read_image, read_samples, sample
+from ..files import claiming
 from ..material.diagrams import diagrams, prompt
 from ..models import Checkpoint
 from ..report import Report, joined, machine, own_size, share_figure
@@ -161,6 +162,7 @@ def _judged(row: dict, response: str | None, logprobs) -> dict:
     return kept | dict(chosen=chosen, logprobs=[round(float(x), 4) for x in logprobs]) | wrote
 
 # %% ../../nbs/35_evals.ai2d.ipynb #e4a09631
+@claiming
 def ai2d(
     model, # name, Checkpoint or backend
     n: int | None = None, # questions; None takes all

@@ -114,7 +114,8 @@ def test_what_is_kept_is_made_of_the_candidates_that_were_named(b, tokens, sweep
     assert ('measured better, but not all its formats are candidates' in repr(v)) == bool(only)
 
 @pytest.mark.parametrize('words, named', [
-    ([], None), (['--candidate-bits', '4,8'], ['4g64', '8g64']), (['--group-size', '32'], ['4g32', '8g32']), (['--formats', 'mxfp4'], ['mxfp4'])])
+    ([], None), (['--candidate-bits', '4,8'], ['4g64', '8g64']), (['--group-size', '32'], ['4g32', '8g32']),
+    (['--formats', 'mxfp4'], ['mxfp4'])])
 def test_the_command_knows_whether_candidates_were_named(monkeypatch, words, named):
     from optiq import pipeline
     seen = []

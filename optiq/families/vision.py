@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from ..calibration import prompt_part
 from ..material.problems import is_test
 from ..models import Checkpoint
 from ..readers import ANYTHING, LIST, PROSE, check, read_records
@@ -64,13 +65,21 @@ def sample(
     answer: str | None = None, # what follows
 ) -> dict: # name ▸ array, as `optiq.calibration.samples_of` takes them
     "A picture, a question and its answer as the model takes them"
-    from mlx_vlm.utils import prepare_inputs
+    from mlx_vlm.utils import prepare_inputs, should_add_special_tokens
     image, text = read_image(image), question_text(c, processor, question)
     if max(image.size) > 200*min(image.size): raise ValueError('a picture of {} × {} pixels is too narrow for a processor that '
         'keeps its shape (200 : 1 is the limit); crop it or add a border'.format(*image.size))
-    found = prepare_inputs(processor, images=[image], prompts=text, image_token_index=c.config.get('image_token_id'))
-    arrays = {k: np.array(v) for k, v in found.items() if hasattr(v, 'shape')}
+    found = prepare_inputs(processor, images=[image], prompts=text, image_token_index=c.config.get('image_token_id'),
+                           add_special_tokens=should_add_special_tokens(c.config['model_type'], processor))
+    arrays = _without_ends(processor, {k: np.array(v) for k, v in found.items() if hasattr(v, 'shape')})
     return _with_answer(arrays, [] if answer is None else _answer_ids(processor, answer), c.config.get('image_token_id'))
+
+# %% ../../nbs/50_families.vision.ipynb #c040d039
+def _without_ends(processor, arrays: dict) -> dict:
+    "A prompt that begins once and has not ended, in all arrays that have an entry for each token"
+    ids = arrays['input_ids']
+    part = prompt_part(getattr(processor, 'tokenizer', processor), ids[0].tolist())
+    return {k: v[:, part] if v.shape[:2] == ids.shape else v for k, v in arrays.items()}
 
 # %% ../../nbs/50_families.vision.ipynb #856d4af1
 def _answer_ids(processor, answer: str) -> list:

@@ -79,6 +79,8 @@ class Cache:
 _COUNTS = {'weights': [*Caps.__annotations__], 'a cache': ['target_bpw', 'true_bpw', 'max_bytes', 'context'],
           'weights and cache together': ['max_bytes', 'context']}
 
+_KINDS = dict(vlm='vision-language', audio='speech')
+
 def subject(weights: Weights | None, cache: Cache | None) -> str: # key of COUNTS
     "What a plan is of"
     if weights is None and cache is None: raise ValueError('there is nothing to choose; give weights, a cache, or both')
@@ -397,7 +399,11 @@ class _Job:
     @property
     def more(self): # sequences that rounding learns from
         if self.rounding == 'minmax' and not self.weights.polish: return 0
-        return _LEARNED if self.weights.rounding_n is None else self.weights.rounding_n
+        if self.weights.rounding_n is None: return _LEARNED
+        if self.weights.rounding_n < self.texts.n_calibration: raise ValueError(
+            f'rounding cannot learn from {self.weights.rounding_n} sequences: the {self.texts.n_calibration} that are '
+            'measured on are among them; give as many, or measure on fewer')
+        return self.weights.rounding_n
 
     def open(self, more: int = 0) -> tuple: # Backend, Batches
         "The model and its texts; raises ValueError if they do not go together"
@@ -526,7 +532,7 @@ def optimize(
     beside = weights is None and out is not None and _is_own_folder(model, out)
     c = Checkpoint(model, trust_remote_code, model_type)
     if cache is not None and c.model_type != 'llm': raise ValueError(
-        f'the cache of a {c.model_type} model cannot be planned yet; leave it as it is')
+        f'{c.name} is a {_KINDS[c.model_type]} model, whose cache cannot be planned yet; leave it as it is')
     job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, beside)
     return {'weights': _choose_weights, 'a cache': _choose_cache}.get(what, _choose_both)(job)
 
@@ -579,7 +585,9 @@ def trade_off(
     if sweep is not None and not verify:
         idle = [k for k, v in dict(texts=texts, rounding_n=weights.rounding_n).items() if v is not None]
         if idle: raise ValueError(f'`{idle[0]}` has no effect: nothing is measured; give `verify`')
-        _check_other_rounding(found := _load_sweep(sweep), sweep, rounding)
+        found = _load_sweep(sweep)
+        if saved: _check_other_rounding(found, sweep, rounding)
+        else: _check_sweep(found, sweep, Checkpoint(source, trust_remote_code, model_type), [], rounding)
         about = machine()
     else:
         c = Checkpoint(source, trust_remote_code, model_type)

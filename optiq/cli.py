@@ -182,9 +182,10 @@ def convert(model, target, bits, formats, group_size, kv, kv_bits, output, dry_r
     from optiq.files import own_output
     from optiq.pipeline import Cache, Caps, Texts, Weights, caps_for, optimize, subject
     if not kv: check_idle(['kv_bits'], 'it counts for --kv; give both')
+    _check_length(model, given)
     if dry_run and not output: check_idle(['overwrite'], 'a dry run writes nothing')
     default = '4,8' if given['sweep'] is None else None
-    fmts = _as_formats(formats, bits, group_size, default)
+    fmts = _as_formats(formats, bits, group_size, default if group_size else None) # None: nobody named any
     cache = Cache(_as_formats(None, kv_bits, group_size, '4,8', cache=True)) if kv else None
     _check_group(group_size, (formats, bits, default), (kv_bits, '4,8') if kv else ())
     weights = _filled(Weights, given | dict(formats=fmts))
@@ -236,10 +237,19 @@ def sweep(model, out, bits, formats, group_size, targets, resume, as_json, **giv
     if not resume and os.path.exists(os.path.expanduser(out)):
         raise FileExistsError(f'{out} exists; give another -o, or --resume to go on with it')
     _check_unused_in_sweep(given)
+    _check_length(model, given)
     _check_group(group_size, (formats, bits, '4,8'))
     given |= dict(formats=_as_formats(formats, bits, group_size, '4,8'), targets=_as_targets(targets or '4.5'),
                   rounding_n=given['rounding_n'] or 32)
     _finish(*_told_of(_measured(model, out=out, **given), out), as_json)
+
+# %% ../nbs/90_cli.ipynb #dc84791b
+def _check_length(model: str, given: dict):
+    "Raise ValueError for a length of sequences if the model reads none: a picture or a clip is as long as it is"
+    from optiq.models import Checkpoint
+    if 'seq_len' not in given_options() or os.path.isfile(model): return
+    kind = Checkpoint(model, given['trust_remote_code'], given['model_type']).model_type
+    if kind != 'llm': check_idle(['seq_len'], 'pictures and speech are as long as they are')
 
 # %% ../nbs/90_cli.ipynb #725f56a7
 def _check_unused_in_sweep(given: dict):
@@ -248,6 +258,9 @@ def _check_unused_in_sweep(given: dict):
     if method != 'exact': check_idle(['until', 'max_memory'], f'it counts for --method exact, not {method}')
     if method != 'screened' and not given['until']: check_idle(
         ['targets'], 'it counts for --method screened and --until-stable')
+    if given['rounding_n'] and given['rounding_n'] < given['n']: raise ValueError(
+        f'rounding cannot learn from {given["rounding_n"]} sequences: the {given["n"]} that are measured on are '
+        'among them; give as many, or measure on fewer')
     if given['rounding'] == 'minmax': check_idle(['rounding_n'], 'minmax learns from no text')
 
 
@@ -318,6 +331,7 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
     saved = given['sweep'] is not None or os.path.isfile(source)
     idle = [] if given['verify'] else ['evaluation', 'n_evaluation']+_MEASURING*saved
     check_idle(idle, 'nothing is scored; give --verify' if not saved else 'nothing is measured; give --verify')
+    _check_length(source, given)
     if out is None: check_idle(['overwrite'], 'nothing is written; give -o')
     default = None if saved else '2,3,4,5,6,8'
     _check_group(group_size, (formats, bits, default))
@@ -348,7 +362,7 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
 @click.option('--seq-len', default=512, show_default=True, help='tokens in each')
 @click.option('--n-evaluation', '--eval-samples', 'n_evaluation', default=4, show_default=True,
               help='evaluation sequences')
-@_options('calibration', 'evaluation', 'overwrite', 'backend', 'trust', 'json')
+@_options('calibration', 'evaluation', 'overwrite', 'backend', 'model_type', 'trust', 'json')
 def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
     """Measure how much each layer's keys and values suffer, choose a format for each, write kv_config.json.
 
@@ -358,11 +372,11 @@ def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
     """
     from optiq.kv.sweep import layer_table, memory_lines
     from optiq.pipeline import Cache, Caps, Texts, optimize
-    cache, out = Cache(_as_formats(formats, bits, group_size, '4,8', cache=True),
-                       tie), output or _default_output(model, 'kv')
     _check_group(group_size, (formats, bits, '4,8'))
+    cache = Cache(_as_formats(formats, bits, group_size, '4,8', cache=True), tie)
+    out = output or _default_output(model, 'kv')
     r = optimize(model, out, _filled(Caps, given), weights=None, cache=cache, texts=_filled(Texts, given),
-                 **{k: given[k] for k in ('backend', 'overwrite', 'trust_remote_code')})
+                 **{k: given[k] for k in ('backend', 'overwrite', 'trust_remote_code', 'model_type')})
     parts = layer_table(r['config']), memory_lines(r['figures']['memory']), str(r['report']), repr(r['plan'])
     _finish(r['figures'], '\n\n'.join(parts)+f'\nwritten to {out}', as_json)
 

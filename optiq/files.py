@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['as_path', 'settle', 'check_full', 'own_folder', 'scratch', 'whole_folder', 'own_place', 'added_files', 'own_file',
-           'append', 'check_gone', 'journal_of', 'own_output', 'can_draw']
+           'append', 'check_gone', 'journal_of', 'own_output', 'claiming', 'can_draw']
 
 # %% ../nbs/71_files.ipynb #084dc5c0
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -16,10 +17,12 @@ import shutil
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir, mkdtemp
 
 # %% ../nbs/71_files.ipynb #c95733b9
 def as_path(out: 'str | Path') -> Path:
@@ -354,6 +357,47 @@ def own_output(
     out = own_folder(out, overwrite, made, source)
     if journal: own_file(journal_of(out), 'sweep', journal=True)
     return out
+
+# %% ../nbs/71_files.ipynb #d5c50f84
+_RANK = 'RANK', 'MLX_RANK', 'OMPI_COMM_WORLD_RANK'
+
+def _lock_of(out: Path) -> Path:
+    "Where the claim to a place lies"
+    folder = Path(gettempdir())/f'optiq-{os.getuid()}'
+    folder.mkdir(mode=0o700, exist_ok=True)
+    try: name = os.path.realpath(out)
+    except ValueError: name = str(out) # it is no path, which is for others to say
+    key = repr((name, *(os.environ.get(k) for k in _RANK)))
+    return folder/f'{hashlib.sha256(key.encode()).hexdigest()[:24]}.lock'
+
+# %% ../nbs/71_files.ipynb #eee3b4b0
+@contextmanager
+def _claim(out: 'str | Path'):
+    "No other process writes this while the block lasts; raises FileExistsError, naming it, if one does"
+    out, fd = as_path(out), None
+    while fd is None:
+        fd = os.open(lock := _lock_of(out), os.O_RDWR | os.O_CREAT, 0o600)
+        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with open(fd) as f: raise FileExistsError(f'{out} is being written by another process (pid {f.read()}); '
+                'wait for it, or give another output') from None
+        except OSError: pass # the disk knows no locks
+        if not lock.exists() or lock.stat().st_ino != os.fstat(fd).st_ino: fd = os.close(fd) # given up meanwhile
+    os.ftruncate(fd, 0)
+    os.write(fd, str(os.getpid()).encode())
+    try: yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(fd)
+
+# %% ../nbs/71_files.ipynb #6fc08620
+def claiming(write):
+    "Decorator of a function with an `out`, which no other process may write while it runs, as FileExistsError says"
+    @wraps(write)
+    def claimed(*args, **options):
+        out = signature(write).bind(*args, **options).arguments.get('out')
+        with nullcontext() if out is None else _claim(out): return write(*args, **options)
+    return claimed
 
 # %% ../nbs/71_files.ipynb #c0bd73ec
 def can_draw(*packages: str) -> bool:

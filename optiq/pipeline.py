@@ -20,7 +20,8 @@ from .convert import as_saved, convert, check_quantized
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, check_calibration
 from .evals.perplexity import check_overlap
 from .families.samples import batch_for
-from .files import added_files, as_path, can_draw, journal_of, own_file, own_folder, own_output, own_place
+from .files import added_files, as_path, can_draw, claiming, journal_of, own_file, own_folder
+from .files import own_output, own_place
 from .files import check_full, scratch, whole_folder
 from .formats import AS_IS, Format, check_storable, parse_format, quantize_minmax
 from .knapsack import PROFILES, allocate, candidates, known, pareto
@@ -78,6 +79,8 @@ class Cache:
 # %% ../nbs/08_pipeline.ipynb #6d3ee90d
 _COUNTS = {'weights': [*Caps.__annotations__], 'a cache': ['target_bpw', 'true_bpw', 'max_bytes', 'context'],
           'weights and cache together': ['max_bytes', 'context']}
+
+_KINDS = dict(vlm='vision-language', audio='speech')
 
 def subject(weights: Weights | None, cache: Cache | None) -> str: # key of COUNTS
     "What a plan is of"
@@ -232,7 +235,11 @@ def _narrowed(sweep: Sweep, formats: list) -> Sweep:
 # %% ../nbs/08_pipeline.ipynb #44966b04
 def _rounding_for(rounding: str | None, sweep) -> str:
     "The one asked for, or the one that the sweep was measured with, or the default"
-    return rounding or (ROUNDING if sweep is None else rounding_of(_load_sweep(sweep)))
+    if rounding or sweep is None: return rounding or ROUNDING
+    found = rounding_of(_load_sweep(sweep))
+    name = 'the sweep' if isinstance(sweep, Sweep) else sweep
+    if found not in QUANTIZERS: raise ValueError(f'{name}: rounding {found!r} is none of {", ".join(QUANTIZERS)}')
+    return found
 
 # %% ../nbs/08_pipeline.ipynb #3f93bf66
 def _check_other_rounding(found: Sweep, name, rounding: str):
@@ -314,11 +321,12 @@ def _quantizer_of_plans(b, t: _Batches, formats: list, rounding: str):
     return sweep_quantizer(b, t.learned, formats, rounding, blocks=True)[0]
 
 # %% ../nbs/08_pipeline.ipynb #67d1f050
-def _choose(b, t: _Batches, sweep: Sweep, rounding: str, verify: bool, **options) -> tuple: # Plan, Verified or None
+def _choose(b, t: _Batches, sweep: Sweep, rounding: str, verify: bool, only=None,
+            **options) -> tuple: # Plan, Verified or None
     "The plan to save: the best on paper, or the best that was measured"
     if not verify: return allocate(sweep, **options), None
     quantize = _quantizer_of_plans(b, t, options['formats'], rounding)
-    v = verified(b, t.tokens, sweep, quantize=quantize, **options)
+    v = verified(b, t.tokens, sweep, quantize=quantize, only=only, **options)
     return v.plan, v
 
 # %% ../nbs/08_pipeline.ipynb #209cb292
@@ -389,6 +397,9 @@ class _Job:
     @property
     def formats(self): return _candidates_for(self.weights.formats, self.weights.sweep)
     @property
+    def only(self): # candidates that somebody named
+        return None if self.weights.formats is None and self.weights.sweep is None else self.formats
+    @property
     def kv_formats(self): return [parse_format(f) for f in self.cache.formats]
     @property
     def rounding(self): return _rounding_for(self.weights.rounding, self.weights.sweep)
@@ -397,13 +408,16 @@ class _Job:
     @property
     def more(self): # sequences that rounding learns from
         if self.rounding == 'minmax' and not self.weights.polish: return 0
-        return _LEARNED if self.weights.rounding_n is None else self.weights.rounding_n
+        if self.weights.rounding_n is None: return _LEARNED
+        if self.weights.rounding_n < self.texts.n_calibration: raise ValueError(
+            f'rounding cannot learn from {self.weights.rounding_n} sequences: the {self.texts.n_calibration} that are '
+            'measured on are among them; give as many, or measure on fewer')
+        return self.weights.rounding_n
 
     def open(self, more: int = 0) -> tuple: # Backend, Batches
         "The model and its texts; raises ValueError if they do not go together"
         t = _read_texts(self.c, self.texts, more) # takes no time, and can fail
         return open_backend(self.c, self.backend), t
-
 
 # %% ../nbs/08_pipeline.ipynb #3e05e0d0
 def _conditions(job: _Job) -> dict: # of `allocate`
@@ -425,7 +439,7 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     _check_output(c, out, likely, rounding)
     b, t = job.open(job.more)
     found = _find_sweep(b, t, job.formats, w.sweep, out, rounding)
-    plan, v = _choose(b, t, found, rounding, w.verify is not False, **options)
+    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, **options)
     if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
     others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
     report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish)
@@ -504,6 +518,7 @@ def _write_beside(found: dict, folder: Path) -> dict: # label ▸ text for the m
 
 
 # %% ../nbs/08_pipeline.ipynb #be42ac0c
+@claiming
 def optimize(
     model: str, # 'demo', a folder, or a Hub id; for a cache alone it may be quantized
     out: 'str | Path | None' = None, # folder to write; nothing is written without it
@@ -527,7 +542,7 @@ def optimize(
     beside = weights is None and out is not None and _is_own_folder(model, out)
     c = Checkpoint(model, trust_remote_code, model_type)
     if cache is not None and c.model_type != 'llm': raise ValueError(
-        f'the cache of a {c.model_type} model cannot be planned yet; leave it as it is')
+        f'{c.name} is a {_KINDS[c.model_type]} model, whose cache cannot be planned yet; leave it as it is')
     job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, beside)
     return {'weights': _choose_weights, 'a cache': _choose_cache}.get(what, _choose_both)(job)
 
@@ -555,6 +570,7 @@ def _save_curve(curve, sweep, figures: dict, out, overwrite: bool = False):
         for p in [*curve, *curve.rivals.values()]: p.save(part/'plans'/f'{p.name.replace(" ", "-")}.json')
 
 # %% ../nbs/08_pipeline.ipynb #bbe815a2
+@claiming
 def trade_off(
     source: 'str | Path', # 'demo', a folder, a Hub id, or a sweep file
     targets = None, # nominal bits; by default those from 3 to 8 that the formats reach
@@ -581,7 +597,9 @@ def trade_off(
     if sweep is not None and not verify:
         idle = [k for k, v in dict(texts=texts, rounding_n=weights.rounding_n).items() if v is not None]
         if idle: raise ValueError(f'`{idle[0]}` has no effect: nothing is measured; give `verify`')
-        _check_other_rounding(found := _load_sweep(sweep), sweep, rounding)
+        found = _load_sweep(sweep)
+        if saved: _check_other_rounding(found, sweep, rounding)
+        else: _check_sweep(found, sweep, Checkpoint(source, trust_remote_code, model_type), [], rounding)
         about = machine()
     else:
         c = Checkpoint(source, trust_remote_code, model_type)
@@ -595,7 +613,6 @@ def trade_off(
     if out is not None: _save_curve(curve, found, figures, out, overwrite)
     if out is not None and sweep is None: journal_of(out).unlink(missing_ok=True)
     return dict(frontier=curve, sweep=found, figures=figures)
-
 
 # %% ../nbs/08_pipeline.ipynb #4dc5078e
 def compare(

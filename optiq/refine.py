@@ -18,7 +18,7 @@ from .backends.open import open_backend
 from .backends.replay import Backend
 from .calibration import fingerprint, shape_of
 from .evals.perplexity import evaluate, overrides_of
-from .formats import quantize_dequantize
+from .formats import AS_IS, parse_format, quantize_dequantize
 from .knapsack import Frontier, Question, plus_minus, pose
 from .measure.estimate import passes_of, plan_passes
 from .measure.kl import measure
@@ -175,6 +175,10 @@ def verdict(v: Verified) -> str:
     last, again = v.rounds[-1], sum(r['units'] for r in v.rounds)
     won = v.kept in v.baselines
     what = f'{v.kept} measured better than every plan that was allocated, so it is kept' if won else f'kept: {v.kept}'
+    rivals = [n for n in v.baselines if v.kl[n].mean() < v.kl[v.kept].mean()]
+    if rivals:
+        best = min(rivals, key=lambda n: v.kl[n].mean())
+        what += f'; {best} measured better, but not all its formats are candidates'
     more = f'; {again} units were measured again around a plan' if again else ''
     return f'{what}; KL forecast {last["forecast"]:.3g}, measured {last["joint"]:.3g}{more}'
 
@@ -189,6 +193,11 @@ def _stamped(q, plan, tried, kl, kept, tokens) -> Plan:
     report = plan.solver if chosen == plan else dict(method='baseline', **q.conditions()) | chosen.solver | cost
     return replace(chosen, solver=report | dict(verified=record))
 
+# %% ../nbs/05c_refine.ipynb #0fde1f27
+def _made_of(plan: Plan, only: 'list | None') -> bool:
+    "Whether a plan has no formats but these; units that none fits are left as they are"
+    return only is None or {*plan.values()} <= {AS_IS, *map(parse_format, only)}
+
 # %% ../nbs/05c_refine.ipynb #0859a65d
 def verified(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
@@ -196,6 +205,7 @@ def verified(
     sweep, # Sweep of the same model
     *,
     quantize = quantize_dequantize, # what will save the plan, as for `joint_kl`
+    only: 'list | None' = None, # formats that a plan may have to be kept; any by default
     n: int = 6, # near-optimal alternatives
     tolerance: float = .15, # how far forecast and measurement may be apart
     rounds: int = 2, # how often units are measured again
@@ -203,7 +213,7 @@ def verified(
     progress: bool = True, # say on stderr what is measured
     **options, # of `allocate`
 ) -> Verified:
-    "Allocate, measure the plan among its like, keep the best; never worse, measured, than baselines of the same bytes"
+    "Allocate, measure the plan among its like, keep the best: never worse, measured, than baselines of its bytes"
     b, method, q = open_backend(model), options.pop('method', 'exact'), pose(sweep, **options)
     plan = q.solve(method)
     if set(plan) != set(b.checkpoint.unit):
@@ -215,7 +225,7 @@ def verified(
     best = min(ours, key=lambda x: kl[x].mean())
     history = improve(b, tokens, q, ours, kl, best, tolerance, rounds, quantize)[1]
     tried = ours | flats
-    kept = min(tried, key=lambda x: kl[x].mean())
+    kept = min((x for x in tried if x in ours or _made_of(tried[x], only)), key=lambda x: kl[x].mean())
     return Verified(_stamped(q, plan, tried, kl, kept, tokens), kept, tried, kl, history, tuple(flats))
 
 # %% ../nbs/05c_refine.ipynb #41503f57

@@ -13,7 +13,7 @@ import numpy as np
 
 from .backends.open import open_backend
 from .backends.replay import Backend
-from .files import own_file
+from .files import claiming, own_file
 from .formats import Format, check_storable, parse_format, quantize_dequantize
 from .measure.kl import measure
 from .measure.sweep import Sweep, SweepLog, about_texts, progress_bar, texts_for, to_sweep, warn_of_idle
@@ -77,6 +77,7 @@ def _complete(
     return log.finish()
 
 # %% ../nbs/04_sensitivity.ipynb #38aea943
+@claiming
 def kl_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: 'np.ndarray | list | None' = None, # (n, T), or samples; made from `calibration` by default

@@ -96,7 +96,8 @@ def _table(xs): return isinstance(xs, dict) and all(map(_text, xs.values()))
 _ONLY = dict(n=1, best_of=1, echo=False, suffix='', response_format={'type': 'text'}, tool_choice='auto',
              modalities=['text'], functions=[]) # what mlx-lm ignores ▸ what it does
 
-_FIELDS = {k: (lambda x, it=it: x == it, f'{json.dumps(it)}; nothing else is done here') for k, it in _ONLY.items()} | dict(
+_FIELDS = {k: (lambda x, it=it: x == it, f'{json.dumps(it)}; nothing else is done here') for k,
+           it in _ONLY.items()} | dict(
     prompt=(lambda x: _text(x) and x, 'one text that is not empty'),
     messages=(lambda x: _all(_message)(x) and x,
               'a list of messages, each with a role and with text or data: URLs of pictures'),
@@ -286,7 +287,8 @@ class _Handler(server.APIHandler):
         self.path = self.path.partition('?')[0]
         try:
             _check_origin(self.headers, self.response_generator.cli_args)
-            if self.command == 'POST' and self.path in _PATHS and self.headers['Content-Length'] is not None: self.read()
+            told = self.headers['Content-Length'] is not None
+            if self.command == 'POST' and self.path in _PATHS and told: self.read()
             go()
         except ValueError as e: self.answer(dict(error=str(e)), getattr(e, 'status', 400))
 

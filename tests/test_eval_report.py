@@ -1,4 +1,4 @@
-"Figures, paired tests and comparisons, without a model"
+"Figures, _paired tests and comparisons, without a model"
 import json
 from math import comb
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from optiq.report import Report, _holm, interval, joined, mean_figure, _metric, paired, share_figure
+from optiq.report import Report, _holm, _interval, joined, mean_figure, _metric, _paired, share_figure
 from optiq.report import test as paired_rows, _verdict
 from optiq.score import as_figures, _find_task, _one_figure, _perplexity_figure, run_task
 
@@ -19,20 +19,20 @@ def test_mcnemar_is_the_sign_test_on_what_differs(up, down, same):
     x, y = [1]*up+[0]*down+[1]*same, [0]*up+[1]*down+[1]*same
     n, k = up+down, min(up, down)
     want = min(1., 2*sum(comb(n, i) for i in range(k+1))/2**n) if n else 1.
-    assert paired(x, y)['p_value'] == pytest.approx(want, abs=1e-12) == paired(y, x)['p_value']
+    assert _paired(x, y)['p_value'] == pytest.approx(want, abs=1e-12) == _paired(y, x)['p_value']
 
 def test_paired_t_is_the_textbook_one():
     from scipy.stats import ttest_rel
     r = np.random.default_rng(0)
     x, y = r.normal(size=30), r.normal(.5, size=30)
-    got = paired(x, y)
+    got = _paired(x, y)
     assert got['p_value'] == pytest.approx(ttest_rel(x, y).pvalue)
     assert got['low'] < got['difference'] < got['high'] and (got['p_value'] < .05) == (not got['low'] < 0 < got['high'])
-    assert paired(x, x)['p_value'] == 1 and paired([1.5], [2.])['p_value'] is None
+    assert _paired(x, x)['p_value'] == 1 and _paired([1.5], [2.])['p_value'] is None
 
 def test_under_the_null_few_p_values_are_small():
     r = np.random.default_rng(1)
-    p = [paired(r.normal(size=20), r.normal(size=20))['p_value'] for _ in range(400)]
+    p = [_paired(r.normal(size=20), r.normal(size=20))['p_value'] for _ in range(400)]
     assert np.mean(np.array(p) < .05) < .09
 
 def test_figures():
@@ -54,7 +54,7 @@ def test_a_winner_needs_the_test():
     assert _verdict([a, c], 'gsm8k')['winner'] == 'a'
     assert _verdict([a, b, c], 'gsm8k')['winner'] is None # beats c, not b
     other = row('d', g=share_figure('gsm8k', [1]*20+[0]*80, 'other questions'))
-    assert 'no paired test' in _verdict([a, other], 'gsm8k')['text'] and paired_rows(a, other, 'gsm8k') is None
+    assert 'no _paired test' in _verdict([a, other], 'gsm8k')['text'] and paired_rows(a, other, 'gsm8k') is None
     assert _verdict([a], 'gsm8k') is None
 
 def test_less_is_better_where_it_is():
@@ -81,7 +81,7 @@ def test_panels_have_one_axis_for_size_and_each_metric():
     r = Report([row(n, g=share_figure('gsm8k', [1, 0], 'q'), k=mean_figure('kl', [.1, .2], 't')) for n in 'abc'])
     assert [a.get_title() for a in r.panels()] == ['true bits', 'KL', 'GSM8K']
 
-def test_interval_of_what_has_none(): assert interval(dict(x=1.), 'x') == (1., 1.) and interval(dict(x=1., x_se=1.), 'x') == (-.96, 2.96)
+def test_interval_of_what_has_none(): assert _interval(dict(x=1.), 'x') == (1., 1.) and _interval(dict(x=1., x_se=1.), 'x') == (-.96, 2.96)
 
 def test_json_has_the_same_keys_for_model_and_baseline():
     a, b = row('a', g=share_figure('gsm8k', [1]*8+[0]*2, 'q')), row('b', g=share_figure('gsm8k', [1]*2+[0]*8, 'q'))

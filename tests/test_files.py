@@ -273,3 +273,19 @@ def test_advice_after_an_interruption(home, monkeypatch):
     assert 'go on where it stopped' in said(*FILES['sweep'], '-o', 's') and 'go on where it stopped' in said(*FOLDERS['convert'], '-o', 'o')
     assert '--resume in place of --no-resume' in said(*FILES['sweep'], '-o', 's', '--no-resume')
     assert 'go on' not in said(*FILES['gradient'], '-o', 's') and 'go on' not in said(*FOLDERS['pareto'])
+
+# One output has one writer
+
+WRITERS = {'convert': ['convert', 'demo'], 'pareto': ['pareto', 'demo'], 'kv-cache': ['kv-cache', 'demo'], 'sweep': ['sweep', 'demo'],
+           'eval': ['eval', 'demo', '--task', 'gsm8k', '--questions', 'word-problems', '--n-samples', 1]}
+
+@pytest.mark.parametrize('command', WRITERS)
+def test_what_another_process_writes_is_refused_at_once(home, command):
+    holder = "import sys; from optiq.files import _claim\nwith _claim(sys.argv[1]): print('claimed', flush=True); sys.stdin.read()"
+    p = subprocess.Popen([sys.executable, '-c', holder, 'out'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert p.stdout.readline() == 'claimed\n'
+        refused(home, [*WRITERS[command], '-o', Path('nowhere', '..', 'out')], f'is being written by another process (pid {p.pid})')
+    finally: p.kill(), p.wait()
+    with files._claim('out'): pass # a process that was killed holds nothing
+    assert not files._lock_of(Path('out')).exists()

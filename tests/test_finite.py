@@ -12,7 +12,7 @@ from optiq.backends.open import open_backend
 from optiq.backends.replay import check_logits
 from optiq.cli import main
 from optiq.evals.kl import reference, score_against
-from optiq.report import Report, mean_figure, paired
+from optiq.report import Report, mean_figure, _paired
 from optiq.material.tiny import tiny
 
 FEW = ['--n-samples', 1]
@@ -112,7 +112,7 @@ def test_predictions_that_are_no_numbers_are_not_taken_from_the_disk(models, tmp
     with pytest.raises(ValueError, match='remove it'): score_against(reference(b, tokens, None, tmp_path), b, tokens)
 
 def test_items_that_are_no_numbers():
-    for f in (lambda: mean_figure('kl', [1., nan]), lambda: paired([1., 2.], [nan, 2.])):
+    for f in (lambda: mean_figure('kl', [1., nan]), lambda: _paired([1., 2.], [nan, 2.])):
         with pytest.raises(ValueError, match='no number'): f()
 
 def test_one_item_shows_no_difference():

@@ -11,7 +11,7 @@ from optiq.backends.torch import TorchBackend
 from optiq.calibration import passages, token_batch
 from optiq.cli import main
 from optiq.evals.perplexity import evaluate, overrides_of
-from optiq.formats import AS_IS, Format
+from optiq.formats import AS_IS, Format, parse_format
 from optiq.knapsack import allocate, pose
 from optiq.plan import Plan, recipe, uniform
 from optiq.models import Checkpoint
@@ -93,13 +93,35 @@ def test_baselines_are_those_that_fit(sweep):
     safe = pose(sweep, target_bpw=5, formats=[4, 8], protect='embed')
     assert _within(safe, safe.solve()) == {} # none of them protects
 
-def test_a_baseline_that_wins_is_kept_and_named(b, tokens, sweep):
+def upside_down(sweep): # has everything so
     wrong = Sweep(sweep.units, sweep.formats, {k: v.copy() for k, v in sweep.values.items()}, sweep.header)
-    for u in wrong.units: # a sweep that has everything upside down
+    for u in wrong.units:
         for f in wrong.formats: wrong.values[u.path, f] = 1e-6*4.**-f.bits/np.maximum(sweep.values[u.path, f], 1e-9)
+    return wrong
+
+def test_a_baseline_that_wins_is_kept_and_named(b, tokens, sweep):
+    wrong = upside_down(sweep)
     v = verified(b, tokens, wrong, n=0, rounds=0, progress=False, target_bpw=4.5, formats=[4, 8])
     assert v.kept in v.baselines and f'{v.kept} measured better than every plan that was allocated' in repr(v)
     assert v.plan == v.tried[v.kept] and v.plan.solver['method'] == 'baseline' and v.plan.solver['caps'] == {'target_bpw': 4.5}
+
+@pytest.mark.parametrize('only, baseline', [(None, True), ([4, 8], False), (['4g32', '8g64'], True)])
+def test_what_is_kept_is_made_of_the_candidates_that_were_named(b, tokens, sweep, only, baseline):
+    wrong = upside_down(sweep)
+    v = verified(b, tokens, wrong, n=0, rounds=0, progress=False, target_bpw=4.5, formats=[4, 8], only=only)
+    assert (v.kept in v.baselines) == baseline and {*v.baselines} < {*v.tried} and all(n in repr(v) for n in v.baselines)
+    if only: assert {*v.plan.values()} <= {*map(parse_format, only)}
+    assert ('measured better, but not all its formats are candidates' in repr(v)) == bool(only)
+
+@pytest.mark.parametrize('words, named', [
+    ([], None), (['--candidate-bits', '4,8'], ['4g64', '8g64']), (['--group-size', '32'], ['4g32', '8g32']),
+    (['--formats', 'mxfp4'], ['mxfp4'])])
+def test_the_command_knows_whether_candidates_were_named(monkeypatch, words, named):
+    from optiq import pipeline
+    seen = []
+    monkeypatch.setattr(pipeline, 'optimize', lambda *args, weights, **more: seen.append(weights))
+    CliRunner().invoke(main, ['convert', 'demo', '--dry-run', *words])
+    assert (seen[0].formats and [str(f) for f in seen[0].formats]) == named
 
 def test_measured_again_where_the_sum_is_off(b, tokens, sweep):
     v = verified(b, tokens, sweep, n=4, progress=False, target_bpw=2.3, formats=[2, 3, 4])

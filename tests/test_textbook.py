@@ -18,7 +18,7 @@ from optiq.convert import _check_sizes
 from optiq.evals import throughput as speed
 from optiq.evals.gsm8k import _right
 from optiq.evals.perplexity import Score, evaluation_tokens, check_overlap
-from optiq.report import mean_figure, paired
+from optiq.report import mean_figure, _paired
 from optiq.evals.wer import _wer_figure
 from optiq.formats import Format, quantize_dequantize
 from optiq.knapsack import Frontier, allocate
@@ -192,7 +192,7 @@ def test_errors_of_differences_are_those_of_the_differences():
     "Sequences differ far more than models do, so an unpaired error would be a hundred times as large"
     a, b = np.array(ITEMS), np.array(ITEMS)+np.array([.01, .02, .01, .03, .02, .01])
     se = textbook_se(list(a-b))
-    assert (paired(a, b)['high']-paired(a, b)['low'])/2 == pytest.approx(2.5705818*se) # Student's t of five degrees of freedom
+    assert (_paired(a, b)['high']-_paired(a, b)['low'])/2 == pytest.approx(2.5705818*se) # Student's t of five degrees of freedom
     one, other = (Plan([Unit('u', 'q_proj', (8, 64), 0)], {'u': Format(4, 64)}, 512, 0, name=n) for n in ('flat', 'plan'))
     found, = Frontier([], [one], {'flat': other}, dict(plan=a, flat=b)).versus()
     assert found['difference_se'] == pytest.approx(se) and found['verdict'] in ('lower', 'the same plan')

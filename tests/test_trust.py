@@ -147,17 +147,17 @@ RENDERERS = ['phi3_v.processing_phi3_v.Phi3VProcessor', 'kimi_vl.processing_kimi
 @pytest.mark.parametrize('where', RENDERERS)
 def test_templates_of_vision_models_run_in_the_sandbox(where, tmp_path):
     from importlib import import_module
-    from optiq.families.vision import question_text
+    from optiq.families.vision import _question_text
     module, name = where.rsplit('.', 1)
     renders = getattr(import_module(f'mlx_vlm.models.{module}'), name).apply_chat_template
     class Processor:
         chat_template, tokenizer, image_token = ESCAPE.replace('MARK', str(tmp_path/'mark')), None, '<image>'
         def apply_chat_template(self, *args, **options): return renders(self, *args, **options)
     c = SimpleNamespace(name='m', config=dict(model_type='qwen3_vl'))
-    with pytest.raises(ValueError, match='reaches for Python') as e: question_text(c, Processor(), 'What?')
+    with pytest.raises(ValueError, match='reaches for Python') as e: _question_text(c, Processor(), 'What?')
     assert not (tmp_path/'mark').exists() and '\n' not in str(e.value)
     Processor.chat_template = '{% for m in messages %}{{ m.role }}{% endfor %}'
-    assert question_text(c, Processor(), 'What?') == 'user'
+    assert _question_text(c, Processor(), 'What?') == 'user'
 
 def test_templates_of_text_models_run_in_the_sandbox(tmp_path):
     from jinja2.exceptions import SecurityError

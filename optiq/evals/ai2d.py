@@ -15,7 +15,8 @@ import numpy as np
 
 from ..backends.open import open_backend
 from .gsm8k import Answers, first_answer
-from ..families.vision import load_processor, question_text, read_image, read_samples, sample
+from ..families.vision import load_processor, read_image, read_samples, sample
+from ..files import claiming
 from ..material.diagrams import diagrams, prompt
 from ..models import Checkpoint
 from ..report import Report, joined, machine, own_size, share_figure
@@ -150,9 +151,11 @@ def _write(
 ) -> str:
     "What the model answers"
     from mlx_vlm import generate
-    text = question_text(b.checkpoint, processor, prompt(row))
+    s = sample(b.checkpoint, processor, row['image'], prompt(row)) # as its letters are scored
+    given = {k: b.xp.array(v) for k, v in s.items() if k not in ('scored', 'attention_mask')}
     with b.swapped(overrides):
-        out = generate(b.model, processor, text, [read_image(row['image'])], max_tokens=new_tokens, temperature=0.)
+        out = generate(b.model, processor, '', mask=b.xp.array(s['attention_mask']), max_tokens=new_tokens,
+                       temperature=0., **given)
     return out.text if hasattr(out, 'text') else out
 
 # %% ../../nbs/35_evals.ai2d.ipynb #b6f6c33f
@@ -164,6 +167,7 @@ def _judged(row: dict, response: str | None, logprobs) -> dict:
     return kept | dict(chosen=chosen, logprobs=[round(float(x), 4) for x in logprobs]) | wrote
 
 # %% ../../nbs/35_evals.ai2d.ipynb #e4a09631
+@claiming
 def ai2d(
     model, # name, Checkpoint or backend
     n: int | None = None, # questions; None takes all

@@ -15,7 +15,7 @@ from zlib import crc32
 from ..backends.open import open_backend
 from ..backends.replay import Backend
 from .tasks import answers, compose
-from ..files import append, as_path, own_file, settle
+from ..files import append, as_path, claiming, own_file, settle
 from ..material.problems import PROMPT, word_problems
 from ..measure.sweep import check_other
 from ..models import Checkpoint
@@ -204,6 +204,7 @@ class Answers(list):
 _STOP = '\nQuestion:', '\n\nQuestion', '\nQ:', '\n\n\n'
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #7abd7205
+@claiming
 def gsm8k(
     model: 'str | Checkpoint | Backend',
     rows: list | None = None, # questions; see `questions`

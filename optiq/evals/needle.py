@@ -12,7 +12,7 @@ import numpy as np
 
 from ..backends.open import open_backend
 from ..backends.replay import Backend
-from ..calibration import before, encode
+from ..calibration import encode, prompt_ids
 from .gsm8k import label_of
 from ..knapsack import known
 from ..material.problems import recall_one
@@ -37,8 +37,7 @@ def _needle_trials(
 # %% ../../nbs/37_evals.needle.ipynb #4d692cba
 def _pairs_of(tokenizer, rows: list) -> list: # of (prompt ids, answer ids)
     "Trials as token ids, the answer with the space before it"
-    first = before(tokenizer)
-    return [(first+encode(tokenizer, r['prompt']), encode(tokenizer, ' '+r['answer'])) for r in rows]
+    return [(prompt_ids(tokenizer, r['prompt']), encode(tokenizer, ' '+r['answer'])) for r in rows]
 
 # %% ../../nbs/37_evals.needle.ipynb #8c4a9f79
 def _smallest_margin(

@@ -16,7 +16,7 @@ from ..backends.mlx import MLXBackend
 from ..backends.open import open_backend
 from ..backends.replay import Backend
 from ..backends.torch import TorchBackend
-from ..calibration import encode
+from ..calibration import encode, prompt_ids
 from ..material.problems import correct, lists, recall, word_problems
 
 # %% ../../nbs/33_evals.tasks.ipynb #903884f7
@@ -103,7 +103,7 @@ def compose(
 ) -> list[str]:
     "What the model writes after each prompt, as text"
     t = b.checkpoint.tokenizer
-    with b.swapped(overrides): ids = b.write([t.encode(p) for p in prompts], new_tokens, t.eos_token_id, stop,
+    with b.swapped(overrides): ids = b.write([prompt_ids(t, p) for p in prompts], new_tokens, t.eos_token_id, stop,
                                              make_cache)
     texts = [t.decode(x) for x in ids]
     return [s[:min((s.find(x) for x in stop if x in s), default=len(s))] for s in texts]
@@ -130,7 +130,7 @@ def answers(
     "What the model writes after each prompt"
     b, out = open_backend(model), {}
     t, end = b.checkpoint.tokenizer, b.checkpoint.tokenizer.eos_token_id
-    pairs = [(t.encode(r['prompt']), encode(t, ' '+r['answer'])+[end]) for r in rows]
+    pairs = [(prompt_ids(t, r['prompt']), encode(t, ' '+r['answer'])+[end]) for r in rows]
     lengths = [len(p)+len(a) for p, a in pairs]
     with b.swapped(overrides):
         for part in _parts(range(len(rows)), lengths, batch_tokens):

@@ -13,6 +13,7 @@ import numpy as np
 
 from .gsm8k import Answers, questions_fingerprint
 from ..families.audio import load_speech, transcribe
+from ..files import claiming
 from ..material.speech import clips
 from ..models import Checkpoint
 from ..report import Report, _figure, machine, own_size
@@ -53,6 +54,7 @@ def _wer_figure(
     return _figure('wer', float(e.sum()/words), float(rates.std()), low, high, e*n/words, on)
 
 # %% ../../nbs/36_evals.wer.ipynb #90311635
+@claiming
 def wer(
     model: 'str | Checkpoint', # a speech model that mlx-audio opens
     n: int = 200, # clips at most

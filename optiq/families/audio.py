@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..calibration import prompt_part
 from ..material.speech import Clip, RATE
 from ..models import check_untrusted
 
@@ -80,6 +81,7 @@ def _qwen3_asr_sample(model, clip: Clip) -> dict: # input_ids (1, T), input_feat
     "What Qwen3-ASR's forward pass takes"
     features, mask, audio_tokens = model._preprocess_audio(clip.audio)
     prompt = np.array(model._build_prompt(audio_tokens, 'English'))
+    prompt = prompt[:, prompt_part(model._tokenizer, prompt[0].tolist())]
     said = np.array([model._tokenizer.encode(clip.text, add_special_tokens=False)])
     return dict(input_ids=np.concatenate([prompt, said], 1), input_features=np.array(features),
                 feature_attention_mask=np.array(mask), scored=_transcript_mask(prompt.shape[1], said.shape[1]))

@@ -93,7 +93,7 @@ CHANGES = [
     Change('prices at which a format is bought', 'low = max([(k-k2)/(c2-c)', 'low = min([(k-k2)/(c2-c)', 'test_each_format_is_bought'),
     Change('the whole cache is read as its keys', '(c.keys.nbytes+c.values.nbytes)//', 'c.keys.nbytes//',
            'test_attention_reads test_cache_bytes_are'),
-    Change('the plan that measured worst is kept', 'kept = min(tried, key', 'kept = max(tried, key',
+    Change('the plan that measured worst is kept', 'kept = min((x for x in tried', 'kept = max((x for x in tried',
            'test_the_plan_that_measured_best'),
     # errors of figures
     Change('a standard error with n in it', 'return float(x.mean()), float(x.std(ddof=1)/', 'return float(x.mean()), float(x.std(ddof=0)/', 'test_a_standard_error'),

@@ -8,8 +8,8 @@ import hashlib, json, os, re, shlex, sys, time, warnings
 from pathlib import Path
 
 root = Path(__file__).parents[1]
-SMALL = {'convert': dict(n=1, seq_len=32, n_evaluation=1), 'sweep': dict(n=1, seq_len=32, rounding_n=2),
-         'pareto': dict(n=1, seq_len=32, n_evaluation=1), 'kv-cache': dict(n=1, seq_len=64, n_evaluation=1),
+SMALL = {'convert': dict(n_calibration=1, seq_len=32, n_evaluation=1), 'sweep': dict(n=1, seq_len=32, rounding_n=2),
+         'pareto': dict(n_calibration=1, seq_len=32, n_evaluation=1), 'kv-cache': dict(n_calibration=1, seq_len=64, n_evaluation=1),
          'eval': dict(n=2, seq_len=64), 'benchmark': dict(n=2, seq_len=64)}
 
 def documents() -> dict: # name ▸ its Markdown

@@ -79,7 +79,7 @@ def test_what_is_scored_on_may_not_be_calibrated_on(model, text, tmp_path):
     copy.write_text(open(text).read())
     for options in (dict(weights=None, cache=Cache()), dict(), dict(cache=Cache(), caps=Caps(max_bytes=430_000, context=256))):
         with pytest.raises(ValueError, match='is calibration text'):
-            optimize(model, texts=Texts(text, str(copy), n=20, seq_len=128, n_evaluation=20, eval_len=128), **options)
+            optimize(model, texts=Texts(text, str(copy), n_calibration=20, seq_len=128, n_evaluation=20, eval_len=128), **options)
 
 def test_a_sweep_alone_measures_nothing(tmp_path):
     c = Checkpoint('demo')

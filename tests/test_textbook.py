@@ -248,7 +248,7 @@ def test_evaluation_keeps_to_its_own_side(tmp_path, c):
     learn, score, both = (passages(file, side) for side in ('train', 'test', 'all'))
     assert not set(learn) & set(score) and set(learn) | set(score) == set(both) and len(both) == 400
     want = [t for p in score for t in encode(c.tokenizer, p+'\n')][:64]
-    t = _read_texts(c, Texts(str(file), n=2, seq_len=32, n_evaluation=2, eval_len=32))
+    t = _read_texts(c, Texts(str(file), n_calibration=2, seq_len=32, n_evaluation=2, eval_len=32))
     for found in (evaluation_tokens(str(file), c.tokenizer, 2, 32), t.scored): assert found.ravel().tolist() == want
     assert overlap(block_hashes(t.learned), t.scored) == 0
 

@@ -85,7 +85,8 @@ def test_a_sweep_alone_measures_nothing(tmp_path):
     c = Checkpoint('demo')
     fmts = [Format(4), Format(8)]
     values = {(u.path, f): np.full(2, np.exp(-f.bits)) for u in c.units for f in fmts}
-    sweep = Sweep(c.units, fmts, values, dict(model='demo', params=c.params, other_bytes=c.other_bytes, fingerprint=dict(quantizer='search')))
+    sweep = Sweep(c.units, fmts, values, dict(model='demo', params=c.params, other_bytes=c.other_bytes,
+                                        fingerprint=dict(quantizer='search', model=c.fingerprint)))
     assert trade_off('demo', (4, 8), weights=Weights(sweep=sweep))['frontier']
     for name, options in (('texts', dict(texts=Texts(n_calibration=3))), ('rounding_n', dict(weights=Weights(sweep=sweep, rounding_n=3)))):
         with pytest.raises(ValueError, match=f'`{name}` has no effect: nothing is measured'):

@@ -14,7 +14,7 @@ from statistics import NormalDist
 import numpy as np
 
 from .arrays import as_type, beside, library
-from .formats import AFFINE_BITS, FAMILIES, Format
+from .formats import AFFINE_BITS, Format
 
 # %% ../nbs/10_turboquant.ipynb #fa631272
 def _density(
@@ -359,8 +359,6 @@ class Rotated:
     def nbytes(fmt: Format, shape: tuple, itemsize: int = 2):
         return math.prod(shape[:-1])*(padded(shape[-1])*fmt.bits//8+2)
     def quantize_dequantize(x, fmt: Format): return _round_trip(x, fmt.bits)
-
-FAMILIES['tq'] = Rotated
 
 # %% ../nbs/10_turboquant.ipynb #44fb558e
 @lru_cache(None)

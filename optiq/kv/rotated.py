@@ -14,7 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 from mlx_lm.models.cache import ArraysCache
 
-from ..formats import Format
+from ..formats import FAMILIES, Format
 from . import cache as kv_cache, kernels as turbo_kernels
 from .cache import BatchMixedKVCache, Codec, MixedKVCache, codec_of, findable, name_caches, summable
 from .config import read_kv_config
@@ -217,6 +217,7 @@ class BatchTurboQuantKVCache(BatchMixedKVCache):
 
 # %% ../../nbs/11d_kv.rotated.ipynb #c8b10695
 Rotated.codec, Rotated.cache = _RotatedCodec, TurboQuantKVCache.of
+FAMILIES['tq'] = Rotated
 
 # %% ../../nbs/11d_kv.rotated.ipynb #053df323
 def turbo_cache(

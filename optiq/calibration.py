@@ -10,8 +10,8 @@ __all__ = ['passages', 'encode', 'before', 'prompt_part', 'prompt_ids', 'token_b
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from zlib import crc32
 
@@ -95,10 +95,19 @@ def _pieces(text: str) -> list:
     return [p for p in re.split(r'(?s)(.{1,%d}(?:[.!?]["”’)]?\s+|$)|.{%d}\S*\s*)' % (_LONG, _LONG), text) if p.strip()]
 
 # %% ../nbs/02_calibration.ipynb #3fbcad83
-@cache # the far side of the split takes seconds: few problems fall there
-def _bundled(split: str) -> list[str]:
-    from optiq.material.problems import mixture
-    return [f"{d['prompt']} {d['answer']}".strip() for d in islice(mixture(split=split), 2000)]
+class _Bundled(Sequence):
+    "Documents of one side of the bundled text, each made when it is first read"
+    def __init__(self, split: str):
+        from optiq.material.problems import mixture
+        self.made, self.more = [], mixture(split=split)
+    def __len__(self): return 2000
+    def __getitem__(self, i):
+        while len(self.made) <= range(len(self))[i]:
+            d = next(self.more)
+            self.made.append(f"{d['prompt']} {d['answer']}".strip())
+        return self.made[i]
+
+_bundled = cache(_Bundled)
 
 # %% ../nbs/02_calibration.ipynb #f29e2546
 def _wikitext2(split: str) -> list[str]:
@@ -117,14 +126,14 @@ _SOURCES = {'bundled': _bundled, 'wikitext2': _wikitext2}
 def passages(
     source: 'str | Path', # 'bundled', 'wikitext2', or a file of text, JSON, JSON lines or parquet
     split: str = 'train', # 'train' to calibrate on, 'test' to evaluate on, 'all' for a whole file
-    min_chars: int = _MIN_CHARS, # shorter passages are left out
-) -> list[str]:
+    min_chars: int = _MIN_CHARS, # shorter passages are left out; -1 keeps all
+) -> Sequence[str]:
     "The passages of a source that are on this side of the split, in their order"
     if str(source) in _SOURCES: found = _SOURCES[str(source)](split)
     elif not os.path.lexists(str(source).replace('\0', '')): raise FileNotFoundError(
         f'no text {str(source)!r}: neither a file nor one of {", ".join(_SOURCES)}')
     else: found = [p for p in _read_file(source) if split == 'all' or is_test(p) == (split == 'test')]
-    found = [p for p in found if len(p) > min_chars]
+    if min_chars >= 0: found = [p for p in found if len(p) > min_chars]
     if found: return found
     raise ValueError(f'{source} has no passage of over {min_chars} characters on the {split} side')
 
@@ -163,7 +172,7 @@ def prompt_ids(tokenizer, text: str) -> list[int]:
 
 # %% ../nbs/02_calibration.ipynb #19408c2b
 def token_batch(
-    texts: list[str], # passages
+    texts: Sequence[str], # passages
     tokenizer, # anything with `encode(text)`
     n: int = 8, # sequences
     seq_len: int = 128, # tokens in each

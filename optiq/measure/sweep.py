@@ -498,10 +498,25 @@ def progress_bar(log: SweepLog, show: bool = True):
     return tqdm(total=sum(block_passes(p.todo, log.b.n_blocks) for p in todo), unit='block', leave=False,
                 disable=not show or not todo, smoothing=.05)
 
+# %% ../../nbs/04c_measure.sweep.ipynb #3cf53eac
+_WAKES = {'index_topk': 'the indexers of its attention'} # entry of a config ▸ what does nothing up to so many tokens
+
+def _long_enough(c: Checkpoint, seq_len: int) -> int: # tokens in a sequence
+    "As many tokens as asked for, or twice as many as a part of the model sleeps through"
+    said = c.config | (c.config.get('text_config') or {})
+    found = {k: said[k] for k in _WAKES if isinstance(said.get(k), int) and said[k] >= seq_len}
+    if not found: return seq_len
+    name, asleep = max(found.items(), key=lambda x: x[1])
+    longer = max(seq_len, min(2*asleep, said.get('max_position_embeddings') or 2*asleep))
+    print(f'{c.name}: sequences of {longer:,} tokens instead of {seq_len:,}, about {longer/seq_len:.0f} times the '
+          f'time and memory: config.json says {name} {asleep:,}, and up to so many {_WAKES[name]} do nothing', file=sys.stderr)
+    return longer
+
 # %% ../../nbs/04c_measure.sweep.ipynb #d7f10002
 def texts_for(c: Checkpoint, source: str, n: int, seq_len: int, more: int,
               split: str = 'train') -> tuple: # tokens to measure on, to learn from
     "Calibration tokens or samples, of which the first `n` measure, and up to `more` teach"
+    if c.model_type == 'llm' and not isinstance(source, list): seq_len = _long_enough(c, seq_len)
     learned = batch_for(c, source, max(n, more), seq_len, split, fewer=True)
     if len(learned) < n: learned = batch_for(c, source, n, seq_len, split) # its error says what is missing
     return learned[:n], learned

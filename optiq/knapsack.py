@@ -141,12 +141,15 @@ def candidates(
 
 # %% ../nbs/05b_knapsack.ipynb #509e5a1b
 def _options(us, table, fmts, pinned):
-    "The formats that all units of a row can take, fewest bytes first; only the widest if pinned"
-    def fits(u): return [f for f in fmts if f == AS_IS or u.takes(f) and (u.path, f) in table] or [AS_IS]
+    "The formats that all units of a row can take, fewest bytes first; only the widest, or as stored, if pinned"
+    def measured(u): return [f for f in fmts if not u.keeps(f) and u.takes(f) and (u.path, f) in table]
+    def kept(u): return [u.kept]*(u.stored is not None or any(map(u.keeps, fmts)))
+    def fits(u): return [*measured(u), *kept(u)] or [u.kept]
     found = [f for f in fits(us[0]) if all(f in fits(u) for u in us)]
     if not found: raise ValueError(f'{", ".join(u.path for u in us)} are tied, but no format fits them all')
     found.sort(key=lambda f: (sum(u.nbytes(f) for u in us), by_width(f)))
-    return [max(found, key=lambda f: (us[0].bits(f), us[0].nbytes(f)))] if pinned else found
+    def width(f): return all(u.keeps(f) for u in us), us[0].bits(f), us[0].nbytes(f)
+    return [max(found, key=width)] if pinned else found
 
 # %% ../nbs/05b_knapsack.ipynb #71d103a8
 def _numbers_of(

@@ -9,7 +9,7 @@ __all__ = ['RECIPES', 'Plan', 'by_width', 'check_noise', 'silent', 'smoothed', '
 # %% ../nbs/05_plan.ipynb #c1d6abaa
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import isfinite, nan, sqrt
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +53,10 @@ class Plan(Mapping):
 
     @property
     def size_mb(self): return self.nbytes/2**20
-    def __post_init__(self): self.formats = {u.path: self.formats.get(u.path, AS_IS) for u in self.units}
+    def __post_init__(self): self.formats = {u.path: self._stored_as(u) for u in self.units}
+    def _stored_as(self, u):
+        f = self.formats.get(u.path, AS_IS)
+        return u.kept if f == AS_IS else f # a unit that is packed already stays so
     def __getitem__(self, path): return self.formats[path]
     def __iter__(self): return iter(self.formats)
     def __len__(self): return len(self.formats)
@@ -67,7 +70,8 @@ def by_width(f):
 # %% ../nbs/05_plan.ipynb #2ada983d
 @patch(as_prop=True)
 def predicted_kl(self: Plan):
-    return float(sum(self.kl.get(p, 0. if f == AS_IS else nan) for p, f in self.items()))
+    kept = {u.path: u.kept for u in self.units}
+    return float(sum(self.kl.get(p, 0. if f == kept[p] else nan) for p, f in self.items()))
 
 @patch(as_prop=True)
 def rounding(self: Plan) -> str | None: # None if nothing was measured
@@ -132,7 +136,7 @@ def save(self: Plan,
     head = dict(optiq='plan', **self.point(), model=self.model, params=self.params,
                 other_bytes=self.other_bytes, counts={str(f): n for f, n in self.counts().items()},
                 solver=self.solver) | ({'made': self.made} if self.made else {})
-    rows = [dict(asdict(u), format=str(self[u.path]), kl=self.kl.get(u.path, nan)) for u in self.units]
+    rows = [dict(u.row(), format=str(self[u.path]), kl=self.kl.get(u.path, nan)) for u in self.units]
     lines = ',\n'.join('  '+dumps(r, ensure_ascii=False) for r in rows)
     text = dumps(head, indent=1, ensure_ascii=False)[:-2]
     Path(path).write_text(f'{text},\n "units": [\n{lines}\n ]\n}}\n', encoding='utf-8')
@@ -211,7 +215,7 @@ def _check_values(sweep):
 def smoothed(
     sweep, # Sweep
 ) -> tuple[dict, float]: # (path, Format) ▸ (n,), largest rise that was pooled
-    "The sweep's values, checked, no wider code worse than a narrower one in the same groups"
+    "The sweep's values, checked, no wider code worse than a narrower one in the same groups; 0 for what is stored so"
     _check_values(sweep)
     chains, out, noise = {}, {}, 0.
     for (path, f), v in sweep.values.items():
@@ -221,7 +225,9 @@ def smoothed(
         _, fmts, v = zip(*sorted(chain, key=lambda c: c[0]))
         noise = max([noise, *np.diff([x.mean() for x in v])])
         out |= {(path, f): x for f, x in zip(fmts, _isotonic(np.stack(v)))}
-    return out, float(noise)
+    zeros = np.zeros(len(next(iter(out.values()))))
+    kept = {(u.path, u.kept): zeros for u in getattr(sweep, 'units', ()) if u.stored}
+    return kept | out, float(noise)
 
 # %% ../nbs/05_plan.ipynb #07a1e26f
 def _predicted(

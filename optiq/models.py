@@ -298,7 +298,7 @@ class Unit:
 # %% ../nbs/01_models.ipynb #0c1d21ae
 _UNIT = dict(path=NAME, kind=NAME, shape=[whole(), ]*2, block=maybe(whole(0, 2**20)),
              dtype=one_of('bfloat16', 'float16', 'float32'))
-_UNIT |= {'part?': NAME, 'fixed?': FLAG, 'stored?': FORMAT}
+_UNIT |= {'part?': NAME, 'fixed?': FLAG, 'stored?': maybe(FORMAT)}
 
 def read_units(
     rows: list, # of objects, as files hold units

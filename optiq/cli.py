@@ -52,8 +52,8 @@ def _filled(kind, given: dict): # a dataclass, and options by name ▸ one of it
 # %% ../nbs/90_cli.ipynb #29fcead2
 _SHARED = dict(
     calibration=click.option('--calibration', default='bundled', show_default=True, metavar='NAME|FILE',
-        help='what to measure on: bundled, wikitext2 or a .txt, .jsonl or .parquet file; pictures or speech '
-             'by name or folder'),
+        help='what to measure on: bundled, wikitext2, a .txt, .jsonl or .parquet file, or a mixture such as '
+             'bundled:0.5,mine.jsonl:0.5; pictures or speech by name or folder'),
     evaluation=click.option('--evaluation', metavar='NAME|FILE',
         help='text to score on; default: the test side of the calibration text'),
     seq_len=click.option('--seq-len', default=128, show_default=True, help='tokens in each calibration sequence'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AFFINE_BITS', 'FAMILIES', 'AS_IS', 'FORMAT', 'WORD', 'ALL_FORMATS', 'Format', 'parse_format', 'check_storable',
-           'nbytes', 'divides', 'quantize_dequantize', 'quantize_minmax', 'for_unit', 'config_entry']
+           'nbytes', 'divides', 'quantize_dequantize', 'quantize_minmax', 'for_unit', 'config_entry', 'dequantized']
 
 # %% ../nbs/00_formats.ipynb #436f9d0d
 import re
@@ -187,6 +187,19 @@ def for_unit(quantizer, path: str):
 def config_entry(fmt: Format):
     "What `config.json` says of a tensor in this format: a dict for MLX's loaders, or False for as is"
     return False if fmt.mode == 'as-is' else dict(group_size=fmt.group_size, bits=fmt.bits, mode=fmt.mode)
+
+# %% ../nbs/00_formats.ipynb #331feff2
+def dequantized(
+    stored, # tensors of a quantized layer by name, or the layer itself
+    fmt: Format,
+    dtype, # of MLX
+): # (…, in_dims)
+    "What a loader computes from the tensors of a quantized layer"
+    import mlx.core as mx
+    tensors, scale = (stored['weight'], stored['scales'], stored.get('biases')), stored.get('global_scale')
+    if scale is not None and stored['weight'].ndim == 3: scale = scale.reshape(-1, 1, 1)
+    out = mx.dequantize(*tensors, fmt.group_size, fmt.bits, fmt.mode, dtype=dtype if scale is None else mx.float32)
+    return out if scale is None else (out*scale).astype(dtype)
 
 # %% ../nbs/00_formats.ipynb #f0a1b002
 def _format_html(fmt: Format) -> str:

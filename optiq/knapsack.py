@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from .formats import AS_IS, Format, parse_format
 from .models import Unit
-from .plan import Plan, by_width, make_plan, mean_se, smoothed, baseline_plans
+from .plan import Plan, baseline_plans, by_width, make_plan, mean_se, silent, smoothed
 from .readers import known
 from .solver import METHODS, Problem, at_prices, bisect, undominated
 
@@ -141,12 +141,15 @@ def candidates(
 
 # %% ../nbs/05b_knapsack.ipynb #509e5a1b
 def _options(us, table, fmts, pinned):
-    "The formats that all units of a row can take, fewest bytes first; only the widest if pinned"
-    def fits(u): return [f for f in fmts if f == AS_IS or u.takes(f) and (u.path, f) in table] or [AS_IS]
+    "The formats that all units of a row can take, fewest bytes first; only the widest, or as stored, if pinned"
+    def measured(u): return [f for f in fmts if not u.keeps(f) and u.takes(f) and (u.path, f) in table]
+    def kept(u): return [u.kept]*(u.stored is not None or any(map(u.keeps, fmts)))
+    def fits(u): return [*measured(u), *kept(u)] or [u.kept]
     found = [f for f in fits(us[0]) if all(f in fits(u) for u in us)]
     if not found: raise ValueError(f'{", ".join(u.path for u in us)} are tied, but no format fits them all')
     found.sort(key=lambda f: (sum(u.nbytes(f) for u in us), by_width(f)))
-    return [max(found, key=lambda f: (us[0].bits(f), us[0].nbytes(f)))] if pinned else found
+    def width(f): return all(u.keeps(f) for u in us), us[0].bits(f), us[0].nbytes(f)
+    return [max(found, key=width)] if pinned else found
 
 # %% ../nbs/05b_knapsack.ipynb #71d103a8
 def _numbers_of(
@@ -241,11 +244,13 @@ class Question:
     problem: Problem
     free: Problem # the same without protection
     pins: set # protected units
+    silent: set = frozenset() # units that moved nothing, which get their widest candidate too
 
     def conditions(self) -> dict:
         "What was asked, as a plan records it"
         caps = {b.name: float(b.limit) for b in self.budgets}
-        more = dict(protected=sorted(self.pins), tied=[list(r) for r in self.problem.rows if len(r) > 1])
+        more = dict(protected=sorted(self.pins), silent=sorted(self.silent),
+                    tied=[list(r) for r in self.problem.rows if len(r) > 1])
         return dict(caps=caps, noise=self.noise, formats=list(map(str, self.fmts)),
                     **{k: v for k, v in more.items() if v})
 
@@ -274,7 +279,7 @@ def admits(self: Question, plan: Plan) -> bool:
     "Whether a plan from elsewhere keeps the caps, the protection and the ties"
     total = [sum(b.cost(u, plan[u.path]) for u in self.sweep.units) for b in self.budgets]
     rows = list(zip(self.problem.rows, self.problem.options))
-    pinned = all(plan[p] == options[0] for row, options in rows for p in row if p in self.pins)
+    pinned = all(plan[p] == options[0] for row, options in rows for p in row if p in self.pins | self.silent)
     tied = all(len({plan[p] for p in row}) == 1 for row, _ in rows)
     return pinned and tied and all(t <= b.cap for t, b in zip(total, self.budgets))
 
@@ -290,10 +295,15 @@ def pose(
     "Check what was asked and turn it into arrays; raises ValueError for what cannot be had"
     (table, noise), fmts, key = smoothed(sweep), candidates(sweep, formats), _tie_key(tie)
     budgets, pins = budgets_of(sweep, **caps)+list(budgets), _protected(sweep.units, protect)
-    free = make_problem(sweep, table, fmts, budgets, key=key)
-    p = make_problem(sweep, table, fmts, budgets, pins, key) if pins else free
-    _check_caps(budgets, free, p, protect)
-    return Question(sweep, table, noise, fmts, budgets, p, free, pins)
+    quiet = {*silent(sweep)}
+    free = make_problem(sweep, table, fmts, budgets, quiet, key)
+    p = make_problem(sweep, table, fmts, budgets, pins | quiet, key) if pins else free
+    try: _check_caps(budgets, free, p, protect)
+    except ValueError as e:
+        if not quiet: raise
+        raise ValueError(f'{e} ({len(quiet)} units that moved nothing in the sweep count with the widest candidate; '
+                         'longer or more calibration sequences may reach them)') from None
+    return Question(sweep, table, noise, fmts, budgets, p, free, pins, quiet)
 
 # %% ../nbs/05b_knapsack.ipynb #7c710055
 def allocate(
@@ -365,7 +375,8 @@ def _in_bytes(plan: Plan, path: str, sweep) -> tuple: # Problem without and with
     fmts, table = candidates(sweep, plan.solver.get('formats')), smoothed(sweep)[0]
     if plan[path] not in fmts: fmts += candidates(sweep, [plan[path]])
     def problem(pins): return make_problem(sweep, table, fmts, [b], pins, lambda u: group.get(u.path, u.path))
-    return problem(set()), problem(set(plan.solver.get('protected', ()))), b
+    quiet = {*plan.solver.get('silent', ())}
+    return problem(quiet), problem(quiet | {*plan.solver.get('protected', ())}), b
 
 # %% ../nbs/05b_knapsack.ipynb #9ac5c618
 def _options_of(free: Problem, whole: Problem, i: int, b: Budget, units: list) -> list: # of dicts
@@ -391,6 +402,7 @@ def why(self: Plan,
     i = next(k for k, row in enumerate(free.rows) if path in row)
     note = ' (tied)' if len(free.rows[i]) > 1 else ''
     if path in self.solver.get('protected', ()): note = ' (protected)'
+    if path in self.solver.get('silent', ()): note = ' (it moved nothing, so it has the widest candidate)'
     return _Reason(' + '.join(free.rows[i]), self[path], float(bisect(whole)[0]),
                   _options_of(free, whole, i, b, sweep.units), 'nominal' if b.name == 'target_bpw' else 'true', note)
 
@@ -418,7 +430,8 @@ def _least_bits(
 ) -> float:
     "Nominal bits of the smallest plan"
     fmts, (b,) = candidates(sweep, formats), budgets_of(sweep, target_bpw=1.)
-    p = make_problem(sweep, smoothed(sweep)[0], fmts, [b], _protected(sweep.units, protect), _tie_key(tie))
+    p = make_problem(sweep, smoothed(sweep)[0], fmts, [b],
+                     _protected(sweep.units, protect) | {*silent(sweep)}, _tie_key(tie))
     return float(b.figure(p.costs[0].min(1).sum()))
 
 # %% ../nbs/05b_knapsack.ipynb #ef79f293

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['TEXT_FILES', 'LOADERS', 'ORDER', 'find_model', 'check_untrusted', 'read_header', 'Unit', 'read_units', 'blocks_path',
-           'find_units', 'cannot_open', 'ModelFolder', 'Checkpoint', 'check_two_heads']
+           'find_units', 'cannot_open', 'ModelFolder', 'unpacked', 'Checkpoint', 'check_two_heads']
 
 # %% ../nbs/01_models.ipynb #51be52fc
 import hashlib
 import json
 import os
 import re
+import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.resources import files
 from importlib.util import find_spec
@@ -22,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from .formats import ALL_FORMATS, AS_IS, Format, divides, nbytes
+from .formats import ALL_FORMATS, AS_IS, FORMAT, Format, dequantized, divides, nbytes, parse_format
 from .readers import FILE, FLAG, Form, NAME, OBJECT, check, check_file, maybe, one_of, parse, read_json
 from .readers import told, whole
 
@@ -197,15 +198,18 @@ def _others(config):
 
 # %% ../nbs/01_models.ipynb #436f82c3
 _MARKS_OF_OTHERS = {'hf_quant_config.json': 'modelopt', 'quantize_config.json': 'gptq', 'quant_config.json': 'awq'}
+_READ_BY_LOADERS = 'mxfp4', 'mxfp8', 'fp8', 'compressed-tensors', 'modelopt', 'awq', 'gptq'
 
-def _check_others(name: str, folder: Path, config: dict):
-    "Raise ValueError for weights that another library than MLX has quantized"
-    if config.get('quantization'): return
+def _made_by_others(name: str, folder: Path, config: dict, types: set) -> str | None: # how it is stored; None: by MLX
+    "What another library than MLX has quantized a model with; raises ValueError where no loader reads its codes"
+    if config.get('quantization'): return None
     said, file = _others(config), next((f for f in _MARKS_OF_OTHERS if (folder/f).is_file()), None)
-    if not said and not file: return
+    if not said and not file: return None
     where = 'quantization_config in config.json' if said else file
     by = str(said.get('quant_method') or 'without a name') if isinstance(said, dict) else _MARKS_OF_OTHERS.get(file,
                                                                                                                said)
+    codes, alone = {t for t in types if t not in ('BF16', 'F16', 'F32', 'I64')}, where in [*_MARKS_OF_OTHERS][1:]
+    if codes and by in _READ_BY_LOADERS and not alone: return f'{by}: {where}'
     raise ValueError(f'{name} was quantized by another library ({by}: {where}), whose codes are not read here; '
                      'take the full-precision model that it was made from')
 
@@ -276,19 +280,25 @@ class Unit:
     dtype: str = 'bfloat16' # its type in the checkpoint
     part: str = 'language' # of the model: vision, projector, language, encoder, decoder
     fixed: bool = False # no group divides its width, or its loader opens it in no other form
+    stored: str | None = None # the format that the checkpoint has it in, such as mxfp4; None: in full precision
 
     @property
     def params(self): return prod(self.shape)
     @property
     def itemsize(self): return 4 if self.dtype == 'float32' else 2
-    def nbytes(self, fmt: Format) -> int: return nbytes(fmt, self.shape, self.itemsize)
-    def takes(self, fmt: Format) -> bool: return fmt == AS_IS or not self.fixed and divides(fmt, self.shape)
-    def bits(self, fmt: Format) -> int: return fmt.bits or 8*self.itemsize
+    @property
+    def kept(self): return parse_format(self.stored) if self.stored else AS_IS
+    def keeps(self, fmt: Format) -> bool: return fmt == AS_IS or self.stored == str(fmt)
+    def nbytes(self, fmt: Format) -> int:
+        return nbytes(self.kept if self.keeps(fmt) else fmt, self.shape, self.itemsize)
+    def takes(self, fmt: Format) -> bool: return self.keeps(fmt) or not self.fixed and divides(fmt, self.shape)
+    def bits(self, fmt: Format) -> int: return (self.kept if fmt == AS_IS else fmt).bits or 8*self.itemsize
+    def row(self) -> dict: return {k: v for k, v in asdict(self).items() if k != 'stored' or v} # for files
 
 # %% ../nbs/01_models.ipynb #0c1d21ae
 _UNIT = dict(path=NAME, kind=NAME, shape=[whole(), ]*2, block=maybe(whole(0, 2**20)),
              dtype=one_of('bfloat16', 'float16', 'float32'))
-_UNIT |= {'part?': NAME, 'fixed?': FLAG}
+_UNIT |= {'part?': NAME, 'fixed?': FLAG, 'stored?': maybe(FORMAT)}
 
 def read_units(
     rows: list, # of objects, as files hold units
@@ -352,11 +362,14 @@ def find_units(
     for path, m in model.named_modules():
         if not (hasattr(m, 'to_quantized') or 'scales' in m) or path.rsplit('.', 1)[-1] in _ROUTERS: continue
         (shape, dtype), block = _stored(m), _block_of(path, starts)
-        fixed = not any(divides(f, shape) for f in ALL_FORMATS) or not _opens(model, path, m)
-        found.append(Unit(path, _kind(path, m), shape, block, dtype, _part_of(path, model_type), fixed))
+        fixed = not any(divides(f, shape) for f in ALL_FORMATS) or not _opens(model, path, m) or _scaled(m)
+        stored = str(_stored_format(m)) if 'scales' in m else None
+        found.append(Unit(path, _kind(path, m), shape, block, dtype, _part_of(path, model_type), fixed, stored))
     return sorted(found, key=lambda u: u.block if u.block is not None else _place(u, starts, lists))
 
 # %% ../nbs/01_models.ipynb #b00ab749
+def _scaled(m): return m.get('global_scale') is not None # a second scale, which is no part of a format
+
 def _stored(m):
     "Shape and type of a layer's weight before it was quantized"
     shape, dtype = tuple(m.weight.shape), m.weight.dtype
@@ -522,10 +535,11 @@ class ModelFolder:
         self.name, self.folder, self.trust_remote_code = str(name), find_model(name), trust_remote_code
         check_untrusted(self.folder, trust_remote_code)
         self.files = _weight_files(self.folder)
-        names = [k for f in self.files for k in read_header(f)]
+        tables = [read_header(f) for f in self.files]
+        names, types = [k for t in tables for k in t], {x['dtype'] for t in tables for x in t.values()}
         self.config = _read_config(self.folder/'config.json', len(names))
         _check_beside(self.folder, _BESIDE)
-        _check_others(self.name, self.folder, self.config)
+        self.others = _made_by_others(self.name, self.folder, self.config, types)
         for k in ('quantization', 'quantization_config'):
             if not self.config.get(k): self.config.pop(k, None) # null says nothing
         if 'quantization' not in self.config: self.config = _said_for_mlx(self.config) # else MLX wrote it
@@ -535,7 +549,14 @@ class ModelFolder:
 
     def load(self):
         "A fresh model with lazy arrays"
-        return _load_lazy(self.folder, self.config, self.trust_remote_code, self.model_type)
+        try: return _load_lazy(self.folder, self.config, self.trust_remote_code, self.model_type)
+        except ValueError as e:
+            if self.others is None: raise
+            raise ValueError(f'{e}; it was quantized by another library ({self.others}): take the full-precision '
+                             'model that it was made from, or dequantize it with that library and save it') from e
+
+    @property
+    def quantized(self): return self.others is not None or 'quantization' in self.config # by whomever
 
     @cached_property
     def tokenizer(self):
@@ -551,6 +572,27 @@ def _stored_format(
 ) -> Format:
     "The format in which a layer's weight is stored"
     return Format(module.bits, module.group_size, module.mode) if 'scales' in module else AS_IS
+
+# %% ../nbs/01_models.ipynb #3e9c48c4
+def _plain(m):
+    "The layer that a quantized one was made of"
+    import mlx.core as mx
+    import mlx.nn as nn
+    name = type(m).__name__.split('Quantized')[-1]
+    kind = getattr(sys.modules[type(m).__module__], name, None) or getattr(nn, name)
+    out, (_, dtype) = kind.__new__(kind), _stored(m)
+    nn.Module.__init__(out)
+    for k, v in m.items():
+        if k not in ('weight', 'scales', 'biases', 'global_scale'): out[k] = v
+    out.weight = dequantized(m, _stored_format(m), getattr(mx, dtype))
+    return out
+
+def unpacked(model): # the same
+    "Put plain layers into the place of all quantized ones"
+    from mlx.utils import tree_unflatten
+    layers = [(p, _plain(m)) for p, m in model.named_modules() if 'scales' in m]
+    if layers: model.update_modules(tree_unflatten(layers))
+    return model
 
 # %% ../nbs/01_models.ipynb #d7e91bd2
 def _census(model, units):

@@ -16,7 +16,7 @@ import numpy as np
 
 from .backends.open import open_backend
 from .calibration import block_hashes, fingerprint, overlap, shape_of, text_of
-from .convert import as_saved, convert, check_quantized
+from .convert import as_saved, convert
 from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, check_calibration
 from .evals.perplexity import check_overlap
 from .families.samples import batch_for
@@ -292,7 +292,6 @@ def _check_rounding_name(rounding: str, polish: str | None, out):
 def _check_output(c: Checkpoint, out, plan, rounding: str):
     "Raise an error if `out` is given, and the model cannot be converted, or there is no room for such a plan"
     if out is None: return
-    check_quantized(c)
     check_full(out.parent, _room_for(plan, rounding))
 
 def _room_for(plan, rounding: str) -> float: # bytes

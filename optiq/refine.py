@@ -196,7 +196,8 @@ def _stamped(q, plan, tried, kl, kept, tokens) -> Plan:
 # %% ../nbs/05c_refine.ipynb #0fde1f27
 def _made_of(plan: Plan, only: 'list | None') -> bool:
     "Whether a plan has no formats but these; units that none fits are left as they are"
-    return only is None or {*plan.values()} <= {AS_IS, *map(parse_format, only)}
+    named = {AS_IS, *map(parse_format, only or ())}
+    return only is None or all(u.keeps(plan[u.path]) or plan[u.path] in named for u in plan.units)
 
 # %% ../nbs/05c_refine.ipynb #0859a65d
 def verified(

@@ -385,7 +385,7 @@ def round_model(
     tick = lambda n: None, # told how many units are done
 ): # yields (path, Rounded or MinMax)
     "Every unit of a plan, rounded; with `gptq` each on states that carry the errors of those before it"
-    todo = {u.path: u for u in b.checkpoint.units if plan[u.path] != AS_IS}
+    todo = {u.path: u for u in b.checkpoint.units if not u.keeps(plan[u.path])}
     way = _one_after_another if method == 'gptq' else partial(_each_alone, method=method)
     for now in way(b, tokens, todo, plan):
         yield from now
@@ -425,7 +425,8 @@ class RoundTrips(Mapping):
     def __len__(self): return len(self.b.checkpoint.units)
 
     def round_trip(self, path, w, fmt):
-        if self.method == 'minmax' or fmt == AS_IS: return quantize_dequantize(w, fmt)
+        if self.b.checkpoint.unit[path].keeps(fmt): return w
+        if self.method == 'minmax': return quantize_dequantize(w, fmt)
         held, shape = self.held.of(path), self.b.checkpoint.unit[path].shape
         if fmt not in held:
             wanted = dict.fromkeys([fmt, *self.formats])
@@ -472,7 +473,7 @@ def _rounding_seconds(
     method: str, # 'minmax', 'search' or 'gptq'
 ) -> float:
     "About how long rounding a plan will take, from a measurement here and now"
-    todo = [u for u in b.checkpoint.units if plan[u.path] != AS_IS]
+    todo = [u for u in b.checkpoint.units if not u.keeps(plan[u.path])]
     first = max((u for u in todo if u.block == 0 and len(u.shape) == 2), key=lambda u: u.params, default=None)
     if method == 'minmax' or first is None: return 0.
     learned = tokens if method == 'gptq' else _enough(tokens)

@@ -6,6 +6,7 @@
 __all__ = ['sweep_quantizer', 'kl_sweep']
 
 # %% ../nbs/04_sensitivity.ipynb #926693f6
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .files import claiming, own_file
 from .formats import Format, check_storable, parse_format, quantize_dequantize
 from .measure.kl import measure
 from .measure.sweep import Sweep, SweepLog, about_texts, progress_bar, texts_for, to_sweep, warn_of_idle
+from .plan import silent
 from .rounding import ROUNDING, RoundTrips
 
 # %% ../nbs/04_sensitivity.ipynb #db25ed85
@@ -76,6 +78,15 @@ def _complete(
             log.add(p, measure(log.b, tokens[p.start:p.stop], p.todo, quantize, bar.update))
     return log.finish()
 
+# %% ../nbs/04_sensitivity.ipynb #0d059b08
+def _warn_of_silent(sweep: Sweep):
+    "Warn if rounding a unit moved nothing at any width"
+    quiet = silent(sweep)
+    if quiet: warnings.warn(
+        f'{len(quiet)} of {len(sweep.units)} units moved nothing when they were rounded, the first is {quiet[0]}: '
+        'unused experts, a part that wakes up in longer sequences, or one that is never reached; '
+        'they get the widest candidate')
+
 # %% ../nbs/04_sensitivity.ipynb #38aea943
 @claiming
 def kl_sweep(
@@ -117,5 +128,6 @@ def kl_sweep(
     else:
         log = SweepLog(b, tokens, formats, out, max_memory, of, name, mark, about)
         sweep = _complete(log, tokens, quantize, progress, targets if until == 'stable' else None)
+    _warn_of_silent(sweep)
     sweep.learned = learned
     return sweep

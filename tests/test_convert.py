@@ -16,7 +16,6 @@ from optiq.files import whole_folder
 from optiq.formats import AS_IS, Format
 from optiq.plan import make_plan, uniform
 from optiq.models import Checkpoint
-from optiq.pipeline import optimize
 from optiq.material.tiny import tiny
 
 @pytest.fixture(scope='module')
@@ -162,10 +161,9 @@ def test_disk_that_fills_up(llama, tmp_path):
         with whole_folder(tmp_path/'out', room=2**60): pass
     assert not list(tmp_path.iterdir())
 
-def test_quantized_models_are_not_quantized_again(llama, tmp_path):
+def test_quantized_models_keep_what_they_have(llama, tmp_path):
     convert(str(llama), uniform(Checkpoint(llama), Format(4)), tmp_path/'out')
     c = Checkpoint(tmp_path/'out')
-    assert set(c.formats.values()) == {Format(4)}
-    with pytest.raises(ValueError, match='quantized already'): convert(c, uniform(c, Format(4)), tmp_path/'twice')
-    with pytest.raises(ValueError, match='quantized already'): optimize(str(c.folder), tmp_path/'twice')
-    assert {p.name for p in tmp_path.iterdir()} == {'out'}
+    assert set(c.formats.values()) == {Format(4)} == {u.kept for u in c.units}
+    twice = convert(c, uniform(c, Format(4)), tmp_path/'twice')
+    assert (tmp_path/'out'/'model.safetensors').read_bytes() == (twice.folder/'model.safetensors').read_bytes()

@@ -7,24 +7,20 @@ __all__ = ['MLXBackend']
 
 # %% ../../nbs/03c_backends.mlx.ipynb #d7fad8d7
 from contextlib import contextmanager
-from importlib import import_module
 
 import numpy as np
 from fastcore.basics import patch
 
 from .replay import Backend, check_all, check_logits
 from .taps import _block, _descend, mlx_attention, mlx_blocks, mlx_listening, mlx_watching, same
-from ..models import Checkpoint
+from ..models import Checkpoint, unpacked
 
 # %% ../../nbs/03c_backends.mlx.ipynb #e3ba4f24
 def _of_type(checkpoint, dtype):
     "The checkpoint's MLX model, dequantized, lazy, its floats of one type"
     import mlx.core as mx
     from mlx.utils import tree_map
-    model = checkpoint.load()
-    if 'quantization' in checkpoint.config:
-        package = 'mlx_vlm.quant_utils' if checkpoint.model_type == 'vlm' else 'mlx_lm.utils'
-        model = import_module(package).dequantize_model(model)
+    model = unpacked(checkpoint.load())
     def cast(a): return a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a
     model.update(tree_map(cast, model.parameters()))
     return model

@@ -20,8 +20,8 @@ def _choose(checkpoint):
     "'mlx', 'torch' or 'stream' for this machine and model"
     import mlx.core as mx
     from importlib.util import find_spec
-    if 4*checkpoint.params > available_memory()/2 and 'quantization' not in checkpoint.config: return 'stream'
-    if checkpoint.model_type != 'llm': return 'mlx'
+    if 4*checkpoint.params > available_memory()/2 and not checkpoint.quantized: return 'stream'
+    if checkpoint.model_type != 'llm' or checkpoint.others: return 'mlx'
     return 'mlx' if mx.default_device().type == mx.DeviceType.gpu or not find_spec('torch') else 'torch'
 
 # %% ../../nbs/03f_backends.open.ipynb #d7b10002

@@ -90,7 +90,7 @@ class StreamingBackend(_Eager, MLXBackend):
     rows = 8192 # of the vocabulary in memory at once
 
     def __init__(self, checkpoint: Checkpoint, dtype: str = 'float32'):
-        if 'quantization' in checkpoint.config:
+        if checkpoint.quantized:
             raise ValueError('only full-precision checkpoints can be streamed')
         self.start(checkpoint, dtype)
         self.held, self.overrides, self.ends = None, {}, [u for u in checkpoint.units if u.block is None]

@@ -79,6 +79,8 @@ def _load_torch(checkpoint: Checkpoint, dtype):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     options = dict(dtype=dtype, trust_remote_code=checkpoint.trust_remote_code)
+    if checkpoint.others: raise ValueError(
+        f"{checkpoint.name} is stored in codes ({checkpoint.others}), which only backend 'mlx' reads here")
     if 'quantization' in checkpoint.config: return _load_quantized(checkpoint, options)
     try: return AutoModelForCausalLM.from_pretrained(
         checkpoint.folder, local_files_only=True, use_safetensors=True, **options)
@@ -130,7 +132,7 @@ class TorchBackend(Backend):
 
     def by_loader(self, checkpoint: Checkpoint):
         if 4*checkpoint.params < available_memory(): return MLXBackend(checkpoint)
-        if 'quantization' not in checkpoint.config: return StreamingBackend(checkpoint)
+        if not checkpoint.quantized: return StreamingBackend(checkpoint)
         print(f'{checkpoint.name}: too little memory to compare what PyTorch and MLX make of it', file=sys.stderr)
     def block(self, i: int): return self.blocks[i]
     def stand_ins(self, stand_in): return torch_stand_ins(self.blocks, stand_in)

@@ -178,4 +178,6 @@ def overrides_of(
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
 ) -> dict:
     "The perturbation that a plan stands for"
-    return {path: partial(for_unit(quantize, path), fmt=fmt) for path, fmt in plan.items() if fmt != AS_IS}
+    kept = {u.path: u.kept for u in getattr(plan, 'units', ())}
+    return {path: partial(for_unit(quantize, path), fmt=fmt) for path, fmt in plan.items()
+            if fmt != AS_IS and fmt != kept.get(path)}

@@ -18,10 +18,10 @@ from ..arrays import to_mlx
 from ..backends.open import open_backend
 from ..backends.replay import Backend
 from ..calibration import fingerprint, token_batch
-from ..convert import as_saved, check_saved, dequantized, dequantized_units, stored_bytes
+from ..convert import as_saved, check_saved, dequantized_units, stored_bytes
 from .perplexity import evaluate, evaluation_tokens
 from ..families.samples import batch_for
-from ..formats import AS_IS, nbytes, quantize_minmax
+from ..formats import AS_IS, dequantized, nbytes, quantize_minmax
 from ..measure.sweep import Sweep, learned_again, rounding_of
 from ..models import Checkpoint
 from ..plan import Plan

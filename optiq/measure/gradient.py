@@ -75,7 +75,8 @@ def agreement(
     from scipy.stats import spearmanr
     x, y = (np.array([s.kl(u.path, fmt) for u in s.units if (u.path, fmt) in s.values])
             for s in (estimate, exact))
-    ratio = np.log(y/x)
+    known = (x > 0) & (y > 0) # a unit that moves nothing has no ratio
+    ratio = np.log(y[known]/x[known])
     return dict(spearman=float(spearmanr(x, y)[0]), ratio=float(np.exp(np.median(ratio))),
                 spread=float(ratio.std()))
 
@@ -85,11 +86,12 @@ def _calibrated(
     exact: dict, # (path, Format) ▸ (n,) KL that was measured
 ) -> tuple[Sweep, float]: # best known values, spread of the log ratio
     "Exact values where they are known, elsewhere estimates scaled by the median ratio of their format"
-    ratios = {f: [np.log(v.mean()/estimate.kl(*k)) for k, v in exact.items() if k[1] == f]
+    ratios = {f: [np.log(v.mean()/estimate.kl(*k)) for k, v in exact.items()
+                  if k[1] == f and v.mean() > 0 and estimate.kl(*k) > 0]
               for f in estimate.formats}
-    scale, n = {f: np.exp(np.median(x)) for f, x in ratios.items()}, len(next(iter(exact.values())))
+    scale, n = {f: np.exp(np.median(x or [0.])) for f, x in ratios.items()}, len(next(iter(exact.values())))
     values = {k: np.full(n, v.mean()*scale[k[1]]) for k, v in estimate.values.items()} | exact
-    spread = max(float(np.std(x)) for x in ratios.values())
+    spread = max(float(np.std(x or [0.])) for x in ratios.values())
     return Sweep(estimate.units, estimate.formats, values, estimate.header), spread
 
 # %% ../../nbs/04d_measure.gradient.ipynb #9a6dc669

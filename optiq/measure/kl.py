@@ -12,7 +12,7 @@ import numpy as np
 
 from ..backends.replay import Backend
 from ..calibration import samples_of, unscored
-from ..formats import Format, WORD, divides, for_unit, quantize_dequantize
+from ..formats import AS_IS, Format, WORD, divides, for_unit, quantize_dequantize
 from ..models import Unit
 
 # %% ../../nbs/04a_measure.kl.ipynb #c1b6c308
@@ -44,15 +44,17 @@ def probes(
     units: list[Unit],
     formats: list[Format],
 ) -> list[tuple[Unit, Format]]:
-    "Every unit with every format it can take; raises ValueError where a smaller group is needed"
+    "Every unit with every format it can take but the one it is stored in; raises ValueError for too large a group"
     found = []
     for u in units:
-        for f in formats:
+        for f in (f for f in formats if not u.keeps(f)):
             if divides(f, u.shape): found.append((u, f))
             elif u.shape[-1] % WORD == 0:
                 smaller = Format(f.bits, 32 if u.shape[-1] % 64 else 64)
                 raise ValueError(f'{u.path} is {u.shape[-1]} wide, which groups of {f.group_size} do not divide; '
                                  f'use groups of {smaller.group_size}, such as {smaller}')
+    if formats and not found and all(u.keeps(f) for u in units for f in formats): raise ValueError(
+        f'every unit is stored in {", ".join(map(str, formats))} already; give other formats')
     if formats and not found: raise ValueError(
         f'no candidate fits {units[0].path}, {units[0].shape[-1]} wide, or another unit: MLX needs a multiple of '
         f'{WORD}')
@@ -62,6 +64,7 @@ def probes(
 def perturb(probe: tuple[Unit, Format], quantize=quantize_dequantize) -> dict:
     "The override that a probe stands for"
     unit, fmt = probe
+    if unit.keeps(fmt): fmt = AS_IS
     return {unit.path: partial(for_unit(quantize, unit.path), fmt=fmt)}
 
 # %% ../../nbs/04a_measure.kl.ipynb #3c65f72e

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +43,9 @@ class Sweep:
     learned: object = field(default=None, repr=False) # what its rounding learned from, while it is at hand
 
     def kl(self, path: str, fmt: Format) -> float:
-        "Mean over the sequences; 0 for a tensor left as is"
-        return 0. if fmt == AS_IS else float(self.values[path, fmt].mean())
+        "Mean over the sequences; 0 for a tensor left as it is stored"
+        kept = (path, fmt) not in self.values and any(u.path == path and u.keeps(fmt) for u in self.units)
+        return 0. if kept else float(self.values[path, fmt].mean())
 
     def se(self, path: str, fmt: Format) -> float:
         "Standard error over the sequences; NaN for a single one"
@@ -152,7 +153,7 @@ def _sweep_header(
 ) -> dict:
     "What is needed to plan without the model, and to know the calibration text again"
     return dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes,
-                shape=list(shape_of(tokens)), units=[asdict(u) for u in c.units], **getattr(c, 'header', {}),
+                shape=list(shape_of(tokens)), units=[u.row() for u in c.units], **getattr(c, 'header', {}),
                 experts=_tokens_per_expert(b, tokens), blocks=block_hashes(text_of(b.checkpoint, tokens)))
 
 # %% ../../nbs/04c_measure.sweep.ipynb #e15b234f
@@ -498,10 +499,26 @@ def progress_bar(log: SweepLog, show: bool = True):
     return tqdm(total=sum(block_passes(p.todo, log.b.n_blocks) for p in todo), unit='block', leave=False,
                 disable=not show or not todo, smoothing=.05)
 
+# %% ../../nbs/04c_measure.sweep.ipynb #3cf53eac
+_WAKES = {'index_topk': 'the indexers of its attention'} # entry of a config ▸ what does nothing up to so many tokens
+
+def _long_enough(c: Checkpoint, seq_len: int) -> int: # tokens in a sequence
+    "As many tokens as asked for, or twice as many as a part of the model sleeps through"
+    said = c.config | (c.config.get('text_config') or {})
+    found = {k: said[k] for k in _WAKES if isinstance(said.get(k), int) and said[k] >= seq_len}
+    if not found: return seq_len
+    name, asleep = max(found.items(), key=lambda x: x[1])
+    longer = max(seq_len, min(2*asleep, said.get('max_position_embeddings') or 2*asleep))
+    print(f'{c.name}: sequences of {longer:,} tokens instead of {seq_len:,}, about {longer/seq_len:.0f} times the '
+          f'time and memory: config.json says {name} {asleep:,}, and up to so many {_WAKES[name]} do nothing',
+          file=sys.stderr)
+    return longer
+
 # %% ../../nbs/04c_measure.sweep.ipynb #d7f10002
 def texts_for(c: Checkpoint, source: str, n: int, seq_len: int, more: int,
               split: str = 'train') -> tuple: # tokens to measure on, to learn from
     "Calibration tokens or samples, of which the first `n` measure, and up to `more` teach"
+    if c.model_type == 'llm' and not isinstance(source, list): seq_len = _long_enough(c, seq_len)
     learned = batch_for(c, source, max(n, more), seq_len, split, fewer=True)
     if len(learned) < n: learned = batch_for(c, source, n, seq_len, split) # its error says what is missing
     return learned[:n], learned

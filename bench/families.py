@@ -57,6 +57,7 @@ import numpy as np
 os.environ.setdefault('MLX_DISABLE_COMPILE', '1') # on a CPU every compiled function costs seconds of a C++ compiler
 
 from optiq.backends.open import open_backend # all that we take from the package stands here
+from optiq.backends.replay import joinable
 from optiq.calibration import token_batch
 from optiq.convert import convert
 from optiq.evals.perplexity import overrides_of
@@ -346,7 +347,8 @@ def streams(m):
     u = next(u for u in b.checkpoint.units if u.block == 0 and u.shape[-1] % 32 == 0)
     change, first = overrides_of({u.path: parse('2g32')}), b.embed(batch)
     alone = [b.run_block(0, first), b.run_block(0, first, change)]
-    both = b.xp.concatenate(alone)
+    if not joinable(*alone): return 'a change of block 0 lasts, so its streams go one by one'
+    both = b.joined(alone)
     for i in range(1, b.n_blocks):
         alone, both = [b.run_block(i, x) for x in alone], b.run_block(i, both)
     z = [as_numpy(b.head(x)) for x in alone]
@@ -370,7 +372,7 @@ def kinds(paths) -> list: return sorted({re.sub(r'\.\d+\.', '.*.', p) for p in p
 
 def effect(m):
     batch = m.batch[:1] if m.told.get('tokens', T) > 1024 or m.vision else m.batch
-    m.sweep = kl_sweep(m.b, batch, ['2g32', '8g32'], progress=False)
+    m.sweep = kl_sweep(m.b, batch, ['2g32', '8g32'], rounding='minmax', progress=False)
     kl = {p: v for (p, f), v in m.sweep.values.items() if f.bits == 2}
     bad = [p for p, v in kl.items() if not np.isfinite(v).all()]
     if bad: raise Wrong(f'{len(bad)} of {len(kl)} units have no finite KL, such as {bad[0]}')

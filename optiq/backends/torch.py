@@ -137,9 +137,11 @@ class TorchBackend(Backend):
     def attention(self, changes: dict): return torch_attention(self.model, changes)
     def watching(self, see): return torch_watching(self.model, see)
 
-    def forward(self, batch):
+    def fresh(self, x): return x.clone()
+    def raw(self, batch):
         ids = self.xp.as_tensor(np.asarray(batch), device=self.device).long()
-        return check_logits(self, self.model(input_ids=ids, use_cache=False).logits)
+        return self.model(input_ids=ids, use_cache=False).logits
+    def forward(self, batch): return check_logits(self, self.raw(batch))
 
 # %% ../../nbs/03b_backends.torch.ipynb #ae304e7b
 @patch(as_prop=True)

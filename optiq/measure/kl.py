@@ -10,7 +10,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from ..backends.replay import Backend
+from ..backends.replay import Backend, joinable
 from ..calibration import samples_of, unscored
 from ..formats import Format, WORD, divides, for_unit, quantize_dequantize
 from ..models import Unit
@@ -98,9 +98,9 @@ def _stack(b, streams):
     widest = max(u.shape[-2] for u in b.checkpoint.units if u.block is not None)
     limit, out = (min(2**16, 2**30//widest) if b.on_gpu else 2**12), []
     for s in streams:
-        if out and (out[-1][0]+len(s))*s.shape[1] <= limit: out[-1] = (out[-1][0]+len(s), out[-1][1]+[s])
+        if out and joinable(out[-1][1][0], s) and (out[-1][0]+len(s))*s.shape[1] <= limit: out[-1] = (out[-1][0]+len(s), out[-1][1]+[s])
         else: out.append((len(s), [s]))
-    return [b.xp.concatenate(parts) if len(parts) > 1 else parts[0] for _, parts in out]
+    return [b.joined(parts) for _, parts in out]
 
 # %% ../../nbs/04a_measure.kl.ipynb #b2a4220c
 def kl_of_streams(
@@ -178,9 +178,14 @@ def measure(
 ) -> np.ndarray: # (len(todo), B)
     "KL of every probe to the model itself, per sequence"
     if not b.stacks: return _measure_samples(b, samples_of(batch), todo, quantize, tick, base)
-    reference, streams = _walk(b, batch, [p for p in todo if p[0].kind != 'lm_head'], quantize, tick, base)
+    beside = [p for p in todo if p[0].block is None and p[0].kind not in ('embed', 'lm_head')]
+    inside = [p for p in todo if p[0].kind != 'lm_head' and p not in beside]
+    reference, streams = _walk(b, batch, inside, quantize, tick, base)
     def head(p=None): return _inside(b, base, None) | (perturb(p, quantize) if p else {})
-    groups = _head_groups(b, len(batch), todo, reference, streams, head)
+    groups = _head_groups(b, len(batch), [p for p in todo if p not in beside], reference, streams, head)
+    whole = ((p, _walk(b, batch, [], base=base | perturb(p, quantize))[0]) for p in beside)
+    at = len(groups)-sum(p[0].kind == 'lm_head' for p in todo)
+    groups[at:at] = [(head(p), [x]) for p, x in whole]
     kl = kl_of_streams(b, _walk(b, batch, [])[0] if base else reference, groups, unscored(b.checkpoint, batch))
     return _finite(b, kl, todo)
 

@@ -8,6 +8,7 @@ __all__ = ['TEXT_FILES', 'LOADERS', 'ORDER', 'find_model', 'check_untrusted', 'r
 
 # %% ../nbs/01_models.ipynb #51be52fc
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -345,7 +346,7 @@ def find_units(
     for path, m in model.named_modules():
         if not (hasattr(m, 'to_quantized') or 'scales' in m) or path.rsplit('.', 1)[-1] in _ROUTERS: continue
         (shape, dtype), block = _stored(m), _block_of(path, starts)
-        fixed = not any(divides(f, shape) for f in ALL_FORMATS) or not _opens(model, path, m)
+        fixed = not any(divides(f, shape) for f in ALL_FORMATS) or not _opens(model, path, m) or _read_bare(model, path, m)
         found.append(Unit(path, _kind(path, m), shape, block, dtype, _part_of(path, model_type), fixed))
     def at(u):
         if u.block is not None: return u.block
@@ -396,6 +397,14 @@ def _opens(model, path, module):
     "Whether the loader, where a model has a say in it, opens this layer in another format than it has"
     return getattr(model, 'model_quant_predicate', lambda path, module: True)(path, module) is True
 
+# %% ../nbs/01_models.ipynb #f9424ecc
+def _read_bare(model, path, module):
+    "Whether a table that is no vocabulary is read as an array by the module that holds it"
+    holder, _, name = path.rpartition('.')
+    if 'Embedding' not in type(module).__name__ or 'pos' not in name: return False
+    kind = type(dict(model.named_modules())[holder])
+    return re.search(rf'self\.{name}\.weight\b', inspect.getsource(kind)) is not None
+
 # %% ../nbs/01_models.ipynb #13e96cd2
 _PARTS = dict(encoder='encoder|audio|speech', vision='vision|visual', projector='merger|projector|connector|aligner',
              decoder='decoder')
@@ -424,7 +433,9 @@ def _said_for_mlx(
     if 'rope_theta' in (local := layers.get('sliding_attention', {})): out['rope_local_base_freq'] = local['rope_theta']
     scaling = {k: v for k, v in main.items() if k not in ('rope_theta', 'partial_rotary_factor')}
     kind = scaling.get('rope_type', scaling.get('type', 'default'))
-    if {*scaling}-{'rope_type', 'type'} or kind != 'default': out['rope_scaling'] = dict(scaling, type=kind)
+    if {*scaling}-{'rope_type', 'type'} or kind != 'default':
+        theta = {k: main[k] for k in ('rope_theta',) if k in main and layers} # which transformers wants with each type
+        out['rope_scaling'] = theta | dict(scaling, type=kind)
     return out
 
 # %% ../nbs/01_models.ipynb #d7a10005

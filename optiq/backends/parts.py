@@ -68,6 +68,19 @@ def _as_sample(batch) -> dict:
         f'models of several parts are replayed one sample at a time, and these are {len(found)}')
     return found[0]
 
+# %% ../../nbs/03d_backends.parts.ipynb #1ea591bc
+def _answer(model, sample: dict): # name ▸ array ▸ (1, S, V) logits
+    "What a model of several parts makes of a sample, as its library runs it"
+    if not (hasattr(model, 'get_input_embeddings') and hasattr(model, 'language_model')):
+        out = model(**sample)
+        return getattr(out, 'logits', out)
+    rest = dict(sample)
+    ids, pixels, mask = (rest.pop(k, None) for k in ('input_ids', 'pixel_values', 'attention_mask'))
+    found = model.get_input_embeddings(ids, pixels, mask=mask, **rest).to_dict()
+    found = {k: v for k, v in found.items() if v is not None}
+    out = model.language_model(ids, inputs_embeds=found.pop('inputs_embeds'), cache=None, **rest | found)
+    return getattr(out, 'logits', out)
+
 # %% ../../nbs/03d_backends.parts.ipynb #e8ba055d
 class ReplayBackend(MLXBackend):
     "Replays a model of several parts, one sample at a time"
@@ -76,8 +89,7 @@ class ReplayBackend(MLXBackend):
     def forward(self, sample): # ▸ (1, S, V), the logits of the positions that are scored
         check_ids(self.checkpoint, token_ids(_as_sample(sample)))
         mx, known = self.xp, {k: v for k, v in _as_sample(sample).items() if k != 'scored'}
-        with forgetful(self.model): out = self.model(**{k: mx.array(_narrow(v)) for k, v in known.items()})
-        z = getattr(out, 'logits', out)
+        with forgetful(self.model): z = _answer(self.model, {k: mx.array(_narrow(v)) for k, v in known.items()})
         return check_logits(self, z[:, mx.array(positions(sample))] if 'scored' in sample else z)
 
     def attention(self, changes: dict):

@@ -118,7 +118,7 @@ def _tokens_per_expert(
     first = {u.block: u for u in reversed(b.checkpoint.units) if u.kind.startswith('experts')} # of a block's
     if not first: return {}
     counts = {u.path: np.zeros(u.shape[0], int) for u in first.values()}
-    for batch in np.array_split(tokens, max(1, tokens.size//2048)) if b.stacks else samples_of(tokens):
+    for batch in np.array_split(tokens, min(len(tokens), max(1, tokens.size//2048))) if b.stacks else samples_of(tokens):
         states = b.embed(batch)
         for i in range(b.n_blocks):
             with b.listening(_counting(counts), i): states = b.run_block(i, states)

@@ -48,10 +48,10 @@ def test_units_and_sizes_of_the_real_qwen3_asr():
     "307 Linear layers, 111 in the encoder, and the published sizes"
     from mlx.utils import tree_flatten
     from mlx_audio.stt.models.qwen3_asr import Model, ModelConfig
-    from optiq.models import _block_lists, find_units
+    from optiq.models import block_lists, find_units
     from optiq.material.tiny import hub_config
     real = Model(ModelConfig.from_dict(hub_config('qwen3_asr', '0.6B')))
-    units = [u for u in find_units(real, _block_lists(real), 'audio') if u.kind != 'embed']
+    units = [u for u in find_units(real, block_lists(real, 'audio'), 'audio') if u.kind != 'embed']
     decoder, params = [u for u in units if u.part == 'decoder'], sum(v.size for _, v in tree_flatten(real.parameters()))
     size = lambda bits: (16*params-(16-bits)*sum(u.params for u in decoder))/8/2**20
     assert (len(units), len(decoder)) == (307, 196) and [round(size(k), 1) for k in (16, 5)] == [1492.4, 914.9]

@@ -6,15 +6,14 @@
 __all__ = ['ReplayBackend']
 
 # %% ../../nbs/03d_backends.parts.ipynb #b3a5b17b
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from fastcore.basics import patch
 
 from .mlx import MLXBackend
-from .replay import Recorded, check_ids, check_logits
-from .taps import _StandIn
+from .replay import Recorded, _grown, _write, _written, check_ids, check_logits, forgetful
 from ..calibration import positions, samples_of, token_ids
 
 # %% ../../nbs/03d_backends.parts.ipynb #10efef2e
@@ -22,7 +21,7 @@ from ..calibration import positions, samples_of, token_ids
 class _Passed:
     "How far a sample has come: what the blocks that it passed were given, and what they answered"
     sample: dict = field(repr=False) # name ▸ array, what the model's forward pass takes
-    answers: dict = field(default_factory=dict, repr=False) # block ▸ (output, how many; None: it alone)
+    answers: dict = field(default_factory=dict, repr=False) # block ▸ its whole answer
     given: dict = field(default_factory=dict, repr=False) # block ▸ the arrays among its arguments
     upto: int = 0 # blocks that answer without being asked anything
     outside: dict = field(default_factory=dict, repr=False) # overrides of what lies outside the blocks
@@ -41,10 +40,6 @@ def _fresh(x):
     import mlx.core as mx
     return mx.array(x)
 
-# %% ../../nbs/03d_backends.parts.ipynb #74c5a6c4
-def _as_answer(states, many): # number of outputs; None for a single one
-    return _fresh(states) if many is None else (_fresh(states), *[None]*(many-1))
-
 # %% ../../nbs/03d_backends.parts.ipynb #7e9c6320
 def _arrays_in(*tree) -> list:
     "The arrays in a tree of arguments"
@@ -58,19 +53,6 @@ def _alike(xs: list, ys: list) -> bool:
     import mlx.core as mx
     def equal(x, y): return x.shape == y.shape and mx.array_equal(x, y).item()
     return len(xs) == len(ys) and all(map(equal, xs, ys))
-
-# %% ../../nbs/03d_backends.parts.ipynb #8d460803
-@contextmanager
-def _forgetful(model):
-    "Whatever private attributes its modules get while this lasts are what they were before afterwards"
-    def private(m): return {k: v for k, v in (*vars(m).items(), *m.items()) if k.startswith('_')}
-    before = [(m, private(m)) for m in model.modules()]
-    try: yield
-    finally:
-        for m, was in before:
-            now = private(m)
-            for k in [k for k in now if k not in was]: delattr(m, k)
-            for k in [k for k, v in was.items() if now.get(k) is not v]: setattr(m, k, was[k])
 
 # %% ../../nbs/03d_backends.parts.ipynb #03add7cc
 def _narrow(x):
@@ -86,6 +68,19 @@ def _as_sample(batch) -> dict:
         f'models of several parts are replayed one sample at a time, and these are {len(found)}')
     return found[0]
 
+# %% ../../nbs/03d_backends.parts.ipynb #1ea591bc
+def _answer(model, sample: dict): # name ▸ array ▸ (1, S, V) logits
+    "What a model of several parts makes of a sample, as its library runs it"
+    if not (hasattr(model, 'get_input_embeddings') and hasattr(model, 'language_model')):
+        out = model(**sample)
+        return getattr(out, 'logits', out)
+    rest = dict(sample)
+    ids, pixels, mask = (rest.pop(k, None) for k in ('input_ids', 'pixel_values', 'attention_mask'))
+    found = model.get_input_embeddings(ids, pixels, mask=mask, **rest).to_dict()
+    found = {k: v for k, v in found.items() if v is not None}
+    out = model.language_model(ids, inputs_embeds=found.pop('inputs_embeds'), cache=None, **rest | found)
+    return getattr(out, 'logits', out)
+
 # %% ../../nbs/03d_backends.parts.ipynb #e8ba055d
 class ReplayBackend(MLXBackend):
     "Replays a model of several parts, one sample at a time"
@@ -94,19 +89,8 @@ class ReplayBackend(MLXBackend):
     def forward(self, sample): # ▸ (1, S, V), the logits of the positions that are scored
         check_ids(self.checkpoint, token_ids(_as_sample(sample)))
         mx, known = self.xp, {k: v for k, v in _as_sample(sample).items() if k != 'scored'}
-        with _forgetful(self.model): out = self.model(**{k: mx.array(_narrow(v)) for k, v in known.items()})
-        z = getattr(out, 'logits', out)
+        with forgetful(self.model): z = _answer(self.model, {k: mx.array(_narrow(v)) for k, v in known.items()})
         return check_logits(self, z[:, mx.array(positions(sample))] if 'scored' in sample else z)
-
-    def run_one(self, i, overrides, args, kwargs): # ▸ (states, number of outputs)
-        with self.swapped(overrides): out = self.block(i)(*args, **kwargs)
-        x, many = (out[0], len(out)) if isinstance(out, tuple) else (out, None)
-        return _fresh(self.done(x)), many
-
-    def block(self, i: int):
-        block = super().block(i)
-        while isinstance(block, _StandIn): block = block.block
-        return block
 
     def attention(self, changes: dict):
         if changes: raise ValueError('keys and values are changed in text models only')
@@ -137,9 +121,11 @@ def replay(self: ReplayBackend, states: _Passed, overrides: dict = {},
     def answer(i, *args, **kwargs):
         if stop is not None and i > stop: raise Recorded # this sample does not pass block `stop`
         passed.given[i], known = _recall(states, i, i in mine, args, kwargs)
-        passed.answers[i] = known or self.run_one(i, mine.get(i, {}), args, kwargs)
+        passed.answers[i] = known or self.whole_answer(i, mine.get(i, {}), args, kwargs)
         if i == stop: raise Recorded
-        return _as_answer(*passed.answers[i])
+        out, wrote = _grown(_fresh, passed.answers[i])
+        for k, x in _written(args, kwargs).items(): _write(x, wrote[k])
+        return out
     with self.swapped(mine.get(None, {})), self.stand_ins(answer):
         try: logits = self.forward(states.sample)
         except Recorded: logits = None

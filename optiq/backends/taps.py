@@ -9,22 +9,49 @@ __all__ = ['same', 'torch_stand_ins', 'torch_attention', 'torch_listening', 'eag
 # %% ../../nbs/03a_backends.taps.ipynb #26b6031d
 import sys
 from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import mlx.core as mx
 
-from ..models import blocks_path
+from ..models import block_lists
 
 # %% ../../nbs/03a_backends.taps.ipynb #4c85e56a
 def same(x): return x # an override that changes nothing
 
 # %% ../../nbs/03a_backends.taps.ipynb #53b61dca
+_ANSWERS = {} # id of a block ▸ (number, who answers for it), the latest last
+
+@cache
+def _stand_in_class(kind: type, call: str) -> type: # name of the method that is taken over
+    "A subclass of a block's class, which somebody else answers for"
+    def answering(self, *args, **kwargs):
+        i, answer = now = _ANSWERS[id(self)].pop()
+        self.__class__ = kind
+        try: return answer(i, *args, **kwargs)
+        finally:
+            self.__class__ = standing
+            _ANSWERS.setdefault(id(self), []).append(now)
+    standing = type(kind.__name__, (kind,), {call: answering, '__module__': kind.__module__})
+    return standing
+
 @contextmanager
-def torch_stand_ins(blocks, stand_in):
-    "While this lasts, `stand_in(i, …)` answers for each block"
-    for i, b in enumerate(blocks): b.forward = lambda *a, i=i, **k: stand_in(i, *a, **k)
+def _standing_in(blocks: dict, answer, call: str): # number ▸ block
+    "While this lasts, `answer(i, …)` is asked in the place of each block"
+    once = {id(b): (i, b) for i, b in reversed(blocks.items())} # a block that is listed twice is its first
+    for i, b in once.values():
+        _ANSWERS.setdefault(id(b), []).append((i, answer))
+        b.__class__ = _stand_in_class(type(b), call)
     try: yield
     finally:
-        for b in blocks: del b.forward
+        for _, b in once.values():
+            b.__class__ = type(b).__base__
+            _ANSWERS[id(b)].pop()
+            if not _ANSWERS[id(b)]: del _ANSWERS[id(b)]
+
+# %% ../../nbs/03a_backends.taps.ipynb #0f9edf88
+def torch_stand_ins(blocks, stand_in):
+    "While this lasts, `stand_in(i, …)` answers for each block"
+    return _standing_in(dict(enumerate(blocks)), stand_in, 'forward')
 
 # %% ../../nbs/03a_backends.taps.ipynb #bd493aec
 @contextmanager
@@ -81,42 +108,24 @@ def eager_experts(model):
     finally:
         for i, c in configs.items(): c._experts_implementation = before[i]
 
-# %% ../../nbs/03a_backends.taps.ipynb #535364cf
-class _StandIn:
-    "Takes a block's place: answers for it, and has all its attributes"
-    def __init__(self, block, answer, i): self.block, self.answer, self.i = block, answer, i
-    def __call__(self, *args, **kwargs): return self.answer(self.i, *args, **kwargs)
-    def __getattr__(self, name): return getattr(self.block, name)
-
 # %% ../../nbs/03a_backends.taps.ipynb #64017bd5
 def _descend(module, path):
     "The submodule at a dotted path"
-    for part in path.split('.') if path else ():
-        module = module[int(part)] if part.isdigit() else module[part]
-        while isinstance(module, _StandIn): module = module.block
+    for part in path.split('.') if path else (): module = module[int(part)] if part.isdigit() else module[part]
     return module
 
 # %% ../../nbs/03a_backends.taps.ipynb #d6143782
-def _block(model, lists, i):
-    "Block `i`, numbered through the lists of blocks, or what stands in for it"
-    for path, many in lists.items():
-        if i < many: return _descend(model, path)[i]
-        i -= many
+def _blocks(model, lists) -> list: # paths of the lists of blocks, or one
+    "All blocks, numbered through"
+    return [b for path in ([lists] if isinstance(lists, str) else lists) for b in _descend(model, path)]
+
+def _block(model, lists, i): return _blocks(model, lists)[i]
 
 # %% ../../nbs/03a_backends.taps.ipynb #a01040eb
-@contextmanager
 def mlx_blocks(model, paths, answer, which=None): # paths of the lists of blocks, which are numbered through
     "While this lasts, `answer(i, …)` takes the place of each block, or of those in `which`"
-    def put(b, i): return _StandIn(b, answer, i) if which is None or i in which else b
-    before, first = [], 0
-    for path in [paths] if isinstance(paths, str) else paths:
-        parent, name = _descend(model, path.rpartition('.')[0]), path.rpartition('.')[2]
-        before.append((parent, name, parent[name], first))
-        first += len(parent[name])
-    for parent, name, blocks, n in before: parent[name] = [put(b, i) for i, b in enumerate(blocks, n)]
-    try: yield
-    finally:
-        for parent, name, blocks, _ in before: parent[name] = blocks
+    found = enumerate(_blocks(model, paths))
+    return _standing_in({i: b for i, b in found if which is None or i in which}, answer, '__call__')
 
 # %% ../../nbs/03a_backends.taps.ipynb #4e6ce71f
 @contextmanager
@@ -166,7 +175,8 @@ def torch_watching(model, see): # called with (layer, queries, keys, values)
 @contextmanager
 def mlx_watching(model, see): # called with (layer, queries, keys, values)
     "While this lasts, `see` is told what attention sees"
-    blocks, now = list(model.layers), None
+    lists, now = block_lists(model), None
+    blocks = _blocks(model, lists)
     def enter(i, *args, **kwargs):
         nonlocal now
         now = i
@@ -174,4 +184,4 @@ def mlx_watching(model, see): # called with (layer, queries, keys, values)
     def attend(attention, q, k, v, **options):
         see(now, q, k, v)
         return attention(q, k, v, **options)
-    with _mlx_attending(attend), mlx_blocks(model, blocks_path(model), enter): yield
+    with _mlx_attending(attend), mlx_blocks(model, lists, enter): yield

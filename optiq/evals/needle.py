@@ -81,7 +81,7 @@ def _together(b, pairs):
     # positions that predict the answer, (B, most)
     at = [[min(len(p)-1+k, longest-2) for k in range(most)] for p, _ in pairs]
     rows, columns = (b.array(x) for x in (np.arange(len(pairs))[:, None], np.array(at)))
-    z = b.numpy(b.head(states[rows, columns]))
+    z = b.numpy(b.head(states[rows, columns]) if b.chain else b.head(states)[rows, columns])
     return [_smallest_margin(x[:len(a)], a) for x, (_, a) in zip(z, pairs)]
 
 # %% ../../nbs/37_evals.needle.ipynb #5cacd7da

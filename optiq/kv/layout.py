@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from ..backends.replay import Backend
 from ..backends.taps import mlx_attention, mlx_blocks
-from ..models import Checkpoint, Unit, blocks_path
+from ..models import Checkpoint, Unit, block_lists
 from ..readers import dumps
 
 # %% ../../nbs/11_kv.layout.ipynb #099d6331
@@ -108,7 +108,7 @@ def kv_layers(
     for i, c in enumerate(caches):
         for part in getattr(c, 'caches', [c]):
             if hasattr(part, 'update_and_fetch'): listener.listen(i, part)
-    with _LOOK, mlx_attention(listener.attended), mlx_blocks(model, blocks_path(model), listener.enter):
+    with _LOOK, mlx_attention(listener.attended), mlx_blocks(model, block_lists(model), listener.enter):
         model(mx.zeros((1, 2), mx.int32), cache=caches)
     return [_layer(i, c, listener.calls.get(i, ()), listener.arrived[i]) for i, c in enumerate(caches)]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..backends.open import open_backend
-from ..backends.replay import Backend
+from ..backends.replay import Backend, _leaves
 from ..calibration import samples_of, shape_of
 from ..formats import Format, WORD, divides, parse_format, quantize_dequantize
 from .kl import _stack, kl_of_streams, perturb, probes
@@ -89,10 +89,10 @@ def _timing(b, batch, probes):
     "Of a batch of tokens and as many probes"
     states, u = b.embed(batch), _largest(b, 0)
     many, change = _stack(b, [states]*8)[0], perturb((u, Format(4, WORD))) if u else {}
-    def block(x, change={}): return _time(lambda: b.numpy(b.run_block(0, x, change)[:1, :1]))
+    def block(x, change={}): return _time(lambda: b.ready(b.run_block(0, x, change)))
     k, head = len(many)//len(batch), _time(lambda: kl_of_streams(b, states, [({}, [many])]))
     weight = max(0, block(states, change)-block(states))/u.params if u else 0
-    return _Timing(block(many)/k, head/(k+1), weight, 8*batch.size*(probes+1)*b.checkpoint.units[0].shape[-1])
+    return _Timing(block(many)/k, head/(k+1), weight, 8*batch.size*(probes+1)*b.checkpoint.units[0].shape[-1]*(1 if b.chain else b.n_blocks))
 
 def _largest(b, block):
     "The largest unit of a block, or of the model, that some group divides; None if there is none"
@@ -105,7 +105,7 @@ def _timing_of_sample(b, sample):
     u = _largest(b, None)
     weight = _time(lambda: b.numpy(quantize_dequantize(b.unit_weight(u.path), Format(4, WORD))[:1, :1]))
     passed, _ = b.record(sample)
-    kept = [x for xs in passed.given.values() for x in xs]+[x for x, _ in passed.answers.values()]
+    kept = [x for xs in passed.given.values() for x in xs]+_leaves([*passed.answers.values()])
     block = _time(lambda: b.numpy(b.logits(sample)))/b.n_blocks
     return _Timing(block, 0, weight/u.params, sum(x.nbytes for x in kept))
 

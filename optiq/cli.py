@@ -14,6 +14,7 @@ from inspect import signature
 
 import click
 
+from . import __version__
 from .command import Command, Number, check_idle, given_options
 from .readers import dumps
 
@@ -22,7 +23,7 @@ class _Group(click.Group):
     command_class = Command
 
 @click.group(cls=_Group, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=100))
-@click.version_option(package_name='optiq')
+@click.version_option(__version__, prog_name='optiq')
 @click.pass_context
 def main(ctx):
     """Mixed-precision quantization for MLX models, by measurement.

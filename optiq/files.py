@@ -403,6 +403,6 @@ def claiming(write):
 def can_draw(*packages: str) -> bool:
     "Whether there is what a figure needs, matplotlib by default; says on stderr what is left out, and the remedy"
     missing = [p for p in packages or ('matplotlib',) if find_spec(p) is None]
-    if missing: print(f"no figure is drawn: {' and '.join(missing)} not installed; pip install 'optiq[lab]' "
+    if missing: print(f"no figure is drawn: {' and '.join(missing)} not installed; pip install 'optiq-mlx[lab]' "
                       'brings what is missing', file=sys.stderr)
     return not missing

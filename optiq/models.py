@@ -263,7 +263,7 @@ def _check_type(
     package = LOADERS[model_type]
     if not find_spec(package): raise ModuleNotFoundError(
         f"{name} is opened by {package.replace('_', '-')}, which is not installed: "
-        f"pip install 'optiq[{model_type}]'")
+        f"pip install 'optiq-mlx[{model_type}]'")
 
 # %% ../nbs/01_models.ipynb #ae813a21
 @dataclass(frozen=True)

@@ -107,8 +107,8 @@ def _wikitext2(split: str) -> list[str]:
         name = {'train': 'validation', 'test': 'test'}[split]
         return [r['text'] for r in load_dataset('Salesforce/wikitext', 'wikitext-2-raw-v1', split=name)]
     except Exception as e: raise ConnectionError(
-        f'wikitext2 cannot be fetched ({type(e).__name__}); give --calibration a local .txt, .jsonl or '
-        '.parquet file, or use the text that comes with the project: --calibration bundled') from e
+        f'wikitext2 cannot be fetched ({type(e).__name__}); give a local .txt, .jsonl or .parquet file '
+        'instead, or bundled, the text that comes with the project') from e
 
 # %% ../nbs/02_calibration.ipynb #ca50fee4
 _SOURCES = {'bundled': _bundled, 'wikitext2': _wikitext2}

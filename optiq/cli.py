@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
+from shlex import quote
 
 import click
 
 from . import __version__
 from .command import Command, Number, check_idle, given_options
-from .readers import dumps
+from .readers import dumps, known
 
 # %% ../nbs/90_cli.ipynb #b40bfadf
 class _Group(click.Group):
@@ -195,8 +196,9 @@ def convert(model, target, bits, formats, group_size, kv, kv_bits, output, dry_r
     if dry_run and output: own_output(out, given['overwrite'], 'model', model, given['sweep'] is None and not kv)
     r = optimize(model, None if dry_run else out, caps, weights=weights, cache=cache, texts=_filled(Texts, given),
                  **{k: given[k] for k in ('backend', 'overwrite', 'trust_remote_code', 'model_type')})
-    end = 'dry run: nothing was written' if dry_run else f'written to {out}'
-    _finish(r['figures'], f'{_with_cache(r) if kv else _weights_alone(r)}\n{end}', as_json)
+    said = _with_cache(r) if kv else f'{_weights_alone(r)}\n\n{_in_words(r["report"], dry_run)}'
+    end = 'dry run: nothing was written' if dry_run else _next_steps(out, given)
+    _finish(r['figures'], f'{said}\n\n{end}', as_json)
 
 
 # %% ../nbs/90_cli.ipynb #69c9b0b7
@@ -211,6 +213,33 @@ def _with_cache(found: dict) -> str:
     from optiq.kv.sweep import layer_table
     return f'{layer_table(found["config"])}\n\n{found["report"]}\n\n{found["weights"]!r}\n{found["cache"]!r}'
 
+
+# %% ../nbs/90_cli.ipynb #659aa2b6
+def _in_words(report, dry_run: bool) -> str: # of a Report with rows of 'optiq' and 'reference'
+    "What was made, how good it is on which text, and beside which baseline of about its size"
+    rows = {r['name']: r for r in report.rows}
+    mine, whole = rows.pop('optiq'), rows.pop('reference')
+    def quality(r):
+        error = f' ± {r["kl_se"]:.4f}' if known(r.get('kl_se')) is not None else ''
+        return f'the same next token as the original {r["agreement"]:.1%} of the time, KL {r["kl"]:.4f}{error}'
+    name, _, size = str(report.about['evaluation']).rsplit(', ', 1)[0].partition(', ')
+    said = [f'The model {"would be" if dry_run else "is"} {mine["size_mb"]:,.1f} MB, {mine["true_bpw"]:.2f} bits per '
+            f'weight; the original is {whole["size_mb"]:,.1f} MB.',
+            f'On text that it was not calibrated on ({name}, {size}): {quality(mine)}.']
+    near = min(rows.values(), key=lambda r: abs(r['true_bpw']-mine['true_bpw']), default=None)
+    if near: said.append(f'Nearest in size is {near["name"]}, {near["size_mb"]:,.1f} MB: {quality(near)}.')
+    return '\n'.join(said)
+
+# %% ../nbs/90_cli.ipynb #1fb1df91
+_NEXT = dict(llm=('mlx_lm.generate --model {} --prompt "Hello"', 'optiq serve {}'),
+             vlm=('mlx_vlm.generate --model {} --image image.png --prompt "Describe this image."',),
+             audio=('mlx_audio.stt.generate --model {} --audio speech.wav --output-path text',))
+
+def _next_steps(out: str, given: dict) -> str: # of the options that say how a model is opened
+    "Where a model lies, and the commands that use it"
+    from optiq.models import Checkpoint
+    model_type = Checkpoint(out, given['trust_remote_code'], given['model_type']).model_type
+    return '\n'.join([f'written to {out}; to use it:', *(f'    {c.format(quote(out))}' for c in _NEXT[model_type])])
 
 # %% ../nbs/90_cli.ipynb #e8d39290
 @main.command(short_help='Measure the sensitivity of every tensor.')
@@ -379,7 +408,9 @@ def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
     r = optimize(model, out, _filled(Caps, given), weights=None, cache=cache, texts=_filled(Texts, given),
                  **{k: given[k] for k in ('backend', 'overwrite', 'trust_remote_code', 'model_type')})
     parts = layer_table(r['config']), memory_lines(r['figures']['memory']), str(r['report']), repr(r['plan'])
-    _finish(r['figures'], '\n\n'.join(parts)+f'\nwritten to {out}', as_json)
+    beside = os.path.abspath(out) == os.path.abspath(model)
+    use = quote(model) if beside else f'{quote(model)} --kv-config {quote(os.path.join(out, "kv_config.json"))}'
+    _finish(r['figures'], '\n\n'.join(parts)+f'\nwritten to {out}; to use it:\n    optiq serve {use}', as_json)
 
 # %% ../nbs/90_cli.ipynb #314b1dd1
 @main.command(short_help='Predict how fast a model decodes.')

@@ -12,14 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from math import ceil, floor, isfinite, nan
+from numbers import Real
 
 import numpy as np
-from fastcore.basics import patch
+from fastcore.basics import listify, patch
 
-from .formats import AS_IS, Format, parse_format
+from .formats import AS_IS, Format, parse_formats
 from .models import Unit
 from .plan import Plan, by_width, make_plan, mean_se, smoothed, baseline_plans
-from .readers import known
+from .readers import helpful, known, shown
 from .solver import METHODS, Problem, at_prices, bisect, undominated
 
 # %% ../nbs/05b_knapsack.ipynb #88c92095
@@ -54,8 +55,11 @@ def show(self: Budget,
     return f'{cents(x):.2f} {self.unit}' if self.unit == 'bits' else f'{x:.4g} {self.unit}'
 
 # %% ../nbs/05b_knapsack.ipynb #7bdf4e02
-def _check_half_caps(max_ms, costs_ms, max_memory, cache):
-    "Raise ValueError for a cap on something whose cost was not given"
+def _check_half_caps(max_ms, costs_ms, max_memory, cache, **caps):
+    "Raise ValueError for a cap that is no number, or on something whose cost was not given"
+    caps |= dict(max_ms=max_ms, max_memory=max_memory)
+    odd = [k for k, v in caps.items() if v is not None and not isinstance(v, Real)]
+    if odd: raise ValueError(f'`{odd[0]}` is {shown(caps[odd[0]])}, and should be a number')
     if max_ms is not None and costs_ms is None:
         raise ValueError('max_ms needs costs_ms, a function of unit and format that returns milliseconds')
     if max_memory is not None and not cache: raise ValueError(
@@ -73,7 +77,8 @@ def budgets_of(
     costs_ms: Callable | None = None, # (unit, format) ▸ milliseconds; may have an attribute `fixed`
 ) -> list[Budget]:
     "The usual budgets, those that have a limit"
-    _check_half_caps(max_ms, costs_ms, max_memory, cache)
+    _check_half_caps(max_ms, costs_ms, max_memory, cache, target_bpw=target_bpw, true_bpw=true_bpw,
+                     max_bytes=max_bytes)
     other, params = sweep.header.get('other_bytes', 0), sweep.header.get('params')
     free = sum(u.params for u in sweep.units if not u.fixed)
     params = params or sum(u.params for u in sweep.units)
@@ -133,7 +138,7 @@ def candidates(
     if formats is None: formats = sweep.formats
     there = ', '.join(map(str, sweep.formats))
     groups = {f.group_size for f in sweep.formats if f.mode == 'affine'}
-    fmts = list(dict.fromkeys(parse_format(f, min(groups) if len(groups) == 1 else 64) for f in formats))
+    fmts = list(dict.fromkeys(parse_formats(formats, min(groups) if len(groups) == 1 else 64)))
     if not fmts: raise ValueError(f'no candidate formats; the sweep has {there}')
     odd = [str(f) for f in fmts if f != AS_IS and f not in sweep.formats]
     if odd: raise ValueError(f'{", ".join(odd)} was not measured; the sweep has {there}')
@@ -278,6 +283,12 @@ def admits(self: Question, plan: Plan) -> bool:
     tied = all(len({plan[p] for p in row}) == 1 for row, _ in rows)
     return pinned and tied and all(t <= b.cap for t, b in zip(total, self.budgets))
 
+# %% ../nbs/05b_knapsack.ipynb #32bbfe86
+def _check_sweep(sweep):
+    "Raise ValueError for what is no Sweep"
+    if not all(hasattr(sweep, name) for name in ('units', 'formats', 'values', 'header')): raise ValueError(
+        f'a plan is made from a Sweep, not from {shown(sweep)}; measure one with kl_sweep, or load its file')
+
 # %% ../nbs/05b_knapsack.ipynb #5a59c48a
 def pose(
     sweep, # Sweep
@@ -288,6 +299,7 @@ def pose(
     **caps, # of `budgets_of`
 ) -> Question:
     "Check what was asked and turn it into arrays; raises ValueError for what cannot be had"
+    _check_sweep(sweep)
     (table, noise), fmts, key = smoothed(sweep), candidates(sweep, formats), _tie_key(tie)
     budgets, pins = budgets_of(sweep, **caps)+list(budgets), _protected(sweep.units, protect)
     free = make_problem(sweep, table, fmts, budgets, key=key)
@@ -296,6 +308,7 @@ def pose(
     return Question(sweep, table, noise, fmts, budgets, p, free, pins)
 
 # %% ../nbs/05b_knapsack.ipynb #7c710055
+@helpful
 def allocate(
     sweep, # Sweep
     *,
@@ -312,7 +325,15 @@ def allocate(
     tie = None, # 'qkv', 'kv', 'gate_up', several of them, or a function from a unit to a key
     method: str = 'exact', # 'exact', 'lagrange' or 'greedy'
 ) -> Plan:
-    "The plan with the least KL within the caps"
+    """The plan with the least KL within the caps, all of which hold
+
+    It maps the path of each unit to its Format, and knows `nominal_bpw`, `true_bpw` (bits per weight), `nbytes`,
+    `size_mb` (MiB) and `predicted_kl` (nats). Raises ValueError without a cap, or where no plan keeps them, naming the
+    lowest that can be had.
+
+        plan = allocate(sweep, target_bpw=4.5, protect='embed')
+        plan = allocate(sweep, max_bytes=6*2**20, formats='3,4,6')
+    """
     if method not in METHODS: raise ValueError(f'no method {method!r}; there are {", ".join(METHODS)}')
     q = pose(sweep, formats, protect, tie, budgets, target_bpw=target_bpw, true_bpw=true_bpw,
              max_bytes=max_bytes, max_memory=max_memory, cache=cache, max_ms=max_ms, costs_ms=costs_ms)
@@ -431,6 +452,8 @@ def _plans_of(
     "One curve"
     fmts, (_, low, high) = _menu(sweep, profile), PROFILES[profile]
     if targets is None: low, targets = max(low, _least_bits(sweep, fmts, **options)), _TARGETS
+    odd = [t for t in targets if not isinstance(t, Real)]
+    if odd: raise ValueError(f'`targets` holds {shown(odd[0])}, and should hold numbers')
     inside = [float(t) for t in targets if low-1e-9 <= t <= high+1e-9]
     def plan(t): return allocate(sweep, target_bpw=t, formats=fmts, **options)
     return [replace(plan(t), name=f'{profile} {t:g}') for t in inside]
@@ -449,13 +472,24 @@ def _rivals_of(
     return {p.name: replace(plan(p), name=f'all at {p.name}') for p in baselines if p.nbytes-p.other_bytes >= least}
 
 # %% ../nbs/05b_knapsack.ipynb #f7ecb250
+@helpful
 def pareto(
     sweep, # Sweep
     targets = None, # nominal bits; those of `TARGETS` that the formats reach by default
     profiles = ('all',), # of PROFILES, each on the targets in its range
     **options, # of `allocate`
 ): # ▸ Frontier
-    "A plan for every target, the plans that need no measurement, and what a plan does with the bytes of each"
+    """A plan for every target, the plans that need no measurement, and what a plan does with the bytes of each
+
+    A Frontier is a list of Plans (bits per weight, MiB, KL in nats) that draws itself with `plot()`. Further
+    options are those of `allocate`. Raises ValueError for a profile or a target that the formats cannot have.
+
+        curve = pareto(sweep, targets=[3.5, 4, 4.5])
+        curve.to_frame(), curve.plot()
+    """
+    _check_sweep(sweep)
+    targets = None if targets is None else np.atleast_1d(targets).tolist()
+    profiles = listify(profiles)
     plans = [p for name in profiles for p in _plans_of(sweep, name, targets, **options)]
     if not plans: raise ValueError('no target lies in the range of '+', '.join(
         f'{name} ({PROFILES[name][1]:g} to {PROFILES[name][2]:g} bits)' for name in profiles))

@@ -259,7 +259,7 @@ def _check_type(
     if model_type not in LOADERS: raise ValueError(
         f'no model type {model_type!r}; there are auto, {", ".join(LOADERS)}')
     has, what = _LACKS.get(model_type, (bool, ''))
-    if not has(config): raise ValueError(f'{name}: config.json has no {what}; leave --model-type at auto')
+    if not has(config): raise ValueError(f'{name}: config.json has no {what}; leave `model_type` at auto')
     package = LOADERS[model_type]
     if not find_spec(package): raise ModuleNotFoundError(
         f"{name} is opened by {package.replace('_', '-')}, which is not installed: "

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from .families.samples import batch_for
 from .files import added_files, as_path, can_draw, claiming, journal_of, own_file, own_folder
 from .files import own_output, own_place
 from .files import check_full, scratch, whole_folder
-from .formats import AS_IS, Format, check_storable, parse_format, quantize_minmax
+from .formats import AS_IS, Format, check_storable, parse_format, parse_formats, quantize_minmax
 from .knapsack import PROFILES, allocate, candidates, known, pareto
 from .kv.config import STATISTICS, save_kv_config
 from .kv.layout import KVLayout, cache_bytes, kv_layout
@@ -33,7 +34,7 @@ from .measure.kl import probes
 from .measure.sweep import Sweep, about_texts, learned_again, check_other, rounding_of, texts_for
 from .models import Checkpoint
 from .plan import make_plan, baseline_plans
-from .readers import write_json
+from .readers import check_counts, helpful, shown, write_json
 from .refine import measured, verified
 from .report import Report, machine, score_row
 from .rounding import QUANTIZERS, ROUNDING, as_overrides, dwq, round_model, round_to_files
@@ -169,6 +170,10 @@ class Texts:
     n_evaluation: int = 16 # evaluation sequences
     eval_len: int | None = None # tokens in each; 256 by default, with a cache as many as in the others
 
+    def __post_init__(self):
+        check_counts(n_calibration=self.n_calibration, seq_len=self.seq_len, n_evaluation=self.n_evaluation,
+                     eval_len=self.eval_len)
+
 def _texts_of(texts: Texts | None, what: str) -> Texts: # with the default where there is none
     "The texts that such a plan is judged by"
     texts = texts or (Texts(n_calibration=5, seq_len=512, n_evaluation=4) if what == 'a cache' else Texts())
@@ -223,7 +228,7 @@ def _candidates_for(
 ) -> list[Format]:
     "The candidates that were asked for, or those that a sweep holds, or the default"
     if formats is None: formats = default if sweep is None else _load_sweep(sweep).formats
-    return [parse_format(f) for f in formats]
+    return parse_formats(formats)
 
 # %% ../nbs/08_pipeline.ipynb #6e0c51e3
 def _narrowed(sweep: Sweep, formats: list) -> Sweep:
@@ -400,7 +405,7 @@ class _Job:
     def only(self): # candidates that somebody named
         return None if self.weights.formats is None and self.weights.sweep is None else self.formats
     @property
-    def kv_formats(self): return [parse_format(f) for f in self.cache.formats]
+    def kv_formats(self): return parse_formats(self.cache.formats)
     @property
     def rounding(self): return _rounding_for(self.weights.rounding, self.weights.sweep)
     @property
@@ -517,7 +522,18 @@ def _write_beside(found: dict, folder: Path) -> dict: # label ▸ text for the m
     return {'cache': f'{mb:.1f} MB at {context:,} tokens, see kv_config.json'}
 
 
+# %% ../nbs/08_pipeline.ipynb #a816e6d4
+_SAID = {Caps: 'Caps(target_bpw=4.5)', Weights: 'Weights(formats=[4, 8])', Cache: 'Cache(formats=[4, 8])',
+         Texts: 'Texts(n_calibration=8)'}
+
+def _check_wishes(**given): # name ▸ what was given
+    "Raise ValueError for a wish that is not told in the class that bears its name"
+    kinds = {k.__name__.lower(): k for k in _SAID}
+    odd = [k for k, v in given.items() if v is not None and not isinstance(v, kinds[k])]
+    if odd: raise ValueError(f'`{odd[0]}` is {shown(given[odd[0]])}, and should be such as {_SAID[kinds[odd[0]]]}')
+
 # %% ../nbs/08_pipeline.ipynb #be42ac0c
+@helpful
 @claiming
 def optimize(
     model: str, # 'demo', a folder, or a Hub id; for a cache alone it may be quantized
@@ -532,7 +548,15 @@ def optimize(
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by the checkpoint by default
 ) -> dict: # report and figures; plan and sweep; of weights `verified`, of a cache `config`, of both `joint_plan`'s
-    "Measure sensitivities, choose formats within the caps, write the model or its kv_config.json, score it"
+    """Measure sensitivities, choose formats within the caps, write the model or its kv_config.json, score it
+
+    Caps are in bits per weight, bytes, or tokens per second; KL in the report is in nats. Raises ValueError for a wish
+    without effect or a cap that cannot be met, before any work, and FileExistsError for an `out` that is not ours.
+
+        found = optimize('demo', 'out/demo', Caps(target_bpw=4.5), weights=Weights(formats=[3, 4, 8]))
+        print(found['report'], found['plan'])
+    """
+    _check_wishes(caps=caps, weights=weights, cache=cache, texts=texts)
     what = subject(weights, cache)
     caps = caps_for(caps, what)
     if weights is None: place = _kv_output(model, out, overwrite)
@@ -570,14 +594,14 @@ def _save_curve(curve, sweep, figures: dict, out, overwrite: bool = False):
         for p in [*curve, *curve.rivals.values()]: p.save(part/'plans'/f'{p.name.replace(" ", "-")}.json')
 
 # %% ../nbs/08_pipeline.ipynb #bbe815a2
+@helpful
 @claiming
 def trade_off(
     source: 'str | Path', # 'demo', a folder, a Hub id, or a sweep file
     targets = None, # nominal bits; by default those from 3 to 8 that the formats reach
     profiles = None, # of 'compact', 'quality' and 'all'; by default all that the formats allow
     *,
-    weights: Weights = Weights(),
-    # how they are chosen and rounded; all of a sweep, or `WIDE`, are candidates by default
+    weights: Weights = Weights(), # how they are chosen, among 2, 3, 4, 5, 6 and 8 bits or what a sweep holds
     texts: Texts | None = None, # what is measured and scored on
     verify: int = 0, # points of each curve to measure on evaluation text
     out: 'str | Path | None' = None, # folder for pareto.json, pareto.png, pareto.svg, the sweep and the plans
@@ -586,7 +610,17 @@ def trade_off(
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by the checkpoint by default
 ) -> dict: # frontier, sweep, figures
-    "Size against quality of a model, from one sweep"
+    """Size against quality of a model, from one sweep
+
+    The frontier is a list of Plans: bits per weight, MiB, KL in nats. Raises ValueError for targets, profiles or wishes
+    that do not go together, FileExistsError for an `out` that is not ours.
+
+        found = trade_off('demo', [3.5, 4, 4.5], weights=Weights(formats=[2, 3, 4, 6, 8]))
+        found['frontier'].plot()
+    """
+    _check_wishes(weights=weights, texts=texts)
+    odd = [t for t in np.atleast_1d([] if targets is None else targets).tolist() if not isinstance(t, Real)]
+    if odd: raise ValueError(f'`targets` holds {shown(odd[0])}, and should hold numbers')
     sweep, saved = weights.sweep, Path(source).is_file()
     if saved and sweep is not None:
         raise ValueError(f'`sweep` has no effect: {source} is a sweep; leave one of the two')
@@ -615,6 +649,7 @@ def trade_off(
     return dict(frontier=curve, sweep=found, figures=figures)
 
 # %% ../nbs/08_pipeline.ipynb #4dc5078e
+@helpful
 def compare(
     model: str, # a model, quantized or not
     baseline: str | None = None, # what to measure KL and agreement against
@@ -625,7 +660,14 @@ def compare(
     trust_remote_code: bool = False,
     model_type: str = 'auto',
 ) -> Report: # one row, or two with the baseline first
-    "Score a model by itself, or against another one with the same vocabulary"
+    """Score a model by itself, or against another one with the same vocabulary
+
+    Perplexity; with a baseline also KL(baseline ‖ model) in nats and agreement, each with its standard error. Raises
+    ValueError for text that the model was calibrated on, and for another vocabulary.
+
+        print(compare('out/demo', baseline='demo', n=16))
+    """
+    check_counts(n=n, seq_len=seq_len)
     first = baseline or model
     opened = {m: open_backend(Checkpoint(m, trust_remote_code, model_type), backend) for m in (first, model)}
     reference, c = opened[first], opened[first].checkpoint

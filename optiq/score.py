@@ -36,7 +36,7 @@ def text_tokens(
     if limit is not None: n, seq_len = max(1, min(n, limit//seq_len)), min(seq_len, limit)
     split = 'test' if source in ('bundled', 'wikitext2') else 'all'
     try: return token_batch(passages(source, split, min_chars=-1), c.tokenizer, n, seq_len, seed=None)
-    except ValueError as e: raise ValueError(f'{e}; give fewer --n-samples or --limit-tokens') from None
+    except ValueError as e: raise ValueError(f'{e}; give less `n`, or a smaller `limit`') from None
 
 # %% ../nbs/46_score.ipynb #d41bf26c
 def _checkpoint_of(model) -> Checkpoint: # name or Checkpoint
@@ -79,7 +79,7 @@ def same_words(a: Checkpoint, b: Checkpoint):
     if a.vocabulary != b.vocabulary: raise ValueError(
         f'{a.name} has {a.vocabulary:,} words and {b.name} {b.vocabulary:,}: they have different tokenizers, so no KL '
         f'between '
-        'them exists; compare them with --task gsm8k')
+        'them exists; compare them with `task` gsm8k')
     odd = [w for w, i in a.tokenizer.get_vocab().items() if b.tokenizer.get_vocab().get(w) != i]
     if odd: raise ValueError(
         f'{a.name} and {b.name} have different tokenizers ({odd[0]!r} has another id), so no KL between them exists')
@@ -130,7 +130,7 @@ def kl(
 ) -> Report: # two rows, the baseline first
     "KL to a baseline: mean, 99th percentile, flips, and perplexity beside them"
     from optiq.evals.kl import reference, score_against
-    if baseline is None: raise ValueError('KL is a distance between two models: give --baseline the full-precision one')
+    if baseline is None: raise ValueError('KL is a distance between two models: give the full-precision one as `baseline`')
     a, c = _checkpoint_of(baseline), _checkpoint_of(model)
     same_words(a, c)
     tokens = text_tokens(a, source, n, seq_len, limit)
@@ -176,7 +176,7 @@ def recall(model, n=200, seed=42, **_) -> Report:
     from optiq.evals.tasks import answers, task_rows
     from optiq.material.problems import correct
     c, rows = _checkpoint_of(model), task_rows(n, seed=seed)['recall']
-    if not rows: raise ValueError(f'recall has four lengths: give --n-samples 4 or more, not {n}')
+    if not rows: raise ValueError(f'recall has four lengths: give 4 or more as `n`, not {n}')
     right = [correct(r, text) for r, text in zip(rows, answers(c, rows))]
     return Report([own_size(c) | share_figure('recall', right, f'recall {n} {seed}')], machine())
 
@@ -185,7 +185,7 @@ def _needle(model, n=200, lengths=(128, 256, 512, 1024), depths=(0., .25, .5, .7
     from optiq.evals.needle import needle
     cells = len(lengths)*len(depths)
     if n % cells: raise ValueError(
-        f'{n} trials do not spread over {cells} cells; give --n-samples {max(1, n//cells)*cells}')
+        f'{n} trials do not spread over {cells} cells; give as `n` {max(1, n//cells)*cells}')
     make = _cache_maker(kv)
     return needle(model, lengths, depths, n//cells, make_cache=make, name=_named(model, make))
 
@@ -210,7 +210,7 @@ def run_task(
     **options, # of the task
 ) -> Report: # the baseline's row first
     "Score a model on a task, and compare it with a baseline"
-    if n < 1: raise ValueError(f'{n} samples are none; give --n-samples 1 or more')
+    if n < 1: raise ValueError(f'{n} samples are none; give 1 or more as `n`')
     f, options = _find_task(task), {k: v for k, v in options.items() if v is not None} # a task has defaults of its own
     if options.get('kv') and task not in ('gsm8k', 'needle'): raise ValueError(
         f'kv, a configuration of the cache, is tested by gsm8k and needle, not by {task}')
@@ -234,7 +234,7 @@ def _find_task(task: str):
         raise ValueError(f'no task {task!r}; there are {", ".join(_TASKS)} and harness:<task of lm-eval>')
     f = _TASKS[task]
     if not isinstance(f, str): return f
-    if find_spec(f) is None: raise ValueError(f'--task {task} is not part of this version: it has no {f}')
+    if find_spec(f) is None: raise ValueError(f'task {task} is not part of this version: it has no {f}')
     return getattr(import_module(f), task)
 
 # %% ../nbs/46_score.ipynb #62f64cc7

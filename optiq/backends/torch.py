@@ -25,7 +25,7 @@ def _torch_blocks(model, checkpoint):
         if type(m).__name__ == 'ModuleList' and path.endswith('layers') and len(m) == checkpoint.n_blocks:
             return m
     raise ValueError(f'{checkpoint.name}: no list of {checkpoint.n_blocks} blocks in the PyTorch model; '
-                     'use --backend mlx')
+                     'use `backend` mlx')
 
 # %% ../../nbs/03b_backends.torch.ipynb #5c02f53a
 _EVERYTHING = slice(None)
@@ -39,7 +39,7 @@ def _torch_slot(model, blocks, unit: Unit):
     if f'{inside}.weight' in names: return names[f'{inside}.weight'], _EVERYTHING
     param, part = _fused_slot(names, inside, unit.shape[-2])
     if param is None or tuple(param.data[part].shape) != unit.shape: raise ValueError(
-        f'{unit.path} {unit.shape} has no counterpart in the PyTorch model; use --backend mlx')
+        f'{unit.path} {unit.shape} has no counterpart in the PyTorch model; use `backend` mlx')
     return param, part
 
 # %% ../../nbs/03b_backends.torch.ipynb #886aa3ef
@@ -96,7 +96,7 @@ def _load_quantized(checkpoint, options):
     known = {'lm_head.weight'} if checkpoint.tied else set()
     odd = [*found.unexpected_keys, *(k for k in found.missing_keys if k not in known)]
     if odd: raise ValueError(
-        f'{checkpoint.name}: {odd[0]} has no counterpart in the PyTorch model; use --backend mlx')
+        f'{checkpoint.name}: {odd[0]} has no counterpart in the PyTorch model; use `backend` mlx')
     model.tie_weights()
     return model
 

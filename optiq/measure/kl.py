@@ -75,20 +75,22 @@ def _walk(
     batch: np.ndarray, # (B, T) token ids
     todo: list[tuple[Unit, Format]], # probes, in the order of the model
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
-    tick = lambda n: None, # told how many block passes were done
+    tick = lambda passes, rounded: None, # told how often a block was run, and how many weights were rounded
     base: dict = {}, # overrides of the model that is perturbed; none for the model as it is
 ): # reference states (B, T, D); list of (k·B, T, D) states of the probes, in their order
     "States after the last block, for the reference and for every probe before the head"
     outside = _inside(b, base, None)
     reference = b.embed(batch, outside)
     streams = [b.embed(batch, outside | perturb(p, quantize)) for p in todo if p[0].kind == 'embed']
+    early = len(streams)
     for i in range(b.n_blocks):
         here = _inside(b, base, i)
         own = [b.run_block(i, reference, here | perturb(p, quantize)) for p in todo if p[0].block == i]
         with b.swapped(here):
             streams = [b.run_block(i, s) for s in _stack(b, streams)]
             reference = b.run_block(i, reference)
-        tick(len(own)+1+sum(map(len, streams))//len(batch))
+        tick(len(own)+1+sum(map(len, streams))//len(batch), len(own)+early)
+        early = 0
         streams += own
     return reference, streams
 
@@ -173,7 +175,7 @@ def measure(
     batch: 'np.ndarray | list', # (B, T) token ids, or B samples
     todo: list | tuple, # probes, in the order of the model
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
-    tick = lambda n: None, # told how many block passes were done
+    tick = lambda passes, rounded: None, # told what was done, as in `_walk`
     base: dict = {}, # overrides of the model that is perturbed
 ) -> np.ndarray: # (len(todo), B)
     "KL of every probe to the model itself, per sequence"
@@ -190,16 +192,16 @@ def _measure_samples(
     samples: list, # of dicts, see `optiq.calibration`
     todo: list | tuple, # probes
     quantize = quantize_dequantize,
-    tick = lambda n: None,
+    tick = lambda passes, rounded: None,
     base: dict = {}, # overrides of the model that is perturbed
 ) -> np.ndarray: # (len(todo), len(samples))
     "KL of every probe, over the positions of each sample that are scored"
     starts, kl = [b.record(s, base) for s in samples], np.zeros((len(todo), len(samples)))
     reference = [b.logits(s) if base else z for s, (_, z) in zip(samples, starts)]
-    tick(b.n_blocks)
+    tick(b.n_blocks, 0)
     for k, (u, fmt) in enumerate(todo):
         for i, ((passed, _), z_p) in enumerate(zip(starts, reference)):
             z = b.head(passed.at(u.block), base | perturb((u, fmt), quantize))
             kl[k, i] = kl_rows(b, z_p, z).mean()
-        tick(b.n_blocks-(u.block or 0))
+        tick(b.n_blocks-(u.block or 0), 1)
     return _finite(b, kl, todo)

@@ -178,10 +178,10 @@ def _check_strange(folder: Path, made: str):
     there = _names_in(folder) if mark else sorted(os.listdir(folder)) # a large folder of somebody's is not searched
     strange = [n for n in there if n not in mark.get('files', ())]
     if strange: raise FileExistsError(
-        f'{folder} holds {strange[0]}, which optiq did not write there, so it stays, also with --overwrite; '
+        f'{folder} holds {strange[0]}, which optiq did not write there, so it stays, also with `overwrite`; '
         'give another output')
     if there and mark.get('made') != made: raise FileExistsError(
-        f'{folder} was made as {mark.get("made")!r}, and this would be {made!r}, so it stays, also with --overwrite; '
+        f'{folder} was made as {mark.get("made")!r}, and this would be {made!r}, so it stays, also with `overwrite`; '
         'give another output')
 
 # %% ../nbs/71_files.ipynb #0bc0f6f4
@@ -202,7 +202,7 @@ def own_folder(
     if not out.is_dir(): raise FileExistsError(f'{out} exists and is no folder; give another output')
     _check_strange(out, made)
     if any(out.iterdir()) and not overwrite: raise FileExistsError(
-        f'{out} exists; give another output, or overwrite it (--overwrite)')
+        f'{out} exists; give another output, or `overwrite` it')
     return out
 
 # %% ../nbs/71_files.ipynb #0f915ba2
@@ -280,9 +280,9 @@ def own_place(
     taken = [n for n in there for x in (first, *rest) if f'{n}/'.startswith(f'{x}/') or f'{x}/'.startswith(f'{n}/')]
     strange = [n for n in taken if n not in mine or any(x.startswith(f'{n}/') for x in rest)]
     if strange: raise FileExistsError(
-        f'{folder/strange[0]} was not written by optiq, so it stays, also with --overwrite; give another output')
+        f'{folder/strange[0]} was not written by optiq, so it stays, also with `overwrite`; give another output')
     if first in taken and not overwrite: raise FileExistsError(
-        f'{folder/first} exists; give another output, or overwrite it (--overwrite)')
+        f'{folder/first} exists; give another output, or `overwrite` it')
     return folder
 
 # %% ../nbs/71_files.ipynb #182ba336
@@ -403,6 +403,6 @@ def claiming(write):
 def can_draw(*packages: str) -> bool:
     "Whether there is what a figure needs, matplotlib by default; says on stderr what is left out, and the remedy"
     missing = [p for p in packages or ('matplotlib',) if find_spec(p) is None]
-    if missing: print(f"no figure is drawn: {' and '.join(missing)} not installed; pip install 'optiq[lab]' "
+    if missing: print(f"no figure is drawn: {' and '.join(missing)} not installed; pip install 'optiq-mlx[lab]' "
                       'brings what is missing', file=sys.stderr)
     return not missing

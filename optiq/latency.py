@@ -15,11 +15,11 @@ from fastcore.basics import patch
 
 from .chips import Speed, chip_file, hollow, load_chip, machine_name, measure_decode, measure_plan
 from .chips import save_chip, this_machine
-from .formats import AS_IS, divides, parse_format
+from .formats import AS_IS, divides, parse_formats
 from .knapsack import Frontier, allocate, candidates
 from .models import Checkpoint
 from .plan import make_plan, uniform
-from .readers import OBJECT, read_ours, write_json
+from .readers import OBJECT, helpful, read_ours, write_json
 from .report import machine
 from .roofline import Chip, Latency, Reads, chip_named, reads_of
 
@@ -41,7 +41,7 @@ def latency(
     if context < 0: raise ValueError(f'context {context} is negative; give the number of tokens in the cache')
     reads = reads_of(c.load(), c.config)
     if chip is not None: return Latency(chip if isinstance(chip, Chip) else chip_named(chip), reads, context)
-    wanted = dict.fromkeys([*map(parse_format, formats), *(f for p, f in c.formats.items() if reads.active[p][0])])
+    wanted = dict.fromkeys([*parse_formats(formats), *(f for p, f in c.formats.items() if reads.active[p][0])])
     chip, points = this_machine(reads.shapes(), list(wanted), folder)
     same = [p for p in points if p['of'] == _signature(reads)] or points
     if not same: return Latency(chip, reads, context)
@@ -183,6 +183,7 @@ def _calibrate_plan(lat: Latency, c, plans: dict, folder=None, **options) -> tup
     return lat, {name: speed}
 
 # %% ../nbs/20b_latency.ipynb #dc55e57e
+@helpful
 def predict_speeds(
     model, # 'demo', a folder, a Hub id, or a Checkpoint
     formats: list = ('3', '4', '6', '8'), # of uniform plans to predict
@@ -193,11 +194,17 @@ def predict_speeds(
     folder: 'Path | None' = None, # of measurements, instead of the user's cache folder
     **options, # of `measure_decode`
 ) -> Speeds:
-    "Predicted decode speed of a model and of its uniform plans, and the measured one if asked for"
+    """Predicted decode speed of a model and of its uniform plans, and the measured one if asked for
+
+    Speeds are in tokens per second, for one sequence. Raises ValueError for a chip that the table lacks, and for
+    measuring on another machine than this.
+
+        print(predict_speeds('demo', [4, 8], chip='M3 Max'))
+    """
     if chip is not None and (calibrate_first or measure): raise ValueError(
         f'only this machine can be measured, not {chip}; leave out the chip')
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
-    fmts, speeds = [parse_format(f) for f in formats], {}
+    fmts, speeds = parse_formats(formats), {}
     lat, plans = latency(c, chip, context, fmts, folder), _plans_to_time(c, fmts)
     if calibrate_first: lat, speeds = _calibrate_plan(lat, c, plans, folder, **options)
     options = dict(context=max(1, context))|options
@@ -222,7 +229,7 @@ def budget(self: Latency,
 ) -> dict: # options of `allocate`
     "The cap on milliseconds that a speed means; raises ValueError, naming both ends, if no plan or every plan has it"
     if not tps > 0: raise ValueError(f'{tps} tokens per second is no positive number')
-    fmts = [parse_format(f) for f in formats]
+    fmts = parse_formats(formats)
     low, high = _speed_range(self, fmts)
     fast, slow = 1e3/max(low, self.host), 1e3/max(high, self.host)
     if not slow*(1-1e-9) <= tps <= fast*(1+1e-9): raise ValueError(

@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['TEXT', 'PROSE', 'NAME', 'FLAG', 'FILE', 'INSIDE', 'ANYTHING', 'OBJECT', 'LIST', 'check_file', 'read_bytes',
            'read_text', 'split_lines', 'parse', 'Form', 'whole', 'number', 'maybe', 'one_of', 'shown', 'check',
-           'read_json', 'read_ours', 'check_kind', 'records_in', 'read_records', 'known', 'dumps', 'write_json', 'told']
+           'read_json', 'read_ours', 'check_kind', 'records_in', 'read_records', 'known', 'dumps', 'write_json', 'told',
+           'check_counts', 'helpful']
 
 # %% ../nbs/72_readers.ipynb #6e54bf45
 import gzip
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import cleandoc
 from math import isfinite
+from numbers import Integral
 from pathlib import Path
 
 # %% ../nbs/72_readers.ipynb #fd18d3b5
@@ -221,3 +224,21 @@ def told(e: BaseException) -> str:
     while frames is not None and frames.tb_next is not None: frames = frames.tb_next
     place = f' in {Path(frames.tb_frame.f_code.co_filename).name}, line {frames.tb_lineno}' if frames else ''
     return f'something is not as it should be ({type(e).__name__}{place}); OPTIQ_DEBUG=1 shows the whole story'
+
+# %% ../nbs/72_readers.ipynb #e14d5db0
+def check_counts(**given):
+    "Raise ValueError, naming it, for a number that counts nothing: these are whole and at least 1, or None"
+    for name, x in given.items():
+        counts = isinstance(x, Integral) and not isinstance(x, bool) and x > 0
+        if x is not None and not counts: raise ValueError(
+            f'`{name}` is {shown(x)}, and should be a whole number of at least 1')
+
+# %% ../nbs/72_readers.ipynb #b31e8db7
+def helpful(f):
+    "Decorator of a function: `help` also shows what the comments beside its parameters say"
+    from fastcore.docments import docments # takes as long as the rest of this module, which the command line loads
+    try: said = docments(f)
+    except (OSError, TypeError): return f # without its source there are no comments
+    rows = [f'    {name}: {text}' for name, text in said.items() if text]
+    f.__doc__ = '\n'.join([cleandoc(f.__doc__), '', 'Parameters:', *rows])
+    return f

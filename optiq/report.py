@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
+from . import __version__
 from .knapsack import COLOURS, known
 from .plan import make_plan, mean_se
 from .readers import OBJECT, PROSE, read_ours, write_json
@@ -26,7 +27,7 @@ def machine() -> dict: # cpu, cores, system, versions, date
     def installed(name):
         try: return version(name)
         except PackageNotFoundError: return None
-    versions = {n: installed(n) for n in ('optiq', 'mlx', 'mlx-lm', 'torch', 'transformers')}
+    versions = dict(optiq=__version__) | {n: installed(n) for n in ('mlx', 'mlx-lm', 'torch', 'transformers')}
     return dict(cpu=_cpu(), cores=os.cpu_count(), system=f'{platform.system()} {platform.machine()}',
                 python=platform.python_version(), **{n: v for n, v in versions.items() if v},
                 date=date.today().isoformat())

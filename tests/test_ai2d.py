@@ -50,4 +50,4 @@ def test_questions_of_the_hub(monkeypatch):
     with pytest.raises(ValueError, match='has 2 questions, not 3'): questions_of('ai2d', 3)
     def gone(name, split): raise OSError('no network')
     monkeypatch.setattr(datasets, 'load_dataset', gone)
-    with pytest.raises(ConnectionError, match='cannot be fetched .OSError.; give --questions diagrams'): questions_of('ai2d')
+    with pytest.raises(ConnectionError, match='cannot be fetched .OSError.; give `questions` diagrams'): questions_of('ai2d')

@@ -21,7 +21,7 @@ def test_json_names_what_to_do():
 def test_what_is_missing(monkeypatch):
     monkeypatch.setattr(doctor, '_installed', lambda name: None if name in ('torch', 'mlx-lm') else '1.0')
     found = doctor._Diagnosis(doctor._versions())
-    assert finding(found, 'torch').state == 'note' and 'optiq[convert]' in finding(found, 'torch').remedy
+    assert finding(found, 'torch').state == 'note' and 'optiq-mlx[convert]' in finding(found, 'torch').remedy
     assert finding(found, 'mlx-lm').state == 'bad' and not found.ok
     assert '✗' in found._repr_html_()
 

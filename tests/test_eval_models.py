@@ -134,7 +134,7 @@ def test_overlap_of_other_text_is_none():
     assert fingerprint(a) != fingerprint(c)
 
 def test_too_many_samples():
-    with pytest.raises(ValueError, match='give fewer --n-samples'): run_task('perplexity', 'demo', n=10**6)
+    with pytest.raises(ValueError, match='give less `n`'): run_task('perplexity', 'demo', n=10**6)
     with pytest.raises(ValueError, match='two tokens'): run_task('perplexity', 'demo', n=2, limit=1)
 
 def test_kl_task(saved, tmp_path):
@@ -143,7 +143,7 @@ def test_kl_task(saved, tmp_path):
     assert a['name'] == 'demo' and a['kl'] == a['kl_high'] == 0 and 'perplexity' in Report.compare(r).verdicts
     assert row['kl_low'] < row['kl'] < row['kl_high'] and row['kl_n'] == 3
     assert row['kl_p99'] > row['kl'] and 0 < row['flips'] < 1 and r.about['by_position'][0]['start'] == 0
-    with pytest.raises(ValueError, match='give --baseline'): run_task('kl', 'demo', n=2)
+    with pytest.raises(ValueError, match='as `baseline`'): run_task('kl', 'demo', n=2)
 
 # word problems
 
@@ -224,7 +224,7 @@ def test_needle_report(b):
     assert _needle_trials(b.checkpoint.tokenizer, (96,), (0.,), 2) == _needle_trials(b.checkpoint.tokenizer, (96,), (0.,), 2)
     with pytest.raises(ValueError, match='grid is empty'): needle(b, (), (0.,), 2)
     with pytest.raises(ValueError, match='tokens at most'): needle(b, (10**6,), (0.,), 1)
-    with pytest.raises(ValueError, match='spread over 20 cells; give --n-samples 20'): run_task('needle', 'demo', n=30)
+    with pytest.raises(ValueError, match='spread over 20 cells; give as `n` 20'): run_task('needle', 'demo', n=30)
 
 # speed, harness, verification
 

@@ -156,7 +156,7 @@ def test_kv_cache_adds_beside_the_weights(home):
 def test_without_matplotlib_there_are_the_tables(home, monkeypatch, command):
     for name in ('matplotlib', 'matplotlib.pyplot', 'matplotlib.figure', 'seaborn', 'pandas'): monkeypatch.setitem(sys.modules, name, None)
     r = optiq(*FOLDERS[command], '-o', 'out')
-    assert r.exit_code == 0 and "pip install 'optiq[lab]'" in r.stderr, r.output
+    assert r.exit_code == 0 and "pip install 'optiq-mlx[lab]'" in r.stderr, r.output
     names = {*tree(Path('out'))}
     assert not any(n.endswith(('png', 'svg')) for n in names) and {'pareto.json', 'kv_config.json'} & names
     assert tree(Path('.')).keys() >= {'out'} and not Path('out.sweep.jsonl').exists()
@@ -165,7 +165,7 @@ def test_a_demo_without_matplotlib(home, monkeypatch, capsys):
     from optiq.show.demo import Demo
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     Demo('llm', [], dict(figure=lambda: 1/0), {}).save('d')
-    assert {*tree(Path('d'))} == {'.optiq', 'tables.txt', 'demo.json'} and 'optiq[lab]' in capsys.readouterr().err
+    assert {*tree(Path('d'))} == {'.optiq', 'tables.txt', 'demo.json'} and 'optiq-mlx[lab]' in capsys.readouterr().err
     with pytest.raises(FileExistsError): Demo('llm', [], {}, {}).save('d')
     Demo('llm', [], {}, {}).save('d', overwrite=True)
     ours(Path('e/model'), 'model') # `make demo` writes its models there first

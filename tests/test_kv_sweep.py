@@ -134,7 +134,7 @@ def test_files_of_a_run(folder, text, tmp_path):
     assert not (tmp_path/'kv.sweep.jsonl').exists() and result['plan'].nominal_bpw <= 5
     json.dumps(result['figures'])
     assert read_kv_config(tmp_path/'kv'/'kv_config.json', Checkpoint(folder).load())
-    with pytest.raises(FileExistsError, match='--overwrite'): optimize(str(folder), tmp_path/'kv', **options)
+    with pytest.raises(FileExistsError, match='or `overwrite` it'): optimize(str(folder), tmp_path/'kv', **options)
     with pytest.raises(ValueError, match='below the smallest possible, 4.00 bits'): optimize(str(folder), caps=Caps(target_bpw=3.), **options)
     assert optimize(str(folder), caps=Caps(max_bytes=3*10**5, context=256), **options)['plan'].nbytes <= 3*10**5
 

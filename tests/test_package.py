@@ -5,6 +5,7 @@ import pytest
 import yaml
 import optiq
 
+root = Path(__file__).parents[1]
 heavy = ['torch', 'transformers', 'mlx_vlm', 'mlx_audio', 'matplotlib']
 modules = [m.name for m in pkgutil.walk_packages(optiq.__path__, 'optiq.') if not m.name.endswith('_modidx')]
 
@@ -28,8 +29,24 @@ def test_no_module_needs_an_extra():
     assert out.returncode == 0, out.stderr
 
 def test_version():
-    from importlib.metadata import version
-    assert optiq.__version__ == version('optiq')
+    config = (root/'settings.ini').read_text(encoding='utf-8')
+    assert re.search(r'^version = (.*)', config, re.M)[1] == optiq.__version__
+    out = subprocess.run([sys.executable, '-m', 'optiq.cli', '--version'], capture_output=True, text=True)
+    assert out.stdout.strip() == f'optiq, version {optiq.__version__}'
+
+def test_nothing_leads_to_the_other_optiq():
+    "On the package index `optiq` is another project: the distribution, its extras and its metadata are `optiq-mlx`"
+    assert 'lib_name = optiq-mlx' in (root/'settings.ini').read_text(encoding='utf-8')
+    wrong = re.compile(r"""\boptiq\\*\[[a-z]+\\*\]|\b(?:install|download|uvx|uv add)\b[^\n'"`;]{0,60}\s(?:\\?['"`])?optiq(?![\w./-])|"""
+                       r"""(?:version|distribution|requires|package_name)\s*[(=]\s*['"]optiq['"]""")
+    kinds = '.py', '.ipynb', '.md', '.ini', '.toml', '.yml', '.cff', '.sh', '.txt', '.json'
+    files = subprocess.run(['git', 'ls-files'], cwd=root, capture_output=True, text=True, check=True).stdout.split('\n')
+    read = {f: (root/f).read_text(encoding='utf-8') for f in files if f.endswith(kinds) or f in ('Makefile', '.ci/run')}
+    found = [f'{f}: {m[0]}' for f, text in read.items() if f != 'tests/test_package.py' for m in wrong.finditer(text)]
+    assert len(read) > 100 and not found, found
+    bad = 'pip install optiq', "pip install -U 'optiq[lab]'", 'uv tool install optiq', "version('optiq')"
+    good = "pip install 'optiq-mlx[all]'", 'pip install mlx-optiq', "pip freeze | grep -E 'optiq|mlx'"
+    assert all(map(wrong.search, bad)) and not any(map(wrong.search, good))
 
 def test_help_is_quick():
     def child_seconds():

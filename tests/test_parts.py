@@ -220,7 +220,8 @@ def test_errors(folders, tmp_path):
 def test_a_missing_loader_says_what_to_install(monkeypatch):
     import optiq.models as models
     monkeypatch.setattr(models, 'find_spec', lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'optiq\[audio\]'"): models._check_type('m', dict(model_type='whisper'), 'audio')
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'optiq-mlx\[audio\]'"):
+        models._check_type('m', dict(model_type='whisper'), 'audio')
 
 def linear_layers(config):
     "Linear layers as published counts have them: matrices, embeddings apart"

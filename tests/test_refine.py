@@ -233,6 +233,6 @@ def test_trade_off(sweep, tmp_path):
     names = {f.name for f in (tmp_path/'curve').iterdir()}
     assert names == {'.optiq', 'pareto.json', 'pareto.png', 'pareto.svg', 'sweep.json', 'plans'}
     assert json.loads((tmp_path/'curve'/'pareto.json').read_text()) == json.loads(json.dumps(found['figures']))
-    with pytest.raises(FileExistsError, match='--overwrite'): trade_off('demo', out=tmp_path/'curve', **options)
+    with pytest.raises(FileExistsError, match='or `overwrite` it'): trade_off('demo', out=tmp_path/'curve', **options)
     again = trade_off(tmp_path/'curve'/'sweep.json', **options)
     assert again['figures']['points'][0] == found['figures']['points'][0] | dict(kl=None, kl_se=None)

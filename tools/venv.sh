@@ -13,5 +13,7 @@ if ! runs .venv/bin/python; then
     [ -n "$python" ] || { echo "Python 3.11, 3.12 or 3.13 is needed; point PYTHON to one." >&2; exit 1; }
     "$python" -m venv --clear .venv
 fi
+# The distribution was once called optiq: two of them would share one command
+.venv/bin/python -m pip uninstall --quiet --yes optiq 2>/dev/null || true
 echo "Setting up .venv: some minutes the first time."
 .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'

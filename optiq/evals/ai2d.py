@@ -93,7 +93,7 @@ def questions_of(
     else: raise FileNotFoundError(f'no questions {str(source)!r}: give ai2d, diagrams, a .jsonl file, or a folder '
                                   f'with questions.jsonl')
     if n is not None and n > len(rows):
-        raise ValueError(f'{source} has {len(rows)} questions, not {n}: give --n-samples {len(rows)} or fewer')
+        raise ValueError(f'{source} has {len(rows)} questions, not {n}: give {len(rows)} or fewer as `n`')
     return [r | dict(answer=_LETTERS[r['answer']]) for r in rows[:n]]
 
 # %% ../../nbs/35_evals.ai2d.ipynb #45163efd
@@ -102,7 +102,7 @@ def _from_hub():
         from datasets import load_dataset
         rows = load_dataset('lmms-lab/ai2d', split='test')
     except Exception as e: raise ConnectionError(
-        f'lmms-lab/ai2d cannot be fetched ({type(e).__name__}); give --questions diagrams, which the project '
+        f'lmms-lab/ai2d cannot be fetched ({type(e).__name__}); give `questions` diagrams, which the project '
         'draws itself, or a folder with questions.jsonl') from e
     return [dict(image=r['image'], question=r['question'], options=r['options'], answer=int(r['answer'])) for r in rows]
 

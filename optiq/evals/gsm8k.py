@@ -138,7 +138,7 @@ def questions(
     elif source == 'gsm8k': rows = _from_hub()
     else: rows = _read_questions(source, ('question', 'answer'))
     if n is not None and n > len(rows): raise ValueError(
-        f'{source} has {len(rows)} questions, not {n}: give --n-samples {len(rows)} or fewer')
+        f'{source} has {len(rows)} questions, not {n}: give {len(rows)} or fewer as `n`')
     return [dict(question=r['question'], answer=r['answer']) for r in rows[:n]]
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #34acfd8c
@@ -162,8 +162,8 @@ def _from_hub():
         return list(load_dataset('openai/gsm8k', 'main', split='test'))
     except Exception as e:
         raise ConnectionError(
-            f'openai/gsm8k cannot be fetched ({type(e).__name__}); give --questions a local .jsonl file with question '
-            'and answer, or word-problems, which the project makes itself') from e
+            f'openai/gsm8k cannot be fetched ({type(e).__name__}); give as `questions` a local .jsonl file with '
+            'question and answer, or word-problems, which the project makes itself') from e
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #0f4ec850
 _ANSWER = dict(question=PROSE, answer=PROSE, response=PROSE) # a line of the file

@@ -15,7 +15,7 @@ import numpy as np
 from ..backends.open import open_backend
 from ..evals.perplexity import evaluate, overrides_of
 from ..files import journal_of
-from ..formats import Format, parse_format
+from ..formats import Format, parse_formats
 from ..knapsack import allocate, known
 from .cache import memory_table
 from .config import kv_config, read_kv_config
@@ -34,7 +34,7 @@ def _check_candidates(b, layout: KVLayout, formats: list):
     probes(layout.units, formats)
     if layout.weights and not b.holds: raise ValueError(
         'a streamed model cannot hold quantized weights for the length of a sweep; '
-        'use --backend torch or mlx')
+        'use `backend` torch or mlx')
 
 # %% ../../nbs/11f_kv.sweep.ipynb #cf055fc2
 def _check_heard(sweep: Sweep, b):
@@ -58,7 +58,7 @@ def kv_sweep(
 ) -> Sweep:
     "Measure the KL that quantizing each layer's keys, and each layer's values, costs"
     b = open_backend(model, backend)
-    formats = [parse_format(f) for f in formats]
+    formats = parse_formats(formats)
     layout = kv_layout(b.checkpoint, context, weights, b.statistics)
     _check_candidates(b, layout, formats)
     with b.swapped(overrides_of(weights or {}) if rounded is None else rounded): sweep = kl_sweep(b, tokens, formats,
@@ -84,7 +84,7 @@ def plot_kv(
 ):
     "KL by layer with two standard errors, keys and values"
     import matplotlib.pyplot as plt
-    fmt = parse_format(fmt) if fmt else min(sweep.formats, key=lambda f: f.bits)
+    fmt = sweep.format(fmt)
     ax = ax or plt.subplots(figsize=(8, 3))[1]
     for kind, marker, colour in (('keys', 'o', '#0072B2'), ('values', 's', '#D55E00')):
         us = [u for u in sweep.units if u.kind == kind and (u.path, fmt) in sweep.values]

@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from textwrap import fill
 from threading import Thread
 
+from .. import __version__
+
 # %% ../../nbs/63_show.doctor.ipynb #2e04aa11
 @dataclass(frozen=True)
 class _Finding:
@@ -51,9 +53,9 @@ def _versions() -> list[_Finding]:
     "Python, the base, and the extras"
     here, fits = platform.python_version(), (3, 11) <= sys.version_info < (3, 14)
     python = _Finding('python', here, *(() if fits else ('bad', 'use Python 3.11, 3.12 or 3.13')))
-    base = [_package(n, 'bad', 'pip install --upgrade optiq') for n in ('optiq', 'mlx', 'mlx-lm', 'transformers')]
-    extras = [_package(n, 'note', f"for {extra}: pip install 'optiq[{extra}]'") for n, extra in _EXTRAS.items()]
-    return [python, *base, *extras]
+    base = [_package(n, 'bad', 'pip install --upgrade optiq-mlx') for n in ('mlx', 'mlx-lm', 'transformers')]
+    extras = [_package(n, 'note', f"for {extra}: pip install 'optiq-mlx[{extra}]'") for n, extra in _EXTRAS.items()]
+    return [python, _Finding('optiq', __version__), *base, *extras]
 
 # %% ../../nbs/63_show.doctor.ipynb #4de0e830
 def _chip() -> _Finding:
@@ -74,7 +76,7 @@ def _backend() -> _Finding:
     if mx.default_device().type == mx.DeviceType.gpu: return _Finding('backend', 'mlx, on the GPU')
     if find_spec('torch'): return _Finding('backend', 'torch, on the CPU (MLX has no GPU here)')
     return _Finding('backend', 'mlx, on the CPU', 'note',
-                   "PyTorch measures many times faster here: pip install 'optiq[convert]'")
+                   "PyTorch measures many times faster here: pip install 'optiq-mlx[convert]'")
 
 # %% ../../nbs/63_show.doctor.ipynb #30192503
 def _memory() -> list[_Finding]:

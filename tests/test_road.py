@@ -1,0 +1,136 @@
+"What a newcomer meets in Python: names that can be found, help that helps, and errors that say what is wrong"
+import inspect, pydoc, re, subprocess, sys
+from pathlib import Path
+import numpy as np
+import pytest
+import optiq
+from optiq.formats import Format, parse_formats
+from optiq.measure.sweep import Sweep
+from optiq.readers import helpful
+from sweeps import block_units, make_sweep
+
+ROAD = ['kl_sweep', 'load_sweep', 'allocate', 'pareto', 'convert', 'optimize', 'trade_off', 'compare', 'verify', 'predict_speeds']
+
+def function(name):
+    found = getattr(optiq, name)
+    return found.convert if inspect.ismodule(found) else found
+
+def test_import_is_quick_and_leads_to_the_road():
+    code = 'import time; t = time.perf_counter(); import optiq; print(time.perf_counter()-t); assert {*%r} <= {*dir(optiq)}' % ROAD
+    assert min(float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout) for _ in range(2)) < .1
+    with pytest.raises(AttributeError, match="no attribute 'aloccate'"): optiq.aloccate
+    assert all(callable(getattr(optiq, name)) for name in optiq.__all__)
+
+def test_the_module_that_has_the_name_of_a_function_is_one(monkeypatch):
+    from optiq import convert
+    from optiq.convert import convert as same
+    monkeypatch.setattr(convert, 'convert', lambda *args, **options: (args, options))
+    assert convert('demo', 1, overwrite=True) == (('demo', 1), dict(overwrite=True)) and same is not convert
+
+@pytest.mark.parametrize('name', ROAD)
+def test_help_stands_alone(name):
+    "What, units, errors, an example, and what the comments say of every parameter"
+    f = function(name)
+    text = pydoc.render_doc(f, renderer=pydoc.plaintext)
+    said = dict(re.findall(r'^ {8}(\w+): (.+)', text.split('Parameters:')[1], re.M))
+    told = [n for n, p in inspect.signature(f).parameters.items() if p.kind != p.VAR_KEYWORD]
+    lacking = {*told}-{*said}-{'backend', 'trust_remote_code', 'model_type'}
+    assert not lacking and re.search(r'nats|bits|seconds|MiB|folder', text) and re.search(r'[Rr]aise[sd]', text), (lacking, text)
+    assert re.search(rf'^ {{8}}.*\b{name}\(', text, re.M), 'no example'
+    assert text.count('Parameters:') == 1 and ' -- ' not in text
+
+def test_help_without_source_stays_as_it_is():
+    f = eval('lambda x: x')
+    f.__doc__ = 'The same'
+    assert helpful(f).__doc__ == 'The same'
+
+@pytest.fixture(scope='module')
+def sweep():
+    s = make_sweep(block_units(2), [Format(4, 64), Format(8, 64)], lambda u, f: np.full(3, 1/f.bits))
+    return Sweep(s.units, s.formats, s.values, s.header)
+
+def test_formats_come_in_any_form():
+    two = [Format(4, 64), Format(8, 64)]
+    assert parse_formats('4,8') == parse_formats([4, '8g64']) == parse_formats((4, 8)) == parse_formats(two) == parse_formats(' 4, 8,') == two
+    assert parse_formats(4) == parse_formats('4') == parse_formats(two[:1]) == two[:1]
+
+def test_any_form_will_do_from_the_road(sweep):
+    one = [optiq.allocate(sweep, target_bpw=4, formats=f) for f in (4, '4', '4g64', [4], Format(4, 64))]
+    assert all(dict(p) == dict(one[0]) for p in one)
+    assert dict(optiq.allocate(sweep, target_bpw=6, formats='4,8')) == dict(optiq.allocate(sweep, target_bpw=6))
+    assert [p.name for p in optiq.pareto(sweep, 5, 'all')] == ['all 5'] and len(optiq.pareto(sweep, np.arange(4, 6))) == 2
+    assert sweep.kl(sweep.units[0].path, 4) == sweep.kl(sweep.units[0].path, '4g64') == .25
+
+MISUSE = dict(
+    formats_none=(lambda s: optiq.kl_sweep('demo', formats=4.5), '4.5 is no format; write a width'),
+    formats_text=(lambda s: optiq.kl_sweep('demo', formats='4,x'), "'x' is no format; write a width"),
+    n_zero=(lambda s: optiq.kl_sweep('demo', n=0), '`n` is 0, and should be a whole number of at least 1'),
+    n_half=(lambda s: optiq.kl_sweep('demo', n=2.5), '`n` is 2.5, and should be a whole'),
+    n_text=(lambda s: optiq.kl_sweep('demo', n='8'), "`n` is '8', and should be a whole"),
+    n_true=(lambda s: optiq.kl_sweep('demo', n=True), '`n` is True, and should be a whole'),
+    seq_len=(lambda s: optiq.kl_sweep('demo', seq_len=-1), '`seq_len` is -1, and should be a whole'),
+    until=(lambda s: optiq.kl_sweep('demo', until='done'), "`until` is 'done', and should be 'stable' or None"),
+    samples=(lambda s: optiq.compare('demo', n=0), '`n` is 0, and should be a whole'),
+    texts=(lambda s: optiq.Texts(n_calibration=0), '`n_calibration` is 0, and should be a whole'),
+    no_sweep=(lambda s: optiq.allocate('demo', target_bpw=4), "made from a Sweep, not from 'demo'; measure one with kl_sweep"),
+    plan=(lambda s: optiq.allocate(optiq.allocate(s, target_bpw=4), target_bpw=4), "made from a Sweep, not from Plan '4 bits'"),
+    curve=(lambda s: optiq.pareto('demo'), "made from a Sweep, not from 'demo'"),
+    cap=(lambda s: optiq.allocate(s, target_bpw='4.5'), "`target_bpw` is '4.5', and should be a number"),
+    no_cap=(lambda s: optiq.allocate(s), 'no cap; give target_bpw, '),
+    targets=(lambda s: optiq.pareto(s, '3,4'), "`targets` holds '3,4', and should hold numbers"),
+    curve_targets=(lambda s: optiq.trade_off('demo', '3,4'), "`targets` holds '3,4', and should hold numbers"),
+    caps=(lambda s: optiq.optimize('demo', None, 4.5), r'`caps` is 4.5, and should be such as Caps\(target_bpw=4.5\)'),
+    weights=(lambda s: optiq.optimize('demo', weights='4,8'), r"`weights` is '4,8', and should be such as Weights\("),
+    no_plan=(lambda s: optiq.convert('demo', 4, 'out'), '4 is no plan; make one with allocate or uniform'),
+    sweep_as_plan=(lambda s: optiq.convert('demo', s, 'out'), 'is no plan; make one with allocate or uniform'),
+    bits=(lambda s: Format('4', 64), "no MLX format has bits='4', group_size=64"),
+    drawn=(lambda s: s.plot(fmt='5g64'), '5g64 was not measured; the sweep has 4g64, 8g64'),
+    format=(lambda s: s.kl(s.units[0].path, 5), '5g64 was not measured; the sweep has 4g64, 8g64'),
+    unit=(lambda s: s.kl('lm_heat', 4), 'lm_heat was not measured in 4g64'))
+
+@pytest.mark.parametrize('case', MISUSE)
+def test_misuse_is_told_in_the_words_of_the_caller(case, sweep):
+    wrong, says = MISUSE[case]
+    with pytest.raises(ValueError, match=says) as e: wrong(sweep)
+    assert '\n' not in str(e.value) and not re.search(r'(^|\s)--[a-z]', str(e.value))
+
+def test_another_file_is_no_sweep(sweep, tmp_path):
+    optiq.allocate(sweep, target_bpw=4).save(tmp_path/'plan.json')
+    with pytest.raises(ValueError, match='plan.json is no sweep, but a plan; `optiq sweep` writes one'): optiq.load_sweep(tmp_path/'plan.json')
+    with pytest.raises(FileNotFoundError, match='there is no such file'): optiq.load_sweep('none.json')
+
+def test_errors_of_python_name_no_flags():
+    "The command puts its flags in the place of what stands in backticks; only what is about a command line names them itself"
+    about_commands = 'cli.py', 'command.py', 'serve.py', 'doctor.py'
+    package = Path(optiq.__file__).parent
+    texts = {p: p.read_text(encoding='utf-8') for p in package.rglob('*.py') if p.name not in about_commands}
+    found = [f'{p.relative_to(package)}: {m[0]}' for p, t in texts.items() for m in re.finditer(r'[^`\n]{0,40}[ (\'"]--[a-z][a-z-]+[^\n]*', t)]
+    assert not [f for f in found if 'optiq ' not in f], found
+
+def test_a_conversion_ends_in_words(tmp_path):
+    from optiq.cli import _in_words, _next_steps
+    from optiq.report import Report
+    row = lambda name, mb, bits, kl, se=.001: dict(name=name, size_mb=mb, true_bpw=bits, kl=kl, kl_se=se, agreement=1-kl)
+    rows = [row('reference', 1200, 16, 0), row('optiq', 338, 4.5, .05)]
+    rows += [row('uniform 3g64', 260, 3.5, .4), row('uniform 4g64', 340, 4.52, .09, float('nan'))]
+    about = dict(evaluation='bundled, 16 × 256 tokens, 0f3a')
+    assert _in_words(Report(rows, about), False).split('\n') == [
+        'The model is 338.0 MB, 4.50 bits per weight; the original is 1,200.0 MB.',
+        'On text that it was not calibrated on (bundled, 16 × 256 tokens): '
+        'the same next token as the original 95.0% of the time, KL 0.0500 ± 0.0010.',
+        'Nearest in size is uniform 4g64, 340.0 MB: the same next token as the original 91.0% of the time, KL 0.0900.']
+    alone = _in_words(Report(rows[:2], about), True)
+    assert alone.startswith('The model would be') and len(alone.split('\n')) == 2
+    found = _next_steps('demo', dict(trust_remote_code=False, model_type='auto')).split('\n')
+    assert found == ['written to demo; to use it:', '    mlx_lm.generate --model demo --prompt "Hello"', '    optiq serve demo']
+
+def test_a_bar_knows_what_late_blocks_cost(monkeypatch):
+    "Ten weights at .2 s each, and runs of a block at .01 s each: half of the weights are done, and a fifth of the runs"
+    from types import SimpleNamespace
+    from optiq.measure import sweep as module
+    runs, moved = (2, 3, 4, 5, 6), []
+    clock = iter(np.cumsum([0, *[.2+.01*n for n in runs]]))
+    monkeypatch.setattr(module, 'time', SimpleNamespace(perf_counter=lambda: next(clock)))
+    share = module._Share(SimpleNamespace(n=0, update=moved.append), 100, 10)
+    for n in runs: share(n, 1)
+    assert moved[-1] == pytest.approx((5*.2+20*.01)/(10*.2+100*.01)) and max(moved) <= 1

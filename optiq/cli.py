@@ -109,6 +109,14 @@ _SHARED |= dict(
     rounding_n=click.option('--rounding-samples', 'rounding_n', type=int,
         help='calibration sequences that search, gptq and dwq learn from  [default: 32]'))
 
+# %% ../nbs/90_cli.ipynb #8631f2ce
+_NAMED = {'pin': 'the one format of units, by path or kind', 'ceiling': 'units that get no wider format',
+          'floor': 'units that get no narrower format'}
+_SHARED |= {k: click.option(f'--{k}', metavar='NAME=FORMAT', help=f"{said}, such as 'lm_head=8g64,*.o_proj=6'")
+            for k, said in _NAMED.items()}
+_SHARED['leave'] = click.option('--leave', metavar='NAMES', callback=_as_names,
+                                help='units that stay as they are, separated by commas')
+
 # %% ../nbs/90_cli.ipynb #4a378e11
 _SHARED |= dict(
     overwrite=click.option('--overwrite', is_flag=True, help='replace the output, if all of it was written by optiq'),
@@ -156,7 +164,7 @@ def _default_output(model: str, ending: str) -> str:
 @click.option('--context', type=int, metavar='N',
               help='tokens in the KV cache, for --target-memory, --target-tps and --kv')
 @click.option('--candidate-bits', 'bits', help='widths to choose from  [default: all of the sweep given, or 4,8]')
-@_options('formats', 'group_size', 'protect', 'tie', 'rounding', 'rounding_n')
+@_options('formats', 'group_size', 'protect', 'pin', 'ceiling', 'floor', 'leave', 'tie', 'rounding', 'rounding_n')
 @click.option('--polish', type=click.Choice(['dwq']), help="train scales and biases at the end, by mlx-lm's dwq")
 @click.option('--kv', is_flag=True, help='one allocation over weights and KV cache under --target-size')
 @click.option('--kv-candidate-bits', 'kv_bits',
@@ -177,6 +185,7 @@ def convert(model, target, bits, formats, group_size, kv, kv_bits, output, dry_r
     optiq convert Qwen/Qwen3-0.6B-base --target-bpw 4.5 --candidate-bits 4,8
     optiq convert demo --target-size 5 --candidate-bits 3,4,6 --protect embed --tie qkv -o ./small
     optiq convert demo --target-bpw 3.5 --candidate-bits 2,3,4,6 --rounding gptq
+    optiq convert demo --target-bpw 4.5 --pin '*.o_proj=6' --ceiling embed=4
     optiq convert demo --kv --context 4096 --target-size 20
     """
     from optiq.files import own_output
@@ -311,7 +320,7 @@ _MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'backend'
 @click.option('--targets', help='nominal bits, from:to:step or a list  [default: those of 3.0:8.0:0.25 that the '
                                 'formats reach]')
 @click.option('--bits', help='widths to choose from, and to sweep  [default: all of the sweep given, or 2,3,4,5,6,8]')
-@_options('formats', 'group_size', 'protect', 'tie', 'rounding', 'rounding_n')
+@_options('formats', 'group_size', 'protect', 'pin', 'ceiling', 'floor', 'leave', 'tie', 'rounding', 'rounding_n')
 @click.option('--verify', type=Number(click.INT, 1000, none=True), default=0, show_default=True, metavar='N',
               help='points of each curve to measure on evaluation text, with all baselines')
 @click.option('-o', '--output', 'out', type=click.Path(), metavar='DIR',

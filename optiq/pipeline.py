@@ -24,7 +24,7 @@ from .files import added_files, as_path, can_draw, claiming, journal_of, own_fil
 from .files import own_output, own_place
 from .files import check_full, scratch, whole_folder
 from .formats import AS_IS, Format, check_storable, parse_format, quantize_minmax
-from .knapsack import PROFILES, allocate, candidates, known, pareto
+from .knapsack import PROFILES, _least_bits, allocate, candidates, known, pareto
 from .kv.config import STATISTICS, save_kv_config
 from .kv.layout import KVLayout, cache_bytes, kv_layout
 from .kv.sweep import _combine, layer_table, memory_lines, parts, planned_cache, planned_together, plot_kv
@@ -39,6 +39,7 @@ from .report import Report, machine, score_row
 from .rounding import QUANTIZERS, ROUNDING, as_overrides, dwq, round_model, round_to_files
 from .score import same_words, text_tokens
 from .sensitivity import kl_sweep, sweep_quantizer
+from .wishes import pinned
 
 # %% ../nbs/08_pipeline.ipynb #eca94df7
 _FORMATS, _WIDE = ('4g64', '8g64'), (2, 3, 4, 5, 6, 8) # candidates for a plan, and for a whole curve
@@ -61,6 +62,10 @@ class Weights:
     "How the weights are chosen, rounded and judged"
     formats: 'list | tuple | None' = None # candidates; by default those of the sweep given, or `FORMATS`
     protect: 'str | tuple | list' = () # what gets the widest one: 'embed', 'lm_head', 'first', 'last', paths
+    pin: 'dict | str | None' = None # name ▸ the one format of these units, or 'lm_head=8g64,*.o_proj=6'
+    ceiling: 'dict | str | None' = None # name ▸ format, likewise: no wider one
+    floor: 'dict | str | None' = None # name ▸ format, likewise: no narrower one
+    leave: 'str | tuple | list' = () # names of units that stay as they are
     tie: 'str | tuple | list | Callable | None' = () # what shares a format: 'qkv', 'kv', 'gate_up'
     sweep: 'Sweep | str | Path | None' = None # a sweep of this model, or its file
     rounding: str | None = None # 'minmax', 'search' or 'gptq'; by default that of the sweep, or `ROUNDING`
@@ -68,6 +73,10 @@ class Weights:
     polish: str | None = None # 'dwq': train scales and biases at the end
     verify: bool | None = None # measure the plan and its like, keep the best; by default for weights alone
     compare: bool | None = None # score the baselines too; likewise
+
+    @property
+    def wishes(self) -> dict: # of `allocate`
+        return {k: getattr(self, k) for k in ('protect', 'pin', 'ceiling', 'floor', 'leave', 'tie')}
 
 @dataclass(frozen=True)
 class Cache:
@@ -146,14 +155,14 @@ def _untested(source, formats: list) -> Sweep: # of a Checkpoint or KVLayout
 
 def _feasible(
     c: Checkpoint,
-    formats: list[Format], # candidates
+    measured: list[Format], # what will be measured
     layout: KVLayout | None = None, # of the cache, if it is in the same budget
     kv_formats: list = (), # candidates of the cache
     **options, # of `allocate`
 ): # ▸ Plan of about the size that there will be
     "Raise ValueError if no plan fits the caps, or a format does not fit the model"
-    sweep = _untested(c, check_storable([f for f in formats if f != AS_IS]))
-    if layout is None: return allocate(sweep, formats=formats, **options)
+    sweep = _untested(c, check_storable([f for f in measured if f != AS_IS]))
+    if layout is None: return allocate(sweep, **options)
     cache = _untested(layout, kv_formats)
     return parts(allocate(_combine(sweep, cache), **options), sweep, cache)[0]
 
@@ -322,10 +331,10 @@ def _quantizer_of_plans(b, t: _Batches, formats: list, rounding: str):
 
 # %% ../nbs/08_pipeline.ipynb #67d1f050
 def _choose(b, t: _Batches, sweep: Sweep, rounding: str, verify: bool, only=None,
-            **options) -> tuple: # Plan, Verified or None
+            measured=None, **options) -> tuple: # Plan, Verified or None
     "The plan to save: the best on paper, or the best that was measured"
     if not verify: return allocate(sweep, **options), None
-    quantize = _quantizer_of_plans(b, t, options['formats'], rounding)
+    quantize = _quantizer_of_plans(b, t, measured or options['formats'], rounding)
     v = verified(b, t.tokens, sweep, quantize=quantize, only=only, **options)
     return v.plan, v
 
@@ -374,7 +383,7 @@ def _summary(report: Report, plan, joint, v, out, seconds: float) -> dict:
                 calibration_kl=float(joint.mean()), kl=mine['kl'], kl_se=mine['kl_se'],
                 perplexity=mine['perplexity'], perplexity_se=mine['perplexity_se'],
                 reference_perplexity=reference['perplexity'], seconds=seconds,
-                protected=plan.solver.get('protected', []), protect_cost=plan.solver.get('protect_cost'),
+                wishes=plan.solver.get('wishes', []), wishes_cost=plan.solver.get('wishes_cost'),
                 verified=dict(kept=v.kept, tried=v.rows, rounds=v.rounds) if v else None,
                 baselines=[{k: r[k] for k in few} for r in rows.values()], about=report.about)
 
@@ -397,8 +406,12 @@ class _Job:
     @property
     def formats(self): return _candidates_for(self.weights.formats, self.weights.sweep)
     @property
-    def only(self): # candidates that somebody named
-        return None if self.weights.formats is None and self.weights.sweep is None else self.formats
+    def measured(self): # the candidates, and what units are pinned to
+        groups = {f.group_size for f in self.formats if f.mode == 'affine'}
+        return list(dict.fromkeys([*self.formats, *pinned(self.weights.pin, min(groups) if len(groups) == 1 else 64)]))
+    @property
+    def only(self): # what a plan may have, if somebody named candidates
+        return None if self.weights.formats is None and self.weights.sweep is None else self.measured
     @property
     def kv_formats(self): return [parse_format(f) for f in self.cache.formats]
     @property
@@ -422,9 +435,9 @@ class _Job:
 # %% ../nbs/08_pipeline.ipynb #3e05e0d0
 def _conditions(job: _Job) -> dict: # of `allocate`
     "What a plan of the weights must keep to"
-    c, caps, fmts = job.c, job.caps, job.formats
+    c, caps, fmts = job.c, job.caps, job.measured
     found = {k: getattr(caps, k) for k in ('target_bpw', 'true_bpw', 'max_bytes', 'max_memory')}
-    found |= dict(formats=fmts, protect=job.weights.protect, tie=job.weights.tie)
+    found |= dict(formats=job.formats, **job.weights.wishes)
     if caps.max_memory is not None: found['cache'] = cache_bytes(c, caps.context)
     if caps.target_tps is None: return found
     return found | latency(c, caps.chip, 512 if caps.context is None else caps.context, fmts).budget(caps.target_tps,
@@ -435,11 +448,11 @@ def _conditions(job: _Job) -> dict: # of `allocate`
 def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     "Measure, choose, write, and score what was written"
     c, w, out, rounding, start = job.c, job.weights, job.out, job.rounding, time.perf_counter()
-    likely = _feasible(c, **(options := _conditions(job)))
+    likely = _feasible(c, job.measured, **(options := _conditions(job)))
     _check_output(c, out, likely, rounding)
     b, t = job.open(job.more)
-    found = _find_sweep(b, t, job.formats, w.sweep, out, rounding)
-    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, **options)
+    found = _find_sweep(b, t, job.measured, w.sweep, out, rounding)
+    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, **options)
     if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
     others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
     report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish)
@@ -486,17 +499,17 @@ def _draw_sensitivity(sweep: Sweep, file: Path):
 # %% ../nbs/08_pipeline.ipynb #e308257d
 def _choose_both(job: _Job) -> dict: # report, config, figures, and what `joint_plan` returns
     "Measure, choose, score, write the model with its kv_config.json"
-    c, w, out, rounding, fmts = job.c, job.weights, job.out, job.rounding, job.formats
+    c, w, out, rounding, fmts = job.c, job.weights, job.out, job.rounding, job.measured
     layout = kv_layout(c, job.context)
-    wishes = dict(protect=w.protect, tie=w.tie)
-    likely = _feasible(c, fmts, layout, job.kv_formats, max_bytes=job.caps.max_bytes, **wishes)
+    likely = _feasible(c, fmts, layout, job.kv_formats, max_bytes=job.caps.max_bytes,
+                      formats=[*job.formats, *job.kv_formats], **w.wishes)
     _check_output(c, out, likely, rounding)
     if w.sweep is not None: _check_length(_load_sweep(w.sweep), job.texts.n_calibration)
     b, t = job.open(job.more)
     known = None if w.sweep is None else _narrowed(_find_sweep(b, t, fmts, w.sweep, None, rounding), fmts)
     found = planned_together(b, t.tokens, t.scored, layout, job.caps.max_bytes, fmts, job.kv_formats, t.about, out,
                              weight_sweep=known, rounding=rounding, rounding_tokens=t.learned, calibration=t.source,
-                             **wishes)
+                             candidates=[*job.formats, *job.kv_formats], **w.wishes)
     if out is not None: _write_model(b, found['weights'], t, out, found['weight_sweep'], job.overwrite, rounding, None,
                                     partial(_write_beside, found))
     return found
@@ -603,11 +616,12 @@ def trade_off(
         about = machine()
     else:
         c = Checkpoint(source, trust_remote_code, model_type)
+        _least_bits(_untested(c, [f for f in fmts if f != AS_IS]), fmts, **weights.wishes) # raises for an odd wish
         job = _Job(c, out, Caps(), weights, None, _texts_of(texts, 'weights'), backend, overwrite)
         b, t = job.open(job.more)
         found, about = _find_sweep(b, t, fmts, sweep, out, rounding), t.about | dict(rounding=rounding)
     chosen = _narrowed(found, fmts)
-    curve = pareto(chosen, targets, profiles or _possible(chosen), protect=weights.protect, tie=weights.tie)
+    curve = pareto(chosen, targets, profiles or _possible(chosen), **weights.wishes)
     if verify: measured(curve, b, t.scored, verify, _quantizer_of_plans(b, t, chosen.formats, rounding))
     figures = dict(model=str(source), points=curve.points(), versus=curve.versus(), about=about)
     if out is not None: _save_curve(curve, found, figures, out, overwrite)

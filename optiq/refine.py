@@ -189,7 +189,7 @@ def _stamped(q, plan, tried, kl, kept, tokens) -> Plan:
     record = dict(kept=kept, joint_kl=joint, joint_kl_se=known(se), tokens=fingerprint(tokens),
                   tried={x: dict(predicted_kl=known(p.predicted_kl), joint_kl=float(kl[x].mean())) for x,
                          p in tried.items()})
-    cost = {k: plan.solver[k] for k in ('protect_cost',) if k in plan.solver}
+    cost = {k: plan.solver[k] for k in ('wishes', 'wishes_cost') if k in plan.solver}
     report = plan.solver if chosen == plan else dict(method='baseline', **q.conditions()) | chosen.solver | cost
     return replace(chosen, solver=report | dict(verified=record))
 

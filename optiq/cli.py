@@ -7,6 +7,7 @@ __all__ = ['main']
 
 # %% ../nbs/90_cli.ipynb #87dbb1b5
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -134,13 +135,28 @@ def _as_bytes(unit: int): # ▸ callback of an option
 
 _MB, _GB = 2**20, 2**30
 
+# %% ../nbs/90_cli.ipynb #ceed7fcd
+class _Size(click.ParamType):
+    "Bytes as a person writes them: 16GB, 800MB, or a number of `unit`; `word` stands for itself"
+    name, _UNITS = 'size', dict(KB=2**10, MB=2**20, GB=2**30, TB=2**40)
+    def __init__(self, unit: str, word: str | None = None): self.unit, self.word = unit, word
+
+    def convert(self, value, param, ctx): # bytes
+        if not isinstance(value, str) or value == self.word: return value
+        found = re.fullmatch(r'([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B)?', value.strip(), re.I)
+        size = float(found[1])*self._UNITS[(found[2] or self.unit).upper().replace('I', '')] if found else 0
+        if 0 < size < 2**60: return int(size)
+        more = f', or {self.word}' if self.word else ''
+        self.fail(f'{value} is no size, such as 16GB or a number of {self.unit}{more}', param, ctx)
+
 # %% ../nbs/90_cli.ipynb #e4357a34
 def _ending_of(caps: dict, kv: bool = False) -> str: # of `Caps`
     "What the caps are called in a folder's name"
-    mb = {k: caps[k]/_MB for k in ('max_bytes', 'max_memory') if caps.get(k) is not None}
+    mb = {k: caps[k]/_MB for k in ('max_bytes', 'max_memory') if caps.get(k) not in (None, 'auto')}
     found = {'bpw': caps.get('target_bpw'), 'mb': mb.get('max_bytes'), 'mb-all': mb.get('max_memory'),
              'tps': caps.get('target_tps')}
-    return '-'.join([f'{v:g}{what}' for what, v in found.items() if v is not None]+['kv']*kv)
+    auto = ['auto'] if caps.get('max_memory') == 'auto' else []
+    return '-'.join([f'{v:g}{what}' for what, v in found.items() if v is not None]+auto+['kv']*kv)
 
 
 # %% ../nbs/90_cli.ipynb #65f75653
@@ -157,8 +173,8 @@ def _default_output(model: str, ending: str) -> str:
 @click.option('--target-bpw', 'target_bpw', type=float, help='cap on nominal bits per weight')
 @click.option('--target-size', 'max_bytes', type=float, callback=_as_bytes(_MB), metavar='MB',
               help='cap on the size of all tensors')
-@click.option('--target-memory', 'max_memory', type=float, callback=_as_bytes(_MB), metavar='MB',
-              help='cap on tensors and KV cache')
+@click.option('--target-memory', 'max_memory', type=_Size('MB', 'auto'), metavar='MB|16GB|auto',
+              help='cap on tensors and KV cache; auto: all that this machine leaves, see `optiq fit`')
 @click.option('--target-tps', type=float, metavar='N', help='decode at least N tokens per second, by prediction')
 @click.option('--chip', metavar='NAME', help='on which chip, such as "M3 Max"; default: this machine, measured')
 @click.option('--context', type=int, metavar='N',
@@ -616,6 +632,27 @@ def doctor(timeout, as_json):
     lines = [click.style(repr(f)[0], fg=colours[f.state])+repr(f)[1:] for f in found]
     _finish(found.figures(), '\n'.join(lines), as_json)
     if not found.ok: sys.exit(1)
+
+# %% ../nbs/90_cli.ipynb #6d1ae6ee
+@main.command('fit', short_help='What of a model fits a machine, from its config alone.')
+@click.argument('model')
+@click.option('--memory', type=_Size('GB'), metavar='16GB', help='of the machine; default: this one, and common Macs')
+@click.option('--context', default=32768, show_default=True, help='tokens in the KV cache')
+@click.option('--candidate-bits', 'bits', help='widths to choose from  [default: 2,3,4,5,6,8]')
+@_options('formats', 'group_size', 'sweep', 'json')
+def _fit(model, memory, context, bits, formats, group_size, sweep, as_json):
+    """The largest plan whose weights, KV cache and working memory leave the system what it needs.
+
+    Of a model on the Hub only config.json and the index are fetched. What quality to expect, a sweep tells.
+
+    \b
+    optiq fit demo --memory 16GB
+    optiq fit Qwen/Qwen3-8B --context 16384
+    """
+    from optiq.fit import what_fits
+    _check_group(group_size, (formats, bits, '2,3'))
+    found = what_fits(model, memory, context, sweep, _as_formats(formats, bits, group_size, '2,3,4,5,6,8'))
+    _finish(dict(rows=found.rows, about=found.about), repr(found), as_json)
 
 # %% ../nbs/90_cli.ipynb #0db58d9b
 #| eval: false

@@ -23,16 +23,16 @@ from .families.samples import batch_for
 from .files import added_files, as_path, can_draw, claiming, journal_of, own_file, own_folder
 from .files import own_output, own_place
 from .files import check_full, scratch, whole_folder
+from .fit import _memory_here, _untested
 from .formats import AS_IS, Format, check_storable, parse_format, quantize_minmax
 from .knapsack import PROFILES, _least_bits, allocate, candidates, known, pareto
 from .kv.config import STATISTICS, save_kv_config
 from .kv.layout import KVLayout, cache_bytes, kv_layout
 from .kv.sweep import _combine, layer_table, memory_lines, parts, planned_cache, planned_together, plot_kv
 from .latency import latency
-from .measure.kl import probes
 from .measure.sweep import Sweep, about_texts, learned_again, check_other, rounding_of, texts_for
 from .models import Checkpoint
-from .plan import make_plan, baseline_plans
+from .plan import baseline_plans, make_plan, uniform
 from .readers import write_json
 from .refine import measured, verified
 from .report import Report, machine, score_row
@@ -50,7 +50,7 @@ class Caps:
     target_bpw: float | None = None # average code width; without any cap 4.5 for weights, 5 for a cache
     true_bpw: float | None = None # bytes of everything saved × 8 / parameters
     max_bytes: float | None = None # bytes of all tensors, of the cache at `context`, or of both together
-    max_memory: float | None = None # bytes of all tensors and of a KV cache that stays as it is
+    max_memory: 'float | str | None' = None # bytes of all tensors and of a KV cache that stays as it is; 'auto': all here
     target_tps: float | None = None # tokens per second, by prediction
     chip: str | None = None # where these are to be reached, such as 'M3 Max'; by default here
     context: int | None = None # tokens in the KV cache; by default 16,384 for its plan, 512 for a speed
@@ -108,6 +108,8 @@ def caps_for(caps: Caps | None, what: str) -> Caps: # with the default where the
     odd = [k for k in given if k not in _COUNTS[what]]
     if odd: raise ValueError(f'`{odd[0]}` has no effect {_beside(what)} yet; give `max_bytes` instead')
     if what == 'weights':
+        if isinstance(caps.max_memory, str) and caps.max_memory != 'auto': raise ValueError(
+            f'`max_memory` {caps.max_memory!r} is no number of bytes; give one, or auto')
         if caps.max_memory is not None and caps.context is None: raise ValueError('`max_memory` needs `context`')
         if caps.chip is not None and caps.target_tps is None: raise ValueError(
             '`chip` says where `target_tps` is to be reached; give both')
@@ -147,12 +149,6 @@ def _baselines(
     return {n: found[n] for n in names if n in found}
 
 # %% ../nbs/08_pipeline.ipynb #3268236e
-def _untested(source, formats: list) -> Sweep: # of a Checkpoint or KVLayout
-    "A sweep with made-up values, to see whether a cap can be met; raises ValueError for a format that does not fit"
-    values = {(u.path, f): np.array([1/f.bits]) for u, f in probes(source.units, formats)}
-    return Sweep(source.units, formats, values,
-                 dict(model=source.name, params=source.params, other_bytes=source.other_bytes))
-
 def _feasible(
     c: Checkpoint,
     measured: list[Format], # what will be measured
@@ -439,6 +435,8 @@ def _conditions(job: _Job) -> dict: # of `allocate`
     found = {k: getattr(caps, k) for k in ('target_bpw', 'true_bpw', 'max_bytes', 'max_memory')}
     found |= dict(formats=job.formats, **job.weights.wishes)
     if caps.max_memory is not None: found['cache'] = cache_bytes(c, caps.context)
+    if caps.max_memory == 'auto': found['max_memory'] = min(
+        _memory_here(c, caps.context), found['cache']+max(uniform(c, f).nbytes for f in fmts))
     if caps.target_tps is None: return found
     return found | latency(c, caps.chip, 512 if caps.context is None else caps.context, fmts).budget(caps.target_tps,
                                                                                                      fmts)

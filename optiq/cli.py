@@ -118,6 +118,10 @@ _SHARED |= {k: click.option(f'--{k}', metavar='NAME=FORMAT', help=f"{said}, such
 _SHARED['leave'] = click.option('--leave', metavar='NAMES', callback=_as_names,
                                 help='units that stay as they are, separated by commas')
 
+# %% ../nbs/90_cli.ipynb #d23e2f51
+_SHARED['dtype'] = click.option('--dtype', type=click.Choice(['float16', 'bfloat16']), help='type of scales and of '
+                                'tensors that stay; float16 is faster on M1 and M2  [default: as in the checkpoint]')
+
 # %% ../nbs/90_cli.ipynb #4a378e11
 _SHARED |= dict(
     overwrite=click.option('--overwrite', is_flag=True, help='replace the output, if all of it was written by optiq'),
@@ -181,6 +185,7 @@ def _default_output(model: str, ending: str) -> str:
               help='tokens in the KV cache, for --target-memory, --target-tps and --kv')
 @click.option('--candidate-bits', 'bits', help='widths to choose from  [default: all of the sweep given, or 4,8]')
 @_options('formats', 'group_size', 'protect', 'pin', 'ceiling', 'floor', 'leave', 'tie', 'rounding', 'rounding_n')
+@_options('dtype')
 @click.option('--polish', type=click.Choice(['dwq']), help="train scales and biases at the end, by mlx-lm's dwq")
 @click.option('--kv', is_flag=True, help='one allocation over weights and KV cache under --target-size')
 @click.option('--kv-candidate-bits', 'kv_bits',
@@ -218,7 +223,7 @@ def convert(model, target, bits, formats, group_size, kv, kv_bits, output, dry_r
     out = output or _default_output(model, _ending_of(vars(caps), kv))
     if dry_run and output: own_output(out, given['overwrite'], 'model', model, given['sweep'] is None and not kv)
     r = optimize(model, None if dry_run else out, caps, weights=weights, cache=cache, texts=_filled(Texts, given),
-                 **{k: given[k] for k in ('backend', 'overwrite', 'trust_remote_code', 'model_type')})
+                 **{k: given[k] for k in ('backend', 'overwrite', 'trust_remote_code', 'model_type', 'dtype')})
     end = 'dry run: nothing was written' if dry_run else f'written to {out}'
     _finish(r['figures'], f'{_with_cache(r) if kv else _weights_alone(r)}\n{end}', as_json)
 
@@ -251,7 +256,7 @@ def _with_cache(found: dict) -> str:
 @click.option('--max-memory', type=float, callback=_as_bytes(_GB), metavar='GB',
               help='memory for states; default: two thirds of what is free')
 @click.option('--resume/--no-resume', default=True, show_default=True, help='go on with the file, or refuse it')
-@_options('model_type', 'trust', 'json')
+@_options('dtype', 'model_type', 'trust', 'json')
 def sweep(model, out, bits, formats, group_size, targets, resume, as_json, **given):
     """Measure the KL divergence that quantizing each tensor alone causes, once, for any number of targets.
 
@@ -290,11 +295,12 @@ def _check_unused_in_sweep(given: dict):
 
 
 # %% ../nbs/90_cli.ipynb #7d9f5ab1
-def _measured(model, model_type, trust_remote_code, **given):
+def _measured(model, model_type, trust_remote_code, dtype, **given):
     "`kl_sweep` of a model that is opened as the options say"
-    from optiq.models import Checkpoint
+    from optiq.models import Checkpoint, check_overflow
     from optiq.sensitivity import kl_sweep
-    return kl_sweep(Checkpoint(model, trust_remote_code, model_type), **given)
+    check_overflow(c := Checkpoint(model, trust_remote_code, model_type, dtype))
+    return kl_sweep(c, **given)
 
 # %% ../nbs/90_cli.ipynb #369af0d3
 def _told_of(sweep, out: str) -> tuple: # figures, text

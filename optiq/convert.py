@@ -59,6 +59,8 @@ def _pack(
     for path, w in weights.items():
         config['quantization'][path] = config_entry(plan[path])
         if plan[path] != AS_IS: _module(model, path).update(for_unit(quantizer, path)(w, plan[path]))
+    for key in ('dtype', 'torch_dtype'):
+        if checkpoint.dtype and key in config: config[key] = checkpoint.dtype
     return model, config
 
 # %% ../nbs/07_convert.ipynb #83fedcf4

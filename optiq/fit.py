@@ -183,8 +183,8 @@ def _shown(r: dict) -> dict: # of `_Fits.rows` ▸ texts by column
     plan = 'nothing fits'
     if r['plan']: plan = r['plan'] if r['plan'] == 'as it is' else f'{r["nominal_bpw"]:.2f} bits'
     memory = r['memory'] if isinstance(r['memory'], str) else f'{r["memory"]/_GB:g} GB'
-    return {'memory': memory, 'usable': _gb(r['usable']), 'for weights': _gb(r['weights']), 'plan': plan, 'size': _gb(r['size']),
-            'uniform': r['uniform'] if r['plan'] == 'mixed' and r['uniform'] else '', 'expected KL': _kl_text(r)}
+    return {'memory': memory, 'usable': _gb(r['usable']), 'for weights': _gb(r['weights']), 'plan': plan,
+            'size': _gb(r['size']), 'uniform': r['uniform'] if r['plan'] == 'mixed' and r['uniform'] else '', 'expected KL': _kl_text(r)}
 
 # %% ../nbs/21_fit.ipynb #4be5c881
 def _kl_text(r: dict) -> str: # of `_Fits.rows`
@@ -196,8 +196,9 @@ def _kl_text(r: dict) -> str: # of `_Fits.rows`
 def _words(f: _Fits) -> list: # of lines
     "What the table does not say"
     about, found = f.about, []
-    said = f'{_gb(f.rows[0]["cache"])} of KV cache at {about["context"]:,} tokens, and about {_gb(f.rows[0]["working"])} for a step'
-    found.append(f'Taken off: {said}.'+(' The vision tower is not counted.' if about['towers'] else ''))
+    cache, step = _gb(f.rows[0]['cache']), _gb(f.rows[0]['working'])
+    said = f'Taken off: {cache} of KV cache at {about["context"]:,} tokens, and about {step} for a step.'
+    found.append(said+(' The vision tower is not counted.' if about['towers'] else ''))
     if about['here']: found.append(f'What is usable here: {about["here"]}; of the others what Metal usually allows.')
     if about['sweep']: found.append(f'KL is what {about["sweep"]} predicts, on its calibration text.')
     elif any(r['plan'] == 'mixed' for r in f.rows): found.append(
@@ -234,4 +235,5 @@ def what_fits(
 # %% ../nbs/21_fit.ipynb #04faef80
 def _cache_bytes(c, context: int) -> int: # of a Checkpoint or Outline
     "Bytes of the unquantized cache after so many tokens"
-    return int(sum(bytes_after(x, min(context, getattr(x, 'max_size', None) or context)) for x in leaf_caches(c.load())))
+    def held(x): return min(context, getattr(x, 'max_size', None) or context)
+    return int(sum(bytes_after(x, held(x)) for x in leaf_caches(c.load())))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT_FILES', 'LOADERS', 'ORDER', 'find_model', 'check_untrusted', 'read_header', 'Unit', 'read_units', 'blocks_path',
-           'find_units', 'cannot_open', 'ModelFolder', 'Checkpoint', 'check_two_heads']
+           'find_units', 'cannot_open', 'ModelFolder', 'Checkpoint', 'check_overflow', 'check_two_heads']
 
 # %% ../nbs/01_models.ipynb #51be52fc
 import hashlib
@@ -515,10 +515,27 @@ def _check_stray(folder: Path, files: list, model_type: str):
                          f'it '
                                'as one; take it out of the folder')
 
+# %% ../nbs/01_models.ipynb #77d4e31b
+_LARGEST = dict(float16=65504., bfloat16=3.3895314e38) # the types that a model can be had in
+
+def _as_type(model, dtype: str | None): # ▸ the model
+    "A lazy model in another type, but for what its architecture keeps; None leaves it"
+    if dtype is None: return model
+    if dtype not in _LARGEST: raise ValueError(f'`dtype` {dtype!r} is none of {", ".join(_LARGEST)}')
+    import mlx.core as mx
+    from mlx.utils import tree_map_with_path
+    casts = getattr(model, 'cast_predicate', lambda path: True)
+    def cast(path, a):
+        return a.astype(getattr(mx, dtype)) if mx.issubdtype(a.dtype, mx.floating) and casts(path) else a
+    model.update(tree_map_with_path(cast, model.parameters()))
+    return model
+
 # %% ../nbs/01_models.ipynb #5f46e1dc
 class ModelFolder:
     "A model's files, checked; its arguments are those of `Checkpoint`"
-    def __init__(self, name: 'str | Path', trust_remote_code: bool = False, model_type: str = 'auto'):
+    def __init__(self, name: 'str | Path', trust_remote_code: bool = False, model_type: str = 'auto',
+                 dtype: str | None = None):
+        self.dtype = dtype
         self.name, self.folder, self.trust_remote_code = str(name), find_model(name), trust_remote_code
         check_untrusted(self.folder, trust_remote_code)
         self.files = _weight_files(self.folder)
@@ -535,7 +552,7 @@ class ModelFolder:
 
     def load(self):
         "A fresh model with lazy arrays"
-        return _load_lazy(self.folder, self.config, self.trust_remote_code, self.model_type)
+        return _as_type(_load_lazy(self.folder, self.config, self.trust_remote_code, self.model_type), self.dtype)
 
     @cached_property
     def tokenizer(self):
@@ -543,7 +560,9 @@ class ModelFolder:
         return _open_tokenizer(self.folder, self.trust_remote_code)
 
     @cached_property
-    def fingerprint(self): return _digest([self.folder/'config.json', *self.files])
+    def fingerprint(self):
+        as_type = '' if self.dtype is None else f' as {self.dtype}'
+        return _digest([self.folder/'config.json', *self.files])+as_type
 
 # %% ../nbs/01_models.ipynb #10caabe5
 def _stored_format(
@@ -595,14 +614,30 @@ class Checkpoint(ModelFolder, _Listing):
         name: 'str | Path', # 'demo', a folder, or a Hub id
         trust_remote_code: bool = False, # run model code that comes with the checkpoint
         model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by config.json and the tensors by default
+        dtype: str | None = None, # 'float16' or 'bfloat16', in which it is opened; as it is by default
     ):
-        ModelFolder.__init__(self, name, trust_remote_code, model_type)
+        ModelFolder.__init__(self, name, trust_remote_code, model_type, dtype)
         _Listing.__init__(self, self.load(), self.model_type)
 
     def __repr__(self):
         size, blocks = sum(map(os.path.getsize, self.files))/2**20, ' + '.join(map(str, self.blocks.values()))
         units = f'{len(self.units)} units in {blocks} blocks'
         return f'{self.name}: {self.params:,} parameters, {units}, {size:.1f} MB'
+
+# %% ../nbs/01_models.ipynb #c88be403
+def check_overflow(c: ModelFolder):
+    "Raise ValueError, naming it and its largest value, for a tensor that does not fit the type that was asked for"
+    if c.dtype is None: return
+    import mlx.core as mx
+    for file in c.files:
+        arrays = mx.load(str(file))
+        for name in [*arrays]: # let go of, one after another
+            a = arrays.pop(name)
+            if not mx.issubdtype(a.dtype, mx.floating) or not a.size: continue
+            largest = float(mx.abs(a).max().astype(mx.float32))
+            if largest > _LARGEST[c.dtype]: raise ValueError(
+                f'{file}: {name} holds {largest:,.6g}, and {c.dtype} ends at {_LARGEST[c.dtype]:,.6g}; '
+                'leave the type as it is, or take bfloat16')
 
 # %% ../nbs/01_models.ipynb #d7a20002
 def check_two_heads(c: Checkpoint):

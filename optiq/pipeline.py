@@ -31,7 +31,7 @@ from .kv.layout import KVLayout, cache_bytes, kv_layout
 from .kv.sweep import _combine, layer_table, memory_lines, parts, planned_cache, planned_together, plot_kv
 from .latency import latency
 from .measure.sweep import Sweep, about_texts, learned_again, check_other, rounding_of, texts_for
-from .models import Checkpoint
+from .models import Checkpoint, check_overflow
 from .plan import baseline_plans, make_plan, uniform
 from .readers import write_json
 from .refine import measured, verified
@@ -542,6 +542,7 @@ def optimize(
     overwrite: bool = False, # replace `out`, if it is ours
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by the checkpoint by default
+    dtype: str | None = None, # 'float16' or 'bfloat16' for what is not quantized, and for scales; as it is by default
 ) -> dict: # report and figures; plan and sweep; of weights `verified`, of a cache `config`, of both `joint_plan`'s
     "Measure sensitivities, choose formats within the caps, write the model or its kv_config.json, score it"
     what = subject(weights, cache)
@@ -551,7 +552,8 @@ def optimize(
         _check_weights(weights, what, out)
         place = own_output(out, overwrite, 'model', model, journal=weights.sweep is None and cache is None)
     beside = weights is None and out is not None and _is_own_folder(model, out)
-    c = Checkpoint(model, trust_remote_code, model_type)
+    if weights is None and dtype: raise ValueError('`dtype` has no effect on a cache; leave it')
+    check_overflow(c := Checkpoint(model, trust_remote_code, model_type, dtype))
     if cache is not None and c.model_type != 'llm': raise ValueError(
         f'{c.name} is a {_KINDS[c.model_type]} model, whose cache cannot be planned yet; leave it as it is')
     job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, beside)

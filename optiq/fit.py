@@ -184,7 +184,8 @@ def _shown(r: dict) -> dict: # of `_Fits.rows` ▸ texts by column
     if r['plan']: plan = r['plan'] if r['plan'] == 'as it is' else f'{r["nominal_bpw"]:.2f} bits'
     memory = r['memory'] if isinstance(r['memory'], str) else f'{r["memory"]/_GB:g} GB'
     return {'memory': memory, 'usable': _gb(r['usable']), 'for weights': _gb(r['weights']), 'plan': plan,
-            'size': _gb(r['size']), 'uniform': r['uniform'] if r['plan'] == 'mixed' and r['uniform'] else '', 'expected KL': _kl_text(r)}
+            'size': _gb(r['size']),
+            'uniform': r['uniform'] if r['plan'] == 'mixed' and r['uniform'] else '', 'expected KL': _kl_text(r)}
 
 # %% ../nbs/21_fit.ipynb #4be5c881
 def _kl_text(r: dict) -> str: # of `_Fits.rows`

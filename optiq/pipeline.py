@@ -50,7 +50,7 @@ class Caps:
     target_bpw: float | None = None # average code width; without any cap 4.5 for weights, 5 for a cache
     true_bpw: float | None = None # bytes of everything saved × 8 / parameters
     max_bytes: float | None = None # bytes of all tensors, of the cache at `context`, or of both together
-    max_memory: 'float | str | None' = None # bytes of all tensors and of a KV cache that stays as it is; 'auto': all here
+    max_memory: 'float | str | None' = None # bytes of all tensors and of a cache that stays as it is; 'auto': all here
     target_tps: float | None = None # tokens per second, by prediction
     chip: str | None = None # where these are to be reached, such as 'M3 Max'; by default here
     context: int | None = None # tokens in the KV cache; by default 16,384 for its plan, 512 for a speed

@@ -140,7 +140,8 @@ def save(self: Plan,
 _WISH = {'kind': one_of('pin', 'ceiling', 'floor', 'leave', 'protect'), 'name': PROSE, 'units': [NAME],
          'format': maybe(FORMAT), 'cost?': maybe(number())}
 _SOLVER = {'method?': maybe(TEXT), 'rounding?': maybe(TEXT), 'caps?': OBJECT, 'wishes?': [_WISH]*2,
-           'wishes_cost?': maybe(number()), 'verified?': {'joint_kl': number(0)}, 'bound?': maybe(number()), 'gap?': maybe(number())}
+           'wishes_cost?': maybe(number()), 'verified?': {'joint_kl': number(0)}, 'bound?': maybe(number()),
+           'gap?': maybe(number())}
 _TOKENS = {'source?': maybe(PROSE), 'shape': [whole(1, 2**31)]*3, 'fingerprint': TEXT} # of a text
 _PLAN = dict(name=PROSE, model=PROSE, params=whole(), other_bytes=whole(0), predicted_kl_se=maybe(number(0)),
              solver=_SOLVER)

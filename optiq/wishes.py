@@ -79,7 +79,7 @@ def pinned(pin, group_size: int = 64) -> list[Format]:
 def wishes_for(
     units: list[Unit],
     group_size: int = 64, # of a format that is given as a bare width
-    **given, # protect, leave: names; pin, ceiling, floor: dicts of name ▸ format, or texts such as 'lm_head=8,*.o_proj=6'
+    **given, # protect, leave: names; pin, ceiling, floor: name ▸ format, or texts such as 'lm_head=8,*.o_proj=6'
 ) -> list[Wish]:
     "What was wished; raises ValueError for a name that matches no unit, or a format that is none"
     found = []

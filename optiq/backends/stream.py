@@ -82,7 +82,8 @@ def _place(checkpoint, unit):
     name = unit.path.rsplit('.', 1)[-1]+'.weight'
     for file in checkpoint.files:
         for k, t in read_header(file).items():
-            if k.endswith(name) and tuple(t['shape']) == unit.shape: return file, t['data_offsets'][0], _TYPES[t['dtype']]
+            if k.endswith(name) and tuple(t['shape']) == unit.shape:
+                return file, t['data_offsets'][0], _TYPES[t['dtype']]
     raise ValueError(f'{unit.path} is stored in a form that cannot be streamed; '
                      'use a backend that holds the whole model')
 

@@ -241,6 +241,11 @@ def _beside(c: Checkpoint, name: str):
     if not file.is_file(): raise _Unknown(f'no optiq/{name} in the folder')
     return _KINDS[name].load(file)
 
+# %% ../../nbs/45_evals.verify.ipynb #4bbdf7a1
+def _type_of(sweep: Sweep | None) -> str | None:
+    "The type that a sweep's model was opened in, if another than its files have"
+    return sweep.header['fingerprint']['model'].partition(' as ')[2] or None if sweep else None
+
 # %% ../../nbs/45_evals.verify.ipynb #7ac0bc0f
 def verify(
     model: str, # a converted model
@@ -256,8 +261,8 @@ def verify(
     size = lambda c: f'{c.params:,} parameters in {len(c.files)} files'
     c = checks.found('opens', Checkpoint, model, *how, show=size)
     if c is None: return checks
-    ref = Checkpoint(reference, *how) if reference else None
     plan, sweep = (checks.found(name, _beside, c, name) for name in _KINDS)
+    ref = Checkpoint(reference, *how, dtype=_type_of(sweep)) if reference else None
     checks.run('formats', _check_formats, c, plan)
     checks.run('bytes', _check_bytes, c, plan)
     reads = checks.run('tokenizer', _check_tokenizer, c, ref) is not False

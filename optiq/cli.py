@@ -430,6 +430,8 @@ _TASKS = ['perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer', 'harne
               help='for gsm8k, ai2d and wer: .jsonl file of answers to write, and to go on with')
 @click.option('--kv', metavar='BITS|FILE',
               help='for gsm8k and needle: the KV cache, a width for all layers (8, 4g32) or a kv_config.json')
+@click.option('--protocol', type=click.Choice(['kld']),
+              help='for kl: the record of published comparisons, 512 × 512 tokens as far as the text goes')
 @click.option('--exact', is_flag=True, help='for kl: keep every word of the reference, not the likely ones')
 @_options('trust', 'json')
 def _eval_(model, task, responses, as_json, **given):
@@ -437,6 +439,7 @@ def _eval_(model, task, responses, as_json, **given):
 
     \b
     optiq eval optiq_output/demo-4.5bpw --task kl --baseline demo
+    optiq eval model-Q4_K_M.gguf --task kl --baseline model --protocol kld
     optiq eval demo --task gsm8k --questions word-problems --n-samples 50
     optiq eval optiq_output/whisper-4.5bpw --task wer --baseline whisper --evaluation recordings
     optiq eval --task gsm8k --responses answers.jsonl
@@ -451,8 +454,9 @@ def _scored(model: str | None, task: str, n: int | None, **given): # ▸ Report
     from optiq.score import _find_task, run_task
     if model is None: raise click.UsageError('give a MODEL, or --responses with answers to score')
     taken = signature(_find_task(task)).parameters
-    check_idle({'limit', 'seq_len', 'source', 'questions', 'exact', 'kv', 'out'}-taken.keys(),
+    check_idle({'limit', 'seq_len', 'source', 'questions', 'exact', 'kv', 'out', 'protocol'}-taken.keys(),
                f'{task} makes no use of it')
+    if given.get('protocol'): check_idle(['n', 'limit', 'seq_len'], 'the protocol says how much is scored')
     if n is None: n = 50 if task in ('perplexity', 'kl') else 200
     return run_task(task, model, n=n, **given)
 

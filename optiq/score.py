@@ -14,7 +14,8 @@ import numpy as np
 
 from .backends.open import open_backend
 from .calibration import before, fingerprint, passages, token_batch
-from .evals.perplexity import evaluate, check_calibration
+from .evals.gguf import gguf_weights
+from .evals.perplexity import Score, check_calibration, evaluate
 from .files import own_file
 from .formats import parse_format
 from .models import Checkpoint
@@ -28,6 +29,7 @@ def text_tokens(
     n: int = 50, # sequences
     seq_len: int = 512, # tokens in each
     limit: int | None = None, # tokens in all
+    fewer: bool = False, # take what there is if there are fewer
 ) -> np.ndarray: # (n, seq_len)
     "Windows of text in its own order, as many as asked for"
     least = 1+len(before(c.tokenizer))
@@ -35,7 +37,7 @@ def text_tokens(
         'text to score needs a sequence of two tokens at least')
     if limit is not None: n, seq_len = max(1, min(n, limit//seq_len)), min(seq_len, limit)
     split = 'test' if source in ('bundled', 'wikitext2') else 'all'
-    try: return token_batch(passages(source, split, min_chars=-1), c.tokenizer, n, seq_len, seed=None)
+    try: return token_batch(passages(source, split, min_chars=-1), c.tokenizer, n, seq_len, seed=None, fewer=fewer)
     except ValueError as e: raise ValueError(f'{e}; give fewer --n-samples or --limit-tokens') from None
 
 # %% ../nbs/46_score.ipynb #d41bf26c
@@ -85,24 +87,28 @@ def same_words(a: Checkpoint, b: Checkpoint):
         f'{a.name} and {b.name} have different tokenizers ({odd[0]!r} has another id), so no KL between them exists')
 
 # %% ../nbs/46_score.ipynb #cfc3b5e0
-def _p99_figure(kl: np.ndarray, draws: int = 200): # (n, T)
-    "The 99th percentile of single tokens' KL, its interval by drawing sequences again and again (bootstrap)"
+def _tail_figure(
+    kl: np.ndarray, # (n, T)
+    name: str, # of the metric
+    share: float, # of tokens that lie below
+    draws: int = 200,
+) -> dict: # columns of a row
+    "A percentile of single tokens' KL, its interval by drawing sequences again and again (bootstrap)"
     r = np.random.default_rng(42)
-    again = [np.quantile(kl[r.integers(0, len(kl), len(kl))], .99) for _ in range(draws)] if len(kl) > 1 else [np.nan]
+    again = [np.quantile(kl[r.integers(0, len(kl), len(kl))], share) for _ in range(draws)] if len(kl) > 1 else [np.nan]
     low, high = np.quantile(again, [.025, .975])
-    return known(dict(kl_p99=float(np.quantile(kl, .99)), kl_p99_low=float(low), kl_p99_high=float(high),
-                      kl_p99_n=kl.size))
+    ends = {f'{name}_se': float(np.std(again)), f'{name}_low': float(low), f'{name}_high': float(high)}
+    return known({name: float(np.quantile(kl, share)), **ends, f'{name}_n': kl.size})
 
 # %% ../nbs/46_score.ipynb #d58cd433
 def _kl_figures(
-    kl: np.ndarray, # (n, T) of every token
-    flips: np.ndarray, # (n,) share of a sequence
-    nll: np.ndarray, # (n,) mean of a sequence
+    score: Score,
     on: str = '', # fingerprint of the tokens
 ) -> dict: # columns of a row
     "Mean KL, its tail, flips and perplexity"
-    return joined(mean_figure('kl', kl.mean(1), on), _p99_figure(kl), mean_figure('flips', flips, on),
-                  _perplexity_figure(nll, on))
+    kl = score.tokens[1]
+    return joined(mean_figure('kl', kl.mean(1), on), _tail_figure(kl, 'kl_p99', .99),
+                  mean_figure('flips', score.flips, on), _perplexity_figure(score.nll, on))
 
 # %% ../nbs/46_score.ipynb #1bf9cd29
 def _by_position(
@@ -114,9 +120,43 @@ def _by_position(
     rows = zip(edges, edges[1:], *score.by_position(edges))
     return [known(dict(start=i, stop=j, kl=float(m), se=float(e))) for i, j, m, e in rows]
 
+# %% ../nbs/46_score.ipynb #df1bc83a
+_PROTOCOLS = dict(kld=dict(n=512, seq_len=512, fewer=True))
+
+def _size_of_text(protocol: str | None, n: int, seq_len: int, limit: int | None) -> dict: # arguments of `text_tokens`
+    "How much text is scored"
+    if protocol is None: return dict(n=n, seq_len=seq_len, limit=limit)
+    if protocol in _PROTOCOLS: return _PROTOCOLS[protocol]
+    raise ValueError(f'no protocol {protocol!r}; there is {", ".join(_PROTOCOLS)}')
+
+def _record(score, on: str) -> dict: # Score, fingerprint of the tokens ▸ columns of a row
+    "What published comparisons tell"
+    kl = score.tokens[1]
+    return joined(mean_figure('kl', kl.mean(1), on), _tail_figure(kl, 'kl_p99', .99), _tail_figure(kl, 'kl_p999', .999),
+                  mean_figure('agreement', score.agree, on), _perplexity_figure(score.nll, on))
+
+_SHOWN = {None: _kl_figures, 'kld': _record}
+
+# %% ../nbs/46_score.ipynb #18dc76d7
+def _is_gguf(model) -> bool: return isinstance(model, str | Path) and str(model).lower().endswith('.gguf')
+
+def _under_test(
+    model: 'Checkpoint | str | Path', # or a GGUF file
+    a: Checkpoint, # the baseline
+    tokens: np.ndarray, # (n, T)
+    backend: str,
+) -> tuple: # Backend, overrides, columns of its size
+    "What is scored against the baseline"
+    if _is_gguf(model):
+        weights, nbytes = gguf_weights(model, a)
+        size = dict(name=Path(model).name, true_bpw=8*nbytes/a.params, size_mb=nbytes/2**20)
+        return open_backend(a, backend), weights, size
+    check_calibration(model, tokens)
+    return open_backend(model, backend), {}, own_size(model)
+
 # %% ../nbs/46_score.ipynb #644caac2
 def kl(
-    model, # name or Checkpoint
+    model, # name, Checkpoint, or a GGUF file of the baseline
     baseline = None, # the reference
     n: int = 50, # sequences
     source: str = 'bundled', # text
@@ -126,22 +166,25 @@ def kl(
     exact: bool = False, # keep every word of the reference
     top_k: int = 256, # words to keep otherwise
     cache = None, # folder of references
+    protocol: str | None = None, # 'kld' for the record that published comparisons use
     **_, # options of other tasks
 ) -> Report: # two rows, the baseline first
     "KL to a baseline: mean, 99th percentile, flips, and perplexity beside them"
     from optiq.evals.kl import reference, score_against
     if baseline is None: raise ValueError('KL is a distance between two models: give --baseline the full-precision one')
-    a, c = _checkpoint_of(baseline), _checkpoint_of(model)
-    same_words(a, c)
-    tokens = text_tokens(a, source, n, seq_len, limit)
-    for m in (a, c): check_calibration(m, tokens)
+    a = _checkpoint_of(baseline)
+    if not _is_gguf(model): same_words(a, model := _checkpoint_of(model)) # before any text is read
+    tokens = text_tokens(a, source, **_size_of_text(protocol, n, seq_len, limit))
+    check_calibration(a, tokens)
+    b, overrides, size = _under_test(model, a, tokens, backend)
     stored = reference(a, tokens, None if exact else min(top_k, a.vocabulary//2), cache)
-    s, on = score_against(stored, open_backend(c, backend), tokens), fingerprint(tokens)
-    rows = [joined(own_size(a), _kl_figures(0*s.tokens[1], 0*s.flips, stored.scored.mean(1), on))]
-    if c.name != a.name: rows.append(joined(own_size(c), _kl_figures(s.tokens[1], s.flips, s.nll, on)))
+    s, on, show = score_against(stored, b, tokens, overrides), fingerprint(tokens), _SHOWN[protocol]
+    itself = Score(stored.scored.mean(1), 0*s.kl, 1+0*s.agree, 0*s.tokens)
+    rows = [joined(own_size(a), show(itself, on))]
+    if size['name'] != a.name: rows.append(joined(size, show(s, on)))
     k = stored.about['top_k']
-    kept = f'top {k} and the tail' if k else 'all words'
-    return Report(rows, dict(kept=kept, by_position=_by_position(s)) | _text_about(source, tokens))
+    about = dict(kept=f'top {k} and the tail' if k else 'all words', by_position=_by_position(s), protocol=protocol)
+    return Report(rows, {k: v for k, v in about.items() if v} | _text_about(source, tokens))
 
 # %% ../nbs/46_score.ipynb #a21cfb58
 def _quantized_caches(width: str): # ▸ mlx-lm model ▸ caches
@@ -218,7 +261,9 @@ def run_task(
     if out and task not in ('gsm8k', 'ai2d', 'wer'): raise ValueError(
         f'answers are written by gsm8k, ai2d and wer, not by {task}: leave the output')
     for file in [out, f'{out}.baseline'][:2 if baseline else 1] if out else (): own_file(file, 'responses')
-    model, baseline = (m and Checkpoint(m, trust_remote_code) for m in (model, baseline))
+    if _is_gguf(model) and (task != 'kl' or not baseline): raise ValueError(
+        f'{model} is a GGUF file: it is scored by kl, against the model that it was made of as the baseline')
+    model, baseline = (m and (m if _is_gguf(m) else Checkpoint(m, trust_remote_code)) for m in (model, baseline))
     if task == 'kl': return f(model, baseline=baseline, n=n, **options)
     own = dict(kv=None, out=f'{out}.baseline' if out else None) # it keeps its own cache
     reports = [f(m, n=n, **options | part) for m, part in ((baseline, own), (model, {})) if m]
@@ -241,7 +286,7 @@ def _find_task(task: str):
 def _one_figure(name, task, row, base=None) -> dict:
     "A metric of a row, that of the baseline, and the p-value of their difference"
     def get(r):
-        ends = {k: known(r.get(f'{name}_{k}')) for k in ('low', 'high', 'n')}
+        ends = {k: known(r.get(f'{name}_{k}')) for k in ('se', 'low', 'high', 'n')}
         return dict(task=task, metric=name, value=r.get(name), **ends, model=r['name'])
     t = test(base, row, name) if base else None
     return get(row) | dict(baseline=get(base) if base else None, p_value=t['p_value'] if t else None)

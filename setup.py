@@ -12,6 +12,7 @@ extras = dict(
     convert=['torch>=2.6', 'transformers>=5.7,<6', 'safetensors>=0.5', 'datasets>=4,<6'],
     vlm=['mlx-vlm>=0.7,<0.8', 'pillow>=10.3'],
     audio=['mlx-audio>=0.6,<0.7', 'datasets>=4,<6', 'jiwer>=4,<5', 'soundfile>=0.12,<1', 'whisper-normalizer>=0.1.15,<0.2'],
+    gguf=['gguf>=0.17,<1'],
     lab=['jupyterlab>=4', 'ipywidgets>=8', 'matplotlib>=3.9', 'seaborn>=0.13', 'pandas>=2.2'])
 extras['all'] = sum(extras.values(), [])
 extras['dev'] = requirements('dev_requirements')

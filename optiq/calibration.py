@@ -24,6 +24,20 @@ from .readers import split_lines, told
 # %% ../nbs/02_calibration.ipynb #571d8791
 _MIN_CHARS = 100 # shorter passages are left out
 
+class _Chat(str):
+    "A dialogue: in plain words as a text, and its messages for a chat template"
+    messages = ()
+
+def _as_chat(found, where: str) -> _Chat:
+    "The dialogue of a record's `messages`; raises ValueError for a message that has no role"
+    messages = enumerate(check(found or [], LIST, where))
+    odd = next((i for i, m in messages if not isinstance(m, dict) or not m.get('role')), None)
+    if odd is not None: raise ValueError(f"{where}[{odd}] needs a 'role' and its 'content'")
+    def said(m): return _record_text(m.get('content') or '', f'{where}: content')
+    chat = _Chat('\n'.join(f"{m['role']}: {said(m)}" for m in found or ()))
+    chat.messages = [dict(m, content=said(m)) for m in found or ()]
+    return chat
+
 # %% ../nbs/02_calibration.ipynb #8efd8f72
 _ROLES = ('text',), ('question', 'answer'), ('prompt', 'completion'), ('instruction', 'output') # what data sets call it
 
@@ -34,8 +48,9 @@ def _record_text(r, where: str) -> str:
     if not isinstance(r, dict):
         raise ValueError(f'{where} is {shown(r)}, and should be text or an object that holds some')
     names = next((ns for ns in _ROLES if r.keys() >= {*ns}), None)
+    if names != ('text',) and 'messages' in r: return _as_chat(r['messages'], f'{where}: messages')
     if names is None: raise ValueError(
-        f"{where}: a record needs 'text', or 'question' and 'answer'; this one has "
+        f"{where}: a record needs 'text', 'messages', or a pair such as 'question' and 'answer'; this one has "
         f"{shown(', '.join(map(str, r)) or 'nothing')}")
     parts = ['' if r[n] is None else _record_text(r[n], f'{where}: {n}') for n in names]
     if not any(parts): return ''
@@ -88,7 +103,7 @@ def _paragraphs(lines: list) -> list:
 def _shaped(found: list) -> list:
     "The same passages, endless ones cut where a sentence ends; if there are few, all long ones"
     most = 100*_LONG if sum(len(p) > _MIN_CHARS for p in found) >= _FEW else 2*_LONG
-    return [piece for p in found for piece in (_pieces(p) if len(p) > most else [p])]
+    return [piece for p in found for piece in (_pieces(p) if len(p) > most and not isinstance(p, _Chat) else [p])]
 
 def _pieces(text: str) -> list:
     "A long text in pieces of up to a thousand characters"
@@ -116,22 +131,46 @@ def _wikitext2(split: str) -> list[str]:
         name = {'train': 'validation', 'test': 'test'}[split]
         return [r['text'] for r in load_dataset('Salesforce/wikitext', 'wikitext-2-raw-v1', split=name)]
     except Exception as e: raise ConnectionError(
-        f'wikitext2 cannot be fetched ({type(e).__name__}); give --calibration a local .txt, .jsonl or '
-        '.parquet file, or use the text that comes with the project: --calibration bundled') from e
+        f'wikitext2 cannot be fetched ({type(e).__name__}); give a local .txt, .jsonl or .parquet file '
+        'instead, or bundled, the text that comes with the project') from e
 
 # %% ../nbs/02_calibration.ipynb #ca50fee4
 _SOURCES = {'bundled': _bundled, 'wikitext2': _wikitext2}
 
+# %% ../nbs/02_calibration.ipynb #98ebc95b
+class _Mixed(list):
+    "Passages of several sources, and in `parts` the passages of each with their weight"
+    parts = ()
+
+def _mixture(source) -> list: # of (source, weight)
+    "What a mixture is made of; nothing if it is none"
+    found = [part.rpartition(':') for part in str(source).split(',')]
+    try: weights = [float(w) for _, colon, w in found if colon]
+    except ValueError: return []
+    if len(weights) < len(found) or os.path.lexists(str(source).replace('\0', '')): return []
+    if not all(0 < w < 1e9 for w in weights): raise ValueError(
+        f'{source}: the weights of a mixture are positive numbers')
+    return [(name.strip(), w/sum(weights)) for (name, *_), w in zip(found, weights)]
+
+def _mixed(parts: list, *options) -> _Mixed: # parts: (source, weight); options of `passages`
+    "Passages of several sources"
+    found = [(passages(name, *options), weight) for name, weight in parts]
+    out = _Mixed(p for texts, _ in found for p in texts)
+    out.parts = found
+    return out
+
 # %% ../nbs/02_calibration.ipynb #929a1e4b
 def passages(
-    source: 'str | Path', # 'bundled', 'wikitext2', or a file of text, JSON, JSON lines or parquet
+    source: 'str | Path', # 'bundled', 'wikitext2', a file of text, JSON, JSON lines or parquet, or a mixture of these
     split: str = 'train', # 'train' to calibrate on, 'test' to evaluate on, 'all' for a whole file
     min_chars: int = _MIN_CHARS, # shorter passages are left out; -1 keeps all
 ) -> Sequence[str]:
     "The passages of a source that are on this side of the split, in their order"
+    if parts := _mixture(source): return _mixed(parts, split, min_chars)
     if str(source) in _SOURCES: found = _SOURCES[str(source)](split)
     elif not os.path.lexists(str(source).replace('\0', '')): raise FileNotFoundError(
-        f'no text {str(source)!r}: neither a file nor one of {", ".join(_SOURCES)}')
+        f'no text {str(source)!r}: neither a file nor one of {", ".join(_SOURCES)}, nor a mixture such as '
+        'bundled:0.5,mine.jsonl:0.5')
     else: found = [p for p in _read_file(source) if split == 'all' or is_test(p) == (split == 'test')]
     if min_chars >= 0: found = [p for p in found if len(p) > min_chars]
     if found: return found
@@ -170,6 +209,34 @@ def prompt_ids(tokenizer, text: str) -> list[int]:
     ids = list(tokenizer.encode(text))
     return ids[prompt_part(tokenizer, ids)]
 
+# %% ../nbs/02_calibration.ipynb #9d696887
+def _ids_of(tokenizer, text: str, first: list) -> list[int]: # first: what `before` gives
+    "The tokens of a passage; of a dialogue as the model's chat template writes it"
+    if not isinstance(text, _Chat): return encode(tokenizer, text+'\n')
+    if not getattr(tokenizer, 'chat_template', None): raise ValueError(
+        "the calibration text holds 'messages', and this model's tokenizer has no chat template; "
+        "give records of 'text', or take the instruction-tuned model")
+    try: ids = encode(tokenizer, tokenizer.apply_chat_template(text.messages, tokenize=False))
+    except Exception as e: raise ValueError(
+        f'the chat template of this model does not take a dialogue that begins {text[:40]!r}: {told(e)}') from e
+    return ids[len(first):] if first and ids[:len(first)] == first else ids
+
+def _turns(weights: list, n: int) -> list[int]: # index of a part for each of n sequences
+    "Whose turn it is, so that after every turn each part is as near to its weight as can be"
+    taken, turns = np.zeros(len(weights)), []
+    for k in range(1, n+1):
+        turns.append(int(np.argmax(np.array(weights)*k-taken)))
+        taken[turns[-1]] += 1
+    return turns
+
+def _mixed_batch(parts: list, tokenizer, n: int, *options) -> np.ndarray: # (n, seq_len), or fewer rows
+    "Sequences of several sources, in turns; options of `token_batch`"
+    turns = _turns([weight for _, weight in parts], n)
+    rows = [token_batch(texts, tokenizer, turns.count(k), *options) for k, (texts, _) in enumerate(parts)]
+    nth = [turns[:i].count(k) for i, k in enumerate(turns)] # of its part
+    end = next((i for i, k in enumerate(turns) if nth[i] >= len(rows[k])), n)
+    return np.array([rows[k][nth[i]] for i, k in enumerate(turns[:end])])
+
 # %% ../nbs/02_calibration.ipynb #19408c2b
 def token_batch(
     texts: Sequence[str], # passages
@@ -180,12 +247,13 @@ def token_batch(
     fewer: bool = False, # take what there is if there are fewer
 ) -> np.ndarray: # (n, seq_len) int32
     "`n` sequences of exactly `seq_len` tokens, each with what the tokenizer puts before a text"
+    if hasattr(texts, 'parts'): return _mixed_batch(texts.parts, tokenizer, n, seq_len, seed, fewer)
     order = range(len(texts)) if seed is None else np.random.default_rng(seed).permutation(len(texts))
     first, ids = before(tokenizer), []
     if (room := seq_len-len(first)) < 1: raise ValueError(
         f'sequences of {seq_len} have no room for text: this tokenizer puts {len(first)} before it')
     for i in order:
-        ids += encode(tokenizer, texts[i]+'\n')
+        ids += _ids_of(tokenizer, texts[i], first)
         if len(ids) >= n*room: break
     rows = min(n, len(ids)//room)
     if rows < n and not fewer: raise ValueError(

@@ -11,6 +11,7 @@ import sys
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from .backends.replay import Backend
 from .files import as_path, scratch, whole_folder
 from .formats import config_entry, dequantized, for_unit, quantize_minmax
 from .models import Checkpoint, LOADERS, TEXT_FILES, check_two_heads, read_header, unpacked
+from .readers import helpful, shown
 
 # %% ../nbs/07_convert.ipynb #1ecc6842
 def _check_misfit(units: list, plan):
@@ -56,6 +58,8 @@ def _pack(
     if packed: model.update_modules(tree_unflatten(list(packed.items())))
     entries = {u.path: config_entry(plan[u.path]) for u in checkpoint.units}
     config['quantization'] |= entries | {p: _entry_of(m) for p, m in packed.items()}
+    for key in ('dtype', 'torch_dtype'):
+        if checkpoint.dtype and key in config: config[key] = checkpoint.dtype
     return model, config
 
 def _entry_of(m) -> dict:
@@ -229,6 +233,7 @@ def _as_planned(plan, sweep, source, folder): # ▸ a quantizer
     return sweep.quantizer(source, plan, folder)
 
 # %% ../nbs/07_convert.ipynb #9d6858f4
+@helpful
 def convert(
     source: 'str | Checkpoint | Backend', # 'demo', a folder, or a Hub id
     plan, # a Plan, for the units of this model
@@ -240,7 +245,15 @@ def convert(
     calibration: str = 'the calibration text', # what to call it in the model card
     measured = lambda folder: {}, # called on the finished folder; label ▸ text for the model card
 ) -> Checkpoint: # the saved model
-    "Write the model in the plan's formats; it is opened again and compared before it appears at `out`"
+    """Write the model in the plan's formats; it is opened again and compared before it appears at `out`
+
+    What appears is a folder that `mlx_lm.load` opens, with the plan beside it. Raises ValueError for a plan of another
+    model, FileExistsError for an `out` that is not ours, OSError where the disk is full.
+
+        sweep = kl_sweep('demo', formats=[4, 8])
+        convert('demo', allocate(sweep, target_bpw=4.5), 'out/demo', sweep)
+    """
+    if not hasattr(plan, 'nbytes'): raise ValueError(f'{shown(plan)} is no plan; make one with allocate or uniform')
     c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)
     odd, out = set(plan) ^ set(c.unit), as_path(out)
     if odd: raise ValueError(
@@ -257,3 +270,10 @@ def convert(
         card = _model_card(out.name, c.name, plan, calibration, measured(part), c.model_type)
         (part/'README.md').write_text(card, encoding='utf-8')
     return Checkpoint(out, c.trust_remote_code, c.model_type)
+
+# %% ../nbs/07_convert.ipynb #891d0187
+class _Callable(ModuleType):
+    "A module that does what its function of the same name does"
+    def __call__(self, *args, **options): return convert(*args, **options)
+
+sys.modules[__name__].__class__ = _Callable

@@ -10,17 +10,18 @@ __all__ = ['PROFILES', 'COLOURS', 'Budget', 'budgets_of', 'candidates', 'make_pr
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from math import ceil, floor, isfinite, nan
+from numbers import Real
 
 import numpy as np
-from fastcore.basics import patch
+from fastcore.basics import listify, patch
 
-from .formats import AS_IS, Format, parse_format
+from .formats import AS_IS, Format, parse_formats
 from .models import Unit
 from .plan import Plan, baseline_plans, by_width, make_plan, mean_se, silent, smoothed
-from .readers import known
+from .readers import helpful, known, shown
 from .solver import METHODS, Problem, at_prices, bisect, undominated
+from .wishes import Wish, about, allowed, recorded, unmoved, wishes_for
 
 # %% ../nbs/05b_knapsack.ipynb #88c92095
 @dataclass
@@ -54,8 +55,11 @@ def show(self: Budget,
     return f'{cents(x):.2f} {self.unit}' if self.unit == 'bits' else f'{x:.4g} {self.unit}'
 
 # %% ../nbs/05b_knapsack.ipynb #7bdf4e02
-def _check_half_caps(max_ms, costs_ms, max_memory, cache):
-    "Raise ValueError for a cap on something whose cost was not given"
+def _check_half_caps(max_ms, costs_ms, max_memory, cache, **caps):
+    "Raise ValueError for a cap that is no number, or on something whose cost was not given"
+    caps |= dict(max_ms=max_ms, max_memory=max_memory)
+    odd = [k for k, v in caps.items() if v is not None and not isinstance(v, Real)]
+    if odd: raise ValueError(f'`{odd[0]}` is {shown(caps[odd[0]])}, and should be a number')
     if max_ms is not None and costs_ms is None:
         raise ValueError('max_ms needs costs_ms, a function of unit and format that returns milliseconds')
     if max_memory is not None and not cache: raise ValueError(
@@ -73,7 +77,8 @@ def budgets_of(
     costs_ms: Callable | None = None, # (unit, format) ▸ milliseconds; may have an attribute `fixed`
 ) -> list[Budget]:
     "The usual budgets, those that have a limit"
-    _check_half_caps(max_ms, costs_ms, max_memory, cache)
+    _check_half_caps(max_ms, costs_ms, max_memory, cache, target_bpw=target_bpw, true_bpw=true_bpw,
+                     max_bytes=max_bytes)
     other, params = sweep.header.get('other_bytes', 0), sweep.header.get('params')
     free = sum(u.params for u in sweep.units if not u.fixed)
     params = params or sum(u.params for u in sweep.units)
@@ -104,25 +109,11 @@ def _tie_key(
         return next((f'{parent}.{t}' for t in names if role in _TIES[t]), u.path)
     return key
 
-# %% ../nbs/05b_knapsack.ipynb #6f55ea30
-def _hit(u, name, last):
-    if name in ('first', 'last'): return u.block == (0 if name == 'first' else last)
-    return fnmatch(u.path, name) or fnmatch(u.kind, name) or (name == 'embed' and 'embed' in u.kind)
-
-# %% ../nbs/05b_knapsack.ipynb #b0c03c55
-def _protected(
-    units: list[Unit],
-    protect, # 'embed', 'lm_head', 'first', 'last', paths or kinds, with * and ?
-) -> set: # paths
-    "The units that `protect` names"
-    found, last = set(), max((u.block for u in units if u.block is not None), default=None)
-    for name in [protect] if isinstance(protect, str) else protect:
-        hits = {u.path for u in units if _hit(u, name, last)}
-        if name == 'lm_head' and not hits: hits = {u.path for u in units if 'embed' in u.kind} # tied
-        if not hits: raise ValueError(f'protect: {name!r} matches no unit; give embed, lm_head, first, last, '
-                                      f'or a path or kind such as {units[-1].kind}')
-        found |= hits
-    return found
+# %% ../nbs/05b_knapsack.ipynb #4444116b
+def _group_of(sweep) -> int:
+    "The group of a bare width: that of the sweep's formats, if they have one"
+    groups = {f.group_size for f in sweep.formats if f.mode == 'affine'}
+    return min(groups) if len(groups) == 1 else 64
 
 # %% ../nbs/05b_knapsack.ipynb #ebaa936a
 def candidates(
@@ -132,24 +123,23 @@ def candidates(
     "The formats to choose from; raises ValueError for one that was not measured"
     if formats is None: formats = sweep.formats
     there = ', '.join(map(str, sweep.formats))
-    groups = {f.group_size for f in sweep.formats if f.mode == 'affine'}
-    fmts = list(dict.fromkeys(parse_format(f, min(groups) if len(groups) == 1 else 64) for f in formats))
+    fmts = list(dict.fromkeys(parse_formats(formats, _group_of(sweep))))
     if not fmts: raise ValueError(f'no candidate formats; the sweep has {there}')
     odd = [str(f) for f in fmts if f != AS_IS and f not in sweep.formats]
     if odd: raise ValueError(f'{", ".join(odd)} was not measured; the sweep has {there}')
     return fmts
 
 # %% ../nbs/05b_knapsack.ipynb #509e5a1b
-def _options(us, table, fmts, pinned):
-    "The formats that all units of a row can take, fewest bytes first; only the widest, or as stored, if pinned"
-    def measured(u): return [f for f in fmts if not u.keeps(f) and u.takes(f) and (u.path, f) in table]
-    def kept(u): return [u.kept]*(u.stored is not None or any(map(u.keeps, fmts)))
+def _options(us, table, fmts, wishes=()):
+    "The formats that all units of a row can take and its wishes allow, fewest bytes first"
+    menu = dict.fromkeys([*fmts, *(w.only for w in wishes if w.only)])
+    def measured(u): return [f for f in menu if not u.keeps(f) and u.takes(f) and (u.path, f) in table]
+    def kept(u): return [u.kept]*(u.stored is not None or any(map(u.keeps, menu)))
     def fits(u): return [*measured(u), *kept(u)] or [u.kept]
     found = [f for f in fits(us[0]) if all(f in fits(u) for u in us)]
     if not found: raise ValueError(f'{", ".join(u.path for u in us)} are tied, but no format fits them all')
     found.sort(key=lambda f: (sum(u.nbytes(f) for u in us), by_width(f)))
-    def width(f): return all(u.keeps(f) for u in us), us[0].bits(f), us[0].nbytes(f)
-    return [max(found, key=width)] if pinned else found
+    return allowed(us, found, wishes)
 
 # %% ../nbs/05b_knapsack.ipynb #71d103a8
 def _numbers_of(
@@ -174,14 +164,14 @@ def make_problem(
     table: dict, # (path, Format) ▸ (n,)
     fmts: list[Format],
     budgets: list[Budget],
-    pins: set = frozenset(), # paths that get their widest option
+    wishes: list = (), # Wishes
     key: Callable = lambda u: u.path, # units with the same key share a format
 ) -> Problem:
     "Rows, options, and their numbers"
     groups = {}
     for u in sorted(sweep.units, key=lambda u: u.path): groups.setdefault(key(u), []).append(u)
     rows = list(groups.values())
-    options = [_options(us, table, fmts, any(u.path in pins for u in us)) for us in rows]
+    options = [_options(us, table, fmts, about(wishes, us)) for us in rows]
     samples, costs = _numbers_of(rows, options, table, budgets)
     paths, caps = [tuple(u.path for u in us) for us in rows], np.array([b.cap for b in budgets])
     return Problem(paths, options, samples, costs, caps, undominated(samples.mean(2), costs))
@@ -204,10 +194,10 @@ def _contradiction(
     return ValueError(f'contradictory caps: {caps} can each be met, but not together')
 
 # %% ../nbs/05b_knapsack.ipynb #b2a7f261
-def _check_range(budgets: list[Budget], p: Problem):
-    "Raise ValueError for a cap below the smallest possible, or for targets beyond the largest"
-    low = p.costs.min(2).sum(1)
-    high = sum(p.costs[:, i, :len(o)].max(1) for i, o in enumerate(p.options))
+def _check_range(budgets: list[Budget], *problems: Problem):
+    "Raise ValueError for a cap below the smallest possible of all problems, or for targets beyond the largest"
+    def largest(p): return sum(p.costs[:, i, :len(o)].max(1) for i, o in enumerate(p.options))
+    low, high = np.min([p.costs.min(2).sum(1) for p in problems], 0), np.max([largest(p) for p in problems], 0)
     over = [b.limit > b.figure(h)*(1+1e-9) for b, h in zip(budgets, high)]
     for b, lo, hi, o in zip(budgets, low, high, over):
         what, smallest, largest = f'{b.name} {b.limit:,.10g}', b.show(lo, up=True), b.show(hi)
@@ -220,16 +210,15 @@ def _check_range(budgets: list[Budget], p: Problem):
 # %% ../nbs/05b_knapsack.ipynb #4f083dbc
 def _check_caps(
     budgets: list[Budget],
-    free: Problem, # nothing pinned
-    pinned: Problem,
-    protect, # as asked, for the message
+    free: Problem, # as if nothing were wished
+    p: Problem,
+    wishes: list[Wish],
 ):
     "Raise ValueError for a cap that cannot be met, or a target that nothing reaches"
     if not budgets: raise ValueError('no cap; give target_bpw, true_bpw, max_bytes, max_memory or max_ms')
-    _check_range(budgets, free)
-    names = protect if isinstance(protect, str) else ', '.join(protect)
-    for b, lo in zip(budgets, pinned.costs.min(2).sum(1)):
-        if b.cap < lo: raise ValueError(f'{b.name} {b.limit:,.10g} is too small to protect {names}; the '
+    _check_range(budgets, free, p)
+    for b, lo in zip(budgets, p.costs.min(2).sum(1)):
+        if b.cap < lo: raise ValueError(f'{b.name} {b.limit:,.10g} is too small for {", ".join(map(str, wishes))}; the '
                                         f'smallest at which that fits is {b.show(lo, up=True)}')
 
 # %% ../nbs/05b_knapsack.ipynb #a3ace892
@@ -241,15 +230,17 @@ class Question:
     noise: float # the largest rise that was pooled
     fmts: list # candidates
     budgets: list
+    key: Callable # unit ▸ what it shares with those that are tied to it
+    wishes: list # Wishes
     problem: Problem
-    free: Problem # the same without protection
-    pins: set # protected units
-    silent: set = frozenset() # units that moved nothing, which get their widest candidate too
+    free: Problem # the same without wishes
+    quiet: list = () # Wishes for units that moved nothing
 
     def conditions(self) -> dict:
         "What was asked, as a plan records it"
         caps = {b.name: float(b.limit) for b in self.budgets}
-        more = dict(protected=sorted(self.pins), silent=sorted(self.silent),
+        silent = sorted(p for w in self.quiet for p in w.paths)
+        more = dict(wishes=[w.record() for w in self.wishes], silent=silent,
                     tied=[list(r) for r in self.problem.rows if len(r) > 1])
         return dict(caps=caps, noise=self.noise, formats=list(map(str, self.fmts)),
                     **{k: v for k, v in more.items() if v})
@@ -258,6 +249,20 @@ class Question:
         "The plan that a solver's pick stands for"
         name = ', '.join(b.label for b in self.budgets) if name is None else name
         return make_plan(self.sweep, self.problem.formats_of(pick), name, self.table, report)
+
+# %% ../nbs/05b_knapsack.ipynb #c1ca385a
+@patch
+def _prices_of_wishes(self: Question, kl: float, method: str) -> dict: # wishes, wishes_cost
+    "The KL that wishes cost within the same caps, each and all; None where no plan would do without"
+    def cost(p): # Problem
+        if any(p.costs.min(2).sum(1) > p.caps): return None
+        try: return kl-float(p.kl_of(p.solve(method)[0]))
+        except ValueError: return None
+    def without(w):
+        rest = [x for x in [*self.wishes, *self.quiet] if x != w]
+        return make_problem(self.sweep, self.table, self.fmts, self.budgets, rest, self.key)
+    each = [w.record() | dict(cost=cost(without(w))) for w in self.wishes]
+    return dict(wishes=each, wishes_cost=cost(self.free))
 
 # %% ../nbs/05b_knapsack.ipynb #43081c0d
 @patch
@@ -271,41 +276,59 @@ def solve(self: Question, method: str = 'exact') -> Plan:
     bound = min(float(bound), kl)
     report = dict(method=method, bound=bound, gap=(kl-bound)/kl if kl else 0.,
                   prices={b.name: float(x) for b, x in zip(self.budgets, prices)}, **self.conditions())
-    if self.pins: report['protect_cost'] = kl-float(self.free.kl_of(self.free.solve(method)[0]))
+    if self.wishes: report |= self._prices_of_wishes(kl, method)
     return self.plan(pick, report)
 
 @patch
 def admits(self: Question, plan: Plan) -> bool:
-    "Whether a plan from elsewhere keeps the caps, the protection and the ties"
+    "Whether a plan from elsewhere keeps the caps, the wishes and the ties"
     total = [sum(b.cost(u, plan[u.path]) for u in self.sweep.units) for b in self.budgets]
     rows = list(zip(self.problem.rows, self.problem.options))
-    pinned = all(plan[p] == options[0] for row, options in rows for p in row if p in self.pins | self.silent)
+    meant = {p for w in [*self.wishes, *self.quiet] for p in w.paths}
+    kept = all(plan[p] in options for row, options in rows for p in row if meant & {*row})
     tied = all(len({plan[p] for p in row}) == 1 for row, _ in rows)
-    return pinned and tied and all(t <= b.cap for t, b in zip(total, self.budgets))
+    return kept and tied and all(t <= b.cap for t, b in zip(total, self.budgets))
+
+# %% ../nbs/05b_knapsack.ipynb #3c4a6c9d
+def _wished(sweep, given: dict) -> list[Wish]:
+    "The wishes among options; raises ValueError for a pinned format that was not measured"
+    found = wishes_for(sweep.units, _group_of(sweep), **given)
+    candidates(sweep, [*sweep.formats, *(w.fmt for w in found if w.kind == 'pin')])
+    return found
+
+# %% ../nbs/05b_knapsack.ipynb #32bbfe86
+def _check_sweep(sweep):
+    "Raise ValueError for what is no Sweep"
+    if not all(hasattr(sweep, name) for name in ('units', 'formats', 'values', 'header')): raise ValueError(
+        f'a plan is made from a Sweep, not from {shown(sweep)}; measure one with kl_sweep, or load its file')
 
 # %% ../nbs/05b_knapsack.ipynb #5a59c48a
 def pose(
     sweep, # Sweep
     formats = None, # candidates; all of the sweep by default
-    protect = (), # units that get their widest candidate
     tie = None, # what shares a format
     budgets: tuple = (), # further Budgets
+    *,
+    protect = (), pin = None, ceiling = None, floor = None, leave = (), # wishes, as for `allocate`
     **caps, # of `budgets_of`
 ) -> Question:
     "Check what was asked and turn it into arrays; raises ValueError for what cannot be had"
+    _check_sweep(sweep)
     (table, noise), fmts, key = smoothed(sweep), candidates(sweep, formats), _tie_key(tie)
-    budgets, pins = budgets_of(sweep, **caps)+list(budgets), _protected(sweep.units, protect)
-    quiet = {*silent(sweep)}
+    wished = _wished(sweep, dict(protect=protect, pin=pin, ceiling=ceiling, floor=floor, leave=leave))
+    budgets = budgets_of(sweep, **caps)+list(budgets)
+    quiet = unmoved(silent(sweep))
     free = make_problem(sweep, table, fmts, budgets, quiet, key)
-    p = make_problem(sweep, table, fmts, budgets, pins | quiet, key) if pins else free
-    try: _check_caps(budgets, free, p, protect)
+    p = make_problem(sweep, table, fmts, budgets, wished+quiet, key) if wished else free
+    try: _check_caps(budgets, free, p, wished)
     except ValueError as e:
         if not quiet: raise
-        raise ValueError(f'{e} ({len(quiet)} units that moved nothing in the sweep count with the widest candidate; '
-                         'longer or more calibration sequences may reach them)') from None
-    return Question(sweep, table, noise, fmts, budgets, p, free, pins, quiet)
+        raise ValueError(f'{e} ({len(quiet[0].paths)} units that moved nothing in the sweep count with the widest '
+                         'candidate; longer or more calibration sequences may reach them)') from None
+    return Question(sweep, table, noise, fmts, budgets, key, wished, p, free, quiet)
 
 # %% ../nbs/05b_knapsack.ipynb #7c710055
+@helpful
 def allocate(
     sweep, # Sweep
     *,
@@ -319,12 +342,25 @@ def allocate(
     budgets: tuple = (), # further Budgets
     formats = None, # candidates; all of the sweep by default
     protect = (), # units that get their widest candidate: 'embed', 'lm_head', 'first', 'last', paths, kinds
+    pin = None, # name ▸ the one format that these units get, or a text such as 'lm_head=8g64,*.o_proj=6'
+    ceiling = None, # name ▸ format, likewise: these get no wider one
+    floor = None, # name ▸ format, likewise: these get no narrower one
+    leave = (), # names of units that stay as they are
     tie = None, # 'qkv', 'kv', 'gate_up', several of them, or a function from a unit to a key
     method: str = 'exact', # 'exact', 'lagrange' or 'greedy'
 ) -> Plan:
-    "The plan with the least KL within the caps"
+    """The plan with the least KL within the caps, all of which hold
+
+    It maps the path of each unit to its Format, and knows `nominal_bpw`, `true_bpw` (bits per weight), `nbytes`,
+    `size_mb` (MiB) and `predicted_kl` (nats). Raises ValueError without a cap, or where no plan keeps them, naming the
+    lowest that can be had.
+
+        plan = allocate(sweep, target_bpw=4.5, protect='embed')
+        plan = allocate(sweep, max_bytes=6*2**20, formats='3,4,6')
+    """
     if method not in METHODS: raise ValueError(f'no method {method!r}; there are {", ".join(METHODS)}')
-    q = pose(sweep, formats, protect, tie, budgets, target_bpw=target_bpw, true_bpw=true_bpw,
+    wishes = dict(protect=protect, pin=pin, ceiling=ceiling, floor=floor, leave=leave)
+    q = pose(sweep, formats, tie, budgets, **wishes, target_bpw=target_bpw, true_bpw=true_bpw,
              max_bytes=max_bytes, max_memory=max_memory, cache=cache, max_ms=max_ms, costs_ms=costs_ms)
     return q.solve(method)
 
@@ -350,7 +386,7 @@ class _Reason:
     price: float # KL per byte where the plan ended up
     rows: list # per candidate: format, kl, se, bytes, prices (low, high), bits (from, to) of the whole model
     kind: str = 'nominal' # which bits
-    note: str = '' # protected or tied
+    note: str = '' # wished or tied
 
     def __repr__(self):
         head = f'{self.unit}: {self.chosen}{self.note}; a byte costs {self.price:.2e} KL'
@@ -367,16 +403,16 @@ def _row(self: _Reason, r):
     return f'{mark} {r["format"]!s:6} {kl}, {r["bytes"]:,} bytes; {when}'
 
 # %% ../nbs/05b_knapsack.ipynb #be917e34
-def _in_bytes(plan: Plan, path: str, sweep) -> tuple: # Problem without and with protection, Budget
+def _in_bytes(plan: Plan, path: str, sweep) -> tuple: # Problem without and with wishes, Budget
     "The question whose answer has a plan's own size, whatever it was solved for"
     nominal = plan.solver.get('caps', {}).get('target_bpw')
     b, = budgets_of(sweep, nominal, None if nominal else plan.true_bpw)
     group = {p: row[0] for row in plan.solver.get('tied', ()) for p in row}
     fmts, table = candidates(sweep, plan.solver.get('formats')), smoothed(sweep)[0]
     if plan[path] not in fmts: fmts += candidates(sweep, [plan[path]])
-    def problem(pins): return make_problem(sweep, table, fmts, [b], pins, lambda u: group.get(u.path, u.path))
-    quiet = {*plan.solver.get('silent', ())}
-    return problem(quiet), problem(quiet | {*plan.solver.get('protected', ())}), b
+    def problem(wishes): return make_problem(sweep, table, fmts, [b], wishes, lambda u: group.get(u.path, u.path))
+    quiet = unmoved(plan.solver.get('silent', ()))
+    return problem(quiet), problem(quiet+recorded(plan.solver.get('wishes', ()))), b
 
 # %% ../nbs/05b_knapsack.ipynb #9ac5c618
 def _options_of(free: Problem, whole: Problem, i: int, b: Budget, units: list) -> list: # of dicts
@@ -401,7 +437,8 @@ def why(self: Plan,
     free, whole, b = _in_bytes(self, path, sweep)
     i = next(k for k, row in enumerate(free.rows) if path in row)
     note = ' (tied)' if len(free.rows[i]) > 1 else ''
-    if path in self.solver.get('protected', ()): note = ' (protected)'
+    asked = [str(w) for w in recorded(self.solver.get('wishes', ())) if path in w.paths]
+    if asked: note = f' ({", ".join(asked)})'
     if path in self.solver.get('silent', ()): note = ' (it moved nothing, so it has the widest candidate)'
     return _Reason(' + '.join(free.rows[i]), self[path], float(bisect(whole)[0]),
                   _options_of(free, whole, i, b, sweep.units), 'nominal' if b.name == 'target_bpw' else 'true', note)
@@ -424,14 +461,12 @@ _TARGETS = tuple(t/4 for t in range(12, 33)) # nominal bits, 3 to 8
 def _least_bits(
     sweep, # Sweep
     formats: list, # candidates
-    protect = (), # as for `allocate`
-    tie = None, # likewise
-    **_, # its other options
+    tie = None, # as for `allocate`
+    **wishes, # likewise
 ) -> float:
     "Nominal bits of the smallest plan"
-    fmts, (b,) = candidates(sweep, formats), budgets_of(sweep, target_bpw=1.)
-    p = make_problem(sweep, smoothed(sweep)[0], fmts, [b],
-                     _protected(sweep.units, protect) | {*silent(sweep)}, _tie_key(tie))
+    fmts, (b,), wished = candidates(sweep, formats), budgets_of(sweep, target_bpw=1.), _wished(sweep, wishes)
+    p = make_problem(sweep, smoothed(sweep)[0], fmts, [b], wished+unmoved(silent(sweep)), _tie_key(tie))
     return float(b.figure(p.costs[0].min(1).sum()))
 
 # %% ../nbs/05b_knapsack.ipynb #ef79f293
@@ -444,6 +479,8 @@ def _plans_of(
     "One curve"
     fmts, (_, low, high) = _menu(sweep, profile), PROFILES[profile]
     if targets is None: low, targets = max(low, _least_bits(sweep, fmts, **options)), _TARGETS
+    odd = [t for t in targets if not isinstance(t, Real)]
+    if odd: raise ValueError(f'`targets` holds {shown(odd[0])}, and should hold numbers')
     inside = [float(t) for t in targets if low-1e-9 <= t <= high+1e-9]
     def plan(t): return allocate(sweep, target_bpw=t, formats=fmts, **options)
     return [replace(plan(t), name=f'{profile} {t:g}') for t in inside]
@@ -462,13 +499,24 @@ def _rivals_of(
     return {p.name: replace(plan(p), name=f'all at {p.name}') for p in baselines if p.nbytes-p.other_bytes >= least}
 
 # %% ../nbs/05b_knapsack.ipynb #f7ecb250
+@helpful
 def pareto(
     sweep, # Sweep
     targets = None, # nominal bits; those of `TARGETS` that the formats reach by default
     profiles = ('all',), # of PROFILES, each on the targets in its range
     **options, # of `allocate`
 ): # ▸ Frontier
-    "A plan for every target, the plans that need no measurement, and what a plan does with the bytes of each"
+    """A plan for every target, the plans that need no measurement, and what a plan does with the bytes of each
+
+    A Frontier is a list of Plans (bits per weight, MiB, KL in nats) that draws itself with `plot()`. Further
+    options are those of `allocate`. Raises ValueError for a profile or a target that the formats cannot have.
+
+        curve = pareto(sweep, targets=[3.5, 4, 4.5])
+        curve.to_frame(), curve.plot()
+    """
+    _check_sweep(sweep)
+    targets = None if targets is None else np.atleast_1d(targets).tolist()
+    profiles = listify(profiles)
     plans = [p for name in profiles for p in _plans_of(sweep, name, targets, **options)]
     if not plans: raise ValueError('no target lies in the range of '+', '.join(
         f'{name} ({PROFILES[name][1]:g} to {PROFILES[name][2]:g} bits)' for name in profiles))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -17,28 +18,28 @@ import numpy as np
 from .backends.open import open_backend
 from .calibration import block_hashes, fingerprint, overlap, shape_of, text_of
 from .convert import as_saved, convert
-from .evals.perplexity import evaluate, evaluation_tokens, overrides_of, check_calibration
-from .evals.perplexity import check_overlap
+from .evals.perplexity import check_calibration, check_overlap, evaluate, evaluation_tokens, overrides_of
 from .families.samples import batch_for
-from .files import added_files, as_path, can_draw, claiming, journal_of, own_file, own_folder
-from .files import own_output, own_place
-from .files import check_full, scratch, whole_folder
-from .formats import AS_IS, Format, check_storable, parse_format, quantize_minmax
-from .knapsack import PROFILES, allocate, candidates, known, pareto
+from .files import added_files, as_path, can_draw, check_full, claiming, journal_of, own_file, own_folder
+from .files import own_output, own_place, scratch, whole_folder
+from .fit import _memory_here, _untested
+from .formats import AS_IS, Format, check_storable, parse_format, parse_formats, quantize_minmax
+from .knapsack import PROFILES, _least_bits, allocate, candidates, known, pareto
 from .kv.config import STATISTICS, save_kv_config
 from .kv.layout import KVLayout, cache_bytes, kv_layout
-from .kv.sweep import _combine, layer_table, memory_lines, parts, planned_cache, planned_together, plot_kv
+from .kv.sweep import _combine, layer_table, memory_lines, parts, planned_cache, planned_together
+from .kv.sweep import plot_kv
 from .latency import latency
-from .measure.kl import probes
-from .measure.sweep import Sweep, about_texts, learned_again, check_other, rounding_of, texts_for
-from .models import Checkpoint
-from .plan import make_plan, baseline_plans
-from .readers import write_json
+from .measure.sweep import Sweep, about_texts, check_other, learned_again, rounding_of, texts_for
+from .models import Checkpoint, check_overflow
+from .plan import baseline_plans, make_plan, uniform
+from .readers import check_counts, helpful, shown, write_json
 from .refine import measured, verified
 from .report import Report, machine, score_row
 from .rounding import QUANTIZERS, ROUNDING, as_overrides, dwq, round_model, round_to_files
 from .score import same_words, text_tokens
 from .sensitivity import kl_sweep, sweep_quantizer
+from .wishes import pinned
 
 # %% ../nbs/08_pipeline.ipynb #eca94df7
 _FORMATS, _WIDE = ('4g64', '8g64'), (2, 3, 4, 5, 6, 8) # candidates for a plan, and for a whole curve
@@ -49,7 +50,7 @@ class Caps:
     target_bpw: float | None = None # average code width; without any cap 4.5 for weights, 5 for a cache
     true_bpw: float | None = None # bytes of everything saved × 8 / parameters
     max_bytes: float | None = None # bytes of all tensors, of the cache at `context`, or of both together
-    max_memory: float | None = None # bytes of all tensors and of a KV cache that stays as it is
+    max_memory: 'float | str | None' = None # bytes of all tensors and of a cache that stays as it is; 'auto': all here
     target_tps: float | None = None # tokens per second, by prediction
     chip: str | None = None # where these are to be reached, such as 'M3 Max'; by default here
     context: int | None = None # tokens in the KV cache; by default 16,384 for its plan, 512 for a speed
@@ -61,6 +62,10 @@ class Weights:
     "How the weights are chosen, rounded and judged"
     formats: 'list | tuple | None' = None # candidates; by default those of the sweep given, or `FORMATS`
     protect: 'str | tuple | list' = () # what gets the widest one: 'embed', 'lm_head', 'first', 'last', paths
+    pin: 'dict | str | None' = None # name ▸ the one format of these units, or 'lm_head=8g64,*.o_proj=6'
+    ceiling: 'dict | str | None' = None # name ▸ format, likewise: no wider one
+    floor: 'dict | str | None' = None # name ▸ format, likewise: no narrower one
+    leave: 'str | tuple | list' = () # names of units that stay as they are
     tie: 'str | tuple | list | Callable | None' = () # what shares a format: 'qkv', 'kv', 'gate_up'
     sweep: 'Sweep | str | Path | None' = None # a sweep of this model, or its file
     rounding: str | None = None # 'minmax', 'search' or 'gptq'; by default that of the sweep, or `ROUNDING`
@@ -68,6 +73,10 @@ class Weights:
     polish: str | None = None # 'dwq': train scales and biases at the end
     verify: bool | None = None # measure the plan and its like, keep the best; by default for weights alone
     compare: bool | None = None # score the baselines too; likewise
+
+    @property
+    def wishes(self) -> dict: # of `allocate`
+        return {k: getattr(self, k) for k in ('protect', 'pin', 'ceiling', 'floor', 'leave', 'tie')}
 
 @dataclass(frozen=True)
 class Cache:
@@ -99,6 +108,8 @@ def caps_for(caps: Caps | None, what: str) -> Caps: # with the default where the
     odd = [k for k in given if k not in _COUNTS[what]]
     if odd: raise ValueError(f'`{odd[0]}` has no effect {_beside(what)} yet; give `max_bytes` instead')
     if what == 'weights':
+        if isinstance(caps.max_memory, str) and caps.max_memory != 'auto': raise ValueError(
+            f'`max_memory` {caps.max_memory!r} is no number of bytes; give one, or auto')
         if caps.max_memory is not None and caps.context is None: raise ValueError('`max_memory` needs `context`')
         if caps.chip is not None and caps.target_tps is None: raise ValueError(
             '`chip` says where `target_tps` is to be reached; give both')
@@ -138,22 +149,16 @@ def _baselines(
     return {n: found[n] for n in names if n in found}
 
 # %% ../nbs/08_pipeline.ipynb #3268236e
-def _untested(source, formats: list) -> Sweep: # of a Checkpoint or KVLayout
-    "A sweep with made-up values, to see whether a cap can be met; raises ValueError for a format that does not fit"
-    values = {(u.path, f): np.array([1/f.bits]) for u, f in probes(source.units, formats)}
-    return Sweep(source.units, formats, values,
-                 dict(model=source.name, params=source.params, other_bytes=source.other_bytes))
-
 def _feasible(
     c: Checkpoint,
-    formats: list[Format], # candidates
+    measured: list[Format], # what will be measured
     layout: KVLayout | None = None, # of the cache, if it is in the same budget
     kv_formats: list = (), # candidates of the cache
     **options, # of `allocate`
 ): # ▸ Plan of about the size that there will be
     "Raise ValueError if no plan fits the caps, or a format does not fit the model"
-    sweep = _untested(c, check_storable([f for f in formats if f != AS_IS]))
-    if layout is None: return allocate(sweep, formats=formats, **options)
+    sweep = _untested(c, check_storable([f for f in measured if f != AS_IS]))
+    if layout is None: return allocate(sweep, **options)
     cache = _untested(layout, kv_formats)
     return parts(allocate(_combine(sweep, cache), **options), sweep, cache)[0]
 
@@ -168,6 +173,10 @@ class Texts:
     seq_len: int = 128 # tokens in each
     n_evaluation: int = 16 # evaluation sequences
     eval_len: int | None = None # tokens in each; 256 by default, with a cache as many as in the others
+
+    def __post_init__(self):
+        check_counts(n_calibration=self.n_calibration, seq_len=self.seq_len, n_evaluation=self.n_evaluation,
+                     eval_len=self.eval_len)
 
 def _texts_of(texts: Texts | None, what: str) -> Texts: # with the default where there is none
     "The texts that such a plan is judged by"
@@ -223,7 +232,7 @@ def _candidates_for(
 ) -> list[Format]:
     "The candidates that were asked for, or those that a sweep holds, or the default"
     if formats is None: formats = default if sweep is None else _load_sweep(sweep).formats
-    return [parse_format(f) for f in formats]
+    return parse_formats(formats)
 
 # %% ../nbs/08_pipeline.ipynb #6e0c51e3
 def _narrowed(sweep: Sweep, formats: list) -> Sweep:
@@ -321,10 +330,10 @@ def _quantizer_of_plans(b, t: _Batches, formats: list, rounding: str):
 
 # %% ../nbs/08_pipeline.ipynb #67d1f050
 def _choose(b, t: _Batches, sweep: Sweep, rounding: str, verify: bool, only=None,
-            **options) -> tuple: # Plan, Verified or None
+            measured=None, **options) -> tuple: # Plan, Verified or None
     "The plan to save: the best on paper, or the best that was measured"
     if not verify: return allocate(sweep, **options), None
-    quantize = _quantizer_of_plans(b, t, options['formats'], rounding)
+    quantize = _quantizer_of_plans(b, t, measured or options['formats'], rounding)
     v = verified(b, t.tokens, sweep, quantize=quantize, only=only, **options)
     return v.plan, v
 
@@ -373,7 +382,7 @@ def _summary(report: Report, plan, joint, v, out, seconds: float) -> dict:
                 calibration_kl=float(joint.mean()), kl=mine['kl'], kl_se=mine['kl_se'],
                 perplexity=mine['perplexity'], perplexity_se=mine['perplexity_se'],
                 reference_perplexity=reference['perplexity'], seconds=seconds,
-                protected=plan.solver.get('protected', []), protect_cost=plan.solver.get('protect_cost'),
+                wishes=plan.solver.get('wishes', []), wishes_cost=plan.solver.get('wishes_cost'),
                 verified=dict(kept=v.kept, tried=v.rows, rounds=v.rounds) if v else None,
                 baselines=[{k: r[k] for k in few} for r in rows.values()], about=report.about)
 
@@ -396,10 +405,14 @@ class _Job:
     @property
     def formats(self): return _candidates_for(self.weights.formats, self.weights.sweep)
     @property
-    def only(self): # candidates that somebody named
-        return None if self.weights.formats is None and self.weights.sweep is None else self.formats
+    def measured(self): # the candidates, and what units are pinned to
+        groups = {f.group_size for f in self.formats if f.mode == 'affine'}
+        return list(dict.fromkeys([*self.formats, *pinned(self.weights.pin, min(groups) if len(groups) == 1 else 64)]))
     @property
-    def kv_formats(self): return [parse_format(f) for f in self.cache.formats]
+    def only(self): # what a plan may have, if somebody named candidates
+        return None if self.weights.formats is None and self.weights.sweep is None else self.measured
+    @property
+    def kv_formats(self): return parse_formats(self.cache.formats)
     @property
     def rounding(self): return _rounding_for(self.weights.rounding, self.weights.sweep)
     @property
@@ -421,10 +434,12 @@ class _Job:
 # %% ../nbs/08_pipeline.ipynb #3e05e0d0
 def _conditions(job: _Job) -> dict: # of `allocate`
     "What a plan of the weights must keep to"
-    c, caps, fmts = job.c, job.caps, job.formats
+    c, caps, fmts = job.c, job.caps, job.measured
     found = {k: getattr(caps, k) for k in ('target_bpw', 'true_bpw', 'max_bytes', 'max_memory')}
-    found |= dict(formats=fmts, protect=job.weights.protect, tie=job.weights.tie)
+    found |= dict(formats=job.formats, **job.weights.wishes)
     if caps.max_memory is not None: found['cache'] = cache_bytes(c, caps.context)
+    if caps.max_memory == 'auto': found['max_memory'] = min(
+        _memory_here(c, caps.context), found['cache']+max(uniform(c, f).nbytes for f in fmts))
     if caps.target_tps is None: return found
     return found | latency(c, caps.chip, 512 if caps.context is None else caps.context, fmts).budget(caps.target_tps,
                                                                                                      fmts)
@@ -434,11 +449,11 @@ def _conditions(job: _Job) -> dict: # of `allocate`
 def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     "Measure, choose, write, and score what was written"
     c, w, out, rounding, start = job.c, job.weights, job.out, job.rounding, time.perf_counter()
-    likely = _feasible(c, **(options := _conditions(job)))
+    likely = _feasible(c, job.measured, **(options := _conditions(job)))
     _check_output(c, out, likely, rounding)
     b, t = job.open(job.more)
-    found = _find_sweep(b, t, job.formats, w.sweep, out, rounding)
-    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, **options)
+    found = _find_sweep(b, t, job.measured, w.sweep, out, rounding)
+    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, **options)
     if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
     others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
     report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish)
@@ -485,17 +500,17 @@ def _draw_sensitivity(sweep: Sweep, file: Path):
 # %% ../nbs/08_pipeline.ipynb #e308257d
 def _choose_both(job: _Job) -> dict: # report, config, figures, and what `joint_plan` returns
     "Measure, choose, score, write the model with its kv_config.json"
-    c, w, out, rounding, fmts = job.c, job.weights, job.out, job.rounding, job.formats
+    c, w, out, rounding, fmts = job.c, job.weights, job.out, job.rounding, job.measured
     layout = kv_layout(c, job.context)
-    wishes = dict(protect=w.protect, tie=w.tie)
-    likely = _feasible(c, fmts, layout, job.kv_formats, max_bytes=job.caps.max_bytes, **wishes)
+    likely = _feasible(c, fmts, layout, job.kv_formats, max_bytes=job.caps.max_bytes,
+                      formats=[*job.formats, *job.kv_formats], **w.wishes)
     _check_output(c, out, likely, rounding)
     if w.sweep is not None: _check_length(_load_sweep(w.sweep), job.texts.n_calibration)
     b, t = job.open(job.more)
     known = None if w.sweep is None else _narrowed(_find_sweep(b, t, fmts, w.sweep, None, rounding), fmts)
     found = planned_together(b, t.tokens, t.scored, layout, job.caps.max_bytes, fmts, job.kv_formats, t.about, out,
                              weight_sweep=known, rounding=rounding, rounding_tokens=t.learned, calibration=t.source,
-                             **wishes)
+                             candidates=[*job.formats, *job.kv_formats], **w.wishes)
     if out is not None: _write_model(b, found['weights'], t, out, found['weight_sweep'], job.overwrite, rounding, None,
                                     partial(_write_beside, found))
     return found
@@ -516,7 +531,18 @@ def _write_beside(found: dict, folder: Path) -> dict: # label ▸ text for the m
     return {'cache': f'{mb:.1f} MB at {context:,} tokens, see kv_config.json'}
 
 
+# %% ../nbs/08_pipeline.ipynb #a816e6d4
+_SAID = {Caps: 'Caps(target_bpw=4.5)', Weights: 'Weights(formats=[4, 8])', Cache: 'Cache(formats=[4, 8])',
+         Texts: 'Texts(n_calibration=8)'}
+
+def _check_wishes(**given): # name ▸ what was given
+    "Raise ValueError for a wish that is not told in the class that bears its name"
+    kinds = {k.__name__.lower(): k for k in _SAID}
+    odd = [k for k, v in given.items() if v is not None and not isinstance(v, kinds[k])]
+    if odd: raise ValueError(f'`{odd[0]}` is {shown(given[odd[0]])}, and should be such as {_SAID[kinds[odd[0]]]}')
+
 # %% ../nbs/08_pipeline.ipynb #be42ac0c
+@helpful
 @claiming
 def optimize(
     model: str, # 'demo', a folder, or a Hub id; for a cache alone it may be quantized
@@ -530,8 +556,17 @@ def optimize(
     overwrite: bool = False, # replace `out`, if it is ours
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by the checkpoint by default
+    dtype: str | None = None, # 'float16' or 'bfloat16' for what is not quantized, and for scales; as it is by default
 ) -> dict: # report and figures; plan and sweep; of weights `verified`, of a cache `config`, of both `joint_plan`'s
-    "Measure sensitivities, choose formats within the caps, write the model or its kv_config.json, score it"
+    """Measure sensitivities, choose formats within the caps, write the model or its kv_config.json, score it
+
+    Caps are in bits per weight, bytes, or tokens per second; KL in the report is in nats. Raises ValueError for a wish
+    without effect or a cap that cannot be met, before any work, and FileExistsError for an `out` that is not ours.
+
+        found = optimize('demo', 'out/demo', Caps(target_bpw=4.5), weights=Weights(formats=[3, 4, 8]))
+        print(found['report'], found['plan'])
+    """
+    _check_wishes(caps=caps, weights=weights, cache=cache, texts=texts)
     what = subject(weights, cache)
     caps = caps_for(caps, what)
     if weights is None: place = _kv_output(model, out, overwrite)
@@ -539,12 +574,12 @@ def optimize(
         _check_weights(weights, what, out)
         place = own_output(out, overwrite, 'model', model, journal=weights.sweep is None and cache is None)
     beside = weights is None and out is not None and _is_own_folder(model, out)
-    c = Checkpoint(model, trust_remote_code, model_type)
+    if weights is None and dtype: raise ValueError('`dtype` has no effect on a cache; leave it')
+    check_overflow(c := Checkpoint(model, trust_remote_code, model_type, dtype))
     if cache is not None and c.model_type != 'llm': raise ValueError(
         f'{c.name} is a {_KINDS[c.model_type]} model, whose cache cannot be planned yet; leave it as it is')
     job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, beside)
     return {'weights': _choose_weights, 'a cache': _choose_cache}.get(what, _choose_both)(job)
-
 
 # %% ../nbs/08_pipeline.ipynb #7516241d
 def _possible(sweep) -> list: # names of PROFILES
@@ -569,14 +604,14 @@ def _save_curve(curve, sweep, figures: dict, out, overwrite: bool = False):
         for p in [*curve, *curve.rivals.values()]: p.save(part/'plans'/f'{p.name.replace(" ", "-")}.json')
 
 # %% ../nbs/08_pipeline.ipynb #bbe815a2
+@helpful
 @claiming
 def trade_off(
     source: 'str | Path', # 'demo', a folder, a Hub id, or a sweep file
     targets = None, # nominal bits; by default those from 3 to 8 that the formats reach
     profiles = None, # of 'compact', 'quality' and 'all'; by default all that the formats allow
     *,
-    weights: Weights = Weights(),
-    # how they are chosen and rounded; all of a sweep, or `WIDE`, are candidates by default
+    weights: Weights = Weights(), # how they are chosen, among 2, 3, 4, 5, 6 and 8 bits or what a sweep holds
     texts: Texts | None = None, # what is measured and scored on
     verify: int = 0, # points of each curve to measure on evaluation text
     out: 'str | Path | None' = None, # folder for pareto.json, pareto.png, pareto.svg, the sweep and the plans
@@ -585,7 +620,17 @@ def trade_off(
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by the checkpoint by default
 ) -> dict: # frontier, sweep, figures
-    "Size against quality of a model, from one sweep"
+    """Size against quality of a model, from one sweep
+
+    The frontier is a list of Plans: bits per weight, MiB, KL in nats. Raises ValueError for targets, profiles or wishes
+    that do not go together, FileExistsError for an `out` that is not ours.
+
+        found = trade_off('demo', [3.5, 4, 4.5], weights=Weights(formats=[2, 3, 4, 6, 8]))
+        found['frontier'].plot()
+    """
+    _check_wishes(weights=weights, texts=texts)
+    odd = [t for t in np.atleast_1d([] if targets is None else targets).tolist() if not isinstance(t, Real)]
+    if odd: raise ValueError(f'`targets` holds {shown(odd[0])}, and should hold numbers')
     sweep, saved = weights.sweep, Path(source).is_file()
     if saved and sweep is not None:
         raise ValueError(f'`sweep` has no effect: {source} is a sweep; leave one of the two')
@@ -602,11 +647,12 @@ def trade_off(
         about = machine()
     else:
         c = Checkpoint(source, trust_remote_code, model_type)
+        _least_bits(_untested(c, [f for f in fmts if f != AS_IS]), fmts, **weights.wishes) # raises for an odd wish
         job = _Job(c, out, Caps(), weights, None, _texts_of(texts, 'weights'), backend, overwrite)
         b, t = job.open(job.more)
         found, about = _find_sweep(b, t, fmts, sweep, out, rounding), t.about | dict(rounding=rounding)
     chosen = _narrowed(found, fmts)
-    curve = pareto(chosen, targets, profiles or _possible(chosen), protect=weights.protect, tie=weights.tie)
+    curve = pareto(chosen, targets, profiles or _possible(chosen), **weights.wishes)
     if verify: measured(curve, b, t.scored, verify, _quantizer_of_plans(b, t, chosen.formats, rounding))
     figures = dict(model=str(source), points=curve.points(), versus=curve.versus(), about=about)
     if out is not None: _save_curve(curve, found, figures, out, overwrite)
@@ -614,6 +660,7 @@ def trade_off(
     return dict(frontier=curve, sweep=found, figures=figures)
 
 # %% ../nbs/08_pipeline.ipynb #4dc5078e
+@helpful
 def compare(
     model: str, # a model, quantized or not
     baseline: str | None = None, # what to measure KL and agreement against
@@ -624,7 +671,14 @@ def compare(
     trust_remote_code: bool = False,
     model_type: str = 'auto',
 ) -> Report: # one row, or two with the baseline first
-    "Score a model by itself, or against another one with the same vocabulary"
+    """Score a model by itself, or against another one with the same vocabulary
+
+    Perplexity; with a baseline also KL(baseline ‖ model) in nats and agreement, each with its standard error. Raises
+    ValueError for text that the model was calibrated on, and for another vocabulary.
+
+        print(compare('out/demo', baseline='demo', n=16))
+    """
+    check_counts(n=n, seq_len=seq_len)
     first = baseline or model
     opened = {m: open_backend(Checkpoint(m, trust_remote_code, model_type), backend) for m in (first, model)}
     reference, c = opened[first], opened[first].checkpoint

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from .formats import ALL_FORMATS, AS_IS, FORMAT, Format, config_entry, parse_format
 from .models import read_units
-from .readers import NAME, OBJECT, PROSE, TEXT, dumps, known, maybe, number, read_ours, whole
+from .readers import NAME, OBJECT, PROSE, TEXT, dumps, known, maybe, number, one_of, read_ours, whole
 
 # %% ../nbs/05_plan.ipynb #d51d1bf9
 @dataclass(eq=False, repr=False)
@@ -99,9 +99,10 @@ def __repr__(self: Plan) -> str:
     kl = f', predicted KL {self.predicted_kl:.4g}{error}' if isfinite(self.predicted_kl) else ''
     if 'verified' in self.solver: kl += f', measured {self.solver["verified"]["joint_kl"]:.4g}'
     name = f' {self.name!r}' if self.name else ''
-    cost, pins = self.solver.get('protect_cost'), self.solver.get('protected', ())
-    price = f'; protecting {len(pins)} of them costs {cost:.2g} of it' if cost is not None else ''
-    if quiet := self.solver.get('silent'): price += f'; {len(quiet)} that moved nothing have the widest candidate'
+    cost, asked = self.solver.get('wishes_cost'), {p for w in self.solver.get('wishes', ()) for p in w['units']}
+    price = f'; what was wished for {len(asked)} of them costs {cost:.2g} of it' if cost is not None else ''
+    quiet = self.solver.get('silent', ())
+    if quiet: price += f'; {len(quiet)} that moved nothing have the widest candidate'
     return (f'Plan{name} for {len(self)} units: {self.nominal_bpw:.3f} nominal bits, '
             f'{self.true_bpw:.3f} true bits, {self.size_mb:.2f} MB{kl}{price}')
 
@@ -142,9 +143,11 @@ def save(self: Plan,
     Path(path).write_text(f'{text},\n "units": [\n{lines}\n ]\n}}\n', encoding='utf-8')
 
 # %% ../nbs/05_plan.ipynb #ea4c2044
-_SOLVER = {'method?': maybe(TEXT), 'rounding?': maybe(TEXT), 'caps?': OBJECT, 'protected?': [NAME], 'silent?': [NAME],
-           'protect_cost?': maybe(number()),
-          'verified?': {'joint_kl': number(0)}, 'bound?': maybe(number()), 'gap?': maybe(number())}
+_WISH = {'kind': one_of('pin', 'ceiling', 'floor', 'leave', 'protect'), 'name': PROSE, 'units': [NAME],
+         'format': maybe(FORMAT), 'cost?': maybe(number())}
+_SOLVER = {'method?': maybe(TEXT), 'rounding?': maybe(TEXT), 'caps?': OBJECT, 'wishes?': [_WISH]*2, 'silent?': [NAME],
+           'wishes_cost?': maybe(number()), 'verified?': {'joint_kl': number(0)}, 'bound?': maybe(number()),
+           'gap?': maybe(number())}
 _TOKENS = {'source?': maybe(PROSE), 'shape': [whole(1, 2**31)]*3, 'fingerprint': TEXT} # of a text
 _PLAN = dict(name=PROSE, model=PROSE, params=whole(), other_bytes=whole(0), predicted_kl_se=maybe(number(0)),
              solver=_SOLVER)

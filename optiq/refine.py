@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from fastcore.basics import patch
+from tqdm.auto import tqdm
 
 from .backends.open import open_backend
 from .backends.replay import Backend
@@ -22,6 +23,7 @@ from .formats import AS_IS, parse_format, quantize_dequantize
 from .knapsack import Frontier, Question, plus_minus, pose
 from .measure.estimate import passes_of, plan_passes
 from .measure.kl import measure
+from .measure.sweep import BAR
 from .plan import Plan, mean_se, smoothed, baseline_plans
 from .readers import known
 from .solver import Problem, undominated
@@ -32,12 +34,13 @@ def _joint_kl(
     tokens: np.ndarray, # (n, T)
     plans: dict, # name ▸ Plan
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip, or a mapping of paths to such
+    tick = lambda share: None, # as of `evaluate`
 ) -> dict: # name ▸ (n,)
     "KL of whole plans, per sequence; plans that are equal are measured once"
     def key(p): return tuple(p.formats.items())
     first = {}
     for name, p in plans.items(): first.setdefault(key(p), name)
-    scores = evaluate(b, tokens, {name: overrides_of(plans[name], quantize) for name in first.values()})
+    scores = evaluate(b, tokens, {name: overrides_of(plans[name], quantize) for name in first.values()}, tick=tick)
     return {name: scores[first[key(p)]].kl for name, p in plans.items()}
 
 # %% ../nbs/05c_refine.ipynb #66089e52
@@ -189,7 +192,7 @@ def _stamped(q, plan, tried, kl, kept, tokens) -> Plan:
     record = dict(kept=kept, joint_kl=joint, joint_kl_se=known(se), tokens=fingerprint(tokens),
                   tried={x: dict(predicted_kl=known(p.predicted_kl), joint_kl=float(kl[x].mean())) for x,
                          p in tried.items()})
-    cost = {k: plan.solver[k] for k in ('protect_cost',) if k in plan.solver}
+    cost = {k: plan.solver[k] for k in ('wishes', 'wishes_cost') if k in plan.solver}
     report = plan.solver if chosen == plan else dict(method='baseline', **q.conditions()) | chosen.solver | cost
     return replace(chosen, solver=report | dict(verified=record))
 
@@ -222,7 +225,8 @@ def verified(
     ours, flats = {'allocated': plan} | _alternatives(q, plan, n, seed=seed), _within(q, plan)
     many = f'{len(ours)+len(flats)} plans on {prod(shape_of(tokens)):,} tokens'
     if progress: print(f'verifying {many}', file=sys.stderr)
-    kl = _joint_kl(b, tokens, ours | flats, quantize)
+    with tqdm(total=1, bar_format=BAR, leave=False, disable=not progress, smoothing=0) as bar:
+        kl = _joint_kl(b, tokens, ours | flats, quantize, bar.update)
     best = min(ours, key=lambda x: kl[x].mean())
     history = improve(b, tokens, q, ours, kl, best, tolerance, rounds, quantize)[1]
     tried = ours | flats

@@ -47,14 +47,15 @@ class _Metric:
     spec: str = '.1%' # format
     better: int = 1 # 1 if more is better, -1 if less is
 
-_METRICS = dict(kl=_Metric('KL', '.4f', -1), kl_p99=_Metric('KL p99', '.3f', -1), flips=_Metric('flips', '.1%', -1),
+_METRICS = dict(kl=_Metric('KL', '.4f', -1), kl_p99=_Metric('KL p99', '.3f', -1),
+               kl_p999=_Metric('KL p99.9', '.3f', -1), flips=_Metric('flips', '.1%', -1),
                perplexity=_Metric('perplexity', '.2f', -1), agreement=_Metric('agreement'),
                word_problems=_Metric('problems'),
                recall=_Metric('recall'), gsm8k=_Metric('GSM8K'), needle=_Metric('needle'),
                margin=_Metric('margin', '.2f'),
                ai2d=_Metric('AI2D'), wer=_Metric('WER', '.1%', -1), prompt_tps=_Metric('prompt tok/s', '.0f'),
                decode_tps=_Metric('decode tok/s', '.1f'), peak_mb=_Metric('peak MB', '.0f', -1))
-_TO_REFERENCE = 'kl', 'kl_p99', 'flips', 'agreement' # say nothing about the reference itself
+_TO_REFERENCE = 'kl', 'kl_p99', 'kl_p999', 'flips', 'agreement' # say nothing about the reference itself
 _SIZES = dict(nominal_bpw='nominal', true_bpw='true bits', size_mb='MB', weight_mb='weights MB', cache_mb='cache MB')
 
 def _metric(name: str) -> _Metric: return _METRICS.get(name) or _Metric(name.rsplit(':', 1)[-1])

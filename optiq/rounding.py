@@ -503,7 +503,7 @@ def round_to_files(
     import mlx.core as mx
     b, found = open_backend(model), {}
     if progress and method != 'minmax': _announce_rounding(b, tokens, plan, method)
-    with tqdm(total=len(plan), desc=method, unit='unit', leave=False, disable=not progress) as bar:
+    with tqdm(total=len(plan), desc=method, unit=' tensors', leave=False, disable=not progress) as bar:
         for path, r in round_model(b, tokens, plan, method, bar.update):
             file = str(Path(folder)/f'{len(found)}.safetensors')
             mx.save_safetensors(file, r.stored())

@@ -15,10 +15,11 @@ import numpy as np
 from .backends.open import open_backend
 from .backends.replay import Backend
 from .files import claiming, own_file
-from .formats import Format, check_storable, parse_format, quantize_dequantize
+from .formats import Format, check_storable, parse_formats, quantize_dequantize
 from .measure.kl import measure
 from .measure.sweep import Sweep, SweepLog, about_texts, progress_bar, texts_for, to_sweep, warn_of_idle
 from .plan import silent
+from .readers import check_counts, helpful
 from .rounding import ROUNDING, RoundTrips
 
 # %% ../nbs/04_sensitivity.ipynb #db25ed85
@@ -72,11 +73,17 @@ def _complete(
     warn_of_idle(log.header.get('experts', {}))
     if log.missing(): measure(log.b, tokens[:1],
                               []) # a model whose logits are no numbers is refused before anything is rounded
-    with progress_bar(log, progress) as bar:
+    with progress_bar(log, progress) as tick:
         for p in log.missing():
             if targets is not None and _settled(log, targets): break # also where an earlier run was
-            log.add(p, measure(log.b, tokens[p.start:p.stop], p.todo, quantize, bar.update))
+            log.add(p, measure(log.b, tokens[p.start:p.stop], p.todo, quantize, tick))
     return log.finish()
+
+# %% ../nbs/04_sensitivity.ipynb #7807a0f8
+def _check_wishes(until: str | None, **counts):
+    "Raise ValueError for what no sweep can do"
+    check_counts(**counts)
+    if until not in (None, 'stable'): raise ValueError(f"`until` is {until!r}, and should be 'stable' or None")
 
 # %% ../nbs/04_sensitivity.ipynb #0d059b08
 def _warn_of_silent(sweep: Sweep):
@@ -88,6 +95,7 @@ def _warn_of_silent(sweep: Sweep):
         'they get the widest candidate')
 
 # %% ../nbs/04_sensitivity.ipynb #38aea943
+@helpful
 @claiming
 def kl_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
@@ -110,10 +118,19 @@ def kl_sweep(
     of = None, # whose units: the checkpoint's by default, or a `KVLayout`
     journal: bool = False, # `out` is not for the user: it says so, and one that does not is refused
 ) -> Sweep:
-    "Measure the KL that each unit's quantization costs, in each format, one unit at a time"
+    """Measure the KL that each unit's quantization costs, in each format, one unit at a time
+
+    KL(reference ‖ quantized) over the vocabulary, in nats, mean over the tokens of a sequence: `values[path, format]`
+    is (n,). Raises ValueError for formats, texts or numbers that do not go together, FileExistsError for an `out`
+    that is not a sweep of ours to go on with.
+
+        sweep = kl_sweep('demo', formats=[3, 4, 8])
+        sweep.kl('model.embed_tokens', '4g64'), sweep.plot(fmt=4)
+    """
+    _check_wishes(until, n=n, seq_len=seq_len, rounding_n=rounding_n)
     mark = dict(journal=True) if journal else {}
     if out is not None: out = own_file(out, 'sweep', **mark) # before any work
-    b, formats = open_backend(model, backend), [parse_format(f) for f in formats]
+    formats, b = parse_formats(formats), open_backend(model, backend)
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
     if of is None: check_storable(formats)
     rounding = rounding or ('minmax' if of else ROUNDING) # a cache is rounded as it is written

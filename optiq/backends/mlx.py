@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 from fastcore.basics import patch
 
-from .replay import Backend, check_all, check_logits
+from .replay import Backend, check_all, check_logits, forgetful
 from .taps import _block, _descend, mlx_attention, mlx_blocks, mlx_listening, mlx_watching, same
 from ..models import Checkpoint, unpacked
 
@@ -60,8 +60,9 @@ class MLXBackend(Backend):
         self.model = self.open()
     def open(self): return _of_type(self.checkpoint, self.dtype)
 
-    def forward(self, batch):
-        return check_logits(self, self.model(self.xp.array(np.asarray(batch))))
+    def fresh(self, x): return self.xp.array(x)
+    def raw(self, batch): return self.model(self.xp.array(np.asarray(batch)))
+    def forward(self, batch): return check_logits(self, self.raw(batch))
     def block(self, i: int): return _block(self.model, self.checkpoint.blocks, i)
     def stand_ins(self, stand_in): return mlx_blocks(self.model, self.checkpoint.blocks, stand_in)
 
@@ -115,6 +116,7 @@ def gradients(self: MLXBackend, batch, seed: int, skip=0):
         for p in w: self.module(p).weight = w[p]
         z = self.model(ids)[:, skip:]
         return (mx.take_along_axis(z, y, -1)[..., 0]-mx.logsumexp(z, axis=-1)).sum()
-    try: return mx.grad(total)(weights)
+    try:
+        with forgetful(self.model): return mx.grad(total)(weights)
     finally:
         for p, w in weights.items(): self.module(p).weight = w

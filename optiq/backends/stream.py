@@ -60,9 +60,10 @@ def _read_rows(
     "Some rows of a tensor, read from disk and nothing else with them"
     import mlx.core as mx
     index = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-    data = _read(*_place(checkpoint, unit), unit.shape[1]*unit.itemsize, index)
-    raw = np.frombuffer(data, dtype=np.uint32 if unit.itemsize == 4 else np.uint16)
-    w = mx.array(raw.reshape(len(index), unit.shape[1])).view(getattr(mx, unit.dtype))
+    file, start, dtype = _place(checkpoint, unit)
+    size = getattr(mx, dtype).size
+    raw = np.frombuffer(_read(file, start, unit.shape[1]*size, index), dtype=np.uint32 if size == 4 else np.uint16)
+    w = mx.array(raw.reshape(len(index), unit.shape[1])).view(getattr(mx, dtype)).astype(getattr(mx, unit.dtype))
     check_finite(mx, w, unit.path)
     return w
 
@@ -74,12 +75,15 @@ def _read(file, start, width, index) -> bytes: # of rows of `width` bytes
         return b''.join(os.pread(f.fileno(), len(r)*width, start+int(r[0])*width) for r in runs)
 
 # %% ../../nbs/03e_backends.stream.ipynb #24a1d7f8
+_TYPES = dict(F32='float32', F16='float16', BF16='bfloat16')
+
 def _place(checkpoint, unit):
-    "(file, byte at which it starts) of a unit outside the blocks"
+    "(file, byte at which it starts, type) of a unit outside the blocks"
     name = unit.path.rsplit('.', 1)[-1]+'.weight'
     for file in checkpoint.files:
         for k, t in read_header(file).items():
-            if k.endswith(name) and tuple(t['shape']) == unit.shape: return file, t['data_offsets'][0]
+            if k.endswith(name) and tuple(t['shape']) == unit.shape:
+                return file, t['data_offsets'][0], _TYPES[t['dtype']]
     raise ValueError(f'{unit.path} is stored in a form that cannot be streamed; '
                      'use a backend that holds the whole model')
 
@@ -135,6 +139,8 @@ def reweighted(self: StreamingBackend, overrides: dict):
 @patch
 def embed(self: StreamingBackend, batch, overrides: dict = {}):
     check_ids(self.checkpoint, np.asarray(batch))
+    if not self.chain: raise ValueError(f'{self.checkpoint.name}: its blocks are no chain, so they cannot be streamed; '
+                                        'use a backend that holds the whole model')
     used, ids = np.unique(batch, return_inverse=True)
     self.model, self.held, unit = self.open(), None, self.ends[0]
     with self.swapped(overrides): self.module(unit.path).weight = self.vocabulary(unit, used)

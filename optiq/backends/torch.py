@@ -6,6 +6,7 @@
 __all__ = ['TorchBackend']
 
 # %% ../../nbs/03b_backends.torch.ipynb #4dfb0e8e
+import re
 import sys
 from contextlib import contextmanager
 
@@ -20,27 +21,39 @@ from ..models import Checkpoint, Unit, cannot_open
 
 # %% ../../nbs/03b_backends.torch.ipynb #8e997bca
 def _torch_blocks(model, checkpoint):
-    "The list of the model's blocks"
-    for path, m in model.named_modules():
-        if type(m).__name__ == 'ModuleList' and path.endswith('layers') and len(m) == checkpoint.n_blocks:
-            return m
-    raise ValueError(f'{checkpoint.name}: no list of {checkpoint.n_blocks} blocks in the PyTorch model; '
-                     'use --backend mlx')
+    "The blocks of the model, one list or several, in the order in which it holds them"
+    many, names = checkpoint.n_blocks, {path.rpartition('.')[2] for path in checkpoint.blocks}
+    lists = [(path.rpartition('.')[2], m) for path, m in model.named_modules() if type(m).__name__ == 'ModuleList']
+    found = [m for name, m in lists if len(m) == many]
+    known = [m for name, m in lists if len(m) == many and name in {'layers', *names}]
+    if not found: raise ValueError(f'{checkpoint.name}: no list of {many} blocks in the PyTorch model; '
+                                   'use `backend` mlx')
+    return (known or found)[0]
 
 # %% ../../nbs/03b_backends.torch.ipynb #5c02f53a
 _EVERYTHING = slice(None)
 
 def _torch_slot(model, blocks, unit: Unit):
     "(parameter, part of it) that holds a unit"
-    head = model.get_output_embeddings() if unit.kind == 'lm_head' else model.get_input_embeddings()
-    if unit.block is None: return head.weight, _EVERYTHING
-    inside = unit.path.split(f'layers.{unit.block}.', 1)[1]
+    if unit.block is None: return _outside_slot(model, unit), _EVERYTHING
+    inside = re.split(rf'\.{unit.block}\.', unit.path, maxsplit=1)[1]
     names = dict(blocks[unit.block].named_parameters())
     if f'{inside}.weight' in names: return names[f'{inside}.weight'], _EVERYTHING
     param, part = _fused_slot(names, inside, unit.shape[-2])
     if param is None or tuple(param.data[part].shape) != unit.shape: raise ValueError(
-        f'{unit.path} {unit.shape} has no counterpart in the PyTorch model; use --backend mlx')
+        f'{unit.path} {unit.shape} has no counterpart in the PyTorch model; use `backend` mlx')
     return param, part
+
+# %% ../../nbs/03b_backends.torch.ipynb #a8d7b33f
+def _outside_slot(model, unit):
+    "The parameter of a unit outside the blocks: by its name, or by what it does"
+    name = unit.path.rsplit('.', 1)[-1]
+    named = [p for k, p in model.named_parameters() if k.endswith(f'.{name}.weight')]
+    used = model.get_output_embeddings() if unit.kind == 'lm_head' else model.get_input_embeddings()
+    found = [p for p in [*named, used.weight] if tuple(p.shape) == unit.shape]
+    if not found or len(named) > 1 and found[0] is not used.weight: raise ValueError(
+        f'{unit.path} {unit.shape} has no counterpart in the PyTorch model; use --backend mlx')
+    return found[0]
 
 # %% ../../nbs/03b_backends.torch.ipynb #886aa3ef
 def _fused_slot(names, path, out):
@@ -98,7 +111,7 @@ def _load_quantized(checkpoint, options):
     known = {'lm_head.weight'} if checkpoint.tied else set()
     odd = [*found.unexpected_keys, *(k for k in found.missing_keys if k not in known)]
     if odd: raise ValueError(
-        f'{checkpoint.name}: {odd[0]} has no counterpart in the PyTorch model; use --backend mlx')
+        f'{checkpoint.name}: {odd[0]} has no counterpart in the PyTorch model; use `backend` mlx')
     model.tie_weights()
     return model
 
@@ -139,9 +152,11 @@ class TorchBackend(Backend):
     def attention(self, changes: dict): return torch_attention(self.model, changes)
     def watching(self, see): return torch_watching(self.model, see)
 
-    def forward(self, batch):
+    def fresh(self, x): return x.clone()
+    def raw(self, batch):
         ids = self.xp.as_tensor(np.asarray(batch), device=self.device).long()
-        return check_logits(self, self.model(input_ids=ids, use_cache=False).logits)
+        return self.model(input_ids=ids, use_cache=False).logits
+    def forward(self, batch): return check_logits(self, self.raw(batch))
 
 # %% ../../nbs/03b_backends.torch.ipynb #ae304e7b
 @patch(as_prop=True)

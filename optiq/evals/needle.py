@@ -123,7 +123,7 @@ def _check_long(c, length: int):
     "Raise ValueError for a text that is longer than a model reads"
     limit = c.config.get('max_position_embeddings') or length
     if length > limit: raise ValueError(
-        f'{c.name} reads {limit} tokens at most, and a length is {length}; give --lengths up to it')
+        f'{c.name} reads {limit} tokens at most, and a length is {length}; give `lengths` up to it')
 
 # %% ../../nbs/37_evals.needle.ipynb #1a85bab6
 def _cell(m: np.ndarray) -> dict: # of margins

@@ -50,7 +50,7 @@ def check_overlap(share: float, whose: str = '', most: float = .1):
     "Raise ValueError if more than a stock phrase of a text was calibrated on"
     if share > most: raise ValueError(
         f'{share:.0%} of the evaluation text is calibration text{whose}, which makes a score look better '
-        'than it is; give --evaluation another text')
+        'than it is; give another `evaluation` text')
 
 # %% ../../nbs/31_evals.perplexity.ipynb #21efa97e
 def _se(x): return float(x.std(ddof=1)/np.sqrt(len(x))) if len(x) > 1 else float('nan')
@@ -105,17 +105,20 @@ def evaluate(
     tokens: 'np.ndarray | list', # (n, T), or samples
     variants: dict = {}, # name ▸ overrides (see `overrides_of`), or another Backend
     batch: int | None = None, # sequences at a time; about 4,096 tokens by default
+    tick = lambda share: None, # told after each step which share of the work it was
 ) -> dict: # name ▸ Score, with 'reference' first
     "Score the model, and any number of variants of it, on the same tokens"
     b = open_backend(model)
     everyone = {n: (v, {}) if isinstance(v, Backend) else (b, v) for n, v in ({'reference': {}} | variants).items()}
-    if not b.stacks: return _evaluate_samples(samples_of(tokens), everyone)
+    if not b.stacks: return _evaluate_samples(samples_of(tokens), everyone, tick)
     batch, parts = batch or max(1, 4096//tokens.shape[1]), {n: [] for n in everyone}
+    n_blocks = max(m.n_blocks for m, _ in everyone.values())
     for ids in (tokens[k:k+batch] for k in range(0, len(tokens), batch)):
         states = {n: m.embed(ids, _at(m, v, None)) for n, (m, v) in everyone.items()}
-        for i in range(max(m.n_blocks for m, _ in everyone.values())):
+        for i in range(n_blocks):
             for n, (m, v) in everyone.items():
                 if i < m.n_blocks: states[n] = m.run_block(i, states[n], _at(m, v, i))
+            tick(len(ids)/len(tokens)/n_blocks)
         for n, rows in _score(ids, states, everyone).items(): parts[n].append(rows)
     skip = unscored(b.checkpoint, tokens)
     return {n: Score.of(np.concatenate(rows, 1)[:, :, skip:]) for n, rows in parts.items()}
@@ -152,7 +155,7 @@ def _nll(b, z, nexts):
     return b.numpy(b.xp.logsumexp(z, axis=-1)-found)
 
 # %% ../../nbs/31_evals.perplexity.ipynb #ea85c059
-def _evaluate_samples(samples, everyone):
+def _evaluate_samples(samples, everyone, tick):
     "name ▸ Score"
     b, rows = everyone['reference'][0], {n: [] for n in everyone}
     for s in samples:
@@ -162,6 +165,7 @@ def _evaluate_samples(samples, everyone):
             z = z_p if n == 'reference' else m.logits(s, v)
             agree = m.numpy(z.argmax(-1))[0] == best
             rows[n].append(np.stack([_nll_of_sample(m, z, s), kl_rows(b, z_p, z), agree]))
+        tick(1/len(samples))
     return {n: Score.of_samples(r) for n, r in rows.items()}
 
 # %% ../../nbs/31_evals.perplexity.ipynb #ca876397

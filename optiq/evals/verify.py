@@ -25,6 +25,7 @@ from ..formats import AS_IS, dequantized, nbytes, quantize_minmax
 from ..measure.sweep import Sweep, learned_again, rounding_of
 from ..models import Checkpoint
 from ..plan import Plan
+from ..readers import helpful
 from ..rounding import round_model
 
 # %% ../../nbs/45_evals.verify.ipynb #08312daf
@@ -241,7 +242,13 @@ def _beside(c: Checkpoint, name: str):
     if not file.is_file(): raise _Unknown(f'no optiq/{name} in the folder')
     return _KINDS[name].load(file)
 
+# %% ../../nbs/45_evals.verify.ipynb #4bbdf7a1
+def _type_of(sweep: Sweep | None) -> str | None:
+    "The type that a sweep's model was opened in, if another than its files have"
+    return sweep.header['fingerprint']['model'].partition(' as ')[2] or None if sweep else None
+
 # %% ../../nbs/45_evals.verify.ipynb #7ac0bc0f
+@helpful
 def verify(
     model: str, # a converted model
     reference: str | None = None, # the full-precision model it was made from
@@ -251,13 +258,19 @@ def verify(
     trust_remote_code: bool = False,
     model_type: str = 'auto',
 ) -> _Checks:
-    "Open a model again and check it against its plan, its sweep and its reference"
+    """Open a model again and check it against its plan, its sweep and its reference
+
+    Files, formats, bytes, tokenizer, finite logits; with a reference, predicted against measured KL, in nats. It prints
+    as a list; `ok` is False if anything is not as it says. A check that fails is told, not raised.
+
+        verify('out/demo', reference='demo').ok
+    """
     checks, how = _Checks(str(model)), (trust_remote_code, model_type)
     size = lambda c: f'{c.params:,} parameters in {len(c.files)} files'
     c = checks.found('opens', Checkpoint, model, *how, show=size)
     if c is None: return checks
-    ref = Checkpoint(reference, *how) if reference else None
     plan, sweep = (checks.found(name, _beside, c, name) for name in _KINDS)
+    ref = Checkpoint(reference, *how, dtype=_type_of(sweep)) if reference else None
     checks.run('formats', _check_formats, c, plan)
     checks.run('bytes', _check_bytes, c, plan)
     reads = checks.run('tokenizer', _check_tokenizer, c, ref) is not False

@@ -162,7 +162,7 @@ def kv_layout(
     statistics = None, # unit path ▸ preconditioner of rotated formats
 ) -> KVLayout:
     "What a model caches; raises ValueError if nothing of it can be quantized"
-    if context < 1: raise ValueError(f'a context of {context} tokens is none; give --context 1 or more')
+    if context < 1: raise ValueError(f'a context of {context} tokens is none; give 1 or more as `context`')
     c = Checkpoint(model) if isinstance(model, (str, Path)) else model
     layers = kv_layers(c.load() if isinstance(c, Checkpoint) else c)
     layout = KVLayout(tuple(layers), getattr(c, 'name', ''), context, weights, statistics)

@@ -192,15 +192,15 @@ def joint_plan(
     rounding: str | None = None, # of the weights: 'minmax', 'search' or 'gptq'; `ROUNDING` by default
     rounding_tokens: np.ndarray | None = None, # what it learns from; `tokens` by default
     calibration: str | None = None, # where these come from
-    protect = (), # units that get their widest candidate, as for `allocate`
-    tie = None, # what shares a format, likewise
+    candidates: list | None = None, # of weights and cache together; all that is measured by default
+    **wishes, # as for `allocate`
 ) -> dict: # weights, cache: Plans; weight_sweep, cache_sweep; full_sweep: of the cache, on full weights; rounded
     "One allocation over weights and cache, the cache measured on the weights that it will serve"
     full = kv_sweep(b, tokens, kv_formats, context=context, progress=progress)
     w = weight_sweep or kl_sweep(b, tokens, formats, progress=progress, rounding=rounding,
                                  rounding_tokens=rounding_tokens, calibration=calibration)
     def both(cache): # ▸ Plans of the weights and of the cache
-        return parts(allocate(_combine(w, cache), max_bytes=max_bytes, protect=protect, tie=tie), w, cache)
+        return parts(allocate(_combine(w, cache), max_bytes=max_bytes, formats=candidates, **wishes), w, cache)
     first = both(full)
     cache = kv_sweep(b, tokens, kv_formats, weights=first[0], rounded=_as_rounded(b, first[0], w), context=context,
                      progress=progress)

@@ -10,7 +10,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from ..backends.replay import Backend
+from ..backends.replay import Backend, joinable
 from ..calibration import samples_of, unscored
 from ..formats import AS_IS, Format, WORD, divides, for_unit, quantize_dequantize
 from ..models import Unit
@@ -78,20 +78,22 @@ def _walk(
     batch: np.ndarray, # (B, T) token ids
     todo: list[tuple[Unit, Format]], # probes, in the order of the model
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
-    tick = lambda n: None, # told how many block passes were done
+    tick = lambda passes, rounded: None, # told how often a block was run, and how many weights were rounded
     base: dict = {}, # overrides of the model that is perturbed; none for the model as it is
 ): # reference states (B, T, D); list of (k·B, T, D) states of the probes, in their order
     "States after the last block, for the reference and for every probe before the head"
     outside = _inside(b, base, None)
     reference = b.embed(batch, outside)
     streams = [b.embed(batch, outside | perturb(p, quantize)) for p in todo if p[0].kind == 'embed']
+    early = len(streams)
     for i in range(b.n_blocks):
         here = _inside(b, base, i)
         own = [b.run_block(i, reference, here | perturb(p, quantize)) for p in todo if p[0].block == i]
         with b.swapped(here):
             streams = [b.run_block(i, s) for s in _stack(b, streams)]
             reference = b.run_block(i, reference)
-        tick(len(own)+1+sum(map(len, streams))//len(batch))
+        tick(len(own)+1+sum(map(len, streams))//len(batch), len(own)+early)
+        early = 0
         streams += own
     return reference, streams
 
@@ -101,9 +103,9 @@ def _stack(b, streams):
     widest = max(u.shape[-2] for u in b.checkpoint.units if u.block is not None)
     limit, out = (min(2**16, 2**30//widest) if b.on_gpu else 2**12), []
     for s in streams:
-        if out and (out[-1][0]+len(s))*s.shape[1] <= limit: out[-1] = (out[-1][0]+len(s), out[-1][1]+[s])
+        if out and joinable(out[-1][1][0], s) and (out[-1][0]+len(s))*s.shape[1] <= limit: out[-1] = (out[-1][0]+len(s), out[-1][1]+[s])
         else: out.append((len(s), [s]))
-    return [b.xp.concatenate(parts) if len(parts) > 1 else parts[0] for _, parts in out]
+    return [b.joined(parts) for _, parts in out]
 
 # %% ../../nbs/04a_measure.kl.ipynb #b2a4220c
 def kl_of_streams(
@@ -176,14 +178,19 @@ def measure(
     batch: 'np.ndarray | list', # (B, T) token ids, or B samples
     todo: list | tuple, # probes, in the order of the model
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
-    tick = lambda n: None, # told how many block passes were done
+    tick = lambda passes, rounded: None, # told what was done, as in `_walk`
     base: dict = {}, # overrides of the model that is perturbed
 ) -> np.ndarray: # (len(todo), B)
     "KL of every probe to the model itself, per sequence"
     if not b.stacks: return _measure_samples(b, samples_of(batch), todo, quantize, tick, base)
-    reference, streams = _walk(b, batch, [p for p in todo if p[0].kind != 'lm_head'], quantize, tick, base)
+    beside = [p for p in todo if p[0].block is None and p[0].kind not in ('embed', 'lm_head')]
+    inside = [p for p in todo if p[0].kind != 'lm_head' and p not in beside]
+    reference, streams = _walk(b, batch, inside, quantize, tick, base)
     def head(p=None): return _inside(b, base, None) | (perturb(p, quantize) if p else {})
-    groups = _head_groups(b, len(batch), todo, reference, streams, head)
+    groups = _head_groups(b, len(batch), [p for p in todo if p not in beside], reference, streams, head)
+    whole = ((p, _walk(b, batch, [], base=base | perturb(p, quantize))[0]) for p in beside)
+    at = len(groups)-sum(p[0].kind == 'lm_head' for p in todo)
+    groups[at:at] = [(head(p), [x]) for p, x in whole]
     kl = kl_of_streams(b, _walk(b, batch, [])[0] if base else reference, groups, unscored(b.checkpoint, batch))
     return _finite(b, kl, todo)
 
@@ -193,16 +200,16 @@ def _measure_samples(
     samples: list, # of dicts, see `optiq.calibration`
     todo: list | tuple, # probes
     quantize = quantize_dequantize,
-    tick = lambda n: None,
+    tick = lambda passes, rounded: None,
     base: dict = {}, # overrides of the model that is perturbed
 ) -> np.ndarray: # (len(todo), len(samples))
     "KL of every probe, over the positions of each sample that are scored"
     starts, kl = [b.record(s, base) for s in samples], np.zeros((len(todo), len(samples)))
     reference = [b.logits(s) if base else z for s, (_, z) in zip(samples, starts)]
-    tick(b.n_blocks)
+    tick(b.n_blocks, 0)
     for k, (u, fmt) in enumerate(todo):
         for i, ((passed, _), z_p) in enumerate(zip(starts, reference)):
             z = b.head(passed.at(u.block), base | perturb((u, fmt), quantize))
             kl[k, i] = kl_rows(b, z_p, z).mean()
-        tick(b.n_blocks-(u.block or 0))
+        tick(b.n_blocks-(u.block or 0), 1)
     return _finite(b, kl, todo)

@@ -1,4 +1,4 @@
-"Figures, _paired tests and comparisons, without a model"
+"Figures, paired tests and comparisons, without a model"
 import json
 from math import comb
 
@@ -54,7 +54,7 @@ def test_a_winner_needs_the_test():
     assert _verdict([a, c], 'gsm8k')['winner'] == 'a'
     assert _verdict([a, b, c], 'gsm8k')['winner'] is None # beats c, not b
     other = row('d', g=share_figure('gsm8k', [1]*20+[0]*80, 'other questions'))
-    assert 'no _paired test' in _verdict([a, other], 'gsm8k')['text'] and paired_rows(a, other, 'gsm8k') is None
+    assert 'no paired test' in _verdict([a, other], 'gsm8k')['text'] and paired_rows(a, other, 'gsm8k') is None
     assert _verdict([a], 'gsm8k') is None
 
 def test_less_is_better_where_it_is():

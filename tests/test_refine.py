@@ -59,7 +59,7 @@ def test_around_agrees_with_whole_plans(b, tokens, sweep):
 def test_equal_plans_are_measured_once(b, tokens, sweep, monkeypatch):
     import optiq.refine as module
     seen = []
-    monkeypatch.setattr(module, 'evaluate', lambda b, t, variants: (seen.append(list(variants)), evaluate(b, t, variants))[1])
+    monkeypatch.setattr(module, 'evaluate', lambda b, t, variants, **k: (seen.append(list(variants)), evaluate(b, t, variants, **k))[1])
     kl = _joint_kl(b, tokens, {'a': uniform(sweep, 4), 'b': uniform(b.checkpoint, 4), 'c': uniform(sweep, 3)})
     assert seen == [['a', 'c']] and (kl['a'] == kl['b']).all() and kl['c'].mean() > kl['a'].mean()
 

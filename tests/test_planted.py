@@ -20,7 +20,8 @@ def test_the_note_is_what_was_measured():
     assert d.note in repr(d) and d.note.splitlines()[1] in d._repr_html_() and Demo('llm', [], {}, dict(model='other')).note == ''
 
 PAGES = ['index', *(f'guide/{n}' for n in ('how_it_works', 'profiles', 'read_a_sweep')),
-         *(f'results/{n}' for n in ('scores', 'weights', 'cache', 'kv', 'rounding')), *(f'demos/{n}' for n in ('llm', 'pareto', 'kv-cache', 'combined'))]
+         *(f'results/{n}' for n in ('scores', 'weights', 'cache', 'kv', 'rounding')),
+         *(f'demos/{n}' for n in ('llm', 'pareto', 'kv-cache', 'combined'))]
 
 @pytest.mark.parametrize('page', ['README.md', *(f'nbs/{p}.ipynb' for p in PAGES)])
 def test_pages_with_its_figures_say_so(page): assert 'models/demo/README.md#planted-outlier-channels' in (root/page).read_text()

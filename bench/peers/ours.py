@@ -4,6 +4,7 @@
     python3 bench/peers/ours.py --merge a.json,b.json -o results.json
 
 `uniform`  one format for all (min-max), mxfp4, nvfp4, mlx-lm's mixed recipes
+`flat`     one format for all, rounded by search and by GPTQ as our plans are
 `sweeps`   KL of every unit in every candidate, under each rounding; needed by `ours` and `dwq`
 `ours`     plans at each target from each sweep, rounded as they were measured; with --alternatives the same plan rounded otherwise
 `dwq`      mlx-lm's dwq on our GPTQ plans
@@ -75,7 +76,10 @@ class Bench:
 
     def row(self, name, size, variant, seconds, **more):
         "Score a variant (overrides, or a Backend) and write its row"
-        s = evaluate(self.b, self.test, {name: variant})[name]
+        self.write(name, size, evaluate(self.b, self.test, {name: variant})[name], seconds, **more)
+
+    def write(self, name, size, s, seconds, **more):
+        "The row of a score"
         se = lambda x: float(x.std(ddof=1)/len(x)**.5) if len(x) > 1 else None
         self.results['rows'][name] = dict(true_bpw=size['true_bpw'], bytes=size['bytes'], kl=float(s.kl.mean()), kl_se=se(s.kl),
             kl_first16=float(s.kl[:16].mean()), perplexity=s.perplexity, perplexity_se=s.perplexity_se, flips=1-float(s.agree.mean()),
@@ -113,6 +117,19 @@ def part_uniform(x):
     for name, plan in plans.items():
         left = sum(f == AS_IS for f in plan.values())
         if x.missing(name): x.row(name, of_plan(plan), overrides_of(plan), 0, left_as_is=left)
+
+def part_flat(x, widths=('4g64', '3g64', '5g64', '6g64')):
+    "Uniform widths, rounded as our plans are: what is left of the difference is what the allocation brings"
+    for rounding in (r for r in x.args.roundings.split(',') if r != 'minmax'): # min-max is `uniform`
+        todo = [f for f in widths if x.missing(flat_name(f, rounding))]
+        at_once = 1 if rounding == 'gptq' else len(todo) # each call scores the reference too, and gptq takes longer than that
+        for some in (todo[k:k+at_once] for k in range(0, len(todo), at_once or 1)):
+            plans = {flat_name(f, rounding): uniform(x.c, f) for f in some}
+            made = {n: timed(lambda p=p: dict(round_model(x.b, x.tokens, p, rounding))) for n, p in plans.items()}
+            found = evaluate(x.b, x.test, {n: as_overrides(done) for n, (done, _) in made.items()})
+            for n, (_, s) in made.items(): x.write(n, of_plan(plans[n]), found[n], s)
+
+def flat_name(fmt, rounding): return f'uniform {fmt} {rounding}'
 
 def sweep_of(x, rounding):
     "The sweep under this rounding, from its file if it is there"

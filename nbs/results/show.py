@@ -174,6 +174,17 @@ def beside_kquants() -> Markdown:
     return table(['its row', 'true bits', 'its KL', 'OptiQ (search)', 'ratio', 'OptiQ, GPTQ', 'ratio'],
                  [[n.removeprefix('across '), f'{r["true_bpw"]:.2f}', pm(r['kl'], r['kl_se'], '.4f'), *cells(r)] for n, r in found])
 
+def from_where() -> Markdown:
+    "What the rounding brings and what the allocation brings: uniform widths and OptiQ at their bytes, each under the same rounding"
+    rows, ways = smollm2_rows(), {'min-max': 'minmax', 'search': 'search', 'GPTQ': 'gptq'}
+    widths = [n for n in rows if n.startswith('uniform') and n.split()[-1][1:] in ('g32', 'g64') and 3 <= rows[n]['true_bpw'] <= 6.01]
+    def both(n, way): # KL of uniform, of OptiQ, ratio
+        r, ours = rows.get(n if way == 'minmax' else f'{n} {way}'), against(rows[n], way)[1]
+        return [pm(r and r['kl']), pm(ours), f'{against(r, way)[2]:.2f}' if r else '–']
+    head = [f'{who}, {way}' for way in ways for who in ('uniform', 'OptiQ', 'ratio')]
+    return table(['width', 'true bits', *head], [[readable(n), f'{rows[n]["true_bpw"]:.2f}', *sum((both(n, w) for w in ways.values()), [])]
+                                                 for n in sorted(widths, key=lambda n: -rows[n]['true_bpw'])])
+
 def wins() -> Markdown:
     "How often OptiQ lies below, in one sentence for each rounding"
     k = [r for n, r in result('kquants-smollm2')['rows'].items() if n.startswith('across') and 'imatrix' in n and r['true_bpw'] <= 6]

@@ -10,6 +10,7 @@
 `dwq`      mlx-lm's dwq on our GPTQ plans
 `dynamic`, `gptq`, `awq`, `tuned`  mlx-lm's dynamic_quant, gptq, awq, and dwq on uniform formats, called as libraries with our
            calibration tokens, on MLX's default device
+`rates`    dwq on uniform formats over a grid of learning rates; each row has its KL on held-out calibration text, the best one is `chosen`
 `optiq`    mlx-optiq 0.7.7 with mlx-lm 0.32.0; --optiq FOLDER holds both unpacked wheels, see mlx_optiq.py
 
 Results are written after each row, and a row that is there already is not measured again. All tools see the same calibration tokens;
@@ -204,6 +205,15 @@ def part_tuned(x):
     "mlx-lm's dwq on uniform formats"
     for fmt in ('4g64', '5g64', '3g64', '4g32', '3g32'): polished(x, f'mlx-lm dwq {fmt}', uniform(x.c, fmt))
 
+def part_rates(x):
+    "mlx-lm's dwq over learning rates; the best is that with the least KL on calibration text that it did not train on"
+    for fmt in x.args.rate_formats.split(','):
+        names = {f'mlx-lm dwq {fmt}, rate {r:g}': r for r in map(float, x.args.rates.split(','))}
+        for name, rate in names.items(): polished(x, name, uniform(x.c, fmt), rate=rate, held=x.tokens[-8:])
+        tried = {n: r for n in names if 'held_kl' in (r := x.results['rows'][n])}
+        for n, r in tried.items(): r['chosen'] = n == min(tried, key=lambda n: tried[n]['held_kl'])
+        x.save()
+
 def part_optiq(x):
     "mlx-optiq in its own environment, on the sequences that our sweeps measure on"
     folder = x.out.with_name('mlx-optiq')
@@ -243,15 +253,17 @@ def score_saved(x, name, folder, seconds, **more):
     more |= dict(mlx_lm_bits=float(compute_bits_per_weight(saved.load())), file_bytes=sum(f.stat().st_size for f in saved.files))
     x.row(name, size, TorchBackend(saved), seconds, **more)
 
-def polished(x, name, plan, quantizer=quantize_minmax):
+def polished(x, name, plan, quantizer=quantize_minmax, rate=None, held=None):
     "Write a plan, train its scales and biases with mlx-lm's dwq, and score what was saved"
     if not x.missing(name): return
     print('…', name, flush=True)
+    rate = rate or x.args.learning_rate
     with TemporaryDirectory() as d:
         convert(x.c, plan, Path(d)/'model', quantizer=quantizer)
-        try: _, s = timed(lambda: dwq(Path(d)/'model', x.c, x.tokens, epochs=x.args.epochs, learning_rate=x.args.learning_rate))
+        try: _, s = timed(lambda: dwq(Path(d)/'model', x.c, x.tokens, epochs=x.args.epochs, learning_rate=rate))
         except Exception as e: return x.failed(name, e)
-        score_saved(x, name, Path(d)/'model', s, epochs=x.args.epochs, learning_rate=x.args.learning_rate)
+        more = {} if held is None else dict(held_kl=float(evaluate(x.b, held, {name: TorchBackend(Checkpoint(Path(d)/'model'))})[name].kl.mean()))
+        score_saved(x, name, Path(d)/'model', s, epochs=x.args.epochs, learning_rate=rate, **more)
 
 def part_dwq(x):
     "dwq on our plans, rounded as before"
@@ -295,6 +307,8 @@ def main():
     p.add_argument('--test-n', type=int, default=64, help='test sequences of 256 tokens')
     p.add_argument('--epochs', type=int, default=2, help='of dwq')
     p.add_argument('--learning-rate', type=float, default=1e-5, help='of dwq')
+    p.add_argument('--rates', default='1e-7,1e-6,3e-6,1e-5', help='of dwq; 1e-6 is its own')
+    p.add_argument('--rate-formats', default='3g64,4g64,5g64', help='of the models whose rates are tried')
     p.add_argument('--dynamic', default='4/8/6,4/5/5,4/8/5,3/5/4.5,3/5/4,2/4/3.5,2/4/3', help='dynamic_quant: low/high/target, comma separated')
     p.add_argument('--optiq', help='folder of unpacked wheels: mlx-optiq 0.7.7 and mlx-lm 0.32.0')
     p.add_argument('--optiq-plans', default='5:4,8;4.5:4,6;4.2:4,5;4:3,5;3.5:3,4;3:2,4', help="target:candidate bits, as mlx-optiq's options")

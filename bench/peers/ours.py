@@ -4,11 +4,13 @@
     python3 bench/peers/ours.py --merge a.json,b.json -o results.json
 
 `uniform`  one format for all (min-max), mxfp4, nvfp4, mlx-lm's mixed recipes
+`flat`     one format for all, rounded by search and by GPTQ as our plans are
 `sweeps`   KL of every unit in every candidate, under each rounding; needed by `ours` and `dwq`
 `ours`     plans at each target from each sweep, rounded as they were measured; with --alternatives the same plan rounded otherwise
 `dwq`      mlx-lm's dwq on our GPTQ plans
 `dynamic`, `gptq`, `awq`, `tuned`  mlx-lm's dynamic_quant, gptq, awq, and dwq on uniform formats, called as libraries with our
            calibration tokens, on MLX's default device
+`rates`    dwq on uniform formats over a grid of learning rates; each row has its KL on held-out calibration text, the best one is `chosen`
 `optiq`    mlx-optiq 0.7.7 with mlx-lm 0.32.0; --optiq FOLDER holds both unpacked wheels, see mlx_optiq.py
 
 Results are written after each row, and a row that is there already is not measured again. All tools see the same calibration tokens;
@@ -75,7 +77,10 @@ class Bench:
 
     def row(self, name, size, variant, seconds, **more):
         "Score a variant (overrides, or a Backend) and write its row"
-        s = evaluate(self.b, self.test, {name: variant})[name]
+        self.write(name, size, evaluate(self.b, self.test, {name: variant})[name], seconds, **more)
+
+    def write(self, name, size, s, seconds, **more):
+        "The row of a score"
         se = lambda x: float(x.std(ddof=1)/len(x)**.5) if len(x) > 1 else None
         self.results['rows'][name] = dict(true_bpw=size['true_bpw'], bytes=size['bytes'], kl=float(s.kl.mean()), kl_se=se(s.kl),
             kl_first16=float(s.kl[:16].mean()), perplexity=s.perplexity, perplexity_se=s.perplexity_se, flips=1-float(s.agree.mean()),
@@ -113,6 +118,19 @@ def part_uniform(x):
     for name, plan in plans.items():
         left = sum(f == AS_IS for f in plan.values())
         if x.missing(name): x.row(name, of_plan(plan), overrides_of(plan), 0, left_as_is=left)
+
+def part_flat(x, widths=('4g64', '3g64', '5g64', '6g64')):
+    "Uniform widths, rounded as our plans are: what is left of the difference is what the allocation brings"
+    for rounding in (r for r in x.args.roundings.split(',') if r != 'minmax'): # min-max is `uniform`
+        todo = [f for f in widths if x.missing(flat_name(f, rounding))]
+        at_once = 1 if rounding == 'gptq' else len(todo) # each call scores the reference too, and gptq takes longer than that
+        for some in (todo[k:k+at_once] for k in range(0, len(todo), at_once or 1)):
+            plans = {flat_name(f, rounding): uniform(x.c, f) for f in some}
+            made = {n: timed(lambda p=p: dict(round_model(x.b, x.tokens, p, rounding))) for n, p in plans.items()}
+            found = evaluate(x.b, x.test, {n: as_overrides(done) for n, (done, _) in made.items()})
+            for n, (_, s) in made.items(): x.write(n, of_plan(plans[n]), found[n], s)
+
+def flat_name(fmt, rounding): return f'uniform {fmt} {rounding}'
 
 def sweep_of(x, rounding):
     "The sweep under this rounding, from its file if it is there"
@@ -187,6 +205,15 @@ def part_tuned(x):
     "mlx-lm's dwq on uniform formats"
     for fmt in ('4g64', '5g64', '3g64', '4g32', '3g32'): polished(x, f'mlx-lm dwq {fmt}', uniform(x.c, fmt))
 
+def part_rates(x):
+    "mlx-lm's dwq over learning rates; the best is that with the least KL on calibration text that it did not train on"
+    for fmt in x.args.rate_formats.split(','):
+        names = {f'mlx-lm dwq {fmt}, rate {r:g}': r for r in map(float, x.args.rates.split(','))}
+        for name, rate in names.items(): polished(x, name, uniform(x.c, fmt), rate=rate, held=x.tokens[-8:])
+        tried = {n: r for n in names if 'held_kl' in (r := x.results['rows'][n])}
+        for n, r in tried.items(): r['chosen'] = n == min(tried, key=lambda n: tried[n]['held_kl'])
+        x.save()
+
 def part_optiq(x):
     "mlx-optiq in its own environment, on the sequences that our sweeps measure on"
     folder = x.out.with_name('mlx-optiq')
@@ -226,15 +253,17 @@ def score_saved(x, name, folder, seconds, **more):
     more |= dict(mlx_lm_bits=float(compute_bits_per_weight(saved.load())), file_bytes=sum(f.stat().st_size for f in saved.files))
     x.row(name, size, TorchBackend(saved), seconds, **more)
 
-def polished(x, name, plan, quantizer=quantize_minmax):
+def polished(x, name, plan, quantizer=quantize_minmax, rate=None, held=None):
     "Write a plan, train its scales and biases with mlx-lm's dwq, and score what was saved"
     if not x.missing(name): return
     print('…', name, flush=True)
+    rate = rate or x.args.learning_rate
     with TemporaryDirectory() as d:
         convert(x.c, plan, Path(d)/'model', quantizer=quantizer)
-        try: _, s = timed(lambda: dwq(Path(d)/'model', x.c, x.tokens, epochs=x.args.epochs, learning_rate=x.args.learning_rate))
+        try: _, s = timed(lambda: dwq(Path(d)/'model', x.c, x.tokens, epochs=x.args.epochs, learning_rate=rate))
         except Exception as e: return x.failed(name, e)
-        score_saved(x, name, Path(d)/'model', s, epochs=x.args.epochs, learning_rate=x.args.learning_rate)
+        more = {} if held is None else dict(held_kl=float(evaluate(x.b, held, {name: TorchBackend(Checkpoint(Path(d)/'model'))})[name].kl.mean()))
+        score_saved(x, name, Path(d)/'model', s, epochs=x.args.epochs, learning_rate=rate, **more)
 
 def part_dwq(x):
     "dwq on our plans, rounded as before"
@@ -278,6 +307,8 @@ def main():
     p.add_argument('--test-n', type=int, default=64, help='test sequences of 256 tokens')
     p.add_argument('--epochs', type=int, default=2, help='of dwq')
     p.add_argument('--learning-rate', type=float, default=1e-5, help='of dwq')
+    p.add_argument('--rates', default='1e-7,1e-6,3e-6,1e-5', help='of dwq; 1e-6 is its own')
+    p.add_argument('--rate-formats', default='3g64,4g64,5g64', help='of the models whose rates are tried')
     p.add_argument('--dynamic', default='4/8/6,4/5/5,4/8/5,3/5/4.5,3/5/4,2/4/3.5,2/4/3', help='dynamic_quant: low/high/target, comma separated')
     p.add_argument('--optiq', help='folder of unpacked wheels: mlx-optiq 0.7.7 and mlx-lm 0.32.0')
     p.add_argument('--optiq-plans', default='5:4,8;4.5:4,6;4.2:4,5;4:3,5;3.5:3,4;3:2,4', help="target:candidate bits, as mlx-optiq's options")

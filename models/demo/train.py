@@ -276,17 +276,18 @@ def save(model, tok, out):
 # --- outlier channels ----------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def plant(model, strength, seed):
+def plant(model, strength, seed, sign=1):
     """Give the weights the spread between channels that large models grow and a model this small does not.
 
     Channels are scaled by powers of two on one side of a linear map and back on the other, so the function stays the same
     bit for bit: norm against the projections that read it, values against the output projection, up against down.
     How strongly is drawn anew for each block and place, as it differs between the tensors of a real model.
+    A `sign` of -1 takes them out again, exactly.
     """
     r, c = torch.Generator().manual_seed(seed), model.config
     def powers(n):
         spread = strength*torch.rand((), generator=r)*2
-        return 2.**torch.round(torch.randn(n, generator=r)*spread).clamp(-4, 4)
+        return 2.**(sign*torch.round(torch.randn(n, generator=r)*spread).clamp(-4, 4))
     for b in model.model.layers:
         a, m = b.self_attn, b.mlp
         for norm, readers in ((b.input_layernorm, (a.q_proj, a.k_proj, a.v_proj)), (b.post_attention_layernorm, (m.gate_proj, m.up_proj))):
@@ -300,12 +301,12 @@ def plant(model, strength, seed):
         a.v_proj.weight /= s[:, None]
         a.o_proj.weight *= s.view(-1, 1, c.head_dim).expand(-1, c.num_attention_heads//c.num_key_value_heads, -1).flatten()
 
-def plant_folder(folder, strength, seed):
-    "Plant outlier channels in a saved checkpoint"
+def plant_folder(folder, strength, seed, sign=1):
+    "Plant outlier channels in a saved checkpoint, or take them out"
     from safetensors.torch import save_file
     path = folder/'model.safetensors'
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    plant(model, strength, seed)
+    plant(model, strength, seed, sign)
     save_file({k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != 'lm_head.weight'}, path,
               metadata={'format': 'pt'})
 

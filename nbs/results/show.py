@@ -6,6 +6,7 @@ from IPython.display import HTML, Markdown
 here = Path(__file__).parent
 files = {p.stem: p for p in sorted(here.glob('*.json'))}
 repo = 'https://github.com/optiq-mlx/optiq/blob/main/nbs/results'
+card = 'https://github.com/optiq-mlx/optiq/blob/main/models/demo/README.md'
 
 def result(name: str) -> dict | None:
     "A result file, or None if it is not there yet"
@@ -51,6 +52,13 @@ def pm(value, se=None, spec: str = '.3f') -> str:
     if value is None: return '–'
     return f'{value:{spec}}' if se is None else f'{value:{spec}} ± {se:{spec}}'
 
+def planted() -> Markdown:
+    "What the demo model's figures owe to the channels that were planted into it"
+    without, within = (next(r for r in result(name)['rows'] if r['name'] == 'uniform 3') for name in ('demo-unplanted', 'demo'))
+    return Markdown(f"The demo model's outlier channels were [planted after training]({card}#planted-outlier-channels): without them weights at uniform "
+                    f'3 bits solve {without["word_problems"]:.0%} of its word problems, not {within["word_problems"]:.0%}, at a KL of {without["kl"]:.2f}, '
+                    f'not {within["kl"]:.2f}.')
+
 def catalogue() -> HTML:
     "Every result file with all its plain figures, to unfold"
     return HTML('\n'.join(filter(None, (unfold(n) for n in files))))
@@ -91,31 +99,42 @@ def plain(v) -> str:
 
 BLUE, ORANGE, GREEN, GREY, PINK, YELLOW, SKY = '#0072B2', '#D55E00', '#009E73', '#666666', '#CC79A7', '#B8860B', '#56B4E9' # told apart by colour-blind eyes
 
+def smollm2_rows() -> dict: # name ▸ row
+    "Everything that was scored on SmolLM2-135M with these 64 sequences, or the first 16 of them"
+    ours, others = result('peers-smollm2'), result('kquants-smollm2')
+    assert all(ours['about'][k] == others['about'][k] for k in ('model', 'test'))
+    rows = others['rows'] | ours['rows']
+    return {n: r for n, r in rows.items() if r.get('kl') and not r.get('left_as_is')}
+
 def smollm2_series() -> dict: # label ▸ dict of colour, marker, line, points (true bits, KL, standard error, name)
-    "SmolLM2-135M by size: what other tools give, and what OptiQ gives; one text, one file"
-    rows = {n: r for n, r in result('peers-smollm2')['rows'].items() if r.get('kl') and not r.get('left_as_is')}
-    def those(test, **look): return look | dict(points=sorted((r['true_bpw'], r['kl'], r['kl_se'], n) for n, r in rows.items() if test(n)))
-    ours = lambda rounding: lambda n: n.startswith('ours') and n.endswith(rounding)
-    recipe = lambda n: n.startswith('mlx-lm mixed')
-    return {
-        'uniform': those(lambda n: n.startswith('uniform'), color=GREY, marker='s'),
-        "mlx-lm's recipes": those(recipe, color=ORANGE, marker='D'),
-        "mlx-lm's tuned (GPTQ, AWQ, DWQ, dynamic)": those(lambda n: n.startswith('mlx-lm ') and not recipe(n), color=PINK, marker='^'),
-        'mlx-optiq': those(lambda n: n.startswith('mlx-optiq'), color=YELLOW, marker='v'),
-        'OptiQ, min-max rounding': those(ours('minmax'), color=SKY, marker='o', line=True),
-        'OptiQ (search, the default)': those(ours('search'), color=BLUE, marker='o', line=True),
-        'OptiQ, GPTQ rounding': those(ours('gptq'), color=GREEN, marker='o', line=True)}
+    "SmolLM2-135M by size: what other tools give, and what OptiQ gives"
+    left, out = smollm2_rows(), {}
+    def those(label, test, **look):
+        mine = [n for n in left if test(n)]
+        out[label] = look | dict(points=sorted((r['true_bpw'], r['kl'], r['kl_se'], n) for n, r in ((n, left.pop(n)) for n in mine)))
+    def has(start, *ends): return lambda n: n.startswith(start) and (not ends or n.endswith(ends))
+    those('uniform, rounded as ours by search or GPTQ', has('uniform', ' search', ' gptq'), color=GREY, marker='s', hollow=True)
+    those('uniform, min-max', has('uniform'), color=GREY, marker='s')
+    those('DWQ of mlx-lm', has('mlx-lm dwq'), color=PINK, marker='^')
+    those('AutoRound', has('AutoRound'), color=ORANGE, marker='v')
+    those('K-quants with importance matrix', lambda n: n.startswith('across') and 'imatrix' in n, color=ORANGE, marker='D')
+    those('K-quants without', has('across'), color=ORANGE, marker='D', hollow=True)
+    those('other MLX tools', lambda n: n.startswith(('mlx-', 'oMLX')), color=YELLOW, marker='x')
+    those('OptiQ, min-max rounding', has('ours', 'minmax'), color=SKY, marker='o', line=True)
+    those('OptiQ (search, the default)', has('ours', 'search'), color=BLUE, marker='o', line=True)
+    those('OptiQ, GPTQ rounding', has('ours', 'gptq'), color=GREEN, marker='o', line=True)
+    return {label: s for label, s in out.items() if s['points']}
 
 def frontier(ax=None):
-    "Size against quality, everything with two standard errors"
+    "Size against quality, everything with two standard errors; on white, so that it reads in light and dark"
     import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(8, 4.6), layout='constrained')
+    if ax is None: _, ax = plt.subplots(figsize=(8, 5.4), layout='constrained', facecolor='white')
     for label, s in smollm2_series().items():
         inside = [p for p in s['points'] if 2.9 < p[0] < 6.7 and p[1] < 4]
         bits, kl, se, names = zip(*inside)
-        ax.errorbar(bits, kl, [2*e for e in se], color=s['color'], marker=s['marker'], ms=6, capsize=2, lw=1.4,
+        ax.errorbar(bits, kl, [2*e for e in se], color=s['color'], marker=s['marker'], ms=6, capsize=2, lw=1.4, mfc='white' if s.get('hollow') else None,
                     ls='-' if s.get('line') else '', label=label)
-        if label == 'uniform':
+        if label == 'uniform, min-max':
             for b, k, n in zip(bits, kl, names):
                 place = dict(xytext=(0, 7), ha='center') if 'bits' in readable(n) else dict(xytext=(8, -3), ha='left')
                 ax.annotate(readable(n), (b, k), textcoords='offset points', fontsize=8, color=s['color'], **place)
@@ -123,8 +142,69 @@ def frontier(ax=None):
     megabytes = ax.secondary_xaxis('top', functions=(lambda b: b*PER_BIT, lambda mb: mb/PER_BIT))
     megabytes.set_xlabel('MB of weights')
     ax.grid(alpha=.25, which='major')
-    ax.legend(frameon=False, fontsize=9)
+    ax.legend(frameon=False, fontsize=8)
     return ax
+
+def against(r: dict, rounding: str) -> tuple | None: # bits, KL of ours, ratio, verdict
+    "A row beside OptiQ at its bytes, sequence by sequence; log KL between two of our rows runs straight, above the largest it is that row's"
+    import numpy as np
+    ours = sorted((o for n, o in result('peers-smollm2')['rows'].items() if n.startswith('ours') and n.endswith(f' {rounding}')),
+                  key=lambda o: o['true_bpw'])
+    bits = min(r['true_bpw'], ours[-1]['true_bpw'])
+    low, high = next(((a, b) for a, b in zip(ours, ours[1:]) if a['true_bpw'] <= bits <= b['true_bpw']), (None, None))
+    if low is None: return None
+    share = (bits-low['true_bpw'])/(high['true_bpw']-low['true_bpw'])
+    p, q = np.log(low['kl_each']), np.log(high['kl_each'])
+    n = len(r['kl_each'])
+    mine = np.exp(p+(q-p)*share)[:n]
+    d = np.array(r['kl_each'])-mine
+    sure = abs(d.mean()) > 2*d.std(ddof=1)/n**.5
+    verdict = 'no difference shown' if not sure else 'OptiQ lower' if d.mean() > 0 else 'OptiQ higher'
+    return bits, float(mine.mean()), float(mine.mean()/np.mean(r['kl_each'])), verdict
+
+def beside_kquants() -> Markdown:
+    "Each row of llama.cpp, AutoRound and oMLX, and what OptiQ has at its bytes"
+    rows = {n: r for n, r in result('kquants-smollm2')['rows'].items() if r.get('kl') and r['true_bpw'] < 6.7}
+    def cells(r):
+        for rounding in ('search', 'gptq'):
+            bits, kl, ratio, verdict = against(r, rounding)
+            yield f'{kl:.4f}'+('' if bits == r['true_bpw'] else f' at {bits:.2f}')
+            yield f'{ratio:.2f}, {verdict}'
+    found = sorted(rows.items(), key=lambda c: -c[1]['true_bpw'])
+    return table(['its row', 'true bits', 'its KL', 'OptiQ (search)', 'ratio', 'OptiQ, GPTQ', 'ratio'],
+                 [[n.removeprefix('across '), f'{r["true_bpw"]:.2f}', pm(r['kl'], r['kl_se'], '.4f'), *cells(r)] for n, r in found])
+
+def from_where() -> Markdown:
+    "What the rounding brings and what the allocation brings: uniform widths and OptiQ at their bytes, each under the same rounding"
+    rows, ways = smollm2_rows(), {'min-max': 'minmax', 'search': 'search', 'GPTQ': 'gptq'}
+    widths = [n for n in rows if n.startswith('uniform') and n.split()[-1][1:] in ('g32', 'g64') and 3 <= rows[n]['true_bpw'] <= 6.01]
+    def both(n, way): # KL of uniform, of OptiQ, ratio
+        r, ours = rows.get(n if way == 'minmax' else f'{n} {way}'), against(rows[n], way)[1]
+        return [pm(r and r['kl']), pm(ours), f'{against(r, way)[2]:.2f}' if r else '–']
+    head = [f'{who}, {way}' for way in ways for who in ('uniform', 'OptiQ', 'ratio')]
+    return table(['width', 'true bits', *head], [[readable(n), f'{rows[n]["true_bpw"]:.2f}', *sum((both(n, w) for w in ways.values()), [])]
+                                                 for n in sorted(widths, key=lambda n: -rows[n]['true_bpw'])])
+
+def wins() -> Markdown:
+    "How often OptiQ lies below, in one sentence for each rounding"
+    k = [r for n, r in result('kquants-smollm2')['rows'].items() if n.startswith('across') and 'imatrix' in n and r['true_bpw'] <= 6]
+    lines = []
+    for rounding, name in (('gptq', 'GPTQ rounding'), ('search', 'search, the default rounding,')):
+        verdicts = [against(r, rounding) for r in k]
+        ratios = [v[2] for v in verdicts]
+        low, high = (sum(v[3] == f'OptiQ {w}' for v in verdicts) for w in ('lower', 'higher'))
+        lines.append(f'With {name} OptiQ has {min(ratios):.2f} to {max(ratios):.2f} of the KL of K-quants with importance matrix: lower than '
+                     f'{low} of {len(k)}, higher than {high}.')
+    return Markdown(' '.join(lines)+' Widths of this model do not fit K-quants, so these are their encoders on blocks that run on into the next row '
+                    '(`bench/peers/kquants.py` says how); what llama.cpp itself writes is larger.')
+
+def first_sixteen() -> Markdown:
+    "Rows with fewer sequences are compared on those; how much do they differ from all?"
+    rows = [r for n, r in result('peers-smollm2')['rows'].items() if n.startswith('ours') and r.get('kl_first16')]
+    ratio = [r['kl_first16']/r['kl'] for r in rows]
+    return Markdown('K-quants, AutoRound and oMLX were scored on the first 16 of the 64 sequences, but for two rows. '
+                    f'There OptiQ\'s rows have {min(ratio):.2f} to {max(ratio):.2f} of their KL on all 64, so marks of the two kinds can be laid '
+                    'beside each other to within a few percent; the table compares on the same sequences.')
 
 PER_BIT = 134_515_008/8/2**20 # MB of SmolLM2-135M for each bit per weight
 

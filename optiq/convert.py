@@ -176,7 +176,7 @@ tags: [mlx, optiq]
 | true bits per weight | {plan.true_bpw:.2f} |
 | size | {plan.size_mb:.1f} MB |
 | predicted KL to full precision | {plan.predicted_kl:.4f} on {calibration} |
-{measured}
+{measured}{left_out}
 Each tensor's format was chosen by measuring the KL divergence that quantizing it alone causes, then minimising the sum
 under the cap on size. Made by optiq {version} with mlx {mlx} and {loader}. The plan is in `optiq/plan.json`, the
 measurements are in `optiq/sweep.json`.
@@ -203,8 +203,10 @@ def _model_card(name: str, source: str, plan, calibration: str, measured: dict =
     "README.md of a converted model; `measured` is a table of label ▸ text"
     counts = ', '.join(f'{n} units at {f}' for f, n in plan.counts().items())
     rows = ''.join(f'| {k} | {v} |\n' for k, v in measured.items())
+    gone = ', '.join(f'{part} ({n:,} parameters)' for part, n in getattr(plan, 'made', {}).get('left_out', {}).items())
     package = LOADERS[model_type].replace('_', '-')
     return _CARD.format(name=name, source=source, counts=counts, plan=plan, calibration=calibration, measured=rows,
+                       left_out=f'\nThe loader leaves out {gone}; this model is without.\n' if gone else '',
                        version=__version__, mlx=version('mlx'), loader=f'{package} {version(package)}',
                        use=_USE[model_type].format(name=name))
 

@@ -348,9 +348,19 @@ def _block_lists(
 # %% ../nbs/01_models.ipynb #7f31262d
 def _attends(module): return any('attn' in p or 'attention' in p for p, _ in module.named_modules())
 
-# %% ../nbs/01_models.ipynb #2217ff67
+# %% ../nbs/01_models.ipynb #40a53129
 _ROUTERS = ('gate', 'router', 'shared_expert_gate')
 
+def _routes(path: str, shape: tuple, experts: dict, layers) -> bool: # path of a stack ▸ how many it has; paths of all
+    "Whether a layer sends tokens to experts"
+    parent, _, name = path.rpartition('.')
+    if name in _ROUTERS: return True
+    mlp = any(f'{parent}.{other}' in layers for other in ('up_proj', 'down_proj')) # of experts that all tokens share
+    above, _, within = parent.rpartition('.')
+    beside = above if re.search('gate|router', within) else parent
+    return len(shape) == 2 and not mlp and any(p.startswith(f'{beside}.') and shape[0] == n for p, n in experts.items())
+
+# %% ../nbs/01_models.ipynb #2217ff67
 def find_units(
     model, # its weights may be lazy
     lists: dict | None = None, # of blocks, as `block_lists` gives them; an mlx-lm model's only one by default
@@ -358,10 +368,12 @@ def find_units(
 ) -> list[Unit]:
     "The units of a model, in the order in which it uses them"
     lists, found = lists or {blocks_path(model): len(model.layers)}, []
+    layers = {p: m for p, m in model.named_modules() if hasattr(m, 'to_quantized') or 'scales' in m}
+    experts = {p: m.weight.shape[0] for p, m in layers.items() if 'SwitchLinear' in type(m).__name__}
     starts = dict(zip(lists, [0, *np.cumsum(list(lists.values())).tolist()]))
-    for path, m in model.named_modules():
-        if not (hasattr(m, 'to_quantized') or 'scales' in m) or path.rsplit('.', 1)[-1] in _ROUTERS: continue
+    for path, m in layers.items():
         (shape, dtype), block = _stored(m), _block_of(path, starts)
+        if _routes(path, shape, experts, layers): continue
         fixed = not any(divides(f, shape) for f in ALL_FORMATS) or not _opens(model, path, m) or _scaled(m)
         stored = str(_stored_format(m)) if 'scales' in m else None
         found.append(Unit(path, _kind(path, m), shape, block, dtype, _part_of(path, model_type), fixed, stored))
@@ -630,6 +642,32 @@ class _Listing:
     def vocabulary(self):
         return next(u for u in reversed(self.units) if u.kind in ('lm_head', 'embed')).shape[0]
 
+# %% ../nbs/01_models.ipynb #c74238b0
+_NO_WEIGHTS = r'inv_freq$|rotary|position_ids|lm_head\.weight$' # of a tied head; `check_two_heads` looks at that
+
+def _part_name(name: str, n_blocks: int) -> str:
+    "The part that a tensor belongs to: mtp, model.visual, model.layers.61"
+    path, parts = name.split('.'), ('model', 'language_model', 'transformer')
+    depth = next(i for i, p in enumerate(path) if p not in parts)
+    number = path[depth+1] if path[depth] == 'layers' and len(path) > depth+1 else ''
+    return '.'.join(path[:depth+2] if number.isdigit() and int(number) >= n_blocks else path[:depth+1])
+
+def _left_out(model, arrays: dict, n_blocks: int) -> list: # arrays: name ▸ lazy array, of all files
+    "The tensors that make no difference to a loader"
+    from mlx.utils import tree_flatten
+    there, groups = {k for k, _ in tree_flatten(model.parameters())}, {}
+    for k in arrays:
+        if k in there or re.search(_NO_WEIGHTS, k): continue
+        groups.setdefault((_part_name(k, n_blocks), re.sub(r'\d+', '*', k)), []).append(k)
+    def result(gone=()):
+        found = model.sanitize({k: v for k, v in arrays.items() if k not in gone})
+        return {k: v.shape for k, v in found.items()}
+    def same(names):
+        try: return result({*names}) == whole
+        except Exception: return False # it was missed
+    whole = result() if groups and hasattr(model, 'sanitize') else None
+    return [k for names in groups.values() if whole and same(names) for k in names]
+
 # %% ../nbs/01_models.ipynb #37dd94e9
 class Checkpoint(ModelFolder, _Listing):
     "A model folder, checked and listed; none of its weights are loaded"
@@ -640,6 +678,17 @@ class Checkpoint(ModelFolder, _Listing):
     ):
         ModelFolder.__init__(self, name, trust_remote_code, model_type)
         _Listing.__init__(self, self.load(), self.model_type)
+
+    @cached_property
+    def left_out(self) -> dict: # part ▸ parameters
+        "What the files hold and mlx-lm leaves out, such as a head that drafts tokens"
+        import mlx.core as mx
+        arrays, found = {}, {}
+        for f in self.files if self.model_type == 'llm' else (): arrays |= mx.load(str(f))
+        for k in _left_out(self.load(), arrays, self.n_blocks):
+            part = _part_name(k, self.n_blocks)
+            found[part] = found.get(part, 0)+arrays[k].size
+        return found
 
     def __repr__(self):
         size, blocks = sum(map(os.path.getsize, self.files))/2**20, ' + '.join(map(str, self.blocks.values()))

@@ -89,7 +89,8 @@ def test_a_sweep_on_a_mixture_knows_it_again(tmp_path):
     from optiq.measure.sweep import learned_again
     from optiq.models import Checkpoint
     mine = write(tmp_path/'mine.jsonl', [RECORDS['text'](i) for i in range(60)])
-    sweep = kl_sweep('demo', None, ['8g64'], calibration=f'bundled:0.5,{mine}:0.5', n=2, seq_len=16, method='gradient', rounding='minmax', progress=False)
+    sweep = kl_sweep('demo', None, ['8g64'], calibration=f'bundled:0.5,{mine}:0.5', n=2, seq_len=16,
+                     method='gradient', rounding='minmax', progress=False)
     learned, sweep.learned = sweep.learned, None
     sweep.header['learned'] = dict(source=sweep.header['calibration'], shape=[2, 16], fingerprint=sweep.header['fingerprint']['tokens'])
     assert np.array_equal(learned_again(sweep, Checkpoint('demo')), learned)

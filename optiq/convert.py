@@ -19,7 +19,7 @@ from .backends.open import APART, apart, few_logits
 from .backends.replay import Backend
 from .files import as_path, scratch, whole_folder
 from .formats import config_entry, dequantized, for_unit, quantize_minmax
-from .models import Checkpoint, LOADERS, TEXT_FILES, check_two_heads, read_header, unpacked
+from .models import Checkpoint, LOADERS, TEXT_FILES, check_two_heads, read_header
 
 # %% ../nbs/07_convert.ipynb #1ecc6842
 def _check_misfit(units: list, plan):
@@ -44,10 +44,9 @@ def _pack(
     from mlx.utils import tree_unflatten
     check_two_heads(checkpoint)
     _check_misfit(checkpoint.units, plan)
-    model, config = checkpoint.load(), {k: v for k, v in checkpoint.config.items() if not k.startswith('quantization')}
+    model, config = checkpoint.load(plain=True), {k: v for k, v in checkpoint.config.items() if not k.startswith('quantization')}
     changed = {u.path: plan[u.path] for u in checkpoint.units if not u.keeps(plan[u.path])}
-    packed = {p: m for p, m in model.named_modules() if 'scales' in m and p not in changed}
-    model = unpacked(model)
+    packed = {p: m for p, m in checkpoint.load().named_modules() if 'scales' in m and p not in changed}
     weights = {path: _module(model, path).weight for path in changed}
     with redirect_stdout(sys.stderr):
         model, config = quantize_model(model, config, group_size=32, bits=4,
@@ -101,14 +100,14 @@ def _check_sizes(saved: Checkpoint, plan):
 # %% ../nbs/07_convert.ipynb #19fcdfc5
 def dequantized_units(saved: Checkpoint):
     "Each unit's weight as the loader will compute it, one after another"
-    model = unpacked(saved.load())
+    model = saved.load(plain=True)
     for u in saved.units: yield _module(model, u.path).pop('weight')
 
 # %% ../nbs/07_convert.ipynb #03637491
 def _check_weights(saved: Checkpoint, plan, source: Checkpoint, quantizer=quantize_minmax):
     "Raise ValueError at the first weight that is not, bit for bit, what the quantizer makes of the source's"
     import mlx.core as mx
-    model = unpacked(source.load()) # lazy: a weight is read when it is compared, and let go
+    model = source.load(plain=True) # lazy: a weight is read when it is compared, and let go
     for u, w in zip(source.units, dequantized_units(saved)):
         path, f, original = u.path, plan[u.path], _module(model, u.path).pop('weight')
         want = original

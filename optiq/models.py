@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT_FILES', 'LOADERS', 'ORDER', 'find_model', 'check_untrusted', 'read_header', 'Unit', 'read_units', 'blocks_path',
-           'find_units', 'cannot_open', 'ModelFolder', 'unpacked', 'Checkpoint', 'check_two_heads']
+           'find_units', 'cannot_open', 'ModelFolder', 'Checkpoint', 'check_two_heads']
 
 # %% ../nbs/01_models.ipynb #51be52fc
 import hashlib
@@ -540,44 +540,6 @@ def _check_stray(folder: Path, files: list, model_type: str):
                          f'it '
                                'as one; take it out of the folder')
 
-# %% ../nbs/01_models.ipynb #5f46e1dc
-class ModelFolder:
-    "A model's files, checked; its arguments are those of `Checkpoint`"
-    def __init__(self, name: 'str | Path', trust_remote_code: bool = False, model_type: str = 'auto'):
-        self.name, self.folder, self.trust_remote_code = str(name), find_model(name), trust_remote_code
-        check_untrusted(self.folder, trust_remote_code)
-        self.files = _weight_files(self.folder)
-        tables = [read_header(f) for f in self.files]
-        names, types = [k for t in tables for k in t], {x['dtype'] for t in tables for x in t.values()}
-        self.config = _read_config(self.folder/'config.json', len(names))
-        _check_beside(self.folder, _BESIDE)
-        self.others = _made_by_others(self.name, self.folder, self.config, types)
-        for k in ('quantization', 'quantization_config'):
-            if not self.config.get(k): self.config.pop(k, None) # null says nothing
-        if 'quantization' not in self.config: self.config = _said_for_mlx(self.config) # else MLX wrote it
-        self.model_type = _model_type_of(self.config, names) if model_type == 'auto' else model_type
-        _check_type(self.name, self.config, self.model_type)
-        if self.model_type != 'llm': _check_stray(self.folder, self.files, self.model_type)
-
-    def load(self):
-        "A fresh model with lazy arrays"
-        try: return _load_lazy(self.folder, self.config, self.trust_remote_code, self.model_type)
-        except ValueError as e:
-            if self.others is None: raise
-            raise ValueError(f'{e}; it was quantized by another library ({self.others}): take the full-precision '
-                             'model that it was made from, or dequantize it with that library and save it') from e
-
-    @property
-    def quantized(self): return self.others is not None or 'quantization' in self.config # by whomever
-
-    @cached_property
-    def tokenizer(self):
-        "The tokenizer that comes with the model"
-        return _open_tokenizer(self.folder, self.trust_remote_code)
-
-    @cached_property
-    def fingerprint(self): return _digest([self.folder/'config.json', *self.files])
-
 # %% ../nbs/01_models.ipynb #10caabe5
 def _stored_format(
     module, # an mlx layer
@@ -599,12 +561,51 @@ def _plain(m):
     out.weight = dequantized(m, _stored_format(m), getattr(mx, dtype))
     return out
 
-def unpacked(model): # the same
+def _unpacked(model): # the same
     "Put plain layers into the place of all quantized ones"
     from mlx.utils import tree_unflatten
     layers = [(p, _plain(m)) for p, m in model.named_modules() if 'scales' in m]
     if layers: model.update_modules(tree_unflatten(layers))
     return model
+
+# %% ../nbs/01_models.ipynb #5f46e1dc
+class ModelFolder:
+    "A model's files, checked; its arguments are those of `Checkpoint`"
+    def __init__(self, name: 'str | Path', trust_remote_code: bool = False, model_type: str = 'auto'):
+        self.name, self.folder, self.trust_remote_code = str(name), find_model(name), trust_remote_code
+        check_untrusted(self.folder, trust_remote_code)
+        self.files = _weight_files(self.folder)
+        tables = [read_header(f) for f in self.files]
+        names, types = [k for t in tables for k in t], {x['dtype'] for t in tables for x in t.values()}
+        self.config = _read_config(self.folder/'config.json', len(names))
+        _check_beside(self.folder, _BESIDE)
+        self.others = _made_by_others(self.name, self.folder, self.config, types)
+        for k in ('quantization', 'quantization_config'):
+            if not self.config.get(k): self.config.pop(k, None) # null says nothing
+        if 'quantization' not in self.config: self.config = _said_for_mlx(self.config) # else MLX wrote it
+        self.model_type = _model_type_of(self.config, names) if model_type == 'auto' else model_type
+        _check_type(self.name, self.config, self.model_type)
+        if self.model_type != 'llm': _check_stray(self.folder, self.files, self.model_type)
+
+    def load(self, plain: bool = False): # plain: what is stored in few bits is given in full precision
+        "A fresh model with lazy arrays"
+        try: model = _load_lazy(self.folder, self.config, self.trust_remote_code, self.model_type)
+        except ValueError as e:
+            if self.others is None: raise
+            raise ValueError(f'{e}; it was quantized by another library ({self.others}): take the full-precision '
+                             'model that it was made from, or dequantize it with that library and save it') from e
+        return _unpacked(model) if plain else model
+
+    @property
+    def quantized(self): return self.others is not None or 'quantization' in self.config # by whomever
+
+    @cached_property
+    def tokenizer(self):
+        "The tokenizer that comes with the model"
+        return _open_tokenizer(self.folder, self.trust_remote_code)
+
+    @cached_property
+    def fingerprint(self): return _digest([self.folder/'config.json', *self.files])
 
 # %% ../nbs/01_models.ipynb #d7e91bd2
 def _census(model, units):

@@ -13,14 +13,14 @@ from fastcore.basics import patch
 
 from .replay import Backend, check_all, check_logits
 from .taps import _block, _descend, mlx_attention, mlx_blocks, mlx_listening, mlx_watching, same
-from ..models import Checkpoint, unpacked
+from ..models import Checkpoint
 
 # %% ../../nbs/03c_backends.mlx.ipynb #e3ba4f24
 def _of_type(checkpoint, dtype):
     "The checkpoint's MLX model, dequantized, lazy, its floats of one type"
     import mlx.core as mx
     from mlx.utils import tree_map
-    model = unpacked(checkpoint.load())
+    model = checkpoint.load(plain=True)
     def cast(a): return a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a
     model.update(tree_map(cast, model.parameters()))
     return model

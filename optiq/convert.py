@@ -44,7 +44,8 @@ def _pack(
     from mlx.utils import tree_unflatten
     check_two_heads(checkpoint)
     _check_misfit(checkpoint.units, plan)
-    model, config = checkpoint.load(plain=True), {k: v for k, v in checkpoint.config.items() if not k.startswith('quantization')}
+    model = checkpoint.load(plain=True)
+    config = {k: v for k, v in checkpoint.config.items() if not k.startswith('quantization')}
     changed = {u.path: plan[u.path] for u in checkpoint.units if not u.keeps(plan[u.path])}
     packed = {p: m for p, m in checkpoint.load().named_modules() if 'scales' in m and p not in changed}
     weights = {path: _module(model, path).weight for path in changed}

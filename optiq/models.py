@@ -346,7 +346,8 @@ def find_units(
     for path, m in model.named_modules():
         if not (hasattr(m, 'to_quantized') or 'scales' in m) or path.rsplit('.', 1)[-1] in _ROUTERS: continue
         (shape, dtype), block = _stored(m), _block_of(path, starts)
-        fixed = not any(divides(f, shape) for f in ALL_FORMATS) or not _opens(model, path, m) or _read_bare(model, path, m)
+        fits = any(divides(f, shape) for f in ALL_FORMATS)
+        fixed = not fits or not _opens(model, path, m) or _read_bare(model, path, m)
         found.append(Unit(path, _kind(path, m), shape, block, dtype, _part_of(path, model_type), fixed))
     def at(u):
         if u.block is not None: return u.block
@@ -358,7 +359,8 @@ def find_units(
 def _with_head(units):
     "The same units, where the head is called `lm_head` and comes last"
     table = next((u.shape for u in units if u.kind == 'embed'), None)
-    heads = [u for u in units if u.block is None and u.kind != 'embed' and (u.kind == 'lm_head' or u.shape == table)][-1:]
+    outside = [u for u in units if u.block is None and u.kind != 'embed']
+    heads = [u for u in outside if u.kind == 'lm_head' or u.shape == table][-1:]
     rest = [u for u in units if u not in heads]
     return rest+[replace(u, kind='lm_head') for u in heads]
 
@@ -434,7 +436,7 @@ def _said_for_mlx(
     scaling = {k: v for k, v in main.items() if k not in ('rope_theta', 'partial_rotary_factor')}
     kind = scaling.get('rope_type', scaling.get('type', 'default'))
     if {*scaling}-{'rope_type', 'type'} or kind != 'default':
-        theta = {k: main[k] for k in ('rope_theta',) if k in main and layers} # which transformers wants with each type
+        theta = {'rope_theta': main['rope_theta']} if layers and 'rope_theta' in main else {} # transformers wants it
         out['rope_scaling'] = theta | dict(scaling, type=kind)
     return out
 

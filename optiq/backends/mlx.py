@@ -12,7 +12,7 @@ from importlib import import_module
 import numpy as np
 from fastcore.basics import patch
 
-from .replay import Backend, check_all, check_logits, forgetful
+from .replay import Backend, check_all, check_logits, _forgetful
 from .taps import _block, _descend, mlx_attention, mlx_blocks, mlx_listening, mlx_watching, same
 from ..models import Checkpoint
 
@@ -121,6 +121,6 @@ def gradients(self: MLXBackend, batch, seed: int, skip=0):
         z = self.model(ids)[:, skip:]
         return (mx.take_along_axis(z, y, -1)[..., 0]-mx.logsumexp(z, axis=-1)).sum()
     try:
-        with forgetful(self.model): return mx.grad(total)(weights)
+        with _forgetful(self.model): return mx.grad(total)(weights)
     finally:
         for p, w in weights.items(): self.module(p).weight = w

@@ -112,7 +112,7 @@ class Backend:
     ): # (B, T, D) states that enter the first block
         "States before the first block; also records what each block is called with"
         check_ids(self.checkpoint, np.asarray(batch))
-        if not self.chain: return _Streams(self, np.asarray(batch), overrides)
+        if not self.chain: return _Streams(self, np.asarray(batch), overrides, spans=self.ways and self._spans)
         self.calls, self.batch_size, states = [], len(batch), []
         def stand_in(i, x, *args, **kwargs):
             if i == 0: states.append(x)
@@ -211,7 +211,8 @@ class _Streams:
     b: Backend = field(repr=False)
     ids: np.ndarray # (k·B, T)
     carried: dict = field(default_factory=dict, repr=False) # overrides that still matter
-    answers: tuple = field(default=(), repr=False) # of each call, (answer, what it wrote into its arguments)
+    answers: tuple = field(default=(), repr=False) # of each call, (answer, what it wrote); None: not needed any more
+    spans: tuple = field(default=(), repr=False) # of each call, the last one that needs its answer
 
     def __len__(self): return len(self.ids)
     @property
@@ -250,6 +251,8 @@ def ways(self: Backend) -> list: # of a tree of `_Way` for each call
     if '_ways' not in vars(self):
         runs = [_Streams(self, np.zeros(size, np.int32)).on(None)[0] for size in ((2, 8), (3, 8), (2, 11))]
         self._ways = [_grown(_Way.of, *a) for a in zip(*(r.answers for r in runs))]
+        self._small = runs[0]
+        self._spans = tuple(_span(self, k) for k in range(len(self._ways)))
     return self._ways
 
 @patch
@@ -267,6 +270,32 @@ def joined(self: Backend, states: list): # of what `embed` and `run_block` give
 def _joinable(x, y) -> bool:
     "Whether one model is the model of two streams"
     return not isinstance(x, _Streams) or x.carried == y.carried
+
+# %% ../../nbs/03_backends.replay.ipynb #de03d79c
+def _span(b, k: int) -> int:
+    "The last call whose arguments depend on the answer of call `k`; their number, if the logits do"
+    def spoiled(x): return x*float('nan') if x.ndim else x
+    answers, found, n = [*b._small.answers], k, 0
+    answers[k] = _grown(spoiled, answers[k])
+    def answer(i, *args, **kwargs):
+        nonlocal n, found
+        if n > k and _any_nan(b.xp, (args, kwargs)): found = n
+        out, wrote = _grown(b.fresh, answers[n])
+        for key, x in _written(args, kwargs).items(): _write(x, wrote[key])
+        n += 1
+        return out
+    with _forgetful(b.model), b.stand_ins(answer): z = b.raw(b._small.ids)
+    return len(answers) if _any_nan(b.xp, z) else found
+
+def _hollow(b, k: int, B: int, T: int): # call, sequences, tokens
+    "Something in the shape of an answer that nobody needs"
+    def zeros(x, way):
+        if not x.ndim: return x
+        shape = list(x.shape)
+        for axis, size in (way.columns, T), (way.rows, B):
+            if axis is not None: shape[axis] = size
+        return b.xp.broadcast_to(x.reshape(-1)[:1]*0, shape)
+    return _grown(zeros, b._small.answers[k], b.ways[k])
 
 # %% ../../nbs/03_backends.replay.ipynb #50bcbe8a
 @patch
@@ -300,7 +329,8 @@ def on(self: _Streams, upto: 'int | None', overrides: dict = {}, tell=lambda i: 
             if upto is not None and i > upto: raise Recorded
             tell(i)
             answers.append(b.whole_answer(i, mine(i), args, kwargs))
-        out, wrote = _grown(b.fresh, answers[n-1])
+        known = answers[n-1]
+        out, wrote = _hollow(b, n-1, *self.shape) if known is None else _grown(b.fresh, known)
         for k, x in _written(args, kwargs).items(): _write(x, wrote[k])
         return out
     never = {i for i in range(b.n_blocks) if carried and i not in b.order()}
@@ -310,7 +340,8 @@ def on(self: _Streams, upto: 'int | None', overrides: dict = {}, tell=lambda i: 
         except Recorded: z = None
     later = {None, *never, *(b.order()[len(answers):] if carried else ())}
     kept = {p: f for p, f in carried.items() if b.find(p).block in later}
-    return replace(self, answers=tuple(answers), carried=kept), z
+    needed = (a if k >= len(self.spans) or self.spans[k] >= len(answers) else None for k, a in enumerate(answers))
+    return replace(self, answers=tuple(needed), carried=kept), z
 
 # %% ../../nbs/03_backends.replay.ipynb #37cdad1f
 @patch

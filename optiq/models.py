@@ -14,7 +14,7 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from importlib.util import find_spec
 from math import prod
@@ -315,17 +315,17 @@ def block_lists(
     model, # of mlx-lm, mlx-vlm or mlx-audio
     model_type: str = 'llm', # a key of `LOADERS`
 ) -> dict: # path ▸ number of blocks
-    "The lists that hold a model's blocks, in the order in which it makes them; raises ValueError if there is none"
+    "The lists that hold a model's blocks, those of its language model last; raises ValueError if there is none"
     own = {id(m) for m in getattr(model, 'layers', None) or ()}
     def holds(blocks): return id(blocks[0]) in own or not (own and model_type == 'llm') and _attends(blocks[0])
     def walk(module, path):
         for name, child in module.items():
             here = f'{path}.{name}'.lstrip('.')
             if isinstance(child, list) and child and hasattr(child[0], 'named_modules'):
-                if holds(child): yield here, len(child)
+                if holds(child): yield id(child[0]) in own, here, len(child)
                 else: yield from (found for i, c in enumerate(child) for found in walk(c, f'{here}.{i}'))
             elif hasattr(child, 'named_modules'): yield from walk(child, here)
-    found = dict(walk(model, ''))
+    found = {here: many for _, here, many in sorted(walk(model, ''), key=lambda x: x[0])} # stable: as it makes them
     if not found: raise ValueError(f'{type(model).__module__} keeps its blocks where they cannot be replayed')
     return found
 
@@ -343,11 +343,12 @@ def find_units(
     "The units of a model, in the order in which it uses them"
     lists, found = lists or block_lists(model, model_type), []
     starts = dict(zip(lists, [0, *np.cumsum(list(lists.values())).tolist()]))
-    for path, m in model.named_modules():
+    modules = dict(model.named_modules())
+    for path, m in modules.items():
         if not (hasattr(m, 'to_quantized') or 'scales' in m) or path.rsplit('.', 1)[-1] in _ROUTERS: continue
         (shape, dtype), block = _stored(m), _block_of(path, starts)
         fits = any(divides(f, shape) for f in ALL_FORMATS)
-        fixed = not fits or not _opens(model, path, m) or _read_bare(model, path, m)
+        fixed = not fits or not _opens(model, path, m) or _read_bare(modules, path)
         found.append(Unit(path, _kind(path, m), shape, block, dtype, _part_of(path, model_type), fixed))
     def at(u):
         if u.block is not None: return u.block
@@ -400,12 +401,18 @@ def _opens(model, path, module):
     return getattr(model, 'model_quant_predicate', lambda path, module: True)(path, module) is True
 
 # %% ../nbs/01_models.ipynb #f9424ecc
-def _read_bare(model, path, module):
-    "Whether a table that is no vocabulary is read as an array by the module that holds it"
+@cache
+def _source(kind: type) -> str:
+    "The source of a class, as far as there is one"
+    try: return inspect.getsource(kind)
+    except (OSError, TypeError): return ''
+
+def _read_bare(modules: dict, path: str) -> bool: # path ▸ module
+    "Whether a layer that is no vocabulary is read as an array by the module that holds it"
     holder, _, name = path.rpartition('.')
-    if 'Embedding' not in type(module).__name__ or 'pos' not in name: return False
-    kind = type(dict(model.named_modules())[holder])
-    return re.search(rf'self\.{name}\.weight\b', inspect.getsource(kind)) is not None
+    table = 'Embedding' in type(modules[path]).__name__ and 'pos' not in name
+    if table or holder not in modules: return False
+    return re.search(rf'self\.{name}\.weight\b(?!\.dtype)', _source(type(modules[holder]))) is not None
 
 # %% ../nbs/01_models.ipynb #13e96cd2
 _PARTS = dict(encoder='encoder|audio|speech', vision='vision|visual', projector='merger|projector|connector|aligner',

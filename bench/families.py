@@ -57,7 +57,7 @@ import numpy as np
 os.environ.setdefault('MLX_DISABLE_COMPILE', '1') # on a CPU every compiled function costs seconds of a C++ compiler
 
 from optiq.backends.open import open_backend # all that we take from the package stands here
-from optiq.backends.replay import joinable
+from optiq.backends.replay import _joinable
 from optiq.calibration import token_batch
 from optiq.convert import convert
 from optiq.evals.perplexity import overrides_of
@@ -347,7 +347,7 @@ def streams(m):
     u = next(u for u in b.checkpoint.units if u.block == 0 and u.shape[-1] % 32 == 0)
     change, first = overrides_of({u.path: parse('2g32')}), b.embed(batch)
     alone = [b.run_block(0, first), b.run_block(0, first, change)]
-    if not joinable(*alone): return 'a change of block 0 lasts, so its streams go one by one'
+    if not _joinable(*alone): return 'a change of block 0 lasts, so its streams go one by one'
     both = b.joined(alone)
     for i in range(1, b.n_blocks):
         alone, both = [b.run_block(i, x) for x in alone], b.run_block(i, both)

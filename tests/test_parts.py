@@ -77,7 +77,7 @@ def test_only_what_has_to_run_runs(architecture, backends, samples):
     b, s, ran = backends[architecture], samples[architecture][0], []
     passed, z = b.record(s)
     class Counting(ReplayBackend):
-        def run_one(self, i, *args): ran.append(i); return super().run_one(i, *args)
+        def whole_answer(self, i, *args): ran.append(i); return super().whole_answer(i, *args)
     b.__class__ = Counting
     try:
         assert mx.array_equal(b.head(passed), z) and ran == []

@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .mlx import MLXBackend
-from .replay import Recorded, _grown, _write, _written, check_ids, check_logits, forgetful
+from .replay import Recorded, _grown, _write, _written, check_ids, check_logits, _forgetful
 from ..calibration import positions, samples_of, token_ids
 
 # %% ../../nbs/03d_backends.parts.ipynb #10efef2e
@@ -89,7 +89,7 @@ class ReplayBackend(MLXBackend):
     def forward(self, sample): # ▸ (1, S, V), the logits of the positions that are scored
         check_ids(self.checkpoint, token_ids(_as_sample(sample)))
         mx, known = self.xp, {k: v for k, v in _as_sample(sample).items() if k != 'scored'}
-        with forgetful(self.model): z = _answer(self.model, {k: mx.array(_narrow(v)) for k, v in known.items()})
+        with _forgetful(self.model): z = _answer(self.model, {k: mx.array(_narrow(v)) for k, v in known.items()})
         return check_logits(self, z[:, mx.array(positions(sample))] if 'scored' in sample else z)
 
     def attention(self, changes: dict):

@@ -92,7 +92,13 @@ def _timing(b, batch, probes):
     def block(x, change={}): return _time(lambda: b.ready(b.run_block(0, x, change)))
     k, head = len(many)//len(batch), _time(lambda: kl_of_streams(b, states, [({}, [many])]))
     weight = max(0, block(states, change)-block(states))/u.params if u else 0
-    return _Timing(block(many)/k, head/(k+1), weight, 8*batch.size*(probes+1)*b.checkpoint.units[0].shape[-1]*(1 if b.chain else b.n_blocks))
+    width = b.checkpoint.units[0].shape[-1]*_answers_kept(states)
+    return _Timing(block(many)/k, head/(k+1), weight, 8*batch.size*(probes+1)*width)
+
+def _answers_kept(states) -> int:
+    "The largest number of answers that a stream keeps at once"
+    spans = getattr(states, 'spans', ())
+    return max((sum(k < n <= s for k, s in enumerate(spans)) for n in range(len(spans)+1)), default=1)
 
 def _largest(b, block):
     "The largest unit of a block, or of the model, that some group divides; None if there is none"

@@ -84,7 +84,8 @@ def manual(name, command):
     table = ('<div class="table-responsive"><table class="options"><thead><tr><th>option</th><th>what it is for</th><th>default</th>'
              f'</tr></thead><tbody>{rows}</tbody></table></div>')
     shown = '\n'.join([usage, *(['', examples.strip()] if examples.strip() else [])])
-    return '\n\n'.join([as_html(' '.join(prose.split())), f'```sh\n{shown}\n```', table])
+    said = re.sub(r'(?<![\w-])(--[a-z][\w-]*)', r'`\1`', ' '.join(prose.split()))
+    return '\n\n'.join([said, f'```sh\n{shown}\n```', table])
 
 def with_manual(notebook):
     "The page of the command line with the help of each command under its heading, or at the end"

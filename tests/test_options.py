@@ -72,7 +72,10 @@ def optiq(monkeypatch, tmp_path, sweep):
             seen.append((name, repr(a), repr(sorted(k.items()))))
             return gives(*a, **k)
         monkeypatch.setattr(where, name, functools.wraps(real)(fake) if callable(real) and not isinstance(real, type) else fake)
-    found = dict(figures=dict(memory=[]), report='', plan='', verified=None, config=dict(layers=[]), weights='', cache='')
+    rows = [dict(name=n, size_mb=1, true_bpw=4, kl=0, agreement=1) for n in ('optiq', 'reference')]
+    monkeypatch.setattr('optiq.cli._next_steps', lambda *a: '')
+    report = Anything(rows=rows, about=dict(evaluation='text, 1 × 2 tokens, 0f'))
+    found = dict(figures=dict(memory=[]), report=report, plan='', verified=None, config=dict(layers=[]), weights='', cache='')
     for name in ('_choose_weights', '_choose_cache', '_choose_both'): spy(pipeline, name, lambda job: found)
     for where in (pipeline, models, score): spy(where, 'Checkpoint', lambda name, *a: Checkpoint('demo'))
     spy(pipeline._Job, 'open', lambda job, more: (None, SimpleNamespace(scored=None, about={})))

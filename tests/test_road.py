@@ -134,3 +134,46 @@ def test_a_bar_knows_what_late_blocks_cost(monkeypatch):
     share = module._Share(SimpleNamespace(n=0, update=moved.append), 100, 10)
     for n in runs: share(n, 1)
     assert moved[-1] == pytest.approx((5*.2+20*.01)/(10*.2+100*.01)) and max(moved) <= 1
+
+def site():
+    "tools/site.py, which has the name of a module of Python's own"
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = spec_from_file_location('tools_site', Path(__file__).parents[1]/'tools'/'site.py')
+    spec.loader.exec_module(module := module_from_spec(spec))
+    return module
+
+def test_the_manual_is_what_the_help_says():
+    import click
+    from optiq.cli import main
+    notebook = site().with_manual(dict(cells=[dict(cell_type='markdown', source=['## convert'])]))
+    text = '\n'.join(''.join(c['source']) for c in notebook['cells'])
+    assert [''.join(c['source'])[:10] for c in notebook['cells'][:1]] == ['## convert'] and text.count('<table') == len(main.commands)
+    for name, command in main.commands.items():
+        assert f'## {name}\n' in text and f'optiq {name} ' in text
+        for p in command.params:
+            if not isinstance(p, click.Option) or p.hidden: continue
+            assert next(o for o in p.opts if o.startswith('--')) in text, (name, p.opts)
+    assert not re.search(r'[\x00-\x08\x0b-\x1f]|–', text) and '<td>128</td>' in text
+
+def test_signatures_are_code():
+    said = ('```python\ndef f(\n    a:__main__.Caps | None, # as [`g`](kv.html#g), or [1]\n'
+            '    tick:function=<lambda>,\n    b:NoneType=None\n)->int:\n```\n\n'
+            '*What [`g`](kv.html#g) does*\n\n    f(1)\n\nParameters:\n    a: one\n    tick: two')
+    assert site().calm(said) == ('```python\ndef f(\n    a:Caps | None, # as `g`, or [1]\n'
+        '    tick:function=…,\n    b=None\n)->int:\n```\n\n'
+        '*What [`g`](kv.html#g) does*\n\n    f(1)\n')
+
+ONCE = {'sweep': '--bits --samples', 'pareto': '--bits --samples', 'latency': '--bits', 'convert': '--n-samples', 'benchmark': '--n-samples',
+        'eval': '--n-samples', 'kv-cache': '--n-samples --eval-samples'}
+
+@pytest.mark.parametrize('name, old', ONCE.items())
+def test_one_thing_has_one_name(name, old):
+    "Spellings that were published count; help and errors know the one that all commands share"
+    from click.testing import CliRunner
+    from optiq.cli import main
+    said = CliRunner().invoke(main, [name, '--help']).stdout
+    one = {'bits': '--candidate-bits', 'n': '--n-evaluation', 'n_evaluation': '--n-evaluation', 'n_calibration': '--n-calibration'}
+    for word in old.split():
+        p = next(p for p in main.commands[name].params if word in p.opts)
+        new = '--n-calibration' if word == '--samples' else one[p.name]
+        assert p.opts[0] == new and re.search(rf'^ +{new} ', said, re.M) and not re.search(rf'^ +{word}\b|, {word}\b', said, re.M)

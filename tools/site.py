@@ -3,10 +3,11 @@
 Pages load nothing from another host: formulas become MathML, fonts are the reader's own. A broken link, a figure
 without a description or anything loaded from elsewhere fails the build, whoever made it.
 """
-import html, re, shutil, subprocess, sys
+import html, inspect, json, re, shutil, subprocess, sys
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+import click
 from latex2mathml.converter import convert as to_mathml
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
@@ -15,6 +16,25 @@ from nbdev.serve import proc_nbs
 cfg = get_config()
 ELSEWHERE = r'''@import\s*(?:url\([^)]*https?:[^)]*\)|"https?:[^"]*"|'https?:[^']*')[^;]*;''' # an address may hold semicolons
 quarto = shutil.which('quarto')
+
+def plain_code(match):
+    "A signature as code: without links, modules that no reader imports, and addresses of functions"
+    code = re.sub(r'\[(`[^`]+`)\]\([^)\s]*\)', r'\1', match[0])
+    code = re.sub(r'Form\(words=[^\n]*?holds=<function [^\n]*?>\)|<function <lambda>[^>]*>|<lambda>', '…', code)
+    return re.sub(r':NoneType=None', '=None', re.sub(r'\b(?:__main__|collections\.abc)\.', '', code))
+
+def calm(text):
+    "What nbdev writes of one function; its parameters stand in the signature, so their list for `help` goes"
+    text = re.sub(r'\n\nParameters:\n(?:    [^\n]*(?:\n|$))+', '\n', text)
+    return re.sub(r'```python\n.*?\n```', plain_code, text.replace('*Call self as a function.*', ''), flags=re.S)
+
+def calmed(notebook):
+    "A notebook with what `show_doc` put out as people read it"
+    for c in notebook['cells']:
+        if 'show_doc(' not in ''.join(c['source']): continue
+        for o in c.get('outputs', []):
+            if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = calm(''.join(o['data']['text/markdown']))
+    return notebook
 
 def processed():
     "The folder of notebooks as nbdev prepares them, under the names that their pages get"
@@ -28,6 +48,10 @@ def processed():
         if not quarto: text = re.sub(r'\n *html-math-method: .*', '', text) # see `formula`
         up = '../'*(len(path.relative_to(folder).parts)-1)
         if path.suffix == '.ipynb': text = text.replace(f'{cfg.doc_host}{cfg.doc_baseurl}/', up)
+        if path.suffix == '.ipynb':
+            notebook = calmed(json.loads(text))
+            if path.name.endswith('_cli.ipynb'): with_manual(notebook)
+            text = json.dumps(notebook, ensure_ascii=False)
         path.unlink()
         path.with_name(pages.get(path.name, path.name)).write_text(text, encoding='utf-8')
     return folder
@@ -39,6 +63,41 @@ def unlisted():
         public = import_module(module).__all__
         for name, (address, _) in symbols.items():
             if name.removeprefix(module+'.').split('.')[0] not in public: yield address
+
+def as_html(text):
+    "Text of a help, with options as code: typography makes dashes of their hyphens elsewhere"
+    return re.sub(r'(?<![\w-])(--?[a-z][\w-]*)', r'<code>\1</code>', html.escape(text))
+
+def option_row(option, context):
+    "What the help of a command says of one option: its name, what it is for, what it is by default"
+    name, said = option.get_help_record(context)
+    meaning, _, default = re.sub(r'\s*(?:; default: ([^][;]*)|\[default: ([^][]*)\])$', r'\0\1\2', said).partition('\0')
+    return f'<tr><td><code>{html.escape(name)}</code></td><td>{as_html(meaning)}</td><td>{as_html(default)}</td></tr>'
+
+def manual(name, command):
+    "A command's own help, as a part of a page"
+    context = click.Context(command, info_name=f'optiq {name}')
+    prose, _, examples = inspect.cleandoc(command.help or '').partition('\b\n')
+    usage = ' '.join([context.command_path, *command.collect_usage_pieces(context)])
+    options = [p for p in command.params if isinstance(p, click.Option) and not p.hidden]
+    rows = ''.join(option_row(p, context) for p in options)
+    table = ('<div class="table-responsive"><table class="options"><thead><tr><th>option</th><th>what it is for</th><th>default</th>'
+             f'</tr></thead><tbody>{rows}</tbody></table></div>')
+    shown = '\n'.join([usage, *(['', examples.strip()] if examples.strip() else [])])
+    said = re.sub(r'(?<![\w-])(--[a-z][\w-]*)', r'`\1`', ' '.join(prose.split()))
+    return '\n\n'.join([said, f'```sh\n{shown}\n```', table])
+
+def with_manual(notebook):
+    "The page of the command line with the help of each command under its heading, or at the end"
+    from optiq.cli import main
+    cells, first = notebook['cells'], lambda c: ''.join(c['source']).split('\n')[0]
+    for name, command in main.commands.items():
+        if not any(first(c) == f'## {name}' for c in cells):
+            end = next((i for i, c in enumerate(cells) if first(c) == '## At work'), len(cells))
+            cells.insert(end, dict(cell_type='markdown', id=f'heading-{name}', metadata={}, source=[f'## {name}']))
+        place = next(i for i, c in enumerate(cells) if first(c) == f'## {name}')
+        cells.insert(place+1, dict(cell_type='markdown', id=f'help-{name}', metadata={}, source=manual(name, command).splitlines(True)))
+    return notebook
 
 def formula(match):
     "One formula that smalldocs left to a script from a CDN, as MathML, which browsers draw themselves"

@@ -47,6 +47,15 @@ def _options(*names):
         return f
     return add
 
+# %% ../nbs/90_cli.ipynb #670b9413
+class _Renamed(click.Option):
+    "An option that once had other names, which count and are not shown: the first long one is"
+    def get_help_record(self, ctx):
+        known, first = self.opts, next(o for o in self.opts if o.startswith('--'))
+        self.opts = [o for o in known if not o.startswith('--')]+[first]
+        try: return super().get_help_record(ctx)
+        finally: self.opts = known
+
 # %% ../nbs/90_cli.ipynb #12d6e75f
 def _filled(kind, given: dict): # a dataclass, and options by name ▸ one of it
     "What the pipeline takes, from the options that bear its fields' names"
@@ -60,7 +69,7 @@ _SHARED = dict(
     evaluation=click.option('--evaluation', metavar='NAME|FILE',
         help='text to score on; default: the test side of the calibration text'),
     seq_len=click.option('--seq-len', default=128, show_default=True, help='tokens in each calibration sequence'),
-    n_evaluation=click.option('--n-evaluation', '--n-samples', 'n_evaluation', default=16, show_default=True,
+    n_evaluation=click.option('--n-evaluation', '--n-samples', 'n_evaluation', cls=_Renamed, default=16, show_default=True,
         help='evaluation sequences of 256 tokens'),
     sweep=click.option('--sweep', type=click.Path(), help='use a sweep of MODEL that was saved before'))
 
@@ -274,13 +283,14 @@ def _next_steps(out: str, given: dict) -> str: # of the options that say how a m
 @main.command(short_help='Measure the sensitivity of every tensor.')
 @click.argument('model')
 @click.option('-o', '--output', 'out', type=click.Path(), required=True, help='file to write, and to go on with')
-@click.option('--bits', help='widths to try  [default: 4,8]')
+@click.option('--candidate-bits', '--bits', 'bits', cls=_Renamed, help='widths to try  [default: 4,8]')
 @_options('formats', 'group_size', 'rounding', 'rounding_n')
 @click.option('--method', type=click.Choice(['exact', 'screened', 'gradient']), default='exact', show_default=True)
 @click.option('--targets', help='nominal bits that screened and --until-stable look at  [default: 4.5]')
 @click.option('--until-stable', 'until', flag_value='stable',
               help='stop when the plans at the targets no longer change')
-@click.option('--n-calibration', '--samples', 'n', default=8, show_default=True, help='calibration sequences')
+@click.option('--n-calibration', '--samples', 'n', cls=_Renamed, default=8, show_default=True,
+              help='calibration sequences')
 @_options('seq_len', 'calibration', 'backend')
 @click.option('--max-memory', type=float, callback=_as_bytes(_GB), metavar='GB',
               help='memory for states; default: two thirds of what is free')
@@ -290,7 +300,7 @@ def sweep(model, out, bits, formats, group_size, targets, resume, as_json, **giv
     """Measure the KL divergence that quantizing each tensor alone causes, once, for any number of targets.
 
     \b
-    optiq sweep demo -o demo.sweep.jsonl --bits 3,4,8
+    optiq sweep demo -o demo.sweep.jsonl --candidate-bits 3,4,8
     optiq convert demo --sweep demo.sweep.jsonl --target-bpw 4.5
     """
     if not resume and os.path.exists(os.path.expanduser(out)):
@@ -370,13 +380,14 @@ _MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'backend'
               help='of compact, quality and all; default: those that the formats allow')
 @click.option('--targets', help='nominal bits, from:to:step or a list  [default: those of 3.0:8.0:0.25 that the '
                                 'formats reach]')
-@click.option('--bits', help='widths to choose from, and to sweep  [default: all of the sweep given, or 2,3,4,5,6,8]')
+@click.option('--candidate-bits', '--bits', 'bits', cls=_Renamed,
+              help='widths to choose from, and to sweep  [default: all of the sweep given, or 2,3,4,5,6,8]')
 @_options('formats', 'group_size', 'protect', 'pin', 'ceiling', 'floor', 'leave', 'tie', 'rounding', 'rounding_n')
 @click.option('--verify', type=Number(click.INT, 1000, none=True), default=0, show_default=True, metavar='N',
               help='points of each curve to measure on evaluation text, with all baselines')
 @click.option('-o', '--output', 'out', type=click.Path(), metavar='DIR',
               help='folder for table, figure, sweep and plans')
-@click.option('--n-calibration', '--samples', 'n_calibration', default=8, show_default=True,
+@click.option('--n-calibration', '--samples', 'n_calibration', cls=_Renamed, default=8, show_default=True,
               help='calibration sequences')
 @_options('sweep', 'seq_len', 'calibration', 'evaluation', 'n_evaluation')
 @_options('overwrite', 'backend', 'model_type', 'trust', 'json')
@@ -417,10 +428,10 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
               help='keys and values of a layer apart, or in one format')
 @click.option('-o', '--output', type=click.Path(), help='folder to write, or MODEL itself, to which files are added; '
               'default: optiq_output/<model>-kv')
-@click.option('--n-calibration', '--n-samples', 'n_calibration', default=5, show_default=True,
+@click.option('--n-calibration', '--n-samples', 'n_calibration', cls=_Renamed, default=5, show_default=True,
               help='calibration sequences')
 @click.option('--seq-len', default=512, show_default=True, help='tokens in each')
-@click.option('--n-evaluation', '--eval-samples', 'n_evaluation', default=4, show_default=True,
+@click.option('--n-evaluation', '--eval-samples', 'n_evaluation', cls=_Renamed, default=4, show_default=True,
               help='evaluation sequences')
 @_options('calibration', 'evaluation', 'overwrite', 'backend', 'model_type', 'trust', 'json')
 def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
@@ -451,7 +462,8 @@ def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
 @click.option('--context', default=512, show_default=True, help='tokens in the cache')
 @click.option('--chip', metavar='NAME',
               help='predict for a chip of the table, such as "M3 Max"; default: this machine, measured')
-@click.option('--bits', help='widths of uniform plans to predict  [default: 3,4,6,8]')
+@click.option('--candidate-bits', '--bits', 'bits', cls=_Renamed,
+              help='widths of uniform plans to predict  [default: 3,4,6,8]')
 @_options('formats', 'group_size', 'trust', 'json')
 def latency(model, calibrate, measure, context, chip, bits, formats, group_size, trust_remote_code, as_json):
     """Predict tokens per second of a model, and of its uniform widths, from bytes and bandwidth.
@@ -476,7 +488,7 @@ _TASKS = ['perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer', 'harne
 @click.argument('model', required=False)
 @click.option('--task', required=True, metavar='|'.join(_TASKS), help='what to score; harness:NAME hands it to lm-eval')
 @click.option('--baseline', help='a model to compare with; for kl the full-precision one')
-@click.option('--n-samples', 'n', type=int,
+@click.option('--n-evaluation', '--n-samples', 'n', cls=_Renamed, type=int,
               help='sequences, questions or trials  [default: 50 for perplexity and kl, else 200]')
 @click.option('--limit-tokens', 'limit', type=int, help='tokens of text to score at most')
 @click.option('--seq-len', default=512, show_default=True, help='tokens in each sequence of text')
@@ -502,7 +514,7 @@ def _eval_(model, task, responses, as_json, **given):
     \b
     optiq eval optiq_output/demo-4.5bpw --task kl --baseline demo
     optiq eval model-Q4_K_M.gguf --task kl --baseline model --protocol kld
-    optiq eval demo --task gsm8k --questions word-problems --n-samples 50
+    optiq eval demo --task gsm8k --questions word-problems --n-evaluation 50
     optiq eval optiq_output/whisper-4.5bpw --task wer --baseline whisper --evaluation recordings
     optiq eval --task gsm8k --responses answers.jsonl
     """
@@ -534,7 +546,7 @@ def _answered(responses: str, task: str, baseline: str | None): # ▸ Report
 @main.command(short_help='Quality and speed of a model, by itself or against another.')
 @click.argument('model')
 @click.option('--baseline', help='the model to measure KL and agreement against')
-@click.option('--n-samples', 'n', default=50, show_default=True, help='evaluation sequences')
+@click.option('--n-evaluation', '--n-samples', 'n', cls=_Renamed, default=50, show_default=True, help='evaluation sequences')
 @click.option('--seq-len', default=512, show_default=True, help='tokens in each')
 @click.option('--evaluation', default='bundled', show_default=True, metavar='NAME|FILE',
               help='text; of a file, all of it')

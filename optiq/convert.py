@@ -20,7 +20,7 @@ from .backends.open import APART, apart, few_logits
 from .backends.replay import Backend
 from .files import as_path, scratch, whole_folder
 from .formats import config_entry, dequantized, for_unit, quantize_minmax
-from .models import Checkpoint, LOADERS, TEXT_FILES, check_two_heads, read_header, unpacked
+from .models import Checkpoint, LOADERS, TEXT_FILES, check_two_heads, read_header
 from .readers import helpful, shown
 
 # %% ../nbs/07_convert.ipynb #1ecc6842
@@ -46,10 +46,10 @@ def _pack(
     from mlx.utils import tree_unflatten
     check_two_heads(checkpoint)
     _check_misfit(checkpoint.units, plan)
-    model, config = checkpoint.load(), {k: v for k, v in checkpoint.config.items() if not k.startswith('quantization')}
+    model = checkpoint.load(plain=True)
+    config = {k: v for k, v in checkpoint.config.items() if not k.startswith('quantization')}
     changed = {u.path: plan[u.path] for u in checkpoint.units if not u.keeps(plan[u.path])}
-    packed = {p: m for p, m in model.named_modules() if 'scales' in m and p not in changed}
-    model = unpacked(model)
+    packed = {p: m for p, m in checkpoint.load().named_modules() if 'scales' in m and p not in changed}
     weights = {path: _module(model, path).weight for path in changed}
     with redirect_stdout(sys.stderr):
         model, config = quantize_model(model, config, group_size=32, bits=4,
@@ -105,14 +105,14 @@ def _check_sizes(saved: Checkpoint, plan):
 # %% ../nbs/07_convert.ipynb #19fcdfc5
 def dequantized_units(saved: Checkpoint):
     "Each unit's weight as the loader will compute it, one after another"
-    model = unpacked(saved.load())
+    model = saved.load(plain=True)
     for u in saved.units: yield _module(model, u.path).pop('weight')
 
 # %% ../nbs/07_convert.ipynb #03637491
 def _check_weights(saved: Checkpoint, plan, source: Checkpoint, quantizer=quantize_minmax):
     "Raise ValueError at the first weight that is not, bit for bit, what the quantizer makes of the source's"
     import mlx.core as mx
-    model = unpacked(source.load()) # lazy: a weight is read when it is compared, and let go
+    model = source.load(plain=True) # lazy: a weight is read when it is compared, and let go
     for u, w in zip(source.units, dequantized_units(saved)):
         path, f, original = u.path, plan[u.path], _module(model, u.path).pop('weight')
         want = original
@@ -180,7 +180,7 @@ tags: [mlx, optiq]
 | true bits per weight | {plan.true_bpw:.2f} |
 | size | {plan.size_mb:.1f} MB |
 | predicted KL to full precision | {plan.predicted_kl:.4f} on {calibration} |
-{measured}
+{measured}{left_out}
 Each tensor's format was chosen by measuring the KL divergence that quantizing it alone causes, then minimising the sum
 under the cap on size. Made by optiq {version} with mlx {mlx} and {loader}. The plan is in `optiq/plan.json`, the
 measurements are in `optiq/sweep.json`.
@@ -207,8 +207,10 @@ def _model_card(name: str, source: str, plan, calibration: str, measured: dict =
     "README.md of a converted model; `measured` is a table of label ▸ text"
     counts = ', '.join(f'{n} units at {f}' for f, n in plan.counts().items())
     rows = ''.join(f'| {k} | {v} |\n' for k, v in measured.items())
+    gone = ', '.join(f'{part} ({n:,} parameters)' for part, n in getattr(plan, 'made', {}).get('left_out', {}).items())
     package = LOADERS[model_type].replace('_', '-')
     return _CARD.format(name=name, source=source, counts=counts, plan=plan, calibration=calibration, measured=rows,
+                       left_out=f'\nThe loader leaves out {gone}; this model is without.\n' if gone else '',
                        version=__version__, mlx=version('mlx'), loader=f'{package} {version(package)}',
                        use=_USE[model_type].format(name=name))
 

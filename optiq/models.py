@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT_FILES', 'LOADERS', 'ORDER', 'find_model', 'check_untrusted', 'read_header', 'Unit', 'read_units', 'block_lists',
-           'find_units', 'cannot_open', 'ModelFolder', 'unpacked', 'Checkpoint', 'check_overflow', 'check_two_heads']
+           'find_units', 'cannot_open', 'ModelFolder', 'Checkpoint', 'check_overflow', 'check_two_heads']
 
 # %% ../nbs/01_models.ipynb #51be52fc
 import hashlib
@@ -15,7 +15,7 @@ import re
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from importlib.util import find_spec
 from math import prod
@@ -325,26 +325,36 @@ def block_lists(
     model, # of mlx-lm, mlx-vlm or mlx-audio
     model_type: str = 'llm', # a key of `LOADERS`
 ) -> dict: # path ▸ number of blocks
-    "The lists that hold a model's blocks, in the order in which it makes them; raises ValueError if there is none"
+    "The lists that hold a model's blocks, those of its language model last; raises ValueError if there is none"
     own = {id(m) for m in getattr(model, 'layers', None) or ()}
     def holds(blocks): return id(blocks[0]) in own or not (own and model_type == 'llm') and _attends(blocks[0])
     def walk(module, path):
         for name, child in module.items():
             here = f'{path}.{name}'.lstrip('.')
             if isinstance(child, list) and child and hasattr(child[0], 'named_modules'):
-                if holds(child): yield here, len(child)
+                if holds(child): yield id(child[0]) in own, here, len(child)
                 else: yield from (found for i, c in enumerate(child) for found in walk(c, f'{here}.{i}'))
             elif hasattr(child, 'named_modules'): yield from walk(child, here)
-    found = dict(walk(model, ''))
+    found = {here: many for _, here, many in sorted(walk(model, ''), key=lambda x: x[0])} # stable: as it makes them
     if not found: raise ValueError(f'{type(model).__module__} keeps its blocks where they cannot be replayed')
     return found
 
 # %% ../nbs/01_models.ipynb #7f31262d
 def _attends(module): return any('attn' in p or 'attention' in p for p, _ in module.named_modules())
 
-# %% ../nbs/01_models.ipynb #2217ff67
+# %% ../nbs/01_models.ipynb #40a53129
 _ROUTERS = ('gate', 'router', 'shared_expert_gate')
 
+def _routes(path: str, shape: tuple, experts: dict, layers) -> bool: # path of a stack ▸ how many it has; paths of all
+    "Whether a layer sends tokens to experts"
+    parent, _, name = path.rpartition('.')
+    if name in _ROUTERS: return True
+    mlp = any(f'{parent}.{other}' in layers for other in ('up_proj', 'down_proj')) # of experts that all tokens share
+    above, _, within = parent.rpartition('.')
+    beside = above if re.search('gate|router', within) else parent
+    return len(shape) == 2 and not mlp and any(p.startswith(f'{beside}.') and shape[0] == n for p, n in experts.items())
+
+# %% ../nbs/01_models.ipynb #2217ff67
 def find_units(
     model, # its weights may be lazy
     lists: dict | None = None, # of blocks, as `block_lists` gives them; an mlx-lm model's only one by default
@@ -352,12 +362,15 @@ def find_units(
 ) -> list[Unit]:
     "The units of a model, in the order in which it uses them"
     lists, found = lists or block_lists(model, model_type), []
+    modules = dict(model.named_modules())
+    layers = {p: m for p, m in modules.items() if hasattr(m, 'to_quantized') or 'scales' in m}
+    experts = {p: m.weight.shape[0] for p, m in layers.items() if 'SwitchLinear' in type(m).__name__}
     starts = dict(zip(lists, [0, *np.cumsum(list(lists.values())).tolist()]))
-    for path, m in model.named_modules():
-        if not (hasattr(m, 'to_quantized') or 'scales' in m) or path.rsplit('.', 1)[-1] in _ROUTERS: continue
+    for path, m in layers.items():
         (shape, dtype), block = _stored(m), _block_of(path, starts)
+        if _routes(path, shape, experts, layers): continue
         odd = not any(divides(f, shape) for f in ALL_FORMATS) or _scaled(m)
-        fixed = odd or not _opens(model, path, m) or _read_bare(model, path, m)
+        fixed = odd or not _opens(model, path, m) or _read_bare(modules, path)
         stored = str(_stored_format(m)) if 'scales' in m else None
         found.append(Unit(path, _kind(path, m), shape, block, dtype, _part_of(path, model_type), fixed, stored))
     def at(u):
@@ -370,7 +383,8 @@ def find_units(
 def _with_head(units):
     "The same units, where the head is called `lm_head` and comes last"
     table = next((u.shape for u in units if u.kind == 'embed'), None)
-    heads = [u for u in units if u.block is None and u.kind != 'embed' and (u.kind == 'lm_head' or u.shape == table)][-1:]
+    outside = [u for u in units if u.block is None and u.kind != 'embed']
+    heads = [u for u in outside if u.kind == 'lm_head' or u.shape == table][-1:]
     rest = [u for u in units if u not in heads]
     return rest+[replace(u, kind='lm_head') for u in heads]
 
@@ -412,12 +426,18 @@ def _opens(model, path, module):
     return getattr(model, 'model_quant_predicate', lambda path, module: True)(path, module) is True
 
 # %% ../nbs/01_models.ipynb #f9424ecc
-def _read_bare(model, path, module):
-    "Whether a table that is no vocabulary is read as an array by the module that holds it"
+@cache
+def _source(kind: type) -> str:
+    "The source of a class, as far as there is one"
+    try: return inspect.getsource(kind)
+    except (OSError, TypeError): return ''
+
+def _read_bare(modules: dict, path: str) -> bool: # path ▸ module
+    "Whether a layer that is no vocabulary is read as an array by the module that holds it"
     holder, _, name = path.rpartition('.')
-    if 'Embedding' not in type(module).__name__ or 'pos' not in name: return False
-    kind = type(dict(model.named_modules())[holder])
-    return re.search(rf'self\.{name}\.weight\b', inspect.getsource(kind)) is not None
+    table = 'Embedding' in type(modules[path]).__name__ and 'pos' not in name
+    if table or holder not in modules: return False
+    return re.search(rf'self\.{name}\.weight\b(?!\.dtype)', _source(type(modules[holder]))) is not None
 
 # %% ../nbs/01_models.ipynb #13e96cd2
 _PARTS = dict(encoder='encoder|audio|speech', vision='vision|visual', projector='merger|projector|connector|aligner',
@@ -448,7 +468,7 @@ def _said_for_mlx(
     scaling = {k: v for k, v in main.items() if k not in ('rope_theta', 'partial_rotary_factor')}
     kind = scaling.get('rope_type', scaling.get('type', 'default'))
     if {*scaling}-{'rope_type', 'type'} or kind != 'default':
-        theta = {k: main[k] for k in ('rope_theta',) if k in main and layers} # which transformers wants with each type
+        theta = {'rope_theta': main['rope_theta']} if layers and 'rope_theta' in main else {} # transformers wants it
         out['rope_scaling'] = theta | dict(scaling, type=kind)
     return out
 
@@ -560,49 +580,6 @@ def _as_type(model, dtype: str | None): # ▸ the model
     model.update(tree_map_with_path(cast, model.parameters()))
     return model
 
-# %% ../nbs/01_models.ipynb #5f46e1dc
-class ModelFolder:
-    "A model's files, checked; its arguments are those of `Checkpoint`"
-    def __init__(self, name: 'str | Path', trust_remote_code: bool = False, model_type: str = 'auto',
-                 dtype: str | None = None):
-        self.dtype = dtype
-        self.name, self.folder, self.trust_remote_code = str(name), find_model(name), trust_remote_code
-        check_untrusted(self.folder, trust_remote_code)
-        self.files = _weight_files(self.folder)
-        tables = [read_header(f) for f in self.files]
-        names, types = [k for t in tables for k in t], {x['dtype'] for t in tables for x in t.values()}
-        self.config = _read_config(self.folder/'config.json', len(names))
-        _check_beside(self.folder, _BESIDE)
-        self.others = _made_by_others(self.name, self.folder, self.config, types)
-        for k in ('quantization', 'quantization_config'):
-            if not self.config.get(k): self.config.pop(k, None) # null says nothing
-        if 'quantization' not in self.config: self.config = _said_for_mlx(self.config) # else MLX wrote it
-        self.model_type = _model_type_of(self.config, names) if model_type == 'auto' else model_type
-        _check_type(self.name, self.config, self.model_type)
-        if self.model_type != 'llm': _check_stray(self.folder, self.files, self.model_type)
-
-    def load(self):
-        "A fresh model with lazy arrays"
-        try: model = _load_lazy(self.folder, self.config, self.trust_remote_code, self.model_type)
-        except ValueError as e:
-            if self.others is None: raise
-            raise ValueError(f'{e}; it was quantized by another library ({self.others}): take the full-precision '
-                             'model that it was made from, or dequantize it with that library and save it') from e
-        return _as_type(model, self.dtype)
-
-    @property
-    def quantized(self): return self.others is not None or 'quantization' in self.config # by whomever
-
-    @cached_property
-    def tokenizer(self):
-        "The tokenizer that comes with the model"
-        return _open_tokenizer(self.folder, self.trust_remote_code)
-
-    @cached_property
-    def fingerprint(self):
-        as_type = '' if self.dtype is None else f' as {self.dtype}'
-        return _digest([self.folder/'config.json', *self.files])+as_type
-
 # %% ../nbs/01_models.ipynb #10caabe5
 def _stored_format(
     module, # an mlx layer
@@ -624,12 +601,56 @@ def _plain(m):
     out.weight = dequantized(m, _stored_format(m), getattr(mx, dtype))
     return out
 
-def unpacked(model): # the same
+def _unpacked(model): # the same
     "Put plain layers into the place of all quantized ones"
     from mlx.utils import tree_unflatten
     layers = [(p, _plain(m)) for p, m in model.named_modules() if 'scales' in m]
     if layers: model.update_modules(tree_unflatten(layers))
     return model
+
+# %% ../nbs/01_models.ipynb #5f46e1dc
+class ModelFolder:
+    "A model's files, checked; its arguments are those of `Checkpoint`"
+    def __init__(self, name: 'str | Path', trust_remote_code: bool = False, model_type: str = 'auto',
+                 dtype: str | None = None):
+        self.dtype = dtype
+        self.name, self.folder, self.trust_remote_code = str(name), find_model(name), trust_remote_code
+        check_untrusted(self.folder, trust_remote_code)
+        self.files = _weight_files(self.folder)
+        tables = [read_header(f) for f in self.files]
+        names, types = [k for t in tables for k in t], {x['dtype'] for t in tables for x in t.values()}
+        self.config = _read_config(self.folder/'config.json', len(names))
+        _check_beside(self.folder, _BESIDE)
+        self.others = _made_by_others(self.name, self.folder, self.config, types)
+        for k in ('quantization', 'quantization_config'):
+            if not self.config.get(k): self.config.pop(k, None) # null says nothing
+        if 'quantization' not in self.config: self.config = _said_for_mlx(self.config) # else MLX wrote it
+        self.model_type = _model_type_of(self.config, names) if model_type == 'auto' else model_type
+        _check_type(self.name, self.config, self.model_type)
+        if self.model_type != 'llm': _check_stray(self.folder, self.files, self.model_type)
+
+    def load(self, plain: bool = False): # plain: what is stored in few bits is given in full precision
+        "A fresh model with lazy arrays"
+        try: model = _load_lazy(self.folder, self.config, self.trust_remote_code, self.model_type)
+        except ValueError as e:
+            if self.others is None: raise
+            raise ValueError(f'{e}; it was quantized by another library ({self.others}): take the full-precision '
+                             'model that it was made from, or dequantize it with that library and save it') from e
+        model = _as_type(model, self.dtype)
+        return _unpacked(model) if plain else model
+
+    @property
+    def quantized(self): return self.others is not None or 'quantization' in self.config # by whomever
+
+    @cached_property
+    def tokenizer(self):
+        "The tokenizer that comes with the model"
+        return _open_tokenizer(self.folder, self.trust_remote_code)
+
+    @cached_property
+    def fingerprint(self):
+        as_type = '' if self.dtype is None else f' as {self.dtype}'
+        return _digest([self.folder/'config.json', *self.files])+as_type
 
 # %% ../nbs/01_models.ipynb #d7e91bd2
 def _census(model, units):
@@ -667,6 +688,32 @@ class _Listing:
     def vocabulary(self):
         return next(u for u in reversed(self.units) if u.kind in ('lm_head', 'embed')).shape[0]
 
+# %% ../nbs/01_models.ipynb #c74238b0
+_NO_WEIGHTS = r'inv_freq$|rotary|position_ids|lm_head\.weight$' # of a tied head; `check_two_heads` looks at that
+
+def _part_name(name: str, n_blocks: int) -> str:
+    "The part that a tensor belongs to: mtp, model.visual, model.layers.61"
+    path, parts = name.split('.'), ('model', 'language_model', 'transformer')
+    depth = next(i for i, p in enumerate(path) if p not in parts)
+    number = path[depth+1] if path[depth] == 'layers' and len(path) > depth+1 else ''
+    return '.'.join(path[:depth+2] if number.isdigit() and int(number) >= n_blocks else path[:depth+1])
+
+def _left_out(model, arrays: dict, n_blocks: int) -> list: # arrays: name ▸ lazy array, of all files
+    "The tensors that make no difference to a loader"
+    from mlx.utils import tree_flatten
+    there, groups = {k for k, _ in tree_flatten(model.parameters())}, {}
+    for k in arrays:
+        if k in there or re.search(_NO_WEIGHTS, k): continue
+        groups.setdefault((_part_name(k, n_blocks), re.sub(r'\d+', '*', k)), []).append(k)
+    def result(gone=()):
+        found = model.sanitize({k: v for k, v in arrays.items() if k not in gone})
+        return {k: v.shape for k, v in found.items()}
+    def same(names):
+        try: return result({*names}) == whole
+        except Exception: return False # it was missed
+    whole = result() if groups and hasattr(model, 'sanitize') else None
+    return [k for names in groups.values() if whole and same(names) for k in names]
+
 # %% ../nbs/01_models.ipynb #37dd94e9
 class Checkpoint(ModelFolder, _Listing):
     "A model folder, checked and listed; none of its weights are loaded"
@@ -678,6 +725,17 @@ class Checkpoint(ModelFolder, _Listing):
     ):
         ModelFolder.__init__(self, name, trust_remote_code, model_type, dtype)
         _Listing.__init__(self, self.load(), self.model_type)
+
+    @cached_property
+    def left_out(self) -> dict: # part ▸ parameters
+        "What the files hold and mlx-lm leaves out, such as a head that drafts tokens"
+        import mlx.core as mx
+        arrays, found = {}, {}
+        for f in self.files if self.model_type == 'llm' else (): arrays |= mx.load(str(f))
+        for k in _left_out(self.load(), arrays, self.n_blocks):
+            part = _part_name(k, self.n_blocks)
+            found[part] = found.get(part, 0)+arrays[k].size
+        return found
 
     def __repr__(self):
         size, blocks = sum(map(os.path.getsize, self.files))/2**20, ' + '.join(map(str, self.blocks.values()))

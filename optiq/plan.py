@@ -103,6 +103,8 @@ def __repr__(self: Plan) -> str:
     price = f'; what was wished for {len(asked)} of them costs {cost:.2g} of it' if cost is not None else ''
     quiet = self.solver.get('silent', ())
     if quiet: price += f'; {len(quiet)} that moved nothing have the widest candidate'
+    gone = self.made.get('left_out', ())
+    if gone: price += f'; without {", ".join(gone)}, which the loader leaves out'
     return (f'Plan{name} for {len(self)} units: {self.nominal_bpw:.3f} nominal bits, '
             f'{self.true_bpw:.3f} true bits, {self.size_mb:.2f} MB{kl}{price}')
 
@@ -151,7 +153,7 @@ _SOLVER = {'method?': maybe(TEXT), 'rounding?': maybe(TEXT), 'caps?': OBJECT, 'w
 _TOKENS = {'source?': maybe(PROSE), 'shape': [whole(1, 2**31)]*3, 'fingerprint': TEXT} # of a text
 _PLAN = dict(name=PROSE, model=PROSE, params=whole(), other_bytes=whole(0), predicted_kl_se=maybe(number(0)),
              solver=_SOLVER)
-_PLAN |= {'made?': {'rounding': TEXT, 'learned?': _TOKENS, 'text?': _TOKENS},
+_PLAN |= {'made?': {'rounding': TEXT, 'learned?': _TOKENS, 'text?': _TOKENS, 'left_out?': OBJECT},
           'units': [dict(format=FORMAT, kl=maybe(number(0, 1e30)))]*2}
 
 @patch(cls_method=True)
@@ -267,7 +269,7 @@ def make_plan(
 # %% ../nbs/05_plan.ipynb #d7e10002
 def _made_from(
     header: dict, # of a sweep; without one nothing was measured
-) -> dict: # rounding, learned (what rounding learned from), text (what KL was measured on)
+) -> dict: # rounding, learned (what rounding learned from), text (what KL was measured on), left_out
     "What a forecast holds for"
     made = header.get('fingerprint', {})
     if 'quantizer' not in made: return {}
@@ -275,6 +277,7 @@ def _made_from(
     if header.get('learned'): said['learned'] = header['learned']
     if header.get('shape'): said['text'] = dict(
         source=header.get('calibration'), shape=header['shape'], fingerprint=made.get('tokens'))
+    if header.get('left_out'): said['left_out'] = header['left_out']
     return said
 
 # %% ../nbs/05_plan.ipynb #940cdf46

@@ -11,16 +11,16 @@ from contextlib import contextmanager
 import numpy as np
 from fastcore.basics import patch
 
-from .replay import Backend, check_all, check_logits, forgetful
+from .replay import Backend, _forgetful, check_all, check_logits
 from .taps import _block, _descend, mlx_attention, mlx_blocks, mlx_listening, mlx_watching, same
-from ..models import Checkpoint, unpacked
+from ..models import Checkpoint
 
 # %% ../../nbs/03c_backends.mlx.ipynb #e3ba4f24
 def _of_type(checkpoint, dtype):
     "The checkpoint's MLX model, dequantized, lazy, its floats of one type"
     import mlx.core as mx
     from mlx.utils import tree_map
-    model = unpacked(checkpoint.load())
+    model = checkpoint.load(plain=True)
     def cast(a): return a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a
     model.update(tree_map(cast, model.parameters()))
     return model
@@ -117,6 +117,6 @@ def gradients(self: MLXBackend, batch, seed: int, skip=0):
         z = self.model(ids)[:, skip:]
         return (mx.take_along_axis(z, y, -1)[..., 0]-mx.logsumexp(z, axis=-1)).sum()
     try:
-        with forgetful(self.model): return mx.grad(total)(weights)
+        with _forgetful(self.model): return mx.grad(total)(weights)
     finally:
         for p, w in weights.items(): self.module(p).weight = w

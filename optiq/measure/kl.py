@@ -10,7 +10,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from ..backends.replay import Backend, joinable
+from ..backends.replay import Backend, _joinable
 from ..calibration import samples_of, unscored
 from ..formats import AS_IS, Format, WORD, divides, for_unit, quantize_dequantize
 from ..models import Unit
@@ -103,7 +103,8 @@ def _stack(b, streams):
     widest = max(u.shape[-2] for u in b.checkpoint.units if u.block is not None)
     limit, out = (min(2**16, 2**30//widest) if b.on_gpu else 2**12), []
     for s in streams:
-        if out and joinable(out[-1][1][0], s) and (out[-1][0]+len(s))*s.shape[1] <= limit: out[-1] = (out[-1][0]+len(s), out[-1][1]+[s])
+        fits = out and _joinable(out[-1][1][0], s) and (out[-1][0]+len(s))*s.shape[1] <= limit
+        if fits: out[-1] = (out[-1][0]+len(s), out[-1][1]+[s])
         else: out.append((len(s), [s]))
     return [b.joined(parts) for _, parts in out]
 

@@ -163,8 +163,9 @@ def _sweep_header(
     tokens: 'np.ndarray | list', # (n, T) calibration tokens, or samples
 ) -> dict:
     "What is needed to plan without the model, and to know the calibration text again"
+    gone = {'left_out': c.left_out} if getattr(c, 'left_out', None) else {}
     return dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes,
-                shape=list(shape_of(tokens)), units=[u.row() for u in c.units], **getattr(c, 'header', {}),
+                shape=list(shape_of(tokens)), units=[u.row() for u in c.units], **getattr(c, 'header', {}), **gone,
                 experts=_tokens_per_expert(b, tokens), blocks=block_hashes(text_of(b.checkpoint, tokens)))
 
 # %% ../../nbs/04c_measure.sweep.ipynb #e15b234f
@@ -194,7 +195,8 @@ def check_other(
 _HEADER = dict(optiq=one_of('sweep'), model=PROSE, params=whole(), other_bytes=whole(0), units=[OBJECT]*2)
 _HEADER |= {'fingerprint': dict(model=TEXT, tokens=TEXT, quantizer=TEXT, formats=[FORMAT]*2), 'shape?': [whole()]*2,
             'noise?': maybe(number(-1)),
-           'blocks?': [whole(0)], 'experts?': OBJECT, 'passes?': [whole()]*2, 'layers?': [OBJECT], 'context?': whole()}
+           'blocks?': [whole(0)], 'experts?': OBJECT, 'left_out?': OBJECT,
+            'passes?': [whole()]*2, 'layers?': [OBJECT], 'context?': whole()}
 _RECORD = dict(unit=NAME, format=FORMAT, start=whole(0), kl=[number(-1, 1e30)]*2)
 
 def read_log(

@@ -47,7 +47,7 @@ def _question_of(sweep, formats: list, target: _Target) -> Question:
     fmts = candidates(sweep, formats)
     b, = budgets_of(sweep, **target.caps(1.))
     p = make_problem(sweep, table, fmts, [b])
-    return Question(sweep, table, noise, fmts, [b], p, p, set())
+    return Question(sweep, table, noise, fmts, [b], lambda u: u.path, [], p, p)
 
 # %% ../../nbs/61_show.explore.ipynb #0366dd73
 def _ends_of(q: Question, target: _Target) -> tuple: # smallest, largest

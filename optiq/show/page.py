@@ -18,7 +18,7 @@ from ..readers import known
 from .plots import plan_svg
 
 # %% ../../nbs/64_show.page.ipynb #3b346d19
-def _spans(plan: Plan, sweep: Sweep | None) -> list: # of (path, format, KL, its standard error or None), the largest first
+def _spans(plan: Plan, sweep: Sweep | None) -> list: # of (path, format, KL, its error or None), the largest first
     "What each unit costs in its format"
     def error(p, f): return known(sweep.se(p, f)) if sweep is not None and (p, f) in sweep.values else None
     rows = [(p, f, plan.kl.get(p), error(p, f)) for p, f in plan.items()]
@@ -66,14 +66,18 @@ def _sizes(plan: Plan) -> str:
     return _table(('format', 'tensors', 'parameters', 'MB'), rows)
 
 # %% ../../nbs/64_show.page.ipynb #7cd77b2d
-def _measured(plan: Plan) -> str:
-    "What was predicted beside what was measured"
+def _measured_rows(plan: Plan) -> list: # of (name, predicted KL, measured KL), the best first; as texts
+    "The plans that were tried"
     found = plan.solver.get('verified', {})
     tried = found.get('tried', {})
-    if not tried: return '<p>This plan was not measured as a whole; the sum over its tensors is what is predicted.</p>'
     def row(name, t): return (f'{name} (kept)' if name == found.get('kept') else name,
         '–' if t.get('predicted_kl') is None else f'{t["predicted_kl"]:.4g}', f'{t["joint_kl"]:.4g}')
-    rows = [row(*x) for x in sorted(tried.items(), key=lambda x: x[1]['joint_kl'])]
+    return [row(*x) for x in sorted(tried.items(), key=lambda x: x[1]['joint_kl'])]
+
+def _measured(plan: Plan) -> str:
+    "What was predicted beside what was measured"
+    found, rows = plan.solver.get('verified', {}), _measured_rows(plan)
+    if not rows: return '<p>This plan was not measured as a whole; the sum over its tensors is what is predicted.</p>'
     kept = plus_minus(found['joint_kl'], found.get('joint_kl_se'))
     return f'<p>Measured as a whole: KL {escape(kept)}.</p>'+_table(('plan', 'predicted KL', 'measured KL'), rows)
 

@@ -31,7 +31,7 @@ from .kv.layout import KVLayout, cache_bytes, kv_layout
 from .kv.sweep import _combine, layer_table, memory_lines, parts, planned_cache, planned_together, plot_kv
 from .latency import latency
 from .measure.sweep import Sweep, about_texts, learned_again, check_other, rounding_of, texts_for
-from .models import Checkpoint, check_overflow
+from .models import Checkpoint, _check_overflow
 from .plan import baseline_plans, make_plan, uniform
 from .readers import write_json
 from .refine import measured, verified
@@ -39,7 +39,7 @@ from .report import Report, machine, score_row
 from .rounding import QUANTIZERS, ROUNDING, as_overrides, dwq, round_model, round_to_files
 from .score import same_words, text_tokens
 from .sensitivity import kl_sweep, sweep_quantizer
-from .wishes import pinned
+from .wishes import _pinned
 
 # %% ../nbs/08_pipeline.ipynb #eca94df7
 _FORMATS, _WIDE = ('4g64', '8g64'), (2, 3, 4, 5, 6, 8) # candidates for a plan, and for a whole curve
@@ -404,7 +404,7 @@ class _Job:
     @property
     def measured(self): # the candidates, and what units are pinned to
         groups = {f.group_size for f in self.formats if f.mode == 'affine'}
-        return list(dict.fromkeys([*self.formats, *pinned(self.weights.pin, min(groups) if len(groups) == 1 else 64)]))
+        return list(dict.fromkeys([*self.formats, *_pinned(self.weights.pin, min(groups) if len(groups) == 1 else 64)]))
     @property
     def only(self): # what a plan may have, if somebody named candidates
         return None if self.weights.formats is None and self.weights.sweep is None else self.measured
@@ -553,7 +553,7 @@ def optimize(
         place = own_output(out, overwrite, 'model', model, journal=weights.sweep is None and cache is None)
     beside = weights is None and out is not None and _is_own_folder(model, out)
     if weights is None and dtype: raise ValueError('`dtype` has no effect on a cache; leave it')
-    check_overflow(c := Checkpoint(model, trust_remote_code, model_type, dtype))
+    _check_overflow(c := Checkpoint(model, trust_remote_code, model_type, dtype))
     if cache is not None and c.model_type != 'llm': raise ValueError(
         f'{c.name} is a {_KINDS[c.model_type]} model, whose cache cannot be planned yet; leave it as it is')
     job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, beside)

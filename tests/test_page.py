@@ -10,7 +10,7 @@ from optiq.cli import main
 from optiq.knapsack import allocate
 from optiq.measure.sweep import Sweep
 from optiq.plan import uniform
-from optiq.show.page import _bars_svg, _spans, page
+from optiq.show.page import _bars_svg, _page, _spans
 from sweeps import random_sweep
 
 BAD = '<script>alert(1)</script>&"\''
@@ -35,7 +35,7 @@ def elements(html):
     return found
 
 def test_everything_is_there_and_nothing_is_fetched(folder):
-    html = page(folder)
+    html = _page(folder)
     found = elements(html)
     assert not {'script', 'link', 'img', 'iframe', 'object'} & {t for t, _ in found}
     assert not [a for _, attrs in found for a in attrs if a.startswith('on') or a in ('src', 'href')]
@@ -56,7 +56,7 @@ def test_figures_bear_errors_where_they_are_known():
 def test_a_plan_that_was_not_measured(tmp_path):
     (tmp_path/'optiq').mkdir()
     uniform(random_sweep(1), 5).save(tmp_path/'optiq'/'plan.json')
-    html = page(tmp_path)
+    html = _page(tmp_path)
     assert 'not measured tensor by tensor' in html and 'was not measured as a whole' in html
 
 def test_the_file_is_not_replaced_unasked(folder, tmp_path):

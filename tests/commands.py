@@ -10,7 +10,7 @@ from pathlib import Path
 root = Path(__file__).parents[1]
 SMALL = {'convert': dict(n_calibration=1, seq_len=32, n_evaluation=1), 'sweep': dict(n=1, seq_len=32, rounding_n=2),
          'pareto': dict(n_calibration=1, seq_len=32, n_evaluation=1), 'kv-cache': dict(n_calibration=1, seq_len=64, n_evaluation=1),
-         'eval': dict(n=2, seq_len=64), 'benchmark': dict(n=2, seq_len=64)}
+         'eval': dict(n=2, seq_len=64), 'benchmark': dict(n=2, seq_len=64), 'compare': dict(n_evaluation=1, new_tokens=4)}
 
 def documents() -> dict: # name ▸ its Markdown
     "The pages of the site and the files beside them"

@@ -9,7 +9,7 @@ from optiq.backends.open import open_backend
 from optiq.convert import convert, stored_bytes
 from optiq.evals.perplexity import evaluate
 from optiq.material.tiny import tiny
-from optiq.models import Checkpoint, check_overflow, read_header
+from optiq.models import Checkpoint, _check_overflow, read_header
 from optiq.pipeline import Cache, optimize
 from optiq.plan import make_plan, uniform
 
@@ -46,7 +46,7 @@ def test_a_weight_beyond_the_end_is_named(tmp_path):
     arrays[name][0, 0] = -1e5
     mx.eval(arrays)
     mx.save_safetensors(str(file), arrays, metadata=dict(format='pt'))
-    check_overflow(Checkpoint(folder, dtype='bfloat16'))
+    _check_overflow(Checkpoint(folder, dtype='bfloat16'))
     with pytest.raises(ValueError, match=rf'{name} holds 99,840, and float16 ends at 65,504; leave the type'):
         optimize(str(folder), dtype='float16')
 

@@ -6,7 +6,7 @@ from click.testing import CliRunner
 
 from optiq import fit as module
 from optiq.cli import main
-from optiq.fit import Outline, what_fits
+from optiq.fit import _Outline, what_fits
 from optiq.kv.layout import cache_bytes
 from optiq.material.tiny import tiny
 from optiq.models import Checkpoint
@@ -26,7 +26,7 @@ def bare(folder, tmp_path): # no weights
 @pytest.mark.parametrize('architecture', ['qwen3', 'qwen3_moe', 'llama'])
 def test_a_config_tells_what_the_checkpoint_holds(architecture, tmp_path):
     whole = tiny(architecture, tmp_path/'m')
-    c, o = Checkpoint(whole), Outline(whole)
+    c, o = Checkpoint(whole), _Outline(whole)
     assert [(u.path, u.shape, u.dtype, u.block) for u in o.units] == [(u.path, u.shape, u.dtype, u.block) for u in c.units]
     assert (o.params, o.other_bytes) == (c.params, c.other_bytes)
     assert module._cache_bytes(o, 512) == cache_bytes(c, 512)
@@ -38,7 +38,7 @@ def test_no_weight_is_read(bare):
 def test_plans_fill_what_is_left(bare, monkeypatch):
     monkeypatch.setattr(module, '_PROGRAM', 0)
     monkeypatch.setattr(module, '_usable', lambda m: m)
-    o = Outline(bare)
+    o = _Outline(bare)
     o.context = 256
     rest = module._cache_bytes(o, 256)+module._working_bytes(o, 256)
     three, four = (module.uniform(o, b).nbytes for b in (3, 4))
@@ -60,9 +60,9 @@ def test_machines_and_this_one(bare):
 def test_quantized_and_unknown_models_are_refused(bare):
     config = json.loads((bare/'config.json').read_text())
     (bare/'config.json').write_text(json.dumps(config | dict(quantization=dict(bits=4, group_size=64))))
-    with pytest.raises(ValueError, match='quantized already; give the model that it was made from'): Outline(bare)
+    with pytest.raises(ValueError, match='quantized already; give the model that it was made from'): _Outline(bare)
     (bare/'config.json').write_text(json.dumps(config | dict(model_type='no_such')))
-    with pytest.raises(ValueError, match="cannot build a model of type 'no_such' from its config.json"): Outline(bare)
+    with pytest.raises(ValueError, match="cannot build a model of type 'no_such' from its config.json"): _Outline(bare)
 
 @pytest.mark.parametrize('given, size', [('16GB', 16*GB), ('16', 16*GB), ('1.5 gb', 3*GB//2), ('800MiB', 800*2**20)])
 def test_sizes(given, size, bare):
@@ -75,7 +75,7 @@ def test_what_is_no_size(given, bare):
     assert r.exit_code == 2 and 'is no size, such as 16GB' in r.output
 
 def test_convert_takes_what_this_machine_leaves(folder, monkeypatch):
-    o = Outline(folder)
+    o = _Outline(folder)
     least = module._cache_bytes(o, 256)+module.uniform(o, 4).nbytes
     monkeypatch.setattr(module, '_here', lambda: (least+10_000+module._working_bytes(o, 256), 'as the test says'))
     few = Texts(n_calibration=1, seq_len=16, n_evaluation=1, eval_len=16)

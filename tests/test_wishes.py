@@ -10,7 +10,7 @@ from optiq.knapsack import allocate, pose
 from optiq.material.tiny import tiny
 from optiq.pipeline import Caps, Texts, Weights, optimize
 from optiq.plan import Plan, uniform
-from optiq.wishes import pinned, wishes_for
+from optiq.wishes import _pinned, _wishes_for
 from sweeps import brute_force, nominal, random_sweep
 
 WISHES = [dict(pin={'v_proj': 8}), dict(pin='embed=3,*.up_proj=4'), dict(ceiling={'*.mlp.*': 4}), dict(floor='first=4'), dict(leave='lm_head'),
@@ -26,7 +26,7 @@ def test_plans_keep_them_and_the_price_is_the_difference(seed, wish, target):
         return
     free = allocate(sweep, target_bpw=target)
     assert plan.nominal_bpw <= target+1e-9 and plan.solver['wishes_cost'] == pytest.approx(plan.predicted_kl-free.predicted_kl, abs=1e-12)
-    for w in wishes_for(sweep.units, **wish):
+    for w in _wishes_for(sweep.units, **wish):
         for p in w.paths:
             f = plan[p]
             assert {'pin': f == w.fmt, 'leave': f == AS_IS, 'ceiling': w.fmt and f.bits and f.bits <= w.fmt.bits,
@@ -42,7 +42,7 @@ def test_a_pinned_format_is_no_candidate_of_the_others():
     sweep = random_sweep(3)
     plan = allocate(sweep, target_bpw=6, formats=[4, 8], pin='v_proj=3')
     assert {p for p, f in plan.items() if f == Format(3)} == {u.path for u in sweep.units if u.kind == 'v_proj'}
-    assert pinned('a=3,b=8g32', 128) == [Format(3, 128), Format(8, 32)]
+    assert _pinned('a=3,b=8g32', 128) == [Format(3, 128), Format(8, 32)]
 
 def test_a_plan_below_the_candidates_can_be_had_by_pinning():
     sweep = random_sweep(3)

@@ -1,0 +1,69 @@
+"A report in one file: all of a plan is in it, every name is escaped, nothing is fetched"
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from click.testing import CliRunner
+
+from optiq.cli import main
+from optiq.knapsack import allocate
+from optiq.measure.sweep import Sweep
+from optiq.plan import uniform
+from optiq.show.page import _bars_svg, _page, _spans
+from sweeps import random_sweep
+
+BAD = '<script>alert(1)</script>&"\''
+
+@pytest.fixture
+def folder(tmp_path):
+    s = random_sweep(1)
+    plan = allocate(s, target_bpw=5, protect='embed')
+    tried = {f'plan {BAD}': dict(predicted_kl=.1, joint_kl=.12), 'allocated': dict(predicted_kl=None, joint_kl=.13)}
+    record = dict(kept='allocated', joint_kl=.13, joint_kl_se=.01, tried=tried)
+    plan = replace(plan, model=f'source {BAD}', solver=plan.solver | dict(verified=record))
+    (tmp_path/'m'/'optiq').mkdir(parents=True)
+    plan.save(tmp_path/'m'/'optiq'/'plan.json')
+    (tmp_path/'m'/'kv_config.json').write_text(f'{{"a": "{BAD}"}}')
+    return tmp_path/'m'
+
+def elements(html):
+    found = []
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs): found.append((tag, dict(attrs)))
+    Reader().feed(html)
+    return found
+
+def test_everything_is_there_and_nothing_is_fetched(folder):
+    html = _page(folder)
+    found = elements(html)
+    assert not {'script', 'link', 'img', 'iframe', 'object'} & {t for t, _ in found}
+    assert not [a for _, attrs in found for a in attrs if a.startswith('on') or a in ('src', 'href')]
+    assert any("default-src 'none'" in (a.get('content') or '') for _, a in found)
+    assert re.findall('<h2>(.*?)</h2>', html) == ['Formats', 'KL by tensor', 'Predicted and measured', 'Wishes', 'KV cache', 'Commands']
+    assert html.count('<svg') == 2 and '0.13 ± 0.01' in html.replace('0.1300 ± 0.0100', '0.13 ± 0.01') and 'protect' in html
+    assert html.count('alert(1)') == html.count('&lt;script&gt;alert(1)') > 2
+
+def test_figures_bear_errors_where_they_are_known():
+    s = random_sweep(2)
+    sweep = Sweep(s.units, s.formats, s.values, s.header)
+    plan = allocate(sweep, target_bpw=5)
+    rows = _spans(plan, sweep)
+    assert [r[2] for r in rows] == sorted((plan.kl[p] for p in plan), reverse=True) and all(r[3] > 0 for r in rows)
+    assert _bars_svg(rows).count('<line') == len(rows) and _bars_svg(_spans(plan, None)).count('<line') == 0
+    assert all(float(x) >= 0 for x in re.findall(r'cx="([^"]*)"', _bars_svg(rows))) and _bars_svg([]) == ''
+
+def test_a_plan_that_was_not_measured(tmp_path):
+    (tmp_path/'optiq').mkdir()
+    uniform(random_sweep(1), 5).save(tmp_path/'optiq'/'plan.json')
+    html = _page(tmp_path)
+    assert 'not measured tensor by tensor' in html and 'was not measured as a whole' in html
+
+def test_the_file_is_not_replaced_unasked(folder, tmp_path):
+    out = tmp_path/'r.html'
+    assert CliRunner().invoke(main, ['report', str(folder), '-o', str(out)]).exit_code == 0 and out.read_text().startswith('<!doctype html>')
+    r = CliRunner().invoke(main, ['report', str(folder), '-o', str(out)])
+    assert r.exit_code == 1 and '--overwrite' in r.output
+    assert CliRunner().invoke(main, ['report', str(folder), '-o', str(out), '--overwrite']).exit_code == 0
+    r = CliRunner().invoke(main, ['report', str(tmp_path), '-o', str(tmp_path/'x.html')])
+    assert r.exit_code == 1 and 'has no optiq/plan.json; give a folder that was converted' in r.output

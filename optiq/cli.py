@@ -95,6 +95,10 @@ class _Rounding(click.Option):
         names, said = super().get_help_record(ctx)
         return names, said.format(default=ROUNDING)
 
+# %% ../nbs/90_cli.ipynb #f4a3d73c
+def _as_seconds(ctx, param, minutes: float | None) -> float | None:
+    return None if minutes is None else 60*minutes
+
 # %% ../nbs/90_cli.ipynb #26a98710
 _SHARED |= dict(
     formats=click.option('--formats', help='candidates by name, such as 4g32,4g64,mxfp4; instead of widths'),
@@ -108,6 +112,13 @@ _SHARED |= dict(
              '[default: as the sweep given, or {default}]'),
     rounding_n=click.option('--rounding-samples', 'rounding_n', type=int,
         help='calibration sequences that search, gptq and dwq learn from  [default: 32]'))
+
+# %% ../nbs/90_cli.ipynb #a3843fb6
+_SHARED |= dict(
+    method=click.option('--method', type=click.Choice(['exact', 'screened', 'gradient']),
+        help='how the sweep measures  [default: the most exact that fits --time-budget]'),
+    time_budget=click.option('--time-budget', type=float, callback=_as_seconds, metavar='MINUTES',
+        help='time for the sweep, by which its method is chosen  [default: 10]'))
 
 # %% ../nbs/90_cli.ipynb #4a378e11
 _SHARED |= dict(
@@ -163,7 +174,7 @@ def _default_output(model: str, ending: str) -> str:
               help='widths of keys and values, or formats such as tq3, for --kv  [default: 4,8]')
 @click.option('-o', '--output', type=click.Path(), help='folder to write; default: optiq_output/<model>-<target>')
 @click.option('--n-calibration', 'n_calibration', default=8, show_default=True, help='calibration sequences')
-@_options('seq_len', 'calibration', 'evaluation', 'n_evaluation', 'sweep')
+@_options('seq_len', 'calibration', 'evaluation', 'n_evaluation', 'sweep', 'method', 'time_budget')
 @click.option('--verify/--no-verify', default=None,
               help='measure the plan and its like, keep the best  [default: --verify, unless --kv]')
 @click.option('--skip-baselines', 'compare', is_flag=True, callback=lambda ctx, param, skip: False if skip else None,
@@ -217,7 +228,7 @@ def _with_cache(found: dict) -> str:
 @click.option('-o', '--output', 'out', type=click.Path(), required=True, help='file to write, and to go on with')
 @click.option('--bits', help='widths to try  [default: 4,8]')
 @_options('formats', 'group_size', 'rounding', 'rounding_n')
-@click.option('--method', type=click.Choice(['exact', 'screened', 'gradient']), default='exact', show_default=True)
+@_options('method', 'time_budget')
 @click.option('--targets', help='nominal bits that screened and --until-stable look at  [default: 4.5]')
 @click.option('--until-stable', 'until', flag_value='stable',
               help='stop when the plans at the targets no longer change')
@@ -255,8 +266,10 @@ def _check_length(model: str, given: dict):
 def _check_unused_in_sweep(given: dict):
     "Raise ValueError for what the method, or the rounding, makes no use of"
     method = given['method']
-    if method != 'exact': check_idle(['until', 'max_memory'], f'it counts for --method exact, not {method}')
-    if method != 'screened' and not given['until']: check_idle(
+    if method or given['until']: check_idle(['time_budget'], f'the method is {method or "exact"}')
+    if method not in (None, 'exact'): check_idle(
+        ['until', 'max_memory'], f'it counts for --method exact, not {method}')
+    if method not in (None, 'screened') and not given['until']: check_idle(
         ['targets'], 'it counts for --method screened and --until-stable')
     if given['rounding_n'] and given['rounding_n'] < given['n']: raise ValueError(
         f'rounding cannot learn from {given["rounding_n"]} sequences: the {given["n"]} that are measured on are '
@@ -318,7 +331,7 @@ _MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'backend'
               help='folder for table, figure, sweep and plans')
 @click.option('--n-calibration', '--samples', 'n_calibration', default=8, show_default=True,
               help='calibration sequences')
-@_options('sweep', 'seq_len', 'calibration', 'evaluation', 'n_evaluation')
+@_options('sweep', 'method', 'time_budget', 'seq_len', 'calibration', 'evaluation', 'n_evaluation')
 @_options('overwrite', 'backend', 'model_type', 'trust', 'json')
 def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, **given):
     """Plans for every target from one sweep, beside uniform widths and mlx-lm's recipes.

@@ -65,6 +65,8 @@ class Weights:
     sweep: 'Sweep | str | Path | None' = None # a sweep of this model, or its file
     rounding: str | None = None # 'minmax', 'search' or 'gptq'; by default that of the sweep, or `ROUNDING`
     rounding_n: int | None = None # sequences that `search`, `gptq` and `dwq` learn from, 32 by default
+    method: str | None = None # of the sweep: 'exact', 'screened' or 'gradient'; by default what fits `time_budget`
+    time_budget: float | None = None # seconds of the sweep, 600 by default, for the choice of its method
     polish: str | None = None # 'dwq': train scales and biases at the end
     verify: bool | None = None # measure the plan and its like, keep the best; by default for weights alone
     compare: bool | None = None # score the baselines too; likewise
@@ -116,6 +118,11 @@ def _check_weights(weights: Weights, what: str, out):
     for name in ('polish', 'verify', 'compare') if what != 'weights' else ():
         if getattr(weights, name) not in (None, False): raise ValueError(
             f'`{name}` has no effect {_beside(what)} yet; leave one of the two')
+    for name in ('method', 'time_budget') if weights.sweep is not None or what == 'weights and cache together' else ():
+        if getattr(weights, name) is not None: raise ValueError(
+            f'`{name}` has no effect {"on a `sweep` that is given" if weights.sweep is not None else _beside(what)}')
+    if None not in (weights.method, weights.time_budget): raise ValueError(
+        '`time_budget` has no effect: `method` is named; leave one of the two')
     if weights.compare is False and what != 'weights': raise ValueError(
         f'`compare` has no effect {_beside(what)} yet; leave one of the two')
     _check_rounding_name(rounding := _rounding_for(weights.rounding, weights.sweep), weights.polish, out)
@@ -269,7 +276,7 @@ def _as_swept(found: Sweep, t: _Batches, c: Checkpoint, rounding: str) -> Sweep:
     return found
 
 # %% ../nbs/08_pipeline.ipynb #00265bac
-def _find_sweep(b, t: _Batches, formats, sweep, out, rounding=None) -> Sweep:
+def _find_sweep(b, t: _Batches, formats, sweep, out, rounding=None, **how) -> Sweep: # how: of `kl_sweep`
     "The sweep to plan with: one that was saved, or a new one that is written beside `out` as it goes"
     formats, rounding = [f for f in formats if f != AS_IS], _rounding_for(rounding, sweep)
     if sweep is not None:
@@ -277,7 +284,7 @@ def _find_sweep(b, t: _Batches, formats, sweep, out, rounding=None) -> Sweep:
         return _as_swept(found, t, b.checkpoint, rounding)
     log = journal_of(out) if out is not None else None
     return kl_sweep(b, t.tokens, formats, out=log, rounding=rounding, rounding_tokens=t.learned,
-                    calibration=t.source, journal=True)
+                    calibration=t.source, journal=True, **how)
 
 # %% ../nbs/08_pipeline.ipynb #4dedca02
 def _check_rounding_name(rounding: str, polish: str | None, out):
@@ -438,7 +445,8 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     likely = _feasible(c, **(options := _conditions(job)))
     _check_output(c, out, likely, rounding)
     b, t = job.open(job.more)
-    found = _find_sweep(b, t, job.formats, w.sweep, out, rounding)
+    found = _find_sweep(b, t, job.formats, w.sweep, out, rounding, method=w.method, time_budget=w.time_budget,
+                        targets=[likely.nominal_bpw])
     plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, **options)
     if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
     others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
@@ -605,7 +613,9 @@ def trade_off(
         c = Checkpoint(source, trust_remote_code, model_type)
         job = _Job(c, out, Caps(), weights, None, _texts_of(texts, 'weights'), backend, overwrite)
         b, t = job.open(job.more)
-        found, about = _find_sweep(b, t, fmts, sweep, out, rounding), t.about | dict(rounding=rounding)
+        found = _find_sweep(b, t, fmts, sweep, out, rounding, method=weights.method, time_budget=weights.time_budget,
+                            targets=targets or ())
+        about = t.about | dict(rounding=rounding)
     chosen = _narrowed(found, fmts)
     curve = pareto(chosen, targets, profiles or _possible(chosen), protect=weights.protect, tie=weights.tie)
     if verify: measured(curve, b, t.scored, verify, _quantizer_of_plans(b, t, chosen.formats, rounding))

@@ -6,17 +6,22 @@
 __all__ = ['sweep_quantizer', 'kl_sweep']
 
 # %% ../nbs/04_sensitivity.ipynb #926693f6
+import sys
 from collections import Counter
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from .backends.open import open_backend
 from .backends.replay import Backend
-from .files import claiming, own_file
+from .calibration import shape_of
+from .files import as_path, claiming, own_file
 from .formats import Format, check_storable, parse_format, quantize_dequantize
-from .measure.kl import measure
-from .measure.sweep import Sweep, SweepLog, about_texts, progress_bar, texts_for, to_sweep, warn_of_idle
+from .measure.estimate import _duration, estimate
+from .measure.kl import measure, probes
+from .measure.sweep import Sweep, SweepLog, _log_files, _ranks_here, about_texts, progress_bar, read_log, texts_for
+from .measure.sweep import to_sweep, warn_of_idle
 from .rounding import ROUNDING, RoundTrips
 
 # %% ../nbs/04_sensitivity.ipynb #db25ed85
@@ -41,6 +46,48 @@ def _shortcut_sweep(b, tokens, formats, method, targets, progress, **how) -> Swe
     if method == 'gradient': return gradient_sweep(b, tokens, formats, **how)
     if method == 'screened': return screened_sweep(b, tokens, formats, targets, progress=progress, **how)
     raise ValueError(f'no method {method!r}; there are exact, gradient and screened')
+
+# %% ../nbs/04_sensitivity.ipynb #142a11a1
+_TIME_BUDGET = 600. # seconds that a sweep may take
+_SHARE = dict(exact=1., screened=.25, gradient=.05) # of the time of an exact sweep, as measured
+
+def _possible_methods(b: Backend, targets: list, until: str | None, of) -> list[str]:
+    "What this sweep could be measured with, the most exact first"
+    shortcuts = b.stacks and b.holds and of is None and until is None and _ranks_here().size == 1
+    if not shortcuts or 4*b.checkpoint.params > b.free_memory(): return ['exact']
+    return [m for m in _SHARE if m != 'screened' or targets]
+
+# %% ../nbs/04_sensitivity.ipynb #50be5508
+def _begun_method(out: 'str | Path | None') -> str | None:
+    "How the sweep in a file was measured; None if there is none yet"
+    for file in _log_files(as_path(out)) if out is not None else ():
+        if b'\n' not in file.read_bytes(): continue
+        name = read_log(file)[0]['fingerprint']['quantizer'].rsplit(', ', 1)[-1]
+        return name if name in _SHARE else 'exact'
+
+def _surely_quick(b: Backend, formats: list, shape: tuple, seconds: float) -> bool:
+    "Whether a forward pass for each probe would take less on any machine"
+    return 2*prod(shape)*b.checkpoint.params*len(probes(b.checkpoint.units, formats)) < 2e10*seconds
+
+# %% ../nbs/04_sensitivity.ipynb #ab75befe
+def _choose_method(b, tokens, formats, targets, until, of, out, max_memory, time_budget, progress) -> str:
+    "The most exact method that fits the budget, or else the fastest; says so if it is not the exact one"
+    possible, begun = _possible_methods(b, targets, until, of), _begun_method(out)
+    budget = _TIME_BUDGET if time_budget is None else time_budget
+    if begun or len(possible) == 1: return begun or 'exact'
+    if _surely_quick(b, formats, shape_of(tokens), budget): return 'exact'
+    seconds = estimate(b, formats, tokens, max_memory)['seconds']
+    found = next((m for m in possible if _SHARE[m]*seconds <= budget), possible[-1])
+    if found != 'exact' and progress: print(_reason(found, seconds, budget), file=sys.stderr)
+    return found
+
+_EXCESS = dict(screened='+0.3 to +0.7 %', gradient='+7 %') # KL of the plans, as measured
+
+def _reason(method: str, seconds: float, budget: float) -> str:
+    "Why this method was chosen, what it costs, and how to have another"
+    return (f'method {method}, about {_duration(_SHARE[method]*seconds)}: exact would take about {_duration(seconds)}, '
+            f'and the time budget is {_duration(budget)}. Plans from {method} sweeps measured {_EXCESS[method]} KL '
+            f'against exact ones. For another method name it, or give a larger time budget')
 
 # %% ../nbs/04_sensitivity.ipynb #eddde69f
 def _settled(log: SweepLog, targets: list) -> bool:
@@ -86,11 +133,12 @@ def kl_sweep(
     calibration: str | None = None, # source of the tokens, 'bundled' by default; of `tokens` that are given, its name
     n: int = 8, # calibration sequences
     seq_len: int = 128, # tokens in each
-    method: str = 'exact', # 'exact', 'gradient' or 'screened'
+    method: str | None = None, # 'exact', 'screened' or 'gradient'; by default what fits `time_budget`
+    time_budget: float | None = None, # seconds, 600 by default, for the choice of the method
     rounding: str | None = None, # 'minmax', 'search' or 'gptq', as `convert` will round; `ROUNDING` by default
     rounding_n: int = 32, # sequences that `search` and `gptq` learn from, the first `n` among them
     rounding_tokens: np.ndarray | None = None, # instead of these; `tokens` by default, if they are given
-    targets: list = (), # nominal bits that `screened` and `until` look at
+    targets: list = (), # nominal bits that `screened` and `until` look at; without any nothing is screened by default
     until: str | None = None, # 'stable': stop when the plans at `targets` no longer change
     out: 'str | Path | None' = None, # file to write as it goes, and to resume from
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
@@ -112,8 +160,10 @@ def kl_sweep(
     learned = tokens if rounding_tokens is None else rounding_tokens
     quantize, name = sweep_quantizer(b, learned, formats, rounding)
     about = about_texts(calibration, learned, name)
+    if method is None: method = _choose_method(b, tokens, formats, targets, until, of, out, max_memory, time_budget,
+                                               progress)
     if method != 'exact': sweep = _shortcut_sweep(b, tokens, formats, method, targets, progress, quantize=quantize,
-                                                 name=name, out=out, about=about)
+                                                 name=name, out=None if journal else out, about=about)
     else:
         log = SweepLog(b, tokens, formats, out, max_memory, of, name, mark, about)
         sweep = _complete(log, tokens, quantize, progress, targets if until == 'stable' else None)

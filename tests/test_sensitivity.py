@@ -122,6 +122,31 @@ def test_ranks_do_not_end_early(models, monkeypatch):
         kl_sweep(TorchBackend(models['qwen3']), tokens_for(models['qwen3']), [4, 8], targets=[6], until='stable', progress=False,
             rounding='minmax')
 
+@pytest.mark.parametrize('hours, targets, chosen', [(.1, [4.5], 'exact'), (.5, [4.5], 'screened'), (.5, [], 'gradient'), (9, [4.5], 'gradient')])
+def test_the_default_method_fits_the_budget(models, monkeypatch, capsys, tmp_path, hours, targets, chosen):
+    import optiq.sensitivity as s
+    b, out = TorchBackend(models['qwen3']), tmp_path/'s.jsonl'
+    monkeypatch.setattr(s, 'estimate', lambda *a: dict(seconds=3600*hours))
+    monkeypatch.setattr(s, '_surely_quick', lambda *a: False)
+    def sweep(**options): return kl_sweep(b, tokens_for(b.checkpoint), [4, 8], targets=targets, rounding='minmax', **options)
+    name = sweep(out=out).header['fingerprint']['quantizer']
+    assert name == ('minmax' if chosen == 'exact' else f'minmax, {chosen}')
+    said = capsys.readouterr().err
+    assert (f'method {chosen}' in said and '% KL' in said and 'time budget is 10 min' in said) == (chosen != 'exact')
+    assert sweep(method='exact', progress=False).header['fingerprint']['quantizer'] == 'minmax' # one that is named is taken
+    monkeypatch.setattr(s, 'estimate', lambda *a: 1/0)
+    if chosen != 'exact': assert sweep(out=out, time_budget=1e9, progress=False).header['fingerprint']['quantizer'] == name
+    assert sweep(until='stable', progress=False).header['fingerprint']['quantizer'] == 'minmax'
+
+def test_what_is_surely_quick_is_not_timed(models, monkeypatch):
+    import optiq.sensitivity as s
+    monkeypatch.setattr(s, 'estimate', lambda *a: 1/0)
+    b = TorchBackend(models['qwen3'])
+    kl_sweep(b, tokens_for(b.checkpoint), [4], rounding='minmax', progress=False)
+    with pytest.raises(ZeroDivisionError): kl_sweep(b, tokens_for(b.checkpoint), [4], rounding='minmax', progress=False, time_budget=1e-6)
+    monkeypatch.setattr(b, 'free_memory', lambda: 4*b.checkpoint.params-1) # no room for gradients
+    kl_sweep(b, tokens_for(b.checkpoint), [4], rounding='minmax', progress=False, time_budget=1e-6)
+
 def test_noise_is_far_below_the_smallest_value(models):
     s = kl_sweep(TorchBackend(models['llama']), tokens_for(models['llama']), [8], progress=False, rounding='minmax')
     assert s.header['noise'] < 1e-10 < min(v.mean() for v in s.values.values())

@@ -137,3 +137,9 @@ def estimate(
     shape, sample = (tokens, None) if isinstance(tokens, tuple) else (shape_of(tokens), samples_of(tokens)[0])
     todo = probes(b.checkpoint.units, [parse_format(f) for f in formats])
     return cost(b, passes_of(todo, shape[0], *plan_passes(b, todo, shape, max_memory)), shape[1], sample)
+
+# %% ../../nbs/04b_measure.estimate.ipynb #056488b9
+def _duration(seconds: float) -> str:
+    "Seconds, minutes or hours, as one says them"
+    if seconds < 100: return f'{seconds:.0f} s'
+    return f'{seconds/60:.0f} min' if seconds < 6000 else f'{seconds/3600:.1f} h'

@@ -24,7 +24,7 @@ from ..calibration import block_hashes, fingerprint, samples_of, shape_of, text_
 from ..families.samples import batch_for
 from ..files import append, as_path, own_file, check_gone, settle
 from ..formats import AS_IS, FORMAT, Format, parse_format, quantize_dequantize, quantize_minmax
-from .estimate import Pass, block_passes, cost, passes_of, plan_passes
+from .estimate import Pass, _duration, block_passes, cost, passes_of, plan_passes
 from .kl import probes
 from ..models import Checkpoint, Unit, read_units
 from ..plan import check_noise
@@ -485,9 +485,7 @@ def _close(log: SweepLog):
 # %% ../../nbs/04c_measure.sweep.ipynb #bc30f7b7
 def _announce(c, shape, ranks):
     "Tell the time and memory of a sweep on stderr"
-    s = c['seconds']/ranks
-    took = f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:.1f} h'
-    print(f'{c["probes"]} probes on {shape[0]} × {shape[1]} tokens: about {took}, '
+    print(f'{c["probes"]} probes on {shape[0]} × {shape[1]} tokens: about {_duration(c["seconds"]/ranks)}, '
           f'{c["bytes"]/2**30:.1f} GB for states, {c["passes"]} passes', file=sys.stderr, flush=True)
 
 # %% ../../nbs/04c_measure.sweep.ipynb #972fbf17

@@ -18,7 +18,7 @@ from .backends.replay import Backend
 from .calibration import shape_of
 from .files import as_path, claiming, own_file
 from .formats import Format, check_storable, parse_format, quantize_dequantize
-from .measure.estimate import _duration, estimate
+from .measure.estimate import _duration, _measure_halved, estimate
 from .measure.kl import measure, probes
 from .measure.sweep import Sweep, SweepLog, _log_files, _ranks_here, about_texts, progress_bar, read_log, texts_for
 from .measure.sweep import to_sweep, warn_of_idle
@@ -109,6 +109,7 @@ def _complete(
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
     progress: bool = True, # announce time and memory, show a bar
     targets: list | None = None, # nominal bits of the plans that may end it early
+    remedy: str = 'give fewer or shorter sequences, or a smaller `max_memory`', # if memory does not do
 ) -> Sweep:
     "Measure what a log lacks"
     if targets is not None and log.ranks.size > 1: raise ValueError(
@@ -117,10 +118,13 @@ def _complete(
     warn_of_idle(log.header.get('experts', {}))
     if log.missing(): measure(log.b, tokens[:1],
                               []) # a model whose logits are no numbers is refused before anything is rounded
+    many = None # probes that fit at a time, once that is known
     with progress_bar(log, progress) as bar:
         for p in log.missing():
             if targets is not None and _settled(log, targets): break # also where an earlier run was
-            log.add(p, measure(log.b, tokens[p.start:p.stop], p.todo, quantize, bar.update))
+            kl, many = _measure_halved(log.b, tokens[p.start:p.stop], p.todo, quantize, bar.update, many=many,
+                                       remedy=remedy)
+            log.add(p, kl)
     return log.finish()
 
 # %% ../nbs/04_sensitivity.ipynb #38aea943
@@ -166,6 +170,7 @@ def kl_sweep(
                                                  name=name, out=None if journal else out, about=about)
     else:
         log = SweepLog(b, tokens, formats, out, max_memory, of, name, mark, about)
-        sweep = _complete(log, tokens, quantize, progress, targets if until == 'stable' else None)
+        sweep = _complete(log, tokens, quantize, progress, targets if until == 'stable' else None, **(dict(
+            remedy='give fewer or shorter sequences, or a `sweep` that was made with a memory of its own') if journal else {}))
     sweep.learned = learned
     return sweep

@@ -147,6 +147,34 @@ def test_what_is_surely_quick_is_not_timed(models, monkeypatch):
     monkeypatch.setattr(b, 'free_memory', lambda: 4*b.checkpoint.params-1) # no room for gradients
     kl_sweep(b, tokens_for(b.checkpoint), [4], rounding='minmax', progress=False, time_budget=1e-6)
 
+@pytest.mark.parametrize('text', ['CUDA out of memory. Tried to allocate 20.00 MiB', '[malloc] Unable to allocate 4096 bytes.',
+                                  'cudaMallocAsync(&buf, n, stream) failed: out of memory', 'DefaultCPUAllocator: not enough memory',
+                                  '[METAL] Command buffer execution failed: Insufficient Memory'])
+def test_what_does_not_fit_is_halved(models, monkeypatch, text):
+    import optiq.measure.estimate as e
+    b, real, room, sizes = TorchBackend(models['qwen3']), measure, [9], []
+    tokens = tokens_for(b.checkpoint)
+    def fails(b, batch, todo, *a, **k):
+        sizes.append(len(todo))
+        if len(todo) > room[0]: raise RuntimeError(text)
+        return real(b, batch, todo, *a, **k)
+    whole = kl_sweep(b, tokens, [4], progress=False, rounding='minmax')
+    monkeypatch.setattr(e, 'measure', fails)
+    parts = kl_sweep(b, tokens, [4], progress=False, rounding='minmax')
+    for k, v in whole.values.items(): np.testing.assert_allclose(parts.values[k], v, rtol=1e-4, atol=1e-9)
+    assert sizes[0] > 9 and max(sizes[3:]) <= 9
+    room[0] = 0
+    with pytest.raises(ValueError, match='memory runs out.*`max_memory`'): kl_sweep(b, tokens, [4], progress=False, rounding='minmax')
+
+def test_other_errors_are_not_tried_again(models, monkeypatch):
+    import optiq.measure.estimate as e
+    calls = []
+    def fails(*a, **k): calls.append(1); raise RuntimeError('shapes differ')
+    monkeypatch.setattr(e, 'measure', fails)
+    b = TorchBackend(models['qwen3'])
+    with pytest.raises(RuntimeError, match='differ'): kl_sweep(b, tokens_for(b.checkpoint), [4], progress=False, rounding='minmax')
+    assert len(calls) == 1
+
 def test_noise_is_far_below_the_smallest_value(models):
     s = kl_sweep(TorchBackend(models['llama']), tokens_for(models['llama']), [8], progress=False, rounding='minmax')
     assert s.header['noise'] < 1e-10 < min(v.mean() for v in s.values.values())

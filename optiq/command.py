@@ -35,7 +35,7 @@ def _advice(ctx) -> str:
     "How to go on after an interruption"
     p = ctx.params
     if p.get('resume') is False: return 'run the same command with --resume in place of --no-resume to go on'
-    keeps = dict(sweep=p.get('method') == 'exact', pareto=p.get('out'), eval=p.get('out'),
+    keeps = dict(sweep=p.get('method') in (None, 'exact'), pareto=p.get('out'), eval=p.get('out'),
                  convert=not p.get('kv') and not p.get('dry_run')) | {'kv-cache': True}
     return f'run the same command again{" to go on where it stopped" if keeps.get(ctx.command.name) else ""}'
 

@@ -21,7 +21,7 @@ from .models import Unit
 from .plan import Plan, baseline_plans, by_width, make_plan, mean_se, silent, smoothed
 from .readers import helpful, known, shown
 from .solver import METHODS, Problem, at_prices, bisect, undominated
-from .wishes import Wish, about, allowed, recorded, unmoved, wishes_for
+from .wishes import _Wish, _about, _allowed, _recorded, _wishes_for, _unmoved
 
 # %% ../nbs/05b_knapsack.ipynb #88c92095
 @dataclass
@@ -139,7 +139,7 @@ def _options(us, table, fmts, wishes=()):
     found = [f for f in fits(us[0]) if all(f in fits(u) for u in us)]
     if not found: raise ValueError(f'{", ".join(u.path for u in us)} are tied, but no format fits them all')
     found.sort(key=lambda f: (sum(u.nbytes(f) for u in us), by_width(f)))
-    return allowed(us, found, wishes)
+    return _allowed(us, found, wishes)
 
 # %% ../nbs/05b_knapsack.ipynb #71d103a8
 def _numbers_of(
@@ -171,7 +171,7 @@ def make_problem(
     groups = {}
     for u in sorted(sweep.units, key=lambda u: u.path): groups.setdefault(key(u), []).append(u)
     rows = list(groups.values())
-    options = [_options(us, table, fmts, about(wishes, us)) for us in rows]
+    options = [_options(us, table, fmts, _about(wishes, us)) for us in rows]
     samples, costs = _numbers_of(rows, options, table, budgets)
     paths, caps = [tuple(u.path for u in us) for us in rows], np.array([b.cap for b in budgets])
     return Problem(paths, options, samples, costs, caps, undominated(samples.mean(2), costs))
@@ -212,7 +212,7 @@ def _check_caps(
     budgets: list[Budget],
     free: Problem, # as if nothing were wished
     p: Problem,
-    wishes: list[Wish],
+    wishes: list[_Wish],
 ):
     "Raise ValueError for a cap that cannot be met, or a target that nothing reaches"
     if not budgets: raise ValueError('no cap; give target_bpw, true_bpw, max_bytes, max_memory or max_ms')
@@ -290,9 +290,9 @@ def admits(self: Question, plan: Plan) -> bool:
     return kept and tied and all(t <= b.cap for t, b in zip(total, self.budgets))
 
 # %% ../nbs/05b_knapsack.ipynb #3c4a6c9d
-def _wished(sweep, given: dict) -> list[Wish]:
+def _wished(sweep, given: dict) -> list[_Wish]:
     "The wishes among options; raises ValueError for a pinned format that was not measured"
-    found = wishes_for(sweep.units, _group_of(sweep), **given)
+    found = _wishes_for(sweep.units, _group_of(sweep), **given)
     candidates(sweep, [*sweep.formats, *(w.fmt for w in found if w.kind == 'pin')])
     return found
 
@@ -317,7 +317,7 @@ def pose(
     (table, noise), fmts, key = smoothed(sweep), candidates(sweep, formats), _tie_key(tie)
     wished = _wished(sweep, dict(protect=protect, pin=pin, ceiling=ceiling, floor=floor, leave=leave))
     budgets = budgets_of(sweep, **caps)+list(budgets)
-    quiet = unmoved(silent(sweep))
+    quiet = _unmoved(silent(sweep))
     free = make_problem(sweep, table, fmts, budgets, quiet, key)
     p = make_problem(sweep, table, fmts, budgets, wished+quiet, key) if wished else free
     try: _check_caps(budgets, free, p, wished)
@@ -411,8 +411,8 @@ def _in_bytes(plan: Plan, path: str, sweep) -> tuple: # Problem without and with
     fmts, table = candidates(sweep, plan.solver.get('formats')), smoothed(sweep)[0]
     if plan[path] not in fmts: fmts += candidates(sweep, [plan[path]])
     def problem(wishes): return make_problem(sweep, table, fmts, [b], wishes, lambda u: group.get(u.path, u.path))
-    quiet = unmoved(plan.solver.get('silent', ()))
-    return problem(quiet), problem(quiet+recorded(plan.solver.get('wishes', ()))), b
+    quiet = _unmoved(plan.solver.get('silent', ()))
+    return problem(quiet), problem(quiet+_recorded(plan.solver.get('wishes', ()))), b
 
 # %% ../nbs/05b_knapsack.ipynb #9ac5c618
 def _options_of(free: Problem, whole: Problem, i: int, b: Budget, units: list) -> list: # of dicts
@@ -437,7 +437,7 @@ def why(self: Plan,
     free, whole, b = _in_bytes(self, path, sweep)
     i = next(k for k, row in enumerate(free.rows) if path in row)
     note = ' (tied)' if len(free.rows[i]) > 1 else ''
-    asked = [str(w) for w in recorded(self.solver.get('wishes', ())) if path in w.paths]
+    asked = [str(w) for w in _recorded(self.solver.get('wishes', ())) if path in w.paths]
     if asked: note = f' ({", ".join(asked)})'
     if path in self.solver.get('silent', ()): note = ' (it moved nothing, so it has the widest candidate)'
     return _Reason(' + '.join(free.rows[i]), self[path], float(bisect(whole)[0]),
@@ -466,7 +466,7 @@ def _least_bits(
 ) -> float:
     "Nominal bits of the smallest plan"
     fmts, (b,), wished = candidates(sweep, formats), budgets_of(sweep, target_bpw=1.), _wished(sweep, wishes)
-    p = make_problem(sweep, smoothed(sweep)[0], fmts, [b], wished+unmoved(silent(sweep)), _tie_key(tie))
+    p = make_problem(sweep, smoothed(sweep)[0], fmts, [b], wished+_unmoved(silent(sweep)), _tie_key(tie))
     return float(b.figure(p.costs[0].min(1).sum()))
 
 # %% ../nbs/05b_knapsack.ipynb #ef79f293

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT_FILES', 'LOADERS', 'ORDER', 'find_model', 'check_untrusted', 'read_header', 'Unit', 'read_units', 'block_lists',
-           'find_units', 'cannot_open', 'ModelFolder', 'Checkpoint', 'check_overflow', 'check_two_heads']
+           'find_units', 'cannot_open', 'ModelFolder', 'Checkpoint', 'check_two_heads']
 
 # %% ../nbs/01_models.ipynb #51be52fc
 import hashlib
@@ -743,7 +743,7 @@ class Checkpoint(ModelFolder, _Listing):
         return f'{self.name}: {self.params:,} parameters, {units}, {size:.1f} MB'
 
 # %% ../nbs/01_models.ipynb #c88be403
-def check_overflow(c: ModelFolder):
+def _check_overflow(c: ModelFolder):
     "Raise ValueError, naming it and its largest value, for a tensor that does not fit the type that was asked for"
     if c.dtype is None: return
     import mlx.core as mx

@@ -31,7 +31,7 @@ from .kv.sweep import _combine, layer_table, memory_lines, parts, planned_cache,
 from .kv.sweep import plot_kv
 from .latency import latency
 from .measure.sweep import Sweep, about_texts, check_other, learned_again, rounding_of, texts_for
-from .models import Checkpoint, check_overflow
+from .models import Checkpoint, _check_overflow
 from .plan import baseline_plans, make_plan, uniform
 from .readers import check_counts, helpful, shown, write_json
 from .refine import measured, verified
@@ -39,7 +39,7 @@ from .report import Report, machine, score_row
 from .rounding import QUANTIZERS, ROUNDING, as_overrides, dwq, round_model, round_to_files
 from .score import same_words, text_tokens
 from .sensitivity import kl_sweep, sweep_quantizer
-from .wishes import pinned
+from .wishes import _pinned
 
 # %% ../nbs/08_pipeline.ipynb #eca94df7
 _FORMATS, _WIDE = ('4g64', '8g64'), (2, 3, 4, 5, 6, 8) # candidates for a plan, and for a whole curve
@@ -70,6 +70,8 @@ class Weights:
     sweep: 'Sweep | str | Path | None' = None # a sweep of this model, or its file
     rounding: str | None = None # 'minmax', 'search' or 'gptq'; by default that of the sweep, or `ROUNDING`
     rounding_n: int | None = None # sequences that `search`, `gptq` and `dwq` learn from, 32 by default
+    method: str | None = None # of the sweep: 'exact', 'screened' or 'gradient'; by default what fits `time_budget`
+    time_budget: float | None = None # seconds of the sweep, 600 by default, for the choice of its method
     polish: str | None = None # 'dwq': train scales and biases at the end
     verify: bool | None = None # measure the plan and its like, keep the best; by default for weights alone
     compare: bool | None = None # score the baselines too; likewise
@@ -83,7 +85,6 @@ class Cache:
     "How the formats of the KV cache are chosen"
     formats: 'list | tuple' = _FORMATS # candidates
     tie: bool = False # keys and values of a layer share a format
-
 
 # %% ../nbs/08_pipeline.ipynb #6d3ee90d
 _COUNTS = {'weights': [*Caps.__annotations__], 'a cache': ['target_bpw', 'true_bpw', 'max_bytes', 'context'],
@@ -127,6 +128,11 @@ def _check_weights(weights: Weights, what: str, out):
     for name in ('polish', 'verify', 'compare') if what != 'weights' else ():
         if getattr(weights, name) not in (None, False): raise ValueError(
             f'`{name}` has no effect {_beside(what)} yet; leave one of the two')
+    for name in ('method', 'time_budget') if weights.sweep is not None or what == 'weights and cache together' else ():
+        if getattr(weights, name) is not None: raise ValueError(
+            f'`{name}` has no effect {"on a `sweep` that is given" if weights.sweep is not None else _beside(what)}')
+    if None not in (weights.method, weights.time_budget): raise ValueError(
+        '`time_budget` has no effect: `method` is named; leave one of the two')
     if weights.compare is False and what != 'weights': raise ValueError(
         f'`compare` has no effect {_beside(what)} yet; leave one of the two')
     _check_rounding_name(rounding := _rounding_for(weights.rounding, weights.sweep), weights.polish, out)
@@ -278,7 +284,7 @@ def _as_swept(found: Sweep, t: _Batches, c: Checkpoint, rounding: str) -> Sweep:
     return found
 
 # %% ../nbs/08_pipeline.ipynb #00265bac
-def _find_sweep(b, t: _Batches, formats, sweep, out, rounding=None) -> Sweep:
+def _find_sweep(b, t: _Batches, formats, sweep, out, rounding=None, **how) -> Sweep: # how: of `kl_sweep`
     "The sweep to plan with: one that was saved, or a new one that is written beside `out` as it goes"
     formats, rounding = [f for f in formats if f != AS_IS], _rounding_for(rounding, sweep)
     if sweep is not None:
@@ -286,7 +292,7 @@ def _find_sweep(b, t: _Batches, formats, sweep, out, rounding=None) -> Sweep:
         return _as_swept(found, t, b.checkpoint, rounding)
     log = journal_of(out) if out is not None else None
     return kl_sweep(b, t.tokens, formats, out=log, rounding=rounding, rounding_tokens=t.learned,
-                    calibration=t.source, journal=True)
+                    calibration=t.source, journal=True, **how)
 
 # %% ../nbs/08_pipeline.ipynb #4dedca02
 def _check_rounding_name(rounding: str, polish: str | None, out):
@@ -407,7 +413,7 @@ class _Job:
     @property
     def measured(self): # the candidates, and what units are pinned to
         groups = {f.group_size for f in self.formats if f.mode == 'affine'}
-        return list(dict.fromkeys([*self.formats, *pinned(self.weights.pin, min(groups) if len(groups) == 1 else 64)]))
+        return list(dict.fromkeys([*self.formats, *_pinned(self.weights.pin, min(groups) if len(groups) == 1 else 64)]))
     @property
     def only(self): # what a plan may have, if somebody named candidates
         return None if self.weights.formats is None and self.weights.sweep is None else self.measured
@@ -452,15 +458,23 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     likely = _feasible(c, job.measured, **(options := _conditions(job)))
     _check_output(c, out, likely, rounding)
     b, t = job.open(job.more)
+<<<<<<< ours
     found = _find_sweep(b, t, job.measured, w.sweep, out, rounding)
     plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, **options)
+||||||| base
+    found = _find_sweep(b, t, job.formats, w.sweep, out, rounding)
+    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, **options)
+=======
+    found = _find_sweep(b, t, job.formats, w.sweep, out, rounding, method=w.method, time_budget=w.time_budget,
+                        targets=[likely.nominal_bpw])
+    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, **options)
+>>>>>>> theirs
     if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
     others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
     report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish)
     if out is not None and w.sweep is None: journal_of(out).unlink(missing_ok=True)
     figures = _summary(report, plan, joint, v, out, time.perf_counter()-start)
     return dict(report=report, plan=plan, sweep=found, verified=v, figures=figures)
-
 
 # %% ../nbs/08_pipeline.ipynb #89ac4e54
 def _choose_cache(job: _Job) -> dict: # report, plan, sweep, config, figures
@@ -575,7 +589,7 @@ def optimize(
         place = own_output(out, overwrite, 'model', model, journal=weights.sweep is None and cache is None)
     beside = weights is None and out is not None and _is_own_folder(model, out)
     if weights is None and dtype: raise ValueError('`dtype` has no effect on a cache; leave it')
-    check_overflow(c := Checkpoint(model, trust_remote_code, model_type, dtype))
+    _check_overflow(c := Checkpoint(model, trust_remote_code, model_type, dtype))
     if cache is not None and c.model_type != 'llm': raise ValueError(
         f'{c.name} is a {_KINDS[c.model_type]} model, whose cache cannot be planned yet; leave it as it is')
     job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, beside)
@@ -650,7 +664,9 @@ def trade_off(
         _least_bits(_untested(c, [f for f in fmts if f != AS_IS]), fmts, **weights.wishes) # raises for an odd wish
         job = _Job(c, out, Caps(), weights, None, _texts_of(texts, 'weights'), backend, overwrite)
         b, t = job.open(job.more)
-        found, about = _find_sweep(b, t, fmts, sweep, out, rounding), t.about | dict(rounding=rounding)
+        found = _find_sweep(b, t, fmts, sweep, out, rounding, method=weights.method, time_budget=weights.time_budget,
+                            targets=targets or ())
+        about = t.about | dict(rounding=rounding)
     chosen = _narrowed(found, fmts)
     curve = pareto(chosen, targets, profiles or _possible(chosen), **weights.wishes)
     if verify: measured(curve, b, t.scored, verify, _quantizer_of_plans(b, t, chosen.formats, rounding))

@@ -21,10 +21,9 @@ from .calibration import fingerprint, shape_of
 from .evals.perplexity import evaluate, overrides_of
 from .formats import AS_IS, parse_format, quantize_dequantize
 from .knapsack import Frontier, Question, plus_minus, pose
-from .measure.estimate import passes_of, plan_passes
-from .measure.kl import measure
+from .measure.estimate import _measure_halved, passes_of, plan_passes
 from .measure.sweep import BAR
-from .plan import Plan, mean_se, smoothed, baseline_plans
+from .plan import Plan, baseline_plans, mean_se, smoothed
 from .readers import known
 from .solver import Problem, undominated
 
@@ -92,9 +91,10 @@ def _around(
 ) -> dict: # (path, Format) ▸ (n,) joint KL of the plan with this unit in that format
     "What the plan would cost if one unit changed"
     todo = [(u, f) for u in plan.units if u.path in paths for f in formats[u.path]]
-    values, base = {}, overrides_of(plan, quantize)
+    values, base, many = {}, overrides_of(plan, quantize), None
     for p in passes_of(todo, len(tokens), *plan_passes(b, todo, shape_of(tokens))):
-        for (u, f), kl in zip(p.todo, measure(b, tokens[p.start:p.stop], list(p.todo), quantize, base=base)):
+        found, many = _measure_halved(b, tokens[p.start:p.stop], list(p.todo), quantize, base=base, many=many)
+        for (u, f), kl in zip(p.todo, found):
             values.setdefault((u.path, f), []).append(kl)
     return {k: np.concatenate(v) for k, v in values.items()}
 

@@ -131,7 +131,8 @@ def test_an_option_is_done_or_refused(optiq, known, name, option, words):
     if code: assert any(n in more for n in called(name, option)) and more.count('\n') <= 4, more
     else: assert (more, now) != (said, plain), f'{option} was ignored'
 
-REFUSED = {'--target-bpw', '--target-memory', '--target-tps', '--chip', '--polish', '--verify', '--skip-baselines'}
+REFUSED = {'--target-bpw', '--target-memory', '--target-tps', '--chip', '--polish', '--verify', '--skip-baselines',
+           '--method', '--time-budget'}
 
 def test_weights_and_cache_together_refuse_no_more_than_they_say(optiq):
     found = {option for name, option, words in (c.values for c in cases()) if name == 'kv' and optiq(*KV, *words)[0]}

@@ -122,6 +122,59 @@ def test_ranks_do_not_end_early(models, monkeypatch):
         kl_sweep(TorchBackend(models['qwen3']), tokens_for(models['qwen3']), [4, 8], targets=[6], until='stable', progress=False,
             rounding='minmax')
 
+@pytest.mark.parametrize('hours, targets, chosen', [(.1, [4.5], 'exact'), (.5, [4.5], 'screened'), (.5, [], 'gradient'), (9, [4.5], 'gradient')])
+def test_the_default_method_fits_the_budget(models, monkeypatch, capsys, tmp_path, hours, targets, chosen):
+    import optiq.sensitivity as s
+    b, out = TorchBackend(models['qwen3']), tmp_path/'s.jsonl'
+    monkeypatch.setattr(s, 'estimate', lambda *a: dict(seconds=3600*hours))
+    monkeypatch.setattr(s, '_surely_quick', lambda *a: False)
+    def sweep(**options): return kl_sweep(b, tokens_for(b.checkpoint), [4, 8], targets=targets, rounding='minmax', **options)
+    name = sweep(out=out).header['fingerprint']['quantizer']
+    assert name == ('minmax' if chosen == 'exact' else f'minmax, {chosen}')
+    said = capsys.readouterr().err
+    assert (f'method {chosen}' in said and '% KL' in said and 'time budget is 10 min' in said) == (chosen != 'exact')
+    assert sweep(method='exact', progress=False).header['fingerprint']['quantizer'] == 'minmax' # one that is named is taken
+    monkeypatch.setattr(s, 'estimate', lambda *a: 1/0)
+    if chosen != 'exact': assert sweep(out=out, time_budget=1e9, progress=False).header['fingerprint']['quantizer'] == name
+    assert sweep(until='stable', progress=False).header['fingerprint']['quantizer'] == 'minmax'
+
+def test_what_is_surely_quick_is_not_timed(models, monkeypatch):
+    import optiq.sensitivity as s
+    monkeypatch.setattr(s, 'estimate', lambda *a: 1/0)
+    b = TorchBackend(models['qwen3'])
+    kl_sweep(b, tokens_for(b.checkpoint), [4], rounding='minmax', progress=False)
+    with pytest.raises(ZeroDivisionError): kl_sweep(b, tokens_for(b.checkpoint), [4], rounding='minmax', progress=False, time_budget=1e-6)
+    monkeypatch.setattr(b, 'free_memory', lambda: 4*b.checkpoint.params-1) # no room for gradients
+    kl_sweep(b, tokens_for(b.checkpoint), [4], rounding='minmax', progress=False, time_budget=1e-6)
+
+@pytest.mark.parametrize('text', ['CUDA out of memory. Tried to allocate 20.00 MiB', '[malloc] Unable to allocate 4096 bytes.',
+                                  'cudaMallocAsync(&buf, n, stream) failed: out of memory', 'DefaultCPUAllocator: not enough memory',
+                                  '[METAL] Command buffer execution failed: Insufficient Memory'])
+def test_what_does_not_fit_is_halved(models, monkeypatch, text):
+    import optiq.measure.estimate as e
+    b, real, room, sizes = TorchBackend(models['qwen3']), measure, [9], []
+    tokens = tokens_for(b.checkpoint)
+    def fails(b, batch, todo, *a, **k):
+        sizes.append(len(todo))
+        if len(todo) > room[0]: raise RuntimeError(text)
+        return real(b, batch, todo, *a, **k)
+    whole = kl_sweep(b, tokens, [4], progress=False, rounding='minmax')
+    monkeypatch.setattr(e, 'measure', fails)
+    parts = kl_sweep(b, tokens, [4], progress=False, rounding='minmax')
+    for k, v in whole.values.items(): np.testing.assert_allclose(parts.values[k], v, rtol=1e-4, atol=1e-9)
+    assert sizes[0] > 9 and max(sizes[3:]) <= 9
+    room[0] = 0
+    with pytest.raises(ValueError, match='memory runs out.*`max_memory`'): kl_sweep(b, tokens, [4], progress=False, rounding='minmax')
+
+def test_other_errors_are_not_tried_again(models, monkeypatch):
+    import optiq.measure.estimate as e
+    calls = []
+    def fails(*a, **k): calls.append(1); raise RuntimeError('shapes differ')
+    monkeypatch.setattr(e, 'measure', fails)
+    b = TorchBackend(models['qwen3'])
+    with pytest.raises(RuntimeError, match='differ'): kl_sweep(b, tokens_for(b.checkpoint), [4], progress=False, rounding='minmax')
+    assert len(calls) == 1
+
 def test_noise_is_far_below_the_smallest_value(models):
     s = kl_sweep(TorchBackend(models['llama']), tokens_for(models['llama']), [8], progress=False, rounding='minmax')
     assert s.header['noise'] < 1e-10 < min(v.mean() for v in s.values.values())

@@ -197,7 +197,7 @@ def joint_plan(
 ) -> dict: # weights, cache: Plans; weight_sweep, cache_sweep; full_sweep: of the cache, on full weights; rounded
     "One allocation over weights and cache, the cache measured on the weights that it will serve"
     full = kv_sweep(b, tokens, kv_formats, context=context, progress=progress)
-    w = weight_sweep or kl_sweep(b, tokens, formats, progress=progress, rounding=rounding,
+    w = weight_sweep or kl_sweep(b, tokens, formats, method='exact', progress=progress, rounding=rounding,
                                  rounding_tokens=rounding_tokens, calibration=calibration)
     def both(cache): # ▸ Plans of the weights and of the cache
         return parts(allocate(_combine(w, cache), max_bytes=max_bytes, formats=candidates, **wishes), w, cache)

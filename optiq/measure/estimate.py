@@ -6,6 +6,7 @@
 __all__ = ['Pass', 'plan_passes', 'passes_of', 'block_passes', 'cost', 'estimate']
 
 # %% ../../nbs/04b_measure.estimate.ipynb #e9925d40
+import re
 import time
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from ..backends.open import open_backend
 from ..backends.replay import Backend, _leaves
 from ..calibration import samples_of, shape_of
 from ..formats import Format, WORD, divides, parse_format, quantize_dequantize
-from .kl import _stack, kl_of_streams, perturb, probes
+from .kl import _stack, kl_of_streams, measure, perturb, probes
 
 # %% ../../nbs/04b_measure.estimate.ipynb #b517665c
 @dataclass(frozen=True)
@@ -54,6 +55,36 @@ def passes_of(
     "All passes, sequences first"
     return [Pass(s, min(s+sequences, n), tuple(todo[k:k+many])) for s in range(0, n, sequences)
             for k in range(0, len(todo), many)]
+
+# %% ../../nbs/04b_measure.estimate.ipynb #6fc47dcc
+_FULL = re.compile('out of ?memory|insufficient memory|not enough memory|allocate', re.I)
+
+def _is_full(e: Exception) -> bool:
+    "Whether an error of PyTorch, MLX or Python says that memory ran out"
+    return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and bool(_FULL.search(str(e)))
+
+# %% ../../nbs/04b_measure.estimate.ipynb #b85ee117
+def _measure_halved(
+    b: Backend,
+    batch: 'np.ndarray | list', # (B, T) token ids, or B samples
+    todo: list | tuple, # probes, in the order of the model
+    *args, # of `measure`
+    many: int | None = None, # probes at a time, all by default
+    remedy: str = 'give fewer or shorter sequences',
+    **options, # of `measure`
+) -> tuple[np.ndarray, int]: # (len(todo), B) KL, probes that fit at a time
+    "`measure`, with half as many probes at a time after each failure for want of memory"
+    kl, k, many = [], 0, max(1, min(many or len(todo), len(todo)))
+    while k < len(todo):
+        try: kl.append(measure(b, batch, todo[k:k+many], *args, **options))
+        except (MemoryError, RuntimeError) as e:
+            if not _is_full(e): raise
+            failed = True # and only outside of this clause nothing holds the states any longer
+        else: k, failed = k+many, False
+        if failed and many == 1: raise ValueError(
+            f'{b.checkpoint.name}: memory runs out with one probe on {len(batch)} sequences; {remedy}')
+        if failed: many = -(-many//2)
+    return np.concatenate(kl), many
 
 # %% ../../nbs/04b_measure.estimate.ipynb #c0dbd0ab
 def block_passes(todo: list | tuple, n_blocks: int) -> int:
@@ -143,3 +174,9 @@ def estimate(
     shape, sample = (tokens, None) if isinstance(tokens, tuple) else (shape_of(tokens), samples_of(tokens)[0])
     todo = probes(b.checkpoint.units, [parse_format(f) for f in formats])
     return cost(b, passes_of(todo, shape[0], *plan_passes(b, todo, shape, max_memory)), shape[1], sample)
+
+# %% ../../nbs/04b_measure.estimate.ipynb #056488b9
+def _duration(seconds: float) -> str:
+    "Seconds, minutes or hours, as one says them"
+    if seconds < 100: return f'{seconds:.0f} s'
+    return f'{seconds/60:.0f} min' if seconds < 6000 else f'{seconds/3600:.1f} h'

@@ -15,7 +15,8 @@ from ..backends.replay import Backend
 from ..calibration import unscored
 from ..files import own_file
 from ..formats import Format, for_unit, parse_format, quantize_dequantize
-from .kl import measure, probes
+from .estimate import _measure_halved
+from .kl import probes
 from .sweep import Sweep, SweepLog, fingerprint_of, same_sweep
 from ..models import Unit
 
@@ -132,7 +133,7 @@ def _spread(estimate, first):
 # %% ../../nbs/04d_measure.gradient.ipynb #e64dbb15
 def _measured(b, tokens, todo, quantize):
     "(path, format) ▸ KL of each sequence, four of them at a time"
-    kl = np.concatenate([measure(b, tokens[k:k+4], todo, quantize) for k in range(0, len(tokens), 4)], 1)
+    kl = np.concatenate([_measure_halved(b, tokens[k:k+4], todo, quantize)[0] for k in range(0, len(tokens), 4)], 1)
     return {(u.path, f): v for (u, f), v in zip(todo, kl)}
 
 # %% ../../nbs/04d_measure.gradient.ipynb #3ec6198a

@@ -27,7 +27,7 @@ from ..calibration import block_hashes, fingerprint, samples_of, shape_of, text_
 from ..families.samples import batch_for
 from ..files import append, as_path, check_gone, own_file, settle
 from ..formats import AS_IS, FORMAT, Format, parse_format, quantize_dequantize, quantize_minmax
-from .estimate import Pass, block_passes, cost, passes_of, plan_passes
+from .estimate import Pass, _duration, block_passes, cost, passes_of, plan_passes
 from .kl import probes
 from ..models import Checkpoint, Unit, read_units
 from ..plan import check_noise
@@ -506,10 +506,20 @@ def _close(log: SweepLog):
 # %% ../../nbs/04c_measure.sweep.ipynb #bc30f7b7
 def _announce(c, shape, ranks):
     "Tell the time and memory of a sweep on stderr"
+<<<<<<< ours
     s = c['seconds']/ranks
     took = f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:.1f} h'
     print(f'{c["probes"]} measurements, each of one tensor in one format, on {shape[0]} × {shape[1]} tokens: '
           f'about {took}, {c["bytes"]/2**30:.1f} GB for states', file=sys.stderr, flush=True)
+||||||| base
+    s = c['seconds']/ranks
+    took = f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:.1f} h'
+    print(f'{c["probes"]} probes on {shape[0]} × {shape[1]} tokens: about {took}, '
+          f'{c["bytes"]/2**30:.1f} GB for states, {c["passes"]} passes', file=sys.stderr, flush=True)
+=======
+    print(f'{c["probes"]} probes on {shape[0]} × {shape[1]} tokens: about {_duration(c["seconds"]/ranks)}, '
+          f'{c["bytes"]/2**30:.1f} GB for states, {c["passes"]} passes', file=sys.stderr, flush=True)
+>>>>>>> theirs
 
 # %% ../../nbs/04c_measure.sweep.ipynb #31ddbbf5
 BAR = '{desc}{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} to go' # of every bar, for tqdm

@@ -458,17 +458,9 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     likely = _feasible(c, job.measured, **(options := _conditions(job)))
     _check_output(c, out, likely, rounding)
     b, t = job.open(job.more)
-<<<<<<< ours
-    found = _find_sweep(b, t, job.measured, w.sweep, out, rounding)
-    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, **options)
-||||||| base
-    found = _find_sweep(b, t, job.formats, w.sweep, out, rounding)
-    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, **options)
-=======
-    found = _find_sweep(b, t, job.formats, w.sweep, out, rounding, method=w.method, time_budget=w.time_budget,
+    found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=w.method, time_budget=w.time_budget,
                         targets=[likely.nominal_bpw])
-    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, **options)
->>>>>>> theirs
+    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, **options)
     if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
     others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
     report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish)

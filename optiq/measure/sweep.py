@@ -506,20 +506,8 @@ def _close(log: SweepLog):
 # %% ../../nbs/04c_measure.sweep.ipynb #bc30f7b7
 def _announce(c, shape, ranks):
     "Tell the time and memory of a sweep on stderr"
-<<<<<<< ours
-    s = c['seconds']/ranks
-    took = f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:.1f} h'
     print(f'{c["probes"]} measurements, each of one tensor in one format, on {shape[0]} × {shape[1]} tokens: '
-          f'about {took}, {c["bytes"]/2**30:.1f} GB for states', file=sys.stderr, flush=True)
-||||||| base
-    s = c['seconds']/ranks
-    took = f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:.1f} h'
-    print(f'{c["probes"]} probes on {shape[0]} × {shape[1]} tokens: about {took}, '
-          f'{c["bytes"]/2**30:.1f} GB for states, {c["passes"]} passes', file=sys.stderr, flush=True)
-=======
-    print(f'{c["probes"]} probes on {shape[0]} × {shape[1]} tokens: about {_duration(c["seconds"]/ranks)}, '
-          f'{c["bytes"]/2**30:.1f} GB for states, {c["passes"]} passes', file=sys.stderr, flush=True)
->>>>>>> theirs
+          f'about {_duration(c["seconds"]/ranks)}, {c["bytes"]/2**30:.1f} GB for states', file=sys.stderr, flush=True)
 
 # %% ../../nbs/04c_measure.sweep.ipynb #31ddbbf5
 BAR = '{desc}{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} to go' # of every bar, for tqdm

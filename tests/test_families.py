@@ -5,10 +5,13 @@ import pytest
 
 root = Path(__file__).parents[1]
 KINDS = dict(
-    llama='a chain', gpt2='blocks in a list of another name', gpt_neox='a head that is called embed_out', internlm2='a head that is called output',
+    llama='a chain', gpt2='blocks in a list of another name', gpt_neox='a head that is called embed_out',
+    internlm2='a head that is called output',
     gemma4_text='blocks that answer with keys and values', hunyuan='keys that the next block shares', rwkv7='states of another kind beside',
-    nanbeige='blocks that run twice', iquestloopcoder='blocks that are never called', olmo_hybrid='a model that asks for the class of its blocks',
-    longcat_flash_ngram='projections outside the blocks', qwen3_moe='experts', mamba2='state spaces', deepseek_v32='latent attention and an indexer',
+    nanbeige='blocks that run twice', iquestloopcoder='blocks that are never called',
+    olmo_hybrid='a model that asks for the class of its blocks',
+    longcat_flash_ngram='projections outside the blocks', qwen3_moe='experts', mamba2='state spaces',
+    deepseek_v32='latent attention and an indexer',
     gpt_oss='attention sinks', qwen3_5='linear attention')
 
 @pytest.fixture(scope='module')

@@ -6,7 +6,7 @@ _ROAD = dict(
     convert='convert', optimize='pipeline', trade_off='pipeline', compare='pipeline', verify='evals.verify',
     predict_speeds='latency')
 _WORDS = dict(Caps='pipeline', Weights='pipeline', Cache='pipeline', Texts='pipeline')
-__all__ = [*_ROAD, *_WORDS]
+__all__: list[str] = [*_ROAD, *_WORDS] # the same objects, offered once more
 
 def __getattr__(name):
     "What stands at a stop of the road, and the words in which `optimize` is asked"

@@ -164,13 +164,14 @@ def kl_sweep(
     learned = tokens if rounding_tokens is None else rounding_tokens
     quantize, name = sweep_quantizer(b, learned, formats, rounding)
     about = about_texts(calibration, learned, name)
+    less = 'a `sweep` that was made with less memory' if journal else 'a smaller `max_memory`'
     if method is None: method = _choose_method(b, tokens, formats, targets, until, of, out, max_memory, time_budget,
                                                progress)
     if method != 'exact': sweep = _shortcut_sweep(b, tokens, formats, method, targets, progress, quantize=quantize,
                                                  name=name, out=None if journal else out, about=about)
     else:
         log = SweepLog(b, tokens, formats, out, max_memory, of, name, mark, about)
-        sweep = _complete(log, tokens, quantize, progress, targets if until == 'stable' else None, **(dict(
-            remedy='give fewer or shorter sequences, or a `sweep` that was made with a memory of its own') if journal else {}))
+        sweep = _complete(log, tokens, quantize, progress, targets if until == 'stable' else None,
+                          f'give fewer or shorter sequences, or {less}')
     sweep.learned = learned
     return sweep

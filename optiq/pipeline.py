@@ -6,6 +6,7 @@
 __all__ = ['Caps', 'Weights', 'Cache', 'subject', 'caps_for', 'Texts', 'optimize', 'trade_off', 'compare']
 
 # %% ../nbs/08_pipeline.ipynb #fd0200eb
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,15 +31,17 @@ from .kv.layout import KVLayout, cache_bytes, kv_layout
 from .kv.sweep import _combine, layer_table, memory_lines, parts, planned_cache, planned_together
 from .kv.sweep import plot_kv
 from .latency import latency
+from .measure.estimate import _duration, estimate, plan_passes
 from .measure.sweep import Sweep, about_texts, check_other, learned_again, rounding_of, texts_for
 from .models import Checkpoint, _check_overflow
 from .plan import baseline_plans, make_plan, uniform
 from .readers import check_counts, helpful, shown, write_json
 from .refine import measured, verified
 from .report import Report, machine, score_row
-from .rounding import QUANTIZERS, ROUNDING, as_overrides, dwq, round_model, round_to_files
+from .rounding import QUANTIZERS, ROUNDING, _rounding_seconds, as_overrides, dwq, round_model
+from .rounding import round_to_files
 from .score import same_words, text_tokens
-from .sensitivity import kl_sweep, sweep_quantizer
+from .sensitivity import _SHARE, _choose_method, kl_sweep, sweep_quantizer
 from .wishes import _pinned
 
 # %% ../nbs/08_pipeline.ipynb #eca94df7
@@ -451,6 +454,35 @@ def _conditions(job: _Job) -> dict: # of `allocate`
                                                                                                      fmts)
 
 
+# %% ../nbs/08_pipeline.ipynb #9f95ecd4
+_PLANS = 12 # that verification measures, the model itself among them
+
+def _expected(b, t: _Batches, job: _Job, plan, method: str) -> dict: # step ▸ seconds
+    "About what each step of a conversion will take, from a few seconds of measurements"
+    w, formats = job.weights, [f for f in job.formats if f != AS_IS]
+    cost, (n, T), (n_scored, T_scored) = estimate(b, formats, t.tokens), shape_of(t.tokens), shape_of(t.scored)
+    once = _rounding_seconds(b, t.learned, plan, job.rounding)
+    walks = -(-n//plan_passes(b, probes(b.checkpoint.units, formats), (n, T))[0])
+    found = {} if w.sweep is not None else dict(sweep=_SHARE[method]*(cost['seconds']+walks*len(formats)*once))
+    each, rows = cost['minmax'], 2 if w.compare is False else 6 # the model, what is saved, and the baselines
+    plans = len(formats)*once or _PLANS*each # what learns is kept for all plans
+    if w.verify is not False: found['verify'] = _PLANS*n*cost['forward']+plans
+    return found | dict(round=once+3*each, # written, and opened and compared again
+                        score=rows*(n_scored*cost['forward']*T_scored/T+each))
+
+# %% ../nbs/08_pipeline.ipynb #93432a60
+def _announce_road(expected: dict):
+    "Say on stderr how long a conversion will take"
+    steps = ', '.join(f'{k} {_duration(s)}' for k, s in expected.items() if s >= .5)
+    total = _duration(sum(expected.values()))
+    print(f'about {total} in all'+(f': {steps}' if steps else ''), file=sys.stderr, flush=True)
+
+def _judge_road(expected: dict, seconds: float):
+    "Say on stderr how long it took, and how far off that was"
+    total = sum(expected.values())
+    print(f'took {_duration(seconds)}, {seconds/max(total, 1e-9):.2g} times the {_duration(total)} that were announced',
+          file=sys.stderr, flush=True)
+
 # %% ../nbs/08_pipeline.ipynb #50bd03d3
 def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     "Measure, choose, write, and score what was written"
@@ -458,14 +490,29 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     likely = _feasible(c, job.measured, **(options := _conditions(job)))
     _check_output(c, out, likely, rounding)
     b, t = job.open(job.more)
+<<<<<<< ours
     found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=w.method, time_budget=w.time_budget,
                         targets=[likely.nominal_bpw])
     plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, **options)
+||||||| base
+    found = _find_sweep(b, t, job.formats, w.sweep, out, rounding, method=w.method, time_budget=w.time_budget,
+                        targets=[likely.nominal_bpw])
+    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, **options)
+=======
+    method, targets = w.method, [likely.nominal_bpw]
+    if method is None and w.sweep is None: method = _choose_method(
+        b, t.tokens, [f for f in job.formats if f != AS_IS], targets, None, None, out and journal_of(out), None,
+        w.time_budget, True)
+    _announce_road(expected := _expected(b, t, job, likely, method))
+    found = _find_sweep(b, t, job.formats, w.sweep, out, rounding, method=method, targets=targets)
+    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, **options)
+>>>>>>> theirs
     if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
     others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
     report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish)
     if out is not None and w.sweep is None: journal_of(out).unlink(missing_ok=True)
-    figures = _summary(report, plan, joint, v, out, time.perf_counter()-start)
+    _judge_road(expected, seconds := time.perf_counter()-start)
+    figures = _summary(report, plan, joint, v, out, seconds) | dict(expected_seconds=sum(expected.values()))
     return dict(report=report, plan=plan, sweep=found, verified=v, figures=figures)
 
 # %% ../nbs/08_pipeline.ipynb #89ac4e54

@@ -93,3 +93,17 @@ def test_a_sweep_alone_measures_nothing(tmp_path):
             trade_off('demo', (4, 8), **dict(weights=Weights(sweep=sweep)) | options)
     with pytest.raises(ValueError, match='`polish` has no effect on a curve'): trade_off('demo', weights=Weights(polish='dwq'))
     assert pipeline._load_sweep(sweep) is sweep
+
+def test_a_conversion_says_how_long_it_takes_before_and_after(tmp_path, capsys):
+    model = tiny('qwen3', tmp_path/'m')
+    found = optimize(str(model), texts=Texts(n_calibration=1, seq_len=32, n_evaluation=1, eval_len=32),
+                     weights=Weights([4, 8], verify=False, compare=False, rounding_n=2))
+    said = capsys.readouterr().err
+    assert said.index(' in all') < said.index('took ') and 'times the' in said and 'announced' in said
+    assert found['figures']['expected_seconds'] > 0
+
+@pytest.mark.parametrize('wish', [dict(method='exact', time_budget=60.),
+                                  dict(method='exact', sweep='s.json'), dict(time_budget=60., sweep='s.json')])
+def test_a_method_without_effect_is_refused(wish, monkeypatch):
+    monkeypatch.setattr(pipeline, '_rounding_for', lambda *a: 'search')
+    with pytest.raises(ValueError, match='has no effect'): pipeline._check_weights(Weights(**wish), 'weights', None)

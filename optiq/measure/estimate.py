@@ -152,15 +152,17 @@ def cost(
     passes: list[Pass],
     T: int, # tokens of a sequence
     sample: dict | None = None, # like those that are measured, for a model that takes samples
-) -> dict: # seconds, bytes, probes, passes
+) -> dict: # seconds, bytes, probes, passes, seconds of one sequence and of all weights by MLX's rule
     "What these passes cost"
-    if not passes: return dict(seconds=0., bytes=0, probes=0, passes=0)
+    if not passes: return dict(seconds=0., bytes=0, probes=0, passes=0, forward=0., minmax=0.)
     B, many = passes[0].stop-passes[0].start, max(len(p.todo) for p in passes)
     batch = np.arange(B*T).reshape(B, T) % b.checkpoint.units[0].shape[0]
     t = _timing(b, batch, many) if b.stacks else _timing_of_sample(b, sample)
     seconds = sum(t.seconds(p, b.n_blocks, (p.stop-p.start)/B) for p in passes)
     probes = sum(len(p.todo) for p in passes if p.start == passes[0].start)
-    return dict(seconds=seconds, bytes=t.bytes, probes=probes, passes=len(passes))
+    forward = (t.block*b.n_blocks+t.head)/(B if b.stacks else 1)
+    return dict(seconds=seconds, bytes=t.bytes, probes=probes, passes=len(passes), forward=forward,
+                minmax=t.weight*sum(u.params for u in b.checkpoint.units))
 
 # %% ../../nbs/04b_measure.estimate.ipynb #efb54501
 def estimate(
@@ -168,7 +170,7 @@ def estimate(
     formats: list = ('4g64', '8g64'),
     tokens: 'np.ndarray | list | tuple' = (8, 128), # calibration tokens, samples, or the shape of tokens
     max_memory: float | None = None, # bytes
-) -> dict: # seconds, bytes of states, probes, passes
+) -> dict: # seconds, bytes of states, probes, passes, seconds of one sequence and of all weights
     "Time and memory of a sweep, from a second's worth of measurements here and now"
     b = open_backend(model)
     shape, sample = (tokens, None) if isinstance(tokens, tuple) else (shape_of(tokens), samples_of(tokens)[0])

@@ -490,23 +490,13 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     likely = _feasible(c, job.measured, **(options := _conditions(job)))
     _check_output(c, out, likely, rounding)
     b, t = job.open(job.more)
-<<<<<<< ours
-    found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=w.method, time_budget=w.time_budget,
-                        targets=[likely.nominal_bpw])
-    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, **options)
-||||||| base
-    found = _find_sweep(b, t, job.formats, w.sweep, out, rounding, method=w.method, time_budget=w.time_budget,
-                        targets=[likely.nominal_bpw])
-    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, **options)
-=======
     method, targets = w.method, [likely.nominal_bpw]
     if method is None and w.sweep is None: method = _choose_method(
-        b, t.tokens, [f for f in job.formats if f != AS_IS], targets, None, None, out and journal_of(out), None,
+        b, t.tokens, [f for f in job.measured if f != AS_IS], targets, None, None, out and journal_of(out), None,
         w.time_budget, True)
     _announce_road(expected := _expected(b, t, job, likely, method))
-    found = _find_sweep(b, t, job.formats, w.sweep, out, rounding, method=method, targets=targets)
-    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, **options)
->>>>>>> theirs
+    found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=method, targets=targets)
+    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, **options)
     if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
     others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
     report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish)

@@ -83,7 +83,7 @@ CHANGES = [
     Change('a price where there is none', 'if fits(0.): return np.zeros(1)', 'if fits(0.): return np.ones(1)',
            'test_a_cap_is_kept'),
     Change('ties are ignored', 'groups.setdefault(key(u), [])', 'groups.setdefault(u.path, [])', 'test_ties'),
-    Change('protection is ignored', "if any(w.kind == 'protect' for w in wishes): return", 'if False: return', 'test_protection'),
+    Change('protection is ignored', 'if any(w.kind in _WIDEST for w in wishes) else left', 'if False else left', 'test_protection'),
     Change('pooling the wrong way round', 'pools[-1][0].mean() > pools[-2][0].mean()', 'pools[-1][0].mean() < pools[-2][0].mean()',
            'test_isotonic'),
     Change('nominal bits by units, not by parameters', 'sum(u.bits(self.formats[u.path])*u.params for u in free)/sum(u.params for u in free)',

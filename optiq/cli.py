@@ -69,7 +69,8 @@ _SHARED = dict(
     evaluation=click.option('--evaluation', metavar='NAME|FILE',
         help='text to score on; default: the test side of the calibration text'),
     seq_len=click.option('--seq-len', default=128, show_default=True, help='tokens in each calibration sequence'),
-    n_evaluation=click.option('--n-evaluation', '--n-samples', 'n_evaluation', cls=_Renamed, default=16, show_default=True,
+    n_evaluation=click.option('--n-evaluation', '--n-samples', 'n_evaluation', cls=_Renamed, default=16,
+                              show_default=True,
         help='evaluation sequences of 256 tokens'),
     sweep=click.option('--sweep', type=click.Path(), help='use a sweep of MODEL that was saved before'))
 
@@ -286,7 +287,9 @@ _NEXT = dict(llm=('mlx_lm.generate --model {} --prompt "Hello"', 'optiq serve {}
 
 def _next_steps(out: str, given: dict) -> str: # of the options that say how a model is opened
     "Where a model lies, and the commands that use it"
+    from optiq.files import as_path
     from optiq.models import Checkpoint
+    out = str(as_path(out))
     model_type = Checkpoint(out, given['trust_remote_code'], given['model_type']).model_type
     return '\n'.join([f'written to {out}; to use it:', *(f'    {c.format(quote(out))}' for c in _NEXT[model_type])])
 
@@ -559,7 +562,8 @@ def _answered(responses: str, task: str, baseline: str | None): # ▸ Report
 @main.command(short_help='Quality and speed of a model, by itself or against another.')
 @click.argument('model')
 @click.option('--baseline', help='the model to measure KL and agreement against')
-@click.option('--n-evaluation', '--n-samples', 'n', cls=_Renamed, default=50, show_default=True, help='evaluation sequences')
+@click.option('--n-evaluation', '--n-samples', 'n', cls=_Renamed, default=50, show_default=True,
+              help='evaluation sequences')
 @click.option('--seq-len', default=512, show_default=True, help='tokens in each')
 @click.option('--evaluation', default='bundled', show_default=True, metavar='NAME|FILE',
               help='text; of a file, all of it')

@@ -32,6 +32,7 @@ from .kv.sweep import _combine, layer_table, memory_lines, parts, planned_cache,
 from .kv.sweep import plot_kv
 from .latency import latency
 from .measure.estimate import _duration, estimate, plan_passes
+from .measure.kl import probes
 from .measure.sweep import Sweep, about_texts, check_other, learned_again, rounding_of, texts_for
 from .models import Checkpoint, _check_overflow
 from .plan import baseline_plans, make_plan, uniform

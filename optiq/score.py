@@ -172,7 +172,8 @@ def kl(
 ) -> Report: # two rows, the baseline first
     "KL to a baseline: mean, 99th percentile, flips, and perplexity beside them"
     from optiq.evals.kl import reference, score_against
-    if baseline is None: raise ValueError('KL is a distance between two models: give the full-precision one as `baseline`')
+    if baseline is None: raise ValueError(
+        'KL is a distance between two models: give the full-precision one as `baseline`')
     a = _checkpoint_of(baseline)
     if not _is_gguf(model): same_words(a, model := _checkpoint_of(model)) # before any text is read
     tokens = text_tokens(a, source, **_size_of_text(protocol, n, seq_len, limit))

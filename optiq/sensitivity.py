@@ -54,7 +54,7 @@ def _shortcut_sweep(b, tokens, formats, method, targets, progress, **how) -> Swe
 _TIME_BUDGET = 600. # seconds that a sweep may take
 _SHARE = dict(exact=1., screened=.25, gradient=.05) # of the time of an exact sweep, as measured
 
-def _possible_methods(b: Backend, targets: list, until: str | None, of) -> list[str]:
+def _possible_methods(b: Backend, targets: 'list | tuple', until: str | None, of) -> list[str]:
     "What this sweep could be measured with, the most exact first"
     shortcuts = b.stacks and b.holds and of is None and until is None and _ranks_here().size == 1
     if not shortcuts or 4*b.checkpoint.params > b.free_memory(): return ['exact']
@@ -160,7 +160,7 @@ def kl_sweep(
     rounding: str | None = None, # 'minmax', 'search' or 'gptq', as `convert` will round; `ROUNDING` by default
     rounding_n: int = 32, # sequences that `search` and `gptq` learn from, the first `n` among them
     rounding_tokens: np.ndarray | None = None, # instead of these; `tokens` by default, if they are given
-    targets: 'list | tuple' = (), # nominal bits that `screened` and `until` look at; without any nothing is screened by default
+    targets: 'list | tuple' = (), # nominal bits that `screened` and `until` look at; without any, not screened
     until: str | None = None, # 'stable': stop when the plans at `targets` no longer change
     out: 'str | Path | None' = None, # file to write as it goes, and to resume from
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'

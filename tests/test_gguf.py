@@ -1,4 +1,5 @@
 "GGUF files, written by gguf's own writer, and the protocol of published comparisons"
+from itertools import islice
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -72,7 +73,7 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch, llama, 
 
 def test_the_record_of_published_comparisons(tmp_path):
     text = tmp_path/'t.txt'
-    text.write_text('\n'.join(p.replace('\n', ' ') for p in passages('bundled', 'test', -1)[:30]))
+    text.write_text('\n'.join(p.replace('\n', ' ') for p in islice(passages('bundled', 'test', -1), 30)))
     from optiq.convert import convert
     from optiq.plan import uniform
     c = Checkpoint('demo')
@@ -88,6 +89,6 @@ def test_the_record_of_published_comparisons(tmp_path):
 def test_the_protocol_says_how_much_is_scored():
     def optiq(*args): return CliRunner().invoke(main, [*map(str, args)], prog_name='optiq')
     r = optiq('eval', 'demo', '--task', 'kl', '--baseline', 'demo', '--protocol', 'kld', '--n-samples', 5)
-    assert r.exit_code == 1 and '--n-samples has no effect: the protocol says how much' in r.output
+    assert r.exit_code == 1 and '--n-evaluation has no effect: the protocol says how much' in r.output
     r = optiq('eval', 'demo', '--task', 'perplexity', '--protocol', 'kld')
     assert r.exit_code == 1 and '--protocol has no effect' in r.output

@@ -132,7 +132,7 @@ def test_an_option_is_done_or_refused(optiq, known, name, option, words):
     else: assert (more, now) != (said, plain), f'{option} was ignored'
 
 REFUSED = {'--target-bpw', '--target-memory', '--target-tps', '--chip', '--polish', '--verify', '--skip-baselines',
-           '--method', '--time-budget'}
+           '--method', '--time-budget', '--dtype'}
 
 def test_weights_and_cache_together_refuse_no_more_than_they_say(optiq):
     found = {option for name, option, words in (c.values for c in cases()) if name == 'kv' and optiq(*KV, *words)[0]}
@@ -144,7 +144,7 @@ def test_what_arrives_with_a_cache(optiq):
     assert code == 0, said
     job = next(s for s in seen if s.startswith("('_choose_both'"))
     for part in ("rounding='gptq'", "protect=('embed',)", "tie=('qkv',)", "sweep='s.json'", 'tq3', 'seq_len=64', 'n_calibration=8',
-                 'context=512', "PosixPath('both')",
+                 'context=512', "Path('both')",
                  'rounding_n=9', '3g64', 'max_bytes=20971520', 'eval_len=64'): assert part in job, (part, job)
     r = optiq(*KV, '--rounding', 'gptq', '--polish', 'dwq', '--protect', 'embed', '--tie', 'qkv', '--sweep', '/no/such/file')
     assert r[0] == 1 and '--polish' in r[1]

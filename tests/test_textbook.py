@@ -207,7 +207,7 @@ def test_a_rates_error_is_that_of_drawing_as_many_files():
 
 def test_the_plan_that_measured_best_is_kept(monkeypatch, b, tokens):
     sweep = kl_sweep(b, tokens, [Format(3, 64), Format(8, 64)], progress=False, rounding='minmax')
-    monkeypatch.setattr('optiq.refine._joint_kl', lambda b, tokens, plans, quantize: {n: np.full(2, i+1.) for i, n in enumerate(plans)})
+    monkeypatch.setattr('optiq.refine._joint_kl', lambda b, tokens, plans, *_: {n: np.full(2, i+1.) for i, n in enumerate(plans)})
     found = verified(b, tokens, sweep, rounds=0, progress=False, target_bpw=5)
     assert found.kept == 'allocated' and len(found.tried) > 2
 

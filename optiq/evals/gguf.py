@@ -17,7 +17,7 @@ def _package():
     "The gguf package; raises ImportError that says how to get it"
     try: import gguf
     except ImportError as e: raise ImportError(
-        f"GGUF files are read by the gguf package ({e.name or e} is missing): pip install 'optiq[gguf]'") from e
+        f"GGUF files are read by the gguf package ({e.name or e} is missing): pip install 'optiq-mlx[gguf]'") from e
     return gguf
 
 def _read(file: Path): # ▸ gguf.GGUFReader

@@ -46,7 +46,7 @@ class Sweep:
     learned: object = field(default=None, repr=False) # what its rounding learned from, while it is at hand
 
     def kl(self, path: str, fmt: Format) -> float:
-        "Mean over the sequences, in nats; 0 for a tensor left as it is stored; raises ValueError for what was not measured"
+        "Mean over the sequences, in nats; 0 for what is left as stored; raises ValueError for what was not measured"
         fmt = parse_format(fmt)
         if (path, fmt) in self.values: return float(self.values[path, fmt].mean())
         if any(u.path == path and u.keeps(fmt) for u in self.units): return 0.
@@ -130,7 +130,8 @@ def _tokens_per_expert(
     first = {u.block: u for u in reversed(b.checkpoint.units) if u.kind.startswith('experts')} # of a block's
     if not first: return {}
     counts = {u.path: np.zeros(u.shape[0], int) for u in first.values()}
-    for batch in np.array_split(tokens, min(len(tokens), max(1, tokens.size//2048))) if b.stacks else samples_of(tokens):
+    parts = min(len(tokens), max(1, tokens.size//2048)) if b.stacks else 0
+    for batch in np.array_split(tokens, parts) if parts else samples_of(tokens):
         states = b.embed(batch)
         for i in range(b.n_blocks):
             with b.listening(_counting(counts), i): states = b.run_block(i, states)

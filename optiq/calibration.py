@@ -117,6 +117,7 @@ class _Bundled(Sequence):
         self.made, self.more = [], mixture(split=split)
     def __len__(self): return 2000
     def __getitem__(self, i):
+        if isinstance(i, slice): return [self[j] for j in range(len(self))[i]]
         while len(self.made) <= range(len(self))[i]:
             d = next(self.more)
             self.made.append(f"{d['prompt']} {d['answer']}".strip())

@@ -67,7 +67,7 @@ def test_other_tasks_refuse_a_gguf(tmp_path):
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch, llama, tmp_path):
     monkeypatch.setitem(__import__('sys').modules, 'gguf', None)
-    with pytest.raises(ImportError, match=r"pip install 'optiq\[gguf\]'"): scored('m.gguf', llama, tmp_path)
+    with pytest.raises(ImportError, match=r"pip install 'optiq-mlx\[gguf\]'"): scored('m.gguf', llama, tmp_path)
 
 # the protocol
 

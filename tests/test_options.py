@@ -37,7 +37,7 @@ BASES = dict(
     demo_hardware=['demo', 'hardware'], serve=['serve', 'demo'], doctor=['doctor'],
     responses=['eval', '--task', 'gsm8k', '--responses', 'there'],
     **{t: ['eval', 'demo', '--task', t] for t in ('perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer', 'harness:x')})
-VALUES = {'--target': None, '--formats': '4g32,8g64', '--candidate-bits': '3,4', '--bits': '3,4', '--kv-candidate-bits': '3',
+VALUES = {'--dtype': 'float16', '--target': None, '--formats': '4g32,8g64', '--candidate-bits': '3,4', '--bits': '3,4', '--kv-candidate-bits': '3',
           '--group-size': '32', '--protect': 'embed', '--tie': 'qkv', '--rounding': 'gptq', '--backend': 'mlx',
           '--model-type': 'llm', '--sweep': 's.json', '--chip': 'M3 Max',
           '--targets': '4,5', '--profiles': 'all', '--kv': '4', '--task': None, '--method': 'gradient', '--questions': 'word-problems',
@@ -132,7 +132,7 @@ def test_an_option_is_done_or_refused(optiq, known, name, option, words):
     else: assert (more, now) != (said, plain), f'{option} was ignored'
 
 REFUSED = {'--target-bpw', '--target-memory', '--target-tps', '--chip', '--polish', '--verify', '--skip-baselines',
-           '--method', '--time-budget', '--dtype'}
+           '--method', '--time-budget'}
 
 def test_weights_and_cache_together_refuse_no_more_than_they_say(optiq):
     found = {option for name, option, words in (c.values for c in cases()) if name == 'kv' and optiq(*KV, *words)[0]}

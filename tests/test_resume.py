@@ -27,7 +27,7 @@ def quick(monkeypatch):
     def scale(f): return 1e-7 if f == AS_IS else 1 # a weight left as it is changes nearly nothing
     def measure(b, batch, todo, *args, **more): return np.array([[value(u, f, row)*scale(f) for row in batch] for u, f in todo])
     monkeypatch.setattr(S, 'plan_passes', lambda *a: (1, 5))
-    monkeypatch.setattr('optiq.measure.estimate.measure', measure)
+    for name in ('optiq.sensitivity', 'optiq.measure.estimate'): monkeypatch.setattr(f'{name}.measure', measure)
 
 def sweep(b, out, **options):
     tokens = np.random.default_rng(0).integers(0, b.checkpoint.vocabulary, (3, 16)).astype(np.int32)

@@ -129,7 +129,7 @@ def _timing(b, batch, probes):
 def _answers_kept(states) -> int:
     "The largest number of answers that a stream keeps at once"
     spans = getattr(states, 'spans', ())
-    return max((sum(k < n <= s for k, s in enumerate(spans)) for n in range(len(spans)+1)), default=1)
+    return max([1, *(sum(k < n <= s for k, s in enumerate(spans)) for n in range(len(spans)+1))])
 
 def _largest(b, block):
     "The largest unit of a block, or of the model, that some group divides; None if there is none"

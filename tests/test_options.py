@@ -37,7 +37,8 @@ BASES = dict(
     demo_hardware=['demo', 'hardware'], serve=['serve', 'demo'], doctor=['doctor'],
     responses=['eval', '--task', 'gsm8k', '--responses', 'there'],
     **{t: ['eval', 'demo', '--task', t] for t in ('perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer', 'harness:x')})
-VALUES = {'--dtype': 'float16', '--target': None, '--formats': '4g32,8g64', '--candidate-bits': '3,4', '--bits': '3,4', '--kv-candidate-bits': '3',
+VALUES = {'--dtype': 'float16', '--target': None,
+          '--formats': '4g32,8g64', '--candidate-bits': '3,4', '--bits': '3,4', '--kv-candidate-bits': '3',
           '--group-size': '32', '--protect': 'embed', '--tie': 'qkv', '--rounding': 'gptq', '--backend': 'mlx',
           '--model-type': 'llm', '--sweep': 's.json', '--chip': 'M3 Max',
           '--targets': '4,5', '--profiles': 'all', '--kv': '4', '--task': None, '--method': 'gradient', '--questions': 'word-problems',

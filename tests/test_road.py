@@ -101,7 +101,7 @@ def test_another_file_is_no_sweep(sweep, tmp_path):
 
 def test_errors_of_python_name_no_flags():
     "The command puts its flags in the place of what stands in backticks; only what is about a command line names them itself"
-    about_commands = 'cli.py', 'command.py', 'serve.py', 'doctor.py', 'chat.py', 'fit.py' # these two print or take commands
+    about_commands = 'cli.py', 'command.py', 'serve.py', 'doctor.py', 'chat.py', 'fit.py', 'page.py', 'upload.py'
     package = Path(optiq.__file__).parent
     texts = {p: p.read_text(encoding='utf-8') for p in package.rglob('*.py') if p.name not in about_commands}
     found = [f'{p.relative_to(package)}: {m[0]}' for p, t in texts.items() for m in re.finditer(r'[^`\n]{0,40}[ (\'"]--[a-z][a-z-]+[^\n]*', t)]

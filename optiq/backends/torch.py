@@ -52,7 +52,7 @@ def _outside_slot(model, unit):
     used = model.get_output_embeddings() if unit.kind == 'lm_head' else model.get_input_embeddings()
     found = [p for p in [*named, used.weight] if tuple(p.shape) == unit.shape]
     if not found or len(named) > 1 and found[0] is not used.weight: raise ValueError(
-        f'{unit.path} {unit.shape} has no counterpart in the PyTorch model; use --backend mlx')
+        f'{unit.path} {unit.shape} has no counterpart in the PyTorch model; use `backend` mlx')
     return found[0]
 
 # %% ../../nbs/03b_backends.torch.ipynb #886aa3ef

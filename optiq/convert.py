@@ -21,7 +21,7 @@ from .backends.replay import Backend
 from .files import as_path, scratch, whole_folder
 from .formats import config_entry, dequantized, for_unit, quantize_minmax
 from .models import Checkpoint, LOADERS, TEXT_FILES, check_two_heads, read_header
-from .readers import helpful, shown
+from .readers import _helpful, shown
 
 # %% ../nbs/07_convert.ipynb #1ecc6842
 def _check_misfit(units: list, plan):
@@ -235,7 +235,7 @@ def _as_planned(plan, sweep, source, folder): # ▸ a quantizer
     return sweep.quantizer(source, plan, folder)
 
 # %% ../nbs/07_convert.ipynb #9d6858f4
-@helpful
+@_helpful
 def convert(
     source: 'str | Checkpoint | Backend', # 'demo', a folder, or a Hub id
     plan, # a Plan, for the units of this model

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'COLOURS', 'Budget', 'budgets_of', 'candidates', 'make_problem', 'Question', 'pose', 'allocate', 'pareto',
-           'Frontier', 'plus_minus', 'stability']
+           'Frontier', 'plus_minus']
 
 # %% ../nbs/05b_knapsack.ipynb #4f3baebd
 from collections import Counter
@@ -18,8 +18,8 @@ from fastcore.basics import listify, patch
 
 from .formats import AS_IS, Format, parse_formats
 from .models import Unit
-from .plan import Plan, baseline_plans, by_width, make_plan, mean_se, silent, smoothed
-from .readers import helpful, known, shown
+from .plan import Plan, baseline_plans, by_width, make_plan, mean_se, _silent, smoothed
+from .readers import _helpful, known, shown
 from .solver import METHODS, Problem, at_prices, bisect, undominated
 from .wishes import _Wish, _about, _allowed, _recorded, _wishes_for, _unmoved
 
@@ -239,8 +239,8 @@ class Question:
     def conditions(self) -> dict:
         "What was asked, as a plan records it"
         caps = {b.name: float(b.limit) for b in self.budgets}
-        silent = sorted(p for w in self.quiet for p in w.paths)
-        more = dict(wishes=[w.record() for w in self.wishes], silent=silent,
+        unmoved = sorted(p for w in self.quiet for p in w.paths)
+        more = dict(wishes=[w.record() for w in self.wishes], silent=unmoved,
                     tied=[list(r) for r in self.problem.rows if len(r) > 1])
         return dict(caps=caps, noise=self.noise, formats=list(map(str, self.fmts)),
                     **{k: v for k, v in more.items() if v})
@@ -317,7 +317,7 @@ def pose(
     (table, noise), fmts, key = smoothed(sweep), candidates(sweep, formats), _tie_key(tie)
     wished = _wished(sweep, dict(protect=protect, pin=pin, ceiling=ceiling, floor=floor, leave=leave))
     budgets = budgets_of(sweep, **caps)+list(budgets)
-    quiet = _unmoved(silent(sweep))
+    quiet = _unmoved(_silent(sweep))
     free = make_problem(sweep, table, fmts, budgets, quiet, key)
     p = make_problem(sweep, table, fmts, budgets, wished+quiet, key) if wished else free
     try: _check_caps(budgets, free, p, wished)
@@ -328,7 +328,7 @@ def pose(
     return Question(sweep, table, noise, fmts, budgets, key, wished, p, free, quiet)
 
 # %% ../nbs/05b_knapsack.ipynb #7c710055
-@helpful
+@_helpful
 def allocate(
     sweep, # Sweep
     *,
@@ -466,7 +466,7 @@ def _least_bits(
 ) -> float:
     "Nominal bits of the smallest plan"
     fmts, (b,), wished = candidates(sweep, formats), budgets_of(sweep, target_bpw=1.), _wished(sweep, wishes)
-    p = make_problem(sweep, smoothed(sweep)[0], fmts, [b], wished+_unmoved(silent(sweep)), _tie_key(tie))
+    p = make_problem(sweep, smoothed(sweep)[0], fmts, [b], wished+_unmoved(_silent(sweep)), _tie_key(tie))
     return float(b.figure(p.costs[0].min(1).sum()))
 
 # %% ../nbs/05b_knapsack.ipynb #ef79f293
@@ -499,7 +499,7 @@ def _rivals_of(
     return {p.name: replace(plan(p), name=f'all at {p.name}') for p in baselines if p.nbytes-p.other_bytes >= least}
 
 # %% ../nbs/05b_knapsack.ipynb #f7ecb250
-@helpful
+@_helpful
 def pareto(
     sweep, # Sweep
     targets = None, # nominal bits; those of `TARGETS` that the formats reach by default
@@ -638,7 +638,7 @@ class _Stability(dict):
         return f'{sure} of {len(self)} units keep their format in at least 90 % of resamples'
 
 # %% ../nbs/05b_knapsack.ipynb #a770a499
-def stability(
+def _stability(
     sweep, # Sweep
     n: int = 200, # resamples
     seed: int = 0,

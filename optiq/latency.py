@@ -19,7 +19,7 @@ from .formats import AS_IS, divides, parse_formats
 from .knapsack import Frontier, allocate, candidates
 from .models import Checkpoint
 from .plan import make_plan, uniform
-from .readers import OBJECT, helpful, read_ours, write_json
+from .readers import OBJECT, _helpful, read_ours, write_json
 from .report import machine
 from .roofline import Chip, Latency, Reads, chip_named, reads_of
 
@@ -183,7 +183,7 @@ def _calibrate_plan(lat: Latency, c, plans: dict, folder=None, **options) -> tup
     return lat, {name: speed}
 
 # %% ../nbs/20b_latency.ipynb #dc55e57e
-@helpful
+@_helpful
 def predict_speeds(
     model, # 'demo', a folder, a Hub id, or a Checkpoint
     formats: list = ('3', '4', '6', '8'), # of uniform plans to predict

@@ -36,7 +36,7 @@ from .measure.kl import probes
 from .measure.sweep import Sweep, about_texts, check_other, learned_again, rounding_of, texts_for
 from .models import Checkpoint, _check_overflow
 from .plan import baseline_plans, make_plan, uniform
-from .readers import check_counts, helpful, shown, write_json
+from .readers import _check_counts, _helpful, shown, write_json
 from .refine import measured, verified
 from .report import Report, machine, score_row
 from .rounding import QUANTIZERS, ROUNDING, _rounding_seconds, as_overrides, dwq, round_model
@@ -185,7 +185,7 @@ class Texts:
     eval_len: int | None = None # tokens in each; 256 by default, with a cache as many as in the others
 
     def __post_init__(self):
-        check_counts(n_calibration=self.n_calibration, seq_len=self.seq_len, n_evaluation=self.n_evaluation,
+        _check_counts(n_calibration=self.n_calibration, seq_len=self.seq_len, n_evaluation=self.n_evaluation,
                      eval_len=self.eval_len)
 
 def _texts_of(texts: Texts | None, what: str) -> Texts: # with the default where there is none
@@ -586,7 +586,7 @@ def _check_wishes(**given): # name ▸ what was given
     if odd: raise ValueError(f'`{odd[0]}` is {shown(given[odd[0]])}, and should be such as {_SAID[kinds[odd[0]]]}')
 
 # %% ../nbs/08_pipeline.ipynb #be42ac0c
-@helpful
+@_helpful
 @claiming
 def optimize(
     model: str, # 'demo', a folder, or a Hub id; for a cache alone it may be quantized
@@ -648,7 +648,7 @@ def _save_curve(curve, sweep, figures: dict, out, overwrite: bool = False):
         for p in [*curve, *curve.rivals.values()]: p.save(part/'plans'/f'{p.name.replace(" ", "-")}.json')
 
 # %% ../nbs/08_pipeline.ipynb #bbe815a2
-@helpful
+@_helpful
 @claiming
 def trade_off(
     source: 'str | Path', # 'demo', a folder, a Hub id, or a sweep file
@@ -706,7 +706,7 @@ def trade_off(
     return dict(frontier=curve, sweep=found, figures=figures)
 
 # %% ../nbs/08_pipeline.ipynb #4dc5078e
-@helpful
+@_helpful
 def compare(
     model: str, # a model, quantized or not
     baseline: str | None = None, # what to measure KL and agreement against
@@ -724,7 +724,7 @@ def compare(
 
         print(compare('out/demo', baseline='demo', n=16))
     """
-    check_counts(n=n, seq_len=seq_len)
+    _check_counts(n=n, seq_len=seq_len)
     first = baseline or model
     opened = {m: open_backend(Checkpoint(m, trust_remote_code, model_type), backend) for m in (first, model)}
     reference, c = opened[first], opened[first].checkpoint

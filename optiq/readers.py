@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT', 'PROSE', 'NAME', 'FLAG', 'FILE', 'INSIDE', 'ANYTHING', 'OBJECT', 'LIST', 'check_file', 'read_bytes',
            'read_text', 'split_lines', 'parse', 'Form', 'whole', 'number', 'maybe', 'one_of', 'shown', 'check',
-           'read_json', 'read_ours', 'check_kind', 'records_in', 'read_records', 'known', 'dumps', 'write_json', 'told',
-           'check_counts', 'helpful']
+           'read_json', 'read_ours', 'check_kind', 'records_in', 'read_records', 'known', 'dumps', 'write_json', 'told']
 
 # %% ../nbs/72_readers.ipynb #6e54bf45
 import gzip
@@ -226,7 +225,7 @@ def told(e: BaseException) -> str:
     return f'something is not as it should be ({type(e).__name__}{place}); OPTIQ_DEBUG=1 shows the whole story'
 
 # %% ../nbs/72_readers.ipynb #e14d5db0
-def check_counts(**given):
+def _check_counts(**given):
     "Raise ValueError, naming it, for a number that counts nothing: these are whole and at least 1, or None"
     for name, x in given.items():
         counts = isinstance(x, Integral) and not isinstance(x, bool) and x > 0
@@ -234,7 +233,7 @@ def check_counts(**given):
             f'`{name}` is {shown(x)}, and should be a whole number of at least 1')
 
 # %% ../nbs/72_readers.ipynb #b31e8db7
-def helpful(f):
+def _helpful(f):
     "Decorator of a function: `help` also shows what the comments beside its parameters say"
     from fastcore.docments import docments # takes as long as the rest of this module, which the command line loads
     try: said = docments(f)

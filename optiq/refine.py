@@ -22,7 +22,7 @@ from .evals.perplexity import evaluate, overrides_of
 from .formats import AS_IS, parse_format, quantize_dequantize
 from .knapsack import Frontier, Question, plus_minus, pose
 from .measure.estimate import _measure_halved, passes_of, plan_passes
-from .measure.sweep import BAR
+from .measure.sweep import _BAR
 from .plan import Plan, baseline_plans, mean_se, smoothed
 from .readers import known
 from .solver import Problem, undominated
@@ -225,7 +225,7 @@ def verified(
     ours, flats = {'allocated': plan} | _alternatives(q, plan, n, seed=seed), _within(q, plan)
     many = f'{len(ours)+len(flats)} plans on {prod(shape_of(tokens)):,} tokens'
     if progress: print(f'verifying {many}', file=sys.stderr)
-    with tqdm(total=1, bar_format=BAR, leave=False, disable=not progress, smoothing=0) as bar:
+    with tqdm(total=1, bar_format=_BAR, leave=False, disable=not progress, smoothing=0) as bar:
         kl = _joint_kl(b, tokens, ours | flats, quantize, bar.update)
     best = min(ours, key=lambda x: kl[x].mean())
     history = improve(b, tokens, q, ours, kl, best, tolerance, rounds, quantize)[1]

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .arrays import library, like, pack_codes, to_mlx
 from .backends.open import open_backend
-from .backends.replay import Backend, Heard
+from .backends.replay import Backend, _Heard
 from .calibration import fingerprint, shape_of
 from .formats import AS_IS, Format, divides, quantize_dequantize, quantize_minmax
 from .statistics import Chunks, Inputs, Listener, Statistics
@@ -286,7 +286,7 @@ class _NextListener(Listener):
         if self.first is None: self.first = x
         self.open = self.open and (x is self.first or path in self.stats)
         if path in self.stats or self.open: super().__call__(path, x, experts)
-        if experts is None and (path not in self.stats or self.stats.keys() == self.units.keys()): raise Heard
+        if experts is None and (path not in self.stats or self.stats.keys() == self.units.keys()): raise _Heard
 
 # %% ../nbs/06_rounding.ipynb #a7c1d0e5
 def _enough(tokens, n: int = 1024) -> np.ndarray: # the first sequences, of `n` tokens or a little more

@@ -23,8 +23,8 @@ from .measure.estimate import _duration, _measure_halved, estimate
 from .measure.kl import measure, probes
 from .measure.sweep import Sweep, SweepLog, _log_files, _ranks_here, about_texts, progress_bar, read_log
 from .measure.sweep import texts_for, to_sweep, warn_of_idle
-from .plan import silent
-from .readers import check_counts, helpful
+from .plan import _silent
+from .readers import _check_counts, _helpful
 from .rounding import ROUNDING, RoundTrips
 
 # %% ../nbs/04_sensitivity.ipynb #db25ed85
@@ -132,20 +132,20 @@ def _complete(
 # %% ../nbs/04_sensitivity.ipynb #7807a0f8
 def _check_wishes(until: str | None, **counts):
     "Raise ValueError for what no sweep can do"
-    check_counts(**counts)
+    _check_counts(**counts)
     if until not in (None, 'stable'): raise ValueError(f"`until` is {until!r}, and should be 'stable' or None")
 
 # %% ../nbs/04_sensitivity.ipynb #0d059b08
 def _warn_of_silent(sweep: Sweep):
     "Warn if rounding a unit moved nothing at any width"
-    quiet = silent(sweep)
+    quiet = _silent(sweep)
     if quiet: warnings.warn(
         f'{len(quiet)} of {len(sweep.units)} units moved nothing when they were rounded, the first is {quiet[0]}: '
         'unused experts, a part that wakes up in longer sequences, or one that is never reached; '
         'they get the widest candidate')
 
 # %% ../nbs/04_sensitivity.ipynb #38aea943
-@helpful
+@_helpful
 @claiming
 def kl_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from .arrays import library
-from .backends.replay import Backend, Heard
+from .backends.replay import Backend, _Heard
 from .calibration import samples_of, shape_of
 
 # %% ../nbs/06a_statistics.ipynb #da9cc579
@@ -71,7 +71,7 @@ class Listener:
         mine, new = self.stats[path], x is not self.last[0] or self.stats[path] is not self.last[1]
         self.last = x, mine
         if new: _add_inputs(mine, x, experts)
-        if unit.kind in ('lm_head', 'embed') or len(self.units) == 1: raise Heard # nothing more is wanted
+        if unit.kind in ('lm_head', 'embed') or len(self.units) == 1: raise _Heard # nothing more is wanted
 
     def shared(self, unit, x): # layers that read the same states
         last, stats = self.last

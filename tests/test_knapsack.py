@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from optiq.formats import AS_IS, Format
-from optiq.knapsack import Budget, allocate, pareto, _price_ranges, stability
+from optiq.knapsack import Budget, allocate, pareto, _price_ranges, _stability
 from optiq.kv.layout import cache_bytes
 from optiq.material.tiny import tiny
 from optiq.models import Checkpoint, Unit
@@ -206,14 +206,14 @@ def test_profiles():
 
 def test_stability():
     sweep = random_sweep(7, n=6)
-    a, b = stability(sweep, 40, target_bpw=4.5), stability(sweep, 40, target_bpw=4.5)
+    a, b = _stability(sweep, 40, target_bpw=4.5), _stability(sweep, 40, target_bpw=4.5)
     assert a == b and a.keys() == a.plan.keys() and all(0 <= s <= 1 for s in a.values())
     sure = SimpleNamespace(**vars(sweep))
     sure.values = {k: np.full(6, v.mean()) for k, v in sweep.values.items()}
-    assert set(stability(sure, 20, target_bpw=4.5).values()) == {1.}
+    assert set(_stability(sure, 20, target_bpw=4.5).values()) == {1.}
     cap = uniform(sweep, 4).nbytes
-    assert stability(sweep, 5, target_bpw=6, max_bytes=cap, tie='kv', method='exact').plan.nbytes <= cap
-    with pytest.raises(ValueError, match='one calibration sequence'): stability(random_sweep(7, n=1), target_bpw=4.5)
+    assert _stability(sweep, 5, target_bpw=6, max_bytes=cap, tie='kv', method='exact').plan.nbytes <= cap
+    with pytest.raises(ValueError, match='one calibration sequence'): _stability(random_sweep(7, n=1), target_bpw=4.5)
 
 def test_further_budgets():
     sweep = random_sweep(8)

@@ -6,7 +6,7 @@ import pytest
 import optiq
 from optiq.formats import Format, parse_formats
 from optiq.measure.sweep import Sweep
-from optiq.readers import helpful
+from optiq.readers import _helpful
 from sweeps import block_units, make_sweep
 
 ROAD = ['kl_sweep', 'load_sweep', 'allocate', 'pareto', 'convert', 'optimize', 'trade_off', 'compare', 'verify', 'predict_speeds']
@@ -42,7 +42,7 @@ def test_help_stands_alone(name):
 def test_help_without_source_stays_as_it_is():
     f = eval('lambda x: x')
     f.__doc__ = 'The same'
-    assert helpful(f).__doc__ == 'The same'
+    assert _helpful(f).__doc__ == 'The same'
 
 @pytest.fixture(scope='module')
 def sweep():

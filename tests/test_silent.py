@@ -9,7 +9,7 @@ from optiq.knapsack import allocate, pareto, pose
 from optiq.material.tiny import tiny
 from optiq.measure.sweep import texts_for
 from optiq.models import Checkpoint
-from optiq.plan import Plan, silent
+from optiq.plan import Plan, _silent
 from optiq.sensitivity import kl_sweep
 from sweeps import block_units, make_sweep
 
@@ -34,7 +34,7 @@ def test_they_get_the_widest_candidate_and_a_line(b, tokens, tmp_path, method):
         sweep = kl_sweep(b, tokens, ['4g32', '8g32'], method=method, targets=[6], rounding='minmax', progress=False)
     assert all(np.isfinite(v).all() for v in sweep.values.values())
     dead = [u.path for u in b.checkpoint.units if u.path.startswith(DEAD)]
-    assert silent(sweep) == dead and len(dead) == 7
+    assert _silent(sweep) == dead and len(dead) == 7
     p = allocate(sweep, target_bpw=6)
     assert {p[path] for path in dead} == {Format(8, 32)} and len(p.counts()) == 2
     assert p.solver['silent'] == sorted(dead) and '7 that moved nothing have the widest' in repr(p)
@@ -49,8 +49,8 @@ def made_up(noise=None, dead=0.):
     return sweep
 
 def test_noise_is_nothing_either_and_little_is_something():
-    assert len(silent(made_up())) == len(silent(made_up(1e-12, 1e-12))) == 6
-    assert silent(made_up(1e-12, 1e-9)) == silent(made_up(None, 1e-12)) == []
+    assert len(_silent(made_up())) == len(_silent(made_up(1e-12, 1e-12))) == 6
+    assert _silent(made_up(1e-12, 1e-9)) == _silent(made_up(None, 1e-12)) == []
     assert 'silent' not in allocate(made_up(1e-12, 1e-9), target_bpw=6).solver
 
 def test_a_cap_that_leaves_no_room_says_so():

@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .mlx import MLXBackend
-from .replay import Recorded, _grown, _write, _written, check_ids, check_logits, _forgetful
+from .replay import _Recorded, _grown, _write, _written, _check_ids, check_logits, _forgetful
 from ..calibration import positions, samples_of, token_ids
 
 # %% ../../nbs/03d_backends.parts.ipynb #10efef2e
@@ -87,7 +87,7 @@ class ReplayBackend(MLXBackend):
     stacks = False
 
     def forward(self, sample): # ▸ (1, S, V), the logits of the positions that are scored
-        check_ids(self.checkpoint, token_ids(_as_sample(sample)))
+        _check_ids(self.checkpoint, token_ids(_as_sample(sample)))
         mx, known = self.xp, {k: v for k, v in _as_sample(sample).items() if k != 'scored'}
         with _forgetful(self.model): z = _answer(self.model, {k: mx.array(_narrow(v)) for k, v in known.items()})
         return check_logits(self, z[:, mx.array(positions(sample))] if 'scored' in sample else z)
@@ -119,15 +119,15 @@ def replay(self: ReplayBackend, states: _Passed, overrides: dict = {},
     for p, f in (states.outside | overrides).items():
         mine.setdefault(self.checkpoint.unit[p].block, {})[p] = f
     def answer(i, *args, **kwargs):
-        if stop is not None and i > stop: raise Recorded # this sample does not pass block `stop`
+        if stop is not None and i > stop: raise _Recorded # this sample does not pass block `stop`
         passed.given[i], known = _recall(states, i, i in mine, args, kwargs)
         passed.answers[i] = known or self.whole_answer(i, mine.get(i, {}), args, kwargs)
-        if i == stop: raise Recorded
+        if i == stop: raise _Recorded
         out, wrote = _grown(_fresh, passed.answers[i])
         for k, x in _written(args, kwargs).items(): _write(x, wrote[k])
         return out
     with self.swapped(mine.get(None, {})), self.stand_ins(answer):
         try: logits = self.forward(states.sample)
-        except Recorded: logits = None
+        except _Recorded: logits = None
     upto = self.n_blocks if stop is None else stop+1
     return replace(passed, upto=upto, outside=mine.get(None, {})), logits

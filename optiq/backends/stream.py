@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from .mlx import MLXBackend
 from .parts import ReplayBackend
-from .replay import available_memory, check_all, check_finite, check_ids
+from .replay import available_memory, check_all, check_finite, _check_ids
 from .taps import _block, _descend, same
 from ..models import Checkpoint, Unit, read_header
 
@@ -138,7 +138,7 @@ def reweighted(self: StreamingBackend, overrides: dict):
 # %% ../../nbs/03e_backends.stream.ipynb #fad04dd5
 @patch
 def embed(self: StreamingBackend, batch, overrides: dict = {}):
-    check_ids(self.checkpoint, np.asarray(batch))
+    _check_ids(self.checkpoint, np.asarray(batch))
     if not self.chain: raise ValueError(f'{self.checkpoint.name}: its blocks are no chain, so they cannot be streamed; '
                                         'use a backend that holds the whole model')
     used, ids = np.unique(batch, return_inverse=True)

@@ -25,7 +25,7 @@ from ..formats import AS_IS, dequantized, nbytes, quantize_minmax
 from ..measure.sweep import Sweep, learned_again, rounding_of
 from ..models import Checkpoint
 from ..plan import Plan
-from ..readers import helpful
+from ..readers import _helpful
 from ..rounding import round_model
 
 # %% ../../nbs/45_evals.verify.ipynb #08312daf
@@ -248,7 +248,7 @@ def _type_of(sweep: Sweep | None) -> str | None:
     return sweep.header['fingerprint']['model'].partition(' as ')[2] or None if sweep else None
 
 # %% ../../nbs/45_evals.verify.ipynb #7ac0bc0f
-@helpful
+@_helpful
 def verify(
     model: str, # a converted model
     reference: str | None = None, # the full-precision model it was made from

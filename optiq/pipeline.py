@@ -458,7 +458,7 @@ def _conditions(job: _Job) -> dict: # of `allocate`
 # %% ../nbs/08_pipeline.ipynb #9f95ecd4
 _PLANS = 12 # that verification measures, the model itself among them
 
-def _expected(b, t: _Batches, job: _Job, plan, method: str) -> dict: # step ▸ seconds
+def _expected(b, t: _Batches, job: _Job, plan, method: str | None) -> dict: # step ▸ seconds
     "About what each step of a conversion will take, from a few seconds of measurements"
     w, formats = job.weights, [f for f in job.formats if f != AS_IS]
     cost, (n, T), (n_scored, T_scored) = estimate(b, formats, t.tokens), shape_of(t.tokens), shape_of(t.scored)

@@ -289,16 +289,29 @@ def test_estimate_names_time_and_memory(models):
     e = estimate(TorchBackend(models['qwen3']), ['4g64'], (4, 32))
     assert e['seconds'] > 0 and e['bytes'] > 0 and e['probes'] == len(probes(models['qwen3'].units, [Format(4)]))
 
-def test_estimate_is_right_within_a_factor_of_one_and_a_half(monkeypatch):
-    "By the clock of this process, which stands still while other work has the core; the middle one of three, as a core's speed varies"
-    monkeypatch.setattr('time.perf_counter', time.process_time)
-    b = TorchBackend(Checkpoint('demo'))
-    tokens, ratios = tokens_for(b.checkpoint, 2, 128), []
-    for _ in range(3):
-        told, start = estimate(b, ['4g64'], tokens)['seconds'], time.process_time()
-        kl_sweep(b, tokens, ['4g64'], progress=False, rounding='minmax')
-        ratios.append(told/(time.process_time()-start))
-    assert 1/1.5 < sorted(ratios)[1] < 1.5, ratios
+TELL = """
+import json, time
+time.perf_counter = time.process_time
+from optiq.backends.torch import TorchBackend
+from optiq.calibration import passages, token_batch
+from optiq.measure.estimate import estimate
+from optiq.models import Checkpoint
+from optiq.sensitivity import kl_sweep
+b, ratios = TorchBackend(Checkpoint('demo')), []
+tokens = token_batch(passages('bundled'), b.checkpoint.tokenizer, 2, 128)
+for _ in range(3):
+    told, start = estimate(b, ['4g64'], tokens)['seconds'], time.process_time()
+    kl_sweep(b, tokens, ['4g64'], progress=False, rounding='minmax')
+    ratios.append(told/(time.process_time()-start))
+print(json.dumps(sorted(ratios)))
+"""
+
+def test_estimate_is_right_within_a_factor_of_one_and_a_half():
+    """By the clock of a process of its own, which stands still while other work has the core and whose memory no other
+    test has scattered; the middle one of three, as a core's speed varies"""
+    out = subprocess.run([sys.executable, '-c', TELL], capture_output=True, text=True, check=True).stdout
+    ratios = json.loads(out.splitlines()[-1])
+    assert 1/1.5 < ratios[1] < 1.5, ratios
 
 def test_experts_are_quantized_as_one_tensor(models):
     c = models['qwen3_moe']

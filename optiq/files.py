@@ -315,17 +315,18 @@ def _ours(file: Path, first: str) -> bool:
 # %% ../nbs/71_files.ipynb #a187ab63
 def own_file(
     out: 'str | Path', # a file to write, or to go on with
-    kind: str, # 'sweep', 'responses'
+    kind: str, # 'sweep', 'responses', 'report'
+    begins: str | None = None, # its first words, if it is not JSON
     **more, # further fields by which ours begins
 ) -> Path: # as it is meant
     "Judge a file before any work; raises FileExistsError, ValueError or OSError if it is not ours to write"
     out = as_path(out)
     _check_place(out)
-    _check_part(out, '{"optiq"')
+    _check_part(out, begins or '{"optiq"')
     if out.is_dir(): raise IsADirectoryError(f'{out} is a folder; give a file')
     if out.exists() and not out.is_file(): raise FileExistsError(f'{out} is no plain file; give another')
     what = f'{kind} file that optiq began' if not more else f'{" and ".join(more)} of a run'
-    if out.exists() and not _ours(out, _begins(kind, **more)): raise FileExistsError(
+    if out.exists() and not _ours(out, begins or _begins(kind, **more)): raise FileExistsError(
         f'{out} exists and is no {what}, so it stays as it is; give another output')
     return out
 

@@ -10,7 +10,7 @@ from optiq.cli import main
 from optiq.knapsack import allocate
 from optiq.measure.sweep import Sweep
 from optiq.plan import uniform
-from optiq.show.page import _bars_svg, _page, _spans
+from optiq.show.page import _bars_svg, _page, _spans, save_page
 from sweeps import random_sweep
 
 BAD = '<script>alert(1)</script>&"\''
@@ -67,3 +67,12 @@ def test_the_file_is_not_replaced_unasked(folder, tmp_path):
     assert CliRunner().invoke(main, ['report', str(folder), '-o', str(out), '--overwrite']).exit_code == 0
     r = CliRunner().invoke(main, ['report', str(tmp_path), '-o', str(tmp_path/'x.html')])
     assert r.exit_code == 1 and 'has no optiq/plan.json; give a folder that was converted' in r.output
+
+def test_only_a_report_is_replaced(tmp_path):
+    "Whatever flag is given: a file of somebody else, and a part of one in the way, stay as they are"
+    for name in ('thesis.html', '.thesis.html.optiq-part'):
+        mine = tmp_path/name
+        mine.write_text('<!doctype html><html>my thesis')
+        with pytest.raises(FileExistsError, match='stays as it is'): save_page('nowhere', tmp_path/'thesis.html', overwrite=True)
+        assert 'my thesis' in mine.read_text()
+        mine.unlink()

@@ -10,7 +10,7 @@ from html import escape
 from math import isfinite, log10
 from pathlib import Path
 
-from ..files import as_path, settle
+from ..files import as_path, own_file, settle
 from ..knapsack import plus_minus
 from ..measure.sweep import Sweep
 from ..plan import Plan
@@ -105,6 +105,8 @@ def _commands(folder: Path, plan: Plan) -> list: # of lines
     return [again, f'optiq verify {folder.name} --reference {plan.model}', f'mlx_lm.generate --model {folder.name}']
 
 # %% ../../nbs/64_show.page.ipynb #31fb6b27
+_BEGINS = '<!doctype html><!-- a report of optiq -->' # by which we know a file that we may replace
+
 def _sections(folder: Path, plan: Plan, sweep: Sweep | None) -> dict: # title ▸ HTML
     "The parts of a report"
     rows = _spans(plan, sweep)
@@ -130,7 +132,7 @@ def _page(
     sections = _sections(folder, plan, Sweep.load(swept) if swept.is_file() else None)
     made = ', '.join(f'{k}: {v}' for k, v in plan.made.items() if isinstance(v, str))
     body = ''.join(f'<h2>{escape(t)}</h2>{html}' for t, html in sections.items())
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+    return (_BEGINS+'<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
             'content="width=device-width">'
             f'<meta http-equiv="Content-Security-Policy" content="{_SAFE}"><title>{escape(folder.name)}</title>'
             f'<style>{_STYLE}</style></head><body><h1>{escape(folder.name)}</h1><p>{escape(repr(plan))}</p>'
@@ -142,8 +144,9 @@ def save_page(
     out: 'str | Path', # .html file to write
     overwrite: bool = False, # replace it
 ) -> Path:
-    "Write the report on a converted model"
-    out, text = as_path(out), _page(folder)
+    "Write the report on a converted model; raises FileExistsError for a file that is no report of ours"
+    out = own_file(out, 'report', _BEGINS)
     if out.exists() and not overwrite: raise FileExistsError(f'{out} exists; give another file, or `overwrite`')
+    text = _page(folder)
     settle(out, text)
     return out

@@ -19,7 +19,7 @@ from .knapsack import allocate
 from .kv.layout import bytes_after, leaf_caches
 from .measure.kl import probes
 from .measure.sweep import Sweep, check_other
-from .models import _Listing, _read_config, _said_for_mlx, check_untrusted, find_model
+from .models import _Listing, _read_config, _others, _said_for_mlx, check_untrusted, find_model
 from .plan import Plan, make_plan, uniform
 from .readers import known, read_json, told, whole
 from .report import fit
@@ -68,8 +68,10 @@ class _Outline(_Listing):
         self.name, folder = str(name), _config_folder(name)
         check_untrusted(folder)
         config = _read_config(folder/'config.json', 2**31)
-        if config.get('quantization') or config.get('quantization_config'): raise ValueError(
-            f'{name} is quantized already; give the model that it was made from')
+        said = _others(config)
+        by = (said.get('quant_method') or 'without a name') if isinstance(said, dict) else 'MLX'
+        if said or config.get('quantization'): raise ValueError(
+            f'{name} is quantized already ({by}); give the model that it was made from')
         self.config, self.towers = _said_for_mlx(config), bool(config.get('vision_config'))
         index = folder/'model.safetensors.index.json'
         form = {'metadata?': {'total_size?': whole()}}

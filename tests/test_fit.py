@@ -60,7 +60,7 @@ def test_machines_and_this_one(bare):
 def test_quantized_and_unknown_models_are_refused(bare):
     config = json.loads((bare/'config.json').read_text())
     (bare/'config.json').write_text(json.dumps(config | dict(quantization=dict(bits=4, group_size=64))))
-    with pytest.raises(ValueError, match='quantized already; give the model that it was made from'): _Outline(bare)
+    with pytest.raises(ValueError, match='quantized already .*; give the model that it was made from'): _Outline(bare)
     (bare/'config.json').write_text(json.dumps(config | dict(model_type='no_such')))
     with pytest.raises(ValueError, match="cannot build a model of type 'no_such' from its config.json"): _Outline(bare)
 

@@ -21,7 +21,8 @@ COMMANDS = dict(
     baseline=['eval', 'demo', '--task', 'kl', '--baseline', '{m}'], wer=['eval', '{m}', '--task', 'wer'],
     benchmark=['benchmark', '{m}'], verify=['verify', '{m}'], reference=['verify', 'demo', '--reference', '{m}'],
     latency=['latency', '{m}', '--chip', 'M3 Max'], kv=['kv-cache', '{m}', '-o', '{out}'], serve=['serve', '{m}'],
-    draft=['serve', 'demo', '--draft-model', '{m}'], also=['serve', 'demo', '--also', '{m}'])
+    draft=['serve', 'demo', '--draft-model', '{m}'], also=['serve', 'demo', '--also', '{m}'],
+    fit=['fit', '{m}'], chat=['chat', '{m}'], compare=['compare', '{m}', 'demo'], other=['compare', 'demo', '{m}'])
 COMMANDS |= {f'demo {n}': ['demo', n, '--model', '{m}', '-o', '{out}'] for n in ('llm', 'vlm', 'audio', 'pareto', 'hardware', 'kv-cache',
     'combined')}
 

@@ -18,7 +18,8 @@ from .formats import AS_IS, check_storable, parse_format
 from .knapsack import allocate
 from .kv.layout import bytes_after, leaf_caches
 from .measure.kl import probes
-from .measure.sweep import Sweep, check_other
+from .measure.sweep import Sweep
+from .measure.journal import check_other
 from .models import _Listing, _read_config, _others, _said_for_mlx, check_untrusted, find_model
 from .plan import Plan, make_plan, uniform
 from .readers import known, read_json, told, whole

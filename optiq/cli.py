@@ -104,7 +104,7 @@ def _as_names(ctx, param, text: str | None) -> tuple:
 class _Rounding(click.Option):
     "An option whose help names the pipeline's default, which is imported only when help is asked for"
     def get_help_record(self, ctx):
-        from optiq.pipeline import ROUNDING
+        from optiq.request import ROUNDING
         names, said = super().get_help_record(ctx)
         return names, said.format(default=ROUNDING)
 
@@ -233,7 +233,8 @@ def convert(model, target, bits, formats, group_size, kv, kv_bits, output, dry_r
     optiq convert demo --kv --context 4096 --target-size 20
     """
     from optiq.files import own_output
-    from optiq.pipeline import Cache, Caps, Texts, Weights, caps_for, optimize, subject
+    from optiq.pipeline import optimize
+    from optiq.request import Cache, Caps, Texts, Weights, caps_for, subject
     if not kv: check_idle(['kv_bits'], 'it counts for --kv; give both')
     _check_length(model, given)
     if dry_run and not output: check_idle(['overwrite'], 'a dry run writes nothing')
@@ -360,7 +361,6 @@ def _measured(model, model_type, trust_remote_code, dtype, **given):
 # %% ../nbs/90_cli.ipynb #369af0d3
 def _told_of(sweep, out: str) -> tuple: # figures, text
     "What a sweep found"
-    from optiq.knapsack import known
     rows = [dict(unit=p, format=str(f), kl=sweep.kl(p, f), se=known(sweep.se(p, f))) for p, f in sweep.values]
     figures = dict(output=out, model=sweep.header['model'], noise=sweep.header.get('noise'), rows=rows)
     return figures, '\n'.join([repr(sweep), *_most_sensitive(rows), f'written to {out}'])
@@ -414,7 +414,8 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
     optiq pareto demo --verify 4 -o curve
     optiq pareto curve/sweep.json --profiles compact --targets 3,3.5,4
     """
-    from optiq.pipeline import Texts, Weights, trade_off
+    from optiq.pipeline import trade_off
+    from optiq.request import Texts, Weights
     saved = given['sweep'] is not None or os.path.isfile(source)
     idle = [] if given['verify'] else ['evaluation', 'n_evaluation']+_MEASURING*saved
     check_idle(idle, 'nothing is scored; give --verify' if not saved else 'nothing is measured; give --verify')
@@ -458,7 +459,8 @@ def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
     optiq kv-cache ./my-4bit-model --target-size 300 --context 16384 --candidate-bits 3,4,6,8
     """
     from optiq.kv.sweep import layer_table, memory_lines
-    from optiq.pipeline import Cache, Caps, Texts, optimize
+    from optiq.pipeline import optimize
+    from optiq.request import Cache, Caps, Texts
     _check_group(group_size, (formats, bits, '4,8'))
     cache = Cache(_as_formats(formats, bits, group_size, '4,8', cache=True), tie)
     out = output or _default_output(model, 'kv')

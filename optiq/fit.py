@@ -19,7 +19,9 @@ from .knapsack import allocate
 from .kv.layout import bytes_after, leaf_caches
 from .measure.kl import probes
 from .measure.sweep import Sweep, check_other
-from .models import _Listing, _read_config, _others, _said_for_mlx, check_untrusted, find_model
+from .folder import _others, check_untrusted, find_model
+from .models import _read_config, _said_for_mlx
+from .units import _Listing
 from .plan import Plan, make_plan, uniform
 from .readers import known, read_json, told, whole
 from .report import fit

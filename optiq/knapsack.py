@@ -17,7 +17,7 @@ import numpy as np
 from fastcore.basics import listify, patch
 
 from .formats import AS_IS, Format, parse_formats
-from .models import Unit
+from .units import Unit
 from .plan import Plan, baseline_plans, by_width, make_plan, mean_se, _silent, smoothed
 from .readers import _helpful, known, shown
 from .solver import METHODS, Problem, at_prices, bisect, undominated

@@ -15,7 +15,7 @@ from optiq.formats import parse_format
 from optiq.plan import make_plan
 from optiq.kv.config import kv_config
 from optiq.kv.layout import kv_layout
-from optiq.models import _demo
+from optiq.folder import _demo
 from optiq.serve import _FIELDS, _Generator, _Handler, _LONGEST, _Provider, _Server, _check_origin, _names_of, serve
 
 def arguments(**changes):

@@ -24,7 +24,8 @@ from optiq.formats import Format, quantize_dequantize
 from optiq.knapsack import Frontier, allocate
 from optiq.plan import Plan, mean_se, uniform
 from optiq.kv.layout import KVLayer, KVLayout
-from optiq.models import Checkpoint, Unit
+from optiq.models import Checkpoint
+from optiq.units import Unit
 from optiq.pipeline import Texts, _read_texts
 from optiq.arrays import to_mlx
 from optiq.roofline import Chip, Latency, _cache_reads, reads_of

@@ -16,7 +16,9 @@ from functools import partial
 import numpy as np
 from fastcore.basics import patch
 
-from ..models import Checkpoint, Unit, read_header
+from ..folder import read_header
+from ..models import Checkpoint
+from ..units import Unit
 
 # %% ../../nbs/03_backends.replay.ipynb #b684d45f
 os.environ.setdefault('MLX_ENABLE_TF32', '0') # float32 means float32

@@ -29,7 +29,8 @@ from ..files import append, as_path, check_gone, own_file, settle
 from ..formats import AS_IS, FORMAT, Format, parse_format, quantize_dequantize, quantize_minmax
 from .estimate import Pass, _duration, block_passes, cost, passes_of, plan_passes
 from .kl import probes
-from ..models import Checkpoint, Unit, read_units
+from ..models import Checkpoint
+from ..units import Unit, read_units
 from ..plan import check_noise
 from ..readers import LIST, NAME, OBJECT, PROSE, TEXT, check, check_kind, dumps, _helpful, maybe, number
 from ..readers import one_of, parse, read_bytes, records_in, whole

@@ -74,7 +74,7 @@ def optiq(monkeypatch, tmp_path, sweep):
             return gives(*a, **k)
         monkeypatch.setattr(where, name, functools.wraps(real)(fake) if callable(real) and not isinstance(real, type) else fake)
     rows = [dict(name=n, size_mb=1, true_bpw=4, kl=0, agreement=1) for n in ('optiq', 'reference')]
-    monkeypatch.setattr('optiq.cli._next_steps', lambda *a: '')
+    monkeypatch.setattr('optiq.commands.make._next_steps', lambda *a: '')
     report = Anything(rows=rows, about=dict(evaluation='text, 1 × 2 tokens, 0f'))
     found = dict(figures=dict(memory=[]), report=report, plan='', verified=None, config=dict(layers=[]), weights='', cache='')
     for name in ('_choose_weights', '_choose_cache', '_choose_both'): spy(pipeline, name, lambda job: found)

@@ -18,7 +18,8 @@ from .formats import AS_IS, check_storable, parse_format
 from .knapsack import allocate
 from .kv.layout import bytes_after, leaf_caches
 from .measure.kl import probes
-from .measure.sweep import Sweep, check_other
+from .measure.sweep import Sweep
+from .measure.journal import check_other
 from .folder import _others, check_untrusted, find_model
 from .models import _read_config, _said_for_mlx
 from .units import _Listing

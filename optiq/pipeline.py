@@ -33,7 +33,8 @@ from .kv.sweep import plot_kv
 from .latency import latency
 from .measure.estimate import _duration, estimate, plan_passes
 from .measure.kl import probes
-from .measure.sweep import Sweep, about_texts, check_other, learned_again, rounding_of, texts_for
+from .measure.sweep import Sweep, about_texts, learned_again, rounding_of, texts_for
+from .measure.journal import check_other
 from .models import Checkpoint, _check_overflow
 from .plan import baseline_plans, make_plan, uniform
 from .readers import _check_counts, _helpful, shown, write_json

@@ -11,7 +11,7 @@ from math import isfinite, log10
 from pathlib import Path
 
 from ..files import as_path, own_file, settle
-from ..knapsack import plus_minus
+from ..frontier import plus_minus
 from ..measure.sweep import Sweep
 from ..plan import Plan
 from ..readers import known

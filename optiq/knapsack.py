@@ -18,7 +18,7 @@ from .budget import Budget, budgets_of, candidates, _check_caps, _contradiction,
 from .budget import _tie_key
 from .formats import AS_IS, Format
 from .frontier import Frontier
-from .models import Unit
+from .units import Unit
 from .plan import baseline_plans, by_width, make_plan, Plan, _silent, smoothed
 from .readers import _helpful, shown
 from .solver import bisect, METHODS, Problem, undominated

@@ -11,7 +11,8 @@ from optiq.knapsack import allocate
 from optiq.plan import uniform
 from optiq.kv.layout import kv_layout
 from optiq.latency import latency
-from optiq.models import Checkpoint, Unit
+from optiq.models import Checkpoint
+from optiq.units import Unit
 from optiq.measure.sweep import Sweep
 
 FORMATS = [Format(b) for b in (3, 4, 6, 8)]

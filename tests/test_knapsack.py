@@ -14,7 +14,8 @@ from optiq.budget import Budget
 from optiq.why import _price_ranges
 from optiq.kv.layout import cache_bytes
 from optiq.material.tiny import tiny
-from optiq.models import Checkpoint, Unit
+from optiq.models import Checkpoint
+from optiq.units import Unit
 from optiq.plan import uniform
 from sweeps import KINDS, block_units, brute_force, make_sweep, nominal, property_test, random_sweep, stored
 

@@ -17,7 +17,8 @@ from optiq.solver import bisect
 from optiq.chips import load_chip, save_chip
 from optiq.latency import Speeds
 from optiq.roofline import Chip
-from optiq.models import Checkpoint, read_header, _weight_files
+from optiq.folder import read_header, _weight_files
+from optiq.models import Checkpoint
 from optiq.readers import NAME, check, dumps, number, told, whole
 from optiq.measure.sweep import Sweep
 from optiq.material.tiny import tiny

@@ -25,7 +25,8 @@ from optiq.knapsack import allocate
 from optiq.frontier import Frontier
 from optiq.plan import Plan, mean_se, uniform
 from optiq.kv.layout import KVLayer, KVLayout
-from optiq.models import Checkpoint, Unit
+from optiq.models import Checkpoint
+from optiq.units import Unit
 from optiq.job import _read_texts
 from optiq.request import Texts
 from optiq.arrays import to_mlx

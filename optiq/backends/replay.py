@@ -15,7 +15,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from .trees import _forgetful, _grown, _leaves, _write, _written
-from ..models import Checkpoint, read_header, Unit
+from ..folder import read_header
+from ..models import Checkpoint
+from ..units import Unit
 
 # %% ../../nbs/03_backends.replay.ipynb #b684d45f
 os.environ.setdefault('MLX_ENABLE_TF32', '0') # float32 means float32

@@ -15,7 +15,7 @@ from ..backends.replay import Backend
 from ..calibration import encode, prompt_ids
 from .gsm8k import label_of
 from ..readers import known
-from ..material.problems import recall_one
+from ..material.mixture import recall_one
 from ..plan import mean_se
 from ..report import Report, joined, machine, mean_figure, own_size, share_figure
 

@@ -20,7 +20,7 @@ from .kl import probes
 from .sweep import Sweep, fingerprint_of
 from .journal import same_sweep
 from .log import SweepLog
-from ..models import Unit
+from ..units import Unit
 
 # %% ../../nbs/04d_measure.gradient.ipynb #86fe0e48
 def _second_order(

@@ -13,7 +13,7 @@ import numpy as np
 from ..files import append, settle
 from ..formats import AS_IS, FORMAT
 from .estimate import Pass
-from ..models import read_units
+from ..units import read_units
 from ..readers import check, check_kind, dumps, LIST, maybe, NAME, number, OBJECT, one_of, parse, PROSE
 from ..readers import read_bytes, records_in, TEXT, whole
 

@@ -22,7 +22,8 @@ from ..files import settle
 from ..formats import AS_IS, Format, parse_format, quantize_minmax
 from .journal import read_log
 from .kl import probes
-from ..models import Checkpoint, Unit
+from ..models import Checkpoint
+from ..units import Unit
 from ..readers import dumps, _helpful
 from ..rounding import round_to_files
 

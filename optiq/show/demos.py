@@ -33,7 +33,8 @@ from ..kv.sweep import configurations, joint_plan, kv_sweep
 from ..latency import calibrate, compare_speeds, latency, plot_frontier, speed_frontier
 from ..material.speech import Clip, clips
 from ..material.tiny import tiny
-from ..models import Checkpoint, _ORDER
+from ..models import Checkpoint
+from ..units import _ORDER
 from ..plan import RECIPES, default_of_vlm, make_plan, recipe, uniform
 from ..report import Report, joined, machine, score_row
 from ..rounding import as_overrides, round_model

@@ -110,10 +110,6 @@ def _keeps(w: _Wish, u: Unit, fmt: Format) -> bool:
     return a <= b if w.kind == 'ceiling' else a >= b
 
 # %% ../nbs/05d_wishes.ipynb #03716c95
-def _about(wishes: list[_Wish], us: list[Unit]) -> list[_Wish]:
-    "Those that mean some of these units"
-    return [w for w in wishes if any(u.path in w.paths for u in us)]
-
 def _allowed(
     us: list[Unit], # that share a format
     found: list[Format], # what they can take

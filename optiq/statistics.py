@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from fastcore.basics import patch
 
 from .arrays import library
 from .backends.replay import Backend, _Heard
@@ -143,14 +144,6 @@ class Statistics(Mapping):
         with self.unperturbed(): self.states = self.chunks.run(self.i, self.states, listener)
         self.i, self.held = self.i+1, listener.stats
 
-    def finish(self) -> dict: # path ▸ Inputs
-        "Hear what is outside the blocks, and begin again"
-        with self.unperturbed():
-            for i in range(self.i, self.b.n_blocks): self.states = self.chunks.run(i, self.states)
-            self.chunks.run(None, self.states, listener := self.listener(None))
-        self.restart()
-        return listener.stats
-
     def __getitem__(self, path):
         block = self.b.checkpoint.unit[path].block
         if block is None:
@@ -161,3 +154,13 @@ class Statistics(Mapping):
         return self.held[path]
     def __iter__(self): return iter(self.b.checkpoint.unit)
     def __len__(self): return len(self.b.checkpoint.units)
+
+# %% ../nbs/06a_statistics.ipynb #4d645683
+@patch
+def finish(self: Statistics) -> dict: # path ▸ Inputs
+    "Run to the end, listen to the units outside the blocks, and go back to the first block"
+    with self.unperturbed():
+        for i in range(self.i, self.b.n_blocks): self.states = self.chunks.run(i, self.states)
+        self.chunks.run(None, self.states, listener := self.listener(None))
+    self.restart()
+    return listener.stats

@@ -85,7 +85,7 @@ def _as_bytes(arrays): # (B, heads, T, …) each ▸ (B, heads, T, bytes)
 def _parts(fmt: Format, dim: int, dtype: str) -> list: # of (type, bytes), one for each array of a token
     "What a row of bytes consists of"
     token = codec_of(fmt).encode(mx.zeros((1, 1, 1, dim), getattr(mx, dtype)))
-    return [(a.dtype, a.nbytes) for a in token]
+    return [(a.dtype, a.shape[-1]*a.itemsize) for a in token] # a preconditioner knows more heads than one
 
 def _from_bytes(rows, parts: list) -> list: # of arrays
     "The arrays that a codec takes"

@@ -463,7 +463,7 @@ def needle(args, report):
     from optiq.formats import parse_format
     from optiq.kv.layout import kv_layout
     from optiq.models import Checkpoint
-    from optiq.material.problems import recall
+    from optiq.material.mixture import recall
     from optiq.kv.precondition import key_statistics, preconditioned
     b = TorchBackend(Checkpoint('demo'))
     tokenizer, rows = b.checkpoint.tokenizer, list(args.done.get('needle', {}).get('rows', []))

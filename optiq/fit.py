@@ -42,7 +42,8 @@ def _here() -> tuple: # bytes, where the figure comes from
     "What this machine lets a model have"
     import mlx.core as mx
     found = mx.device_info() if mx.default_device().type == mx.DeviceType.gpu else {}
-    if size := found.get('max_recommended_working_set_size'): return int(size), 'as Metal says'
+    limit = found.get('max_recommended_working_set_size')
+    if limit: return int(limit), 'as Metal says'
     size = found.get('memory_size') or os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
     return int(size*3/4), 'three quarters of the memory'
 

@@ -230,8 +230,9 @@ def optimize(
     beside = weights is None and out is not None and _is_own_folder(model, out)
     if weights is None and dtype: raise ValueError('`dtype` has no effect on a cache; leave it')
     _check_overflow(c := Checkpoint(model, trust_remote_code, model_type, dtype))
-    if cache is not None and c.model_type != 'llm': raise ValueError(
-        f'{c.name} is a {_KINDS[c.model_type]} model, whose cache cannot be planned yet; leave it as it is')
+    if what == 'weights and cache together' and c.model_type != 'llm': raise ValueError(
+        f'{c.name} is a {_KINDS[c.model_type]} model, whose weights and cache cannot share a budget yet; '
+        'plan one, and then the other')
     job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, beside)
     return {'weights': _choose_weights, 'a cache': _choose_cache}.get(what, _choose_both)(job)
 

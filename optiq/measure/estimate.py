@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..backends.near import Near
 from ..backends.open import open_backend
 from ..backends.replay import Backend, _leaves
 from ..calibration import samples_of, shape_of
@@ -31,6 +32,8 @@ class Pass:
         return [(u.path, str(f), self.start) for u, f in self.todo]
 
 # %% ../../nbs/04b_measure.estimate.ipynb #4a44c860
+_FEW = 64 # probes that make it worth while to run the model itself beside them
+
 def plan_passes(
     b: Backend,
     todo: list, # all probes
@@ -43,7 +46,8 @@ def plan_passes(
     stream = 2*4*T*b.checkpoint.units[0].shape[-1] # joining batches makes a copy
     room = max(1, int((max_memory or b.free_memory()*2/3)*.8/stream))
     at_once = n if b.on_gpu else max(1, 512//T) # short passes: less is lost when one is interrupted
-    return max(1, min(n, at_once, room//(len(todo)+1))), min(len(todo), room)
+    sequences = max(1, min(n, at_once, room//(min(len(todo), _FEW)+1)))
+    return sequences, max(1, min(len(todo), room//sequences-1))
 
 # %% ../../nbs/04b_measure.estimate.ipynb #ad622c1d
 def passes_of(
@@ -124,11 +128,12 @@ def _timing(b, batch, probes):
     states, u = b.embed(batch), _largest(b, 0)
     many, change = _stack(b, [states]*8)[0], perturb((u, Format(4, WORD))) if u else {}
     def block(x, change={}): return _time(lambda: b.ready(b.run_block(0, x, change)))
-    k, head = len(many)//len(batch), _time(lambda: kl_of_streams(b, states, [({}, [many])]))
-    alone = block(states)
-    weight = max(0, block(states, change)-alone)/u.params if u else 0
+    k, head, near = len(many)//len(batch), _time(lambda: kl_of_streams(b, states, [({}, [many])])), Near(b)
+    with near.kept(): b.ready(b.run_block(0, states))
+    with near.beside(): alone, changed, stacked = block(states), block(states, change), block(many)
+    weight = max(0, changed-alone)/u.params if u else 0
     width = b.checkpoint.units[0].shape[-1]*_answers_kept(states)
-    return _Timing(block(many)/k, alone, head/(k+1), weight, 8*batch.size*(probes+1)*width)
+    return _Timing(stacked/k, alone, head/(k+1), weight, 8*batch.size*(probes+1)*width)
 
 def _answers_kept(states) -> int:
     "The largest number of answers that a stream keeps at once"

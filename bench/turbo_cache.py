@@ -405,7 +405,8 @@ def their_quantizer(bits, D, seed):
 
 def one_step(x, bits):
     "`_round_trip` with the step that is best on average, for all vectors"
-    from optiq.turboquant import _decode_rotated, encode_rotated, _rotate, rotation_matrix
+    from optiq.rotation import rotation_matrix
+    from optiq.turboquant import _decode_rotated, encode_rotated, _rotate
     y = _decode_rotated(*encode_rotated(_rotate(x, 42), bits, (1,)), bits)
     return (y @ rotation_matrix(y.shape[-1], 42, 'hadamard').T)[..., :x.shape[-1]]
 

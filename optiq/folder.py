@@ -141,13 +141,16 @@ def _weight_files(
     tables, named = {p.name: read_header(p) for p in found}, _indexed(folder)
     plain = {'model.safetensors'} & tables.keys()
     if plain and not named.keys() & tables.keys(): named = dict.fromkeys(plain, ())
-    if missing := sorted(named.keys()-tables.keys()): raise FileNotFoundError(
+    missing = sorted(named.keys()-tables.keys())
+    if missing: raise FileNotFoundError(
         f'{folder} lacks {", ".join(missing)}, which its index names; fetch it again')
     if not found: raise FileNotFoundError(_no_weights(folder))
-    if named and (stray := sorted(tables.keys()-named.keys())): raise ValueError(
+    stray = sorted(tables.keys()-named.keys())
+    if named and stray: raise ValueError(
         f'{folder/stray[0]} is {"named by no index" if not plain else "beside model.safetensors"}: '
         'some libraries would read it and others not; take it out of the folder')
-    if (adapter := folder/'adapter_config.json').exists(): raise ValueError(
+    adapter = folder/'adapter_config.json'
+    if adapter.exists(): raise ValueError(
         f'{adapter} tells of an adapter, which some libraries would apply and others not; merge it into the weights, '
         'or take it out of the folder')
     for name, tensors in named.items(): _check_index(folder/name, tensors, tables[name])
@@ -164,7 +167,8 @@ def _indexed(folder) -> dict: # file ▸ names of its tensors
 
 def _check_index(file, tensors, table):
     "Raise ValueError unless a file holds what the index says of it"
-    if odd := [t for t in tensors if t not in table]: raise ValueError(
+    odd = [t for t in tensors if t not in table]
+    if odd: raise ValueError(
         f'{file} has no {odd[0]}, which the index says it holds ({len(odd)} are missing); fetch it again')
 
 # %% ../nbs/01a_folder.ipynb #bdfde6ed

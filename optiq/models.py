@@ -55,7 +55,8 @@ def _read_config(
     for part in (config, config.get('text_config'), config.get('thinker_config')):
         if not isinstance(part, dict): continue
         check(part, _CONFIG, str(file))
-        if (layers := part.get('num_hidden_layers', 0)) > n: raise ValueError(
+        layers = part.get('num_hidden_layers', 0)
+        if layers > n: raise ValueError(
             f'{file}: num_hidden_layers is {layers}, and the checkpoint has {n} tensors')
     return config
 
@@ -89,7 +90,8 @@ def _said_for_mlx(
     layers = {k: v for k, v in rope.items() if isinstance(v, dict)} # per type of layer
     main = layers.get('full_attention') or next(iter(layers.values()), rope)
     out |= {k: main[k] for k in ('rope_theta', 'partial_rotary_factor') if k in main}
-    if 'rope_theta' in (local := layers.get('sliding_attention', {})): out['rope_local_base_freq'] = local['rope_theta']
+    local = layers.get('sliding_attention', {})
+    if 'rope_theta' in local: out['rope_local_base_freq'] = local['rope_theta']
     scaling = {k: v for k, v in main.items() if k not in ('rope_theta', 'partial_rotary_factor')}
     kind = scaling.get('rope_type', scaling.get('type', 'default'))
     if {*scaling}-{'rope_type', 'type'} or kind != 'default':

@@ -60,8 +60,8 @@ def read_units(
     found = [Unit(**{k.rstrip('?'): r[k.rstrip('?')] for k in _UNIT
                      if k.rstrip('?') in r} | dict(shape=tuple(r['shape']))) for r in rows]
     if len({u.path for u in found}) < len(found): raise ValueError(f'{where}: units hold one path twice')
-    if odd := next((u for u in found if len(u.shape) < 2), None):
-        raise ValueError(f'{where}: {odd.path} has the shape {odd.shape}')
+    flat = [u for u in found if len(u.shape) < 2]
+    if flat: raise ValueError(f'{where}: {flat[0].path} has the shape {flat[0].shape}')
     rest = params-sum(u.params for u in found) # elements of everything else, 1 to 8 bytes each
     if not rest <= other_bytes <= 8*rest: raise ValueError(
         f'{where}: params {params:,} and other_bytes {other_bytes:,} do not go with units of {params-rest:,} '
@@ -99,13 +99,14 @@ def find_units(
     lists, found = lists or block_lists(model, model_type), []
     modules = dict(model.named_modules())
     layers = {p: m for p, m in modules.items() if hasattr(m, 'to_quantized') or 'scales' in m}
+    allowed = getattr(model, 'model_quant_predicate', lambda path, module: True) # where a model has a say in it
     experts = {p: m.weight.shape[0] for p, m in layers.items() if 'SwitchLinear' in type(m).__name__}
     starts = dict(zip(lists, [0, *np.cumsum(list(lists.values())).tolist()]))
     for path, m in layers.items():
         (shape, dtype), block = _stored(m), _block_of(path, starts)
         if _routes(path, shape, experts, layers): continue
         odd = not any(divides(f, shape) for f in ALL_FORMATS) or _scaled(m)
-        fixed = odd or not _opens(model, path, m) or _read_bare(modules, path)
+        fixed = odd or allowed(path, m) is not True or _read_bare(modules, path)
         stored = str(_stored_format(m)) if 'scales' in m else None
         found.append(Unit(path, _kind(path, m), shape, block, dtype, _part_of(path, model_type), fixed, stored))
     def at(u):
@@ -174,11 +175,6 @@ def _stored_format(
     "The format in which a layer's weight is stored"
     return Format(module.bits, module.group_size, module.mode) if 'scales' in module else AS_IS
 
-# %% ../nbs/01b_units.ipynb #55e4aed2
-def _opens(model, path, module):
-    "Whether the loader, where a model has a say in it, opens this layer in another format than it has"
-    return getattr(model, 'model_quant_predicate', lambda path, module: True)(path, module) is True
-
 # %% ../nbs/01b_units.ipynb #f9424ecc
 @cache
 def _source(kind: type) -> str:
@@ -219,7 +215,8 @@ def _census(model, units):
 def _check_odd(units: list[Unit]):
     "Raise ValueError for a model without units, or with weights of a type that is not rounded"
     if not units: raise ValueError('the model has no tensor that can be quantized')
-    if odd := [u for u in units if u.dtype not in ('bfloat16', 'float16', 'float32')]: raise ValueError(
+    odd = [u for u in units if u.dtype not in ('bfloat16', 'float16', 'float32')]
+    if odd: raise ValueError(
         f'{odd[0].path}.weight of the model holds {odd[0].dtype}, and should hold bfloat16, float16 or float32')
 
 # %% ../nbs/01b_units.ipynb #2fa3ff5e

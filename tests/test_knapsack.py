@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from optiq.formats import AS_IS, Format
-from optiq.knapsack import Budget, allocate, pareto, _price_ranges, _stability
+from optiq.knapsack import allocate, pareto, _stability
+from optiq.budget import Budget
+from optiq.why import _price_ranges
 from optiq.kv.layout import cache_bytes
 from optiq.material.tiny import tiny
 from optiq.models import Checkpoint

@@ -21,7 +21,8 @@ from optiq.evals.perplexity import Score, evaluation_tokens, check_overlap
 from optiq.report import mean_figure, _paired
 from optiq.evals.wer import _wer_figure
 from optiq.formats import Format, quantize_dequantize
-from optiq.knapsack import Frontier, allocate
+from optiq.knapsack import allocate
+from optiq.frontier import Frontier
 from optiq.plan import Plan, mean_se, uniform
 from optiq.kv.layout import KVLayer, KVLayout
 from optiq.models import Checkpoint

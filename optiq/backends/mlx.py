@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import numpy as np
 from fastcore.basics import patch
 
-from .replay import Backend, _forgetful, available_memory, check_all, check_logits
+from .replay import Backend, available_memory, check_all, check_logits
+from .trees import _forgetful
 from .taps import _block, _descend, mlx_attention, mlx_blocks, mlx_listening
 from .taps import mlx_products, mlx_watching, same
 from ..models import Checkpoint

@@ -41,7 +41,8 @@ _SHARED |= dict(
         help='cap on tensors and KV cache; auto: all that this machine leaves, see `optiq fit`'),
     target_tps=click.option('--target-tps', type=float, metavar='N',
         help='decode at least N tokens per second, by prediction'),
-    chip=click.option('--chip', metavar='NAME', help='on which chip, such as "M3 Max"; default: this machine, measured'),
+    chip=click.option('--chip', metavar='NAME',
+        help='on which chip, such as "M3 Max"; default: this machine, measured'),
     cap_context=click.option('--context', type=int, metavar='N',
         help='tokens in the KV cache, for --target-memory, --target-tps and --kv'))
 

@@ -20,8 +20,8 @@ from .cache import BatchMixedKVCache, Codec, MixedKVCache, codec_of, findable, n
 from .config import read_kv_config
 from .layout import kv_layers, own_caches
 from .precondition import KeyPrecondition, Turned, in_mlx, load_preconditions, turned
-from ..turboquant import STEPS, Rotated, codebook, encode_rotated, on_grid
-from ..turboquant import pack_words, padded, rotation_matrix, scale_of
+from ..rotation import codebook, rotation_matrix
+from ..turboquant import STEPS, Rotated, encode_rotated, on_grid, pack_words, padded, scale_of
 
 # %% ../../nbs/11d_kv.rotated.ipynb #93f4d90b
 @mx.compile

@@ -14,7 +14,8 @@ import numpy as np
 
 from ..backends.near import Near
 from ..backends.open import open_backend
-from ..backends.replay import Backend, _leaves
+from ..backends.replay import Backend
+from ..backends.trees import _leaves
 from ..calibration import samples_of, shape_of
 from ..formats import Format, WORD, divides, parse_format, quantize_dequantize
 from .kl import _stack, kl_of_streams, measure, perturb, probes

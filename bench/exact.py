@@ -90,7 +90,7 @@ def three_bf16(key, x, w, multiply):
     narrow, out, rows = w.bfloat16().T, 0, x.reshape(-1, x.shape[-1])
     for _ in range(3):
         part = rows.bfloat16()
-        out, rows = out+torch.mm(part, narrow, out_dtype=torch.float32), rows-part
+        out, rows = out+(torch.mm(part, narrow, out_dtype=torch.float32) if part.is_cuda else part.float() @ narrow.float()), rows-part
     return out.reshape(*x.shape[:-1], -1)
 
 def one_bf16(key, x, w, multiply): return multiply(x.bfloat16(), w.bfloat16()).float()
@@ -200,6 +200,8 @@ def parts(b, tokens, rounding):
 
 def gptq(args, folder):
     import torch
+    import optiq.gptq as g
+    import optiq.grid as grid
     import optiq.rounding as r
     from optiq.statistics import Chunks
     spent = {}

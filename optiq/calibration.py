@@ -113,7 +113,7 @@ def _pieces(text: str) -> list:
 class _Bundled(Sequence):
     "Documents of one side of the bundled text, each made when it is first read"
     def __init__(self, split: str):
-        from optiq.material.problems import mixture
+        from optiq.material.mixture import mixture
         self.made, self.more = [], mixture(split=split)
     def __len__(self): return 2000
     def __getitem__(self, i):

@@ -25,7 +25,8 @@ from .files import added_files, as_path, can_draw, check_full, claiming, journal
 from .files import own_output, own_place, scratch, whole_folder
 from .fit import _memory_here, _untested
 from .formats import AS_IS, Format, check_storable, parse_format, parse_formats, quantize_minmax
-from .knapsack import PROFILES, _least_bits, allocate, known, pareto
+from .knapsack import PROFILES, _least_bits, allocate, pareto
+from .readers import known
 from .budget import candidates
 from .kv.config import STATISTICS, save_kv_config
 from .kv.layout import KVLayout, cache_bytes, kv_layout

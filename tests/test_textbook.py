@@ -30,7 +30,8 @@ from optiq.units import Unit
 from optiq.pipeline import Texts, _read_texts
 from optiq.arrays import to_mlx
 from optiq.roofline import Chip, Latency, _cache_reads, reads_of
-from optiq.rounding import gptq, search
+from optiq.gptq import gptq
+from optiq.grid import search
 from optiq.statistics import Inputs
 from optiq.measure.gradient import _second_order
 from optiq.measure.kl import kl_divergence

@@ -205,7 +205,6 @@ def _measured(model, model_type, trust_remote_code, dtype, **given):
 # %% ../../nbs/89b_commands.make.ipynb #369af0d3
 def _told_of(sweep, out: str) -> tuple: # figures, text
     "What a sweep found"
-    from optiq.knapsack import known
     rows = [dict(unit=p, format=str(f), kl=sweep.kl(p, f), se=known(sweep.se(p, f))) for p, f in sweep.values]
     figures = dict(output=out, model=sweep.header['model'], noise=sweep.header.get('noise'), rows=rows)
     return figures, '\n'.join([repr(sweep), *_most_sensitive(rows), f'written to {out}'])

@@ -17,7 +17,7 @@ from ..backends.replay import Backend
 from ..calibration import fingerprint, overlap, passages, positions, samples_of, token_batch, token_ids
 from ..calibration import unscored
 from ..formats import AS_IS, for_unit, quantize_dequantize
-from ..knapsack import known
+from ..readers import known
 from ..frontier import plus_minus
 from ..measure.kl import kl_rows, logit_slices
 from ..measure.journal import read_log

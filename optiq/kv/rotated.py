@@ -15,8 +15,9 @@ from fastcore.basics import patch
 from mlx_lm.models.cache import ArraysCache
 
 from ..formats import FAMILIES, Format
-from . import cache as kv_cache, kernels as turbo_kernels
-from .cache import BatchMixedKVCache, Codec, MixedKVCache, codec_of, findable, name_caches, summable
+from . import attention, kernels as turbo_kernels
+from .attention import Codec, codec_of, summable
+from .cache import BatchMixedKVCache, MixedKVCache, findable, name_caches
 from .config import read_kv_config
 from .layout import kv_layers, own_caches
 from .precondition import KeyPrecondition, Turned, in_mlx, load_preconditions, turned
@@ -102,7 +103,7 @@ def _grid(shape: tuple, bits: int, dtype):
 def _group_of(codes, bits: int) -> tuple: # (size, groups in a vector)
     "The largest group that MLX has and that divides a vector as often as its product needs"
     width = codes.shape[-1]*32//bits
-    size = next((g for g in (128, 64, 32) if width % g == 0 and width//g >= kv_cache.GROUPS), 32)
+    size = next((g for g in (128, 64, 32) if width % g == 0 and width//g >= attention.GROUPS), 32)
     return size, width//size
 
 # %% ../../nbs/11d_kv.rotated.ipynb #2c8d6294
@@ -114,7 +115,7 @@ def _scaled(a, scales): # (B, heads, rows, T), (B, heads, T, 1) ▸ as `a`
 @patch
 def product(self: _RotatedCodec, a, arrays, transpose):
     (codes, scales), (size, n) = arrays, _group_of(arrays[0], self.bits)
-    if transpose and n < kv_cache.GROUPS: return a @ self.dense(arrays, a.dtype).swapaxes(-1, -2)
+    if transpose and n < attention.GROUPS: return a @ self.dense(arrays, a.dtype).swapaxes(-1, -2)
     x = a.astype(mx.float32) if a.dtype == mx.float16 else summable(a)
     if not transpose: x = _scaled(x, scales)
     step_bias = _grid((*codes.shape[:3], n), self.bits, x.dtype)

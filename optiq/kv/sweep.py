@@ -16,7 +16,8 @@ from ..backends.open import open_backend
 from ..evals.perplexity import evaluate, overrides_of
 from ..files import journal_of
 from ..formats import Format, parse_formats
-from ..knapsack import allocate, known
+from ..knapsack import allocate
+from ..readers import known
 from .cache import memory_table
 from .config import kv_config, read_kv_config
 from .layout import KVLayer, KVLayout, kv_layout

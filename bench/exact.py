@@ -155,8 +155,6 @@ def graph(b, tokens):
 
 def whole(args, folder):
     import torch
-    from optiq.measure.estimate import _measure_halved
-    from optiq.rounding import RoundTrips, _round_all
     from optiq.sensitivity import kl_sweep
     c, out = checkpoint(folder, args.layers), {}
     tokens = np.random.default_rng(0).integers(0, c.vocabulary, (8, 512)).astype(np.int32)
@@ -201,7 +199,6 @@ def parts(b, tokens, rounding):
 def gptq(args, folder):
     import torch
     import optiq.gptq as g
-    import optiq.grid as grid
     import optiq.rounding as r
     from optiq.statistics import Chunks
     spent = {}
@@ -211,7 +208,7 @@ def gptq(args, folder):
             spent[name] = spent.get(name, 0)+t
             return out
         return run
-    for name in ('_prepared', '_find_grid', '_compensated', '_second_look'): setattr(r, name, clocked(name, getattr(r, name)))
+    for name in ('_prepared', '_find_grid', '_compensated', '_second_look'): setattr(g, name, clocked(name, getattr(g, name)))
     Chunks.run = clocked('walk and moments', Chunks.run)
     c = checkpoint(folder, args.gptq_layers)
     tokens = np.random.default_rng(0).integers(0, c.vocabulary, (32, 512)).astype(np.int32)

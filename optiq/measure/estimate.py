@@ -40,6 +40,7 @@ def plan_passes(
     todo: list, # all probes
     shape: tuple, # (n, T) of the calibration tokens
     max_memory: float | None = None, # bytes for states; two thirds of what is free by default
+    ranks: int = 1, # processes that share the passes
 ) -> tuple[int, int]: # (sequences, probes) of one pass
     "How much one pass takes at once"
     n, T = shape
@@ -48,7 +49,9 @@ def plan_passes(
     room = max(1, int((max_memory or b.free_memory()*2/3)*.8/stream))
     at_once = n if b.on_gpu else max(1, 512//T) # short passes: less is lost when one is interrupted
     sequences = max(1, min(n, at_once, room//(min(len(todo), _FEW)+1)))
-    return sequences, max(1, min(len(todo), room//sequences-1))
+    parts, groups = -(-len(todo)//max(1, min(len(todo), room//sequences-1))), -(-n//sequences)
+    while parts*groups % ranks: parts += 1 # as many for each process
+    return sequences, -(-len(todo)//parts)
 
 # %% ../../nbs/04b_measure.estimate.ipynb #ad622c1d
 def passes_of(
@@ -56,10 +59,14 @@ def passes_of(
     n: int, # calibration sequences
     sequences: int, # of one pass
     many: int, # probes of one pass
+    mixed: bool = False, # units from all over the model in each, so that all take as long
 ) -> list[Pass]:
     "All passes, sequences first"
-    return [Pass(s, min(s+sequences, n), tuple(todo[k:k+many])) for s in range(0, n, sequences)
-            for k in range(0, len(todo), many)]
+    parts = -(-len(todo)//many)
+    place = {path: k % parts for k, path in enumerate(dict.fromkeys(u.path for u, _ in todo))}
+    order = sorted(range(len(todo)), key=lambda k: place[todo[k][0].path] if mixed else 0)
+    return [Pass(s, min(s+sequences, n), tuple(todo[j] for j in sorted(order[k:k+many])))
+            for s in range(0, n, sequences) for k in range(0, len(todo), many)]
 
 # %% ../../nbs/04b_measure.estimate.ipynb #6fc47dcc
 _FULL = re.compile('out of ?memory|insufficient memory|not enough memory|allocate', re.I)

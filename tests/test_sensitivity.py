@@ -28,7 +28,8 @@ from optiq.measure.kl import kl_divergence, measure, perturb, probes
 from optiq.measure.sweep import Sweep, _tokens_per_expert
 from optiq.measure.journal import read_log
 from optiq.sensitivity import kl_sweep
-from optiq.material.tiny import _CONFIGS, _FROM_ONE, tiny
+from optiq.material.configs import _CONFIGS
+from optiq.material.tiny import _FROM_ONE, tiny
 
 TEXT = ['qwen3', 'qwen3_moe', 'qwen3_5', 'llama', 'gemma3', 'mistral', 'phi3']
 BACKENDS = dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend)

@@ -45,7 +45,8 @@ from .report import Report, machine, score_row
 from .rounding import QUANTIZERS, ROUNDING, _rounding_seconds, as_overrides, dwq, round_model
 from .rounding import round_to_files
 from .score import same_words, text_tokens
-from .sensitivity import _SHARE, _choose_method, kl_sweep, sweep_quantizer
+from .sensitivity import _SHARE, _choose_method, _statistics_for, kl_sweep, sweep_quantizer
+from .statistics import _Learned
 from .wishes import _pinned
 
 # %% ../nbs/08_pipeline.ipynb #eca94df7
@@ -77,6 +78,7 @@ class Weights:
     sweep: 'Sweep | str | Path | None' = None # a sweep of this model, or its file
     rounding: str | None = None # 'minmax', 'search' or 'gptq'; by default that of the sweep, or `ROUNDING`
     rounding_n: int | None = None # sequences that `search`, `gptq` and `dwq` learn from, 32 by default
+    statistics: 'str | Path | None' = None # file of what `search` learns from the text, written if it is not there
     method: str | None = None # of the sweep: 'exact', 'screened' or 'gradient'; by default what fits `time_budget`
     time_budget: float | None = None # seconds of the sweep, 600 by default, for the choice of its method
     polish: str | None = None # 'dwq': train scales and biases at the end
@@ -143,6 +145,8 @@ def _check_weights(weights: Weights, what: str, out):
     if weights.compare is False and what != 'weights': raise ValueError(
         f'`compare` has no effect {_beside(what)} yet; leave one of the two')
     _check_rounding_name(rounding := _rounding_for(weights.rounding, weights.sweep), weights.polish, out)
+    if weights.statistics is not None and weights.polish: raise ValueError(
+        '`statistics` do not serve `polish`: dwq trains on the text itself; leave one of the two')
     if rounding == 'minmax' and not weights.polish and weights.rounding_n is not None: raise ValueError(
         '`rounding_n` has no effect: minmax learns from no text; leave it out, or choose another `rounding`')
 
@@ -285,6 +289,9 @@ def _check_sweep(found: Sweep, name, c: Checkpoint, formats: list, rounding: str
 def _as_swept(found: Sweep, t: _Batches, c: Checkpoint, rounding: str) -> Sweep: # found
     "Let the model be rounded from the text that its sweep learned from, if that can be had"
     if rounding == 'minmax': return found
+    if isinstance(t.learned, _Learned):
+        found.learned = t.learned # it was compared with what the sweep says
+        return found
     try: t.learned = learned_again(found, c)
     except ValueError: found.header |= about_texts(t.source, t.learned, rounding)
     found.learned = t.learned
@@ -309,6 +316,16 @@ def _check_rounding_name(rounding: str, polish: str | None, out):
     if polish not in (None, 'dwq'): raise ValueError(f'no polish {polish!r}; there is dwq')
     if polish and out is None: raise ValueError(
         'dwq trains a model that is written; give an output, or leave the polish')
+
+def _check_states_memory(states_memory: float | None, weights: Weights | None, cache: Cache | None = None):
+    "Raise ValueError for a limit on what a sweep keeps in memory if no sweep is measured exactly"
+    if states_memory is None: return
+    if not isinstance(states_memory, Real) or not states_memory >= 1: raise ValueError(
+        f'`states_memory` is {shown(states_memory)}, and should be a number of bytes')
+    if weights is not None and weights.sweep is not None and cache is None: raise ValueError(
+        '`states_memory` has no effect on a `sweep` that is given; leave one of the two')
+    if weights is not None and weights.method not in (None, 'exact'): raise ValueError(
+        f'`states_memory` counts for `method` exact, not {weights.method}; leave one of the two')
 
 # %% ../nbs/08_pipeline.ipynb #9f6bbe68
 def _check_output(c: Checkpoint, out, plan, rounding: str):
@@ -413,6 +430,7 @@ class _Job:
     texts: Texts
     backend: str
     overwrite: bool
+    states_memory: float | None = None # bytes for the states of a sweep
     beside: bool = False # files are added to the model's own folder
 
     @property
@@ -442,7 +460,11 @@ class _Job:
     def open(self, more: int = 0) -> tuple: # Backend, Batches
         "The model and its texts; raises ValueError if they do not go together"
         t = _read_texts(self.c, self.texts, more) # takes no time, and can fail
-        return open_backend(self.c, self.backend), t
+        b, w = open_backend(self.c, self.backend), self.weights
+        if w is None or w.statistics is None: return b, t
+        wanted = None if w.sweep is None else _load_sweep(w.sweep).header.get('learned')
+        t.learned = _statistics_for(b, t.learned, w.statistics, self.rounding, t.source, wanted)
+        return b, t
 
 # %% ../nbs/08_pipeline.ipynb #3e05e0d0
 def _conditions(job: _Job) -> dict: # of `allocate`
@@ -496,10 +518,11 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     b, t = job.open(job.more)
     method, targets = w.method, [likely.nominal_bpw]
     if method is None and w.sweep is None: method = _choose_method(
-        b, t.tokens, [f for f in job.measured if f != AS_IS], targets, None, None, out and journal_of(out), None,
-        w.time_budget, True)
+        b, t.tokens, [f for f in job.measured if f != AS_IS], targets, None, None, out and journal_of(out),
+        job.states_memory, w.time_budget, True)
     _announce_road(expected := _expected(b, t, job, likely, method))
-    found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=method, targets=targets)
+    found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=method, targets=targets,
+                        max_memory=job.states_memory)
     plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, **options)
     if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
     others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
@@ -518,7 +541,7 @@ def _choose_cache(job: _Job) -> dict: # report, plan, sweep, config, figures
     layout = kv_layout(job.c, job.context)
     allocate(_untested(layout, formats), **options) # raises before anything is measured if no plan fits
     b, t = job.open()
-    found = planned_cache(b, t.tokens, t.scored, layout, formats, options, t.about, out)
+    found = planned_cache(b, t.tokens, t.scored, layout, formats, options, t.about, out, job.states_memory)
     if out is not None:
         _write_kv(found, out, job.overwrite, job.beside)
         journal_of(out).unlink(missing_ok=True)
@@ -557,7 +580,7 @@ def _choose_both(job: _Job) -> dict: # report, config, figures, and what `joint_
     known = None if w.sweep is None else _narrowed(_find_sweep(b, t, fmts, w.sweep, None, rounding), fmts)
     found = planned_together(b, t.tokens, t.scored, layout, job.caps.max_bytes, fmts, job.kv_formats, t.about, out,
                              weight_sweep=known, rounding=rounding, rounding_tokens=t.learned, calibration=t.source,
-                             candidates=[*job.formats, *job.kv_formats], **w.wishes)
+                             candidates=[*job.formats, *job.kv_formats], max_memory=job.states_memory, **w.wishes)
     if out is not None: _write_model(b, found['weights'], t, out, found['weight_sweep'], job.overwrite, rounding, None,
                                     partial(_write_beside, found))
     return found
@@ -600,6 +623,7 @@ def optimize(
     cache: Cache | None = None, # how the KV cache is chosen; None leaves it as it is
     texts: Texts | None = None, # what is measured and scored on
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
+    states_memory: float | None = None, # bytes for the states of a sweep; two thirds of what is free by default
     overwrite: bool = False, # replace `out`, if it is ours
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by the checkpoint by default
@@ -625,7 +649,8 @@ def optimize(
     _check_overflow(c := Checkpoint(model, trust_remote_code, model_type, dtype))
     if cache is not None and c.model_type != 'llm': raise ValueError(
         f'{c.name} is a {_KINDS[c.model_type]} model, whose cache cannot be planned yet; leave it as it is')
-    job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, beside)
+    _check_states_memory(states_memory, weights, cache)
+    job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, states_memory, beside)
     return {'weights': _choose_weights, 'a cache': _choose_cache}.get(what, _choose_both)(job)
 
 # %% ../nbs/08_pipeline.ipynb #7516241d
@@ -663,6 +688,7 @@ def trade_off(
     verify: int = 0, # points of each curve to measure on evaluation text
     out: 'str | Path | None' = None, # folder for pareto.json, pareto.png, pareto.svg, the sweep and the plans
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
+    states_memory: float | None = None, # bytes for the states of a sweep; two thirds of what is free by default
     overwrite: bool = False, # replace `out`, if it is ours
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by the checkpoint by default
@@ -683,10 +709,11 @@ def trade_off(
         raise ValueError(f'`sweep` has no effect: {source} is a sweep; leave one of the two')
     if saved: sweep, source = source, Sweep.load(source).header['model']
     _check_weights(weights := replace(weights, sweep=sweep), 'a curve', out)
+    _check_states_memory(states_memory, weights)
     out = own_output(out, overwrite, 'pareto', source, journal=sweep is None)
     fmts, rounding = _candidates_for(weights.formats, sweep, _WIDE), _rounding_for(weights.rounding, sweep)
     if sweep is not None and not verify:
-        idle = [k for k, v in dict(texts=texts, rounding_n=weights.rounding_n).items() if v is not None]
+        idle = [k for k, v in dict(texts=texts, rounding_n=weights.rounding_n, statistics=weights.statistics).items() if v is not None]
         if idle: raise ValueError(f'`{idle[0]}` has no effect: nothing is measured; give `verify`')
         found = _load_sweep(sweep)
         if saved: _check_other_rounding(found, sweep, rounding)
@@ -695,10 +722,10 @@ def trade_off(
     else:
         c = Checkpoint(source, trust_remote_code, model_type)
         _least_bits(_untested(c, [f for f in fmts if f != AS_IS]), fmts, **weights.wishes) # raises for an odd wish
-        job = _Job(c, out, Caps(), weights, None, _texts_of(texts, 'weights'), backend, overwrite)
+        job = _Job(c, out, Caps(), weights, None, _texts_of(texts, 'weights'), backend, overwrite, states_memory)
         b, t = job.open(job.more)
         found = _find_sweep(b, t, fmts, sweep, out, rounding, method=weights.method, time_budget=weights.time_budget,
-                            targets=targets or ())
+                            targets=targets or (), max_memory=states_memory)
         about = t.about | dict(rounding=rounding)
     chosen = _narrowed(found, fmts)
     curve = pareto(chosen, targets, profiles or _possible(chosen), **weights.wishes)

@@ -30,7 +30,8 @@ from .plan import baseline_plans, uniform
 from .report import machine
 from .request import _Batches, Cache, _candidates_for, Caps, _load_sweep, _rounding_for, Texts, Weights
 from .rounding import _rounding_seconds
-from .sensitivity import kl_sweep, _SHARE
+from .sensitivity import _statistics_for, kl_sweep, _SHARE
+from .statistics import _Learned
 from .wishes import _pinned
 
 # %% ../nbs/08b_job.ipynb #3a6e8849
@@ -110,6 +111,9 @@ def _check_sweep(found: Sweep, name, c: Checkpoint, formats: list, rounding: str
 def _as_swept(found: Sweep, t: _Batches, c: Checkpoint, rounding: str) -> Sweep: # found
     "Let the model be rounded from the text that its sweep learned from, if that can be had"
     if rounding == 'minmax': return found
+    if isinstance(t.learned, _Learned):
+        found.learned = t.learned # it was compared with what the sweep says
+        return found
     try: t.learned = learned_again(found, c)
     except ValueError: found.header |= about_texts(t.source, t.learned, rounding)
     found.learned = t.learned
@@ -166,6 +170,7 @@ class _Job:
     texts: Texts
     backend: str
     overwrite: bool
+    states_memory: float | None = None # bytes for the states of a sweep
     beside: bool = False # files are added to the model's own folder
 
     @property
@@ -195,7 +200,11 @@ class _Job:
     def open(self, more: int = 0) -> tuple: # Backend, Batches
         "The model and its texts; raises ValueError if they do not go together"
         t = _read_texts(self.c, self.texts, more) # takes no time, and can fail
-        return open_backend(self.c, self.backend), t
+        b, w = open_backend(self.c, self.backend), self.weights
+        if w is None or w.statistics is None: return b, t
+        wanted = None if w.sweep is None else _load_sweep(w.sweep).header.get('learned')
+        t.learned = _statistics_for(b, t.learned, w.statistics, self.rounding, t.source, wanted)
+        return b, t
 
 # %% ../nbs/08b_job.ipynb #3e05e0d0
 def _conditions(job: _Job) -> dict: # of `allocate`

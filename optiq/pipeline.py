@@ -208,7 +208,7 @@ class _Batches:
 def _told(c: Checkpoint, source, tokens) -> str:
     "A source, its size and its fingerprint, as reports name it"
     name, shape = 'samples' if isinstance(source, list) else source, ' × '.join(map(str, shape_of(tokens)))
-    what = 'tokens' if c.model_type == 'llm' else 'scored positions'
+    what = 'tokens' if c.text_only else 'scored positions'
     return f'{name}, {shape} {what}, {fingerprint(tokens)}'
 
 # %% ../nbs/08_pipeline.ipynb #bade3f39
@@ -221,7 +221,7 @@ def _read_texts(
     other = t.calibration if t.evaluation is None else t.evaluation
     side, held_out = ('train', 'test') if str(other) == str(t.calibration) else ('all', 'all')
     tokens, learned = texts_for(c, t.calibration, t.n_calibration, t.seq_len, more, side)
-    if c.model_type == 'llm': scored = evaluation_tokens(other, c.tokenizer, t.n_evaluation, t.eval_len or 256,
+    if c.text_only: scored = evaluation_tokens(other, c.tokenizer, t.n_evaluation, t.eval_len or 256,
                                                          held_out)
     else: scored = batch_for(c, other, t.n_evaluation, split=held_out)
     check_overlap(overlap(block_hashes(text_of(c, learned)), scored))

@@ -166,7 +166,8 @@ def make_problem(
 ) -> Problem:
     "Rows, options, and their numbers"
     groups = {}
-    for u in sorted(sweep.units, key=lambda u: u.path): groups.setdefault(key(u), []).append(u)
+    leader = {u.path: u for u in sweep.units}
+    for u in sorted(sweep.units, key=lambda u: u.path): groups.setdefault(key(leader.get(u.twin, u)), []).append(u)
     rows = list(groups.values())
     options = [_options(us, table, fmts, _about(wishes, us)) for us in rows]
     samples, costs = _numbers_of(rows, options, table, budgets)

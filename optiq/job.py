@@ -67,7 +67,7 @@ def _feasible(
 def _told(c: Checkpoint, source, tokens) -> str:
     "A source, its size and its fingerprint, as reports name it"
     name, shape = 'samples' if isinstance(source, list) else source, ' × '.join(map(str, shape_of(tokens)))
-    what = 'tokens' if c.model_type == 'llm' else 'scored positions'
+    what = 'tokens' if c.text_only else 'scored positions'
     return f'{name}, {shape} {what}, {fingerprint(tokens)}'
 
 # %% ../nbs/08b_job.ipynb #bade3f39
@@ -80,14 +80,13 @@ def _read_texts(
     other = t.calibration if t.evaluation is None else t.evaluation
     side, held_out = ('train', 'test') if str(other) == str(t.calibration) else ('all', 'all')
     tokens, learned = texts_for(c, t.calibration, t.n_calibration, t.seq_len, more, side)
-    if c.model_type == 'llm': scored = evaluation_tokens(other, c.tokenizer, t.n_evaluation, t.eval_len or 256,
+    if c.text_only: scored = evaluation_tokens(other, c.tokenizer, t.n_evaluation, t.eval_len or 256,
                                                          held_out)
     else: scored = batch_for(c, other, t.n_evaluation, split=held_out)
     check_overlap(overlap(block_hashes(text_of(c, learned)), scored))
     about = dict(calibration=_told(c, t.calibration, tokens), evaluation=_told(c, other, scored))
     return _Batches(learned, tokens, scored, dict(model=c.name, **about, **machine()),
                    None if isinstance(t.calibration, list) else str(t.calibration))
-
 
 # %% ../nbs/08b_job.ipynb #3f93bf66
 def _check_other_rounding(found: Sweep, name, rounding: str):

@@ -8,7 +8,6 @@ __all__ = ['serve']
 # %% ../nbs/09_serve.ipynb #d7182891
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -17,13 +16,12 @@ from functools import partial
 from http.server import ThreadingHTTPServer
 from inspect import signature
 from io import BytesIO
-from ipaddress import ip_address
 from pathlib import Path
 from random import getrandbits
 from select import POLLIN, poll
 from socket import MSG_PEEK
 from types import SimpleNamespace
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 from weakref import WeakSet
 
 import mlx.core as mx
@@ -31,13 +29,13 @@ from fastcore.basics import patch
 from mlx_lm import server
 from mlx_lm.models.cache import LRUPromptCache
 
+from .guard import _MOST, _PATHS, _Refused, _check_names, _check_origin, _check_request
+from .guard import _read_body, _read_request
 from .kv.cache import use_kv_config
 from .kv.config import read_kv_config
 from .models import Checkpoint, ModelFolder
 
 # %% ../nbs/09_serve.ipynb #01a87fb8
-_MOST = 2**31 # what a number in a request stays below
-
 def _context_of(config: dict) -> int: # of a model ▸ tokens that it reads and writes
     config = config | (config.get('text_config') or {})
     scaling = config.get('rope_scaling') or config.get('rope_parameters') or {}
@@ -65,73 +63,6 @@ class _Provider(server.ModelProvider):
         if self.config and path == self.cli_args.model: use_kv_config(self.model, self.config)
         self.context = _context_of(json.loads((Path(path)/'config.json').read_text()))
         self.vocabulary = self.model(mx.array([[0]])).shape[-1] # a shape; nothing is computed
-
-# %% ../nbs/09_serve.ipynb #393cd720
-def _text(x): return isinstance(x, str)
-def _all(check): return lambda xs: isinstance(xs, list) and all(map(check, xs))
-
-def _part(x): # of a message
-    "Whether it is text, or a picture that is sent along; a URL would be fetched by the server"
-    if not isinstance(x, dict): return False
-    if x.get('type') == 'text': return _text(x.get('text'))
-    where = x.get('image_url', x.get('image'))
-    where = where.get('url') if isinstance(where, dict) else where
-    return x.get('type') in ('image_url', 'input_image', 'image') and _text(where) and where.startswith('data:')
-
-def _call(x): # of a tool
-    called = x.get('function') if isinstance(x, dict) else None
-    return isinstance(called, dict) and isinstance(called.get('arguments', ''), (str, dict))
-
-def _message(x):
-    if not isinstance(x, dict) or not _text(x.get('role')): return False
-    said, calls = x.get('content'), x.get('tool_calls')
-    return (said is None or _text(said) or _all(_part)(said)) and (calls is None or _all(_call)(calls))
-
-# %% ../nbs/09_serve.ipynb #b3e3d3d8
-def _number(x): return isinstance(x, (int, float)) and abs(x) < _MOST
-def _above(least): return lambda x: _number(x) and (x == 0 or x >= least)
-def _bias(xs): return isinstance(xs, dict) and all(k.isascii() and k.isdecimal() and _number(v) for k, v in xs.items())
-def _table(xs): return isinstance(xs, dict) and all(map(_text, xs.values()))
-
-_ONLY = dict(n=1, best_of=1, echo=False, suffix='', response_format={'type': 'text'}, tool_choice='auto',
-             modalities=['text'], functions=[]) # what mlx-lm ignores ▸ what it does
-
-_FIELDS = {k: (lambda x, it=it: x == it, f'{json.dumps(it)}; nothing else is done here') for k,
-           it in _ONLY.items()} | dict(
-    prompt=(lambda x: _text(x) and x, 'one text that is not empty'),
-    messages=(lambda x: _all(_message)(x) and x,
-              'a list of messages, each with a role and with text or data: URLs of pictures'),
-    stop=(lambda x: x and _text(x) or _all(lambda s: s and _text(s))(x) and len(x) <= 16, 'a text or up to 16 texts'),
-    logit_bias=(_bias, 'ids of tokens with a number for each'),
-    tools=(_all(lambda x: isinstance(x, dict)), 'a list of objects'), role_mapping=(_table, 'texts by role'),
-    stream_options=(lambda x: isinstance(x, dict) and x.get('include_usage') in (True, False),
-                    '{"include_usage": true}'),
-    chat_template_kwargs=(lambda x: isinstance(x, dict), 'an object'),
-    seed=(lambda x: isinstance(x, int) and 0 <= x < 2**63, 'a whole number from 0 on'),
-    temperature=(_above(1e-4), '0, or a number from 0.0001 on'),
-    xtc_threshold=(lambda x: _number(x) and 0 <= x <= .5, 'a number from 0 to 0.5'),
-    repetition_penalty=(_above(1e-2), '0, or a number from 0.01 on'))
-
-# %% ../nbs/09_serve.ipynb #559ee8d4
-def _check_request(body, chat: bool):
-    "Raise ValueError, naming the field, for a request that cannot be answered"
-    if not isinstance(body, dict): raise ValueError('the request has to be a JSON object')
-    need = 'messages' if chat else 'prompt'
-    if body.get(need) is None: raise ValueError(f'the request has no {need}')
-    for k, x in body.items():
-        fits, what = _FIELDS.get(k, (lambda x: not isinstance(x, (int, float)) or _number(x),
-                                     f'a number below {_MOST}'))
-        if not fits(x): raise ValueError(f'{k} has to be {what}')
-
-def _read_request(raw: bytes): # ▸ what it holds
-    "The JSON of a request; raises ValueError for what no field may hold"
-    def real(text):
-        if not math.isfinite(x := float(text)): raise ValueError(f'{text} is no number that can be computed with')
-        return x
-    try: body = json.loads(raw.decode(), parse_float=real, parse_constant=real)
-    except RecursionError: raise ValueError('the request is nested too deeply') from None
-    json.dumps(body, ensure_ascii=False).encode() # half a surrogate pair is no text
-    return {k: x for k, x in body.items() if x is not None} if isinstance(body, dict) else body
 
 # %% ../nbs/09_serve.ipynb #3032c0fd
 def _check_for_model(
@@ -228,50 +159,6 @@ class _Server(ThreadingHTTPServer):
     def serve_forever(self, *args):
         try: super().serve_forever(*args)
         except KeyboardInterrupt as e: self.generator.interrupt = e # mlx-lm would keep it to itself
-
-# %% ../nbs/09_serve.ipynb #f4093317
-_LONGEST = 16*2**20 # bytes of a request
-_PATHS = ('/v1/completions', '/v1/chat/completions', '/chat/completions')
-
-class _Refused(ValueError):
-    "A request that is not answered, with its HTTP status"
-    def __init__(self, status: int, why: str):
-        super().__init__(why)
-        self.status = status
-
-def _is_here(host: str | None, names: Sequence) -> bool:
-    "Whether a host is an address, or one of these names"
-    try: return host in names or bool(ip_address(host or ''))
-    except ValueError: return False
-
-def _host_of(url: str) -> str | None:
-    "The host that a URL names; raises Refused for what is no URL"
-    try: return urlsplit(url).hostname
-    except ValueError as e: raise _Refused(400, f'{url[:200]!r} is no address: {e}') from None
-
-def _check_origin(headers, args):
-    "Raise Refused for a page of another site; `args` are those of mlx_lm.server"
-    origin, asked = headers.get('Origin'), _host_of(f'//{headers.get("Host", "")}')
-    if origin is None or {origin, '*'} & set(args.allowed_origins): return
-    if (page := _host_of(origin)) != asked or not _is_here(page, ('localhost', args.host)): raise _Refused(
-        403, f'pages of {origin} may not ask; --allowed-origins names those that may')
-
-def _read_body(headers, file) -> bytes:
-    "The body of a request; raises Refused for one that is no JSON or too long"
-    kind, length = headers.get_content_type(), headers['Content-Length']
-    if kind != 'application/json': raise _Refused(415, f'Content-Type has to be application/json, not {kind}')
-    if not length.isdecimal(): raise _Refused(400, 'Content-Length has to be a number')
-    if len(length) > 18 or int(length) > _LONGEST: raise _Refused(413, f'the request is longer than {_LONGEST:,} bytes')
-    return file.read(int(length))
-
-def _check_names(body: dict, provider: _Provider):
-    "Raise Refused for a model that is not served"
-    known = dict(model=[*provider.names, 'default_model'], draft_model=['default_model'],
-                 adapters=[provider.cli_args.adapter_path])
-    for field, names in known.items():
-        if body.get(field) is not None and body[field] not in names: raise _Refused(
-            404, f'no {field} {str(body[field])[:200]!r} is served here; '
-                 f'there are {", ".join(filter(None, names)) or "none"}')
 
 # %% ../nbs/09_serve.ipynb #1128a188
 class _Handler(server.APIHandler):

@@ -15,8 +15,9 @@ from optiq.formats import parse_format
 from optiq.plan import make_plan
 from optiq.kv.config import kv_config
 from optiq.kv.layout import kv_layout
-from optiq.models import _demo
-from optiq.serve import _FIELDS, _Generator, _Handler, _LONGEST, _Provider, _Server, _check_origin, _names_of, serve
+from optiq.folder import _demo
+from optiq.guard import _FIELDS, _LONGEST, _check_origin
+from optiq.serve import _Generator, _Handler, _Provider, _Server, _names_of, serve
 
 def arguments(**changes):
     "What mlx_lm.server makes of no options but ours"

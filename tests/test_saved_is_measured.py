@@ -17,10 +17,12 @@ from optiq.formats import AS_IS, quantize_minmax
 from optiq.knapsack import allocate
 from optiq.plan import Plan, check_noise, uniform
 from optiq.models import Checkpoint, _said_for_mlx
-from optiq.pipeline import Caps, Texts, Weights, optimize
+from optiq.pipeline import optimize
+from optiq.request import Caps, Texts, Weights
 from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep
-from optiq.material.tiny import _CONFIGS, _SILU, tiny
+from optiq.material.configs import _CONFIGS, _SILU
+from optiq.material.tiny import tiny
 
 OLMO2 = dict(_SILU, architectures=['Olmo2ForCausalLM'], rope_theta=500000., rope_scaling=None, tie_word_embeddings=False)
 

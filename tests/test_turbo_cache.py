@@ -9,7 +9,8 @@ import pytest
 
 from optiq.formats import parse_format
 from optiq.plan import uniform
-from optiq.kv.cache import MixedKVCache, _attend, _attend_dense, _attend_packed, _cache_of, use_kv_config
+from optiq.kv.attention import _attend, _attend_dense, _attend_packed
+from optiq.kv.cache import MixedKVCache, _cache_of, use_kv_config
 from optiq.kv.config import STATISTICS, kv_config
 from optiq.kv.layout import kv_layout, own_caches
 from optiq.kv.precondition import KeyPrecondition, load_preconditions, save_preconditions, turned
@@ -124,13 +125,11 @@ def test_published_snippet(tmp_path):
     assert 0 < abs(logits-model(input_ids)).max() < abs(logits).max()
     assert [type(c).__name__ for c in turbo_cache(model)] == [type(c).__name__ for c in cache]
 
-def test_windows_stay_as_they_are(tmp_path):
+def test_windows_rotate_too(tmp_path):
     from mlx_lm import load
     from optiq.material.tiny import tiny
     model, _ = load(tiny('gemma3', f'{tmp_path}/m'))
-    own, ours = own_caches(model), turbo_cache(model)
-    assert {type(a).__name__ for a, b in zip(own, ours) if type(a) is type(b)} == {'RotatingKVCache'}
-    assert any(isinstance(c, TurboQuantKVCache) for c in ours)
+    assert [type(c).__name__ for c in turbo_cache(model)] == ['RotatingMixedKVCache', 'TurboQuantKVCache']*2
 
 # protocol
 
@@ -385,16 +384,16 @@ def test_state_cache(tmp_path):
 @pytest.mark.parametrize('D', [32, 64, 128])
 def test_no_product_with_a_single_group(D, monkeypatch):
     "On CUDA such a product is wrong: the same numbers in more groups, or unpacked"
-    import optiq.kv.cache as kv_cache
+    import optiq.kv.attention as attention
     k, v, q = (mx.random.normal((1, h, n, D), key=mx.random.key(h+n)) for h, n in ((2, 40), (2, 41), (4, 1)))
     pairs = ('tq4', 'tq3'), ('4g32', '4g32'), (f'4g{D}', '8g32')
-    caches = [kv_cache._cache_of(*map(kv_cache.parse_format, pair)) for pair in pairs]
+    caches = [_cache_of(*map(parse_format, pair)) for pair in pairs]
     for c in caches: c.update_and_fetch(k, v[:, :, :40])
     def out(): return [_attend(q, *c.keys_and_values(), scale=.1) for c in caches]
     want, before = out(), mx.quantized_matmul
     def checked(x, w, scales, biases, transpose, **how):
         assert not transpose or scales.shape[-1] > 1
         return before(x, w, scales, biases, transpose=transpose, **how)
-    monkeypatch.setattr(kv_cache, 'GROUPS', 2)
+    monkeypatch.setattr(attention, 'GROUPS', 2)
     monkeypatch.setattr(mx, 'quantized_matmul', checked)
     for a, b in zip(out(), want): assert abs(a-b).max() < 1e-4

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from optiq.formats import Format, nbytes, parse_format, quantize_dequantize
-from optiq.turboquant import _PANTER_DITE, Rotation, STEPS, TurboQuantMSE, TurboQuantProd, TurboQuantSplit
-from optiq.turboquant import _cell_moments, codebook, _density, _distortion, encode_rotated, _mass, _moment, _nearest_codes
-from optiq.turboquant import pack_words, padded, _rotate, rotation_matrix, _round_trip, _unpack_words
+from optiq.rotation import Rotation, _cell_moments, codebook, _density, _distortion, _mass, _moment, rotation_matrix
+from optiq.turboquant import _PANTER_DITE, STEPS, TurboQuantMSE, TurboQuantProd, TurboQuantSplit, _round_trip
+from optiq.turboquant import encode_rotated, _nearest_codes, pack_words, padded, _rotate, _unpack_words
 
 D_MSE = {64: [.358387, .114526, .033391, .009132, .002399, .000616, .000156, .000039],
          96: [.360056, .115508, .033773, .009253, .002434, .000625, .000159, .000040],

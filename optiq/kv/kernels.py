@@ -11,7 +11,8 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from ..turboquant import STEPS, codebook
+from ..rotation import codebook
+from ..turboquant import STEPS
 
 # %% ../../nbs/11e_kv.kernels.ipynb #7c1d2a10
 _TURN = r'''

@@ -54,7 +54,7 @@ def _config_folder(name: 'str | Path') -> Path:
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(str(name), allow_patterns=['config.json', 'model.safetensors.index.json']))
     except Exception as e: raise FileNotFoundError(
-        f'no model {str(name)!r}: it is no folder here, and the Hub did not give its config.json '
+        f'no model {str(name)!r}: it is not a folder here, and the Hub did not give its config.json '
         f'({type(e).__name__}); check the name and the network') from e
 
 def _type_of(config: dict, total: int, params: int) -> str:

@@ -230,7 +230,7 @@ def budget(self: Latency,
     formats: list, # candidates
 ) -> dict: # options of `allocate`
     "The cap on milliseconds that a speed means; raises ValueError, naming both ends, if no plan or every plan has it"
-    if not tps > 0: raise ValueError(f'{tps} tokens per second is no positive number')
+    if not tps > 0: raise ValueError(f'{tps} tokens per second is not a positive number')
     fmts = parse_formats(formats)
     low, high = _speed_range(self, fmts)
     fast, slow = 1e3/max(low, self.host), 1e3/max(high, self.host)

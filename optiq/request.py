@@ -89,7 +89,7 @@ def caps_for(caps: Caps | None, what: str) -> Caps: # with the default where the
     if odd: raise ValueError(f'`{odd[0]}` has no effect {_beside(what)} yet; give `max_bytes` instead')
     if what == 'weights':
         if isinstance(caps.max_memory, str) and caps.max_memory != 'auto': raise ValueError(
-            f'`max_memory` {caps.max_memory!r} is no number of bytes; give one, or auto')
+            f'`max_memory` {caps.max_memory!r} is not a number of bytes; give one, or auto')
         if caps.max_memory is not None and caps.context is None: raise ValueError('`max_memory` needs `context`')
         if caps.chip is not None and caps.target_tps is None: raise ValueError(
             '`chip` says where `target_tps` is to be reached; give both')
@@ -178,7 +178,7 @@ def _rounding_for(rounding: str | None, sweep) -> str:
     if rounding or sweep is None: return rounding or ROUNDING
     found = rounding_of(_load_sweep(sweep))
     name = 'the sweep' if isinstance(sweep, Sweep) else sweep
-    if found not in QUANTIZERS: raise ValueError(f'{name}: rounding {found!r} is none of {", ".join(QUANTIZERS)}')
+    if found not in QUANTIZERS: raise ValueError(f'{name}: rounding {found!r} is not one of {", ".join(QUANTIZERS)}')
     return found
 
 # %% ../nbs/08a_request.ipynb #4dedca02

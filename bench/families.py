@@ -69,7 +69,8 @@ from optiq.kv.cache import generate_with_mixed_kv, mixed_caches
 from optiq.kv.config import kv_config, read_kv_config
 from optiq.kv.layout import kv_layout
 from optiq.kv.sweep import kv_sweep
-from optiq.models import Checkpoint, read_header
+from optiq.folder import read_header
+from optiq.models import Checkpoint
 from optiq.sensitivity import kl_sweep
 from optiq.material.configs import _merged
 from optiq.material.tiny import _PROSE, _draw, write_json, _write_tokenizer

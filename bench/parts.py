@@ -18,7 +18,8 @@ from pathlib import Path
 
 from optiq.report import machine
 from optiq.plan import default_of_vlm, uniform
-from optiq.models import Checkpoint, read_header
+from optiq.folder import read_header
+from optiq.models import Checkpoint
 from optiq.material.tiny import tiny
 
 def sizes(folder: Path) -> dict:

@@ -28,7 +28,8 @@ from optiq.report import Report, joined, machine, score_row
 from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate
 from optiq.plan import make_plan, uniform
-from optiq.models import Checkpoint, read_header
+from optiq.folder import read_header
+from optiq.models import Checkpoint
 from optiq.rounding import as_overrides, round_model
 from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep

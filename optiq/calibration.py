@@ -167,7 +167,8 @@ def passages(
     min_chars: int = _MIN_CHARS, # shorter passages are left out; -1 keeps all
 ) -> Sequence[str]:
     "The passages of a source that are on this side of the split, in their order"
-    if parts := _mixture(source): return _mixed(parts, split, min_chars)
+    parts = _mixture(source)
+    if parts: return _mixed(parts, split, min_chars)
     if str(source) in _SOURCES: found = _SOURCES[str(source)](split)
     elif not os.path.lexists(str(source).replace('\0', '')): raise FileNotFoundError(
         f'no text {str(source)!r}: neither a file nor one of {", ".join(_SOURCES)}, nor a mixture such as '
@@ -251,7 +252,8 @@ def token_batch(
     if hasattr(texts, 'parts'): return _mixed_batch(texts.parts, tokenizer, n, seq_len, seed, fewer)
     order = range(len(texts)) if seed is None else np.random.default_rng(seed).permutation(len(texts))
     first, ids = before(tokenizer), []
-    if (room := seq_len-len(first)) < 1: raise ValueError(
+    room = seq_len-len(first)
+    if room < 1: raise ValueError(
         f'sequences of {seq_len} have no room for text: this tokenizer puts {len(first)} before it')
     for i in order:
         ids += _ids_of(tokenizer, texts[i], first)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .formats import AS_IS, Format, config_entry, divides, nbytes
-from .models import find_units
+from .units import find_units
 from .readers import FLAG, OBJECT, PROSE, number, read_ours, write_json
 from .roofline import Chip, skeleton
 

@@ -20,7 +20,8 @@ from .backends.open import APART, apart, few_logits
 from .backends.replay import Backend
 from .files import as_path, scratch, whole_folder
 from .formats import config_entry, dequantized, for_unit, quantize_minmax
-from .models import Checkpoint, LOADERS, TEXT_FILES, check_two_heads, read_header
+from .folder import TEXT_FILES, read_header
+from .models import Checkpoint, LOADERS, check_two_heads
 from .readers import _helpful, shown
 
 # %% ../nbs/07_convert.ipynb #1ecc6842

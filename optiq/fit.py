@@ -18,8 +18,11 @@ from .formats import AS_IS, check_storable, parse_format
 from .knapsack import allocate
 from .kv.layout import bytes_after, leaf_caches
 from .measure.kl import probes
-from .measure.sweep import Sweep, check_other
-from .models import _Listing, _read_config, _others, _said_for_mlx, check_untrusted, find_model
+from .measure.sweep import Sweep
+from .measure.journal import check_other
+from .folder import _others, check_untrusted, find_model
+from .models import _read_config, _said_for_mlx
+from .units import _Listing
 from .plan import Plan, make_plan, uniform
 from .readers import known, read_json, told, whole
 from .report import fit
@@ -39,7 +42,8 @@ def _here() -> tuple: # bytes, where the figure comes from
     "What this machine lets a model have"
     import mlx.core as mx
     found = mx.device_info() if mx.default_device().type == mx.DeviceType.gpu else {}
-    if size := found.get('max_recommended_working_set_size'): return int(size), 'as Metal says'
+    limit = found.get('max_recommended_working_set_size')
+    if limit: return int(limit), 'as Metal says'
     size = found.get('memory_size') or os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
     return int(size*3/4), 'three quarters of the memory'
 

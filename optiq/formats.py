@@ -90,7 +90,8 @@ FORMAT = Form('a format, such as 4g64, mxfp4 or as-is', _names_one) # in a file
 # %% ../nbs/00_formats.ipynb #b8b12c8a
 def check_storable(formats: list[Format]) -> list[Format]: # the same
     "Raise ValueError for a format in which MLX stores a cache, and no weights"
-    if odd := [f for f in formats if hasattr(FAMILIES.get(f.mode), 'codec')]: raise ValueError(
+    odd = [f for f in formats if hasattr(FAMILIES.get(f.mode), 'codec')]
+    if odd: raise ValueError(
         f'{odd[0]} is a format of the KV cache; MLX stores no weights in it: give widths, or {", ".join(_FLOAT_MODES)}')
     return formats
 

@@ -16,7 +16,9 @@ from fastcore.basics import patch
 from .chips import Speed, chip_file, hollow, load_chip, machine_name, measure_decode, measure_plan
 from .chips import save_chip, this_machine
 from .formats import AS_IS, divides, parse_formats
-from .knapsack import Frontier, allocate, candidates
+from .knapsack import allocate
+from .budget import candidates
+from .frontier import Frontier
 from .models import Checkpoint
 from .plan import make_plan, uniform
 from .readers import OBJECT, _helpful, read_ours, write_json

@@ -25,7 +25,9 @@ from .files import added_files, as_path, can_draw, check_full, claiming, journal
 from .files import own_output, own_place, scratch, whole_folder
 from .fit import _memory_here, _untested
 from .formats import AS_IS, Format, check_storable, parse_format, parse_formats, quantize_minmax
-from .knapsack import PROFILES, _least_bits, allocate, candidates, known, pareto
+from .knapsack import PROFILES, _least_bits, allocate, pareto
+from .readers import known
+from .budget import candidates
 from .kv.config import STATISTICS, save_kv_config
 from .kv.layout import KVLayout, cache_bytes, kv_layout
 from .kv.sweep import _combine, layer_table, memory_lines, parts, planned_cache, planned_together
@@ -33,7 +35,8 @@ from .kv.sweep import plot_kv
 from .latency import latency
 from .measure.estimate import _duration, estimate, plan_passes
 from .measure.kl import probes
-from .measure.sweep import Sweep, about_texts, check_other, learned_again, rounding_of, texts_for
+from .measure.sweep import Sweep, about_texts, learned_again, rounding_of, texts_for
+from .measure.journal import check_other
 from .models import Checkpoint, _check_overflow
 from .plan import baseline_plans, make_plan, uniform
 from .readers import _check_counts, _helpful, shown, write_json

@@ -18,7 +18,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .formats import ALL_FORMATS, AS_IS, FORMAT, Format, config_entry, parse_format
-from .models import read_units
+from .units import read_units
 from .readers import NAME, OBJECT, PROSE, TEXT, dumps, known, maybe, number, one_of, read_ours, whole
 
 # %% ../nbs/05_plan.ipynb #d51d1bf9

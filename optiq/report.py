@@ -17,7 +17,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from . import __version__
-from .knapsack import COLOURS, known
+from .readers import known
+from .frontier import COLOURS
 from .plan import make_plan, mean_se
 from .readers import OBJECT, PROSE, read_ours, write_json
 

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from .formats import AS_IS, Format, nbytes
 from .kv.layout import bytes_after, leaf_caches
-from .models import Unit, find_units
+from .units import Unit, find_units
 
 # %% ../nbs/20_roofline.ipynb #b804e379
 _PUBLISHED = {3: 1.08} # a byte of 3-bit codes against one of 4-bit codes, on Apple's GPUs (mlx-optiq 0.0.1)

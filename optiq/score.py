@@ -175,7 +175,9 @@ def kl(
     if baseline is None: raise ValueError(
         'KL is a distance between two models: give the full-precision one as `baseline`')
     a = _checkpoint_of(baseline)
-    if not _is_gguf(model): same_words(a, model := _checkpoint_of(model)) # before any text is read
+    if not _is_gguf(model):
+        model = _checkpoint_of(model)
+        same_words(a, model) # before any text is read
     tokens = text_tokens(a, source, **_size_of_text(protocol, n, seq_len, limit))
     check_calibration(a, tokens)
     b, overrides, size = _under_test(model, a, tokens, backend)

@@ -21,7 +21,9 @@ from .files import as_path, claiming, own_file
 from .formats import Format, check_storable, parse_formats, quantize_dequantize
 from .measure.estimate import _duration, _measure_halved, estimate
 from .measure.kl import measure, probes
-from .measure.sweep import Sweep, SweepLog, _log_files, _ranks_here, about_texts, progress_bar, read_log
+from .measure.sweep import Sweep, about_texts
+from .measure.journal import read_log
+from .measure.log import SweepLog, _log_files, _ranks_here, progress_bar
 from .measure.sweep import texts_for, to_sweep, warn_of_idle
 from .plan import _silent
 from .readers import _check_counts, _helpful

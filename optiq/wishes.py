@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatch
 
 from .formats import AS_IS, Format, nbytes, parse_format
-from .models import Unit
+from .units import Unit
 
 # %% ../nbs/05d_wishes.ipynb #bfb5a565
 _WORDS = 'embed', 'lm_head', 'first', 'last'

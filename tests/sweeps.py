@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 
 from optiq.formats import Format, divides
-from optiq.models import Unit
+from optiq.units import Unit
 from optiq.plan import smoothed
 
 property_test = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

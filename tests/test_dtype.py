@@ -9,7 +9,8 @@ from optiq.backends.open import open_backend
 from optiq.convert import convert, stored_bytes
 from optiq.evals.perplexity import evaluate
 from optiq.material.tiny import tiny
-from optiq.models import Checkpoint, _check_overflow, read_header
+from optiq.folder import read_header
+from optiq.models import Checkpoint, _check_overflow
 from optiq.pipeline import Cache, optimize
 from optiq.plan import make_plan, uniform
 

@@ -25,7 +25,8 @@ from optiq.evals.verify import verify
 from optiq.formats import Format
 from optiq.knapsack import allocate
 from optiq.plan import uniform
-from optiq.models import Checkpoint, _demo
+from optiq.folder import _demo
+from optiq.models import Checkpoint
 from optiq.sensitivity import kl_sweep
 
 @pytest.fixture(scope='module')

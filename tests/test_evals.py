@@ -11,7 +11,8 @@ from optiq.evals.tasks import _Share, answers
 from optiq.formats import Format
 from optiq.measure.gradient import agreement, gradient_sweep, screened_sweep
 from optiq.plan import make_plan, uniform
-from optiq.models import Checkpoint, _demo
+from optiq.folder import _demo
+from optiq.models import Checkpoint
 from optiq.pipeline import compare
 from optiq.sensitivity import kl_sweep
 

@@ -15,7 +15,7 @@ from optiq.formats import parse_format
 from optiq.plan import make_plan
 from optiq.kv.config import kv_config
 from optiq.kv.layout import kv_layout
-from optiq.models import _demo
+from optiq.folder import _demo
 from optiq.guard import _FIELDS, _LONGEST, _check_origin
 from optiq.serve import _Generator, _Handler, _Provider, _Server, _names_of, serve
 

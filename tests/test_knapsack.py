@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given, strategies as st
 
 from optiq.formats import AS_IS, Format
-from optiq.knapsack import Budget, allocate, pareto, _price_ranges, _stability
+from optiq.knapsack import allocate, pareto, _stability
+from optiq.budget import Budget
+from optiq.why import _price_ranges
 from optiq.kv.layout import cache_bytes
 from optiq.material.tiny import tiny
-from optiq.models import Checkpoint, Unit
+from optiq.models import Checkpoint
+from optiq.units import Unit
 from optiq.plan import uniform
 from sweeps import KINDS, block_units, brute_force, make_sweep, nominal, property_test, random_sweep, stored
 

@@ -14,7 +14,7 @@ from optiq.plan import uniform
 from optiq.kv.cache import MixedKVCache, use_kv_config
 from optiq.kv.config import kv_config
 from optiq.kv.layout import kv_layout
-from optiq.models import _demo
+from optiq.folder import _demo
 from optiq.kv.rotated import TurboQuantKVCache, use_turbo_cache
 
 def mixed(model):

@@ -17,7 +17,8 @@ from optiq.chips import Speed, load_chip, measure_plan, save_chip, _stand_in
 from optiq.latency import Speeds, calibrate, compare_speeds, latency, predict_speeds, speed_frontier, _speed_range
 from optiq.roofline import _BANDWIDTH, CHIPS, Chip, Latency, _active_shape, _cache_reads, chip_named, _experts_per_token
 from optiq.roofline import _interpolate, reads_of, skeleton
-from optiq.models import Checkpoint, Unit
+from optiq.models import Checkpoint
+from optiq.units import Unit
 from optiq.measure.sweep import Sweep
 from optiq.material.configs import hub_config
 

@@ -47,7 +47,7 @@ ROUTERS = {'mlp.gate': True, 'mlp.gate.gate_proj': True, 'mlp.gate.wg': True, 'm
 
 @pytest.mark.parametrize('name', ROUTERS)
 def test_routers_are_told_by_what_they_do(name):
-    from optiq.models import _routes
+    from optiq.units import _routes
     here = 'model.layers.3.'
     layers = {here+n: None for n in (*ROUTERS, 'mlp.shared_expert.up_proj', 'mlp.switch_mlp.up_proj')}
     experts = {here+'mlp.switch_mlp.up_proj': 8, 'model.layers.4.mlp.switch_mlp.up_proj': 8}

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import optiq.cli as cli
+from optiq.commands import look
 import optiq.command as command_of
 from optiq import latency, models, pipeline, score, sensitivity, serve
 from optiq.evals import throughput, verify
@@ -74,7 +75,7 @@ def optiq(monkeypatch, tmp_path, sweep):
             return gives(*a, **k)
         monkeypatch.setattr(where, name, functools.wraps(real)(fake) if callable(real) and not isinstance(real, type) else fake)
     rows = [dict(name=n, size_mb=1, true_bpw=4, kl=0, agreement=1) for n in ('optiq', 'reference')]
-    monkeypatch.setattr('optiq.cli._next_steps', lambda *a: '')
+    monkeypatch.setattr('optiq.commands.make._next_steps', lambda *a: '')
     report = Anything(rows=rows, about=dict(evaluation='text, 1 × 2 tokens, 0f'))
     found = dict(figures=dict(memory=[]), report=report, plan='', verified=None, config=dict(layers=[]), weights='', cache='')
     for name in ('_choose_weights', '_choose_cache', '_choose_both'): spy(pipeline, name, lambda job: found)
@@ -84,7 +85,7 @@ def optiq(monkeypatch, tmp_path, sweep):
     for name in ('pareto', 'measured', '_save_curve', 'compare', '_quantizer_of_plans'): spy(pipeline, name)
     spy(sensitivity, 'kl_sweep', lambda *a, **k: sweep)
     spy(latency, 'predict_speeds', lambda *a, **k: Anything(rows=[], mean_error=0, about=dict(chip='', source='', context=1, point='')))
-    for where, name in ((throughput, 'throughput'), (verify, 'verify'), (serve, 'serve'), (cli, '_with_speeds')): spy(where, name)
+    for where, name in ((throughput, 'throughput'), (verify, 'verify'), (serve, 'serve'), (look, '_with_speeds')): spy(where, name)
     spy(doctor, 'doctor', lambda *a: type('Found', (list,), dict(figures=dict, ok=True))())
     tasks, real_demo = score._find_task, demos.find_demo
     def task(name): return functools.wraps(tasks(name))(lambda *a, **k: seen.append(('task', repr(a), repr(sorted(k.items())))) or Anything())

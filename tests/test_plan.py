@@ -8,7 +8,8 @@ from hypothesis import given, strategies as st
 from optiq.formats import AS_IS, Format, parse_format
 from optiq.knapsack import allocate
 from optiq.material.tiny import tiny
-from optiq.models import Checkpoint, Unit
+from optiq.models import Checkpoint
+from optiq.units import Unit
 from optiq.plan import Plan, _isotonic, recipe, smoothed, uniform
 from sweeps import block_units, make_sweep, random_sweep
 

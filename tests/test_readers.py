@@ -11,13 +11,14 @@ from optiq.cli import main
 from optiq.evals.gsm8k import _read_questions
 from optiq.report import Report
 from optiq.formats import Format
-from optiq.knapsack import make_problem
+from optiq.budget import make_problem
 from optiq.plan import Plan, uniform
 from optiq.solver import bisect
 from optiq.chips import load_chip, save_chip
 from optiq.latency import Speeds
 from optiq.roofline import Chip
-from optiq.models import Checkpoint, read_header, _weight_files
+from optiq.folder import read_header, _weight_files
+from optiq.models import Checkpoint
 from optiq.readers import NAME, check, dumps, number, told, whole
 from optiq.measure.sweep import Sweep
 from optiq.material.tiny import tiny
@@ -242,7 +243,7 @@ def test_the_solver_ends_with_any_scale(good):
     s = Sweep.load(good/'sweep.json')
     for scale in (1e-300, 1e300):
         table = {k: v*scale for k, v in s.values.items()}
-        from optiq.knapsack import budgets_of
+        from optiq.budget import budgets_of
         assert len(bisect(make_problem(s, table, s.formats, budgets_of(s, target_bpw=5)))) == 1
 
 # ---- text that people have

@@ -9,7 +9,7 @@ import pytest
 
 import optiq.evals.gsm8k as G
 import optiq.files as files
-import optiq.measure.sweep as S
+import optiq.measure.log as S
 import optiq.sensitivity as sensitivity
 from optiq.backends.torch import TorchBackend
 from optiq.files import own_file

@@ -101,14 +101,15 @@ def test_another_file_is_no_sweep(sweep, tmp_path):
 
 def test_errors_of_python_name_no_flags():
     "The command puts its flags in the place of what stands in backticks; only what is about a command line names them itself"
-    about_commands = 'cli.py', 'command.py', 'serve.py', 'doctor.py', 'chat.py', 'fit.py', 'page.py', 'upload.py'
+    about_commands = ('cli.py', 'command.py', 'options.py', 'make.py', 'look.py', 'serve.py', 'doctor.py', 'chat.py',
+                      'fit.py', 'page.py', 'upload.py')
     package = Path(optiq.__file__).parent
     texts = {p: p.read_text(encoding='utf-8') for p in package.rglob('*.py') if p.name not in about_commands}
     found = [f'{p.relative_to(package)}: {m[0]}' for p, t in texts.items() for m in re.finditer(r'[^`\n]{0,40}[ (\'"]--[a-z][a-z-]+[^\n]*', t)]
     assert not [f for f in found if 'optiq ' not in f], found
 
 def test_a_conversion_ends_in_words(tmp_path):
-    from optiq.cli import _in_words, _next_steps
+    from optiq.commands.make import _in_words, _next_steps
     from optiq.report import Report
     row = lambda name, mb, bits, kl, se=.001: dict(name=name, size_mb=mb, true_bpw=bits, kl=kl, kl_se=se, agreement=1-kl)
     rows = [row('reference', 1200, 16, 0), row('optiq', 338, 4.5, .05)]

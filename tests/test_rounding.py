@@ -18,8 +18,11 @@ from optiq.plan import make_plan, uniform
 from optiq.models import Checkpoint
 from optiq.pipeline import Caps, Texts, Weights, optimize, trade_off
 from optiq.arrays import pack_codes, to_mlx
-from optiq.rounding import _MinMax, RoundTrips, _compensated, dwq, gptq, _gptq_all, _prepared, round_model, round_to_files
-from optiq.rounding import search, _second_look
+from optiq.rounding import RoundTrips, dwq, round_model, round_to_files
+from optiq.gptq import _compensated, gptq, _gptq_all, _prepared
+from optiq.grid import _MinMax
+from optiq.gptq import _second_look
+from optiq.grid import search
 from optiq.statistics import Inputs, Statistics
 from optiq.measure.kl import measure, probes
 from optiq.sensitivity import kl_sweep, sweep_quantizer

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import optiq.measure.sweep as S
+import optiq.measure.log as S
 from optiq.backends.mlx import MLXBackend
 from optiq.backends.stream import StreamingBackend
 from optiq.backends.taps import _torch_attending, torch_attention
@@ -25,7 +25,8 @@ from optiq.plan import uniform
 from optiq.models import Checkpoint
 from optiq.measure.estimate import estimate
 from optiq.measure.kl import kl_divergence, measure, perturb, probes
-from optiq.measure.sweep import Sweep, read_log, _tokens_per_expert
+from optiq.measure.sweep import Sweep, _tokens_per_expert
+from optiq.measure.journal import read_log
 from optiq.sensitivity import kl_sweep
 from optiq.material.configs import _CONFIGS
 from optiq.material.tiny import _FROM_ONE, tiny
@@ -117,7 +118,7 @@ def test_a_sweep_that_may_end_early_ends_with_whole_sequences(models, tmp_path):
     for k, v in parts.values.items(): np.testing.assert_allclose(v, whole.values[k][:n], rtol=1e-4, atol=1e-9)
 
 def test_ranks_do_not_end_early(models, monkeypatch):
-    import optiq.measure.sweep as s
+    import optiq.measure.log as s
     monkeypatch.setattr(s._Ranks, 'size', 2)
     with pytest.raises(ValueError, match="until='stable' compares plans of one process.*2"):
         kl_sweep(TorchBackend(models['qwen3']), tokens_for(models['qwen3']), [4, 8], targets=[6], until='stable', progress=False,

@@ -11,7 +11,7 @@ from optiq.plan import make_plan, uniform
 from optiq.kv.cache import generate_with_mixed_kv
 from optiq.kv.config import kv_config, save_kv_config
 from optiq.kv.layout import kv_layout
-from optiq.models import find_model
+from optiq.folder import find_model
 from optiq.serve import _find_config
 from optiq.material.problems import word_problems
 

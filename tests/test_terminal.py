@@ -8,7 +8,8 @@ from optiq.show.demo import _published
 from optiq.show.demos import audio, find_demo, names, vlm
 from optiq.report import Report, fit, _text_table
 from optiq.formats import AS_IS, Format
-from optiq.knapsack import Frontier, allocate
+from optiq.knapsack import allocate
+from optiq.frontier import Frontier
 from optiq.plan import uniform
 from optiq.models import Checkpoint
 from optiq.measure.sweep import Sweep

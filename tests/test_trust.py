@@ -12,7 +12,8 @@ from optiq.families.audio import load_speech
 from optiq.cli import main
 from optiq.convert import convert
 from optiq.plan import uniform
-from optiq.models import Checkpoint, _demo, check_untrusted
+from optiq.folder import _demo, check_untrusted
+from optiq.models import Checkpoint
 from optiq.material.tiny import tiny
 
 COMMANDS = dict(
@@ -126,7 +127,7 @@ def test_a_flag_of_the_command_trusts(llama, tmp_path):
 
 def test_all_that_a_loader_needs_is_copied(tmp_path):
     from fnmatch import fnmatch
-    from optiq.models import _HUB_FILES
+    from optiq.folder import _HUB_FILES
     source = shutil.copytree(_demo(), tmp_path/'m')
     for name in ('tokenization_mine.py', 'mine.tiktoken', 'chat_template.jinja', 'additional_chat_templates/rag.jinja',
                  'tokenizer.model', 'vocab.bpe', 'merges.txt', 'special.jsonl', 'spm.vocab'):

@@ -70,7 +70,7 @@ def test_a_sure_model_is_no_quantized_one(witness):
     "Its KLs are tiny, and still a sweep of it is one; weights that were quantized before are refused"
     from optiq.backends.open import open_backend
     from optiq.formats import Format, quantize_dequantize
-    from optiq.measure.sweep import SweepLog
+    from optiq.measure.log import SweepLog
     from optiq.sensitivity import kl_sweep
     from optiq.families.vision import samples
     def on_the_grid(w):

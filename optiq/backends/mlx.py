@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import numpy as np
 from fastcore.basics import patch
 
-from .replay import Backend, _forgetful, check_all, check_logits
+from .replay import Backend, check_all, check_logits
+from .trees import _forgetful
 from .taps import _block, _descend, mlx_attention, mlx_blocks, mlx_listening, mlx_watching, same
 from ..models import Checkpoint
 

@@ -67,8 +67,11 @@ def _check_other_model(b: Backend) -> Backend: # the same
     "Raise ValueError unless a model is the same in the library that measures and in the one that runs what is saved"
     c = b.checkpoint
     check_two_heads(c)
-    if b.stands_in and c.fingerprint not in _AGREED and (other := b.by_loader(c)):
-        if (off := apart(few_logits(b), few_logits(other))) > APART: raise ValueError(
+    known = not b.stands_in or c.fingerprint in _AGREED
+    other = None if known else b.by_loader(c)
+    if other:
+        off = apart(few_logits(b), few_logits(other))
+        if off > APART: raise ValueError(
             f'{c.name}: PyTorch and MLX compute different models, their logits are {off:.0%} apart: '
             f"{_likely_cause(c.config)}; backend 'mlx' measures what will be saved")
         _AGREED.add(c.fingerprint)

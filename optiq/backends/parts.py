@@ -13,7 +13,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from .mlx import MLXBackend
-from .replay import _Recorded, _grown, _write, _written, _check_ids, check_logits, _forgetful
+from .replay import _Recorded, _check_ids, check_logits
+from .trees import _grown, _write, _written, _forgetful
 from ..calibration import positions, samples_of, token_ids
 
 # %% ../../nbs/03d_backends.parts.ipynb #10efef2e

@@ -8,75 +8,19 @@ __all__ = ['Backend', 'available_memory', 'check_finite', 'check_all', 'check_lo
 # %% ../../nbs/03_backends.replay.ipynb #0864eba9
 import os
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from functools import partial
 
 import numpy as np
 from fastcore.basics import patch
 
-from ..models import Checkpoint, Unit, read_header
+from .trees import _forgetful, _grown, _leaves, _write, _written
+from ..folder import read_header
+from ..models import Checkpoint
+from ..units import Unit
 
 # %% ../../nbs/03_backends.replay.ipynb #b684d45f
 os.environ.setdefault('MLX_ENABLE_TF32', '0') # float32 means float32
-
-# %% ../../nbs/03_backends.replay.ipynb #34562521
-def _plain(x): # a container, or an object that only holds something; no array, module or configuration
-    "Whether it is a branch of a tree that has names"
-    if callable(x) or isinstance(x, Enum): return False # modules of MLX are dictionaries
-    return isinstance(x, dict) or hasattr(x, '__dict__') and not (hasattr(x, 'shape') or hasattr(x, 'to_dict'))
-
-def _grown(f, *trees):
-    "A new tree with `f` of the leaves that stand in the same place of each tree"
-    t = trees[0]
-    if isinstance(t, dict) and _plain(t): return _copy_with(t, {k: _grown(f, *(x[k] for x in trees)) for k in t})
-    if isinstance(t, (tuple, list)):
-        parts = [_grown(f, *x) for x in zip(*trees)]
-        return type(t)(*parts) if hasattr(t, '_fields') else type(t)(parts)
-    if _plain(t): return _copy_with(t, _grown(f, *map(vars, trees)))
-    return f(*trees) if hasattr(t, 'ndim') else t
-
-def _copy_with(x, content: dict):
-    "A dictionary or a plain object like another, with this content"
-    new = copy(x)
-    inside = new if isinstance(new, dict) else vars(new)
-    inside.clear()
-    inside.update(content)
-    return new
-
-def _leaves(tree) -> list:
-    "The arrays of a tree"
-    found = []
-    _grown(found.append, tree)
-    return found
-
-# %% ../../nbs/03_backends.replay.ipynb #ef369b5b
-def _written(args, kwargs) -> dict: # position or name ▸ argument
-    "The arguments that a block could write into"
-    named = {**dict(enumerate(args)), **kwargs}
-    return {k: x for k, x in named.items() if isinstance(x, list) or _plain(x)}
-
-def _write(into, content):
-    "Let an argument hold what another one holds"
-    if isinstance(into, list): into[:] = content
-    else:
-        into, content = (x if isinstance(x, dict) else vars(x) for x in (into, content))
-        into.clear()
-        into.update(content)
-
-# %% ../../nbs/03_backends.replay.ipynb #e5bfea27
-@contextmanager
-def _forgetful(model): # a module of PyTorch or MLX; anything else is left alone
-    "Whatever attributes its modules get while this lasts are what they were before afterwards"
-    def own(m): return vars(m) | (m if isinstance(m, dict) else {})
-    before = [(m, own(m)) for m in (model.modules() if hasattr(model, 'modules') else ())]
-    try: yield
-    finally:
-        for m, was in before:
-            now = own(m)
-            for k in [k for k in now if k not in was]: delattr(m, k)
-            for k in [k for k, v in was.items() if now.get(k) is not v]: setattr(m, k, was[k])
 
 # %% ../../nbs/03_backends.replay.ipynb #57493ff7
 class _Recorded(Exception): "Ends a forward pass when the last block's arguments are known"

@@ -16,7 +16,9 @@ from .mlx import MLXBackend
 from .parts import ReplayBackend
 from .replay import available_memory, check_all, check_finite, _check_ids
 from .taps import _block, _descend, same
-from ..models import Checkpoint, Unit, read_header
+from ..folder import read_header
+from ..models import Checkpoint
+from ..units import Unit
 
 # %% ../../nbs/03e_backends.stream.ipynb #fdf4a97a
 class _Eager:

@@ -13,7 +13,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from ..models import block_lists
+from ..units import block_lists
 
 # %% ../../nbs/03a_backends.taps.ipynb #4c85e56a
 def same(x): return x # an override that changes nothing

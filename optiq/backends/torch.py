@@ -17,7 +17,8 @@ from .mlx import MLXBackend, _of_type
 from .replay import Backend, available_memory, check_all, check_logits
 from .stream import StreamingBackend
 from .taps import eager_experts, torch_attention, torch_listening, torch_stand_ins, torch_watching
-from ..models import Checkpoint, Unit, cannot_open
+from ..models import Checkpoint, cannot_open
+from ..units import Unit
 
 # %% ../../nbs/03b_backends.torch.ipynb #8e997bca
 def _torch_blocks(model, checkpoint):

@@ -9,7 +9,8 @@ __all__ = ['gguf_weights']
 from pathlib import Path
 
 from ..arrays import beside, library
-from ..models import Checkpoint, Unit
+from ..models import Checkpoint
+from ..units import Unit
 from ..readers import told
 
 # %% ../../nbs/32a_evals.gguf.ipynb #183f2cbb

@@ -17,7 +17,7 @@ from ..backends.replay import Backend
 from .tasks import answers, compose
 from ..files import append, as_path, claiming, own_file, settle
 from ..material.problems import PROMPT, word_problems
-from ..measure.sweep import check_other
+from ..measure.journal import check_other
 from ..models import Checkpoint
 from ..readers import OBJECT, PROSE, check, check_kind, dumps, read_records, records_in, shown
 from ..report import Report, machine, own_size, share_figure

@@ -107,7 +107,8 @@ def _compute(b, tokens, top_k, folder):
         logits, ids = array('logits', width), array('ids', top_k, dtype=np.int32) if top_k else None
         nll, best = array('nll'), array('best', dtype=np.int32)
         for rows, at, z in _logits_of(b, tokens):
-            if top_k: ids[rows, at] = b.numpy(keep := top(z, top_k))
+            keep = top(z, top_k) if top_k else None
+            if top_k: ids[rows, at] = b.numpy(keep)
             logits[rows, at] = b.numpy(_merged(b, z, keep) if top_k else z)
             nll[rows, at], best[rows, at] = _likelihoods(b, z, tokens[rows], at), b.numpy(z.argmax(-1))
         for a in (logits, ids, nll, best): a is None or a.flush()

@@ -16,9 +16,10 @@ from ..backends.replay import Backend
 from ..calibration import fingerprint, overlap, passages, positions, samples_of, token_batch, token_ids
 from ..calibration import unscored
 from ..formats import AS_IS, for_unit, quantize_dequantize
-from ..knapsack import known, plus_minus
+from ..readers import known
+from ..frontier import plus_minus
 from ..measure.kl import kl_rows, logit_slices
-from ..measure.sweep import read_log
+from ..measure.journal import read_log
 from ..models import Checkpoint
 
 # %% ../../nbs/31_evals.perplexity.ipynb #ea90def3

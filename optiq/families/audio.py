@@ -12,7 +12,7 @@ import numpy as np
 
 from ..calibration import prompt_part
 from ..material.speech import Clip, RATE
-from ..models import check_untrusted
+from ..folder import check_untrusted
 
 # %% ../../nbs/51_families.audio.ipynb #1c8c8e9d
 _WINDOW = 30*RATE # samples that Whisper hears at once

@@ -31,7 +31,8 @@ def find_witness() -> Path:
     "The folder of the witness, here or beside the package"
     import optiq
     for root in (Path.cwd(), Path(optiq.__file__).parents[1]):
-        if (found := root/'models'/'witness').is_dir(): return found
+        found = root/'models'/'witness'
+        if found.is_dir(): return found
     raise FileNotFoundError('the witness is no part of the package: run this in a clone of the repository, or give a '
                             'model')
 

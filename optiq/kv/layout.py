@@ -22,7 +22,8 @@ from mlx.utils import tree_flatten
 
 from ..backends.replay import Backend
 from ..backends.taps import mlx_attention, mlx_blocks
-from ..models import Checkpoint, Unit, block_lists
+from ..models import Checkpoint
+from ..units import Unit, block_lists
 from ..readers import dumps
 
 # %% ../../nbs/11_kv.layout.ipynb #099d6331

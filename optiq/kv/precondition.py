@@ -21,7 +21,7 @@ from ..arrays import beside, library
 from ..backends.replay import Backend
 from ..formats import Format, parse_format
 from .layout import kv_layout
-from ..models import read_header
+from ..folder import read_header
 from ..turboquant import Rotated
 
 # %% ../../nbs/11a_kv.precondition.ipynb #ac5130fd

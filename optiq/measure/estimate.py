@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..backends.open import open_backend
-from ..backends.replay import Backend, _leaves
+from ..backends.replay import Backend
+from ..backends.trees import _leaves
 from ..calibration import samples_of, shape_of
 from ..formats import Format, WORD, divides, parse_format, quantize_dequantize
 from .kl import _stack, kl_of_streams, measure, perturb, probes

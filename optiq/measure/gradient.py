@@ -17,8 +17,10 @@ from ..files import own_file
 from ..formats import Format, for_unit, parse_format, quantize_dequantize
 from .estimate import _measure_halved
 from .kl import probes
-from .sweep import Sweep, SweepLog, fingerprint_of, same_sweep
-from ..models import Unit
+from .sweep import Sweep, fingerprint_of
+from .journal import same_sweep
+from .log import SweepLog
+from ..units import Unit
 
 # %% ../../nbs/04d_measure.gradient.ipynb #86fe0e48
 def _second_order(

@@ -13,7 +13,7 @@ import numpy as np
 from ..backends.replay import Backend, _joinable
 from ..calibration import samples_of, unscored
 from ..formats import AS_IS, Format, WORD, divides, for_unit, quantize_dequantize
-from ..models import Unit
+from ..units import Unit
 
 # %% ../../nbs/04a_measure.kl.ipynb #c1b6c308
 def kl_divergence(

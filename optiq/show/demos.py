@@ -24,7 +24,8 @@ from ..evals.wer import wer_report, write_down
 from ..families.audio import speech_samples, transcribe
 from ..families.vision import find_witness, samples
 from ..formats import Format
-from ..knapsack import allocate, pareto as curve_of, plus_minus
+from ..knapsack import allocate, pareto as curve_of
+from ..frontier import plus_minus
 from ..kv.cache import memory_table
 from ..kv.config import kv_config, read_kv_config
 from ..kv.layout import kv_layout
@@ -32,7 +33,8 @@ from ..kv.sweep import configurations, joint_plan, kv_sweep
 from ..latency import calibrate, compare_speeds, latency, plot_frontier, speed_frontier
 from ..material.speech import Clip, clips
 from ..material.tiny import tiny
-from ..models import Checkpoint, _ORDER
+from ..models import Checkpoint
+from ..units import _ORDER
 from ..plan import RECIPES, default_of_vlm, make_plan, recipe, uniform
 from ..report import Report, joined, machine, score_row
 from ..rounding import as_overrides, round_model

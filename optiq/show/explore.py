@@ -14,7 +14,8 @@ from math import isfinite
 import numpy as np
 from fastcore.basics import patch
 
-from ..knapsack import Question, budgets_of, candidates, make_problem
+from ..knapsack import Question
+from ..budget import budgets_of, candidates, make_problem
 from ..kv.sweep import at_context
 from ..latency import latency
 from ..plan import Plan, make_plan, smoothed

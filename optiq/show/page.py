@@ -11,7 +11,7 @@ from math import isfinite, log10
 from pathlib import Path
 
 from ..files import as_path, own_file, settle
-from ..knapsack import plus_minus
+from ..frontier import plus_minus
 from ..measure.sweep import Sweep
 from ..plan import Plan
 from ..readers import known
@@ -115,7 +115,8 @@ def _sections(folder: Path, plan: Plan, sweep: Sweep | None) -> dict: # title â–
     if not rows: found['KL by tensor'] = '<p>The formats of this plan were not measured tensor by tensor.</p>'
     else: found['KL by tensor'] = f'{_bars_svg(rows)}<details><summary>All {len(rows)}</summary>{every}</details>'
     found['Predicted and measured'] = _measured(plan)
-    if wished := _wished(plan): found['Wishes'] = wished
+    wished = _wished(plan)
+    if wished: found['Wishes'] = wished
     kv = folder/'kv_config.json'
     if kv.is_file(): found['KV cache'] = f'<pre>{escape(kv.read_text(encoding="utf-8")[:20_000])}</pre>'
     found['Commands'] = f'<pre>{escape(chr(10).join(_commands(folder, plan)))}</pre>'

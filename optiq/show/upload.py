@@ -12,7 +12,8 @@ from pathlib import Path
 
 from .. import __version__
 from ..files import as_path
-from ..models import Checkpoint, find_model
+from ..folder import find_model
+from ..models import Checkpoint
 from ..plan import Plan
 from ..readers import dumps
 from .page import _measured_rows

@@ -87,7 +87,7 @@ def _as_names(ctx, param, text: str | None) -> tuple:
 class _Rounding(click.Option):
     "An option whose help names the pipeline's default, which is imported only when help is asked for"
     def get_help_record(self, ctx):
-        from optiq.pipeline import ROUNDING
+        from optiq.request import ROUNDING
         names, said = super().get_help_record(ctx)
         return names, said.format(default=ROUNDING)
 

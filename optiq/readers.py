@@ -207,7 +207,8 @@ def dumps(
     **how, # of `json.dumps`
 ) -> str:
     "JSON, in which what is not known is null"
-    return json.dumps(known(x), allow_nan=False, **how)
+    try: return json.dumps(x, allow_nan=False, **how) # nearly always
+    except ValueError: return json.dumps(known(x), allow_nan=False, **how)
 
 def write_json(path: 'str | Path', x, **how):
     "Write one document, indented by a space"

@@ -17,10 +17,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from . import __version__
-from .readers import known
 from .frontier import COLOURS
 from .plan import make_plan, mean_se
-from .readers import OBJECT, PROSE, read_ours, write_json
+from .readers import known, OBJECT, PROSE, read_ours, write_json
 
 # %% ../nbs/30_report.ipynb #4250e0cd
 def machine() -> dict: # cpu, cores, system, versions, date

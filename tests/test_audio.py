@@ -150,7 +150,8 @@ def test_any_rate_and_channels_are_heard_alike(tmp_path, asr):
 def test_few_clips_are_enough_to_round_on(tmp_path, one):
     "Rounding would learn from 32 clips; who asks for two and has two gets two, and who asks for three is told so"
     from optiq.models import Checkpoint
-    from optiq.pipeline import Texts, _read_texts
+    from optiq.job import _read_texts
+    from optiq.request import Texts
     c = Checkpoint(one)
     short_clips(tmp_path, 2)
     assert len(_read_texts(c, Texts(tmp_path, 'bundled', n_calibration=2, n_evaluation=1), 32).learned) == 2

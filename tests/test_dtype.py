@@ -11,7 +11,8 @@ from optiq.evals.perplexity import evaluate
 from optiq.material.tiny import tiny
 from optiq.folder import read_header
 from optiq.models import Checkpoint, _check_overflow
-from optiq.pipeline import Cache, optimize
+from optiq.pipeline import optimize
+from optiq.request import Cache
 from optiq.plan import make_plan, uniform
 
 @pytest.fixture(scope='module', params=['bfloat16', 'float32'])

@@ -10,7 +10,8 @@ from optiq.fit import _Outline, what_fits
 from optiq.kv.layout import cache_bytes
 from optiq.material.tiny import tiny
 from optiq.models import Checkpoint
-from optiq.pipeline import Caps, Texts, Weights, optimize
+from optiq.pipeline import optimize
+from optiq.request import Caps, Texts, Weights
 from sweeps import make_sweep
 
 GB = 2**30

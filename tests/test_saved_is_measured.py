@@ -17,7 +17,8 @@ from optiq.formats import AS_IS, quantize_minmax
 from optiq.knapsack import allocate
 from optiq.plan import Plan, check_noise, uniform
 from optiq.models import Checkpoint, _said_for_mlx
-from optiq.pipeline import Caps, Texts, Weights, optimize
+from optiq.pipeline import optimize
+from optiq.request import Caps, Texts, Weights
 from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep
 from optiq.material.configs import _CONFIGS, _SILU

@@ -8,7 +8,8 @@ from optiq.cli import main
 from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate, pose
 from optiq.material.tiny import tiny
-from optiq.pipeline import Caps, Texts, Weights, optimize
+from optiq.pipeline import optimize
+from optiq.request import Caps, Texts, Weights
 from optiq.plan import Plan, uniform
 from optiq.wishes import _pinned, _wishes_for
 from sweeps import brute_force, nominal, random_sweep

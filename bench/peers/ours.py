@@ -11,6 +11,7 @@
 `dynamic`, `gptq`, `awq`, `tuned`  mlx-lm's dynamic_quant, gptq, awq, and dwq on uniform formats, called as libraries with our
            calibration tokens, on MLX's default device
 `rates`    dwq on uniform formats over a grid of learning rates; each row has its KL on held-out calibration text, the best one is `chosen`
+`saved`    checkpoints that a tool has written already, such as jang's affine profiles; --saved NAME=FOLDER,… names them
 `optiq`    mlx-optiq 0.7.7 with mlx-lm 0.32.0; --optiq FOLDER holds both unpacked wheels, see mlx_optiq.py
 
 Results are written after each row, and a row that is there already is not measured again. All tools see the same calibration tokens;
@@ -87,7 +88,7 @@ class Bench:
             flips_se=se(s.agree), seconds=seconds, kl_each=[float(f'{x:.6g}') for x in s.kl]) | more
         self.save()
         print(f'{name:44} {size["true_bpw"]:.3f} bits  KL {s.kl.mean():.4f} ± {se(s.kl) or 0:.4f}  (first 16: {s.kl[:16].mean():.4f})  '
-              f'perplexity {s.perplexity:.2f}  flips {1-s.agree.mean():.1%}  {seconds:.1f} s', flush=True)
+              f'perplexity {s.perplexity:.2f}  flips {1-s.agree.mean():.1%}  {seconds or 0:.1f} s', flush=True)
 
     def reference(self):
         if self.missing('reference'): self.row('reference', of_plan(make_plan(self.c, {})), {}, 0)
@@ -228,6 +229,13 @@ def part_optiq(x):
         about = json.loads((folder/p.replace(':', '-')/'peer.json').read_text())
         if x.missing(f'mlx-optiq {p}'): score_saved(x, f'mlx-optiq {p}', folder/p.replace(':', '-'), about.pop('seconds'), **about)
 
+def part_saved(x):
+    "What other tools wrote; a folder that mlx-lm does not open is a row that says so"
+    for name, folder in (pair.split('=') for pair in x.args.saved.split(',')):
+        if not x.missing(name): continue
+        try: score_saved(x, name, folder, None)
+        except Exception as e: x.failed(name, e)
+
 def attempt(x, name, make):
     "Make a model, save it, and score what was saved; a peer that fails is a row that says so"
     if not x.missing(name): return
@@ -312,6 +320,7 @@ def main():
     p.add_argument('--dynamic', default='4/8/6,4/5/5,4/8/5,3/5/4.5,3/5/4,2/4/3.5,2/4/3', help='dynamic_quant: low/high/target, comma separated')
     p.add_argument('--optiq', help='folder of unpacked wheels: mlx-optiq 0.7.7 and mlx-lm 0.32.0')
     p.add_argument('--optiq-plans', default='5:4,8;4.5:4,6;4.2:4,5;4:3,5;3.5:3,4;3:2,4', help="target:candidate bits, as mlx-optiq's options")
+    p.add_argument('--saved', default='', help='NAME=FOLDER of checkpoints, comma separated')
     p.add_argument('--note', default='', help='kept with the results')
     p.add_argument('--merge', help='result files to join, comma separated')
     p.add_argument('--alternatives', action='store_true')

@@ -27,7 +27,7 @@ from .roofline import Chip, Latency, Reads, chip_named, reads_of
 
 # %% ../nbs/20b_latency.ipynb #ba5b87c2
 def _signature(reads: Reads) -> str:
-    "What tells one model's points from another's"
+    "Columns by which points of one model differ from those of another"
     return f'{reads.layers} layers, {len(reads.units)} units, {reads.params} parameters'
 
 # %% ../nbs/20b_latency.ipynb #c7a922e9

@@ -166,7 +166,8 @@ def make_problem(
 ) -> Problem:
     "Rows of units, their options, and KL and costs of each, as arrays for the solver"
     groups = {}
-    for u in sorted(sweep.units, key=lambda u: u.path): groups.setdefault(key(u), []).append(u)
+    leader = {u.path: u for u in sweep.units}
+    for u in sorted(sweep.units, key=lambda u: u.path): groups.setdefault(key(leader.get(u.twin, u)), []).append(u)
     rows = list(groups.values())
     def about(us): return [w for w in wishes if any(u.path in w.paths for u in us)]
     options = [_options(us, table, fmts, about(us)) for us in rows]

@@ -309,6 +309,7 @@ def fingerprint(
     tokens: 'np.ndarray | list', # (n, seq_len), or samples
 ) -> str:
     "Twelve hex digits that stand for exactly these tokens, or samples, in this order"
+    if hasattr(tokens, 'fingerprint'): return tokens.fingerprint # statistics that stand for a text
     if isinstance(tokens, list): seen = ''.join(map(_sample_digest, tokens)).encode()
     else:
         t = np.ascontiguousarray(tokens, dtype=np.int32)

@@ -58,7 +58,7 @@ def _config_folder(name: 'str | Path') -> Path:
         f'({type(e).__name__}); check the name and the network') from e
 
 def _type_of(config: dict, total: int, params: int) -> str:
-    "The type of the weights: by their bytes where an index tells them, or as the config says"
+    "The type of the weights: by their bytes if there is an index, or as the config says"
     said = config.get('dtype') or config.get('torch_dtype') or (config.get('text_config') or {}).get('dtype')
     if total > 3*params: return 'float32'
     return said if said in ('float16', 'float32') and not total else 'bfloat16' if said != 'float16' else said
@@ -121,7 +121,7 @@ def _memory_here(
     c, # Checkpoint or _Outline
     context: int, # tokens
 ) -> int: # bytes of weights and KV cache
-    "What this machine leaves for weights and KV cache; raises ValueError if that is nothing"
+    "What this machine leaves for weights and KV cache; raises ValueError if nothing is left"
     left = _here()[0]-_working_bytes(c, context)
     if left <= 0: raise ValueError(f'this machine gives {_here()[0]/_GB:.1f} GB, less than a step of {c.name} needs at '
                                    f'{context:,} tokens; take a shorter context')

@@ -5,6 +5,7 @@ command does not name have small defaults, so that all of them take about a minu
 the same few tensors, so a grid that was searched for once is remembered.
 """
 import hashlib, json, os, re, shlex, sys, time, warnings
+from functools import cache
 from pathlib import Path
 
 root = Path(__file__).parents[1]
@@ -12,6 +13,7 @@ SMALL = {'convert': dict(n_calibration=1, seq_len=32, n_evaluation=1), 'sweep': 
          'pareto': dict(n_calibration=1, seq_len=32, n_evaluation=1), 'kv-cache': dict(n_calibration=1, seq_len=64, n_evaluation=1),
          'eval': dict(n=2, seq_len=64), 'benchmark': dict(n=2, seq_len=64), 'compare': dict(n_evaluation=1, new_tokens=4)}
 
+@cache
 def documents() -> dict: # name ▸ its Markdown
     "The pages of the site and the files beside them"
     pages = {p.relative_to(root).as_posix(): json.loads(p.read_text(encoding='utf-8'))['cells']

@@ -49,7 +49,7 @@ def test_units_and_sizes_of_the_real_qwen3_asr():
     from mlx.utils import tree_flatten
     from mlx_audio.stt.models.qwen3_asr import Model, ModelConfig
     from optiq.units import block_lists, find_units
-    from optiq.material.tiny import hub_config
+    from optiq.material.configs import hub_config
     real = Model(ModelConfig.from_dict(hub_config('qwen3_asr', '0.6B')))
     units = [u for u in find_units(real, block_lists(real, 'audio'), 'audio') if u.kind != 'embed']
     decoder, params = [u for u in units if u.part == 'decoder'], sum(v.size for _, v in tree_flatten(real.parameters()))

@@ -225,7 +225,7 @@ def test_kinds_are_told_by_content(good, tmp_path):
         shutil.copy(good/a, tmp_path/b)
         assert Sweep.load(tmp_path/b).header == Sweep.load(good/a).header
     for f, other in ((Sweep.load, 'plan.json'), (Plan.load, 'sweep.json'), (Report.load, 'chip.json')):
-        with pytest.raises(ValueError, match=f'{other}.* is no .*but a {other.split(".")[0]}'): f(good/other)
+        with pytest.raises(ValueError, match=f'{other}.* is not a .*but a {other.split(".")[0]}'): f(good/other)
 
 def test_sweep_into_a_json_file(good, tmp_path):
     argv = ['sweep', str(good/'model'), '-o', str(tmp_path/'x.json'), '--bits', '4', '--samples', '2', '--seq-len', '16', '--rounding', 'minmax']

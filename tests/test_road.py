@@ -96,7 +96,8 @@ def test_misuse_is_told_in_the_words_of_the_caller(case, sweep):
 
 def test_another_file_is_no_sweep(sweep, tmp_path):
     optiq.allocate(sweep, target_bpw=4).save(tmp_path/'plan.json')
-    with pytest.raises(ValueError, match='plan.json is no sweep, but a plan; `optiq sweep` writes one'): optiq.load_sweep(tmp_path/'plan.json')
+    with pytest.raises(ValueError, match='plan.json is not a sweep, but a plan; `optiq sweep` writes one'):
+        optiq.load_sweep(tmp_path/'plan.json')
     with pytest.raises(FileNotFoundError, match='there is no such file'): optiq.load_sweep('none.json')
 
 def test_errors_of_python_name_no_flags():

@@ -21,7 +21,8 @@ from optiq.pipeline import optimize
 from optiq.request import Caps, Texts, Weights
 from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep
-from optiq.material.tiny import _CONFIGS, _SILU, tiny
+from optiq.material.configs import _CONFIGS, _SILU
+from optiq.material.tiny import tiny
 
 OLMO2 = dict(_SILU, architectures=['Olmo2ForCausalLM'], rope_theta=500000., rope_scaling=None, tie_word_embeddings=False)
 

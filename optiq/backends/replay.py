@@ -92,7 +92,7 @@ def head(self: Backend, states, overrides: dict = {}): # (N, T, D) ▸ (N, T, V)
     if isinstance(states, _Streams): return states.on(None, overrides)[1]
     def stand_in(i, x, *args, **kwargs): return states if i == self.n_blocks-1 else x
     with self.swapped(overrides), self.stand_ins(stand_in):
-        return self.forward(np.zeros((1, 1), np.int32))
+        return self.forward(np.zeros(states.shape[:2], np.int32)) # some models shape their answer as their ids
 
 @patch
 def logits(self: Backend, batch: np.ndarray, overrides: dict = {}):

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from .arrays import library
 from .backends.replay import Backend, _Heard
@@ -147,14 +148,6 @@ class Statistics(Mapping):
         with self.unperturbed(): self.states = self.chunks.run(self.i, self.states, listener)
         self.i, self.held = self.i+1, listener.stats
 
-    def finish(self) -> dict: # path ▸ Inputs
-        "Hear what is outside the blocks, and begin again"
-        with self.unperturbed():
-            for i in range(self.i, self.b.n_blocks): self.states = self.chunks.run(i, self.states)
-            self.chunks.run(None, self.states, listener := self.listener(None))
-        self.restart()
-        return listener.stats
-
     def __getitem__(self, path):
         block = self.b.checkpoint.unit[path].block
         if block is None:
@@ -165,6 +158,16 @@ class Statistics(Mapping):
         return self.held[path]
     def __iter__(self): return iter(self.b.checkpoint.unit)
     def __len__(self): return len(self.b.checkpoint.units)
+
+# %% ../nbs/06a_statistics.ipynb #4d645683
+@patch
+def finish(self: Statistics) -> dict: # path ▸ Inputs
+    "Run to the end, listen to the units outside the blocks, and go back to the first block"
+    with self.unperturbed():
+        for i in range(self.i, self.b.n_blocks): self.states = self.chunks.run(i, self.states)
+        self.chunks.run(None, self.states, listener := self.listener(None))
+    self.restart()
+    return listener.stats
 
 # %% ../nbs/06a_statistics.ipynb #b4016767
 _FORM = dict(model=TEXT, shape=[_whole()]*2, fingerprint=TEXT, source=maybe(TEXT))

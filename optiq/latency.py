@@ -27,7 +27,7 @@ from .roofline import Chip, Latency, Reads, chip_named, reads_of
 
 # %% ../nbs/20b_latency.ipynb #ba5b87c2
 def _signature(reads: Reads) -> str:
-    "What tells one model's points from another's"
+    "Columns by which points of one model differ from those of another"
     return f'{reads.layers} layers, {len(reads.units)} units, {reads.params} parameters'
 
 # %% ../nbs/20b_latency.ipynb #c7a922e9
@@ -230,7 +230,7 @@ def budget(self: Latency,
     formats: list, # candidates
 ) -> dict: # options of `allocate`
     "The cap on milliseconds that a speed means; raises ValueError, naming both ends, if no plan or every plan has it"
-    if not tps > 0: raise ValueError(f'{tps} tokens per second is no positive number')
+    if not tps > 0: raise ValueError(f'{tps} tokens per second is not a positive number')
     fmts = parse_formats(formats)
     low, high = _speed_range(self, fmts)
     fast, slow = 1e3/max(low, self.host), 1e3/max(high, self.host)

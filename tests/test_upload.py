@@ -55,7 +55,7 @@ def test_without_a_token_asking_is_an_error(folder):
 
 @pytest.mark.parametrize('repo', ['small', 'a/b/c', '../x', 'me/'])
 def test_what_is_no_place(folder, repo):
-    with pytest.raises(ValueError, match='is no place on the Hub'): upload(folder, repo, api=Api())
+    with pytest.raises(ValueError, match='is not a name on the Hub'): upload(folder, repo, api=Api())
 
 def header(card): return dict(line.split(': ', 1) for line in card.split('---\n')[1].splitlines())
 

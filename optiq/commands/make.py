@@ -90,7 +90,8 @@ def convert(model, target, bits, formats, group_size, kv, kv_bits, output, dry_r
     optiq convert demo --kv --context 4096 --target-size 20
     """
     from optiq.files import own_output
-    from optiq.pipeline import Cache, Caps, Texts, Weights, caps_for, optimize, subject
+    from optiq.pipeline import optimize
+    from optiq.request import Cache, Caps, Texts, Weights, caps_for, subject
     if not kv: check_idle(['kv_bits'], 'it counts for --kv; give both')
     _check_length(model, given)
     if dry_run and not output: check_idle(['overwrite'], 'a dry run writes nothing')
@@ -249,7 +250,8 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
     optiq pareto demo --verify 4 -o curve
     optiq pareto curve/sweep.json --profiles compact --targets 3,3.5,4
     """
-    from optiq.pipeline import Texts, Weights, trade_off
+    from optiq.pipeline import trade_off
+    from optiq.request import Texts, Weights
     saved = given['sweep'] is not None or os.path.isfile(source)
     idle = [] if given['verify'] else ['evaluation', 'n_evaluation']+_MEASURING*saved
     check_idle(idle, 'nothing is scored; give --verify' if not saved else 'nothing is measured; give --verify')
@@ -294,7 +296,8 @@ def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
     optiq kv-cache ./my-4bit-model --target-size 300 --context 16384 --candidate-bits 3,4,6,8
     """
     from optiq.kv.sweep import layer_table, memory_lines
-    from optiq.pipeline import Cache, Caps, Texts, optimize
+    from optiq.pipeline import optimize
+    from optiq.request import Cache, Caps, Texts
     _check_group(group_size, (formats, bits, '4,8'))
     cache = Cache(_as_formats(formats, bits, group_size, '4,8', cache=True), tie)
     out = output or _default_output(model, 'kv')

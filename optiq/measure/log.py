@@ -129,9 +129,9 @@ class SweepLog(_Journal):
         todo = [(c.units[0], AS_IS), *probes(c.units, formats)]
         header = _sweep_header(b, c, tokens) | about | dict(
             fingerprint=fingerprint_of(b, tokens, formats, quantizer) | getattr(c, 'stamp', {}),
-            passes=plan_passes(b, todo, self.shape, max_memory))
+            passes=plan_passes(b, todo, self.shape, max_memory, self.ranks.size))
         header, records = _read_logs(self.out, header, self.ranks, mark)
-        self.passes = passes_of(todo, len(tokens), *header['passes'])
+        self.passes = passes_of(todo, len(tokens), *header['passes'], mixed=b.stacks)
         super().__init__(header, _whole_passes(records, self.passes), self.ranks.own(self.out), mark)
         nobodys = [p for p, held in zip(self.passes, self.held().any(0)) if not held]
         self.mine = nobodys[self.ranks.rank::self.ranks.size]
@@ -198,7 +198,10 @@ def _announce(c, shape, ranks):
           f'about {_duration(c["seconds"]/ranks)}, {c["bytes"]/2**30:.1f} GB for states', file=sys.stderr, flush=True)
 
 # %% ../../nbs/04f_measure.log.ipynb #31ddbbf5
-_BAR = '{desc}{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} to go' # of every bar, for tqdm
+def _bar(what: str = '', show: bool = True): # ▸ tqdm, which is told shares of the work
+    "A bar for a long step: how much is done, how long it took, how long it will take"
+    return tqdm(total=1, desc=what and f'{what} ', leave=False, disable=not show, smoothing=0,
+                bar_format='{desc}{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} to go')
 
 class _Share:
     "Moves a bar by time: what a run of a block takes, and what rounding a weight, is learned as they go by"
@@ -222,5 +225,5 @@ def progress_bar(log: SweepLog, show: bool = True): # ▸ `tick` of `measure`
     if show and todo: _announce(cost(log.b, todo, log.shape[1], log.sample), log.shape, log.ranks.size)
     runs = sum(block_passes(p.todo, log.b.n_blocks) for p in todo)
     rounded = sum(u.kind != 'lm_head' for p in todo for u, _ in p.todo)
-    with tqdm(total=1, bar_format=_BAR, leave=False, disable=not show or not todo, smoothing=0) as bar:
+    with _bar(show=show and bool(todo)) as bar:
         yield _Share(bar, runs, rounded)

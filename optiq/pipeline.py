@@ -25,7 +25,9 @@ from .files import added_files, as_path, can_draw, check_full, claiming, journal
 from .files import own_output, own_place, scratch, whole_folder
 from .fit import _memory_here, _untested
 from .formats import AS_IS, Format, check_storable, parse_format, parse_formats, quantize_minmax
-from .knapsack import PROFILES, _least_bits, allocate, candidates, known, pareto
+from .knapsack import PROFILES, _least_bits, allocate, pareto
+from .readers import known
+from .budget import candidates
 from .kv.config import STATISTICS, save_kv_config
 from .kv.layout import KVLayout, cache_bytes, kv_layout
 from .kv.sweep import _combine, layer_table, memory_lines, parts, planned_cache, planned_together
@@ -517,6 +519,7 @@ def _choose_cache(job: _Job) -> dict: # report, plan, sweep, config, figures
     allocate(_untested(layout, formats), **options) # raises before anything is measured if no plan fits
     b, t = job.open()
     found = planned_cache(b, t.tokens, t.scored, layout, formats, options, t.about, out)
+    found['figures']['model_type'] = job.c.model_type
     if out is not None:
         _write_kv(found, out, job.overwrite, job.beside)
         journal_of(out).unlink(missing_ok=True)

@@ -50,6 +50,7 @@ class KVLayer:
 # %% ../../nbs/11_kv.layout.ipynb #4d45b30e
 def language(model):
     "The part of a model that writes text, and so has a cache: in mlx-vlm a part, in mlx-lm the model itself"
+    model = vars(model).get('_model', model) # Qwen3-ASR stands in a shell
     return model.language_model if hasattr(model, 'get_input_embeddings') and hasattr(model, 'language_model') else model
 
 def own_caches(model) -> list:

@@ -16,7 +16,8 @@ from ..backends.open import open_backend
 from ..evals.perplexity import evaluate, overrides_of
 from ..files import journal_of
 from ..formats import Format, parse_formats
-from ..knapsack import allocate, known
+from ..knapsack import allocate
+from ..readers import known
 from .cache import memory_table
 from .config import kv_config, read_kv_config
 from .layout import KVLayer, KVLayout, kv_layout
@@ -176,7 +177,8 @@ def parts(plan: Plan, weights: Sweep, cache: Sweep) -> tuple[Plan, Plan]:
 # %% ../../nbs/11f_kv.sweep.ipynb #d7a40002
 def _as_rounded(b, plan: Plan, sweep: Sweep) -> dict: # overrides
     "What a plan of the weights stands for, rounded as its sweep was"
-    if (rounding := rounding_of(sweep)) == 'minmax': return overrides_of(plan)
+    rounding = rounding_of(sweep)
+    if rounding == 'minmax': return overrides_of(plan)
     return as_overrides(dict(round_model(b, learned_again(sweep, b.checkpoint), plan, rounding)))
 
 # %% ../../nbs/11f_kv.sweep.ipynb #1046c8f7

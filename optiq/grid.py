@@ -30,8 +30,7 @@ class _Rounded:
     def stored(self) -> dict:
         "The tensors of a quantized MLX layer, by name"
         import mlx.core as mx
-        mine = isinstance(self.codes, mx.array)
-        codes = np.array(self.codes.astype(mx.uint8)) if mine else self.codes.byte().cpu().numpy()
+        codes = np.array(self.codes.astype(mx.uint8)) if isinstance(self.codes, mx.array) else self.codes
         packed = mx.array(pack_codes(codes, self.fmt.bits))
         return dict(weight=packed, scales=to_mlx(self.scales), biases=to_mlx(self.biases))
 

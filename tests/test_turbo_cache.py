@@ -272,7 +272,8 @@ MADE = dict(affine=lambda: MixedKVCache('4g64', '3g32'), floats=lambda: MixedKVC
             turbo_helped=lambda: TurboQuantKVCache(64, 3, seed=7, precondition=precondition()),
             turbo_pair=lambda: _cache_of(*map(parse_format, ('tq3', '8g64'))),
             turbo_prompt=lambda: TurboQuantKVCache(64, 3, precondition='prompt'),
-            window=lambda: RotatingMixedKVCache('4g64', '3g32', 8), window_rotated=lambda: _cache_of(turned('tq4', 7, precondition()), parse_format('8g64'), 8),
+            window=lambda: RotatingMixedKVCache('4g64', '3g32', 8),
+            window_rotated=lambda: _cache_of(turned('tq4', 7, precondition()), parse_format('8g64'), 8),
             state=lambda: _TurboQuantStateCache(bits=4), state_seeded=lambda: _TurboQuantStateCache(bits=6, seed=7))
 
 def step(c, seed, tokens=1):

@@ -51,7 +51,8 @@ class _Told:
     def settle(self, keys, values): # (B, heads, T, D) each
         "Note what they are, and let a format take from the first keys what it waits for"
         family = FAMILIES.get(self.formats[0].mode)
-        if hasattr(family, 'settled') and not self.several: self.formats = family.settled(self.formats[0], keys), self.formats[1]
+        if hasattr(family, 'settled') and not self.several:
+            self.formats = family.settled(self.formats[0], keys), self.formats[1]
         if self.dims is None or self.dtype is None:
             self.dims, self.dtype = (keys.shape[3], values.shape[3]), str(keys.dtype).split('.')[-1]
 

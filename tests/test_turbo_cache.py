@@ -14,6 +14,7 @@ from optiq.kv.cache import MixedKVCache, _cache_of, use_kv_config
 from optiq.kv.config import STATISTICS, kv_config
 from optiq.kv.layout import kv_layout, own_caches
 from optiq.kv.precondition import KeyPrecondition, load_preconditions, save_preconditions, turned
+from optiq.kv.window import RotatingMixedKVCache
 from optiq.kv.rotated import BatchTurboQuantKVCache, TurboQuantKVCache, _encode_one, _scaled, _TurboQuantStateCache, turbo_cache
 from optiq.kv.rotated import use_turbo_cache
 from optiq.turboquant import _round_trip
@@ -252,6 +253,8 @@ MADE = dict(affine=lambda: MixedKVCache('4g64', '3g32'), floats=lambda: MixedKVC
             turbo_helped=lambda: TurboQuantKVCache(64, 3, seed=7, precondition=precondition()),
             turbo_pair=lambda: _cache_of(*map(parse_format, ('tq3', '8g64'))),
             turbo_prompt=lambda: TurboQuantKVCache(64, 3, precondition='prompt'),
+            window=lambda: RotatingMixedKVCache('4g64', '3g32', 8),
+            window_rotated=lambda: _cache_of(turned('tq4', 7, precondition()), parse_format('8g64'), 8),
             state=lambda: _TurboQuantStateCache(bits=4), state_seeded=lambda: _TurboQuantStateCache(bits=6, seed=7))
 
 def step(c, seed, tokens=1):

@@ -140,11 +140,11 @@ def _choose_cache(job: _Job) -> dict: # report, plan, sweep, config, figures
     allocate(_untested(layout, formats), **options) # raises before anything is measured if no plan fits
     b, t = job.open()
     found = planned_cache(b, t.tokens, t.scored, layout, formats, options, t.about, out, job.states_memory)
+    found['figures']['model_type'] = job.c.model_type
     if out is not None:
         _write_kv(found, out, job.overwrite, job.beside)
         journal_of(out).unlink(missing_ok=True)
     return found
-
 
 # %% ../nbs/08_pipeline.ipynb #50dfab8b
 def _write_kv(found: dict, out: 'str | Path', overwrite: bool = False, beside: bool = False):

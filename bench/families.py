@@ -72,7 +72,8 @@ from optiq.kv.sweep import kv_sweep
 from optiq.folder import read_header
 from optiq.models import Checkpoint
 from optiq.sensitivity import kl_sweep
-from optiq.material.tiny import _PROSE, _draw, _merged, write_json, _write_tokenizer
+from optiq.material.configs import _merged
+from optiq.material.tiny import _PROSE, _draw, write_json, _write_tokenizer
 
 HERE = Path(__file__).parent
 TABLE, RESULT = HERE/'families.json', HERE.parent/'nbs/results/families.json'

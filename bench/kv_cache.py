@@ -28,7 +28,8 @@ from optiq.report import machine, score_row
 from optiq.formats import AS_IS, Format, divides, parse_format, quantize_dequantize
 from optiq.knapsack import allocate, pose
 from optiq.plan import uniform
-from optiq.kv.cache import MixedKVCache, _attend, _mixed_bytes, memory_table
+from optiq.kv.attention import _attend
+from optiq.kv.cache import MixedKVCache, _mixed_bytes, memory_table
 from optiq.kv.config import kv_config, read_kv_config
 from optiq.kv.layout import kv_layout, own_caches
 from optiq.kv.sweep import configurations, _helped, joint_plan, kv_sweep

@@ -97,13 +97,13 @@ def cache_kinds(model):
 @contextmanager
 def road(kind):
     "The road of attention that a kind of cache takes"
-    from optiq.kv import cache, kernels
-    before = cache._MANY, cache._PART, kernels._FUSED
-    if 'dequantized' in kind: cache._MANY = 1
-    if 'one part' in kind: cache._PART = 0
+    from optiq.kv import attention, kernels
+    before = attention._MANY, attention._PART, kernels._FUSED
+    if 'dequantized' in kind: attention._MANY = 1
+    if 'one part' in kind: attention._PART = 0
     if 'composed' in kind: kernels._FUSED = False
     try: yield
-    finally: cache._MANY, cache._PART, kernels._FUSED = before
+    finally: attention._MANY, attention._PART, kernels._FUSED = before
 
 def filled(model, shape, make, T, chunk=4096):
     "Caches of T tokens of random keys and values: a step's time does not depend on which"
@@ -264,7 +264,8 @@ def far(kind, D, bits, q, k, v):
     import mlx.core as mx
     from mlx_lm.models.base import quantized_scaled_dot_product_attention as theirs
     from mlx_lm.models.cache import QuantizedKVCache
-    from optiq.kv.cache import MixedKVCache, _attend
+    from optiq.kv.attention import _attend
+    from optiq.kv.cache import MixedKVCache
     from optiq.kv.rotated import TurboQuantKVCache
     scale, last = D**-.5, (k[:, :, -1:]*.5, v[:, :, -1:]*.5)
     if kind == 'affine, mlx-lm':
@@ -462,7 +463,7 @@ def needle(args, report):
     from optiq.formats import parse_format
     from optiq.kv.layout import kv_layout
     from optiq.models import Checkpoint
-    from optiq.material.problems import recall
+    from optiq.material.mixture import recall
     from optiq.kv.precondition import key_statistics, preconditioned
     b = TorchBackend(Checkpoint('demo'))
     tokenizer, rows = b.checkpoint.tokenizer, list(args.done.get('needle', {}).get('rows', []))

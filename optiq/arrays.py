@@ -10,15 +10,14 @@ import numpy as np
 
 # %% ../nbs/70_arrays.ipynb #78a63926
 def pack_codes(
-    codes, # (…, in_dims) whole numbers below 2**bits
+    codes, # (…, in_dims) whole numbers below 2**bits, of NumPy or PyTorch
     bits: int, # code width
 ) -> np.ndarray: # (…, in_dims·bits/32) uint32
     "Codes as MLX stores them: a little-endian stream of bits"
-    c = np.asarray(codes, dtype=np.uint8)
-    eight = c.reshape(*c.shape[:-1], -1, 8) # that fill as many bytes as a code has bits
-    words = sum(eight[..., i].astype('<u8') << np.uint64(bits*i) for i in range(8))
-    stream = words[..., None].view(np.uint8)[..., :bits].reshape(*c.shape[:-1], -1)
-    return np.ascontiguousarray(stream).view('<u4')
+    eight = codes.reshape(*codes.shape[:-1], -1, 8) # that fill as many bytes as a code has bits
+    words = sum(as_type(eight[..., i], 'int64') << bits*i for i in range(8))
+    stream = words[..., None].view(library(words)[0].uint8)[..., :bits].reshape(*codes.shape[:-1], -1)
+    return np.ascontiguousarray(stream if isinstance(stream, np.ndarray) else stream.cpu().numpy()).view('<u4')
 
 # %% ../nbs/70_arrays.ipynb #d1182d98
 def library(w):

@@ -258,7 +258,7 @@ def convert(
         sweep = kl_sweep('demo', formats=[4, 8])
         convert('demo', allocate(sweep, target_bpw=4.5), 'out/demo', sweep)
     """
-    if not hasattr(plan, 'nbytes'): raise ValueError(f'{shown(plan)} is no plan; make one with allocate or uniform')
+    if not hasattr(plan, 'nbytes'): raise ValueError(f'{shown(plan)} is not a plan; make one with allocate or uniform')
     c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)
     odd, out = set(plan) ^ set(c.unit), as_path(out)
     if odd: raise ValueError(

@@ -205,7 +205,7 @@ def _check_stray(folder: Path, files: list, model_type: str):
     if model_type == 'vlm' and (folder/'model.safetensors.index.json').exists(): return
     stray = sorted({*folder.glob('*.safetensors')}-{*files}-{folder/'consolidated.safetensors'})
     if stray:
-        raise ValueError(f'{stray[0]} is no part of the model, and {LOADERS[model_type].replace("_", "-")} would read '
+        raise ValueError(f'{stray[0]} is not part of the model, and {LOADERS[model_type].replace("_", "-")} would read '
                          f'it '
                                'as one; take it out of the folder')
 
@@ -215,7 +215,7 @@ _LARGEST = dict(float16=65504., bfloat16=3.3895314e38) # the types that a model 
 def _as_type(model, dtype: str | None): # ▸ the model
     "A lazy model in another type, but for what its architecture keeps; None leaves it"
     if dtype is None: return model
-    if dtype not in _LARGEST: raise ValueError(f'`dtype` {dtype!r} is none of {", ".join(_LARGEST)}')
+    if dtype not in _LARGEST: raise ValueError(f'`dtype` {dtype!r} is not one of {", ".join(_LARGEST)}')
     import mlx.core as mx
     from mlx.utils import tree_map_with_path
     casts = getattr(model, 'cast_predicate', lambda path: True)

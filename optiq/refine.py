@@ -20,7 +20,8 @@ from .backends.replay import Backend
 from .calibration import fingerprint, shape_of
 from .evals.perplexity import evaluate, overrides_of
 from .formats import AS_IS, parse_format, quantize_dequantize
-from .knapsack import Frontier, Question, plus_minus, pose
+from .knapsack import Question, pose
+from .frontier import Frontier, plus_minus
 from .measure.estimate import _measure_halved, passes_of, plan_passes
 from .measure.log import _BAR
 from .plan import Plan, baseline_plans, mean_se, smoothed

@@ -50,7 +50,7 @@ def test_gradient_ranks_and_screening_saves(b, tokens):
     np.testing.assert_allclose(screened.values[k], exact.values[k], rtol=1e-3)
 
 def test_answers_without_and_with_writing_agree(b):
-    from optiq.material.problems import lists
+    from optiq.material.mixture import lists
     rows = lists(6, 'test')
     wrong = [r | dict(answer=r['answer'][::-1]) for r in rows] # never what the model writes, so it has to write
     assert [a.strip() for a in answers(b, rows)] == [a.strip() for a in answers(b, wrong, new_tokens=60)]

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from optiq.formats import AS_IS, Format
-from optiq.knapsack import Budget, allocate, pareto, _price_ranges, _stability
+from optiq.knapsack import allocate, pareto, _stability
+from optiq.budget import Budget
+from optiq.why import _price_ranges
 from optiq.kv.layout import cache_bytes
 from optiq.material.tiny import tiny
 from optiq.models import Checkpoint
@@ -152,7 +154,7 @@ def test_why():
         if r['bits'] and r['bits'][1]-r['bits'][0] > .5:
             assert allocate(sweep, target_bpw=sum(r['bits'])/2)[path] == r['format']
     assert chosen['bits'][0]-.3 <= 5 <= chosen['bits'][1]+.3
-    with pytest.raises(ValueError, match='is no unit'): plan.why('nowhere', sweep)
+    with pytest.raises(ValueError, match='is not a unit'): plan.why('nowhere', sweep)
 
 def test_why_of_protected_tied_and_uniform():
     sweep = random_sweep(4)

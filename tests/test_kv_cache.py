@@ -8,11 +8,12 @@ from mlx_lm.generate import BatchGenerator, speculative_generate_step
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import LRUPromptCache, load_prompt_cache, save_prompt_cache, trim_prompt_cache
 
-import optiq.kv.cache as kv
+import optiq.kv.attention as kv
 from kv_models import caches_of, run
 from optiq.backends.torch import TorchBackend
 from optiq.formats import ALL_FORMATS, AS_IS, FAMILIES, divides, nbytes, parse_format, quantize_dequantize
-from optiq.kv.cache import BatchMixedKVCache, MixedKVCache, _attend, generate_with_mixed_kv, mixed_caches, use_kv_config
+from optiq.kv.attention import _attend
+from optiq.kv.cache import BatchMixedKVCache, MixedKVCache, generate_with_mixed_kv, mixed_caches, use_kv_config
 from optiq.kv.config import kv_config, read_kv_config
 from optiq.kv.layout import kv_layout, own_caches
 from optiq.kv.sweep import kv_sweep

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from optiq.formats import Format
-from optiq.knapsack import allocate, budgets_of, make_problem
+from optiq.knapsack import allocate
+from optiq.budget import budgets_of, make_problem
 from optiq.units import Unit
 from optiq.plan import smoothed, uniform
 from optiq.solver import solve_exact, solve_greedy, solve_lagrange

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 import optiq
-from optiq.material import problems as tasks
+from optiq.material import mixture as texts, problems as tasks
+from optiq.material.mixture import lists, mixture, _prose, recall, _training_text
 from optiq.material.problems import _KNOWN_CHAINS, _NAMES, _NEW_CHAINS, _NEW_NAMES, _NEW_STORIES, _STORIES, correct
-from optiq.material.problems import held_out, lists, mixture, _prose, recall, _training_text, word_problems
+from optiq.material.problems import held_out, word_problems
 
 DEMO = Path(optiq.__file__).parent/'data'/'demo'
 
@@ -50,7 +51,7 @@ def test_seeds_reproduce():
     for f in (word_problems, lists, recall):
         assert f(5, seed=1) == f(5, seed=1) != f(5, seed=2)
     assert list(islice(_training_text(3), 20)) == list(islice(_training_text(3), 20))
-    assert {o['task'] for o in islice(mixture(), 200)} == set(tasks._SHARES)
+    assert {o['task'] for o in islice(mixture(), 200)} == set(texts._SHARES)
 
 @pytest.mark.parametrize('length', [128, 512, 2048])
 def test_recall_key_is_unique_and_the_text_as_long_as_asked(length):
@@ -58,7 +59,7 @@ def test_recall_key_is_unique_and_the_text_as_long_as_asked(length):
         key = re.search(r'What is the code of the (.*)\?', row['prompt'])[1]
         assert re.findall(rf'The code of the {key} is (\d+)\.', row['prompt']) == [row['answer']]
         assert 0 <= row['depth'] <= 1
-        assert length-15 <= tasks._estimate_tokens(row['prompt']+' '+row['answer']) <= length
+        assert length-15 <= texts._estimate_tokens(row['prompt']+' '+row['answer']) <= length
 
 def test_recall_says_when_the_keys_do_not_fit():
     with pytest.raises(ValueError, match='do not fit'): recall(1, 128, keys=50)

@@ -21,15 +21,18 @@ from optiq.evals.perplexity import Score, evaluation_tokens, check_overlap
 from optiq.report import mean_figure, _paired
 from optiq.evals.wer import _wer_figure
 from optiq.formats import Format, quantize_dequantize
-from optiq.knapsack import Frontier, allocate
+from optiq.knapsack import allocate
+from optiq.frontier import Frontier
 from optiq.plan import Plan, mean_se, uniform
 from optiq.kv.layout import KVLayer, KVLayout
 from optiq.models import Checkpoint
 from optiq.units import Unit
-from optiq.pipeline import Texts, _read_texts
+from optiq.job import _read_texts
+from optiq.request import Texts
 from optiq.arrays import to_mlx
 from optiq.roofline import Chip, Latency, _cache_reads, reads_of
-from optiq.rounding import gptq, search
+from optiq.gptq import gptq
+from optiq.grid import search
 from optiq.statistics import Inputs
 from optiq.measure.gradient import _second_order
 from optiq.measure.kl import kl_divergence

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import optiq.kv.kernels as tk
-from optiq.kv.cache import _attend
+from optiq.kv.attention import _attend
 from optiq.kv.precondition import KeyPrecondition, turned
 from optiq.kv.rotated import TurboQuantKVCache
 from optiq.turboquant import _unpack_words

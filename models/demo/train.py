@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from optiq.formats import Format, quantize_dequantize
-from optiq.material import problems as tasks
+from optiq.material import mixture as texts_of, problems as tasks
 
 EOS = '<|endoftext|>'
 # how much the loss of a prompt's token counts, an answer's being 1: what is drawn at random cannot be learned
@@ -43,8 +43,8 @@ def make_tokenizer(
         pre_tokenizers.Split(Regex(r"[0-9]| ?[A-Za-z_]+| ?[^\sA-Za-z_0-9]+|\n+| +(?! )| +|\s"), 'isolated'),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
-    texts = [*islice(tasks._training_text(seed), n), *tasks._prose()]
-    texts += [' '.join(f' {w}' for w in [*tasks._ADJECTIVES, *tasks._NOUNS, *tasks._NAMES])]*20 # whole words for keys and names
+    texts = [*islice(texts_of._training_text(seed), n), *texts_of._prose()]
+    texts += [' '.join(f' {w}' for w in [*texts_of._ADJECTIVES, *texts_of._NOUNS, *tasks._NAMES])]*20 # whole words for keys and names
     tok.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return tok
@@ -80,7 +80,7 @@ def make_rows(job, tok_json, length, split='train'):
     "Packed windows of `length`+1 tokens from the mixture of one seed"
     seed, rows = job
     tok = Tokenizer.from_str(tok_json)
-    return pack(encode(tok, tasks.mixture(seed, split, length), length+1), length+1, rows)
+    return pack(encode(tok, texts_of.mixture(seed, split, length), length+1), length+1, rows)
 
 def start_data(pool, tok, seed, length, rows):
     "`rows` windows in parts, each with its own seed, made by the processes of `pool` while this one goes on"
@@ -390,12 +390,12 @@ def score(model, tok, args):
     "All tasks: right answers out of how many, and the perplexity of the prose"
     n = args.n_eval
     sets = dict(problems=tasks.word_problems(n*2, 'test', args.seed), unseen=tasks.word_problems(n, 'unseen', args.seed),
-                lists=tasks.lists(n, 'test', args.seed))
+                lists=texts_of.lists(n, 'test', args.seed))
     rows = sum(sets.values(), [])
     texts = dict(zip(map(id, rows), answers(model, tok, rows, args.new_tokens, args.eval_tokens)))
     for length in args.lengths:
         name = f'recall {length}'
-        sets[name] = tasks.recall(args.n_recall or n, length, 'test', args.seed)
+        sets[name] = texts_of.recall(args.n_recall or n, length, 'test', args.seed)
         texts |= dict(zip(map(id, sets[name]), answers(model, tok, sets[name], 8, args.eval_tokens)))
     out = {}
     for name, rows in sets.items():
@@ -404,7 +404,7 @@ def score(model, tok, args):
         lo, hi = wilson(k, len(rows))
         out[name] = dict(right=k, n=len(rows), score=round(k/len(rows), 4), low=round(lo, 4), high=round(hi, 4))
         if name == 'problems': out['detail'] = [(r, texts[id(r)], ok) for r, ok in zip(rows, right)]
-    out['prose perplexity'] = round(perplexity(model, tok, tasks._prose('test')[:args.n_prose]), 3)
+    out['prose perplexity'] = round(perplexity(model, tok, texts_of._prose('test')[:args.n_prose]), 3)
     return out
 
 def table(witness):
@@ -419,7 +419,7 @@ def table(witness):
 
 def make(args, lengths):
     "Data, tokenizer, training, checkpoint"
-    log(f'{len(tasks._prose())} passages of prose, {sum(map(len, tasks._prose()))/1e6:.2f}M characters')
+    log(f'{len(texts_of._prose())} passages of prose, {sum(map(len, texts_of._prose()))/1e6:.2f}M characters')
     tok = make_tokenizer(args.seed, 2000 if args.smoke else 15_000, args.vocab)
     log('tokenizer of', tok.get_vocab_size())
     # the processes start before CUDA does; they make the data while the model compiles

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 import numpy as np
 from fastcore.basics import patch
 
-from .replay import Backend, check_all, check_logits
+from .replay import Backend, available_memory, check_all, check_logits
 from .trees import _forgetful
-from .taps import _block, _descend, mlx_attention, mlx_blocks, mlx_listening, mlx_watching, same
+from .taps import _block, _descend, mlx_attention, mlx_blocks, mlx_listening
+from .taps import mlx_products, mlx_watching, same
 from ..models import Checkpoint
 
 # %% ../../nbs/03c_backends.mlx.ipynb #e3ba4f24
@@ -52,6 +53,7 @@ class MLXBackend(Backend):
 
     def __init__(self, checkpoint: Checkpoint, dtype: str = 'float32'):
         self.start(checkpoint, dtype)
+        self.narrow = 'bfloat16' if self.on_gpu and dtype == 'float32' else None
         self.check()
 
     def start(self, checkpoint, dtype):
@@ -67,7 +69,7 @@ class MLXBackend(Backend):
     def block(self, i: int): return _block(self.model, self.checkpoint.blocks, i)
     def stand_ins(self, stand_in): return mlx_blocks(self.model, self.checkpoint.blocks, stand_in)
 
-    def watching(self, see): return mlx_watching(self.model, see)
+    def watching(self, see): return mlx_watching(self.model, see, self.checkpoint.blocks)
     def attention(self, changes: dict): # block ▸ {'keys': function, 'values': function}
         blocks = {i: self.block(i) for i in changes}
         def attend(i, *args, **kwargs):
@@ -80,7 +82,21 @@ class MLXBackend(Backend):
 def on_gpu(self: MLXBackend): return self.xp.default_device().type == self.xp.DeviceType.gpu
 
 @patch
+def products(self: MLXBackend, answer):
+    from mlx import nn
+    return mlx_products([m for m in self.model.modules() if type(m) in (nn.Linear, nn.Embedding)], answer)
+
+@patch
 def array(self: MLXBackend, a: np.ndarray): return self.xp.array(np.ascontiguousarray(a))
+
+@patch
+def free_memory(self: MLXBackend) -> int:
+    if not self.on_gpu: return available_memory()
+    said, mx = self.xp.device_info(), self.xp
+    whole = said.get('total_memory') or said['max_recommended_working_set_size']
+    free = said.get('free_memory', whole)+mx.get_cache_memory()
+    return max(0, min(free, whole-mx.get_active_memory()))
+
 
 # %% ../../nbs/03c_backends.mlx.ipynb #52592133
 @patch

@@ -32,7 +32,7 @@ def _check_ids(checkpoint: Checkpoint, ids: np.ndarray):
     known = {v for k, v in checkpoint.config.items() if k.endswith(('token_id', 'token_index')) and isinstance(v, int)}
     odd = [i for i in np.unique(ids).tolist() if not 0 <= i < checkpoint.vocabulary and i not in known]
     if odd: raise ValueError(
-        f'{checkpoint.name} has {checkpoint.vocabulary:,} tokens, and id {odd[-1]} is none of them: '
+        f'{checkpoint.name} has {checkpoint.vocabulary:,} tokens, and id {odd[-1]} is not one of them: '
         'these ids come from the tokenizer of another model')
 
 # %% ../../nbs/03_backends.replay.ipynb #85a67ce8
@@ -385,7 +385,7 @@ def check_logits(b, z): # (…, V) ▸ the same
     "Raise ValueError, naming the model and its first damaged tensor, if a logit is NaN or infinite"
     if bool(b.xp.isfinite(z.sum())) or bool(b.xp.isfinite(z).all()): return z
     odd = _damaged(b.checkpoint)
-    said = f'{b.checkpoint.name} computes logits that are no numbers'
+    said = f'{b.checkpoint.name} computes logits that are not numbers'
     if not odd: raise ValueError(f'{said}, though all its weights are finite; it cannot be measured')
     raise ValueError(f'{said}: {_file_of(b.checkpoint, odd)}: {odd} holds NaN or infinity, so the checkpoint is '
                      'damaged; fetch or make it again')

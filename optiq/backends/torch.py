@@ -6,6 +6,7 @@
 __all__ = ['TorchBackend']
 
 # %% ../../nbs/03b_backends.torch.ipynb #4dfb0e8e
+import os
 import re
 import sys
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from fastcore.basics import patch
 from .mlx import MLXBackend, _of_type
 from .replay import Backend, available_memory, check_all, check_logits
 from .stream import StreamingBackend
-from .taps import eager_experts, torch_attention, torch_listening, torch_stand_ins, torch_watching
+from .taps import eager_experts, torch_attention, torch_listening, torch_products
+from .taps import torch_stand_ins, torch_watching
 from ..models import Checkpoint, cannot_open
 from ..units import Unit
 
@@ -160,6 +162,11 @@ def _dequantized_torch(checkpoint):
     arrays = tree_flatten(_of_type(checkpoint, mx.float32).parameters())
     return {k: torch.from_numpy(np.array(v)) for k, v in arrays}
 
+# %% ../../nbs/03b_backends.torch.ipynb #00912941
+def _own_gpu() -> str:
+    "The card of this process, among those that share a sweep"
+    return f'cuda:{os.environ["LOCAL_RANK"]}' if 'LOCAL_RANK' in os.environ else 'cuda'
+
 # %% ../../nbs/03b_backends.torch.ipynb #40739489
 class TorchBackend(Backend):
     "Replays a transformers model"
@@ -173,7 +180,8 @@ class TorchBackend(Backend):
         import torch
         self.xp, self.dtype = torch, getattr(torch, dtype)
         self.checkpoint, self.n_blocks = checkpoint, checkpoint.n_blocks
-        self.device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+        self.device = device or (_own_gpu() if torch.cuda.is_available() else 'cpu')
+        self.narrow = 'bfloat16' if self.on_gpu and dtype == 'float32' else None
         self.model = _load_torch(checkpoint, self.dtype).to(self.device).eval().requires_grad_(False)
         self.blocks = _torch_blocks(self.model, checkpoint)
         weight_of = _weight_of(checkpoint)
@@ -188,6 +196,7 @@ class TorchBackend(Backend):
     def stand_ins(self, stand_in): return torch_stand_ins(self.blocks, stand_in)
     def attention(self, changes: dict): return torch_attention(self.model, changes)
     def watching(self, see): return torch_watching(self.model, see)
+    def products(self, answer): return torch_products(answer)
 
     def fresh(self, x): return x.clone()
     def raw(self, batch):
@@ -197,10 +206,11 @@ class TorchBackend(Backend):
 
 # %% ../../nbs/03b_backends.torch.ipynb #ae304e7b
 @patch(as_prop=True)
-def on_gpu(self: TorchBackend): return self.device == 'cuda'
+def on_gpu(self: TorchBackend): return self.device.startswith('cuda')
 
 @patch
-def free_memory(self: TorchBackend) -> int: return self.xp.cuda.mem_get_info()[0] if self.on_gpu else available_memory()
+def free_memory(self: TorchBackend) -> int: 
+    return self.xp.cuda.mem_get_info(self.device)[0] if self.on_gpu else available_memory()
 
 @patch
 def array(self: TorchBackend, a: np.ndarray):

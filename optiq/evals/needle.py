@@ -14,8 +14,8 @@ from ..backends.open import open_backend
 from ..backends.replay import Backend
 from ..calibration import encode, prompt_ids
 from .gsm8k import label_of
-from ..knapsack import known
-from ..material.problems import recall_one
+from ..readers import known
+from ..material.mixture import recall_one
 from ..plan import mean_se
 from ..report import Report, joined, machine, mean_figure, own_size, share_figure
 

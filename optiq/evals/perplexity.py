@@ -11,12 +11,14 @@ from functools import partial
 
 import numpy as np
 
+from ..backends.near import Near
 from ..backends.open import open_backend
 from ..backends.replay import Backend
 from ..calibration import fingerprint, overlap, passages, positions, samples_of, token_batch, token_ids
 from ..calibration import unscored
 from ..formats import AS_IS, for_unit, quantize_dequantize
-from ..knapsack import known, plus_minus
+from ..readers import known
+from ..frontier import plus_minus
 from ..measure.kl import kl_rows, logit_slices
 from ..measure.journal import read_log
 from ..models import Checkpoint
@@ -105,7 +107,7 @@ def evaluate(
     tokens: 'np.ndarray | list', # (n, T), or samples
     variants: dict = {}, # name ▸ overrides (see `overrides_of`), or another Backend
     batch: int | None = None, # sequences at a time; about 4,096 tokens by default
-    tick = lambda share: None, # told after each step which share of the work it was
+    tick = lambda share: None, # called after each step with its share of the work
 ) -> dict: # name ▸ Score, with 'reference' first
     "Score the model, and any number of variants of it, on the same tokens"
     b = open_backend(model)
@@ -115,9 +117,11 @@ def evaluate(
     n_blocks = max(m.n_blocks for m, _ in everyone.values())
     for ids in (tokens[k:k+batch] for k in range(0, len(tokens), batch)):
         states = {n: m.embed(ids, _at(m, v, None)) for n, (m, v) in everyone.items()}
+        near = Near(b)
         for i in range(n_blocks):
             for n, (m, v) in everyone.items():
-                if i < m.n_blocks: states[n] = m.run_block(i, states[n], _at(m, v, i))
+                with near.kept() if n == 'reference' else near.beside():
+                    if i < m.n_blocks: states[n] = m.run_block(i, states[n], _at(m, v, i))
             tick(len(ids)/len(tokens)/n_blocks)
         for n, rows in _score(ids, states, everyone).items(): parts[n].append(rows)
     skip = unscored(b.checkpoint, tokens)
@@ -136,10 +140,12 @@ def _score(ids, states, everyone):
     wide = step if b.on_gpu else 32*step # tokens for which the reference's logits are kept
     for w in range(0, T, wide):
         slices, kept = [slice(t, min(t+step, w+wide, T)) for t in range(w, min(w+wide, T), step)], {}
+        near = {s.start: Near(b) for s in slices}
         for n, (m, v) in everyone.items():
             with m.swapped(_at(m, v, None)): # once for all slices: quantizing a vocabulary takes longer than using it
                 for s in slices:
-                    z, nexts = m.head(states[n][:, s]), ids[:, s.start+1:s.stop+1]
+                    one, nexts = near[s.start], ids[:, s.start+1:s.stop+1]
+                    with one.kept() if n == 'reference' else one.beside(): z = m.head(states[n][:, s])
                     if n == 'reference': kept[s.start] = z, b.numpy(z.argmax(-1))
                     z_p, best = kept[s.start]
                     out[n][0, :, s.start:s.start+nexts.shape[1]] = _nll(m, z[:, :nexts.shape[1]], nexts)

@@ -17,7 +17,8 @@ from ..backends.open import open_backend
 from ..backends.replay import Backend
 from ..backends.torch import TorchBackend
 from ..calibration import encode, prompt_ids
-from ..material.problems import correct, lists, recall, word_problems
+from ..material.mixture import lists, recall
+from ..material.problems import correct, word_problems
 
 # %% ../../nbs/33_evals.tasks.ipynb #903884f7
 def _writes_exactly(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..backends.near import Near
 from ..backends.open import open_backend
 from ..backends.replay import Backend
 from ..backends.trees import _leaves
@@ -32,11 +33,14 @@ class Pass:
         return [(u.path, str(f), self.start) for u, f in self.todo]
 
 # %% ../../nbs/04b_measure.estimate.ipynb #4a44c860
+_FEW = 64 # probes that make it worth while to run the model itself beside them
+
 def plan_passes(
     b: Backend,
     todo: list, # all probes
     shape: tuple, # (n, T) of the calibration tokens
     max_memory: float | None = None, # bytes for states; two thirds of what is free by default
+    ranks: int = 1, # processes that share the passes
 ) -> tuple[int, int]: # (sequences, probes) of one pass
     "How much one pass takes at once"
     n, T = shape
@@ -44,7 +48,10 @@ def plan_passes(
     stream = 2*4*T*b.checkpoint.units[0].shape[-1] # joining batches makes a copy
     room = max(1, int((max_memory or b.free_memory()*2/3)*.8/stream))
     at_once = n if b.on_gpu else max(1, 512//T) # short passes: less is lost when one is interrupted
-    return max(1, min(n, at_once, room//(len(todo)+1))), min(len(todo), room)
+    sequences = max(1, min(n, at_once, room//(min(len(todo), _FEW)+1)))
+    parts, groups = -(-len(todo)//max(1, min(len(todo), room//sequences-1))), -(-n//sequences)
+    while parts*groups % ranks: parts += 1 # as many for each process
+    return sequences, -(-len(todo)//parts)
 
 # %% ../../nbs/04b_measure.estimate.ipynb #ad622c1d
 def passes_of(
@@ -52,10 +59,14 @@ def passes_of(
     n: int, # calibration sequences
     sequences: int, # of one pass
     many: int, # probes of one pass
+    mixed: bool = False, # units from all over the model in each, so that all take as long
 ) -> list[Pass]:
     "All passes, sequences first"
-    return [Pass(s, min(s+sequences, n), tuple(todo[k:k+many])) for s in range(0, n, sequences)
-            for k in range(0, len(todo), many)]
+    parts = -(-len(todo)//many)
+    place = {path: k % parts for k, path in enumerate(dict.fromkeys(u.path for u, _ in todo))}
+    order = sorted(range(len(todo)), key=lambda k: place[todo[k][0].path] if mixed else 0)
+    return [Pass(s, min(s+sequences, n), tuple(todo[j] for j in sorted(order[k:k+many])))
+            for s in range(0, n, sequences) for k in range(0, len(todo), many)]
 
 # %% ../../nbs/04b_measure.estimate.ipynb #6fc47dcc
 _FULL = re.compile('out of ?memory|insufficient memory|not enough memory|allocate', re.I)
@@ -125,11 +136,12 @@ def _timing(b, batch, probes):
     states, u = b.embed(batch), _largest(b, 0)
     many, change = _stack(b, [states]*8)[0], perturb((u, Format(4, WORD))) if u else {}
     def block(x, change={}): return _time(lambda: b.ready(b.run_block(0, x, change)))
-    k, head = len(many)//len(batch), _time(lambda: kl_of_streams(b, states, [({}, [many])]))
-    alone = block(states)
-    weight = max(0, block(states, change)-alone)/u.params if u else 0
+    k, head, near = len(many)//len(batch), _time(lambda: kl_of_streams(b, states, [({}, [many])])), Near(b)
+    with near.kept(): b.ready(b.run_block(0, states))
+    with near.beside(): alone, changed, stacked = block(states), block(states, change), block(many)
+    weight = max(0, changed-alone)/u.params if u else 0
     width = b.checkpoint.units[0].shape[-1]*_answers_kept(states)
-    return _Timing(block(many)/k, alone, head/(k+1), weight, 8*batch.size*(probes+1)*width)
+    return _Timing(stacked/k, alone, head/(k+1), weight, 8*batch.size*(probes+1)*width)
 
 def _answers_kept(states) -> int:
     "The largest number of answers that a stream keeps at once"

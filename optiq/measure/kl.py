@@ -10,6 +10,7 @@ from functools import cache, partial
 
 import numpy as np
 
+from ..backends.near import Near
 from ..backends.replay import Backend, _joinable
 from ..calibration import samples_of, unscored
 from ..formats import AS_IS, Format, WORD, divides, for_unit, quantize_dequantize
@@ -85,15 +86,15 @@ def _walk(
     outside = _inside(b, base, None)
     reference = b.embed(batch, outside)
     streams = [b.embed(batch, outside | perturb(p, quantize)) for p in todo if p[0].kind == 'embed']
-    early = len(streams)
+    early, near = len(streams), Near(b)
     for i in range(b.n_blocks):
         here = _inside(b, base, i)
-        own = [b.run_block(i, reference, here | perturb(p, quantize)) for p in todo if p[0].block == i]
-        with b.swapped(here):
-            streams = [b.run_block(i, s) for s in _stack(b, streams)]
-            reference = b.run_block(i, reference)
+        with b.swapped(here), near.kept(): after = b.run_block(i, reference)
+        with near.beside():
+            own = [b.run_block(i, reference, here | perturb(p, quantize)) for p in todo if p[0].block == i]
+            with b.swapped(here): streams = [b.run_block(i, s) for s in _stack(b, streams)]
         tick(len(own)+1+sum(map(len, streams))//len(batch), len(own)+early)
-        early = 0
+        early, reference = 0, after
         streams += own
     return reference, streams
 
@@ -119,12 +120,14 @@ def kl_of_streams(
     B, T = reference.shape[:2]
     step, many = logit_slices(b, B, T)
     kl = np.zeros((sum(len(s) for _, g in groups for s in g), T))
+    near = Near(b)
     for t in range(skip, T, step):
-        z_p, row = b.head(reference[:, t:t+step]), 0
+        with near.kept(): z_p = b.head(reference[:, t:t+step])
+        p, row = b.xp.softmax(z_p, axis=-1), 0
         for overrides, streams in groups:
-            with b.swapped(overrides):
+            with b.swapped(overrides), near.beside():
                 for part in (s[k:k+many*B, t:t+step] for s in streams for k in range(0, len(s), many*B)):
-                    kl[row:row+len(part), t:t+step] = kl_rows(b, z_p, b.head(part)).reshape(len(part), -1)
+                    kl[row:row+len(part), t:t+step] = kl_rows(b, z_p, b.head(part), p).reshape(len(part), -1)
                     row += len(part)
     return kl[:, skip:].mean(1).reshape(-1, B)
 
@@ -136,11 +139,12 @@ def logit_slices(b, B, T):
     return step, max(1, room//step)
 
 # %% ../../nbs/04a_measure.kl.ipynb #64f077a1
-def kl_rows(b, z_p, z_q):
+def kl_rows(b, z_p, z_q, p=None): # p: softmax of z_p, if it is known
     "KL of k stacked copies of the reference's rows; on a CPU in pieces that stay in its cache"
     V = z_p.shape[-1]
     z_p, z_q = z_p.reshape(-1, V), z_q.reshape(-1, V)
-    p, R, rows = b.xp.softmax(z_p, axis=-1), len(z_p), len(z_p) if b.on_gpu else max(1, 2**19//V)
+    p = (b.xp.softmax(z_p, axis=-1) if p is None else p).reshape(-1, V)
+    R, rows = len(z_p), len(z_p) if b.on_gpu else max(1, 2**19//V)
     parts = [kl_divergence(b.xp, z_p[r:r+rows], z_q[k+r:k+min(r+rows, R)], p[r:r+rows])
              for k in range(0, len(z_q), R) for r in range(0, R, rows)]
     return b.numpy(b.xp.concatenate(parts))
@@ -169,7 +173,7 @@ def _finite(b: Backend, kl: np.ndarray, todo) -> np.ndarray: # (len(todo), n), t
     odd = ~np.isfinite(kl)
     if not odd.any(): return kl
     u, f = todo[int(odd.any(1).argmax())]
-    why = f'{"the model itself" if odd.all() else "rounding it"} gives logits that are no numbers'
+    why = f'{"the model itself" if odd.all() else "rounding it"} gives logits that are not numbers'
     raise ValueError(f'{b.checkpoint.name}: the KL of {u.path} in {f} is not finite: {why}; its weights are too large '
                      f'for {b.name}')
 

@@ -129,9 +129,9 @@ class SweepLog(_Journal):
         todo = [(c.units[0], AS_IS), *probes(c.units, formats)]
         header = _sweep_header(b, c, tokens) | about | dict(
             fingerprint=fingerprint_of(b, tokens, formats, quantizer) | getattr(c, 'stamp', {}),
-            passes=plan_passes(b, todo, self.shape, max_memory))
+            passes=plan_passes(b, todo, self.shape, max_memory, self.ranks.size))
         header, records = _read_logs(self.out, header, self.ranks, mark)
-        self.passes = passes_of(todo, len(tokens), *header['passes'])
+        self.passes = passes_of(todo, len(tokens), *header['passes'], mixed=b.stacks)
         super().__init__(header, _whole_passes(records, self.passes), self.ranks.own(self.out), mark)
         nobodys = [p for p, held in zip(self.passes, self.held().any(0)) if not held]
         self.mine = nobodys[self.ranks.rank::self.ranks.size]

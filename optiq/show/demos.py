@@ -24,7 +24,8 @@ from ..evals.wer import wer_report, write_down
 from ..families.audio import speech_samples, transcribe
 from ..families.vision import find_witness, samples
 from ..formats import Format
-from ..knapsack import allocate, pareto as curve_of, plus_minus
+from ..knapsack import allocate, pareto as curve_of
+from ..frontier import plus_minus
 from ..kv.cache import memory_table
 from ..kv.config import kv_config, read_kv_config
 from ..kv.layout import kv_layout

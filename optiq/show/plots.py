@@ -10,7 +10,7 @@ from html import escape
 
 import numpy as np
 
-from ..knapsack import COLOURS
+from ..frontier import COLOURS
 from ..kv.sweep import plot_kv
 from ..plan import Plan
 

@@ -29,7 +29,7 @@ from optiq.plan import make_plan, uniform
 from optiq.chips import Speed, _decode_once, _extend, _keep_busy, _measure_chip, _on_gpu, _per_step, _stand_in
 from optiq.latency import _LEARNED, compare_speeds
 from optiq.roofline import Chip, Latency, reads_of, skeleton
-from optiq.material.tiny import hub_config
+from optiq.material.configs import hub_config
 
 CALIBRATION = 'uniform 4g64'
 

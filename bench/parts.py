@@ -75,7 +75,7 @@ if __name__ == '__main__':
     args, out = parser.parse_args(), {}
     ids = dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653)
     with tempfile.TemporaryDirectory() as d:
-        from optiq.material.tiny import _SHAPES, _merged
+        from optiq.material.configs import _SHAPES, _merged
         folder = tiny('qwen3_vl', f'{d}/model', shape=_merged(_SHAPES['qwen3_vl']['2B'], ids))
         for name in args.only.split(','):
             out[name] = dict(sizes=sizes, memory=memory)[name](folder)

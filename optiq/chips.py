@@ -133,7 +133,7 @@ def _measure_product(
 # %% ../nbs/20a_chips.ipynb #a3d344c5
 def _small_model(layers: int):
     "A transformer of so many layers, with 4-bit weights that weigh nothing"
-    from optiq.material.tiny import hub_config
+    from optiq.material.configs import hub_config
     config = hub_config('qwen3', dict(num_hidden_layers=layers, max_window_layers=layers))
     model = skeleton(config)
     return _stand_in(model, {u.path: Format(4, 64) for u in find_units(model)})

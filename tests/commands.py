@@ -5,6 +5,7 @@ command does not name have small defaults, so that all of them take about a minu
 the same few tensors, so a grid that was searched for once is remembered.
 """
 import hashlib, json, os, re, shlex, sys, time, warnings
+from functools import cache
 from pathlib import Path
 
 root = Path(__file__).parents[1]
@@ -12,6 +13,7 @@ SMALL = {'convert': dict(n_calibration=1, seq_len=32, n_evaluation=1), 'sweep': 
          'pareto': dict(n_calibration=1, seq_len=32, n_evaluation=1), 'kv-cache': dict(n_calibration=1, seq_len=64, n_evaluation=1),
          'eval': dict(n=2, seq_len=64), 'benchmark': dict(n=2, seq_len=64), 'compare': dict(n_evaluation=1, new_tokens=4)}
 
+@cache
 def documents() -> dict: # name ▸ its Markdown
     "The pages of the site and the files beside them"
     pages = {p.relative_to(root).as_posix(): json.loads(p.read_text(encoding='utf-8'))['cells']
@@ -44,15 +46,15 @@ def run(command: str, folder: Path) -> dict:
 def remember_grids():
     "`find_grid`, with what it gave for the same weight, format and statistics"
     import torch
-    from optiq import rounding
-    find, known = rounding._find_grid, {}
+    from optiq import gptq, grid
+    find, known = grid._find_grid, {}
     def same(x): return hashlib.sha1(x.contiguous().view(torch.uint8).numpy()).digest()
     def find_grid(w, fmt, stats=None):
         if not isinstance(w, torch.Tensor): return find(w, fmt, stats)
         key = same(w), fmt, None if stats is None else same(stats.importance())
         if key not in known: known[key] = find(w, fmt, stats)
         return known[key]
-    rounding._find_grid = find_grid
+    grid._find_grid = gptq._find_grid = find_grid
 
 if __name__ == '__main__':
     from beartype import BeartypeConf
@@ -60,8 +62,8 @@ if __name__ == '__main__':
     class Wrong(UserWarning): "A value that is not what its annotation says"
     beartype_package('optiq', conf=BeartypeConf(violation_type=Wrong, is_pep484_tower=True))
     remember_grids()
-    from optiq import pipeline
-    pipeline._LEARNED = 2
+    from optiq import job
+    job._LEARNED = 2
     found, folder = [], Path(sys.argv[1])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('ignore')

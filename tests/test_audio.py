@@ -49,7 +49,7 @@ def test_units_and_sizes_of_the_real_qwen3_asr():
     from mlx.utils import tree_flatten
     from mlx_audio.stt.models.qwen3_asr import Model, ModelConfig
     from optiq.units import block_lists, find_units
-    from optiq.material.tiny import hub_config
+    from optiq.material.configs import hub_config
     real = Model(ModelConfig.from_dict(hub_config('qwen3_asr', '0.6B')))
     units = [u for u in find_units(real, block_lists(real, 'audio'), 'audio') if u.kind != 'embed']
     decoder, params = [u for u in units if u.part == 'decoder'], sum(v.size for _, v in tree_flatten(real.parameters()))
@@ -150,7 +150,8 @@ def test_any_rate_and_channels_are_heard_alike(tmp_path, asr):
 def test_few_clips_are_enough_to_round_on(tmp_path, one):
     "Rounding would learn from 32 clips; who asks for two and has two gets two, and who asks for three is told so"
     from optiq.models import Checkpoint
-    from optiq.pipeline import Texts, _read_texts
+    from optiq.job import _read_texts
+    from optiq.request import Texts
     c = Checkpoint(one)
     short_clips(tmp_path, 2)
     assert len(_read_texts(c, Texts(tmp_path, 'bundled', n_calibration=2, n_evaluation=1), 32).learned) == 2

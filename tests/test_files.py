@@ -262,10 +262,10 @@ def test_a_disk_that_fills_up_is_told_with_the_place(tmp_path, e):
     assert not [*tmp_path.iterdir()]
 
 def test_advice_after_an_interruption(home, monkeypatch):
-    import optiq.pipeline as pipeline
+    import optiq.job as job
     import optiq.sensitivity as sensitivity
     def stop(*a, **k): raise KeyboardInterrupt
-    for where in (pipeline, sensitivity): monkeypatch.setattr(where, 'kl_sweep', stop)
+    for where in (job, sensitivity): monkeypatch.setattr(where, 'kl_sweep', stop)
     def said(*args):
         r = optiq(*args)
         assert r.exit_code == 130

@@ -31,14 +31,14 @@ def test_config_on_disk(served, tmp_path):
     assert json.loads((tmp_path/'c.json').read_text()) == config
     assert read_kv_config(tmp_path/'c.json', model) == read_kv_config(config)
     (tmp_path/'c.json').write_text('{')
-    with pytest.raises(ValueError, match='c.json is no kv_config'): read_kv_config(tmp_path/'c.json')
+    with pytest.raises(ValueError, match='c.json is not a kv_config'): read_kv_config(tmp_path/'c.json')
 
 def test_layers_that_cannot_be_quantized_are_refused(tmp_path):
-    c = Checkpoint(tiny('gemma3', tmp_path/'g'))
+    c = Checkpoint(tiny('qwen3_5', tmp_path/'q'), model_type='llm')
     layout = kv_layout(c, 64)
     config = kv_config(uniform(layout, 4), layout)
-    assert config['layers'][0]['left'].startswith('sliding window') and config['layers'][0]['keys'] == 'as-is'
+    assert config['layers'][0]['left'] == 'recurrent state' and config['layers'][0]['keys'] == 'as-is'
     caches = mixed_caches(c.load(), read_kv_config(config, c.load()))
-    assert [type(x).__name__ for x in caches] == ['RotatingKVCache', 'MixedKVCache']*2
+    assert [type(x).__name__ for x in caches] == ['ArraysCache']*3+['MixedKVCache']
     config['layers'][0]['keys'] = '4g64'
-    with pytest.raises(ValueError, match='layer 0 cannot be quantized: sliding window'): read_kv_config(config, c.load())
+    with pytest.raises(ValueError, match='layer 0 cannot be quantized: recurrent state'): read_kv_config(config, c.load())

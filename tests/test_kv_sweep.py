@@ -21,7 +21,9 @@ from optiq.kv.sweep import at_context, _combine, joint_plan, kv_sweep
 from optiq.material.tiny import tiny
 from optiq.measure.sweep import Sweep
 from optiq.models import Checkpoint
-from optiq.pipeline import Cache, Caps, _Job, Texts, optimize
+from optiq.pipeline import optimize
+from optiq.job import _Job
+from optiq.request import Cache, Caps, Texts
 from optiq.plan import uniform
 from optiq.sensitivity import kl_sweep
 

@@ -20,7 +20,7 @@ from optiq.roofline import _interpolate, reads_of, skeleton
 from optiq.models import Checkpoint
 from optiq.units import Unit
 from optiq.measure.sweep import Sweep
-from optiq.material.tiny import hub_config
+from optiq.material.configs import hub_config
 
 @pytest.fixture(scope='module')
 def demo(): return Checkpoint('demo')

@@ -59,13 +59,22 @@ class Anything(SimpleNamespace):
     def __call__(self, *a): return {}
 
 @pytest.fixture(scope='module')
-def sweep(): return made_up(Checkpoint('demo'))
+def demo(): return Checkpoint('demo')
+
+@pytest.fixture(scope='module')
+def sweep(demo): return made_up(demo)
+
+@pytest.fixture(scope='module')
+def saved(sweep, tmp_path_factory):
+    file = tmp_path_factory.mktemp('sweep')/'s.json'
+    sweep.save(file)
+    return file.read_bytes()
 
 @pytest.fixture
-def optiq(monkeypatch, tmp_path, sweep):
+def optiq(monkeypatch, tmp_path, sweep, saved, demo):
     "Runs a command line and tells its exit status, what it printed, and what arrived where the work begins"
     monkeypatch.chdir(tmp_path)
-    sweep.save('s.json')
+    (tmp_path/'s.json').write_bytes(saved)
     (tmp_path/'there').write_text('{"optiq": "responses"}\n')
     seen = []
     def spy(where, name, gives=lambda *a, **k: Anything(points=list, versus=list, figures=dict, ok=True, rows=[], about={}, mean_error=0)):
@@ -79,7 +88,7 @@ def optiq(monkeypatch, tmp_path, sweep):
     report = Anything(rows=rows, about=dict(evaluation='text, 1 × 2 tokens, 0f'))
     found = dict(figures=dict(memory=[]), report=report, plan='', verified=None, config=dict(layers=[]), weights='', cache='')
     for name in ('_choose_weights', '_choose_cache', '_choose_both'): spy(pipeline, name, lambda job: found)
-    for where in (pipeline, models, score): spy(where, 'Checkpoint', lambda name, *a: Checkpoint('demo'))
+    for where in (pipeline, models, score): spy(where, 'Checkpoint', lambda name, *a: demo)
     spy(pipeline._Job, 'open', lambda job, more: (None, SimpleNamespace(scored=None, about={})))
     for name in ('_find_sweep', '_narrowed'): spy(pipeline, name, lambda *a, **k: sweep)
     for name in ('pareto', 'measured', '_save_curve', 'compare', '_quantizer_of_plans'): spy(pipeline, name)
@@ -89,14 +98,14 @@ def optiq(monkeypatch, tmp_path, sweep):
     spy(doctor, 'doctor', lambda *a: type('Found', (list,), dict(figures=dict, ok=True))())
     tasks, real_demo = score._find_task, demos.find_demo
     def task(name): return functools.wraps(tasks(name))(lambda *a, **k: seen.append(('task', repr(a), repr(sorted(k.items())))) or Anything())
-    def demo(name):
+    def demo_of(name):
         real = real_demo(name)
         def run(*a, **k):
             seen.append((name, repr(a), repr(sorted(k.items()))))
             return Anything(save=lambda *a: seen.append(('saved', repr(a))), results=dict)
         return functools.wraps(real)(run)
     monkeypatch.setattr(score, '_find_task', task)
-    monkeypatch.setattr(demos, 'find_demo', demo)
+    monkeypatch.setattr(demos, 'find_demo', demo_of)
     monkeypatch.setattr(score, 'as_figures', lambda *a: {})
     monkeypatch.setattr('optiq.evals.gsm8k.score_responses', lambda *a: Anything())
     monkeypatch.setattr(Report, 'compare', staticmethod(lambda *a: Anything()))

@@ -19,7 +19,8 @@ from optiq.rounding import as_overrides, _outside_before, round_model, round_to_
 from optiq.measure.kl import kl_divergence, measure, perturb
 from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep
-from optiq.material.tiny import hub_config, _hub_tensors, tiny
+from optiq.material.configs import hub_config
+from optiq.material.tiny import _hub_tensors, tiny
 
 VISION, ALL = ['qwen2_vl', 'qwen2_5_vl', 'qwen3_vl'], ['qwen2_vl', 'qwen2_5_vl', 'qwen3_vl', 'qwen3_asr', 'whisper']
 

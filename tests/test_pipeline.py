@@ -2,14 +2,15 @@
 import numpy as np
 import pytest
 
-from optiq import pipeline
+from optiq import request
 from optiq.files import journal_of
 from optiq.formats import Format
 from optiq.kv.config import read_kv_config
 from optiq.material.tiny import tiny
 from optiq.measure.sweep import Sweep
 from optiq.models import Checkpoint
-from optiq.pipeline import Cache, Caps, Texts, Weights, caps_for, _check_weights, optimize, subject, _texts_of, trade_off
+from optiq.pipeline import optimize, trade_off
+from optiq.request import Cache, Caps, Texts, Weights, caps_for, _check_weights, subject, _texts_of
 from optiq.plan import Plan
 
 BOTH = 'weights and cache together'
@@ -92,7 +93,7 @@ def test_a_sweep_alone_measures_nothing(tmp_path):
         with pytest.raises(ValueError, match=f'`{name}` has no effect: nothing is measured'):
             trade_off('demo', (4, 8), **dict(weights=Weights(sweep=sweep)) | options)
     with pytest.raises(ValueError, match='`polish` has no effect on a curve'): trade_off('demo', weights=Weights(polish='dwq'))
-    assert pipeline._load_sweep(sweep) is sweep
+    assert request._load_sweep(sweep) is sweep
 
 def test_a_conversion_says_how_long_it_takes_before_and_after(tmp_path, capsys):
     model = tiny('qwen3', tmp_path/'m')
@@ -105,5 +106,5 @@ def test_a_conversion_says_how_long_it_takes_before_and_after(tmp_path, capsys):
 @pytest.mark.parametrize('wish', [dict(method='exact', time_budget=60.),
                                   dict(method='exact', sweep='s.json'), dict(time_budget=60., sweep='s.json')])
 def test_a_method_without_effect_is_refused(wish, monkeypatch):
-    monkeypatch.setattr(pipeline, '_rounding_for', lambda *a: 'search')
-    with pytest.raises(ValueError, match='has no effect'): pipeline._check_weights(Weights(**wish), 'weights', None)
+    monkeypatch.setattr(request, '_rounding_for', lambda *a: 'search')
+    with pytest.raises(ValueError, match='has no effect'): request._check_weights(Weights(**wish), 'weights', None)

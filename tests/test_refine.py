@@ -15,7 +15,9 @@ from optiq.formats import AS_IS, Format, parse_format
 from optiq.knapsack import allocate, pose
 from optiq.plan import Plan, recipe, uniform
 from optiq.models import Checkpoint
-from optiq.pipeline import Caps, Texts, Weights, _find_sweep, _narrowed, optimize, trade_off
+from optiq.pipeline import optimize, trade_off
+from optiq.job import _find_sweep
+from optiq.request import Caps, Texts, Weights, _narrowed
 from optiq.measure.kl import measure, probes
 from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep

@@ -16,7 +16,8 @@ from optiq.families.samples import batch_for
 from optiq.formats import AFFINE_BITS, _AFFINE_GROUPS, AS_IS, Format
 from optiq.plan import make_plan, uniform
 from optiq.models import Checkpoint
-from optiq.pipeline import Caps, Texts, Weights, optimize, trade_off
+from optiq.pipeline import optimize, trade_off
+from optiq.request import Caps, Texts, Weights
 from optiq.arrays import pack_codes, to_mlx
 from optiq.rounding import RoundTrips, dwq, round_model, round_to_files
 from optiq.gptq import _compensated, gptq, _gptq_all, _prepared
@@ -237,7 +238,6 @@ def test_dwq_trains_scales_and_nothing_else(models, tmp_path):
 
 def test_few_tokens_are_not_trusted(monkeypatch):
     "With fewer tokens than columns, damping by their number rounds better for inputs that were not seen"
-    from optiq import rounding
     def loss(seed):
         r = np.random.default_rng(seed)
         x = (r.standard_normal((2048, 256)) @ (r.standard_normal((256, 256))*np.geomspace(3, .03, 256)[:, None])).astype(np.float32)
@@ -245,7 +245,7 @@ def test_few_tokens_are_not_trusted(monkeypatch):
         stats.add(mx.array(x[:100]))
         return float((((w-gptq(w, Format(3, 64), stats).dequantize()) @ mx.array(x[100:]).T)**2).mean())
     damped = [loss(seed) for seed in range(3)]
-    monkeypatch.setattr(rounding, '_shrinkage', lambda h, n: 0.)
+    monkeypatch.setattr('optiq.gptq._shrinkage', lambda h, n: 0.)
     assert all(a < .98*loss(seed) for seed, a in enumerate(damped))
 
 def test_what_is_learned_while_parts_are_changed_is_of_the_model_as_it_was(tmp_path):

@@ -78,9 +78,9 @@ def test_demo_on_the_command_line(tmp_path):
     assert r.exit_code == 2 and '--chip' in r.stderr
 
 def test_help_tells_the_default_rounding(monkeypatch):
-    from optiq import pipeline, rounding
+    from optiq import request, rounding
     def told(command): return ' '.join(CliRunner().invoke(main, [command, '--help']).stdout.split())
     for name in ('convert', 'sweep', 'pareto'):
-        assert f'[{"|".join(rounding.QUANTIZERS)}]' in told(name) and f'or {pipeline.ROUNDING}]' in told(name)
-    for module in (pipeline, rounding): monkeypatch.setattr(module, 'ROUNDING', 'something else')
+        assert f'[{"|".join(rounding.QUANTIZERS)}]' in told(name) and f'or {request.ROUNDING}]' in told(name)
+    for module in (request, rounding): monkeypatch.setattr(module, 'ROUNDING', 'something else')
     assert 'or something else]' in told('convert')

@@ -27,7 +27,8 @@ from optiq.plan import Plan, mean_se, uniform
 from optiq.kv.layout import KVLayer, KVLayout
 from optiq.models import Checkpoint
 from optiq.units import Unit
-from optiq.pipeline import Texts, _read_texts
+from optiq.job import _read_texts
+from optiq.request import Texts
 from optiq.arrays import to_mlx
 from optiq.roofline import Chip, Latency, _cache_reads, reads_of
 from optiq.gptq import gptq

@@ -3,7 +3,8 @@ import json, math, struct
 import mlx.core as mx
 import numpy as np
 import pytest
-from optiq.material.tiny import _CONFIGS, _SHAPES, hub_config, _hub_tensors, tiny
+from optiq.material.configs import _CONFIGS, _SHAPES, hub_config
+from optiq.material.tiny import _hub_tensors, tiny
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')

@@ -324,20 +324,21 @@ def clipped(w, bits, importance, group=64):
     return best[1].reshape(w.shape)
 
 def read_mlx(x, folder, embed, seconds):
-    "Variant of a saved MLX checkpoint, its embedding in another format if it was left as it is"
+    "Variant of a saved MLX checkpoint, with what it left as it is, the embedding and an own head, in another format"
     import mlx.core as mx
     folder = next(Path(folder).rglob('config.json')).parent
     tensors = {k: v for f in folder.glob('*.safetensors') for k, v in mx.load(str(f)).items()}
     entries, found = json.loads((folder/'config.json').read_text())['quantization'], {}
-    nbytes, path = sum(t.nbytes for t in tensors.values()), x.c.units[0].path
+    nbytes = sum(t.nbytes for t in tensors.values())
     for p in (k.removesuffix('.scales') for k in tensors if k.endswith('.scales')):
         e = entries.get(p) or entries
         w = mx.dequantize(tensors[f'{p}.weight'], *(tensors[f'{p}.{k}'].astype(mx.float32) for k in ('scales', 'biases')), group_size=e['group_size'], bits=e['bits'])
         found[p] = lambda w, x=torch.from_numpy(np.array(w)): x.to(w.device)
     bits = sorted(str(e['bits']) for e in entries.values() if isinstance(e, dict))
     if embed != 'as it is':
-        plan = make_plan(x.c, {path: format_of(x, embed)})
-        found |= overrides_of({path: plan[path]})
+        left = {u.path: format_of(x, embed) for u in x.c.units if u.path not in found}
+        plan = make_plan(x.c, left)
+        found |= overrides_of({p: plan[p] for p in left})
         nbytes += plan.nbytes-make_plan(x.c, {}).nbytes
     return found, nbytes, dict(counts={b: bits.count(b) for b in sorted(set(bits))}, embed=embed, quantize_seconds=round(seconds, 1), versions=versions('auto-round'))
 

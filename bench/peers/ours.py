@@ -11,6 +11,7 @@
 `dynamic`, `gptq`, `awq`, `tuned`  mlx-lm's dynamic_quant, gptq, awq, and dwq on uniform formats, called as libraries with our
            calibration tokens, on MLX's default device
 `rates`    dwq on uniform formats over a grid of learning rates; each row has its KL on held-out calibration text, the best one is `chosen`
+`saved`    checkpoints that a tool has written already, such as jang's affine profiles; --saved NAME=FOLDER,… names them
 `optiq`    mlx-optiq 0.7.7 with mlx-lm 0.32.0; --optiq FOLDER holds both unpacked wheels, see mlx_optiq.py
 
 Results are written after each row, and a row that is there already is not measured again. All tools see the same calibration tokens;
@@ -77,17 +78,17 @@ class Bench:
 
     def row(self, name, size, variant, seconds, **more):
         "Score a variant (overrides, or a Backend) and write its row"
-        self.write(name, size, evaluate(self.b, self.test, {name: variant})[name], seconds, **more)
+        self.write(name, size, evaluate(self.b, self.test[:self.args.score_n], {name: variant})[name], seconds, **more)
 
     def write(self, name, size, s, seconds, **more):
         "The row of a score"
         se = lambda x: float(x.std(ddof=1)/len(x)**.5) if len(x) > 1 else None
         self.results['rows'][name] = dict(true_bpw=size['true_bpw'], bytes=size['bytes'], kl=float(s.kl.mean()), kl_se=se(s.kl),
             kl_first16=float(s.kl[:16].mean()), perplexity=s.perplexity, perplexity_se=s.perplexity_se, flips=1-float(s.agree.mean()),
-            flips_se=se(s.agree), seconds=seconds, kl_each=[float(f'{x:.6g}') for x in s.kl]) | more
+            flips_se=se(s.agree), seconds=seconds, sequences=len(s.kl), kl_each=[float(f'{x:.6g}') for x in s.kl]) | more
         self.save()
         print(f'{name:44} {size["true_bpw"]:.3f} bits  KL {s.kl.mean():.4f} ± {se(s.kl) or 0:.4f}  (first 16: {s.kl[:16].mean():.4f})  '
-              f'perplexity {s.perplexity:.2f}  flips {1-s.agree.mean():.1%}  {seconds:.1f} s', flush=True)
+              f'perplexity {s.perplexity:.2f}  flips {1-s.agree.mean():.1%}  {seconds or 0:.1f} s', flush=True)
 
     def reference(self):
         if self.missing('reference'): self.row('reference', of_plan(make_plan(self.c, {})), {}, 0)
@@ -127,7 +128,7 @@ def part_flat(x, widths=('4g64', '3g64', '5g64', '6g64')):
         for some in (todo[k:k+at_once] for k in range(0, len(todo), at_once or 1)):
             plans = {flat_name(f, rounding): uniform(x.c, f) for f in some}
             made = {n: timed(lambda p=p: dict(round_model(x.b, x.tokens, p, rounding))) for n, p in plans.items()}
-            found = evaluate(x.b, x.test, {n: as_overrides(done) for n, (done, _) in made.items()})
+            found = evaluate(x.b, x.test[:x.args.score_n], {n: as_overrides(done) for n, (done, _) in made.items()})
             for n, (_, s) in made.items(): x.write(n, of_plan(plans[n]), found[n], s)
 
 def flat_name(fmt, rounding): return f'uniform {fmt} {rounding}'
@@ -228,6 +229,13 @@ def part_optiq(x):
         about = json.loads((folder/p.replace(':', '-')/'peer.json').read_text())
         if x.missing(f'mlx-optiq {p}'): score_saved(x, f'mlx-optiq {p}', folder/p.replace(':', '-'), about.pop('seconds'), **about)
 
+def part_saved(x):
+    "What other tools wrote; a folder that mlx-lm does not open is a row that says so"
+    for name, folder in (pair.split('=') for pair in x.args.saved.split(',')):
+        if not x.missing(name): continue
+        try: score_saved(x, name, folder, None)
+        except Exception as e: x.failed(name, e)
+
 def attempt(x, name, make):
     "Make a model, save it, and score what was saved; a peer that fails is a row that says so"
     if not x.missing(name): return
@@ -305,6 +313,7 @@ def main():
     p.add_argument('--seq-len', type=int, default=256)
     p.add_argument('--sweep-n', type=int, default=4, help='of these, sequences that the sweeps measure KL on')
     p.add_argument('--test-n', type=int, default=64, help='test sequences of 256 tokens')
+    p.add_argument('--score-n', type=int, default=64, help='of these, how many are scored')
     p.add_argument('--epochs', type=int, default=2, help='of dwq')
     p.add_argument('--learning-rate', type=float, default=1e-5, help='of dwq')
     p.add_argument('--rates', default='1e-7,1e-6,3e-6,1e-5', help='of dwq; 1e-6 is its own')
@@ -312,6 +321,7 @@ def main():
     p.add_argument('--dynamic', default='4/8/6,4/5/5,4/8/5,3/5/4.5,3/5/4,2/4/3.5,2/4/3', help='dynamic_quant: low/high/target, comma separated')
     p.add_argument('--optiq', help='folder of unpacked wheels: mlx-optiq 0.7.7 and mlx-lm 0.32.0')
     p.add_argument('--optiq-plans', default='5:4,8;4.5:4,6;4.2:4,5;4:3,5;3.5:3,4;3:2,4', help="target:candidate bits, as mlx-optiq's options")
+    p.add_argument('--saved', default='', help='NAME=FOLDER of checkpoints, comma separated')
     p.add_argument('--note', default='', help='kept with the results')
     p.add_argument('--merge', help='result files to join, comma separated')
     p.add_argument('--alternatives', action='store_true')

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from optiq.material import diagrams as D
-from optiq.material.tiny import _END, _SPECIAL, _TEMPLATE, hub_config
+from optiq.material.configs import _END, _SPECIAL, hub_config
+from optiq.material.tiny import _TEMPLATE
 
 T0 = time.time()
 def log(*a): print(f'[{time.time()-T0:6.1f}s]', *a, flush=True)

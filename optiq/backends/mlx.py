@@ -69,7 +69,7 @@ class MLXBackend(Backend):
     def block(self, i: int): return _block(self.model, self.checkpoint.blocks, i)
     def stand_ins(self, stand_in): return mlx_blocks(self.model, self.checkpoint.blocks, stand_in)
 
-    def watching(self, see): return mlx_watching(self.model, see)
+    def watching(self, see): return mlx_watching(self.model, see, self.checkpoint.blocks)
     def attention(self, changes: dict): # block ▸ {'keys': function, 'values': function}
         blocks = {i: self.block(i) for i in changes}
         def attend(i, *args, **kwargs):

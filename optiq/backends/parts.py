@@ -6,7 +6,6 @@
 __all__ = ['ReplayBackend']
 
 # %% ../../nbs/03d_backends.parts.ipynb #b3a5b17b
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -93,9 +92,6 @@ class ReplayBackend(MLXBackend):
         with _forgetful(self.model): z = _answer(self.model, {k: mx.array(_narrow(v)) for k, v in known.items()})
         return check_logits(self, z[:, mx.array(positions(sample))] if 'scored' in sample else z)
 
-    def attention(self, changes: dict):
-        if changes: raise ValueError('keys and values are changed in text models only')
-        return nullcontext()
     def embed(self, batch, overrides: dict = {}): return _Passed(_as_sample(batch), outside=overrides)
     def run_block(self, i: int, states, overrides: dict = {}): return self.replay(states, overrides, i)[0]
     def head(self, states, overrides: dict = {}): return self.replay(states, overrides)[1]
@@ -118,7 +114,7 @@ def replay(self: ReplayBackend, states: _Passed, overrides: dict = {},
     "Run on from `states`, to the end of block `stop` or to the logits"
     mine, passed = {}, replace(states, answers={}, given={})
     for p, f in (states.outside | overrides).items():
-        mine.setdefault(self.checkpoint.unit[p].block, {})[p] = f
+        mine.setdefault(self.find(p).block, {})[p] = f
     def answer(i, *args, **kwargs):
         if stop is not None and i > stop: raise _Recorded # this sample does not pass block `stop`
         passed.given[i], known = _recall(states, i, i in mine, args, kwargs)

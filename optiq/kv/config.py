@@ -29,7 +29,7 @@ def kv_config(
     def layer(l):
         keys, values = (str(plan.get(f'cache.{l.index}.{k}', AS_IS)) for k in ('keys', 'values'))
         row = dict(layer=l.index, heads=l.heads, key_dim=l.key_dim, value_dim=l.value_dim, keys=keys, values=values)
-        return row | ({'left': l.left} if l.left else {})
+        return row | ({'window': l.window} if l.window else {}) | ({'left': l.left} if l.left else {})
     used = {p: s for p, s in statistics.items() if p in plan and rotates(plan[p])}
     mine = make_plan(layout, {u.path: plan[u.path] for u in layout.units})
     return dict(optiq='kv_config', version=_VERSION, model=plan.model or layout.name,
@@ -57,7 +57,7 @@ _CONFIG = {'layers': [_LAYER]*2, 'model?': PROSE, 'context?': whole(), 'nbytes?'
 
 # %% ../../nbs/11b_kv.config.ipynb #61e1b455
 def _load_config(config: 'str | Path | dict') -> tuple: # what to call it, its folder, what it holds
-    "A config as a dict; raises ValueError if it is none or of another version"
+    "A config as a dict; raises ValueError if it is not a kv_config.json or has another version"
     file = None if isinstance(config, dict) else Path(config)
     where, folder = str(config) if file else 'this kv_config', file and file.parent
     made_by = '`optiq kv-cache`'

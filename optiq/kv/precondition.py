@@ -19,6 +19,7 @@ from fastcore.basics import patch
 
 from ..arrays import beside, library
 from ..backends.replay import Backend
+from ..calibration import samples_of
 from ..formats import Format, parse_format
 from .layout import kv_layout
 from ..folder import read_header
@@ -78,16 +79,17 @@ def of_values(cls: KeyPrecondition, values): # (n, heads, D) numpy, of one layer
 # %% ../../nbs/11a_kv.precondition.ipynb #b87e3d76
 def key_statistics(
     b: Backend,
-    tokens: np.ndarray, # (n, T) calibration tokens
+    tokens: 'np.ndarray | list', # (n, T) calibration tokens, or samples
 ) -> dict: # 'cache.3.keys', 'cache.3.values' … ▸ KeyPrecondition
     "What takes the mean off every layer's keys, and evens out the channels of keys and values"
     seen, path = {}, {l.block: f'cache.{l.index}' for l in kv_layout(b.checkpoint).layers if not l.left}
+    one_by_one = [row[None] for row in tokens] if b.stacks else samples_of(tokens)
     def see(block, *qkv):
         if block not in path: return
         rows = [b.numpy(x).astype(np.float32).swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in qkv]
         for kind, x in zip('qkv', rows): seen.setdefault((block, kind), []).append(x)
     with b.watching(see):
-        for row in tokens: b.numpy(b.logits(row[None])[:, -1:])
+        for row in one_by_one: b.numpy(b.logits(row)[:, -1:])
     q, k, v = ({i: np.concatenate(seen[i, kind]) for i in path} for kind in 'qkv')
     return ({f'{p}.keys': KeyPrecondition.of(k[i], q[i]) for i, p in path.items()} |
             {f'{p}.values': KeyPrecondition.of_values(v[i]) for i, p in path.items()})

@@ -17,10 +17,11 @@ from mlx_lm.models.cache import ArraysCache
 from ..formats import FAMILIES, Format
 from . import attention, kernels as turbo_kernels
 from .attention import Codec, codec_of, summable
-from .cache import BatchMixedKVCache, MixedKVCache, findable, name_caches
+from .cache import BatchMixedKVCache, MixedKVCache, mixed_caches
 from .config import read_kv_config
 from .layout import kv_layers, own_caches
 from .precondition import KeyPrecondition, Turned, in_mlx, load_preconditions, turned
+from .window import findable, name_caches
 from ..rotation import codebook, rotation_matrix
 from ..turboquant import STEPS, Rotated, encode_rotated, on_grid, pack_words, padded, scale_of
 
@@ -169,6 +170,14 @@ def _by_heads(x, m): # (B, query heads, L, D), (D, E) or (heads, D, E) ▸ (B, q
     B, H, L, D = x.shape
     return (x.reshape(B, len(m), -1, D) @ m).reshape(B, H, L, -1)
 
+# %% ../../nbs/11d_kv.rotated.ipynb #bfa971c3
+def _settled(fmt: Format, keys): # (B, heads, T, D) ▸ Format
+    "A format with the statistics of the first keys, if it waits for them"
+    if getattr(fmt, 'precondition', None) != 'prompt': return fmt
+    first = np.array(keys.astype(mx.float32).swapaxes(1, 2)).reshape(-1, keys.shape[1], keys.shape[3])
+    return turned(fmt, precondition=KeyPrecondition.of(first))
+
+
 # %% ../../nbs/11d_kv.rotated.ipynb #82e3c8fb
 @findable
 class TurboQuantKVCache(MixedKVCache):
@@ -183,10 +192,6 @@ class TurboQuantKVCache(MixedKVCache):
     def write(self, keys, values, at):
         if self.dims and self.dims[0] != keys.shape[-1]: raise ValueError(
             f'this cache was made with head_dim={self.dims[0]}, the keys are {keys.shape[-1]} wide')
-        if self.waits():
-            first = np.array(keys.astype(mx.float32).swapaxes(1, 2)).reshape(-1, keys.shape[1], keys.shape[3])
-            p = KeyPrecondition.of(first)
-            self.formats = turned(self.formats[0], precondition=p), self.formats[1]
         super().write(keys, values, at)
     def waits(self): return getattr(self.formats[0], 'precondition', None) == 'prompt'
 
@@ -217,7 +222,7 @@ class BatchTurboQuantKVCache(BatchMixedKVCache):
     one = TurboQuantKVCache
 
 # %% ../../nbs/11d_kv.rotated.ipynb #c8b10695
-Rotated.codec, Rotated.cache = _RotatedCodec, TurboQuantKVCache.of
+Rotated.codec, Rotated.cache, Rotated.settled = _RotatedCodec, TurboQuantKVCache.of, _settled
 FAMILIES['tq'] = Rotated
 
 # %% ../../nbs/11d_kv.rotated.ipynb #053df323
@@ -259,9 +264,7 @@ def _make_turbo(model, bits=4, key_bits=None, value_bits=None, *, kv_config=None
         waits = from_prompt and kind == 'keys'
         return turned(f, seed, 'prompt' if waits else known.get(f'cache.{i}.{kind}'))
     formats = {i: [own(f, i, kind) for f, kind in zip(pair, ('keys', 'values'))] for i, pair in formats.items()}
-    def make_cache():
-        return [TurboQuantKVCache.of(*formats[i]) if i in formats else c for i, c in enumerate(own_caches(model))]
-    return make_cache
+    return partial(mixed_caches, model, formats)
 
 # %% ../../nbs/11d_kv.rotated.ipynb #4fe1f1f5
 @findable

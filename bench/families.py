@@ -169,9 +169,9 @@ def mlx_model(config, vision):
     if vision:
         from mlx_vlm.utils import get_model_and_args, update_module_configs
         arch, _ = get_model_and_args(config=copy.deepcopy(config))
-        args = arch.ModelConfig.from_dict(copy.deepcopy(config))
-        modules = ['text', 'vision', 'perceiver', 'projector', 'audio']
-        return arch.Model(update_module_configs(args, arch, copy.deepcopy(config), modules))
+        given = copy.deepcopy(config) # some classes move entries about in it, and the loader reads these
+        args = arch.ModelConfig.from_dict(given)
+        return arch.Model(update_module_configs(args, arch, given, ['text', 'vision', 'perceiver', 'projector', 'audio']))
     from mlx_lm.utils import _get_classes
     model, args = _get_classes(config)
     return model(args.from_dict(copy.deepcopy(config)))

@@ -166,7 +166,8 @@ def make_problem(
 ) -> Problem:
     "Rows, options, and their numbers"
     groups = {}
-    for u in sorted(sweep.units, key=lambda u: u.path): groups.setdefault(key(u), []).append(u)
+    leader = {u.path: u for u in sweep.units}
+    for u in sorted(sweep.units, key=lambda u: u.path): groups.setdefault(key(leader.get(u.twin, u)), []).append(u)
     rows = list(groups.values())
     options = [_options(us, table, fmts, _about(wishes, us)) for us in rows]
     samples, costs = _numbers_of(rows, options, table, budgets)
@@ -198,7 +199,7 @@ def _check_range(budgets: list[Budget], *problems: Problem):
     over = [b.limit > b.figure(h)*(1+1e-9) for b, h in zip(budgets, high)]
     for b, lo, hi, o in zip(budgets, low, high, over):
         what, smallest, largest = f'{b.name} {b.limit:,.10g}', b.show(lo, up=True), b.show(hi)
-        if not isfinite(b.limit) or b.limit <= 0: raise ValueError(f'{what} is no positive number')
+        if not isfinite(b.limit) or b.limit <= 0: raise ValueError(f'{what} is not a positive number')
         if b.cap < lo:
             raise ValueError(f'{what} is below the smallest possible, {smallest}; the largest is {largest}')
         if o and (b.target or all(over)):

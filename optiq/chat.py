@@ -54,19 +54,19 @@ def chat(
 _PROMPTS = ('The capital of France is', 'Once upon a time, there was a', 'To sort a list in Python,',
            'Water boils at', 'The three most important things in life are')
 
-def _parted(a: list, b: list) -> int | None: # token ids ▸ how many they share; None if they are the same
-    "Where two answers part"
+def _parted(a: list, b: list) -> int | None: # token ids
+    "Number of tokens that two answers share before they differ; None if they are the same"
     if a == b: return None
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 # %% ../nbs/09a_chat.ipynb #655c29e1
 def _answers_of(b, prompts: list, new_tokens: int) -> list: # of lists of token ids
-    "What a model writes after each prompt, alone, so that no padding changes a word"
+    "Token ids that a model writes after each prompt; one prompt at a time, since padding could change a word"
     t = b.checkpoint.tokenizer
     return [b.write([prompt_ids(t, p)], new_tokens, t.eos_token_id)[0] for p in prompts]
 
 def _differences(a, b, prompts: list, new_tokens: int) -> list: # Backends ▸ dicts: prompt, shared, a, b
-    "How far two models agree, and what they say from there"
+    "For each prompt: how many tokens two models share, and the next eight of each"
     t, rows = a.checkpoint.tokenizer, []
     for p, x, y in zip(prompts, _answers_of(a, prompts, new_tokens), _answers_of(b, prompts, new_tokens)):
         k = _parted(x, y)
@@ -76,7 +76,7 @@ def _differences(a, b, prompts: list, new_tokens: int) -> list: # Backends ▸ d
 
 # %% ../nbs/09a_chat.ipynb #91733241
 def _scores_of(c: Checkpoint) -> Report | None:
-    "Scores of answers that were written down for this model, in its folder or beside it"
+    "Scores of the answer files of this model, in its folder or beside it; None if there are none"
     found, places = [], (c.folder, c.folder/'optiq', c.folder.parent)
     for file in (f for p in places for f in sorted(p.glob('*.jsonl'))):
         with file.open('rb') as f: begins = f.read(200).startswith(b'{"optiq": "responses"')
@@ -84,7 +84,7 @@ def _scores_of(c: Checkpoint) -> Report | None:
     return Report.compare(*found) if found else None
 
 def _is_of(file: Path, c: Checkpoint) -> bool:
-    "Whether answers were written by this model"
+    "Whether an answer file was written by this model, by its fingerprint"
     with file.open('rb') as f: (_, header), *_ = records_in([f.readline()], file)
     said = header.get('settings', {})
     return 'shots' in said and said.get('model') == c.fingerprint
@@ -100,7 +100,7 @@ class _Sides:
     about: dict = field(default_factory=dict)
 
     def figures(self) -> dict:
-        "For programs"
+        "The comparison as a dict for JSON"
         rows = [{k: v for k, v in r.items() if k not in ('items', 'on')} for r in self.report.rows]
         return dict(rows=rows, differ={p: list(map(str, f)) for p, f in self.differ.items()}, answers=self.answers,
                     about=self.report.about)
@@ -111,14 +111,14 @@ class _Sides:
 
 # %% ../nbs/09a_chat.ipynb #739b60bc
 def _moves(s: _Sides) -> str:
-    "In how many units two plans differ, and how"
+    "One line: in how many units two plans differ, and which is wider"
     if not s.differ: return f'all {len(s.plans[0])} units have the same formats'
     wider = sum(by_width(b) > by_width(a) for a, b in s.differ.values())
     return (f'{len(s.differ)} of {len(s.plans[0])} units differ: {wider} are wider in the second, '
             f'{len(s.differ)-wider} narrower or of another kind')
 
 def _answer_line(r: dict) -> str:
-    "Where two answers part, in a line"
+    "One line: where two answers to a prompt differ"
     if r['parts_at'] is None: return f'{r["prompt"]!r}: the same {r["of"]} tokens'
     return f'{r["prompt"]!r}: part at token {r["parts_at"]+1}, after {r["shared"][-40:]!r}: {r["a"]!r} or {r["b"]!r}'
 
@@ -130,12 +130,12 @@ def side_by_side(
     evaluation: 'str | list' = 'bundled', # text; of a local file, all of it
     n: int = 16, # sequences
     seq_len: int = 256, # tokens in each
-    prompts: 'Sequence | None' = None, # what both are asked; `_PROMPTS` by default
+    prompts: 'Sequence | None' = None, # texts for both to continue; `_PROMPTS` by default
     new_tokens: int = 64, # of each answer, at most
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     trust_remote_code: bool = False, # run model code that comes with a checkpoint
 ) -> _Sides:
-    "Plans, bytes, KL and scores of two models, and where their answers part"
+    "Compare two models: plans, bytes, KL (nats a token), scores, and where their greedy answers differ"
     names = list(dict.fromkeys([*([reference] if reference else []), a, b]))
     opened = {m: open_backend(Checkpoint(m, trust_remote_code, 'llm'), backend) for m in names}
     first, (x, y) = opened[names[0]], (opened[m] for m in (a, b))

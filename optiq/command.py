@@ -49,7 +49,7 @@ class Number(click.ParamType):
         x = self.kind.convert(value, param, ctx)
         if 0 < x <= self.most or self.none and x == 0: return x
         what = 'whole number' if self.kind is click.INT else 'number'
-        self.fail(f'{value} is no {what} above 0 and up to {self.most:,}', param, ctx)
+        self.fail(f'{value} is not a {what} above 0 and up to {self.most:,}', param, ctx)
 
 class _Filled(click.ParamType):
     "The text of an option or an argument, a path among them: never empty"

@@ -57,7 +57,7 @@ def _read_mark(folder: Path) -> dict: # made, files
 # %% ../nbs/71_files.ipynb #ec06038d
 @contextmanager
 def _told_full(path: Path):
-    "A disk that is full, or a limit on the size of files, is told with the place and the remedy, as OSError"
+    "Turn the error of a full disk, or of a limit on file sizes, into an OSError that names the file and the remedy"
     try: yield
     except (OSError, RuntimeError) as e: # MLX raises the latter
         full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or 'Unable to write' in str(e)
@@ -95,16 +95,16 @@ def _check_place(out: Path):
     "Raise an error for a place that is not ours to take, or where nothing can be written"
     if len(os.fsencode(out.name)) > 200: raise ValueError(f'{out}: the name is too long; give a shorter one')
     if re.search('[\0-\x1f\x7f\ud800-\udfff]', str(out)): raise ValueError(
-        f'{str(out)!r} holds a character that is no text; give another output')
+        f'{str(out)!r} holds a character that cannot be written as UTF-8; give another output')
     if out.is_symlink(): raise FileExistsError(
         f'{out} is a link, and nothing is written through one; give the place itself')
     for what, p in (('home', Path.home().resolve()), ('working', Path.cwd())):
         if out.resolve() in (p, *p.parents): raise ValueError(
-            f'{out} is the {what} folder or holds it, so it is no place for an output; '
+            f'{out} is the {what} folder or holds it, so it cannot be the output; '
             f'give another, such as {out/"optiq_output"}')
     above = next(p for p in out.resolve().parents if p.exists())
     if not above.is_dir(): raise NotADirectoryError(
-        f'{above} is no folder, so {out} cannot be written; give another output')
+        f'{above} is not a folder, so {out} cannot be written; give another output')
     _check_locked(above)
 
 def _check_locked(folder: Path):
@@ -144,7 +144,7 @@ def _lock(folder: Path): # ▸ descriptor to close
     return fd
 
 def _remove(folder: Path):
-    "Delete a folder of ours, its mark last, so that it can be told as ours until then"
+    "Delete a folder of ours, its mark last, so that we recognise it as ours until then"
     if not folder.is_dir(): return
     for f in folder.iterdir():
         if f.is_dir() and not f.is_symlink(): shutil.rmtree(f, ignore_errors=True)
@@ -199,7 +199,7 @@ def own_folder(
     if source is not None: _check_source(out, source)
     _clear_stale(out)
     if not out.exists(): return out
-    if not out.is_dir(): raise FileExistsError(f'{out} exists and is no folder; give another output')
+    if not out.is_dir(): raise FileExistsError(f'{out} exists and is not a folder; give another output')
     _check_strange(out, made)
     if any(out.iterdir()) and not overwrite: raise FileExistsError(
         f'{out} exists; give another output, or `overwrite` it')
@@ -263,7 +263,7 @@ def whole_folder(
 # %% ../nbs/71_files.ipynb #475bc21e
 def own_place(
     folder: 'str | Path', # somebody's
-    first: str, # the file by which it is told that all were added
+    first: str, # the file whose presence says that all were added
     *rest: str, # other files and folders to be added
     overwrite: bool = False, # replace them if they are ours
 ) -> Path: # as it is meant
@@ -324,10 +324,10 @@ def own_file(
     _check_place(out)
     _check_part(out, begins or '{"optiq"')
     if out.is_dir(): raise IsADirectoryError(f'{out} is a folder; give a file')
-    if out.exists() and not out.is_file(): raise FileExistsError(f'{out} is no plain file; give another')
+    if out.exists() and not out.is_file(): raise FileExistsError(f'{out} is not a plain file; give another')
     what = f'{kind} file that optiq began' if not more else f'{" and ".join(more)} of a run'
     if out.exists() and not _ours(out, begins or _begins(kind, **more)): raise FileExistsError(
-        f'{out} exists and is no {what}, so it stays as it is; give another output')
+        f'{out} exists and is not a {what}, so it stays as it is; give another output')
     return out
 
 # %% ../nbs/71_files.ipynb #9736dab7
@@ -367,7 +367,7 @@ def _lock_of(out: Path) -> Path:
     folder = Path(gettempdir())/f'optiq-{os.getuid()}'
     folder.mkdir(mode=0o700, exist_ok=True)
     try: name = os.path.realpath(out)
-    except ValueError: name = str(out) # it is no path, which is for others to say
+    except ValueError: name = str(out) # it is not a path; another check reports that
     key = repr((name, *(os.environ.get(k) for k in _RANK)))
     return folder/f'{hashlib.sha256(key.encode()).hexdigest()[:24]}.lock'
 

@@ -54,11 +54,11 @@ def _config_folder(name: 'str | Path') -> Path:
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(str(name), allow_patterns=['config.json', 'model.safetensors.index.json']))
     except Exception as e: raise FileNotFoundError(
-        f'no model {str(name)!r}: it is no folder here, and the Hub did not give its config.json '
+        f'no model {str(name)!r}: it is not a folder here, and the Hub did not give its config.json '
         f'({type(e).__name__}); check the name and the network') from e
 
 def _type_of(config: dict, total: int, params: int) -> str:
-    "The type of the weights: by their bytes where an index tells them, or as the config says"
+    "The type of the weights: by their bytes if there is an index, or as the config says"
     said = config.get('dtype') or config.get('torch_dtype') or (config.get('text_config') or {}).get('dtype')
     if total > 3*params: return 'float32'
     return said if said in ('float16', 'float32') and not total else 'bfloat16' if said != 'float16' else said
@@ -121,7 +121,7 @@ def _memory_here(
     c, # Checkpoint or _Outline
     context: int, # tokens
 ) -> int: # bytes of weights and KV cache
-    "What this machine leaves for weights and KV cache; raises ValueError if that is nothing"
+    "What this machine leaves for weights and KV cache; raises ValueError if nothing is left"
     left = _here()[0]-_working_bytes(c, context)
     if left <= 0: raise ValueError(f'this machine gives {_here()[0]/_GB:.1f} GB, less than a step of {c.name} needs at '
                                    f'{context:,} tokens; take a shorter context')

@@ -11,7 +11,7 @@ from math import isfinite, nan
 import numpy as np
 from fastcore.basics import patch
 
-from .plan import mean_se
+from .plan import _label, mean_se
 from .readers import known
 
 # %% ../nbs/05f_frontier.ipynb #abd46442
@@ -108,9 +108,8 @@ def plot(self: Frontier,
         if name in curves: ax.plot(*zip(*[(p.true_bpw, p.predicted_kl) for p in plans]), lw=1, color=colour)
         x, y, e = self._marks(plans, predicted=name not in curves)
         ax.errorbar(x, y, 2*e, ls='', capsize=2, ms=4, label=name, color=colour, marker=marker)
-    for p in self.baselines:
-        _, (y,), _ = self._marks([p], predicted=True)
-        if isfinite(y): ax.annotate(p.name.split()[-1], (p.true_bpw, y), (6, 4), textcoords='offset points', size=8)
     ax.set(yscale='log', xlabel='true bits per weight', ylabel='KL')
     ax.legend(frameon=False, fontsize=8)
+    seen = [(p.name.split()[-1], p.true_bpw, self._marks([p], predicted=True)[1][0]) for p in self.baselines]
+    _label(ax, [s for s in seen if isfinite(s[2])])
     return ax

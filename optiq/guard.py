@@ -20,7 +20,7 @@ def _text(x): return isinstance(x, str)
 def _all(check): return lambda xs: isinstance(xs, list) and all(map(check, xs))
 
 def _part(x): # of a message
-    "Whether it is text, or a picture that is sent along; a URL would be fetched by the server"
+    "Whether a part of a message is text or an inline picture (a data: URL); the server must not fetch other URLs"
     if not isinstance(x, dict): return False
     if x.get('type') == 'text': return _text(x.get('text'))
     where = x.get('image_url', x.get('image'))
@@ -73,13 +73,13 @@ def _check_request(body, chat: bool):
         if not fits(x): raise ValueError(f'{k} has to be {what}')
 
 def _read_request(raw: bytes): # ▸ what it holds
-    "The JSON of a request; raises ValueError for what no field may hold"
+    "Parse the JSON body of a request; raises ValueError for NaN, infinities, deep nesting and broken text"
     def real(text):
-        if not math.isfinite(x := float(text)): raise ValueError(f'{text} is no number that can be computed with')
+        if not math.isfinite(x := float(text)): raise ValueError(f'{text} is not a finite number')
         return x
     try: body = json.loads(raw.decode(), parse_float=real, parse_constant=real)
     except RecursionError: raise ValueError('the request is nested too deeply') from None
-    json.dumps(body, ensure_ascii=False).encode() # half a surrogate pair is no text
+    json.dumps(body, ensure_ascii=False).encode() # raises for half a surrogate pair, which is not text
     return {k: x for k, x in body.items() if x is not None} if isinstance(body, dict) else body
 
 # %% ../nbs/09b_guard.ipynb #f4093317
@@ -98,9 +98,9 @@ def _is_here(host: str | None, names: Sequence) -> bool:
     except ValueError: return False
 
 def _host_of(url: str) -> str | None:
-    "The host that a URL names; raises _Refused for what is no URL"
+    "The host that a URL names; raises _Refused if it is not a URL"
     try: return urlsplit(url).hostname
-    except ValueError as e: raise _Refused(400, f'{url[:200]!r} is no address: {e}') from None
+    except ValueError as e: raise _Refused(400, f'{url[:200]!r} is not a URL: {e}') from None
 
 def _check_origin(headers, args):
     "Raise _Refused for a page of another site; `args` are those of mlx_lm.server"
@@ -110,7 +110,7 @@ def _check_origin(headers, args):
         403, f'pages of {origin} may not ask; --allowed-origins names those that may')
 
 def _read_body(headers, file) -> bytes:
-    "The body of a request; raises _Refused for one that is no JSON or too long"
+    "The body of a request; raises _Refused if it is not JSON or too long"
     kind, length = headers.get_content_type(), headers['Content-Length']
     if kind != 'application/json': raise _Refused(415, f'Content-Type has to be application/json, not {kind}')
     if not length.isdecimal(): raise _Refused(400, 'Content-Length has to be a number')

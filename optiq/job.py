@@ -30,7 +30,8 @@ from .plan import baseline_plans, uniform
 from .report import machine
 from .request import _Batches, Cache, _candidates_for, Caps, _load_sweep, _rounding_for, Texts, Weights
 from .rounding import _rounding_seconds
-from .sensitivity import kl_sweep, _SHARE
+from .sensitivity import _statistics_for, kl_sweep, _SHARE
+from .statistics import _Learned
 from .wishes import _pinned
 
 # %% ../nbs/08b_job.ipynb #3a6e8849
@@ -66,7 +67,7 @@ def _feasible(
 def _told(c: Checkpoint, source, tokens) -> str:
     "A source, its size and its fingerprint, as reports name it"
     name, shape = 'samples' if isinstance(source, list) else source, ' × '.join(map(str, shape_of(tokens)))
-    what = 'tokens' if c.model_type == 'llm' else 'scored positions'
+    what = 'tokens' if c.text_only else 'scored positions'
     return f'{name}, {shape} {what}, {fingerprint(tokens)}'
 
 # %% ../nbs/08b_job.ipynb #bade3f39
@@ -79,14 +80,13 @@ def _read_texts(
     other = t.calibration if t.evaluation is None else t.evaluation
     side, held_out = ('train', 'test') if str(other) == str(t.calibration) else ('all', 'all')
     tokens, learned = texts_for(c, t.calibration, t.n_calibration, t.seq_len, more, side)
-    if c.model_type == 'llm': scored = evaluation_tokens(other, c.tokenizer, t.n_evaluation, t.eval_len or 256,
+    if c.text_only: scored = evaluation_tokens(other, c.tokenizer, t.n_evaluation, t.eval_len or 256,
                                                          held_out)
     else: scored = batch_for(c, other, t.n_evaluation, split=held_out)
     check_overlap(overlap(block_hashes(text_of(c, learned)), scored))
     about = dict(calibration=_told(c, t.calibration, tokens), evaluation=_told(c, other, scored))
     return _Batches(learned, tokens, scored, dict(model=c.name, **about, **machine()),
                    None if isinstance(t.calibration, list) else str(t.calibration))
-
 
 # %% ../nbs/08b_job.ipynb #3f93bf66
 def _check_other_rounding(found: Sweep, name, rounding: str):
@@ -110,6 +110,9 @@ def _check_sweep(found: Sweep, name, c: Checkpoint, formats: list, rounding: str
 def _as_swept(found: Sweep, t: _Batches, c: Checkpoint, rounding: str) -> Sweep: # found
     "Let the model be rounded from the text that its sweep learned from, if that can be had"
     if rounding == 'minmax': return found
+    if isinstance(t.learned, _Learned):
+        found.learned = t.learned # it was compared with what the sweep says
+        return found
     try: t.learned = learned_again(found, c)
     except ValueError: found.header |= about_texts(t.source, t.learned, rounding)
     found.learned = t.learned
@@ -166,6 +169,7 @@ class _Job:
     texts: Texts
     backend: str
     overwrite: bool
+    states_memory: float | None = None # bytes for the states of a sweep
     beside: bool = False # files are added to the model's own folder
 
     @property
@@ -195,7 +199,11 @@ class _Job:
     def open(self, more: int = 0) -> tuple: # Backend, Batches
         "The model and its texts; raises ValueError if they do not go together"
         t = _read_texts(self.c, self.texts, more) # takes no time, and can fail
-        return open_backend(self.c, self.backend), t
+        b, w = open_backend(self.c, self.backend), self.weights
+        if w is None or w.statistics is None: return b, t
+        wanted = None if w.sweep is None else _load_sweep(w.sweep).header.get('learned')
+        t.learned = _statistics_for(b, t.learned, w.statistics, self.rounding, t.source, wanted)
+        return b, t
 
 # %% ../nbs/08b_job.ipynb #3e05e0d0
 def _conditions(job: _Job) -> dict: # of `allocate`

@@ -179,7 +179,7 @@ def why(self: Plan,
 ) -> _Reason:
     "What was measured for a unit, the price of a byte, and what would flip the choice"
     path = getattr(unit, 'path', unit)
-    if path not in self: raise ValueError(f'{path!r} is no unit of this plan; one is {next(iter(self))}')
+    if path not in self: raise ValueError(f'{path!r} is not a unit of this plan; one is {next(iter(self))}')
     free, whole, b = _in_bytes(self, path, sweep)
     i = next(k for k, row in enumerate(free.rows) if path in row)
     note = ' (tied)' if len(free.rows[i]) > 1 else ''

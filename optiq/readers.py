@@ -32,7 +32,7 @@ def check_file(
                             f'{"its target is gone" if path.is_symlink() else "there is no such file"}')
 
 def read_bytes(path: 'str | Path') -> bytes:
-    "What a file holds; raises OSError if it is none or cannot be read"
+    "What a file holds; raises OSError if it is not a file or cannot be read"
     try: return check_file(path).read_bytes()
     except PermissionError: raise PermissionError(f'{path} cannot be read: permission denied') from None
 
@@ -44,7 +44,7 @@ _MARKS = {_UTF8: 'utf-8-sig', b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-3
 def read_text(
     path: 'str | Path', # UTF-8, or UTF-16 with its mark, packed by gzip or not
 ) -> str:
-    "The text of a file that somebody wrote; raises ValueError naming the line that is no text"
+    "The text of a file that somebody wrote; raises ValueError naming the line that is not text"
     data = read_bytes(path)
     try: data = gzip.decompress(data) if data.startswith(b'\x1f\x8b') else data
     except (OSError, EOFError, ValueError,
@@ -52,7 +52,7 @@ def read_text(
     code = next((c for mark, c in _MARKS.items() if data.startswith(mark)), 'utf-8')
     try: return data.decode(code)
     except UnicodeDecodeError as e: raise ValueError(
-        f'{path}, line {data.count(10, 0, e.start)+1}, is no {code[:6].rstrip("-").upper()} text: byte '
+        f'{path}, line {data.count(10, 0, e.start)+1}, is not {code[:6].rstrip("-").upper()} text: byte '
         f'{data[e.start]:#x} '
         'stands where no letter can; save the file as UTF-8') from None
 
@@ -67,7 +67,7 @@ def _read_lines(path: 'str | Path') -> list[str]:
     return split_lines(read_text(path))
 
 # %% ../nbs/72_readers.ipynb #38c05205
-def _no_constant(name): raise ValueError(f'it holds {name}, which is no number')
+def _no_constant(name): raise ValueError(f'it holds {name}, which is not a number')
 
 def parse(
     text: 'str | bytes',
@@ -75,14 +75,14 @@ def parse(
     constants: bool = False, # allow NaN and Infinity, which Python writes and JSON does not know
     pairs: Callable | None = None, # of `json.loads`: makes an object of its names and values
 ):
-    "What JSON says; raises ValueError naming the place of the first thing that is none"
+    "What JSON says; raises ValueError naming the place of the first error"
     try: return json.loads(text if isinstance(text, str) else text.decode('utf-8'), parse_constant=None if constants
                            else _no_constant, object_pairs_hook=pairs)
     except json.JSONDecodeError as e: raise ValueError(
-        f'{where} is no JSON: {e.msg.lower()}{f", line {e.lineno}" if chr(10) in e.doc else ""}, column '
+        f'{where} is not JSON: {e.msg.lower()}{f", line {e.lineno}" if chr(10) in e.doc else ""}, column '
         f'{e.colno}') from None
-    except UnicodeDecodeError as e: raise ValueError(f'{where} is no JSON: byte {e.start} is no UTF-8') from None
-    except RecursionError: raise ValueError(f'{where} is no JSON that anything writes: it is nested too '
+    except UnicodeDecodeError as e: raise ValueError(f'{where} is not JSON: byte {e.start} is not UTF-8') from None
+    except RecursionError: raise ValueError(f'{where} is not JSON that a program would write: it is nested too '
                                             f'deeply') from None
     except ValueError as e: raise ValueError(f'{where} cannot be read: {e}') from None
 
@@ -170,7 +170,7 @@ def read_ours(
 ) -> dict:
     "A JSON document that this project wrote; raises ValueError for one of another kind"
     try: d = read_json(path)
-    except ValueError as e: raise ValueError(f'{path} is no {kind}, such as {made_by} writes: {e}') from None
+    except ValueError as e: raise ValueError(f'{path} is not a {kind}, such as {made_by} writes: {e}') from None
     return check_kind(d, str(path), kind, form, made_by)
 
 # %% ../nbs/72_readers.ipynb #8826365d
@@ -178,7 +178,7 @@ def check_kind(d: dict, where: str, kind: str, form: dict = {}, made_by: str = '
     "`d`, if it says that it is of this kind and has this form; see `read_ours`"
     if d.get('optiq') != kind:
         other = f'a {d["optiq"]}' if TEXT.holds(d.get('optiq')) else 'some other JSON'
-        raise ValueError(f'{where} is no {kind}, but {other}; {made_by} writes one')
+        raise ValueError(f'{where} is not a {kind}, but {other}; {made_by} writes one')
     return check(d, form, where)
 
 # %% ../nbs/72_readers.ipynb #efdf0a15

@@ -33,7 +33,7 @@ def machine() -> dict: # cpu, cores, system, versions, date
                 date=date.today().isoformat())
 
 def _cpu():
-    "The processor's name as the system tells it"
+    "Name of the processor, as the operating system gives it"
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.exists() else []
     if lines: return next((line.split(': ')[1] for line in lines if 'model name' in line), 'unknown')
@@ -69,7 +69,7 @@ def mean_figure(
     "A mean with its standard error and Student's 95 % interval"
     from scipy.stats import t
     x = np.asarray(items, float)
-    if not np.isfinite(x).all(): raise ValueError(f'{_metric(name).title}: an item is no number, so there is no mean')
+    if not np.isfinite(x).all(): raise ValueError(f'{_metric(name).title}: an item is not a number, so there is no mean')
     se = float(x.std(ddof=1)/len(x)**.5) if len(x) > 1 else float('nan')
     half = float(t.ppf(.975, len(x)-1))*se if len(x) > 1 else float('nan')
     return _figure(name, float(x.mean()), se, x.mean()-half, x.mean()+half, x, on)
@@ -78,7 +78,7 @@ def mean_figure(
 def share_figure(
     name: str, # of the metric
     items, # (n,) right or wrong
-    on: str = '', # fingerprint of what was asked
+    on: str = '', # fingerprint of the questions or texts
 ) -> dict: # columns of a row
     "A share with Wilson's 95 % interval (Wilson 1927)"
     from scipy.stats import binomtest
@@ -107,7 +107,7 @@ def _paired(
     "Mean of x − y, its 95 % interval, and how likely so large a difference is by chance (McNemar 1947 exact, else t)"
     from scipy.stats import binomtest, t, ttest_1samp
     d = np.subtract(x, y, dtype=float)
-    if not np.isfinite(d).all(): raise ValueError('an item is no number, so the two cannot be compared')
+    if not np.isfinite(d).all(): raise ValueError('an item is not a number, so the two cannot be compared')
     n, mean = len(d), float(d.mean())
     half = float(t.ppf(.975, n-1)*d.std(ddof=1)/n**.5) if n > 1 else float('nan')
     up, down = int((d > 0).sum()), int((d < 0).sum())

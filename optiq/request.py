@@ -8,6 +8,7 @@ __all__ = ['Caps', 'Weights', 'Cache', 'subject', 'caps_for', 'Texts']
 # %% ../nbs/08a_request.ipynb #d40d86e2
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ class Weights:
     sweep: 'Sweep | str | Path | None' = None # a sweep of this model, or its file
     rounding: str | None = None # 'minmax', 'search' or 'gptq'; by default that of the sweep, or `ROUNDING`
     rounding_n: int | None = None # sequences that `search`, `gptq` and `dwq` learn from, 32 by default
+    statistics: 'str | Path | None' = None # file of what `search` learns from the text, written if it is not there
     method: str | None = None # of the sweep: 'exact', 'screened' or 'gradient'; by default what fits `time_budget`
     time_budget: float | None = None # seconds of the sweep, 600 by default, for the choice of its method
     polish: str | None = None # 'dwq': train scales and biases at the end
@@ -87,7 +89,7 @@ def caps_for(caps: Caps | None, what: str) -> Caps: # with the default where the
     if odd: raise ValueError(f'`{odd[0]}` has no effect {_beside(what)} yet; give `max_bytes` instead')
     if what == 'weights':
         if isinstance(caps.max_memory, str) and caps.max_memory != 'auto': raise ValueError(
-            f'`max_memory` {caps.max_memory!r} is no number of bytes; give one, or auto')
+            f'`max_memory` {caps.max_memory!r} is not a number of bytes; give one, or auto')
         if caps.max_memory is not None and caps.context is None: raise ValueError('`max_memory` needs `context`')
         if caps.chip is not None and caps.target_tps is None: raise ValueError(
             '`chip` says where `target_tps` is to be reached; give both')
@@ -113,9 +115,10 @@ def _check_weights(weights: Weights, what: str, out):
     if weights.compare is False and what != 'weights': raise ValueError(
         f'`compare` has no effect {_beside(what)} yet; leave one of the two')
     _check_rounding_name(rounding := _rounding_for(weights.rounding, weights.sweep), weights.polish, out)
+    if weights.statistics is not None and weights.polish: raise ValueError(
+        '`statistics` do not serve `polish`: dwq trains on the text itself; leave one of the two')
     if rounding == 'minmax' and not weights.polish and weights.rounding_n is not None: raise ValueError(
         '`rounding_n` has no effect: minmax learns from no text; leave it out, or choose another `rounding`')
-
 
 # %% ../nbs/08a_request.ipynb #c0593ced
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def _rounding_for(rounding: str | None, sweep) -> str:
     if rounding or sweep is None: return rounding or ROUNDING
     found = rounding_of(_load_sweep(sweep))
     name = 'the sweep' if isinstance(sweep, Sweep) else sweep
-    if found not in QUANTIZERS: raise ValueError(f'{name}: rounding {found!r} is none of {", ".join(QUANTIZERS)}')
+    if found not in QUANTIZERS: raise ValueError(f'{name}: rounding {found!r} is not one of {", ".join(QUANTIZERS)}')
     return found
 
 # %% ../nbs/08a_request.ipynb #4dedca02
@@ -186,6 +189,16 @@ def _check_rounding_name(rounding: str, polish: str | None, out):
     if polish not in (None, 'dwq'): raise ValueError(f'no polish {polish!r}; there is dwq')
     if polish and out is None: raise ValueError(
         'dwq trains a model that is written; give an output, or leave the polish')
+
+def _check_states_memory(states_memory: float | None, weights: Weights | None, cache: Cache | None = None):
+    "Raise ValueError for a limit on what a sweep keeps in memory if no sweep is measured exactly"
+    if states_memory is None: return
+    if not isinstance(states_memory, Real) or not states_memory >= 1: raise ValueError(
+        f'`states_memory` is {shown(states_memory)}, and should be a number of bytes')
+    if weights is not None and weights.sweep is not None and cache is None: raise ValueError(
+        '`states_memory` has no effect on a `sweep` that is given; leave one of the two')
+    if weights is not None and weights.method not in (None, 'exact'): raise ValueError(
+        f'`states_memory` counts for `method` exact, not {weights.method}; leave one of the two')
 
 # %% ../nbs/08a_request.ipynb #a816e6d4
 _SAID = {Caps: 'Caps(target_bpw=4.5)', Weights: 'Weights(formats=[4, 8])', Cache: 'Cache(formats=[4, 8])',

@@ -117,7 +117,7 @@ class Reads:
     active: dict # unit path ▸ (rows, width) of the part that is read
     layers: int
     params: int # of the whole model
-    other_bytes: int # of everything that is no unit's weight: norms, routers, convolutions
+    other_bytes: int # of all other weights: norms, routers, convolutions
     cache: Callable # context ▸ bytes
 
     def nbytes(self, u: Unit, fmt: Format) -> int: return nbytes(fmt, self.active[u.path], u.itemsize)

@@ -257,7 +257,7 @@ def run_task(
     **options, # of the task
 ) -> Report: # the baseline's row first
     "Score a model on a task, and compare it with a baseline"
-    if n < 1: raise ValueError(f'{n} samples are none; give 1 or more as `n`')
+    if n < 1: raise ValueError(f'`n` must be at least 1 sample, not {n}')
     f, options = _find_task(task), {k: v for k, v in options.items() if v is not None} # a task has defaults of its own
     if options.get('kv') and task not in ('gsm8k', 'needle'): raise ValueError(
         f'kv, a configuration of the cache, is tested by gsm8k and needle, not by {task}')

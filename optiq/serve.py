@@ -46,7 +46,7 @@ class _Provider(server.ModelProvider):
     "mlx-lm's provider of models, for those that are named; the first makes the caches of a config"
     def __init__(self,
         args, # of mlx_lm.server
-        names: dict, # what a client may call a model ▸ its folder
+        names: dict, # name that a client may use ▸ folder
         config: 'dict | Path | None' = None, # kv_config.json, or what it holds
     ):
         if args.model not in names.values(): raise ValueError(
@@ -73,11 +73,11 @@ def _check_for_model(
     from transformers import PreTrainedTokenizerBase
     words, taken = args.logits.logit_bias or {}, signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     if max(words, default=0) >= vocabulary: raise ValueError(
-        f'logit_bias: {max(words)} is no token; the model has {vocabulary}')
+        f'logit_bias: {max(words)} is not a token; the model has {vocabulary}')
     if args.sampling.top_k >= vocabulary: raise ValueError(
         f'top_k has to be below the {vocabulary} tokens of the model')
     if odd := set(args.chat_template_kwargs or ()) & set(taken): raise ValueError(
-        f'chat_template_kwargs: {min(odd)} is no variable of a template')
+        f'chat_template_kwargs: {min(odd)} is not a variable of the chat template')
 
 # %% ../nbs/09_serve.ipynb #d89acbf4
 class _Generator(server.ResponseGenerator):
@@ -113,13 +113,13 @@ class _Generator(server.ResponseGenerator):
 
 # %% ../nbs/09_serve.ipynb #2e6f4151
 def _mend_random():
-    "A new random state, where one was left that cannot be computed"
+    "Replace the random state if an error left one that cannot be computed"
     try: mx.eval(mx.random.state[0])
     except Exception: mx.random.seed(getrandbits(63))
 
 @patch
 def _tokenize(self: _Generator, tokenizer, request, args):
-    "Everything that can fail of a request is tried here, where mlx-lm answers a failure"
+    "Token ids of a prompt; tries whatever can fail for this request, since mlx-lm answers errors raised here"
     p = self.model_provider
     _mend_random()
     _check_for_model(args, p.vocabulary)
@@ -141,7 +141,7 @@ def _tokenize(self: _Generator, tokenizer, request, args):
 # %% ../nbs/09_serve.ipynb #d46dcb42
 @patch
 def tell(self: _Generator, why: str):
-    "Tell those who wait, and forget what the error may have spoilt"
+    "Send the error to all waiting clients, and drop every state that it may have damaged"
     logging.error(why, exc_info=logging.root.level <= logging.DEBUG)
     for queue in list(self.waiting): queue.put(RuntimeError(why))
     self.waiting.clear()
@@ -151,8 +151,8 @@ def tell(self: _Generator, why: str):
     mx.clear_cache()
 
 class _Server(ThreadingHTTPServer):
-    "Ends with a line when nothing can be generated any more"
-    request_queue_size = 128 # clients that may knock at once
+    "HTTP server that ends with an error when the generating thread has ended"
+    request_queue_size = 128 # connections that may wait to be accepted
     def service_actions(self):
         if self.generator.failure: raise RuntimeError(f'nothing can be generated any more: {self.generator.failure}')
 
@@ -162,7 +162,7 @@ class _Server(ThreadingHTTPServer):
 
 # %% ../nbs/09_serve.ipynb #1128a188
 class _Handler(server.APIHandler):
-    "mlx-lm's answers, to requests that were read first"
+    "mlx-lm's HTTP handler; the guard reads each request before it"
     timeout = 60 # seconds that a client may stay silent
     instead = {} # HTTP status of mlx-lm ▸ the one to send
 
@@ -261,7 +261,7 @@ def _find_config(
 # %% ../nbs/09_serve.ipynb #07976283
 @contextmanager
 def _replaced(owner, **attributes):
-    "Some attributes of a module, for a while"
+    "Replace attributes of a module or object inside a `with` block, and restore them after it"
     before = {k: getattr(owner, k) for k in attributes}
     for k, v in attributes.items(): setattr(owner, k, v)
     try: yield
@@ -270,7 +270,7 @@ def _replaced(owner, **attributes):
 
 # %% ../nbs/09_serve.ipynb #59e3c88e
 def _answer_http(run, what: str, host: str, port: int, generator: _Generator):
-    "mlx-lm's `_run_http_server`, which is `run`, with our server; tells what is served, and ends its thread"
+    "mlx-lm's `_run_http_server`, which is `run`, with our server; prints what is served, and ends its thread"
     try:
         print(what, file=sys.stderr)
         run(host, port, generator, type('Server', (_Server,), dict(generator=generator)), _Handler)

@@ -73,7 +73,7 @@ def _pairs(kind: str, given) -> list: # of (name, format)
     if not isinstance(given, str): return list(given.items())
     found = [part.strip().rpartition('=') for part in given.split(',') if part.strip()]
     odd = next((fmt for name, sign, fmt in found if not name or not fmt), None)
-    if odd is not None: raise ValueError(f'`{kind}` {odd or given!r} is no NAME=FORMAT, such as lm_head=8g64')
+    if odd is not None: raise ValueError(f'`{kind}` {odd or given!r} is not NAME=FORMAT, such as lm_head=8g64')
     return [(name.strip(), fmt) for name, _, fmt in found]
 
 def _pinned(pin, group_size: int = 64) -> list[Format]:

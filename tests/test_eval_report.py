@@ -73,7 +73,7 @@ def test_compare_merges_models_and_refuses_contradictions(tmp_path):
     assert Report.load(tmp_path/'r.json').verdicts == r.verdicts and 'items' not in r.to_frame()
     with pytest.raises(ValueError, match='GSM8K of a differently'): Report.compare(r, Report([row('a', g=g([1, 1, 1]))]))
     (tmp_path/'x.json').write_text('{}')
-    with pytest.raises(ValueError, match='is no report'): Report.load(tmp_path/'x.json')
+    with pytest.raises(ValueError, match='is not a report'): Report.load(tmp_path/'x.json')
 
 def test_panels_have_one_axis_for_size_and_each_metric():
     import matplotlib

@@ -73,7 +73,7 @@ def test_sizes(given, size, bare):
 @pytest.mark.parametrize('given', ['much', '-1', '0', '16TB extra', 'auto'])
 def test_what_is_no_size(given, bare):
     r = CliRunner().invoke(main, ['fit', str(bare), '--memory', given])
-    assert r.exit_code == 2 and 'is no size, such as 16GB' in r.output
+    assert r.exit_code == 2 and 'is not a size, such as 16GB' in r.output
 
 def test_convert_takes_what_this_machine_leaves(folder, monkeypatch):
     o = _Outline(folder)

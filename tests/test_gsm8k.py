@@ -178,7 +178,7 @@ def test_questions_say_what_is_wrong(tmp_path):
     p.write_text('{"question": "a"}\n')
     with pytest.raises(ValueError, match='line 1 lacks answer'): questions(p)
     p.write_text('{"question": "a", "answer": "1"}\nnonsense\n')
-    with pytest.raises(ValueError, match='line 2 is no JSON'): questions(p)
+    with pytest.raises(ValueError, match='line 2 is not JSON'): questions(p)
 
 def test_responses_are_scored_without_a_model(tmp_path):
     p = tmp_path/'r.jsonl'

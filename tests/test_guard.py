@@ -178,7 +178,7 @@ def test_pages_of_other_sites_may_not_ask(running):
 @pytest.mark.parametrize('headers', [dict(Host='[::1'), dict(Origin='http://[bad')])
 def test_an_address_that_is_none(running, method, path, headers):
     status, _, answer = running.send(dict(prompt='A', max_tokens=1), path, method, headers)
-    assert status == 400 and 'is no address' in json.loads(answer)['error']
+    assert status == 400 and 'is not a URL' in json.loads(answer)['error']
 
 def draws(running, **more): return running.ask(temperature=1, **more)[0]
 

@@ -31,7 +31,7 @@ def test_config_on_disk(served, tmp_path):
     assert json.loads((tmp_path/'c.json').read_text()) == config
     assert read_kv_config(tmp_path/'c.json', model) == read_kv_config(config)
     (tmp_path/'c.json').write_text('{')
-    with pytest.raises(ValueError, match='c.json is no kv_config'): read_kv_config(tmp_path/'c.json')
+    with pytest.raises(ValueError, match='c.json is not a kv_config'): read_kv_config(tmp_path/'c.json')
 
 def test_layers_that_cannot_be_quantized_are_refused(tmp_path):
     c = Checkpoint(tiny('qwen3_5', tmp_path/'q'), model_type='llm')

@@ -69,7 +69,7 @@ def test_json_of_a_plan_without_kl(tmp_path):
     plan.save(tmp_path/'plan.json')
     assert np.isnan(Plan.load(tmp_path/'plan.json').predicted_kl) and 'KL' not in repr(plan)
     (tmp_path/'other.json').write_text('[1')
-    with pytest.raises(ValueError, match='is no plan'): Plan.load(tmp_path/'other.json')
+    with pytest.raises(ValueError, match='is not a plan'): Plan.load(tmp_path/'other.json')
 
 def test_shows_itself():
     plan = allocate(random_sweep(2), target_bpw=5)

@@ -32,7 +32,7 @@ def _check_ids(checkpoint: Checkpoint, ids: np.ndarray):
     known = {v for k, v in checkpoint.config.items() if k.endswith(('token_id', 'token_index')) and isinstance(v, int)}
     odd = [i for i in np.unique(ids).tolist() if not 0 <= i < checkpoint.vocabulary and i not in known]
     if odd: raise ValueError(
-        f'{checkpoint.name} has {checkpoint.vocabulary:,} tokens, and id {odd[-1]} is none of them: '
+        f'{checkpoint.name} has {checkpoint.vocabulary:,} tokens, and id {odd[-1]} is not one of them: '
         'these ids come from the tokenizer of another model')
 
 # %% ../../nbs/03_backends.replay.ipynb #85a67ce8
@@ -92,7 +92,7 @@ def head(self: Backend, states, overrides: dict = {}): # (N, T, D) ▸ (N, T, V)
     if isinstance(states, _Streams): return states.on(None, overrides)[1]
     def stand_in(i, x, *args, **kwargs): return states if i == self.n_blocks-1 else x
     with self.swapped(overrides), self.stand_ins(stand_in):
-        return self.forward(np.zeros((1, 1), np.int32))
+        return self.forward(np.zeros(states.shape[:2], np.int32)) # some models shape their answer as their ids
 
 @patch
 def logits(self: Backend, batch: np.ndarray, overrides: dict = {}):
@@ -385,7 +385,7 @@ def check_logits(b, z): # (…, V) ▸ the same
     "Raise ValueError, naming the model and its first damaged tensor, if a logit is NaN or infinite"
     if bool(b.xp.isfinite(z.sum())) or bool(b.xp.isfinite(z).all()): return z
     odd = _damaged(b.checkpoint)
-    said = f'{b.checkpoint.name} computes logits that are no numbers'
+    said = f'{b.checkpoint.name} computes logits that are not numbers'
     if not odd: raise ValueError(f'{said}, though all its weights are finite; it cannot be measured')
     raise ValueError(f'{said}: {_file_of(b.checkpoint, odd)}: {odd} holds NaN or infinity, so the checkpoint is '
                      'damaged; fetch or make it again')

@@ -76,7 +76,7 @@ def _answered(responses: str, task: str, baseline: str | None): # ▸ Report
     "`score_responses`, which knows one task and no model"
     from optiq.evals.gsm8k import score_responses
     if task != 'gsm8k' or baseline: raise click.UsageError('--responses goes with --task gsm8k and no --baseline')
-    check_idle(given_options().keys()-{'responses', 'task', 'as_json'}, 'answers are scored, and no model is asked')
+    check_idle(given_options().keys()-{'responses', 'task', 'as_json'}, 'answers are scored, and no model runs')
     return score_responses(responses)
 
 # %% ../../nbs/89c_commands.look.ipynb #254be786
@@ -120,7 +120,7 @@ def _with_speeds(quality, speeds: list): # Report, of Report ▸ Report
 
 # %% ../../nbs/89c_commands.look.ipynb #e54d1bd4
 def _has_gpu() -> bool:
-    "Whether MLX computes on a GPU; on a CPU it decodes so slowly that a speed is measured only if asked for"
+    "Whether MLX computes on a GPU; on a CPU it decodes so slowly that we measure speed only if you ask for it"
     import mlx.core as mx
     return mx.default_device().type == mx.DeviceType.gpu
 
@@ -191,7 +191,7 @@ def _with_options(run: Callable, name: str, given: dict) -> Callable:
 @click.argument('model')
 @click.option('--kv-config', type=click.Path(), metavar='FILE',
               help='formats of the KV cache; default: kv_config.json beside the weights')
-@click.option('--also', metavar='MODEL', multiple=True, help='another model that may be asked for; can be given again')
+@click.option('--also', metavar='MODEL', multiple=True, help='another model that clients may use; can be given again')
 @_options('trust')
 @click.argument('options', nargs=-1, type=click.UNPROCESSED, metavar='[OPTIONS OF mlx_lm.server]')
 def serve(model, options, **given):
@@ -234,7 +234,7 @@ def doctor(timeout, as_json):
 def _fit(model, memory, context, bits, formats, group_size, sweep, as_json):
     """The largest plan whose weights, KV cache and working memory leave the system what it needs.
 
-    Of a model on the Hub only config.json and the index are fetched. What quality to expect, a sweep tells.
+    For a model on the Hub we fetch only config.json and the index. A sweep predicts the quality.
 
     \b
     optiq fit demo --memory 16GB
@@ -268,7 +268,7 @@ def _chat(model, options, **given):
 @click.argument('first')
 @click.argument('second')
 @click.option('--reference', help='the model that both were made from, to measure KL against; default: the first')
-@click.option('--prompt', 'prompts', multiple=True, metavar='TEXT', help='what both are asked; can be given again')
+@click.option('--prompt', 'prompts', multiple=True, metavar='TEXT', help='a prompt for both models; can be given again')
 @click.option('--new-tokens', default=64, show_default=True, help='tokens of an answer, at most')
 @click.option('--evaluation', default='bundled', show_default=True, metavar='NAME|FILE', help='text to measure KL on')
 @_options('n_evaluation', 'backend', 'trust', 'json')

@@ -120,7 +120,7 @@ def _as_choice(answer: 'str | int', options: list, path) -> int:
     if isinstance(answer, int) and 0 <= answer < len(options): return answer
     if answer in options: return options.index(answer)
     if isinstance(answer, str) and answer and answer in _LETTERS[:len(options)]: return _LETTERS.index(answer)
-    raise ValueError(f'{path}: the answer {answer!r} is none of the {len(options)} options; give its number '
+    raise ValueError(f'{path}: the answer {answer!r} is not one of the {len(options)} options; give its number '
                      'from 0, its letter or its text')
 
 # %% ../../nbs/35_evals.ai2d.ipynb #29043f2d

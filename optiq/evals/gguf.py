@@ -22,7 +22,7 @@ def _package():
     return gguf
 
 def _read(file: Path): # ▸ gguf.GGUFReader
-    "A GGUF file, opened; raises FileNotFoundError or ValueError if it is none"
+    "A GGUF file, opened; raises FileNotFoundError if it is missing, ValueError if it is not GGUF"
     package = _package()
     if not file.is_file(): raise FileNotFoundError(f'no file {str(file)!r}')
     try: return package.GGUFReader(str(file))
@@ -31,7 +31,7 @@ def _read(file: Path): # ▸ gguf.GGUFReader
 
 # %% ../../nbs/32a_evals.gguf.ipynb #6635d7c5
 def _names(reader): # gguf.GGUFReader ▸ function: path of a unit ▸ name in the file, or None
-    "How a file calls the tensors of its architecture"
+    "Names of tensors in a GGUF file, for the architecture in its header"
     package = _package()
     def field(key): return reader.get_field(key).contents()
     try:
@@ -63,21 +63,21 @@ def _halves(x, heads: int): # x (rows, …)
     return x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 def _heads_of(c: Checkpoint, u: Unit) -> int:
-    "Of queries or keys; 0 for other units"
+    "Number of query or key heads of a unit; 0 for other units"
     config = c.config.get('text_config') or c.config
     names = dict(q_proj=['num_attention_heads'], k_proj=['num_key_value_heads', 'num_attention_heads']).get(u.kind, ())
     return next((config[n] for n in names if config.get(n)), 0)
 
 # %% ../../nbs/32a_evals.gguf.ipynb #fac71da6
 def _off(x, w) -> float: # NumPy array, array of a library
-    "Squared distance from weights, as a part of their squared length"
+    "Squared distance ‖x − w‖² from weights, as a share of their squared length ‖w‖²"
     _, f32, _ = library(w)
     w = f32(w)
     return float(((beside(w)(x)-w)**2).sum()/(w**2).sum())
 
 # %% ../../nbs/32a_evals.gguf.ipynb #501be464
 def _stand_in(file: Path, t, u: Unit, c: Checkpoint): # t: a tensor of the file ▸ function of the weight
-    "The function that puts a dequantized tensor in the place of a unit's weight"
+    "A function that returns the dequantized tensor in place of a unit's weight, in its type and row order"
     decode, heads = _package().dequantize, _heads_of(c, u)
     def weight(w):
         x = decode(t.data, t.tensor_type).reshape(u.shape)
@@ -93,7 +93,7 @@ def gguf_weights(
     file: 'str | Path', # a GGUF file
     c: Checkpoint, # of the model that it was made of
 ) -> tuple: # path of a unit ▸ function of its weight, and the bytes of all tensors in the file
-    "The weights of a GGUF file, dequantized, in the place of those of the model that it was made of"
+    "The dequantized weights of a GGUF file, as replacements for the weights of the model it was made from"
     file = Path(file)
     tensors, nbytes = _matched(file, c)
     return {u.path: _stand_in(file, tensors[u.path], u, c) for u in c.units}, nbytes

@@ -191,7 +191,7 @@ class Answers(list):
     def __init__(self,
         out: 'str | Path | None', # .jsonl file to write, and to go on with
         settings: dict, # of the run; a file with others is refused
-        rows: list, # of dicts with question and answer: all that will be asked
+        rows: list, # of dicts with question and answer: all of them
     ):
         super().__init__([] if out is None else _resume(as_path(out), settings, rows))
         self.out = None if out is None else as_path(out)

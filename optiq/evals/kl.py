@@ -118,7 +118,7 @@ def _compute(b, tokens, top_k, folder):
 
 # %% ../../nbs/32_evals.kl.ipynb #225da39a
 def _likelihoods(b, z, ids, at): # (B, t, V) logits of positions `at` ▸ (B, t)
-    "Negative log-likelihood of the next tokens, 0 where there is none"
+    "Negative log-likelihood of the next tokens, 0 at positions without a next token"
     nexts, out = ids[:, at.start+1:at.stop+1], np.zeros(z.shape[:2])
     out[:, :nexts.shape[1]] = _nll(b, z[:, :nexts.shape[1]], nexts)
     return out
@@ -148,5 +148,5 @@ def score_against(
         out[1, rows, at] = kl_rows(b, z_p, z_q).reshape(z.shape[:2])
         out[2, rows, at] = b.numpy(z.argmax(-1)) == stored.best[rows, at]
     if not np.isfinite(out).all(): raise ValueError(
-        f'{stored.folder} holds predictions that are no numbers; remove it, and they are computed again')
+        f'{stored.folder} holds predictions that are not finite numbers; remove it, and they are computed again')
     return Score.of(out[:, :, stored.about.get('unscored', 0):])

@@ -107,7 +107,7 @@ def evaluate(
     tokens: 'np.ndarray | list', # (n, T), or samples
     variants: dict = {}, # name ▸ overrides (see `overrides_of`), or another Backend
     batch: int | None = None, # sequences at a time; about 4,096 tokens by default
-    tick = lambda share: None, # told after each step which share of the work it was
+    tick = lambda share: None, # called after each step with its share of the work
 ) -> dict: # name ▸ Score, with 'reference' first
     "Score the model, and any number of variants of it, on the same tokens"
     b = open_backend(model)

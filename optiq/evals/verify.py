@@ -215,7 +215,7 @@ def _check_kl(c: Checkpoint, plan, sweep, reference: Backend | None, text, withi
 # %% ../../nbs/45_evals.verify.ipynb #3467bf0d
 def _other_text(c: Checkpoint, text): # ▸ tokens, or samples
     "Some of the evaluation side of a text"
-    if c.model_type != 'llm': return batch_for(c, text, 4, split='test')
+    if not c.text_only: return batch_for(c, text, 4, split='test')
     return evaluation_tokens(text, c.tokenizer, 4, 256)
 
 # %% ../../nbs/45_evals.verify.ipynb #6837656d
@@ -261,7 +261,7 @@ def verify(
     """Open a model again and check it against its plan, its sweep and its reference
 
     Files, formats, bytes, tokenizer, finite logits; with a reference, predicted against measured KL, in nats. It prints
-    as a list; `ok` is False if anything is not as it says. A check that fails is told, not raised.
+    as a list; `ok` is False if anything is not as it says. A failed check is a row of the result, not an exception.
 
         verify('out/demo', reference='demo').ok
     """

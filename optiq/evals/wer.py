@@ -67,7 +67,7 @@ def wer(
     "Word error rate of greedy transcripts"
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
     if c.model_type != 'audio':
-        raise ValueError(f'{c.name} is no speech model, and a word error rate needs one; try `task` gsm8k')
+        raise ValueError(f'{c.name} is not a speech model, and a word error rate needs one; try `task` gsm8k')
     heard, speech = clips(source, 'all', n, fewer=True), load_speech(c)
     settings = dict(model=c.fingerprint, new_tokens=new_tokens)
     done = write_down(lambda clip: transcribe(speech, clip.audio, new_tokens), heard, out, settings)

@@ -40,7 +40,7 @@ def _family(model) -> str:
 def _in_float32(model):
     "The model, computing in float32"
     import mlx.core as mx
-    module = getattr(model, '_model', model) # Qwen3-ASR stands in a shell that is no module
+    module = getattr(model, '_model', model) # Qwen3-ASR wraps its model in an object that is not a module
     module.set_dtype(mx.float32)
     if _family(model) == 'whisper': model.dtype = mx.float32 # to which it rounds what it hears
     return model

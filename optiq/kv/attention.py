@@ -41,7 +41,7 @@ class Codec:
         return mx.quantized_matmul(summable(a), *arrays, transpose=transpose, **self.how).astype(a.dtype)
 
     def dense(self, arrays, dtype): # ▸ (B, heads, T, D)
-        "What is stored, as numbers"
+        "The stored keys or values, dequantized"
         return mx.dequantize(*arrays, dtype=dtype, **self.how)
 
     def turn(self, x): return x # queries into the space of stored keys

@@ -131,7 +131,7 @@ class BatchMixedKVCache(_Mixed):
 # %% ../../nbs/11c_kv.cache.ipynb #a3acec7d
 @patch
 def moved(self: BatchMixedKVCache, side: str, like: list, length: int) -> list: # of arrays (B, heads, length, …)
-    "Keys, or values, moved right so that they end at `length`; zeros shaped as those in `like` if there are none"
+    "Keys, or values, moved right so that they end at `length`; zeros shaped like `like` if the batch is empty"
     if self.empty(): return [mx.zeros((self.offset.shape[0], a.shape[1], length, a.shape[3]), a.dtype) for a in like]
     padding = [(0, 0), (0, 0), (length-self.length, 0), (0, 0)]
     return [mx.pad(a[:, :, :self.length], padding) for a in getattr(self, side)]

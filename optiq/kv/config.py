@@ -57,7 +57,7 @@ _CONFIG = {'layers': [_LAYER]*2, 'model?': PROSE, 'context?': whole(), 'nbytes?'
 
 # %% ../../nbs/11b_kv.config.ipynb #61e1b455
 def _load_config(config: 'str | Path | dict') -> tuple: # what to call it, its folder, what it holds
-    "A config as a dict; raises ValueError if it is none or of another version"
+    "A config as a dict; raises ValueError if it is not a kv_config.json or has another version"
     file = None if isinstance(config, dict) else Path(config)
     where, folder = str(config) if file else 'this kv_config', file and file.parent
     made_by = '`optiq kv-cache`'

@@ -89,7 +89,7 @@ class _Listener:
 def _left(c, arrived: int) -> str:
     "Why a cache that takes keys and values stays as it is; '' if it need not"
     name = type(c).__name__
-    if name not in ('KVCache', 'RotatingKVCache'): return f'{name} is no plain cache of keys and values'
+    if name not in ('KVCache', 'RotatingKVCache'): return f'{name} is not a plain cache of keys and values'
     if not arrived: return 'attention does not read what it holds (MLA)'
     return 'later layers read it too' if arrived > 1 else ''
 
@@ -177,7 +177,7 @@ def kv_layout(
     statistics = None, # unit path ▸ preconditioner of rotated formats
 ) -> KVLayout:
     "What a model caches; raises ValueError if nothing of it can be quantized"
-    if context < 1: raise ValueError(f'a context of {context} tokens is none; give 1 or more as `context`')
+    if context < 1: raise ValueError(f'`context` must be at least 1 token, not {context}')
     c = Checkpoint(model) if isinstance(model, (str, Path)) else model
     layers = kv_layers(opened := c.load() if isinstance(c, Checkpoint) else c)
     if isinstance(c, Checkpoint): layers = _numbered(layers, c.n_blocks-len(language(opened).layers))
@@ -222,7 +222,7 @@ def cache_bytes(
     context: int, # tokens
 ) -> int:
     "Bytes of the unquantized KV cache after so many tokens, as mlx-lm lays it out; no weight is read"
-    if context < 1: raise ValueError(f'a context of {context} tokens is none; give at least 1')
+    if context < 1: raise ValueError(f'a context must be at least 1 token, not {context}')
     def held(c): # it grows by whole steps
         step = getattr(c, 'step', 1)
         return min(ceil(context/step)*step, getattr(c, 'max_size', None) or np.inf)

@@ -163,11 +163,11 @@ _SHAPES['qwen3_asr'] = {'0.6B': dict(thinker_config=dict(
 
 # %% ../../nbs/83a_material.configs.ipynb #bb6d987f
 def hub_config(
-    architecture: str, # a key of `CONFIGS`
+    architecture: str, # such as 'qwen3', 'llama', 'whisper': a key of `_CONFIGS`
     shape: str | dict | None = None, # a real size, or changes to the small one, nested as `config.json` is
     dtype: str = 'bfloat16', # of the weights
 ) -> dict:
-    "What `config.json` says"
+    "Content of `config.json`; raises ValueError for an unknown architecture or shape"
     if architecture not in _CONFIGS:
         raise ValueError(f'unknown architecture {architecture!r}: {", ".join(_CONFIGS)}')
     sizes = _SHAPES.get(architecture, {})

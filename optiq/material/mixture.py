@@ -66,7 +66,7 @@ def _draw_keys(
     n: int, # how many, the first is the one asked for
     split: str,
 ) -> list:
-    "Different keys, up to half of them near misses of the first"
+    "`n` different keys, pairs of words; up to half share one word with the first"
     pool = _keys(split)
     key = r.choice(pool)
     near = [p for p in pool if (p[0] == key[0]) != (p[1] == key[1])]
@@ -180,7 +180,7 @@ def _pieces(
     text: str,
     size: int = 1500, # characters, about
 ):
-    "The text in pieces of whole paragraphs"
+    "Cut a text between paragraphs into pieces of about `size` characters"
     piece = ''
     for paragraph in re.split(r'\n\s*\n', text):
         if piece and len(piece)+len(paragraph) > size: yield piece; piece = ''
@@ -201,7 +201,7 @@ def _passages() -> tuple:
 def _prose(
     split: str = 'train', # 'train' or 'test'
 ) -> tuple:
-    "Passages of the Python documentation, each over 100 characters"
+    "Passages of the Python documentation in a split, each over 100 characters"
     return tuple(p for p in _passages() if held_out(p[:60], 10) == (split == 'test'))
 
 # %% ../../nbs/80a_material.mixture.ipynb #1a608420

@@ -162,7 +162,7 @@ def _work_out(
     v: dict, # the numbers by name; results are added to it
     largest: int = _LARGEST, # of any result
 ):
-    "The operands of each step, or None if a result is no whole number from 1 to `largest`"
+    "The operands of each step, or None if a result is not a whole number from 1 to `largest`"
     seen = []
     for name, left, op, right in steps:
         a, b = v.get(left) or int(left), v.get(right) or int(right)

@@ -32,7 +32,7 @@ class Clip:
     def seconds(self): return len(self.audio)/RATE
     @property
     def key(self):
-        "Twelve hex digits that stand for the sound and the words"
+        "Fingerprint of sound and words, 12 hex digits"
         return hashlib.sha256(self.audio.tobytes()+self.text.encode()).hexdigest()[:12]
 
 # %% ../../nbs/82_material.speech.ipynb #0ca29a50
@@ -40,14 +40,14 @@ def _read_sound(
     file: 'str | Path | bytes', # a file, or what is in it
     name: str | None = None, # what to call it in an error
 ) -> np.ndarray: # (samples,) float32, one channel at `RATE`
-    "The sound of a file; raises ValueError if there is none"
+    "The sound of a file; raises ValueError if the file holds no sound"
     import soundfile
     from mlx_audio.resample import resample_audio_array
     name = name or str(file)
     file = io.BytesIO(file) if isinstance(file, bytes) else file
     try: audio, rate = soundfile.read(file, dtype='float32', always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as e: raise ValueError(
-        f'{name} is no sound that can be read ({getattr(e, "error_string", e)}); '
+        f'{name} is not sound that can be read ({getattr(e, "error_string", e)}); '
         'replace it or take it out') from None
     audio = np.ascontiguousarray(resample_audio_array(audio.mean(1), rate, RATE), np.float32)
     if audio.size and np.isfinite(audio).all() and np.abs(audio).max() >= 1e-4: return audio

@@ -101,7 +101,7 @@ def _hub_names(config): # pattern ▸ what the hub has in its place
 def _hub_tensors(
     config: dict, # content of a `config.json`
 ) -> dict: # name on the hub: shape
-    "Every tensor of a checkpoint"
+    "Name and shape of every tensor of a checkpoint, as the hub has them"
     import torch, transformers
     build = getattr(transformers, config['architectures'][0])
     with torch.device('meta'): model = build(_native_config(config))
@@ -127,7 +127,7 @@ def _moments(
     shape: tuple, # of the tensor
     model_type: str, # of its `config.json`
 ) -> tuple[float, float]: # mean and standard deviation
-    "What a tensor's values are drawn from"
+    "Mean and standard deviation of the normal distribution of a tensor's values"
     if len(shape) > 1: return 0, math.prod(shape[1:])**-0.5
     if name.endswith('A_log'): return 1, 0.7
     if name.endswith('dt_bias'): return -4, 1
@@ -199,7 +199,7 @@ def _split(
     dtype: str, # of the weights
     max_shard: float, # bytes in one file
 ) -> dict: # file name: its part of `shapes`
-    "The files of a checkpoint"
+    "Names of the files of a checkpoint, and which tensors each holds"
     parts, room = [], 0
     for name, shape in shapes.items():
         size = _byte_size(name, shape, dtype)
@@ -236,7 +236,7 @@ _SPEECH = dict(feature_extractor_type='WhisperFeatureExtractor', processor_class
 
 # %% ../../nbs/83_material.tiny.ipynb #d71c4198
 def _write_processor(out, config):
-    "Of a model that sees or hears"
+    "Write the settings of the preprocessors of a model that sees or hears"
     speech = dict(processor_class='WhisperProcessor', feature_size=80, return_attention_mask=False)
     if 'thinker_config' in config: _write(out/'preprocessor_config.json', _SPEECH)
     if config['model_type'] == 'whisper': _write(out/'preprocessor_config.json', _SPEECH | speech)
@@ -244,7 +244,7 @@ def _write_processor(out, config):
 
 # %% ../../nbs/83_material.tiny.ipynb #0a83e19f
 def _write_image_processor(out, config):
-    "For pictures, and for films"
+    "Write the settings for pictures and for videos"
     family = {'qwen2_vl': 'Qwen2VL', 'qwen2_5_vl': 'Qwen2_5_VL'}.get(config['model_type'], 'Qwen3VL')
     patch = config['vision_config']['patch_size']
     images = _IMAGES | dict(processor_class=f'{family}Processor', patch_size=patch)
@@ -261,7 +261,7 @@ def _generation(config):
 
 # %% ../../nbs/83_material.tiny.ipynb #fd83cfd2
 def tiny(
-    architecture: str, # a key of `CONFIGS`
+    architecture: str, # such as 'qwen3', 'llama', 'whisper': a key of `_CONFIGS`
     out: str | Path | None = None, # folder to write; a new temporary one if none is named
     shape: str | dict | None = None, # a real size, or changes to the small one, nested as `config.json` is
     seed: int = 0, # of the weights

@@ -52,7 +52,7 @@ def _document(data, path): # ▸ header, (place, record) of all, bytes; None if 
     first = data[:data.find(b'\n')+1]
     if first.startswith(b'{"optiq"') and first.rstrip().endswith(b'}') and b'"records": [' not in first: return None
     try: d = parse(data, str(path))
-    except ValueError as e: raise ValueError(f'{path} is no sweep: {e}') from None
+    except ValueError as e: raise ValueError(f'{path} is not a sweep: {e}') from None
     rows = check(_header(d, str(path)).pop('records', None), LIST, f'{path}: records')
     return d, [(f'{path}, record {i}', r) for i, r in enumerate(rows, 1)], len(data)
 

@@ -240,7 +240,7 @@ def _long_enough(c: Checkpoint, seq_len: int) -> int: # tokens in a sequence
 def texts_for(c: Checkpoint, source: str, n: int, seq_len: int, more: int,
               split: str = 'train') -> tuple: # tokens to measure on, to learn from
     "Calibration tokens or samples, of which the first `n` measure, and up to `more` teach"
-    if c.model_type == 'llm' and not isinstance(source, list): seq_len = _long_enough(c, seq_len)
+    if c.text_only and not isinstance(source, list): seq_len = _long_enough(c, seq_len)
     learned = batch_for(c, source, max(n, more), seq_len, split, fewer=True)
     if len(learned) < n: learned = batch_for(c, source, n, seq_len, split) # its error says what is missing
     return learned[:n], learned

@@ -302,7 +302,7 @@ _CONTEXTS = tuple(2**k for k in range(10, 18))
 def at(self: Explorer, context: int):
     "A cache at another context length; the average width stays. Raises ValueError for a sweep of weights"
     if 'layers' not in self.sweep.header: raise ValueError(
-        'this is no sweep of keys and values; kv_sweep measures one, and explore takes weights')
+        'this is not a sweep of keys and values; kv_sweep measures one, and explore takes weights')
     by, bits = self.by, self.plan.nominal_bpw
     self.context, self.sweep = context, at_context(self.sweep, context)
     self.ask(self.formats, 'nominal bits')

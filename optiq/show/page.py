@@ -19,7 +19,7 @@ from .plots import plan_svg
 
 # %% ../../nbs/64_show.page.ipynb #3b346d19
 def _spans(plan: Plan, sweep: Sweep | None) -> list: # of (path, format, KL, its error or None), the largest first
-    "What each unit costs in its format"
+    "KL of each unit in the format that its plan gives it"
     def error(p, f): return known(sweep.se(p, f)) if sweep is not None and (p, f) in sweep.values else None
     rows = [(p, f, plan.kl.get(p), error(p, f)) for p, f in plan.items()]
     found = [r for r in rows if r[2] is not None and isfinite(r[2])]
@@ -67,7 +67,7 @@ def _sizes(plan: Plan) -> str:
 
 # %% ../../nbs/64_show.page.ipynb #7cd77b2d
 def _measured_rows(plan: Plan) -> list: # of (name, predicted KL, measured KL), the best first; as texts
-    "The plans that were tried"
+    "Names, predicted and measured KL of the plans that were tried"
     found = plan.solver.get('verified', {})
     tried = found.get('tried', {})
     def row(name, t): return (f'{name} (kept)' if name == found.get('kept') else name,
@@ -75,14 +75,14 @@ def _measured_rows(plan: Plan) -> list: # of (name, predicted KL, measured KL), 
     return [row(*x) for x in sorted(tried.items(), key=lambda x: x[1]['joint_kl'])]
 
 def _measured(plan: Plan) -> str:
-    "What was predicted beside what was measured"
+    "HTML table of predicted and measured KL"
     found, rows = plan.solver.get('verified', {}), _measured_rows(plan)
     if not rows: return '<p>This plan was not measured as a whole; the sum over its tensors is what is predicted.</p>'
     kept = plus_minus(found['joint_kl'], found.get('joint_kl_se'))
     return f'<p>Measured as a whole: KL {escape(kept)}.</p>'+_table(('plan', 'predicted KL', 'measured KL'), rows)
 
 def _wished(plan: Plan) -> str:
-    "What was wished, and its price"
+    "HTML table of wishes, and the KL that each costs"
     rows = [(w['kind'], w['name'], w.get('format') or '', len(w['units']),
              '–' if w.get('cost') is None else f'{w["cost"]:+.4g}') for w in plan.solver.get('wishes', ())]
     return _table(('wish', 'name', 'format', 'tensors', 'costs KL'), rows) if rows else ''
@@ -95,7 +95,7 @@ border-bottom:1px solid #ddd}pre{background:#f4f4f4;padding:.7rem;overflow-x:aut
 _SAFE = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def _commands(folder: Path, plan: Plan) -> list: # of lines
-    "What does it again, and what goes on with it"
+    "Commands that convert again, verify, and generate"
     caps, given = plan.solver.get('caps', {}), []
     names = dict(target_bpw='--target-bpw {:g}', max_bytes='--target-size {:.4f}', max_memory='--target-memory {:.4f}')
     for k, text in names.items():
@@ -145,7 +145,7 @@ def save_page(
     out: 'str | Path', # .html file to write
     overwrite: bool = False, # replace it
 ) -> Path:
-    "Write the report on a converted model; raises FileExistsError for a file that is no report of ours"
+    "Write the report on a converted model; raises FileExistsError for a file that is not a report of ours"
     out = own_file(out, 'report', _BEGINS)
     if out.exists() and not overwrite: raise FileExistsError(f'{out} exists; give another file, or `overwrite`')
     text = _page(folder)

@@ -6,6 +6,7 @@
 __all__ = ['upload']
 
 # %% ../../nbs/65_show.upload.ipynb #89b6ea52
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +25,34 @@ _SENT = ('*.safetensors', '*.json', '*.jinja', 'tokenizer*', '*.model', '*.tikto
          'optiq/*.json', 'optiq/kv/*', 'additional_chat_templates/*.jinja')
 
 def _files_to_send(folder: Path) -> dict: # path in the repository ▸ bytes
-    "What of a converted model is sent, beside the card and its figure"
+    "Files of a converted model to send, beside the card and its figure"
     found = {f for pattern in _SENT for f in folder.glob(pattern) if f.is_file() and not f.is_symlink()}
     inside = {f.relative_to(folder).as_posix(): f.stat().st_size for f in sorted(found)}
     return {k: n for k, n in inside.items() if not any(part.startswith('.') for part in k.split('/'))}
+
+# %% ../../nbs/65_show.upload.ipynb #d0009bd4
+_HERE = re.compile(r'[~.]{0,2}[/\\]|[A-Za-z]:[/\\]|.*\.(txt|jsonl|parquet)(:[\d.]+)?$')
+
+def _without_paths(text: str, names: set) -> str: # names: of folders here, such as the source's
+    "JSON whose strings name no place on this machine; of several in a string, commas between them, each"
+    def last(place): return re.split(r'[/\\]', place[0].rstrip('/\\'))[-1]
+    def shorter(found):
+        parts = re.sub(r'[^,]+', lambda m: last(m) if m[0] in names or _HERE.match(m[0]) else m[0], said := json.loads(found[0]))
+        return found[0] if parts == said else dumps(parts, ensure_ascii=False)
+    return re.sub(r'"(?:[^"\\\n]|\\.)*"', shorter, text)
+
+def _private(folder: Path, files, plan: Plan, source: dict) -> dict: # path in the repository ▸ text
+    "Files of ours that name a place on this machine, as they may be sent"
+    names = {plan.model} if plan.model != source.get('base_model') else set()
+    ours = [k for k in files if k.endswith('.json') and (k.startswith('optiq/') or k == 'kv_config.json')]
+    found = {k: (folder/k).read_text(encoding='utf-8') for k in ours}
+    return {k: _without_paths(t, names) for k, t in found.items() if _without_paths(t, names) != t}
 
 # %% ../../nbs/65_show.upload.ipynb #f37dbc94
 _HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[\w.-]+')
 
 def _header_of(text: str) -> dict: # key ▸ value, of its first lines alone
-    "What the header of a model card says, as far as it is plain text"
+    "The plain `key: value` lines in the YAML header of a model card"
     head = re.match(r'---\n(.*?)\n---', text, re.S)
     pairs = re.findall(r'^(\w+):[ \t]*([^\n#\[{]+?)[ \t]*$', head[1] if head else '', re.M)
     return {k: v.strip('"\'') for k, v in pairs}
@@ -45,7 +64,7 @@ def _source_of(plan: Plan, api) -> dict: # base_model, license, license_name, li
     if card is not None and card.is_file(): said = _header_of(card.read_text(encoding='utf-8', errors='replace'))
     elif _HUB_ID.fullmatch(name) and card is None:
         try: said = dict(getattr(api.model_info(name), 'card_data', None) or {})
-        except Exception: said = {} # no network, or a model that is gone: the card has no licence, which is told
+        except Exception: said = {} # no network, or a model that is gone: the card has no licence, and the list says so
     found = {k: said[k] for k in ('license', 'license_name', 'license_link') if isinstance(said.get(k), str)}
     base = name if _HUB_ID.fullmatch(name) and not Path(name).exists() else said.get('base_model')
     return found | ({'base_model': base} if isinstance(base, str) else {})
@@ -93,13 +112,13 @@ def _card(folder: Path, repo: str, plan: Plan, source: dict, c: Checkpoint) -> s
 # %% ../../nbs/65_show.upload.ipynb #5018ae2c
 @dataclass(repr=False)
 class _Upload:
-    "What is sent, or would be"
+    "The list of an upload, sent or not"
     repo: str
     files: dict # path in the repository ▸ bytes
     card: str # README.md
     source: dict # base_model, license, …
     sent: str | None = None # address, once it was sent
-    why: str = '' # why nothing was
+    why: str = '' # why nothing was sent
 
     def __repr__(self):
         rows = [f'{n:>15,}  {name}' for name, n in self.files.items()]
@@ -117,9 +136,9 @@ def upload(
     api = None, # of `huggingface_hub`; one with your token by default
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
 ) -> _Upload:
-    "Publish a converted model; raises ValueError without a token if `send`, and for what is no converted model"
+    "Publish a converted model; raises ValueError for a bad `repo`, or if `send` without a token; FileNotFoundError without a plan"
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
-    if not _HUB_ID.fullmatch(repo): raise ValueError(f'{repo!r} is no place on the Hub; give user/name')
+    if not _HUB_ID.fullmatch(repo): raise ValueError(f'{repo!r} is not a name on the Hub; give user/name')
     folder, api = as_path(folder), api or HfApi(token=get_token())
     if not (folder/'optiq'/'plan.json').is_file(): raise FileNotFoundError(
         f'{folder} has no optiq/plan.json; give a folder that was converted')
@@ -127,14 +146,15 @@ def upload(
     source = _source_of(plan, api)
     made = {'README.md': _card(folder, repo, plan, source, c).encode(), 'optiq/plan.svg': plan_svg(plan).encode()}
     files = _files_to_send(folder)
+    made |= {k: t.encode() for k, t in _private(folder, files, plan, source).items()}
     u = _Upload(repo, files | {k: len(v) for k, v in made.items()}, made['README.md'].decode(), source)
-    if send and not api.token: raise ValueError('the Hub knows nobody without a token; log in with: hf auth login')
+    if send and not api.token: raise ValueError('sending needs a token; log in with: hf auth login')
     if send is False or not api.token:
         u.why = 'a dry run was asked for' if send is False else 'there is no token; log in with: hf auth login'
         return u
     show('\n'.join(repr(u).splitlines()[:-1]))
     api.create_repo(repo, private=private, exist_ok=True)
     parts = [CommitOperationAdd(k, v) for k, v in made.items()]
-    parts += [CommitOperationAdd(k, str(folder/k)) for k in files]
+    parts += [CommitOperationAdd(k, str(folder/k)) for k in files if k not in made]
     u.sent = str(api.create_commit(repo, parts, commit_message=f'{plan.nominal_bpw:.2f} nominal bits').commit_url)
     return u

@@ -29,6 +29,7 @@ from .knapsack import allocate, _least_bits, pareto, PROFILES
 from .kv.config import save_kv_config, STATISTICS
 from .kv.layout import kv_layout
 from .kv.sweep import layer_table, memory_lines, planned_cache, planned_together, plot_kv
+from .measure.log import _bar
 from .measure.sweep import Sweep
 from .models import _check_overflow, Checkpoint
 from .plan import make_plan
@@ -41,7 +42,6 @@ from .request import _load_sweep, _narrowed, _rounding_for, subject, Texts, _tex
 from .rounding import as_overrides, dwq, round_model, round_to_files
 from .score import same_words, text_tokens
 from .sensitivity import _choose_method, sweep_quantizer
-
 
 # %% ../nbs/08_pipeline.ipynb #65e7a8a6
 def _quantizer_of_plans(b, t: _Batches, formats: list, rounding: str):
@@ -70,7 +70,8 @@ def _write_and_score(b, plan, others, t: _Batches, v, out, sweep, overwrite, rou
     twin = {n: 'optiq' for n, p in others.items() if v and p == plan and plain} # a baseline that was kept
     rivals = {n: overrides_of(p) for n, p in others.items() if n not in twin}
     def score(mine): # overrides of our plan ▸ rows of the model card
-        scores.update(evaluate(b, t.scored, {'optiq': mine} | rivals))
+        with _bar(f'scoring {2+len(rivals)} models') as bar:
+            scores.update(evaluate(b, t.scored, {'optiq': mine} | rivals, tick=bar.update))
         scores['joint'] = _kl_on_calibration(b, t, v, mine, rounding, polish)
         return {f'measured on {t.about["evaluation"].rsplit(", ", 1)[0]}': str(scores['optiq'])}
     if out is not None: _write_model(b, plan, t, out, sweep, overwrite, rounding, polish,
@@ -139,11 +140,11 @@ def _choose_cache(job: _Job) -> dict: # report, plan, sweep, config, figures
     allocate(_untested(layout, formats), **options) # raises before anything is measured if no plan fits
     b, t = job.open()
     found = planned_cache(b, t.tokens, t.scored, layout, formats, options, t.about, out, job.states_memory)
+    found['figures']['model_type'] = job.c.model_type
     if out is not None:
         _write_kv(found, out, job.overwrite, job.beside)
         journal_of(out).unlink(missing_ok=True)
     return found
-
 
 # %% ../nbs/08_pipeline.ipynb #50dfab8b
 def _write_kv(found: dict, out: 'str | Path', overwrite: bool = False, beside: bool = False):
@@ -347,7 +348,8 @@ def compare(
     if reference.stacks: tokens = text_tokens(c, evaluation, n, seq_len)
     else: tokens = batch_for(c, evaluation, n, split='test')
     for b in opened.values(): check_calibration(b.checkpoint, tokens)
-    scores = evaluate(reference, tokens, {model: opened[model]} if first != model else {})
+    with _bar('scoring') as bar:
+        scores = evaluate(reference, tokens, {model: opened[model]} if first != model else {}, tick=bar.update)
     plans = {m: make_plan(b.checkpoint, b.checkpoint.formats) for m, b in opened.items()}
     rows = [score_row(m, plans[m], s, fingerprint(tokens)) for m, s in zip(opened, scores.values())]
     return Report(rows, dict(evaluation=_told(c, evaluation, tokens), **machine()))

@@ -102,7 +102,7 @@ def test_another_file_is_no_sweep(sweep, tmp_path):
 
 def test_errors_of_python_name_no_flags():
     "The command puts its flags in the place of what stands in backticks; only what is about a command line names them itself"
-    about_commands = ('cli.py', 'command.py', 'options.py', 'make.py', 'look.py', 'serve.py', 'doctor.py', 'chat.py',
+    about_commands = ('cli.py', 'command.py', 'options.py', 'make.py', 'look.py', 'serve.py', 'guard.py', 'doctor.py', 'chat.py',
                       'fit.py', 'page.py', 'upload.py')
     package = Path(optiq.__file__).parent
     texts = {p: p.read_text(encoding='utf-8') for p in package.rglob('*.py') if p.name not in about_commands}

@@ -201,7 +201,10 @@ def _announce(c, shape, ranks):
           f'about {_duration(c["seconds"]/ranks)}, {c["bytes"]/2**30:.1f} GB for states', file=sys.stderr, flush=True)
 
 # %% ../../nbs/04f_measure.log.ipynb #31ddbbf5
-_BAR = '{desc}{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} to go' # of every bar, for tqdm
+def _bar(what: str = '', show: bool = True): # ▸ tqdm, which is told shares of the work
+    "A bar for a long step: how much is done, how long it took, how long it will take"
+    return tqdm(total=1, desc=what and f'{what} ', leave=False, disable=not show, smoothing=0,
+                bar_format='{desc}{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} to go')
 
 class _Share:
     "Moves a progress bar by time; learns from the passes how long a run of a block and the rounding of a weight take"
@@ -225,5 +228,5 @@ def progress_bar(log: SweepLog, show: bool = True): # ▸ `tick` of `measure`
     if show and todo: _announce(cost(log.b, todo, log.shape[1], log.sample), log.shape, log.ranks.size)
     runs = sum(block_passes(p.todo, log.b.n_blocks) for p in todo)
     rounded = sum(u.kind != 'lm_head' for p in todo for u, _ in p.todo)
-    with tqdm(total=1, bar_format=_BAR, leave=False, disable=not show or not todo, smoothing=0) as bar:
+    with _bar(show=show and bool(todo)) as bar:
         yield _Share(bar, runs, rounded)

@@ -70,3 +70,14 @@ def top(z, k: int): # (…, V) ▸ (…, k)
     if xp.__name__ == 'torch': return z.topk(k).indices
     ids = xp.argpartition(-z, k-1, axis=-1)[..., :k]
     return take(ids, xp.argsort(-take(z, ids), axis=-1))
+
+# %% ../nbs/70_arrays.ipynb #eb91824b
+def _count_below(
+    borders: np.ndarray, # (n,) ascending
+    y, # (…) numbers, of any of the three libraries
+): # (…) uint8
+    "How many borders lie below each number"
+    t, xp = borders.astype(np.float32), library(y)[0]
+    if xp is np: return np.searchsorted(t, y).astype(np.uint8)
+    if xp.__name__ == 'torch': return xp.bucketize(y, beside(y)(t)).to(xp.uint8)
+    return sum((as_type(y > float(x), 'uint8') for x in t[1:]), as_type(y > float(t[0]), 'uint8'))

@@ -54,7 +54,7 @@ def python_texts(room: int): # characters ▸ (kind, file, text)
 
 def made_texts(room: int): # characters ▸ (kind, name, text)
     "Word problems, conversations and numbers"
-    from optiq.material.problems import mixture
+    from optiq.material.mixture import mixture
     from texts import dialogue, numbers # beside this file
     for k, side in enumerate(('train', 'test')): # a file name that `held_out` puts on that side
         name = next(f'made {i}' for i in range(1000) if held_out(f'made {i}') == (side == 'test'))

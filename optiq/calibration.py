@@ -63,7 +63,7 @@ def _read_file(
     "The passages of a file, which is told by what it holds; raises ValueError naming the file and the line"
     if read_bytes(path)[:4] == b'PAR1': return _shaped(_parquet(path))
     text, name = read_text(path), str(path).lower().removesuffix('.gz')
-    if name.endswith('.parquet'): raise ValueError(f'{path} is no parquet file, or only a part of one')
+    if name.endswith('.parquet'): raise ValueError(f'{path} is not a parquet file, or only a part of one')
     whole = text.lstrip()[:1] == '[' and _as_list(text, str(path))
     if whole: return _shaped([_record_text(r, f'{path}, record {i}') for i, r in enumerate(whole, 1)])
     lines = split_lines(text)
@@ -309,6 +309,7 @@ def fingerprint(
     tokens: 'np.ndarray | list', # (n, seq_len), or samples
 ) -> str:
     "Twelve hex digits that stand for exactly these tokens, or samples, in this order"
+    if hasattr(tokens, 'fingerprint'): return tokens.fingerprint # statistics that stand for a text
     if isinstance(tokens, list): seen = ''.join(map(_sample_digest, tokens)).encode()
     else:
         t = np.ascontiguousarray(tokens, dtype=np.int32)

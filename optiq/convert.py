@@ -55,7 +55,9 @@ def _pack(
     with redirect_stdout(sys.stderr):
         model, config = quantize_model(model, config, group_size=32, bits=4,
             quant_predicate=lambda path, _: config_entry(changed[path]) if path in changed else False)
-    for path, w in weights.items(): _module(model, path).update(for_unit(quantizer, path)(w, changed[path]))
+    for path, w in weights.items():
+        rule = for_unit(quantizer, checkpoint.unit[path].twin or path)
+        _module(model, path).update(rule(w, changed[path]))
     if packed: model.update_modules(tree_unflatten(list(packed.items())))
     entries = {u.path: config_entry(plan[u.path]) for u in checkpoint.units}
     config['quantization'] |= entries | {p: _entry_of(m) for p, m in packed.items()}
@@ -117,7 +119,7 @@ def _check_weights(saved: Checkpoint, plan, source: Checkpoint, quantizer=quanti
     for u, w in zip(source.units, dequantized_units(saved)):
         path, f, original = u.path, plan[u.path], _module(model, u.path).pop('weight')
         want = original
-        if not u.keeps(f): want = dequantized(for_unit(quantizer, path)(original, f), f, original.dtype)
+        if not u.keeps(f): want = dequantized(for_unit(quantizer, u.twin or path)(original, f), f, original.dtype)
         if not mx.array_equal(w.astype(original.dtype), want, equal_nan=False):
             raise ValueError(f'{saved.folder}: the weights of {path} are not those that were measured')
 
@@ -256,7 +258,7 @@ def convert(
         sweep = kl_sweep('demo', formats=[4, 8])
         convert('demo', allocate(sweep, target_bpw=4.5), 'out/demo', sweep)
     """
-    if not hasattr(plan, 'nbytes'): raise ValueError(f'{shown(plan)} is no plan; make one with allocate or uniform')
+    if not hasattr(plan, 'nbytes'): raise ValueError(f'{shown(plan)} is not a plan; make one with allocate or uniform')
     c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)
     odd, out = set(plan) ^ set(c.unit), as_path(out)
     if odd: raise ValueError(

@@ -30,7 +30,7 @@ def find_model(
     "The folder that holds the model"
     if str(name) == 'demo': return _demo()
     if os.path.isdir(name): return Path(name)
-    none = f'no model {str(name)!r}: it is no folder here, and '
+    none = f'no model {str(name)!r}: it is not a folder here, and '
     if str(name).count('/') != 1 or Path(name).is_absolute():
         raise FileNotFoundError(f"{none}a Hub id looks like 'Qwen/Qwen3-0.6B'")
     from huggingface_hub import snapshot_download
@@ -136,7 +136,7 @@ def _weight_files(
 ) -> list[Path]:
     "Its safetensors files, all there, all whole, and all named; raises ValueError or FileNotFoundError"
     if not os.path.lexists(folder/'config.json'): raise FileNotFoundError(
-        f'{folder} is no checkpoint: it has no config.json')
+        f'{folder} is not a checkpoint: it has no config.json')
     found = sorted(folder.glob('model*.safetensors')) or sorted(folder.glob('weights.safetensors')) # mlx-audio's name
     tables, named = {p.name: read_header(p) for p in found}, _indexed(folder)
     plain = {'model.safetensors'} & tables.keys()

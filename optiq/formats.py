@@ -66,7 +66,7 @@ def parse_format(
     if m and m[1] in _ELSEWHERE: import_module(_ELSEWHERE[m[1]])
     if m and m[1] in FAMILIES: return Format(int(m[2]), int(m[3]) if m[3] else None, m[1])
     if not m or m[1]:
-        raise ValueError(f"{s!r} is no format; write a width (4), a width with its group (4g64), or one of "
+        raise ValueError(f"{s!r} is not a format; write a width (4), a width with its group (4g64), or one of "
                                f"{', '.join(_FLOAT_MODES)}, as-is")
     return Format(int(m[2]), int(m[3] or group_size))
 
@@ -121,7 +121,7 @@ def _check_divides(fmt: Format, shape: tuple):
     if divides(fmt, shape): return
     axis, groups = f'the last axis of {tuple(shape)}', shape[-1] % WORD == 0 or fmt.mode in FAMILIES
     raise ValueError(f'{axis} does not divide into groups of {fmt.group_size}' if groups else
-                     f'{axis} is no multiple of {WORD}, which {fmt} needs')
+                     f'{axis} is not a multiple of {WORD}, which {fmt} needs')
 
 # %% ../nbs/00_formats.ipynb #d58a0259
 def _affine(xp, g, bits, cast): # g (…, groups, group_size) in float32

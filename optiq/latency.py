@@ -20,7 +20,7 @@ from .knapsack import allocate
 from .budget import candidates
 from .frontier import Frontier
 from .models import Checkpoint
-from .plan import make_plan, uniform
+from .plan import _label, make_plan, uniform
 from .readers import OBJECT, _helpful, read_ours, write_json
 from .report import machine
 from .roofline import Chip, Latency, Reads, chip_named, reads_of
@@ -162,10 +162,10 @@ def plot(self: Speeds,
     for r in known:
         ax.errorbar(r['predicted'], r['measured'], 2*r['spread'], marker='*' if r.get('calibration') else 'o',
                     capsize=2)
-        ax.annotate(r['name'], (r['predicted'], r['measured']), (5, -8), textcoords='offset points', fontsize=8)
     ends = [f([r[k] for r in known for k in ('predicted', 'measured')]) for f in (min, max)]
     ax.plot(ends, ends, 'k:', lw=1)
     ax.set(xlabel='predicted tok/s', ylabel='measured tok/s')
+    _label(ax, [(r['name'], r['predicted'], r['measured']) for r in known])
     return ax
 
 # %% ../nbs/20b_latency.ipynb #b79deecd
@@ -269,8 +269,7 @@ def plot_frontier(
                                 (frontier.baselines, dict(marker='D', color='#D55E00', ls=''), 'uniform')):
         ax.errorbar([lat.tps(p) for p in plans], [p.predicted_kl for p in plans], [2*p.predicted_kl_se for p in plans],
                     capsize=2, lw=1, label=label, **style)
-    for p in frontier.baselines:
-        ax.annotate(p.name.split()[-1], (lat.tps(p), p.predicted_kl), (6, 4), textcoords='offset points')
     ax.set(yscale='log', xlabel=f'tok/s on {lat.chip.name}, context {lat.context}', ylabel='predicted KL')
     ax.legend(frameon=False)
+    _label(ax, [(p.name.split()[-1], lat.tps(p), p.predicted_kl) for p in frontier.baselines])
     return ax

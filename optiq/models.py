@@ -13,6 +13,7 @@ import re
 import sys
 from contextlib import contextmanager
 from functools import cached_property
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,14 +33,28 @@ def _is_speech(config: dict) -> bool:
     inner = config.get('thinker_config', config)
     return config.get('model_type') == 'whisper' or bool(inner.get('audio_config'))
 
+def _sees(config: dict, names) -> bool: return _is_vision(config) and any('vis' in n for n in names)
+
+# %% ../nbs/01_models.ipynb #764fa830
+def _known(package: str, config: dict) -> bool:
+    "Whether an installed loader has a class for models of this type"
+    kind = config.get('model_type') or ''
+    if '.' in kind or not find_spec(package): return False
+    renamed = import_module(f'{package}.utils').MODEL_REMAPPING
+    return bool(kind) and find_spec(f'{package}.models.{renamed.get(kind, kind)}') is not None
+
+def _only_vlm(config: dict) -> bool:
+    return 'model_file' not in config and not _known('mlx_lm', config) and _known('mlx_vlm', config)
+
 # %% ../nbs/01_models.ipynb #678e0d22
 def _model_type_of(
     config: dict, # content of config.json
     names, # of the checkpoint's tensors
 ) -> str: # a key of `LOADERS`
-    "What kind of model this is"
-    if _is_vision(config): return 'vlm' if any('vis' in n for n in names) else 'llm'
-    return 'audio' if _is_speech(config) else 'llm'
+    "The type of a model: llm, vlm or audio, from its config.json and the names of its tensors"
+    if _sees(config, names): return 'vlm'
+    if not _is_vision(config) and _is_speech(config): return 'audio'
+    return 'vlm' if _only_vlm(config) else 'llm'
 
 # %% ../nbs/01_models.ipynb #166694d8
 _SIZE = Form('a whole number from 1 to 2147483648', whole(1, 2**31).holds)
@@ -61,7 +76,9 @@ def _read_config(
     return config
 
 # %% ../nbs/01_models.ipynb #68667296
-_LACKS = dict(vlm=(_is_vision, 'vision_config, so it has no vision tower'),
+def _for_vlm(config: dict) -> bool: return _is_vision(config) or _only_vlm(config)
+
+_LACKS = dict(vlm=(_for_vlm, 'vision_config, so it has no vision tower'),
              audio=(_is_speech, 'audio_config, so it has no audio encoder'))
 
 def _check_type(
@@ -148,7 +165,7 @@ def _load_lazy(
     except Exception as e: raise cannot_open(folder, config, LOADERS[model_type].replace('_', '-'), e) from e
 
 def cannot_open(folder: Path, config: dict, library: str, e: Exception) -> ValueError:
-    "What a loader's error says, and of which files"
+    "A ValueError of one line that names the files, the library and the cause of a loader's error"
     lacking = re.search(r"missing \d+ required .*arguments?: (.*)", str(e))
     why = f'config.json lacks {lacking[1]}' if lacking else told(e)[:300]
     return ValueError(f'{folder}: {library} cannot open this model of type {config.get("model_type", "unknown")!r} '
@@ -188,7 +205,7 @@ def _check_stray(folder: Path, files: list, model_type: str):
     if model_type == 'vlm' and (folder/'model.safetensors.index.json').exists(): return
     stray = sorted({*folder.glob('*.safetensors')}-{*files}-{folder/'consolidated.safetensors'})
     if stray:
-        raise ValueError(f'{stray[0]} is no part of the model, and {LOADERS[model_type].replace("_", "-")} would read '
+        raise ValueError(f'{stray[0]} is not part of the model, and {LOADERS[model_type].replace("_", "-")} would read '
                          f'it '
                                'as one; take it out of the folder')
 
@@ -198,7 +215,7 @@ _LARGEST = dict(float16=65504., bfloat16=3.3895314e38) # the types that a model 
 def _as_type(model, dtype: str | None): # ▸ the model
     "A lazy model in another type, but for what its architecture keeps; None leaves it"
     if dtype is None: return model
-    if dtype not in _LARGEST: raise ValueError(f'`dtype` {dtype!r} is none of {", ".join(_LARGEST)}')
+    if dtype not in _LARGEST: raise ValueError(f'`dtype` {dtype!r} is not one of {", ".join(_LARGEST)}')
     import mlx.core as mx
     from mlx.utils import tree_map_with_path
     casts = getattr(model, 'cast_predicate', lambda path: True)
@@ -222,7 +239,7 @@ def _plain(m):
     return out
 
 def _unpacked(model): # the same
-    "Put plain layers into the place of all quantized ones"
+    "Replace all quantized layers by plain ones, in full precision"
     from mlx.utils import tree_unflatten
     layers = [(p, _plain(m)) for p, m in model.named_modules() if 'scales' in m]
     if layers: model.update_modules(tree_unflatten(layers))
@@ -248,6 +265,7 @@ class ModelFolder:
         self.model_type = _model_type_of(self.config, names) if model_type == 'auto' else model_type
         _check_type(self.name, self.config, self.model_type)
         if self.model_type != 'llm': _check_stray(self.folder, self.files, self.model_type)
+        self.text_only = self.model_type == 'llm' or self.model_type == 'vlm' and not _sees(self.config, names)
 
     def load(self, plain: bool = False): # plain: what is stored in few bits is given in full precision
         "A fresh model with lazy arrays"
@@ -283,7 +301,7 @@ def _part_name(name: str, n_blocks: int) -> str:
     return '.'.join(path[:depth+2] if number.isdigit() and int(number) >= n_blocks else path[:depth+1])
 
 def _left_out(model, arrays: dict, n_blocks: int) -> list: # arrays: name ▸ lazy array, of all files
-    "The tensors that make no difference to a loader"
+    "The names of the tensors that a loader does not use"
     from mlx.utils import tree_flatten
     there, groups = {k for k, _ in tree_flatten(model.parameters())}, {}
     for k in arrays:
@@ -312,7 +330,7 @@ class Checkpoint(ModelFolder, _Listing):
 
     @cached_property
     def left_out(self) -> dict: # part ▸ parameters
-        "What the files hold and mlx-lm leaves out, such as a head that drafts tokens"
+        "Parts that the files hold and mlx-lm leaves out, such as a head that drafts tokens, with their parameters"
         import mlx.core as mx
         arrays, found = {}, {}
         for f in self.files if self.model_type == 'llm' else (): arrays |= mx.load(str(f))

@@ -29,6 +29,7 @@ from .knapsack import allocate, _least_bits, pareto, PROFILES
 from .kv.config import save_kv_config, STATISTICS
 from .kv.layout import kv_layout
 from .kv.sweep import layer_table, memory_lines, planned_cache, planned_together, plot_kv
+from .measure.log import _bar
 from .measure.sweep import Sweep
 from .models import _check_overflow, Checkpoint
 from .plan import make_plan
@@ -36,6 +37,7 @@ from .readers import _check_counts, _helpful, known, shown, write_json
 from .refine import measured, verified
 from .report import machine, Report, score_row
 from .request import _Batches, Cache, _candidates_for, Caps, caps_for, _check_weights, _check_wishes, _KINDS
+from .request import _check_states_memory
 from .request import _load_sweep, _narrowed, _rounding_for, subject, Texts, _texts_of, Weights, _WIDE
 from .rounding import as_overrides, dwq, round_model, round_to_files
 from .score import same_words, text_tokens
@@ -43,7 +45,7 @@ from .sensitivity import _choose_method, sweep_quantizer
 
 # %% ../nbs/08_pipeline.ipynb #65e7a8a6
 def _quantizer_of_plans(b, t: _Batches, formats: list, rounding: str):
-    "What rounds whole plans as they will be saved"
+    "A quantizer that rounds whole plans as the conversion will save them"
     return sweep_quantizer(b, t.learned, formats, rounding, blocks=True)[0]
 
 # %% ../nbs/08_pipeline.ipynb #67d1f050
@@ -57,7 +59,7 @@ def _choose(b, t: _Batches, sweep: Sweep, rounding: str, verify: bool, only=None
 
 # %% ../nbs/08_pipeline.ipynb #209cb292
 def _kl_on_calibration(b, t: _Batches, v, mine: dict, rounding: str, polish: str | None) -> np.ndarray: # (n,)
-    "KL of a plan, by its overrides; what verification measured will do if that is what is saved"
+    "KL of a plan on the calibration text, per sequence; taken from verification if we save exactly what it measured"
     if v and rounding != 'gptq' and not polish: return v.kl[v.kept]
     return evaluate(b, t.tokens, {'optiq': mine})['optiq'].kl
 
@@ -68,7 +70,8 @@ def _write_and_score(b, plan, others, t: _Batches, v, out, sweep, overwrite, rou
     twin = {n: 'optiq' for n, p in others.items() if v and p == plan and plain} # a baseline that was kept
     rivals = {n: overrides_of(p) for n, p in others.items() if n not in twin}
     def score(mine): # overrides of our plan ▸ rows of the model card
-        scores.update(evaluate(b, t.scored, {'optiq': mine} | rivals))
+        with _bar(f'scoring {2+len(rivals)} models') as bar:
+            scores.update(evaluate(b, t.scored, {'optiq': mine} | rivals, tick=bar.update))
         scores['joint'] = _kl_on_calibration(b, t, v, mine, rounding, polish)
         return {f'measured on {t.about["evaluation"].rsplit(", ", 1)[0]}': str(scores['optiq'])}
     if out is not None: _write_model(b, plan, t, out, sweep, overwrite, rounding, polish,
@@ -113,10 +116,11 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     b, t = job.open(job.more)
     method, targets = w.method, [likely.nominal_bpw]
     if method is None and w.sweep is None: method = _choose_method(
-        b, t.tokens, [f for f in job.measured if f != AS_IS], targets, None, None, out and journal_of(out), None,
-        w.time_budget, True)
+        b, t.tokens, [f for f in job.measured if f != AS_IS], targets, None, None, out and journal_of(out),
+        job.states_memory, w.time_budget, True)
     _announce_road(expected := _expected(b, t, job, likely, method))
-    found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=method, targets=targets)
+    found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=method, targets=targets,
+                        max_memory=job.states_memory)
     plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, **options)
     if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
     others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
@@ -135,12 +139,12 @@ def _choose_cache(job: _Job) -> dict: # report, plan, sweep, config, figures
     layout = kv_layout(job.c, job.context)
     allocate(_untested(layout, formats), **options) # raises before anything is measured if no plan fits
     b, t = job.open()
-    found = planned_cache(b, t.tokens, t.scored, layout, formats, options, t.about, out)
+    found = planned_cache(b, t.tokens, t.scored, layout, formats, options, t.about, out, job.states_memory)
+    found['figures']['model_type'] = job.c.model_type
     if out is not None:
         _write_kv(found, out, job.overwrite, job.beside)
         journal_of(out).unlink(missing_ok=True)
     return found
-
 
 # %% ../nbs/08_pipeline.ipynb #50dfab8b
 def _write_kv(found: dict, out: 'str | Path', overwrite: bool = False, beside: bool = False):
@@ -174,7 +178,7 @@ def _choose_both(job: _Job) -> dict: # report, config, figures, and what `joint_
     known = None if w.sweep is None else _narrowed(_find_sweep(b, t, fmts, w.sweep, None, rounding), fmts)
     found = planned_together(b, t.tokens, t.scored, layout, job.caps.max_bytes, fmts, job.kv_formats, t.about, out,
                              weight_sweep=known, rounding=rounding, rounding_tokens=t.learned, calibration=t.source,
-                             candidates=[*job.formats, *job.kv_formats], **w.wishes)
+                             candidates=[*job.formats, *job.kv_formats], max_memory=job.states_memory, **w.wishes)
     if out is not None: _write_model(b, found['weights'], t, out, found['weight_sweep'], job.overwrite, rounding, None,
                                     partial(_write_beside, found))
     return found
@@ -207,6 +211,7 @@ def optimize(
     cache: Cache | None = None, # how the KV cache is chosen; None leaves it as it is
     texts: Texts | None = None, # what is measured and scored on
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
+    states_memory: float | None = None, # bytes for the states of a sweep; two thirds of what is free by default
     overwrite: bool = False, # replace `out`, if it is ours
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by the checkpoint by default
@@ -233,13 +238,9 @@ def optimize(
     if what == 'weights and cache together' and c.model_type != 'llm': raise ValueError(
         f'{c.name} is a {_KINDS[c.model_type]} model, whose weights and cache cannot share a budget yet; '
         'plan one, and then the other')
-    job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, beside)
+    _check_states_memory(states_memory, weights, cache)
+    job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, states_memory, beside)
     return {'weights': _choose_weights, 'a cache': _choose_cache}.get(what, _choose_both)(job)
-
-# %% ../nbs/08_pipeline.ipynb #7516241d
-def _possible(sweep) -> list: # names of PROFILES
-    "The profiles whose formats a sweep has"
-    return [p for p, (bits, *_) in PROFILES.items() if all(parse_format(b) in sweep.formats for b in bits or ())]
 
 # %% ../nbs/08_pipeline.ipynb #e6ecd77c
 def _draw_curve(curve, folder: Path):
@@ -271,6 +272,7 @@ def trade_off(
     verify: int = 0, # points of each curve to measure on evaluation text
     out: 'str | Path | None' = None, # folder for pareto.json, pareto.png, pareto.svg, the sweep and the plans
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
+    states_memory: float | None = None, # bytes for the states of a sweep; two thirds of what is free by default
     overwrite: bool = False, # replace `out`, if it is ours
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by the checkpoint by default
@@ -291,10 +293,11 @@ def trade_off(
         raise ValueError(f'`sweep` has no effect: {source} is a sweep; leave one of the two')
     if saved: sweep, source = source, Sweep.load(source).header['model']
     _check_weights(weights := replace(weights, sweep=sweep), 'a curve', out)
+    _check_states_memory(states_memory, weights)
     out = own_output(out, overwrite, 'pareto', source, journal=sweep is None)
     fmts, rounding = _candidates_for(weights.formats, sweep, _WIDE), _rounding_for(weights.rounding, sweep)
     if sweep is not None and not verify:
-        idle = [k for k, v in dict(texts=texts, rounding_n=weights.rounding_n).items() if v is not None]
+        idle = [k for k, v in dict(texts=texts, rounding_n=weights.rounding_n, statistics=weights.statistics).items() if v is not None]
         if idle: raise ValueError(f'`{idle[0]}` has no effect: nothing is measured; give `verify`')
         found = _load_sweep(sweep)
         if saved: _check_other_rounding(found, sweep, rounding)
@@ -303,13 +306,15 @@ def trade_off(
     else:
         c = Checkpoint(source, trust_remote_code, model_type)
         _least_bits(_untested(c, [f for f in fmts if f != AS_IS]), fmts, **weights.wishes) # raises for an odd wish
-        job = _Job(c, out, Caps(), weights, None, _texts_of(texts, 'weights'), backend, overwrite)
+        job = _Job(c, out, Caps(), weights, None, _texts_of(texts, 'weights'), backend, overwrite, states_memory)
         b, t = job.open(job.more)
         found = _find_sweep(b, t, fmts, sweep, out, rounding, method=weights.method, time_budget=weights.time_budget,
-                            targets=targets or ())
+                            targets=targets or (), max_memory=states_memory)
         about = t.about | dict(rounding=rounding)
     chosen = _narrowed(found, fmts)
-    curve = pareto(chosen, targets, profiles or _possible(chosen), **weights.wishes)
+    def has(bits): return all(parse_format(b) in chosen.formats for b in bits or ())
+    possible = [name for name, (bits, *_) in PROFILES.items() if has(bits)]
+    curve = pareto(chosen, targets, profiles or possible, **weights.wishes)
     if verify: measured(curve, b, t.scored, verify, _quantizer_of_plans(b, t, chosen.formats, rounding))
     figures = dict(model=str(source), points=curve.points(), versus=curve.versus(), about=about)
     if out is not None: _save_curve(curve, found, figures, out, overwrite)
@@ -343,7 +348,8 @@ def compare(
     if reference.stacks: tokens = text_tokens(c, evaluation, n, seq_len)
     else: tokens = batch_for(c, evaluation, n, split='test')
     for b in opened.values(): check_calibration(b.checkpoint, tokens)
-    scores = evaluate(reference, tokens, {model: opened[model]} if first != model else {})
+    with _bar('scoring') as bar:
+        scores = evaluate(reference, tokens, {model: opened[model]} if first != model else {}, tick=bar.update)
     plans = {m: make_plan(b.checkpoint, b.checkpoint.formats) for m, b in opened.items()}
     rows = [score_row(m, plans[m], s, fingerprint(tokens)) for m, s in zip(opened, scores.values())]
     return Report(rows, dict(evaluation=_told(c, evaluation, tokens), **machine()))

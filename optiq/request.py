@@ -8,6 +8,7 @@ __all__ = ['Caps', 'Weights', 'Cache', 'subject', 'caps_for', 'Texts']
 # %% ../nbs/08a_request.ipynb #d40d86e2
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ _FORMATS, _WIDE = ('4g64', '8g64'), (2, 3, 4, 5, 6, 8) # candidates for a plan, 
 
 @dataclass(frozen=True)
 class Caps:
-    "What a plan must keep to; any number at once, and all of them hold"
+    "Limits of a plan; give any number of them, and all hold"
     target_bpw: float | None = None # average code width; without any cap 4.5 for weights, 5 for a cache
     true_bpw: float | None = None # bytes of everything saved × 8 / parameters
     max_bytes: float | None = None # bytes of all tensors, of the cache at `context`, or of both together
@@ -47,6 +48,7 @@ class Weights:
     sweep: 'Sweep | str | Path | None' = None # a sweep of this model, or its file
     rounding: str | None = None # 'minmax', 'search' or 'gptq'; by default that of the sweep, or `ROUNDING`
     rounding_n: int | None = None # sequences that `search`, `gptq` and `dwq` learn from, 32 by default
+    statistics: 'str | Path | None' = None # file of what `search` learns from the text, written if it is not there
     method: str | None = None # of the sweep: 'exact', 'screened' or 'gradient'; by default what fits `time_budget`
     time_budget: float | None = None # seconds of the sweep, 600 by default, for the choice of its method
     polish: str | None = None # 'dwq': train scales and biases at the end
@@ -70,13 +72,13 @@ _COUNTS = {'weights': [*Caps.__annotations__], 'a cache': ['target_bpw', 'true_b
 _KINDS = dict(vlm='vision-language', audio='speech')
 
 def subject(weights: Weights | None, cache: Cache | None) -> str: # key of COUNTS
-    "What a plan is of"
+    "The subject of a plan: weights, a cache, or both; raises ValueError for neither"
     if weights is None and cache is None: raise ValueError('there is nothing to choose; give weights, a cache, or both')
     if weights is None: return 'a cache'
     return 'weights' if cache is None else 'weights and cache together'
 
 def _beside(what: str) -> str: # key of COUNTS
-    "Where a wish has no effect, as a line says it"
+    "Where a wish has no effect, for an error message"
     return f'on {what}' if what in ('weights', 'a cache', 'a curve') else 'beside `cache`'
 
 def caps_for(caps: Caps | None, what: str) -> Caps: # with the default where there is none
@@ -87,7 +89,7 @@ def caps_for(caps: Caps | None, what: str) -> Caps: # with the default where the
     if odd: raise ValueError(f'`{odd[0]}` has no effect {_beside(what)} yet; give `max_bytes` instead')
     if what == 'weights':
         if isinstance(caps.max_memory, str) and caps.max_memory != 'auto': raise ValueError(
-            f'`max_memory` {caps.max_memory!r} is no number of bytes; give one, or auto')
+            f'`max_memory` {caps.max_memory!r} is not a number of bytes; give one, or auto')
         if caps.max_memory is not None and caps.context is None: raise ValueError('`max_memory` needs `context`')
         if caps.chip is not None and caps.target_tps is None: raise ValueError(
             '`chip` says where `target_tps` is to be reached; give both')
@@ -101,7 +103,7 @@ def caps_for(caps: Caps | None, what: str) -> Caps: # with the default where the
 
 # %% ../nbs/08a_request.ipynb #5c6caa97
 def _check_weights(weights: Weights, what: str, out):
-    "Raise ValueError for a wish about weights that such a plan does not fulfil, or that has nothing to work on"
+    "Raise ValueError for a wish about weights that has no effect on such a plan"
     for name in ('polish', 'verify', 'compare') if what != 'weights' else ():
         if getattr(weights, name) not in (None, False): raise ValueError(
             f'`{name}` has no effect {_beside(what)} yet; leave one of the two')
@@ -113,14 +115,15 @@ def _check_weights(weights: Weights, what: str, out):
     if weights.compare is False and what != 'weights': raise ValueError(
         f'`compare` has no effect {_beside(what)} yet; leave one of the two')
     _check_rounding_name(rounding := _rounding_for(weights.rounding, weights.sweep), weights.polish, out)
+    if weights.statistics is not None and weights.polish: raise ValueError(
+        '`statistics` do not serve `polish`: dwq trains on the text itself; leave one of the two')
     if rounding == 'minmax' and not weights.polish and weights.rounding_n is not None: raise ValueError(
         '`rounding_n` has no effect: minmax learns from no text; leave it out, or choose another `rounding`')
-
 
 # %% ../nbs/08a_request.ipynb #c0593ced
 @dataclass(frozen=True)
 class Texts:
-    "What is measured and scored on"
+    "The texts to measure and to score on, how many sequences of them, and how long"
     calibration: 'str | Path | list' = 'bundled' # text, pictures or speech to measure on, by name or path; or samples
     evaluation: 'str | Path | list | None' = None # what to score on; the evaluation side of `calibration` by default
     n_calibration: int = 8 # sequences to measure on
@@ -175,7 +178,7 @@ def _rounding_for(rounding: str | None, sweep) -> str:
     if rounding or sweep is None: return rounding or ROUNDING
     found = rounding_of(_load_sweep(sweep))
     name = 'the sweep' if isinstance(sweep, Sweep) else sweep
-    if found not in QUANTIZERS: raise ValueError(f'{name}: rounding {found!r} is none of {", ".join(QUANTIZERS)}')
+    if found not in QUANTIZERS: raise ValueError(f'{name}: rounding {found!r} is not one of {", ".join(QUANTIZERS)}')
     return found
 
 # %% ../nbs/08a_request.ipynb #4dedca02
@@ -187,12 +190,22 @@ def _check_rounding_name(rounding: str, polish: str | None, out):
     if polish and out is None: raise ValueError(
         'dwq trains a model that is written; give an output, or leave the polish')
 
+def _check_states_memory(states_memory: float | None, weights: Weights | None, cache: Cache | None = None):
+    "Raise ValueError for a limit on what a sweep keeps in memory if no sweep is measured exactly"
+    if states_memory is None: return
+    if not isinstance(states_memory, Real) or not states_memory >= 1: raise ValueError(
+        f'`states_memory` is {shown(states_memory)}, and should be a number of bytes')
+    if weights is not None and weights.sweep is not None and cache is None: raise ValueError(
+        '`states_memory` has no effect on a `sweep` that is given; leave one of the two')
+    if weights is not None and weights.method not in (None, 'exact'): raise ValueError(
+        f'`states_memory` counts for `method` exact, not {weights.method}; leave one of the two')
+
 # %% ../nbs/08a_request.ipynb #a816e6d4
 _SAID = {Caps: 'Caps(target_bpw=4.5)', Weights: 'Weights(formats=[4, 8])', Cache: 'Cache(formats=[4, 8])',
          Texts: 'Texts(n_calibration=8)'}
 
 def _check_wishes(**given): # name ▸ what was given
-    "Raise ValueError for a wish that is not told in the class that bears its name"
+    "Raise ValueError for an argument of another class than Caps, Weights, Cache or Texts"
     kinds = {k.__name__.lower(): k for k in _SAID}
     odd = [k for k, v in given.items() if v is not None and not isinstance(v, kinds[k])]
     if odd: raise ValueError(f'`{odd[0]}` is {shown(given[odd[0]])}, and should be such as {_SAID[kinds[odd[0]]]}')

@@ -24,11 +24,11 @@ from .calibration import fingerprint, shape_of
 from .formats import AS_IS, divides, quantize_dequantize
 from .gptq import gptq, _gptq_all
 from .grid import _MinMax, search
-from .statistics import Chunks, Listener, Statistics
+from .statistics import Chunks, Listener, Statistics, _Learned, _learned_from
 
 # %% ../nbs/06_rounding.ipynb #6707cf03
 class _NextListener(Listener):
-    "Hears only the matrices that read the first input that is still to be rounded for; then it has heard enough"
+    "Listens to the matrices that read the first input that still needs rounding, and ends the run after them"
     def __init__(self, units): super().__init__(units); self.first, self.open = None, True
     def __call__(self, path, x, experts=None):
         if path not in self.units: return
@@ -39,12 +39,23 @@ class _NextListener(Listener):
 
 # %% ../nbs/06_rounding.ipynb #a7c1d0e5
 def _enough(tokens, n: int = 1024) -> np.ndarray: # the first sequences, of `n` tokens or a little more
-    "What `search` learns from"
+    "The first sequences, about a thousand tokens, from which `search` learns"
     return tokens[:-(-n//max(1, shape_of(tokens)[1]))]
+
+def _listened(b: Backend, tokens, method: str): # ▸ Statistics, or those that a file holds
+    "What `search` and `gptq` know of each unit's inputs, on unperturbed states"
+    if method == 'search': return tokens if isinstance(tokens, _Learned) else Statistics(b, _enough(tokens), whole=False)
+    if isinstance(tokens, _Learned) and method == 'gptq': raise ValueError(
+        '`statistics` serve search alone: gptq hears what the errors before it made of the text, and needs that')
+    return Statistics(b, tokens)
+
+def _kept(b: Backend, tokens, file, source=None, wanted=None) -> _Learned: # see `_learned_from`
+    "The statistics of `search` in a file"
+    return _learned_from(b, tokens, file, _enough(tokens), source, wanted)
 
 # %% ../nbs/06_rounding.ipynb #a7c1d0e3
 def as_overrides(done: dict) -> dict:
-    "Round trips in the place of weights"
+    "Overrides that put the rounded weights in the place of the old ones: path ▸ function of a weight"
     return {path: (lambda w, x=r.dequantize(): x) for path, r in done.items()}
 
 # %% ../nbs/06_rounding.ipynb #9bc7d867
@@ -53,7 +64,7 @@ QUANTIZERS = dict(minmax=lambda w, fmt, stats=None: _MinMax(w, fmt), search=sear
 
 # %% ../nbs/06_rounding.ipynb #e10c735c
 def _same_inputs(heard: dict) -> list: # of lists of paths
-    "Units that read the same inputs, together; those of which nothing is known each alone"
+    "Groups of units that read the same inputs; a unit without statistics is a group of its own"
     groups = {}
     for path, stats in heard.items(): groups.setdefault(path if stats is None else id(stats), []).append(path)
     return list(groups.values())
@@ -61,7 +72,7 @@ def _same_inputs(heard: dict) -> list: # of lists of paths
 # %% ../nbs/06_rounding.ipynb #c370e70b
 def _each_alone(b, tokens, todo, plan, method): # yields [(path, Rounded or MinMax)]
     "Each unit by itself"
-    stats = Statistics(b, _enough(tokens), whole=False) if method == 'search' else {}
+    stats = _listened(b, tokens, method) if method == 'search' else {}
     for path in sorted(todo, key=lambda p: todo[p].block is None): # what the last states say comes last
         yield [(path, QUANTIZERS[method](b.unit_weight(path), plan[path], stats.get(path)))]
 
@@ -115,7 +126,7 @@ def _round_outside(p: _Passage, i: int | None): # yields [(path, Rounded or MinM
 # %% ../nbs/06_rounding.ipynb #acb4e0a5
 def _one_after_another(b, tokens, todo, plan): # yields [(path, Rounded or MinMax)]
     "Each unit on states that carry the errors of those before it"
-    stats = Statistics(b, tokens)
+    stats = _listened(b, tokens, 'gptq')
     p = _Passage(b, plan, todo, stats.chunks, {}, [])
     tables = [path for path, u in todo.items() if u.block is None and 'embed' in u.kind]
     yield from p.round({path: stats[path] for path in tables})
@@ -165,8 +176,7 @@ class RoundTrips(Mapping):
     ):
         if method not in QUANTIZERS: raise ValueError(f'no rounding {method!r}; there are {", ".join(QUANTIZERS)}')
         self.b, self.formats, self.method = open_backend(model), list(formats), method
-        learns = dict(tokens=_enough(tokens), whole=False) if method == 'search' else dict(tokens=tokens)
-        self.stats, self.held = Statistics(self.b, **learns), _Held(self.b.checkpoint.unit, blocks)
+        self.stats, self.held = _listened(self.b, tokens, method), _Held(self.b.checkpoint.unit, blocks)
         self.name = f'{method}, {" × ".join(map(str, shape_of(tokens)))} tokens {fingerprint(tokens)}'
 
     def __getitem__(self, path): return partial(self.round_trip, path)
@@ -202,8 +212,9 @@ def _faster(f):
 # %% ../nbs/06_rounding.ipynb #ec829501
 def _seconds_of_one(b, tokens, unit, fmt, method) -> tuple:
     "Seconds of a walk through the first block, and of rounding a unit there"
-    stats = Statistics(b, tokens, method == 'gptq')
-    start, heard = stats.states, stats[unit.path] # the first block also wakes the libraries up
+    kept = isinstance(tokens, _Learned)
+    stats = tokens if kept else Statistics(b, tokens, method == 'gptq')
+    start, heard = None if kept else stats.states, stats[unit.path] # the first block also wakes the libraries up
     if heard is None: return 0., 0.
     def listen():
         stats.i, stats.states = 0, start # states that passed the block would not be heard there again
@@ -212,7 +223,7 @@ def _seconds_of_one(b, tokens, unit, fmt, method) -> tuple:
     def round_it():
         r = QUANTIZERS[method](b.unit_weight(unit.path), fmt, heard)
         return b.numpy(library(heard.moments)[1](r.dequantize()))
-    return _faster(listen), _faster(round_it)
+    return 0. if kept else _faster(listen), _faster(round_it)
 
 # %% ../nbs/06_rounding.ipynb #ddb7a778
 def _rounding_seconds(
@@ -225,15 +236,16 @@ def _rounding_seconds(
     todo = [u for u in b.checkpoint.units if not u.keeps(plan[u.path])]
     first = max((u for u in todo if u.block == 0 and len(u.shape) == 2), key=lambda u: u.params, default=None)
     if method == 'minmax' or first is None: return 0.
-    learned = tokens if method == 'gptq' else _enough(tokens)
-    part = learned[:-(-len(learned)//8)]
+    kept = isinstance(tokens, _Learned)
+    learned = tokens if method == 'gptq' or kept else _enough(tokens)
+    part = learned if kept else learned[:-(-len(learned)//8)]
     walk, one = _seconds_of_one(b, part, first, plan[first.path], method)
     passes = (4 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
     return passes*walk+one*sum(u.params for u in todo)/first.params
 
 # %% ../nbs/06_rounding.ipynb #ddd42764
 def _announce_rounding(b, tokens, plan, method):
-    "Say on stderr what will be done, and about how long it takes"
+    "Print to stderr what we round and about how long it takes"
     s = _rounding_seconds(b, tokens, plan, method)
     took = f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min'
     shape = ' × '.join(map(str, shape_of(tokens)))
@@ -267,7 +279,7 @@ def _read(w, fmt, file, planned):
 
 # %% ../nbs/06_rounding.ipynb #775cff8a
 def _check_dwq(source, tokens, valid: int, batch_size: int):
-    "Raise ValueError for a model that dwq does not know, or too little to train and validate on"
+    "Raise ValueError for a model that is not an llm, or for too few sequences to train and validate on"
     if source.model_type != 'llm': raise ValueError(
         f'dwq trains text models only, and {source.name} is of type {source.model_type}')
     if valid < batch_size: raise ValueError(
@@ -288,7 +300,7 @@ def dwq(
     batch_size: int = 4,
     seed: int = 123,
 ):
-    "mlx-lm's `dwq_quantize`: scales and biases are trained to the full-precision model's predictions"
+    "Train scales and biases of a saved model to the predictions of the full-precision one, by mlx-lm's `dwq_quantize`"
     import mlx.core as mx
     from mlx.optimizers import Adam
     from mlx_lm.quant.dwq import dwq_quantize

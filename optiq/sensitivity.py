@@ -27,7 +27,7 @@ from .measure.log import SweepLog, _log_files, _ranks_here, progress_bar
 from .measure.sweep import texts_for, to_sweep, warn_of_idle
 from .plan import _silent
 from .readers import _check_counts, _helpful
-from .rounding import ROUNDING, RoundTrips
+from .rounding import ROUNDING, RoundTrips, _kept
 
 # %% ../nbs/04_sensitivity.ipynb #db25ed85
 def sweep_quantizer(
@@ -146,6 +146,13 @@ def _warn_of_silent(sweep: Sweep):
         'unused experts, a part that wakes up in longer sequences, or one that is never reached; '
         'they get the widest candidate')
 
+# %% ../nbs/04_sensitivity.ipynb #4cb19e2b
+def _statistics_for(b: Backend, learned, file, rounding: str, source=None, wanted=None): # see `_kept`
+    "What rounding learned, from a file; raises ValueError for a rounding that it does not serve"
+    if rounding == 'search': return _kept(b, learned, file, source, wanted)
+    why = 'minmax learns from no text' if rounding == 'minmax' else f'{rounding} needs the text itself'
+    raise ValueError(f'`statistics` has no effect: {why}; leave it, or choose search')
+
 # %% ../nbs/04_sensitivity.ipynb #38aea943
 @_helpful
 @claiming
@@ -162,6 +169,7 @@ def kl_sweep(
     rounding: str | None = None, # 'minmax', 'search' or 'gptq', as `convert` will round; `ROUNDING` by default
     rounding_n: int = 32, # sequences that `search` and `gptq` learn from, the first `n` among them
     rounding_tokens: np.ndarray | None = None, # instead of these; `tokens` by default, if they are given
+    statistics: 'str | Path | None' = None, # file of what `search` learns, written if it is not there
     targets: 'list | tuple' = (), # nominal bits that `screened` and `until` look at; without any, not screened
     until: str | None = None, # 'stable': stop when the plans at `targets` no longer change
     out: 'str | Path | None' = None, # file to write as it goes, and to resume from
@@ -191,9 +199,10 @@ def kl_sweep(
         tokens, rounding_tokens = texts_for(b.checkpoint, calibration := calibration or 'bundled', n, seq_len,
                                             0 if rounding == 'minmax' else rounding_n)
     learned = tokens if rounding_tokens is None else rounding_tokens
+    if statistics is not None: learned = _statistics_for(b, learned, statistics, rounding, calibration)
     quantize, name = sweep_quantizer(b, learned, formats, rounding)
     about = about_texts(calibration, learned, name)
-    less = 'a `sweep` that was made with less memory' if journal else 'a smaller `max_memory`'
+    less = 'a smaller `states_memory`' if journal else 'a smaller `max_memory`'
     if method is None: method = _choose_method(b, tokens, formats, targets, until, of, out, max_memory, time_budget,
                                                progress)
     if method != 'exact': sweep = _shortcut_sweep(b, tokens, formats, method, targets, progress, quantize=quantize,

@@ -6,16 +6,21 @@
 __all__ = ['Inputs', 'Listener', 'Chunks', 'Statistics']
 
 # %% ../nbs/06a_statistics.ipynb #c9b4c8b3
+import json
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from .arrays import library
 from .backends.replay import Backend, _Heard
-from .calibration import samples_of, shape_of
+from .calibration import fingerprint, samples_of, shape_of
+from .files import _check_place, as_path, check_full
+from .readers import TEXT, check_kind, maybe, parse, whole as _whole
 
 # %% ../nbs/06a_statistics.ipynb #da9cc579
 @dataclass
@@ -143,14 +148,6 @@ class Statistics(Mapping):
         with self.unperturbed(): self.states = self.chunks.run(self.i, self.states, listener)
         self.i, self.held = self.i+1, listener.stats
 
-    def finish(self) -> dict: # path ▸ Inputs
-        "Hear what is outside the blocks, and begin again"
-        with self.unperturbed():
-            for i in range(self.i, self.b.n_blocks): self.states = self.chunks.run(i, self.states)
-            self.chunks.run(None, self.states, listener := self.listener(None))
-        self.restart()
-        return listener.stats
-
     def __getitem__(self, path):
         block = self.b.checkpoint.unit[path].block
         if block is None:
@@ -161,3 +158,82 @@ class Statistics(Mapping):
         return self.held[path]
     def __iter__(self): return iter(self.b.checkpoint.unit)
     def __len__(self): return len(self.b.checkpoint.units)
+
+# %% ../nbs/06a_statistics.ipynb #4d645683
+@patch
+def finish(self: Statistics) -> dict: # path ▸ Inputs
+    "Run to the end, listen to the units outside the blocks, and go back to the first block"
+    with self.unperturbed():
+        for i in range(self.i, self.b.n_blocks): self.states = self.chunks.run(i, self.states)
+        self.chunks.run(None, self.states, listener := self.listener(None))
+    self.restart()
+    return listener.stats
+
+# %% ../nbs/06a_statistics.ipynb #b4016767
+_FORM = dict(model=TEXT, shape=[_whole()]*2, fingerprint=TEXT, source=maybe(TEXT))
+
+class _Learned(Mapping):
+    "Unit path ▸ diagonal `Inputs` (for experts a list), read from a file: it stands for the text they are from"
+    def __init__(self, b: Backend, file: Path):
+        from safetensors import safe_open
+        self.b, self.file = b, file
+        try: self.opened = safe_open(file, 'numpy')
+        except Exception as e: raise ValueError(f'{file} holds no statistics of optiq: {e}; give another file') from None
+        said = parse((self.opened.metadata() or {}).get('optiq', '{}'), str(file))
+        check_kind(said, str(file), 'statistics', _FORM)
+        self.about, self.shape, self.fingerprint = said, tuple(said['shape']), said['fingerprint']
+
+    def __getitem__(self, path):
+        if path not in self.paths: return None # no token reached it
+        sums, counts = (self.opened.get_tensor(f'{path}.{k}') for k in ('squares', 'count'))
+        found = [Inputs(self.b.array(s), int(n), False) for s, n in zip(np.atleast_2d(sums), np.atleast_1d(counts))]
+        return found if sums.ndim > 1 else found[0]
+    @property
+    def paths(self): return {k.removesuffix('.count') for k in self.opened.keys() if k.endswith('.count')}
+    def __iter__(self): return iter(self.b.checkpoint.unit)
+    def __len__(self): return len(self.b.checkpoint.units)
+
+# %% ../nbs/06a_statistics.ipynb #11ea6c08
+def _save_learned(b: Backend, tokens, learned, source: str | None, file: Path):
+    "Hear a whole model, and keep what `search` needs"
+    from safetensors.numpy import save_file
+    stats, found = Statistics(b, learned, whole=False), {}
+    for path in stats:
+        heard = stats[path]
+        if heard is None: continue
+        each = heard if isinstance(heard, list) else [heard]
+        width = b.checkpoint.unit[path].shape[-1]
+        sums = [b.numpy(h.moments) if h.count else np.zeros(width) for h in each]
+        shape = sums if isinstance(heard, list) else sums[0]
+        found[f'{path}.squares'] = np.ascontiguousarray(shape, np.float32)
+        found[f'{path}.count'] = np.array([h.count for h in each], np.int64)
+    about = dict(optiq='statistics', model=b.checkpoint.fingerprint, shape=list(shape_of(tokens)),
+                 fingerprint=fingerprint(tokens), source=source)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    check_full(file.parent, sum(a.nbytes for a in found.values()))
+    part = file.with_name(f'{file.name}.part')
+    save_file(found, part, metadata=dict(optiq=json.dumps(about)))
+    part.replace(file)
+
+# %% ../nbs/06a_statistics.ipynb #9ab6d8ba
+def _learned_from(
+    b: Backend,
+    tokens, # (n, T) what would be learned from otherwise, or samples
+    file: 'str | Path', # to read, or to write
+    heard, # the part of `tokens` that `search` listens to
+    source: str | None = None, # where the text comes from, if it has a name
+    wanted: dict | None = None, # what a sweep says it learned from; by default what these tokens are
+) -> _Learned:
+    "Statistics in a file, written first if it is not there; raises ValueError if they are of something else"
+    file = as_path(file)
+    if not file.exists():
+        _check_place(file)
+        _save_learned(b, tokens, heard, source, file)
+    found = _Learned(b, file)
+    wanted = wanted or dict(shape=list(shape_of(tokens)), fingerprint=fingerprint(tokens))
+    ours = dict(model=b.checkpoint.fingerprint, length=list(wanted['shape']), text=wanted['fingerprint'])
+    theirs = dict(model=found.about['model'], length=list(found.shape), text=found.fingerprint)
+    odd = [f'{k} ({theirs[k]} there, {v} here)' for k, v in ours.items() if theirs[k] != v]
+    if odd: raise ValueError(
+        f'{file} holds statistics of something else: {", ".join(odd)}; give `statistics` a file that is not there yet')
+    return found

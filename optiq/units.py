@@ -30,6 +30,7 @@ class Unit:
     part: str = 'language' # of the model: vision, projector, language, encoder, decoder
     fixed: bool = False # no group divides its width, or its loader opens it in no other form
     stored: str | None = None # the format that the checkpoint has it in, such as mxfp4; None: in full precision
+    twin: str | None = None # path of the unit whose weight its loader puts here too, so that both have one format
 
     @property
     def params(self): return prod(self.shape)
@@ -42,12 +43,12 @@ class Unit:
         return nbytes(self.kept if self.keeps(fmt) else fmt, self.shape, self.itemsize)
     def takes(self, fmt: Format) -> bool: return self.keeps(fmt) or not self.fixed and divides(fmt, self.shape)
     def bits(self, fmt: Format) -> int: return (self.kept if fmt == AS_IS else fmt).bits or 8*self.itemsize
-    def row(self) -> dict: return {k: v for k, v in asdict(self).items() if k != 'stored' or v} # for files
+    def row(self) -> dict: return {k: v for k, v in asdict(self).items() if v or k not in ('stored', 'twin')} # for files
 
 # %% ../nbs/01b_units.ipynb #0c1d21ae
 _UNIT = dict(path=NAME, kind=NAME, shape=[whole(), ]*2, block=maybe(whole(0, 2**20)),
              dtype=one_of('bfloat16', 'float16', 'float32'))
-_UNIT |= {'part?': NAME, 'fixed?': FLAG, 'stored?': maybe(FORMAT)}
+_UNIT |= {'part?': NAME, 'fixed?': FLAG, 'stored?': maybe(FORMAT), 'twin?': maybe(NAME)}
 
 def read_units(
     rows: list, # of objects, as files hold units
@@ -74,7 +75,8 @@ def block_lists(
     model_type: str = 'llm', # a key of `LOADERS`
 ) -> dict: # path ▸ number of blocks
     "The lists that hold a model's blocks, those of its language model last; raises ValueError if there is none"
-    own = {id(m) for m in getattr(model, 'layers', None) or ()}
+    speaks = model if model_type == 'llm' or hasattr(model, 'layers') else getattr(model, 'language_model', None)
+    own = {id(m) for m in getattr(speaks, 'layers', None) or ()}
     def holds(blocks): return id(blocks[0]) in own or not (own and model_type == 'llm') and _attends(blocks[0])
     def walk(module, path):
         for name, child in module.items():
@@ -102,13 +104,16 @@ def find_units(
     allowed = getattr(model, 'model_quant_predicate', lambda path, module: True) # where a model has a say in it
     experts = {p: m.weight.shape[0] for p, m in layers.items() if 'SwitchLinear' in type(m).__name__}
     starts = dict(zip(lists, [0, *np.cumsum(list(lists.values())).tolist()]))
+    first = {}
     for path, m in layers.items():
         (shape, dtype), block = _stored(m), _block_of(path, starts)
         if _routes(path, shape, experts, layers): continue
         odd = not any(divides(f, shape) for f in ALL_FORMATS) or _scaled(m)
         fixed = odd or allowed(path, m) is not True or _read_bare(modules, path)
         stored = str(_stored_format(m)) if 'scales' in m else None
-        found.append(Unit(path, _kind(path, m), shape, block, dtype, _part_of(path, model_type), fixed, stored))
+        other = first.setdefault(id(m.weight), path) if block is None else path
+        twin = other if other != path else None
+        found.append(Unit(path, _kind(path, m), shape, block, dtype, _part_of(path, model_type), fixed, stored, twin))
     def at(u):
         if u.block is not None: return u.block
         if model_type != 'llm': return _place(u, starts, lists)
@@ -187,7 +192,7 @@ def _read_bare(modules: dict, path: str) -> bool: # path ▸ module
     holder, _, name = path.rpartition('.')
     table = 'Embedding' in type(modules[path]).__name__ and 'pos' not in name
     if table or holder not in modules: return False
-    return re.search(rf'self\.{name}\.weight\b(?!\.dtype)', _source(type(modules[holder]))) is not None
+    return re.search(rf'self\.{name}\.weight\b', _source(type(modules[holder]))) is not None
 
 # %% ../nbs/01b_units.ipynb #13e96cd2
 _PARTS = dict(encoder='encoder|audio|speech', vision='vision|visual', projector='merger|projector|connector|aligner',

@@ -53,5 +53,5 @@ def test_a_weight_beyond_the_end_is_named(tmp_path):
         optimize(str(folder), dtype='float16')
 
 def test_what_is_no_type_and_a_cache(folder):
-    with pytest.raises(ValueError, match="`dtype` 'int8' is none of float16, bfloat16"): Checkpoint(folder, dtype='int8')
+    with pytest.raises(ValueError, match="`dtype` 'int8' is not one of float16, bfloat16"): Checkpoint(folder, dtype='int8')
     with pytest.raises(ValueError, match='`dtype` has no effect on a cache'): optimize(str(folder), weights=None, cache=Cache(), dtype='float16')

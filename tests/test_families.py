@@ -1,6 +1,7 @@
 "One family for each kind of structure, down the whole road; all of them are in `bench/families.py`"
 import json, os, subprocess, sys
 from pathlib import Path
+import numpy as np
 import pytest
 
 root = Path(__file__).parents[1]
@@ -12,15 +13,35 @@ KINDS = dict(
     olmo_hybrid='a model that asks for the class of its blocks',
     longcat_flash_ngram='projections outside the blocks', qwen3_moe='experts', mamba2='state spaces',
     deepseek_v32='latent attention and an indexer',
-    gpt_oss='attention sinks', qwen3_5='linear attention')
+    gpt_oss='attention sinks', qwen3_5='linear attention', kimi_k3='a weight that is derived at first use',
+    gemma3n='streams stacked on the first axis')
+SPECIAL = ('gpt-oss in MXFP4 as its maker stores it', 'Gemma 4 E type', 'Qwen3.5 with a draft head', 'DeepSeek V3.2 with its indexer awake',
+           'Hunyuan 4 as text of mlx-vlm')
 
 @pytest.fixture(scope='module')
 def rows(tmp_path_factory):
     out = tmp_path_factory.mktemp('families')/'rows.json'
-    run = [sys.executable, 'bench/families.py', '--loader', 'mlx-lm', '--backend', 'mlx', '--only', ','.join(KINDS), '-o', str(out)]
+    only = ','.join([*KINDS, *SPECIAL])
+    run = [sys.executable, 'bench/families.py', '--loader', 'mlx-lm,special', '--backend', 'mlx', '--only', only, '-o', str(out)]
     done = subprocess.run(run, cwd=root, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr[-2000:]
     return {r['family']: r for r in json.loads(out.read_text())['rows']}
 
-@pytest.mark.parametrize('family', KINDS)
+@pytest.mark.parametrize('family', [*KINDS, *SPECIAL])
 def test_works(family, rows): assert rows[family]['result'] == 'works', rows[family]
+
+def test_indexers_wake_beyond_what_they_pick(tmp_path, monkeypatch):
+    "DeepSeek V3.2 attends to 2,048 tokens: its indexer does nothing in a sequence so long, and something in one of 4,096"
+    monkeypatch.syspath_prepend(root/'bench')
+    import families
+    from optiq.backends.open import open_backend
+    from optiq.evals.perplexity import overrides_of
+    from optiq.formats import parse_format
+    config, told = families.config_of('special', 'DeepSeek V3.2 at 4,096 tokens', families.read_table())
+    config |= dict(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, index_n_heads=1, head_dim=32)
+    families.write_checkpoint(tmp_path/'m', config, told, 'mlx', False)
+    b = open_backend(str(tmp_path/'m'), 'mlx')
+    change = overrides_of({u.path: parse_format('2g32') for u in b.checkpoint.units if 'indexer' in u.path and u.block == 0})
+    ids = np.random.default_rng(0).integers(11, 500, (1, 4096)).astype(np.int32)
+    plain, changed = b.numpy(b.logits(ids))[0], b.numpy(b.logits(ids, change))[0]
+    assert change and (plain[:2048] == changed[:2048]).all() and (plain[2048:] != changed[2048:]).any()

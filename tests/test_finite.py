@@ -100,7 +100,7 @@ def test_logits_that_are_no_numbers(value):
     b = SimpleNamespace(xp=np, checkpoint=SimpleNamespace(name='m', load=lambda: SimpleNamespace(parameters=lambda: dict(w=mx.ones(2)))))
     huge = np.full((2, 3), 3e38, np.float32) # whose sum is too large for float32
     with np.errstate(over='ignore'): assert check_logits(b, huge) is huge
-    with pytest.raises(ValueError, match='^m computes logits that are no numbers, though'): check_logits(b, np.array([[1., value, 0.]]))
+    with pytest.raises(ValueError, match='^m computes logits that are not numbers, though'): check_logits(b, np.array([[1., value, 0.]]))
 
 def test_predictions_that_are_no_numbers_are_not_taken_from_the_disk(models, tmp_path):
     tokens, b = np.arange(2, 18)[None], open_backend(models['llama']/'whole')

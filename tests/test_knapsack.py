@@ -154,7 +154,7 @@ def test_why():
         if r['bits'] and r['bits'][1]-r['bits'][0] > .5:
             assert allocate(sweep, target_bpw=sum(r['bits'])/2)[path] == r['format']
     assert chosen['bits'][0]-.3 <= 5 <= chosen['bits'][1]+.3
-    with pytest.raises(ValueError, match='is no unit'): plan.why('nowhere', sweep)
+    with pytest.raises(ValueError, match='is not a unit'): plan.why('nowhere', sweep)
 
 def test_why_of_protected_tied_and_uniform():
     sweep = random_sweep(4)

@@ -165,7 +165,7 @@ def test_ids_beyond_the_embedding(good, backend, ids):
     from optiq.backends.open import open_backend
     b = open_backend(Checkpoint(good/'model'), backend)
     for f in (b.logits, b.embed):
-        with pytest.raises(ValueError, match='is none of them'): f(np.array([ids]))
+        with pytest.raises(ValueError, match='is not one of them'): f(np.array([ids]))
 
 # ---- which files are the model's
 
@@ -202,7 +202,7 @@ def test_whisper_in_weights_safetensors(tmp_path):
     (folder/'model.safetensors').rename(folder/'weights.safetensors')
     assert Checkpoint(folder).model_type == 'audio'
     shutil.copy(folder/'weights.safetensors', folder/'more.safetensors')
-    with pytest.raises(ValueError, match='more.safetensors is no part'): Checkpoint(folder)
+    with pytest.raises(ValueError, match='more.safetensors is not part'): Checkpoint(folder)
 
 # ---- sweeps
 

@@ -62,8 +62,8 @@ def test_any_form_will_do_from_the_road(sweep):
     assert sweep.kl(sweep.units[0].path, 4) == sweep.kl(sweep.units[0].path, '4g64') == .25
 
 MISUSE = dict(
-    formats_none=(lambda s: optiq.kl_sweep('demo', formats=4.5), '4.5 is no format; write a width'),
-    formats_text=(lambda s: optiq.kl_sweep('demo', formats='4,x'), "'x' is no format; write a width"),
+    formats_none=(lambda s: optiq.kl_sweep('demo', formats=4.5), '4.5 is not a format; write a width'),
+    formats_text=(lambda s: optiq.kl_sweep('demo', formats='4,x'), "'x' is not a format; write a width"),
     n_zero=(lambda s: optiq.kl_sweep('demo', n=0), '`n` is 0, and should be a whole number of at least 1'),
     n_half=(lambda s: optiq.kl_sweep('demo', n=2.5), '`n` is 2.5, and should be a whole'),
     n_text=(lambda s: optiq.kl_sweep('demo', n='8'), "`n` is '8', and should be a whole"),
@@ -81,8 +81,8 @@ MISUSE = dict(
     curve_targets=(lambda s: optiq.trade_off('demo', '3,4'), "`targets` holds '3,4', and should hold numbers"),
     caps=(lambda s: optiq.optimize('demo', None, 4.5), r'`caps` is 4.5, and should be such as Caps\(target_bpw=4.5\)'),
     weights=(lambda s: optiq.optimize('demo', weights='4,8'), r"`weights` is '4,8', and should be such as Weights\("),
-    no_plan=(lambda s: optiq.convert('demo', 4, 'out'), '4 is no plan; make one with allocate or uniform'),
-    sweep_as_plan=(lambda s: optiq.convert('demo', s, 'out'), 'is no plan; make one with allocate or uniform'),
+    no_plan=(lambda s: optiq.convert('demo', 4, 'out'), '4 is not a plan; make one with allocate or uniform'),
+    sweep_as_plan=(lambda s: optiq.convert('demo', s, 'out'), 'is not a plan; make one with allocate or uniform'),
     bits=(lambda s: Format('4', 64), "no MLX format has bits='4', group_size=64"),
     drawn=(lambda s: s.plot(fmt='5g64'), '5g64 was not measured; the sweep has 4g64, 8g64'),
     format=(lambda s: s.kl(s.units[0].path, 5), '5g64 was not measured; the sweep has 4g64, 8g64'),
@@ -102,7 +102,7 @@ def test_another_file_is_no_sweep(sweep, tmp_path):
 
 def test_errors_of_python_name_no_flags():
     "The command puts its flags in the place of what stands in backticks; only what is about a command line names them itself"
-    about_commands = ('cli.py', 'command.py', 'options.py', 'make.py', 'look.py', 'serve.py', 'doctor.py', 'chat.py',
+    about_commands = ('cli.py', 'command.py', 'options.py', 'make.py', 'look.py', 'serve.py', 'guard.py', 'doctor.py', 'chat.py',
                       'fit.py', 'page.py', 'upload.py')
     package = Path(optiq.__file__).parent
     texts = {p: p.read_text(encoding='utf-8') for p in package.rglob('*.py') if p.name not in about_commands}

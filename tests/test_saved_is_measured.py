@@ -113,12 +113,12 @@ def test_ids_beyond_the_embedding_are_refused(tmp_path, Backend):
     for odd in (512, 10**6, -1):
         ids = np.array([[1, 2, odd]])
         for verb in (b.embed, b.logits):
-            with pytest.raises(ValueError, match=f'has 512 tokens, and id {odd} is none'): verb(ids)
+            with pytest.raises(ValueError, match=f'has 512 tokens, and id {odd} is not one'): verb(ids)
         with pytest.raises(ValueError, match='another model'): kl_sweep(b, ids, [4], progress=False)
 
 def test_ids_of_samples_too(tmp_path):
     b = ReplayBackend(Checkpoint(tiny('qwen3_vl', tmp_path)))
-    with pytest.raises(ValueError, match='is none of them'): b.logits(dict(input_ids=np.array([[1, 9999]])))
+    with pytest.raises(ValueError, match='is not one of them'): b.logits(dict(input_ids=np.array([[1, 9999]])))
 
 # One rounding
 
@@ -174,7 +174,7 @@ def test_a_plan_is_not_saved_as_it_was_not_measured(b, sweep, saved, text, tmp_p
     with pytest.raises(ValueError, match='was made for search.* measured with minmax'): convert(b, plan, tmp_path/'x', other)
     lost = Sweep.load(saved/'optiq'/'sweep.json')
     lost.header['learned'] |= dict(fingerprint='of another text')
-    with pytest.raises(ValueError, match='is not to be had again'): convert(b, plan, tmp_path/'x', lost)
+    with pytest.raises(ValueError, match='cannot be read again'): convert(b, plan, tmp_path/'x', lost)
     assert not (tmp_path/'x').exists()
     convert(b, uniform(b.checkpoint, 4), tmp_path/'flat') # nothing was measured: MLX's own rule
 

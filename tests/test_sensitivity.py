@@ -17,7 +17,7 @@ from optiq.backends.mlx import MLXBackend
 from optiq.backends.stream import StreamingBackend
 from optiq.backends.taps import _torch_attending, torch_attention
 from optiq.backends.torch import TorchBackend
-from optiq.calibration import fingerprint
+from optiq.calibration import fingerprint, passages, token_batch
 from optiq.convert import convert
 from optiq.formats import Format, parse_format, quantize_dequantize
 from optiq.knapsack import allocate
@@ -337,3 +337,15 @@ def test_idle_experts_are_warned_of(models):
     with pytest.warns(UserWarning, match='saw no calibration token'):
         kl_sweep(TorchBackend(models['qwen3_moe']), tokens_for(models['qwen3_moe'], 1, 3), [4], progress=False, rounding='minmax')
     assert _tokens_per_expert(TorchBackend(models['llama']), tokens_for(models['llama'])) == {}
+
+@pytest.mark.parametrize('name', ['sweep-demo', 'sweep-demo-7'])
+def test_the_sweeps_that_notebooks_read_are_what_is_measured(name):
+    "They stand for half a minute of measurement; the last block is measured again"
+    b = TorchBackend(Checkpoint('demo'))
+    kept = Sweep.load(Path(__file__).parents[1]/'nbs'/'results'/f'{name}.jsonl')
+    tokens = token_batch(passages('bundled'), b.checkpoint.tokenizer, *kept.header['shape'])
+    said = kept.header['fingerprint']
+    assert (said['model'], said['tokens'], said['quantizer']) == (b.checkpoint.fingerprint, fingerprint(tokens), 'minmax')
+    assert {*kept.values} == {(u.path, f) for u, f in probes(b.checkpoint.units, kept.formats)}
+    some = probes([u for u in b.checkpoint.units if u.block == b.n_blocks-1], kept.formats)
+    np.testing.assert_allclose(measure(b, tokens, some), [kept.values[u.path, f] for u, f in some], rtol=.01, atol=1e-7)

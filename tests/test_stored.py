@@ -114,3 +114,22 @@ def test_what_no_loader_reads_is_refused_by_name(tmp_path):
         config = json.loads((folder/'config.json').read_text())
         (folder/'config.json').write_text(json.dumps(config | dict(quantization_config=dict(quant_method=method))))
         with pytest.raises(ValueError, match=f'another library .{method}.*full-precision model'): Checkpoint(folder)
+
+def test_nvfp4_of_mlx_is_kept_and_others_are_refused_by_name(tmp_path):
+    "mlx-lm opens dense NVFP4 only as MLX stores it"
+    c = Checkpoint(tiny('llama', tmp_path/'m', dtype='float32'))
+    four = convert(c, uniform(c, parse_format('nvfp4')), tmp_path/'four')
+    assert {u.stored for u in four.units} == {'nvfp4'}
+    kept = convert(four, uniform(four, parse_format('nvfp4')), tmp_path/'kept')
+    mine, theirs = (load_file(f.folder/'model.safetensors') for f in (four, kept))
+    assert all((mine[k] == theirs[k]).all() for k in mine) and mine.keys() == theirs.keys()
+    config, name = json.loads((c.folder/'config.json').read_text()), 'model.layers.0.self_attn.q_proj.weight'
+    tensors = load_file(c.folder/'model.safetensors')
+    out, width = tensors.pop(name).shape
+    codes, scales, whole = np.zeros((out, width//2), np.uint8), np.ones((out, width//16), np.uint8), np.ones(1, np.float32)
+    forms = {'modelopt': dict(quant_algo='NVFP4'), 'compressed-tensors': dict(format='nvfp4-pack-quantized')}
+    for by, said in forms.items():
+        packed = ('', '_scale', '_scale_2') if by == 'modelopt' else ('_packed', '_scale', '_global_scale')
+        save_file(tensors | dict(zip([name+p for p in packed], (codes, scales, whole))), c.folder/'model.safetensors', {'format': 'pt'})
+        (c.folder/'config.json').write_text(json.dumps(config | dict(quantization_config=dict(said, quant_method=by))))
+        with pytest.raises(ValueError, match=f'another library .{by}.*take the full-precision model'): Checkpoint(c.folder)

@@ -14,7 +14,8 @@ from optiq.kv.cache import MixedKVCache, _cache_of, use_kv_config
 from optiq.kv.config import STATISTICS, kv_config
 from optiq.kv.layout import kv_layout, own_caches
 from optiq.kv.precondition import KeyPrecondition, load_preconditions, save_preconditions, turned
-from optiq.kv.rotated import BatchTurboQuantKVCache, TurboQuantKVCache, _TurboQuantStateCache, turbo_cache
+from optiq.kv.window import RotatingMixedKVCache
+from optiq.kv.rotated import BatchTurboQuantKVCache, TurboQuantKVCache, _encode_one, _scaled, _TurboQuantStateCache, turbo_cache
 from optiq.kv.rotated import use_turbo_cache
 from optiq.turboquant import _round_trip
 
@@ -106,6 +107,16 @@ def test_one_pass_equals_token_by_token(D, bits):
     assert (same > .98).all() # a coordinate on a border may fall to either side
     if (same == 1).all(): assert abs(whole-single).mean() < 1e-3
     assert abs(whole-m(ids)).max() > 1e-4 # it is on
+
+def test_what_is_compiled_does_the_same():
+    "Other tests run as written, since MLX compiles each function with a C++ compiler on a CPU"
+    y, shapes = mx.random.normal((1, 2, 1, 64), key=mx.random.key(0)), ((1, 2, 3, 5), (1, 4, 2, 7))
+    pairs = [(mx.random.normal(s), mx.random.normal((*s[:2], s[3], 1))) for s in shapes]
+    def found(): return [*_encode_one(y, 4), *(_scaled(a, scales) for a, scales in pairs)]
+    plain = found()
+    mx.enable_compile()
+    try: assert all(mx.allclose(a, b, 0, 1e-6) for a, b in zip(plain, found()))
+    finally: mx.disable_compile()
 
 def test_fewer_bits_are_farther_off(model):
     far = [abs(model(ids, cache=turbo_cache(model, b))-model(ids)).mean().item() for b in (8, 6, 5, 4, 3, 2)]
@@ -242,6 +253,8 @@ MADE = dict(affine=lambda: MixedKVCache('4g64', '3g32'), floats=lambda: MixedKVC
             turbo_helped=lambda: TurboQuantKVCache(64, 3, seed=7, precondition=precondition()),
             turbo_pair=lambda: _cache_of(*map(parse_format, ('tq3', '8g64'))),
             turbo_prompt=lambda: TurboQuantKVCache(64, 3, precondition='prompt'),
+            window=lambda: RotatingMixedKVCache('4g64', '3g32', 8),
+            window_rotated=lambda: _cache_of(turned('tq4', 7, precondition()), parse_format('8g64'), 8),
             state=lambda: _TurboQuantStateCache(bits=4), state_seeded=lambda: _TurboQuantStateCache(bits=6, seed=7))
 
 def step(c, seed, tokens=1):

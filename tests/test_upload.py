@@ -90,3 +90,17 @@ def test_the_command(folder, monkeypatch):
     assert r.exit_code == 0 and 'nothing was sent: there is no token; log in with: hf auth login' in r.output
     r = CliRunner().invoke(main, ['upload', str(folder), 'me/small', '--send'])
     assert r.exit_code == 1 and 'log in' in r.output
+
+def test_no_place_on_this_machine_is_published(folder, tmp_path):
+    plan = json.loads((folder/'optiq'/'plan.json').read_text())
+    assert str(folder.parent) in plan['model']
+    (folder/'optiq'/'sweep.json').write_text(json.dumps(dict(model=plan['model'], calibration='bundled:0.5,notes/mine.jsonl:0.5',
+                                                             learned=dict(source='~/texts/a.txt, 8 × 128 tokens'))))
+    api, before = Api(), (folder/'optiq'/'plan.json').read_bytes()
+    try: u = upload(folder, 'me/small', show=lambda text: None, api=api)
+    finally: (folder/'optiq'/'sweep.json').unlink()
+    sent = api.calls[-1][-1]
+    assert json.loads(sent['optiq/plan.json']) == plan | dict(model='m') and (folder/'optiq'/'plan.json').read_bytes() == before
+    assert json.loads(sent['optiq/sweep.json']) == dict(model='m', calibration='bundled:0.5,mine.jsonl:0.5',
+                                                        learned=dict(source='a.txt, 8 × 128 tokens'))
+    assert all(u.files[k] == len(v) for k, v in sent.items() if isinstance(v, bytes))

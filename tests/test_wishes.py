@@ -69,8 +69,8 @@ def test_plans_from_elsewhere_are_held_against_them():
 @pytest.mark.parametrize('wish, said', [
     (dict(pin={'*.v_porj': 4}), r"`pin` '\*\.v_porj' matches no unit; near to it are .*v_proj"),
     (dict(leave='lm_haed'), r"`leave` 'lm_haed' matches no unit; near to it are lm_head"),
-    (dict(ceiling='v_proj'), r"`ceiling` 'v_proj' is no NAME=FORMAT, such as lm_head=8g64"), (dict(floor='=4'), 'no NAME=FORMAT'),
-    (dict(pin={'v_proj': 5}), '5g64 was not measured'), (dict(pin={'v_proj': 'wide'}), "'wide' is no format"),
+    (dict(ceiling='v_proj'), r"`ceiling` 'v_proj' is not NAME=FORMAT, such as lm_head=8g64"), (dict(floor='=4'), 'not NAME=FORMAT'),
+    (dict(pin={'v_proj': 5}), '5g64 was not measured'), (dict(pin={'v_proj': 'wide'}), "'wide' is not a format"),
     (dict(pin={'v_proj': 8}, ceiling={'v_proj': 4}),
      r'pin v_proj=8g64 and ceiling v_proj=4g64 leave no format for model\.layers.*v_proj, which can have')])
 def test_what_cannot_be_had_is_said(wish, said):

@@ -8,11 +8,5 @@ export OPTIQ_FAST=1 # demos at small sizes
 ruff check
 lint-imports
 
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-
-nbdev_test --timing --n_workers 2 | tee "$log"
-count=$(grep -c '\.ipynb: [0-9]* secs$' "$log" || true)
-[ "$count" -gt 0 ] || { echo "nbdev_test found no notebook" >&2; exit 1; }
-echo "$count notebooks passed"
+python tools/notebooks.py
 pytest -q -n 2 --dist loadfile tests # a file in one worker, so that what its tests share is made once

@@ -78,14 +78,14 @@ class Bench:
 
     def row(self, name, size, variant, seconds, **more):
         "Score a variant (overrides, or a Backend) and write its row"
-        self.write(name, size, evaluate(self.b, self.test, {name: variant})[name], seconds, **more)
+        self.write(name, size, evaluate(self.b, self.test[:self.args.score_n], {name: variant})[name], seconds, **more)
 
     def write(self, name, size, s, seconds, **more):
         "The row of a score"
         se = lambda x: float(x.std(ddof=1)/len(x)**.5) if len(x) > 1 else None
         self.results['rows'][name] = dict(true_bpw=size['true_bpw'], bytes=size['bytes'], kl=float(s.kl.mean()), kl_se=se(s.kl),
             kl_first16=float(s.kl[:16].mean()), perplexity=s.perplexity, perplexity_se=s.perplexity_se, flips=1-float(s.agree.mean()),
-            flips_se=se(s.agree), seconds=seconds, kl_each=[float(f'{x:.6g}') for x in s.kl]) | more
+            flips_se=se(s.agree), seconds=seconds, sequences=len(s.kl), kl_each=[float(f'{x:.6g}') for x in s.kl]) | more
         self.save()
         print(f'{name:44} {size["true_bpw"]:.3f} bits  KL {s.kl.mean():.4f} ± {se(s.kl) or 0:.4f}  (first 16: {s.kl[:16].mean():.4f})  '
               f'perplexity {s.perplexity:.2f}  flips {1-s.agree.mean():.1%}  {seconds or 0:.1f} s', flush=True)
@@ -128,7 +128,7 @@ def part_flat(x, widths=('4g64', '3g64', '5g64', '6g64')):
         for some in (todo[k:k+at_once] for k in range(0, len(todo), at_once or 1)):
             plans = {flat_name(f, rounding): uniform(x.c, f) for f in some}
             made = {n: timed(lambda p=p: dict(round_model(x.b, x.tokens, p, rounding))) for n, p in plans.items()}
-            found = evaluate(x.b, x.test, {n: as_overrides(done) for n, (done, _) in made.items()})
+            found = evaluate(x.b, x.test[:x.args.score_n], {n: as_overrides(done) for n, (done, _) in made.items()})
             for n, (_, s) in made.items(): x.write(n, of_plan(plans[n]), found[n], s)
 
 def flat_name(fmt, rounding): return f'uniform {fmt} {rounding}'
@@ -313,6 +313,7 @@ def main():
     p.add_argument('--seq-len', type=int, default=256)
     p.add_argument('--sweep-n', type=int, default=4, help='of these, sequences that the sweeps measure KL on')
     p.add_argument('--test-n', type=int, default=64, help='test sequences of 256 tokens')
+    p.add_argument('--score-n', type=int, default=64, help='of these, how many are scored')
     p.add_argument('--epochs', type=int, default=2, help='of dwq')
     p.add_argument('--learning-rate', type=float, default=1e-5, help='of dwq')
     p.add_argument('--rates', default='1e-7,1e-6,3e-6,1e-5', help='of dwq; 1e-6 is its own')

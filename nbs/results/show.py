@@ -145,10 +145,10 @@ def frontier(ax=None):
     ax.legend(frameon=False, fontsize=8)
     return ax
 
-def against(r: dict, rounding: str) -> tuple | None: # bits, KL of ours, ratio, verdict
+def against(r: dict, rounding: str, name: str = 'peers-smollm2') -> tuple | None: # bits, KL of ours, ratio, verdict
     "A row beside OptiQ at its bytes, sequence by sequence; log KL between two of our rows runs straight, above the largest it is that row's"
     import numpy as np
-    ours = sorted((o for n, o in result('peers-smollm2')['rows'].items() if n.startswith('ours') and n.endswith(f' {rounding}')),
+    ours = sorted((o for n, o in result(name)['rows'].items() if n.startswith('ours') and n.endswith(f' {rounding}')),
                   key=lambda o: o['true_bpw'])
     bits = min(r['true_bpw'], ours[-1]['true_bpw'])
     low, high = next(((a, b) for a, b in zip(ours, ours[1:]) if a['true_bpw'] <= bits <= b['true_bpw']), (None, None))
@@ -212,3 +212,25 @@ def readable(name: str) -> str:
     "uniform 4g32 ▸ 4 bits, g32"
     bits, _, group = name.removeprefix('uniform ').partition('g')
     return f'{bits} bits'+('' if group == '64' else f', g{group}') if group else bits
+
+# ---- other models, other texts
+
+def settings_tried(name: str) -> Markdown:
+    "Rows of a tool whose settings were tried, with the KL that chose among them"
+    rows = {n: r for n, r in result(name)['rows'].items() if 'held_kl' in r}
+    return table(['setting', 'true bits', 'KL on held-out calibration text', 'KL on the test text', 'chosen', 'seconds'],
+                 [[n, f'{r["true_bpw"]:.2f}', pm(r['held_kl'], spec='.4f'), pm(r['kl'], r['kl_se'], '.4f'), 'yes' if r['chosen'] else '', f'{r["seconds"]:.0f}']
+                  for n, r in rows.items()])
+
+def over_own(name: str) -> dict: # calibration ▸ ratio
+    "Geometric mean, over the texts that were scored, of the KL over that of a calibration on the scored text itself"
+    import numpy as np
+    kl = {(r['calibration'], r['text']): r['kl'] for r in result(name)['rows']}
+    on, scored = (list(dict.fromkeys(k[i] for k in kl)) for i in (0, 1))
+    return {c: float(np.exp(np.mean([np.log(kl[c, t]/kl[t, t]) for t in scored]))) for c in on}
+
+def text_matrix(name: str) -> Markdown:
+    "Calibrated on a text (down), scored on every other (across)"
+    kl, means = {(r['calibration'], r['text']): r for r in result(name)['rows']}, over_own(name)
+    scored = list(dict.fromkeys(t for _, t in kl))
+    return table(['calibrated on', *scored, 'over own text'], [[c, *(pm(kl[c, t]['kl'], kl[c, t]['kl_se']) for t in scored), f'{m:.2f}'] for c, m in means.items()])

@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from .mlx import MLXBackend, _of_type
 from .replay import Backend, available_memory, check_all, check_logits
 from .stream import StreamingBackend
-from .taps import eager_experts, torch_attention, torch_listening, torch_products
-from .taps import torch_stand_ins, torch_watching
+from .taps import eager_experts, _standing_in, torch_attention, torch_listening, torch_products
+from .taps import torch_watching
 from ..models import Checkpoint, cannot_open
 from ..units import Unit
 
@@ -34,45 +34,80 @@ def _torch_blocks(model, checkpoint):
     return (known or found)[0]
 
 # %% ../../nbs/03b_backends.torch.ipynb #5c02f53a
-_EVERYTHING = slice(None)
+def _rows(x, n: int): # ▸ tensors of n rows
+    "Parts of a tensor's rows: the first, the last, every other, or one of several as large"
+    parts = x.split(n, -2)[1:-1] if not x.shape[-2] % n else ()
+    return x[..., :n, :], x[..., -n:, :], x[..., ::2, :], x[..., 1::2, :], *parts
 
-def _torch_slot(model, blocks, unit: Unit):
-    "(parameter, part of it) that holds a unit"
-    if unit.block is None: return _outside_slot(model, unit), _EVERYTHING
-    inside = re.split(rf'\.{unit.block}\.', unit.path, maxsplit=1)[1]
-    names = dict(blocks[unit.block].named_parameters())
-    if f'{inside}.weight' in names: return names[f'{inside}.weight'], _EVERYTHING
-    param, part = _fused_slot(names, inside, unit.shape[-2])
-    if param is None or tuple(param.data[part].shape) != unit.shape: raise ValueError(
+def _views(w, shape: tuple): # ▸ tensors
+    "The parts of a parameter that have a unit's shape: all of it, some rows or columns, of each head, transposed"
+    if not abs(w.ndim-len(shape)) < 2 <= w.ndim: return
+    by_head = len(shape) > w.ndim and not len(w) % shape[0]
+    wholes = [w.unflatten(0, (shape[0], -1))] if by_head else w if w.ndim > len(shape) else [w]
+    for x in wholes:
+        found = *_rows(x, shape[-2]), *_rows(x.mT, shape[-2]), *(y.mT for y in _rows(x, shape[-1]))
+        yield from (z for z in found if tuple(z.shape) == shape)
+
+# %% ../../nbs/03b_backends.torch.ipynb #39a8fe4d
+def _at(w, place): # (shape, strides, first number); None: everything
+    "What stands in a place of a parameter, or of something in its shape"
+    if place is None: return w
+    shape, strides, first = place
+    w = w.contiguous()
+    return w.as_strided(shape, strides, w.storage_offset()+first)
+
+def _slot_by_content(params, shape: tuple, weight): # ▸ (parameter, place) or None
+    "Where a weight stands among parameters"
+    for p in params:
+        w = p.data.contiguous()
+        for z in _views(w, shape):
+            if (z == weight.to(z)).all(): return p, (z.shape, z.stride(), z.storage_offset()-w.storage_offset())
+
+# %% ../../nbs/03b_backends.torch.ipynb #2e2616bf
+def _torch_slot(model, blocks, unit: Unit, weight_of): # weight_of: unit path ▸ tensor
+    "(parameter, place in it) that holds a unit"
+    if unit.block is None:
+        found = _outside_slot(model, unit)
+        if found is not None: return found, None
+        inside = {id(p) for block in blocks for p in block.parameters()}
+        params = [p for p in model.parameters() if id(p) not in inside]
+    else:
+        name = re.split(rf'\.{unit.block}\.', unit.path, maxsplit=1)[1]+'.weight'
+        names = dict(blocks[unit.block].named_parameters())
+        if name in names and tuple(names[name].shape) == unit.shape: return names[name], None
+        params = list(names.values())
+    found = _slot_by_content(params, unit.shape, weight_of(unit.path))
+    if not found: raise ValueError(
         f'{unit.path} {unit.shape} has no counterpart in the PyTorch model; use `backend` mlx')
-    return param, part
+    return found
 
 # %% ../../nbs/03b_backends.torch.ipynb #a8d7b33f
 def _outside_slot(model, unit):
-    "The parameter of a unit outside the blocks: by its name, or by what it does"
+    "The parameter of a unit outside the blocks, by its name or by what it does; None if neither tells"
     name = unit.path.rsplit('.', 1)[-1]
     named = [p for k, p in model.named_parameters() if k.endswith(f'.{name}.weight')]
     used = model.get_output_embeddings() if unit.kind == 'lm_head' else model.get_input_embeddings()
     found = [p for p in [*named, used.weight] if tuple(p.shape) == unit.shape]
-    if not found or len(named) > 1 and found[0] is not used.weight: raise ValueError(
-        f'{unit.path} {unit.shape} has no counterpart in the PyTorch model; use `backend` mlx')
-    return found[0]
+    if found and (len(named) < 2 or found[0] is used.weight): return found[0]
 
 # %% ../../nbs/03b_backends.torch.ipynb #886aa3ef
-def _fused_slot(names, path, out):
-    "(parameter, part of it) of a projection of experts, whose gate and up are the halves of one"
-    parent, _, role = path.replace('.switch_mlp.', '.experts.').rpartition('.')
-    halves = dict(gate_proj=(_EVERYTHING, slice(0, out)), up_proj=(_EVERYTHING, slice(out, 2*out)))
-    name = 'down_proj' if role == 'down_proj' else 'gate_up_proj'
-    return names.get(f'{parent}.{name}'), halves.get(role, _EVERYTHING)
+def _weight_of(checkpoint): # ▸ function from a unit's path to its weight
+    "Weights as MLX names them, read one at a time"
+    import mlx.core as mx
+    import torch
+    layers = []
+    def weight(path):
+        if not layers: layers.append(dict(checkpoint.load(plain=True).named_modules()))
+        return torch.from_numpy(np.array(layers[0][path].pop('weight').astype(mx.float32)))
+    return weight
 
 # %% ../../nbs/03b_backends.torch.ipynb #90205471
-def _torch_put(param, part, weight):
-    "Let `param` hold `weight` in that part, on fresh memory"
+def _torch_put(param, place, weight):
+    "Let `param` hold `weight` in that place, on fresh memory"
     weight = weight.to(param.device, param.dtype)
-    if part is not _EVERYTHING:
-        whole = param.data.clone()
-        whole[part] = weight
+    if place is not None:
+        whole = param.data.contiguous().clone()
+        _at(whole, place).copy_(weight)
         weight = whole
     param.data = weight
 
@@ -149,7 +184,8 @@ class TorchBackend(Backend):
         self.narrow = 'bfloat16' if self.on_gpu and dtype == 'float32' else None
         self.model = _load_torch(checkpoint, self.dtype).to(self.device).eval().requires_grad_(False)
         self.blocks = _torch_blocks(self.model, checkpoint)
-        self.slots = {u.path: _torch_slot(self.model, self.blocks, u) for u in checkpoint.units}
+        weight_of = _weight_of(checkpoint)
+        self.slots = {u.path: _torch_slot(self.model, self.blocks, u, weight_of) for u in checkpoint.units}
         check_all(checkpoint, torch, ((path, p.data) for path, p in self.model.named_parameters()))
 
     def by_loader(self, checkpoint: Checkpoint):
@@ -157,7 +193,7 @@ class TorchBackend(Backend):
         if not checkpoint.quantized: return StreamingBackend(checkpoint)
         print(f'{checkpoint.name}: too little memory to compare what PyTorch and MLX make of it', file=sys.stderr)
     def block(self, i: int): return self.blocks[i]
-    def stand_ins(self, stand_in): return torch_stand_ins(self.blocks, stand_in)
+    def stand_ins(self, stand_in): return _standing_in(dict(enumerate(self.blocks)), stand_in, 'forward')
     def attention(self, changes: dict): return torch_attention(self.model, changes)
     def watching(self, see): return torch_watching(self.model, see)
     def products(self, answer): return torch_products(answer)
@@ -186,15 +222,17 @@ def reweighted(self: TorchBackend, overrides: dict): return _torch_weights(self,
 
 @patch
 def unit_weight(self: TorchBackend, path: str): # in the checkpoint's type
-    param, part = self.slots[path]
-    return self.typed(param.data[part], self.checkpoint.unit[path].dtype)
+    param, place = self.slots[path]
+    return self.typed(_at(param.data, place).contiguous(), self.checkpoint.unit[path].dtype)
 
 @patch
 @contextmanager
 def listening(self: TorchBackend, hear, block: int | None):
     names = {}
-    for path, (param, part) in self.slots.items():
-        if self.checkpoint.unit[path].block == block: names.setdefault(id(param), []).append(path)
+    for path, (param, place) in self.slots.items():
+        unit = self.checkpoint.unit[path]
+        as_stored = place is None or len(unit.shape) == param.ndim and place[1][-1] == 1 # else its inputs are others
+        if unit.block == block and as_stored: names.setdefault(id(param), []).append(path)
     with eager_experts(self.model), torch_listening(hear, names): yield
 
 # %% ../../nbs/03b_backends.torch.ipynb #573b52e4
@@ -209,6 +247,6 @@ def gradients(self: TorchBackend, batch, seed: int, skip=0):
         log_p = self.logits(batch)[:, skip:].log_softmax(-1).flatten(0, 1)
         y = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         log_p.gather(1, y).sum().backward()
-        return {path: p.grad[part] for path, (p, part) in self.slots.items()}
+        return {path: _at(p.grad, place) for path, (p, place) in self.slots.items()}
     finally:
         for p in params: p.requires_grad_(False).grad = None

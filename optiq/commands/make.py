@@ -12,7 +12,7 @@ from shlex import quote
 import click
 
 from ..command import Number, check_idle
-from ..options import _GB, _MB, _SHARED, _Renamed, _Size, _as_bytes, _as_formats, _as_names, _as_targets
+from ..options import _MB, _SHARED, _memory_for_states, _Renamed, _Size, _as_bytes, _as_formats, _as_names, _as_targets
 from ..options import _command, _check_group, _check_length, _filled, _finish, _options
 from ..readers import known
 
@@ -59,6 +59,9 @@ _SHARED |= dict(
         callback=lambda ctx, param, skip: False if skip else None,
         help='do not score uniform and recipe models beside it'))
 
+# %% ../../nbs/89b_commands.make.ipynb #ee168e5f
+_OPENED = 'backend', 'overwrite', 'trust_remote_code', 'model_type' # what the pipeline takes as it is said
+
 # %% ../../nbs/89b_commands.make.ipynb #dbccc511
 @_command(short_help='Quantize a model under a cap on its size or speed.')
 @click.argument('model')
@@ -67,11 +70,12 @@ _SHARED |= dict(
 @_options('target_bpw', 'max_bytes', 'max_memory', 'target_tps', 'chip', 'cap_context')
 @click.option('--candidate-bits', 'bits', help='widths to choose from  [default: all of the sweep given, or 4,8]')
 @_options('formats', 'group_size', 'protect', 'pin', 'ceiling', 'floor', 'leave', 'tie', 'rounding', 'rounding_n')
-@_options('dtype')
+@_options('statistics', 'dtype')
 @_options('polish', 'kv', 'kv_bits')
 @click.option('-o', '--output', type=click.Path(), help='folder to write; default: optiq_output/<model>-<target>')
 @click.option('--n-calibration', 'n_calibration', default=8, show_default=True, help='calibration sequences')
 @_options('seq_len', 'calibration', 'evaluation', 'n_evaluation', 'sweep', 'method', 'time_budget')
+@_options('states_memory')
 @_options('verify', 'compare')
 @click.option('--dry-run', is_flag=True, help='measure and plan, write nothing')
 @_options('overwrite', 'backend', 'trust', 'json')
@@ -100,7 +104,7 @@ def convert(model, target, bits, formats, group_size, kv, kv_bits, output, dry_r
     out = output or _default_output(model, _ending_of(vars(caps), kv))
     if dry_run and output: own_output(out, given['overwrite'], 'model', model, given['sweep'] is None and not kv)
     r = optimize(model, None if dry_run else out, caps, weights=weights, cache=cache, texts=_filled(Texts, given),
-                 **{k: given[k] for k in ('backend', 'overwrite', 'trust_remote_code', 'model_type', 'dtype')})
+                 **{k: given[k] for k in _OPENED}, states_memory=given['states_memory'], dtype=given['dtype'])
     said = _with_cache(r) if kv else f'{_weights_alone(r)}\n\n{_in_words(r["report"], dry_run)}'
     end = 'dry run: nothing was written' if dry_run else _next_steps(out, given)
     _finish(r['figures'], f'{said}\n\n{end}', as_json)
@@ -152,7 +156,7 @@ def _next_steps(out: str, given: dict) -> str: # of the options that say how a m
 @click.argument('model')
 @click.option('-o', '--output', 'out', type=click.Path(), required=True, help='file to write, and to go on with')
 @click.option('--candidate-bits', '--bits', 'bits', cls=_Renamed, help='widths to try  [default: 4,8]')
-@_options('formats', 'group_size', 'rounding', 'rounding_n')
+@_options('formats', 'group_size', 'rounding', 'rounding_n', 'statistics')
 @_options('method', 'time_budget')
 @click.option('--targets', help='nominal bits that screened and --until-stable look at  [default: 4.5]')
 @click.option('--until-stable', 'until', flag_value='stable',
@@ -160,8 +164,7 @@ def _next_steps(out: str, given: dict) -> str: # of the options that say how a m
 @click.option('--n-calibration', '--samples', 'n', cls=_Renamed, default=8, show_default=True,
               help='calibration sequences')
 @_options('seq_len', 'calibration', 'backend')
-@click.option('--max-memory', type=float, callback=_as_bytes(_GB), metavar='GB',
-              help='memory for states; default: two thirds of what is free')
+@_memory_for_states('max_memory')
 @click.option('--resume/--no-resume', default=True, show_default=True, help='go on with the file, or refuse it')
 @_options('dtype', 'model_type', 'trust', 'json')
 def sweep(model, out, bits, formats, group_size, targets, resume, as_json, **given):
@@ -192,7 +195,7 @@ def _check_unused_in_sweep(given: dict):
     if given['rounding_n'] and given['rounding_n'] < given['n']: raise ValueError(
         f'rounding cannot learn from {given["rounding_n"]} sequences: the {given["n"]} that are measured on are '
         'among them; give as many, or measure on fewer')
-    if given['rounding'] == 'minmax': check_idle(['rounding_n'], 'minmax learns from no text')
+    if given['rounding'] == 'minmax': check_idle(['rounding_n', 'statistics'], 'minmax learns from no text')
 
 
 # %% ../../nbs/89b_commands.make.ipynb #7d9f5ab1
@@ -218,7 +221,7 @@ def _most_sensitive(rows: list, n: int = 8) -> list: # lines
     return [f'{r["kl"]:10.3e}{error(r)}  {r["format"]:6} {r["unit"]}' for r in top]
 
 # %% ../../nbs/89b_commands.make.ipynb #998be856
-_MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'backend', 'model_type',
+_MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'statistics', 'backend', 'model_type',
               'trust_remote_code'] # what needs the model
 
 # %% ../../nbs/89b_commands.make.ipynb #a0b58f7c
@@ -231,6 +234,7 @@ _MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'backend'
 @click.option('--candidate-bits', '--bits', 'bits', cls=_Renamed,
               help='widths to choose from, and to sweep  [default: all of the sweep given, or 2,3,4,5,6,8]')
 @_options('formats', 'group_size', 'protect', 'pin', 'ceiling', 'floor', 'leave', 'tie', 'rounding', 'rounding_n')
+@_options('statistics', 'states_memory')
 @click.option('--verify', type=Number(click.INT, 1000, none=True), default=0, show_default=True, metavar='N',
               help='points of each curve to measure on evaluation text, with all baselines')
 @click.option('-o', '--output', 'out', type=click.Path(), metavar='DIR',
@@ -258,9 +262,22 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
     weights = _filled(Weights, given | dict(formats=_as_formats(formats, bits, group_size, default), verify=None))
     found = trade_off(source, targets and _as_targets(targets), profiles or None, weights=weights, out=out,
                       texts=_filled(Texts, given) if given['verify'] or not saved else None,
-                      **{k: given[k] for k in ('verify', 'backend', 'overwrite', 'trust_remote_code', 'model_type')})
+                      verify=given['verify'], states_memory=given['states_memory'],
+                      **{k: given[k] for k in _OPENED})
     text = f'{found["frontier"]!r}\nwritten to {out}' if out else repr(found['frontier'])
     _finish(found['figures'], text, as_json)
+
+# %% ../../nbs/89b_commands.make.ipynb #56f4b86b
+_OPENED = dict(vlm='from mlx_vlm import load; model, processor = load', audio='from mlx_audio.stt import load; model = load')
+
+def _use_of(model: str, out: str, r: dict) -> str: # r: what `optimize` gave
+    "How a cache that was planned is used: by a command, or where a model sees or listens, by its library"
+    file, kind = os.path.join(out, 'kv_config.json'), r['figures']['model_type']
+    if kind == 'llm' and os.path.abspath(out) == os.path.abspath(model): return f'optiq serve {quote(model)}'
+    if kind == 'llm': return f'optiq serve {quote(model)} --kv-config {quote(file)}'
+    return (f'{_OPENED[kind]}({model!r})\n    from optiq.kv.cache import use_kv_config; '
+            f'use_kv_config(model, {file!r}) # generates with it from now on')
+
 
 # %% ../../nbs/89b_commands.make.ipynb #c3973217
 @_command('kv-cache', short_help='Choose formats for the KV cache.')
@@ -282,7 +299,7 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
 @click.option('--seq-len', default=512, show_default=True, help='tokens in each')
 @click.option('--n-evaluation', '--eval-samples', 'n_evaluation', cls=_Renamed, default=4, show_default=True,
               help='evaluation sequences')
-@_options('calibration', 'evaluation', 'overwrite', 'backend', 'model_type', 'trust', 'json')
+@_options('states_memory', 'calibration', 'evaluation', 'overwrite', 'backend', 'model_type', 'trust', 'json')
 def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
     """Measure how much each layer's keys and values suffer, choose a format for each, write kv_config.json.
 
@@ -294,14 +311,14 @@ def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
     from optiq.pipeline import optimize
     from optiq.request import Cache, Caps, Texts
     _check_group(group_size, (formats, bits, '4,8'))
+    _check_length(model, given)
     cache = Cache(_as_formats(formats, bits, group_size, '4,8', cache=True), tie)
     out = output or _default_output(model, 'kv')
     r = optimize(model, out, _filled(Caps, given), weights=None, cache=cache, texts=_filled(Texts, given),
-                 **{k: given[k] for k in ('backend', 'overwrite', 'trust_remote_code', 'model_type')})
+                 states_memory=given['states_memory'],
+                      **{k: given[k] for k in _OPENED})
     parts = layer_table(r['config']), memory_lines(r['figures']['memory']), str(r['report']), repr(r['plan'])
-    beside = os.path.abspath(out) == os.path.abspath(model)
-    use = quote(model) if beside else f'{quote(model)} --kv-config {quote(os.path.join(out, "kv_config.json"))}'
-    _finish(r['figures'], '\n\n'.join(parts)+f'\nwritten to {out}; to use it:\n    optiq serve {use}', as_json)
+    _finish(r['figures'], '\n\n'.join(parts)+f'\nwritten to {out}; to use it:\n    {_use_of(model, out, r)}', as_json)
 
 # %% ../../nbs/89b_commands.make.ipynb #314b1dd1
 @_command(short_help='Predict how fast a model decodes.')

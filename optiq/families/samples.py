@@ -22,6 +22,6 @@ def batch_for(
 ): # ▸ (n, seq_len) tokens, or a list of samples
     "What a model of this type is measured on"
     if isinstance(source, list): return source[:n]
-    if c.model_type == 'llm': return token_batch(passages(source, split), c.tokenizer, n, seq_len, fewer=fewer)
+    if c.text_only: return token_batch(passages(source, split), c.tokenizer, n, seq_len, fewer=fewer)
     if c.model_type == 'vlm': return vision.samples(c, source, n, split, fewer=fewer)
     return speech_samples(c.load(), clips(source, split, n, fewer=fewer))

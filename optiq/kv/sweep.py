@@ -129,10 +129,12 @@ def planned_cache(
     conditions: dict, # of `allocate`
     about: dict = {}, # of the texts, for the report
     out: Path | None = None, # folder that will be written
+    max_memory: float | None = None, # bytes for states
 ) -> dict: # report, plan, sweep, config, figures
     "Measure, choose, score"
     with _helped(b, tokens, formats) as statistics:
-        sweep = kv_sweep(b, tokens, formats, context=layout.context, journal=True, out=out and journal_of(out))
+        sweep = kv_sweep(b, tokens, formats, context=layout.context, journal=True, out=out and journal_of(out),
+                         max_memory=max_memory)
         plan = allocate(sweep, **conditions)
         report = _beside_uniform(b, scored, sweep, plan, about)
         joint = float(evaluate(b, tokens, {'mixed': overrides_of(plan)})['mixed'].kl.mean())
@@ -196,17 +198,19 @@ def joint_plan(
     rounding_tokens: np.ndarray | None = None, # what it learns from; `tokens` by default
     calibration: str | None = None, # where these come from
     candidates: list | None = None, # of weights and cache together; all that is measured by default
+    max_memory: float | None = None, # bytes for states
     **wishes, # as for `allocate`
 ) -> dict: # weights, cache: Plans; weight_sweep, cache_sweep; full_sweep: of the cache, on full weights; rounded
     "One allocation over weights and cache, the cache measured on the weights that it will serve"
-    full = kv_sweep(b, tokens, kv_formats, context=context, progress=progress)
-    w = weight_sweep or kl_sweep(b, tokens, formats, method='exact', progress=progress, rounding=rounding,
-                                 rounding_tokens=rounding_tokens, calibration=calibration)
+    how = dict(progress=progress, max_memory=max_memory)
+    full = kv_sweep(b, tokens, kv_formats, context=context, **how)
+    w = weight_sweep or kl_sweep(b, tokens, formats, method='exact', rounding=rounding,
+                                 rounding_tokens=rounding_tokens, calibration=calibration, **how)
     def both(cache): # ▸ Plans of the weights and of the cache
         return parts(allocate(_combine(w, cache), max_bytes=max_bytes, formats=candidates, **wishes), w, cache)
     first = both(full)
     cache = kv_sweep(b, tokens, kv_formats, weights=first[0], rounded=_as_rounded(b, first[0], w), context=context,
-                     progress=progress)
+                     **how)
     weights, mine = both(cache)
     return dict(weights=weights, cache=mine, weight_sweep=w, cache_sweep=cache, full_sweep=full,
                 rounded=_as_rounded(b, weights, w))

@@ -173,7 +173,7 @@ def _finite(b: Backend, kl: np.ndarray, todo) -> np.ndarray: # (len(todo), n), t
     odd = ~np.isfinite(kl)
     if not odd.any(): return kl
     u, f = todo[int(odd.any(1).argmax())]
-    why = f'{"the model itself" if odd.all() else "rounding it"} gives logits that are no numbers'
+    why = f'{"the model itself" if odd.all() else "rounding it"} gives logits that are not numbers'
     raise ValueError(f'{b.checkpoint.name}: the KL of {u.path} in {f} is not finite: {why}; its weights are too large '
                      f'for {b.name}')
 

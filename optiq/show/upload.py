@@ -6,6 +6,7 @@
 __all__ = ['upload']
 
 # %% ../../nbs/65_show.upload.ipynb #89b6ea52
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,24 @@ def _files_to_send(folder: Path) -> dict: # path in the repository ▸ bytes
     found = {f for pattern in _SENT for f in folder.glob(pattern) if f.is_file() and not f.is_symlink()}
     inside = {f.relative_to(folder).as_posix(): f.stat().st_size for f in sorted(found)}
     return {k: n for k, n in inside.items() if not any(part.startswith('.') for part in k.split('/'))}
+
+# %% ../../nbs/65_show.upload.ipynb #d0009bd4
+_HERE = re.compile(r'[~.]{0,2}[/\\]|[A-Za-z]:[/\\]|.*\.(txt|jsonl|parquet)(:[\d.]+)?$')
+
+def _without_paths(text: str, names: set) -> str: # names: of folders here, such as the source's
+    "JSON whose strings name no place on this machine; of several in a string, commas between them, each"
+    def last(place): return re.split(r'[/\\]', place[0].rstrip('/\\'))[-1]
+    def shorter(found):
+        parts = re.sub(r'[^,]+', lambda m: last(m) if m[0] in names or _HERE.match(m[0]) else m[0], said := json.loads(found[0]))
+        return found[0] if parts == said else dumps(parts, ensure_ascii=False)
+    return re.sub(r'"(?:[^"\\\n]|\\.)*"', shorter, text)
+
+def _private(folder: Path, files, plan: Plan, source: dict) -> dict: # path in the repository ▸ text
+    "Files of ours that name a place on this machine, as they may be sent"
+    names = {plan.model} if plan.model != source.get('base_model') else set()
+    ours = [k for k in files if k.endswith('.json') and (k.startswith('optiq/') or k == 'kv_config.json')]
+    found = {k: (folder/k).read_text(encoding='utf-8') for k in ours}
+    return {k: _without_paths(t, names) for k, t in found.items() if _without_paths(t, names) != t}
 
 # %% ../../nbs/65_show.upload.ipynb #f37dbc94
 _HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[\w.-]+')
@@ -127,6 +146,7 @@ def upload(
     source = _source_of(plan, api)
     made = {'README.md': _card(folder, repo, plan, source, c).encode(), 'optiq/plan.svg': plan_svg(plan).encode()}
     files = _files_to_send(folder)
+    made |= {k: t.encode() for k, t in _private(folder, files, plan, source).items()}
     u = _Upload(repo, files | {k: len(v) for k, v in made.items()}, made['README.md'].decode(), source)
     if send and not api.token: raise ValueError('sending needs a token; log in with: hf auth login')
     if send is False or not api.token:
@@ -135,6 +155,6 @@ def upload(
     show('\n'.join(repr(u).splitlines()[:-1]))
     api.create_repo(repo, private=private, exist_ok=True)
     parts = [CommitOperationAdd(k, v) for k, v in made.items()]
-    parts += [CommitOperationAdd(k, str(folder/k)) for k in files]
+    parts += [CommitOperationAdd(k, str(folder/k)) for k in files if k not in made]
     u.sent = str(api.create_commit(repo, parts, commit_message=f'{plan.nominal_bpw:.2f} nominal bits').commit_url)
     return u

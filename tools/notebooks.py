@@ -1,0 +1,60 @@
+"""Run notebooks as `nbdev_test` does, in less time: all of them, or those that are named
+
+    python tools/notebooks.py [nbs/05_plan.ipynb …]
+
+Two workers take them from a list in which the long ones come first, so that neither waits for the other at the end.
+A notebook shows the figures of its full text. What it asserts holds for any text, so here sequences have half the
+length, except where an assertion is a comparison with an error bar, and a sequence that stands alone.
+"""
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from nbdev.test import test_nb
+
+from blas import fast_blas
+
+LONG = '08_pipeline', '05c_refine', 'index', '04d_measure.gradient', '46_score', 'llm', '07_convert', '37_evals.needle', \
+       '33_evals.tasks', '62a_show.demos', '06_rounding', '11d_kv.rotated', '31_evals.perplexity', '11f_kv.sweep'
+WHOLE = '02_calibration', '06_rounding', '30_report', '45_evals.verify' # their assertions need all of the text
+
+def shorter(make, texts, tokenizer, n=8, seq_len=128, *args, **options):
+    "`token_batch` with half of the tokens in a sequence"
+    if n > 1 and not Sequences.whole: seq_len = max(seq_len//2, min(seq_len, 32))
+    return make(texts, tokenizer, n, seq_len, *args, **options)
+
+class Sequences: whole = False
+
+def prepare(root: Path):
+    "What a worker does before its first notebook"
+    os.environ.setdefault('MLX_DISABLE_COMPILE', '1') # on a CPU every compiled function costs seconds of a C++ compiler
+    fast_blas()
+    from optiq import calibration # before any module that takes the function from it
+    calibration.token_batch = partial(shorter, calibration.token_batch)
+    os.chdir(root/'nbs')
+
+def run(path: Path, root: Path, skip: list) -> tuple: # name, passed, seconds
+    Sequences.whole = path.stem in WHOLE
+    passed, seconds = test_nb(path, skip_flags=skip, basepath=root)
+    return path.name, passed, seconds
+
+def rank(path: Path) -> int: return LONG.index(path.stem) if path.stem in LONG else len(LONG)
+
+def main():
+    root, start = Path(__file__).parents[1], time.time()
+    files = [Path(p).absolute() for p in sys.argv[1:]] or sorted(p.absolute() for p in nbglob(as_path=True))
+    job = partial(run, root=root, skip=get_config().tst_flags.split())
+    with ProcessPoolExecutor(2, initializer=prepare, initargs=(root,)) as pool: found = list(pool.map(job, sorted(files, key=rank)))
+    for name, _, seconds in sorted(found, key=lambda row: -row[2]): print(f'{name}: {seconds:.0f} secs')
+    failed = [name for name, passed, _ in found if not passed]
+    if failed or not found: sys.exit(f'failed: {", ".join(failed)}' if failed else 'no notebook found')
+    print(f'{len(found)} notebooks passed in {time.time()-start:.0f} s')
+
+if __name__ == '__main__':
+    from notebooks import main # a notebook becomes `__main__`, so workers look for our functions under this name
+    main()

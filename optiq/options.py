@@ -112,6 +112,9 @@ _SHARED |= dict(
     time_budget=click.option('--time-budget', type=float, callback=lambda ctx, param, x: None if x is None else 60*x, metavar='MINUTES',
         help='time for the sweep, by which its method is chosen  [default: 10]'))
 
+_SHARED['statistics'] = click.option('--statistics', type=click.Path(), metavar='FILE',
+    help='what search learns from the text, .safetensors; read, or written if it is not there')
+
 # %% ../nbs/89a_options.ipynb #8631f2ce
 _NAMED = {'pin': 'the one format of units, by path or kind', 'ceiling': 'units that get no wider format',
           'floor': 'units that get no narrower format'}
@@ -139,7 +142,7 @@ def _as_bytes(unit: int): # ▸ callback of an option
     "Bytes of a size that is given in other units"
     return lambda ctx, param, x: None if x is None else int(x*unit)
 
-_MB, _GB = 2**20, 2**30
+_MB = 2**20
 
 # %% ../nbs/89a_options.ipynb #ceed7fcd
 class _Size(click.ParamType):
@@ -154,6 +157,13 @@ class _Size(click.ParamType):
         if 0 < size < 2**60: return int(size)
         more = f', or {self.word}' if self.word else ''
         self.fail(f'{value} is not a size, such as 16GB or a number of {self.unit}{more}', param, ctx)
+
+def _memory_for_states(name: str): # ▸ option
+    "How much a sweep keeps at a time, under the name that what is called has for it"
+    return click.option('--max-memory', name, type=_Size('GB'), metavar='16GB',
+                        help='memory for states of the sweep; default: two thirds of what is free')
+
+_SHARED['states_memory'] = _memory_for_states('states_memory')
 
 # %% ../nbs/89a_options.ipynb #dc84791b
 def _check_length(model: str, given: dict):

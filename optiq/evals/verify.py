@@ -215,7 +215,7 @@ def _check_kl(c: Checkpoint, plan, sweep, reference: Backend | None, text, withi
 # %% ../../nbs/45_evals.verify.ipynb #3467bf0d
 def _other_text(c: Checkpoint, text): # ▸ tokens, or samples
     "Some of the evaluation side of a text"
-    if c.model_type != 'llm': return batch_for(c, text, 4, split='test')
+    if not c.text_only: return batch_for(c, text, 4, split='test')
     return evaluation_tokens(text, c.tokenizer, 4, 256)
 
 # %% ../../nbs/45_evals.verify.ipynb #6837656d

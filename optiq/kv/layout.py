@@ -180,16 +180,15 @@ def kv_layout(
     "What a model caches; raises ValueError if nothing of it can be quantized"
     if context < 1: raise ValueError(f'`context` must be at least 1 token, not {context}')
     c = Checkpoint(model) if isinstance(model, (str, Path)) else model
-    layers = kv_layers(opened := c.load() if isinstance(c, Checkpoint) else c)
-    if isinstance(c, Checkpoint): layers = _numbered(layers, c.n_blocks-len(language(opened).layers))
+    opened = c.load() if isinstance(c, Checkpoint) else c
+    layers = kv_layers(opened)
+    if isinstance(c, Checkpoint): # which numbers the blocks of its encoder before those of its language model
+        before = c.n_blocks-len(language(opened).layers)
+        layers = [l if l.block is None else replace(l, block=l.block+before) for l in layers]
     layout = KVLayout(tuple(layers), getattr(c, 'name', ''), context, weights, statistics)
     if not layout.units: raise ValueError('nothing of this cache can be quantized: '+', '.join(
         f'{what} ({n} layers)' for what, n in Counter(layout.left.values()).items()))
     return layout
-
-def _numbered(layers: list, before: int) -> list: # blocks that a checkpoint lists before those of its language model
-    "The same layers, their blocks numbered through all parts of a model"
-    return [l if l.block is None else replace(l, block=l.block+before) for l in layers]
 
 
 # %% ../../nbs/11_kv.layout.ipynb #ec26e6e6

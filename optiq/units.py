@@ -78,7 +78,8 @@ def block_lists(
     "The lists that hold a model's blocks, those of its language model last; raises ValueError if there is none"
     speaks = model if model_type == 'llm' or hasattr(model, 'layers') else getattr(model, 'language_model', None)
     own = {id(m) for m in getattr(speaks, 'layers', None) or ()}
-    def holds(blocks): return id(blocks[0]) in own or not (own and model_type == 'llm') and _attends(blocks[0])
+    def attends(module): return any('attn' in p or 'attention' in p for p, _ in module.named_modules())
+    def holds(blocks): return id(blocks[0]) in own or not (own and model_type == 'llm') and attends(blocks[0])
     def walk(module, path):
         for name, child in module.items():
             here = f'{path}.{name}'.lstrip('.')
@@ -89,8 +90,6 @@ def block_lists(
     found = {here: many for _, here, many in sorted(walk(model, ''), key=lambda x: x[0])} # stable: as it makes them
     if not found: raise ValueError(f'{type(model).__module__} keeps its blocks where they cannot be replayed')
     return found
-
-def _attends(module): return any('attn' in p or 'attention' in p for p, _ in module.named_modules())
 
 # %% ../nbs/01b_units.ipynb #2217ff67
 def find_units(

@@ -77,19 +77,16 @@ def torch_listening(hear, names: dict): # id of a parameter ▸ paths of its uni
     "A context in which every product with one of these parameters is heard"
     import torch
     from torch.overrides import TorchFunctionMode
+    def expert_of(w, whole): # a slice of a tensor of experts ▸ its number; None for the whole tensor
+        if w is not whole: return (w.storage_offset()-whole.storage_offset())//whole.stride(0)
     class Listener(TorchFunctionMode):
         def __torch_function__(self, f, types, args=(), kwargs=None):
             if f is torch.nn.functional.linear:
                 x, w = args[:2]
                 whole = w if id(w) in names else w._base
-                for path in names.get(id(whole), ()): hear(path, x, _which_expert(w, whole))
+                for path in names.get(id(whole), ()): hear(path, x, expert_of(w, whole))
             return f(*args, **(kwargs or {}))
     return Listener()
-
-# %% ../../nbs/03a_backends.taps.ipynb #4969fdcb
-def _which_expert(w, whole): # a slice of a tensor of experts, or the tensor itself
-    "Number of the expert; None for a tensor that is multiplied as a whole"
-    if w is not whole: return (w.storage_offset()-whole.storage_offset())//whole.stride(0)
 
 # %% ../../nbs/03a_backends.taps.ipynb #16982f7a
 def torch_products(answer): # called with (key of the matrix, x, weight, multiply)

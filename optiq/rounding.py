@@ -44,7 +44,8 @@ def _enough(tokens, n: int = 1024) -> np.ndarray: # the first sequences, of `n` 
 
 def _listened(b: Backend, tokens, method: str): # ▸ Statistics, or those that a file holds
     "What `search` and `gptq` know of each unit's inputs, on unperturbed states"
-    if method == 'search': return tokens if isinstance(tokens, _Learned) else Statistics(b, _enough(tokens), whole=False)
+    if method == 'search':
+        return tokens if isinstance(tokens, _Learned) else Statistics(b, _enough(tokens), whole=False)
     if isinstance(tokens, _Learned) and method == 'gptq': raise ValueError(
         '`statistics` serve search alone: gptq hears what the errors before it made of the text, and needs that')
     return Statistics(b, tokens)

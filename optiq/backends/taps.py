@@ -205,7 +205,7 @@ def torch_watching(model, see): # called with (layer, queries, keys, values)
 
 # %% ../../nbs/03a_backends.taps.ipynb #71d2b7e9
 @contextmanager
-def mlx_watching(model, see, lists=None): # called with (block, queries, keys, values); lists: as `mlx_blocks` takes them
+def mlx_watching(model, see, lists=None): # called with (block, queries, keys, values); lists: as for `mlx_blocks`
     "While this lasts, `see` is told what attention sees"
     lists, now = lists or block_lists(model), None
     blocks = _blocks(model, lists)

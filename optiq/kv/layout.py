@@ -51,7 +51,8 @@ class KVLayer:
 def language(model):
     "The part of a model that writes text, and so has a cache: in mlx-vlm a part, in mlx-lm the model itself"
     model = vars(model).get('_model', model) # Qwen3-ASR stands in a shell
-    return model.language_model if hasattr(model, 'get_input_embeddings') and hasattr(model, 'language_model') else model
+    parts = hasattr(model, 'get_input_embeddings') and hasattr(model, 'language_model')
+    return model.language_model if parts else model
 
 def own_caches(model) -> list:
     "The caches that a model makes for itself, whatever was installed on it; raises ValueError if it makes none"

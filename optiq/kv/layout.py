@@ -63,7 +63,6 @@ def own_caches(model) -> list:
         f'{type(model).__module__} keeps its cache in a form of its own, which is left as it is')
     return make(model) if make else [KVCache() for _ in model.layers]
 
-
 # %% ../../nbs/11_kv.layout.ipynb #330d49ca
 class _Listener:
     "Writes down what caches are given, by which block, and whether what they return arrives in attention"

@@ -385,9 +385,8 @@ def _label(ax, points: list): # of (name, x, y)
     for name, x, y in points:
         tried = [ax.annotate(name, (x, y), (dx, dy), ha=ha, **halo) for dx, dy, ha in _PLACES]
         boxes = [t.get_window_extent() for t in tried]
-        def trouble(box): return box.count_overlaps(taken)+3*(not (ax.bbox.containsx(box.x0) and ax.bbox.containsx(box.x1)
-                                                              and ax.bbox.containsy(box.y0) and ax.bbox.containsy(box.y1)))
-        best = min(range(len(tried)), key=lambda k: trouble(boxes[k]))
+        outside = [not (ax.bbox.contains(*b.min) and ax.bbox.contains(*b.max)) for b in boxes]
+        best = min(range(len(tried)), key=lambda k: boxes[k].count_overlaps(taken)+3*outside[k])
         for k, t in enumerate(tried):
             if k != best: t.remove()
         taken.append(boxes[best])

@@ -38,6 +38,7 @@ def test_layers_that_cannot_be_quantized_are_refused(tmp_path):
     layout = kv_layout(c, 64)
     config = kv_config(uniform(layout, 4), layout)
     assert config['layers'][0]['left'] == 'recurrent state' and config['layers'][0]['keys'] == 'as-is'
+    assert sum(r.get('nbytes', 0) for r in config['layers']) == layout.other_bytes
     caches = mixed_caches(c.load(), read_kv_config(config, c.load()))
     assert [type(x).__name__ for x in caches] == ['ArraysCache']*3+['MixedKVCache']
     config['layers'][0]['keys'] = '4g64'

@@ -183,7 +183,8 @@ def kv_layout(
     if isinstance(c, Checkpoint): layers = _numbered(layers, c.n_blocks-len(language(opened).layers))
     layout = KVLayout(tuple(layers), getattr(c, 'name', ''), context, weights, statistics)
     if not layout.units: raise ValueError('nothing of this cache can be quantized: '+', '.join(
-        f'{what} ({n} layers)' for what, n in Counter(layout.left.values()).items()))
+        f'{what} ({n} layers)' for what, n in Counter(layout.left.values()).items())
+        +f'; it holds {layout.nbytes:,} bytes at {context:,} tokens')
     return layout
 
 def _numbered(layers: list, before: int) -> list: # blocks that a checkpoint lists before those of its language model

@@ -268,7 +268,8 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
     _finish(found['figures'], text, as_json)
 
 # %% ../../nbs/89b_commands.make.ipynb #56f4b86b
-_OPENED = dict(vlm='from mlx_vlm import load; model, processor = load', audio='from mlx_audio.stt import load; model = load')
+_OPENED = dict(vlm='from mlx_vlm import load; model, processor = load',
+               audio='from mlx_audio.stt import load; model = load')
 
 def _use_of(model: str, out: str, r: dict) -> str: # r: what `optimize` gave
     "How a cache that was planned is used: by a command, or where a model sees or listens, by its library"

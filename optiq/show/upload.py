@@ -37,7 +37,8 @@ def _without_paths(text: str, names: set) -> str: # names: of folders here, such
     "JSON whose strings name no place on this machine; of several in a string, commas between them, each"
     def last(place): return re.split(r'[/\\]', place[0].rstrip('/\\'))[-1]
     def shorter(found):
-        parts = re.sub(r'[^,]+', lambda m: last(m) if m[0] in names or _HERE.match(m[0]) else m[0], said := json.loads(found[0]))
+        said = json.loads(found[0])
+        parts = re.sub(r'[^,]+', lambda m: last(m) if m[0] in names or _HERE.match(m[0]) else m[0], said)
         return found[0] if parts == said else dumps(parts, ensure_ascii=False)
     return re.sub(r'"(?:[^"\\\n]|\\.)*"', shorter, text)
 
@@ -136,7 +137,10 @@ def upload(
     api = None, # of `huggingface_hub`; one with your token by default
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
 ) -> _Upload:
-    "Publish a converted model; raises ValueError for a bad `repo`, or if `send` without a token; FileNotFoundError without a plan"
+    """Publish a converted model
+
+    Raises ValueError for a bad `repo`, or for `send` without a token; FileNotFoundError without a plan.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     if not _HUB_ID.fullmatch(repo): raise ValueError(f'{repo!r} is not a name on the Hub; give user/name')
     folder, api = as_path(folder), api or HfApi(token=get_token())

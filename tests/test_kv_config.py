@@ -11,7 +11,7 @@ from optiq.models import Checkpoint
 from optiq.plan import uniform
 
 @pytest.mark.parametrize('change, message', [
-    (dict(optiq='plan'), 'is no kv_config'), (dict(version=2), 'version 2, and this optiq reads 1'),
+    (dict(optiq='plan'), 'is not a kv_config'), (dict(version=2), 'version 2, and this optiq reads 1'),
     (dict(layers=None), 'layers is null, and should be a list'), (dict(layers=[{}]), r'layers\[0\] lacks layer and heads')])
 def test_broken_configs(served, change, message):
     with pytest.raises(ValueError, match=message): read_kv_config(served[1] | change, served[0])

@@ -186,9 +186,9 @@ def kv_layout(
         layers = [l if l.block is None else replace(l, block=l.block+before) for l in layers]
     layout = KVLayout(tuple(layers), getattr(c, 'name', ''), context, weights, statistics)
     if not layout.units: raise ValueError('nothing of this cache can be quantized: '+', '.join(
-        f'{what} ({n} layers)' for what, n in Counter(layout.left.values()).items()))
+        f'{what} ({n} layers)' for what, n in Counter(layout.left.values()).items())
+        +f'; it holds {layout.nbytes:,} bytes at {context:,} tokens')
     return layout
-
 
 # %% ../../nbs/11_kv.layout.ipynb #ec26e6e6
 @lru_cache(8)

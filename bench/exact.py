@@ -233,7 +233,7 @@ def mlx(args, folder):
     out = dict(free_gb=b.free_memory()/2**30)
     for narrow in ('bfloat16', None):
         b.narrow = narrow
-        out[str(narrow)] = sweep.against_plain(b, ids, 20)
+        out[str(narrow)] = sweep.against_plain(b, ids, 40)
         print('mlx', narrow, json.dumps(out[str(narrow)]), flush=True)
     try:
         ballast = [mx.zeros((2**28,), mx.float32)+k for k in range(int(b.free_memory()/2**30)-args.left)]

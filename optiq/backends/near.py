@@ -8,6 +8,8 @@ __all__ = ['Near']
 # %% ../../nbs/03h_backends.near.ipynb #ffa3f940
 from contextlib import contextmanager, nullcontext
 
+from fastcore.basics import patch
+
 from .replay import Backend
 
 # %% ../../nbs/03h_backends.near.ipynb #36d30901
@@ -38,6 +40,7 @@ class Near:
     def _narrow(self, x): return self.b.typed(x, self.b.narrow)
 
 # %% ../../nbs/03h_backends.near.ipynb #4c2b088e
+@patch
 def _differ(self: Near, key, x, w, multiply): # x (k·B, …, in_dims) ▸ (k·B, …, out_dims)
     "The reference's product, and what differs from it"
     known = self.known.get(key)
@@ -48,6 +51,7 @@ def _differ(self: Near, key, x, w, multiply): # x (k·B, …, in_dims) ▸ (k·B
     if changed: y = y+multiply(self._narrow(x0), self._narrow(w-w0))
     return y.reshape(len(x), *y.shape[2:])
 
+@patch
 def _step(self: Near, x, x0): # ▸ (k, B, …, in_dims)
     "By what the states differ"
     if x is not self.last[0]: self.last = x, self._narrow(x.reshape(-1, *x0.shape)-x0)
@@ -56,5 +60,3 @@ def _step(self: Near, x, x0): # ▸ (k, B, …, in_dims)
 def _same(w, w0) -> bool: # each access to PyTorch's data makes a new tensor of it
     "Whether two names stand for one array"
     return w is w0 or hasattr(w, 'data_ptr') and w.data_ptr() == w0.data_ptr()
-
-Near._differ, Near._step = _differ, _step

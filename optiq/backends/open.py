@@ -6,6 +6,10 @@
 __all__ = ['APART', 'few_logits', 'apart', 'open_backend']
 
 # %% ../../nbs/03f_backends.open.ipynb #6787f6bc
+import sys
+import time
+from functools import cache
+
 import numpy as np
 
 from .mlx import MLXBackend
@@ -16,13 +20,44 @@ from .torch import TorchBackend
 from ..models import Checkpoint, check_two_heads
 
 # %% ../../nbs/03f_backends.open.ipynb #bd91567e
+_SMALL = 2**26 # parameters of a model that is quick in any library
+
 def _choose(checkpoint):
     "'mlx', 'torch' or 'stream' for this machine and model"
     import mlx.core as mx
     from importlib.util import find_spec
     if 4*checkpoint.params > available_memory()/2 and not checkpoint.quantized: return 'stream'
-    if checkpoint.model_type != 'llm' or checkpoint.others: return 'mlx'
-    return 'mlx' if mx.default_device().type == mx.DeviceType.gpu or not find_spec('torch') else 'torch'
+    if checkpoint.model_type != 'llm' or checkpoint.others or not find_spec('torch'): return 'mlx'
+    if checkpoint.params < _SMALL: return 'mlx' if mx.default_device().type == mx.DeviceType.gpu else 'torch'
+    return _quicker(tuple(u.shape[-2:] for u in checkpoint.units if u.block == 0))
+
+# %% ../../nbs/03f_backends.open.ipynb #e10a0719
+def _products(name: str, shapes: tuple) -> list:
+    "Random states and matrices in a library, where its backend computes"
+    if name == 'mlx':
+        import mlx.core as mx
+        return [(mx.random.normal((512, width)), mx.random.normal((out, width))) for out, width in shapes]
+    import torch
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    return [(torch.randn(512, width, device=device), torch.randn(out, width, device=device)) for out, width in shapes]
+
+def _seconds(pairs: list) -> float:
+    "Of all products, the smaller of two times after one that wakes the library up"
+    taken = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for x, w in pairs: float((x @ w.T).sum())
+        taken.append(time.perf_counter()-start)
+    return min(taken[1:])
+
+@cache
+def _quicker(shapes: tuple) -> str: # of the matrices of a block; measured once a process
+    "'torch' or 'mlx', by the time of these matrices on 512 tokens; says so on stderr"
+    taken = {name: _seconds(_products(name, shapes)) for name in ('torch', 'mlx')}
+    found = min(taken, key=taken.get)
+    said = ', '.join(f'{1e3*s:.1f} ms in {name}' for name, s in taken.items())
+    print(f'backend {found}: the matrices of a block take {said}', file=sys.stderr)
+    return found
 
 # %% ../../nbs/03f_backends.open.ipynb #d7b10002
 _FEW, APART = 16, .05 # tokens that are compared; the part of the logits by which they may differ

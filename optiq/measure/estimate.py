@@ -122,9 +122,10 @@ class _Timing:
 
 # %% ../../nbs/04b_measure.estimate.ipynb #b7e9e1fe
 def _time(f):
-    "Seconds of the middle one of five calls, or of the slower of two that take long"
+    "Seconds of the middle one of up to five calls, after one that wakes the libraries up"
+    f()
     out = []
-    while len(out) < 2 or len(out) < 5 and sum(out) < .2:
+    while not out or len(out) < 5 and sum(out) < .1:
         start = time.perf_counter()
         f()
         out.append(time.perf_counter()-start)

@@ -25,14 +25,6 @@ from pathlib import Path
 
 import numpy as np
 
-from optiq.backends.torch import TorchBackend
-from optiq.calibration import fingerprint, passages, token_batch
-from optiq.evals.perplexity import evaluate, overrides_of
-from optiq.models import Checkpoint
-from optiq.plan import uniform
-from optiq.report import machine
-from optiq.rounding import as_overrides, round_model
-
 def modules(side: str): # 'train' or 'test' ▸ (source, syntax tree) of modules
     "The standard library, every other module for each side"
     for f in sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py')):
@@ -83,7 +75,15 @@ def numbers(side, tokenizer):
 
 TEXTS = dict(prose=prose, code=code, dialogue=dialogue, numbers=numbers)
 
-def main():
+def main(): # the texts alone need none of these
+    from optiq.backends.torch import TorchBackend
+    from optiq.calibration import fingerprint, passages, token_batch
+    from optiq.evals.perplexity import evaluate, overrides_of
+    from optiq.models import Checkpoint
+    from optiq.plan import uniform
+    from optiq.report import machine
+    from optiq.rounding import as_overrides, round_model
+
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', required=True)
     p.add_argument('--format', default='4g64')

@@ -18,7 +18,7 @@ from .formats import AS_IS, Format, parse_formats
 from .plan import by_width
 from .readers import shown
 from .solver import Problem, undominated
-from .wishes import _about, _allowed, _Wish
+from .wishes import _allowed, _Wish
 
 # %% ../nbs/05e_budget.ipynb #88c92095
 @dataclass
@@ -53,7 +53,7 @@ def show(self: Budget,
 
 # %% ../nbs/05e_budget.ipynb #7bdf4e02
 def _check_half_caps(max_ms, costs_ms, max_memory, cache, **caps):
-    "Raise ValueError for a cap that is no number, or on something whose cost was not given"
+    "Raise ValueError for a cap that is not a number, or that lacks its costs or its cache"
     caps |= dict(max_ms=max_ms, max_memory=max_memory)
     odd = [k for k, v in caps.items() if v is not None and not isinstance(v, Real)]
     if odd: raise ValueError(f'`{odd[0]}` is {shown(caps[odd[0]])}, and should be a number')
@@ -73,7 +73,7 @@ def budgets_of(
     max_ms: float | None = None, # per token
     costs_ms: Callable | None = None, # (unit, format) ▸ milliseconds; may have an attribute `fixed`
 ) -> list[Budget]:
-    "The usual budgets, those that have a limit"
+    "Budgets for all caps that have a limit: bits per weight, bytes, bytes with a cache, milliseconds"
     _check_half_caps(max_ms, costs_ms, max_memory, cache, target_bpw=target_bpw, true_bpw=true_bpw,
                      max_bytes=max_bytes)
     other, params = sweep.header.get('other_bytes', 0), sweep.header.get('params')
@@ -128,7 +128,7 @@ def candidates(
 
 # %% ../nbs/05e_budget.ipynb #509e5a1b
 def _options(us, table, fmts, wishes=()):
-    "The formats that all units of a row can take and its wishes allow, fewest bytes first"
+    "The formats that a row takes and its wishes allow, fewest bytes first; raises ValueError if none is left"
     menu = dict.fromkeys([*fmts, *(w.only for w in wishes if w.only)])
     def measured(u): return [f for f in menu if not u.keeps(f) and u.takes(f) and (u.path, f) in table]
     def kept(u): return [u.kept]*(u.stored is not None or any(map(u.keeps, menu)))
@@ -164,12 +164,13 @@ def make_problem(
     wishes: list = (), # Wishes
     key: Callable = lambda u: u.path, # units with the same key share a format
 ) -> Problem:
-    "Rows, options, and their numbers"
+    "Rows of units, their options, and KL and costs of each, as arrays for the solver"
     groups = {}
     leader = {u.path: u for u in sweep.units}
     for u in sorted(sweep.units, key=lambda u: u.path): groups.setdefault(key(leader.get(u.twin, u)), []).append(u)
     rows = list(groups.values())
-    options = [_options(us, table, fmts, _about(wishes, us)) for us in rows]
+    def about(us): return [w for w in wishes if any(u.path in w.paths for u in us)]
+    options = [_options(us, table, fmts, about(us)) for us in rows]
     samples, costs = _numbers_of(rows, options, table, budgets)
     paths, caps = [tuple(u.path for u in us) for us in rows], np.array([b.cap for b in budgets])
     return Problem(paths, options, samples, costs, caps, undominated(samples.mean(2), costs))
@@ -179,7 +180,7 @@ def _contradiction(
     p: Problem,
     budgets: list[Budget],
 ) -> ValueError:
-    "The error that names the caps which cannot be met together, and none that has no part in it"
+    "The error that names the caps that exclude each other, and only these"
     def possible(ks):
         kl = undominated(p.samples.mean(2), p.costs[ks])
         try: return replace(p, costs=p.costs[ks], caps=p.caps[ks], kl=kl).solve()

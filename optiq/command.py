@@ -62,11 +62,6 @@ class _Filled(click.ParamType):
 
 _NUMBERS = {click.INT: Number(click.INT, 10**7), click.FLOAT: Number(click.FLOAT, 10**12)}
 
-def _checked(kind: click.ParamType) -> click.ParamType:
-    "The type that stands for what was declared"
-    return _Filled(kind) if kind is click.STRING or isinstance(kind, click.Path) else _NUMBERS.get(kind, kind)
-
-
 # %% ../nbs/89_command.ipynb #19e79b25
 _ALSO = dict(target_bpw='targets', max_ms='target_tps', cache='kv') # name ▸ the option's, where it has another
 _CAPS = 'target_bpw', 'true_bpw', 'max_bytes', 'max_memory', 'max_ms' # known without backticks
@@ -108,7 +103,9 @@ class Command(click.Command):
     "A command whose errors are one line on stderr and exit status 1, and whose numbers and texts are checked"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for p in self.params: p.type = _checked(p.type)
+        for p in self.params:
+            filled = p.type is click.STRING or isinstance(p.type, click.Path)
+            p.type = _Filled(p.type) if filled else _NUMBERS.get(p.type, p.type)
 
     def parse_args(self, ctx, args):
         given = self.make_parser(ctx).parse_args(list(args))[0]

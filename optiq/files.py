@@ -157,9 +157,9 @@ def _traces(out: Path) -> list:
     name = re.compile(rf'\.{re.escape(out.name)}-[a-z0-9_]{{8}}\.optiq-(part|old)')
     if not out.parent.is_dir(): return []
     found = [f for f in out.parent.iterdir() if name.fullmatch(f.name) and f.is_dir() and not f.is_symlink()]
-    return [f for f in found if os.access(f, os.W_OK | os.R_OK) and (_read_mark(f) or _unmarked(f))]
-
-def _unmarked(part): return {*os.listdir(part)} <= {_part_of(part/_MARK).name} # nothing was written there yet
+    found = [f for f in found if os.access(f, os.W_OK | os.R_OK)]
+    def new(f): return {*os.listdir(f)} <= {_part_of(f/_MARK).name} # nothing was written there yet
+    return [f for f in found if _read_mark(f) or new(f)]
 
 # %% ../nbs/71_files.ipynb #6d50036d
 def _clear_stale(out: Path):
@@ -304,10 +304,6 @@ def added_files(folder: 'str | Path', *names: str, overwrite: bool = False): # â
                 (part/n).replace(folder/n)
 
 # %% ../nbs/71_files.ipynb #f0a82ce5
-def _begins(kind: str, **more) -> str:
-    "The first words of a file of ours"
-    return json.dumps(dict(optiq=kind, **more))[:-1]
-
 def _ours(file: Path, first: str) -> bool:
     with file.open('rb') as f: data = f.read(len(first))
     return data == first.encode()[:len(data)] and (len(data) == len(first) or file.stat().st_size == len(data))
@@ -326,7 +322,7 @@ def own_file(
     if out.is_dir(): raise IsADirectoryError(f'{out} is a folder; give a file')
     if out.exists() and not out.is_file(): raise FileExistsError(f'{out} is not a plain file; give another')
     what = f'{kind} file that optiq began' if not more else f'{" and ".join(more)} of a run'
-    if out.exists() and not _ours(out, begins or _begins(kind, **more)): raise FileExistsError(
+    if out.exists() and not _ours(out, begins or json.dumps(dict(optiq=kind, **more))[:-1]): raise FileExistsError(
         f'{out} exists and is not a {what}, so it stays as it is; give another output')
     return out
 

@@ -16,7 +16,7 @@ from .readers import known
 
 # %% ../nbs/05f_frontier.ipynb #abd46442
 class Frontier(list):
-    "Plans, the baselines to compare them with, the plan for the bytes of each baseline, and what was measured"
+    "Plans, the baselines, the best plan in the bytes of each baseline, and measured KL where we have it"
     def __init__(self, plans=(), baselines=(), rivals=(), scores=()):
         super().__init__(plans)
         self.baselines = list(baselines) # Plans
@@ -33,7 +33,7 @@ class Frontier(list):
 # %% ../nbs/05f_frontier.ipynb #54aac1df
 @patch
 def curves(self: Frontier) -> dict: # profile ▸ its plans
-    "Plans by the first part of their name"
+    "The plans of each profile; a plan is named by profile and target"
     curves = {}
     for p in self: curves.setdefault(p.name.rsplit(' ', 1)[0], []).append(p)
     return curves
@@ -41,13 +41,13 @@ def curves(self: Frontier) -> dict: # profile ▸ its plans
 # %% ../nbs/05f_frontier.ipynb #e2e25d54
 @patch
 def points(self: Frontier) -> list: # of dicts
-    "The figures of everyone, with the measured KL of those that were measured"
+    "One row per plan: bits, bytes and predicted KL, with the measured KL in nats where we have it"
     def measured(p): return mean_se(self.scores[p.name]) if p.name in self.scores else (None, None)
     return [p.point() | known(dict(zip(('kl', 'kl_se'), measured(p)))) for p in self.everyone()]
 
 @patch
 def versus(self: Frontier) -> list: # of dicts
-    "Each baseline that was measured against the plan with its bytes, sequence by sequence"
+    "One row per measured baseline: its KL, that of the plan in its bytes, the difference ± its error, a verdict"
     found = []
     for flat in self.baselines:
         plan = self.rivals.get(flat.name)
@@ -88,7 +88,7 @@ COLOURS = '#0072B2', '#009E73', '#CC79A7', '#56B4E9', '#E69F00'
 
 @patch
 def _marks(self: Frontier, plans, predicted): # ▸ (3, n) true bits, KL, its standard error
-    "Of those plans that were measured; of all as they are predicted, if none was"
+    "Points to draw: the measured plans, or the predictions of all if none was measured"
     seen = [(p.true_bpw, *mean_se(self.scores[p.name])) for p in plans if p.name in self.scores]
     if not seen and predicted: seen = [(p.true_bpw, p.predicted_kl, p.predicted_kl_se) for p in plans]
     return np.array(seen or [(nan, nan, nan)]).T

@@ -32,7 +32,7 @@ def _compensated(xp, w, s, b, top, u): # w, s, b (in_dims, rows), top (rows,), u
 
 # %% ../nbs/06c_gptq.ipynb #82aa67e6
 def _first_look(xp, w, s, top, u): # w, s (BLOCK, rows), u (BLOCK, BLOCK)
-    "Codes and errors of a few columns, each rounded when the errors of those before it are known"
+    "Codes and errors of a few columns, rounded one after another; each makes up for the errors before it"
     codes, errors, zero = xp.zeros_like(w), xp.zeros_like(w), xp.zeros_like(top)
     for k in range(len(w)):
         z = w[k]-u[:k, k] @ errors[:k] if k else w[k]
@@ -42,7 +42,7 @@ def _first_look(xp, w, s, top, u): # w, s (BLOCK, rows), u (BLOCK, BLOCK)
 
 # %% ../nbs/06c_gptq.ipynb #46d852e0
 def _settle(xp, *arrays):
-    "Let a lazy library catch up"
+    "Compute these arrays now, in a library that is lazy"
     if xp.__name__ != 'torch': xp.eval(*arrays)
 
 # %% ../nbs/06c_gptq.ipynb #523b2fa2
@@ -107,7 +107,7 @@ def gptq(
     fmt: Format,
     stats: 'Inputs | list', # what `w` is multiplied with; a list for experts
 ) -> '_Rounded | _MinMax':
-    "Codes that make good for each other's errors, on the grid that `search` finds"
+    "GPTQ (Frantar et al., 2022, arXiv 2210.17323) and a second pass, on the grid that `search` finds"
     return _gptq_all([w], [fmt], stats)[0]
 
 # %% ../nbs/06c_gptq.ipynb #dd1380a9
@@ -116,7 +116,7 @@ def _gptq_all(
     formats: list, # one for each
     stats: 'Inputs | list', # of those inputs; a list for experts
 ) -> list: # of Rounded or MinMax
-    "`gptq` of several weights, or of one in several formats, for little more than the time of one"
+    "`gptq` of several weights that read the same inputs, or of one weight in several formats, in one pass"
     if weights[0].ndim > 2:
         experts = enumerate(_per_expert(stats, len(weights[0])))
         return [_stack(r) for r in zip(*(_gptq_all([w[e] for w in weights], formats, s) for e, s in experts))]
@@ -131,7 +131,7 @@ def _gptq_all(
 
 # %% ../nbs/06c_gptq.ipynb #660251c2
 def _gptq(pairs, stats): # [(weight, format)]
-    "The weights one below the other, in one pass"
+    "Several weights as the rows of one matrix, in one pass"
     xp, f32, _ = library(pairs[0][0])
     h, order, u = _prepared(xp, stats)
     grids = [_find_grid(w, f, stats) for w, f in pairs]
@@ -147,7 +147,7 @@ def _gptq(pairs, stats): # [(weight, format)]
 
 # %% ../nbs/06c_gptq.ipynb #4545f3a2
 def _shrinkage(h, n: int) -> float: # second moments of n tokens ▸ a part of the mean of their diagonal
-    "What few tokens have to be damped by (Chen et al. 2010, oracle approximating shrinkage)"
+    "How much to damp second moments of few tokens: oracle approximating shrinkage (Chen et al. 2010, arXiv 0907.4698)"
     p, trace, squares = len(h), float(h.diagonal().sum()), float((h*h).sum())
     rho = ((1-2/p)*squares+trace**2)/((n+1-2/p)*(squares-trace**2/p)+1e-30)
     return rho/(1-rho) if rho < .99 else 100.

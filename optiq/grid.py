@@ -16,7 +16,7 @@ from .formats import Format, quantize_dequantize, quantize_minmax
 # %% ../nbs/06b_grid.ipynb #50ed958a
 @dataclass
 class _Rounded:
-    "A tensor in an affine format, not packed yet"
+    "Codes, scales and biases of a tensor in an affine format, not packed yet"
     codes: object # (…, out_dims, in_dims) whole numbers, in the checkpoint's type
     scales: object # (…, out_dims, groups), likewise
     biases: object
@@ -37,7 +37,7 @@ class _Rounded:
 # %% ../nbs/06b_grid.ipynb #85236c34
 @dataclass
 class _MinMax:
-    "A tensor in any format by MLX's own rule"
+    "A tensor rounded by MLX's own min-max rule, in any format"
     w: object # (…, out_dims, in_dims)
     fmt: Format
     def dequantize(self): return quantize_dequantize(self.w, self.fmt)
@@ -45,14 +45,14 @@ class _MinMax:
 
 # %% ../nbs/06b_grid.ipynb #67daeb74
 def _nearest(xp, g, s, b, n): # g (…, group), s and b (…, 1), n the largest code
-    "Codes, whole numbers from 0 to n, for a grid that is given"
+    "The nearest codes on a given grid: whole numbers from 0 to n"
     return xp.clip(xp.round((g-b)/s), 0, n)
 
 # %% ../nbs/06b_grid.ipynb #49afa565
 def _total(x): return x.sum(-1, keepdims=True)
 
 def _descend(xp, g, a, n, s, b, cast, steps=5): # g (rows, group), a (rows or 1, group)
-    "Codes for a grid, a grid for the codes, `steps` times; at the end scale and bias (rows, 1) as stored"
+    "Fit codes to the grid and the grid to the codes, `steps` times; returns scale and bias (rows, 1) as stored"
     A, Ag = _total(a), _total(a*g)
     for _ in range(steps):
         q = _nearest(xp, g, s, b, n)
@@ -85,7 +85,7 @@ def search(
     fmt: Format, # affine, or anything that min-max then serves
     stats = None, # what `w` is multiplied with; a list for experts
 ) -> '_Rounded | _MinMax':
-    "Nearest codes on the grid that minimises the squared error, weighted by the mean square of the inputs"
+    "Round on the grid with the least squared error, weighted by mean squares of inputs; other modes by min-max"
     if fmt.mode != 'affine': return _MinMax(w, fmt)
     if w.ndim > 2: return _stack([search(x, fmt, s) for x, s in zip(w, _per_expert(stats, len(w)))])
     scales, biases = _find_grid(w, fmt, stats)
@@ -121,7 +121,7 @@ def _finished(w, codes, scales, biases, fmt: Format) -> _Rounded:
 
 # %% ../nbs/06b_grid.ipynb #a87e504c
 def _stack(parts):
-    "One tensor of its experts' results"
+    "The results of single experts as one tensor"
     fields = ['w'] if isinstance(parts[0], _MinMax) else ['codes', 'scales', 'biases']
     xp = library(getattr(parts[0], fields[0]))[0]
     return type(parts[0])(*(xp.stack([getattr(p, k) for p in parts]) for k in fields), parts[0].fmt)

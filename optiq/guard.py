@@ -27,14 +27,13 @@ def _part(x): # of a message
     where = where.get('url') if isinstance(where, dict) else where
     return x.get('type') in ('image_url', 'input_image', 'image') and _text(where) and where.startswith('data:')
 
-def _call(x): # of a tool
-    called = x.get('function') if isinstance(x, dict) else None
-    return isinstance(called, dict) and isinstance(called.get('arguments', ''), (str, dict))
-
 def _message(x):
     if not isinstance(x, dict) or not _text(x.get('role')): return False
     said, calls = x.get('content'), x.get('tool_calls')
-    return (said is None or _text(said) or _all(_part)(said)) and (calls is None or _all(_call)(calls))
+    if not (said is None or _text(said) or _all(_part)(said)): return False
+    if calls is None: return True
+    if not _all(lambda c: isinstance(c, dict) and isinstance(c.get('function'), dict))(calls): return False
+    return all(isinstance(c['function'].get('arguments', ''), (str, dict)) for c in calls)
 
 # %% ../nbs/09b_guard.ipynb #b3e3d3d8
 def _number(x): return isinstance(x, (int, float)) and abs(x) < _MOST
@@ -75,7 +74,8 @@ def _check_request(body, chat: bool):
 def _read_request(raw: bytes): # ▸ what it holds
     "Parse the JSON body of a request; raises ValueError for NaN, infinities, deep nesting and broken text"
     def real(text):
-        if not math.isfinite(x := float(text)): raise ValueError(f'{text} is not a finite number')
+        x = float(text)
+        if not math.isfinite(x): raise ValueError(f'{text} is not a finite number')
         return x
     try: body = json.loads(raw.decode(), parse_float=real, parse_constant=real)
     except RecursionError: raise ValueError('the request is nested too deeply') from None
@@ -106,9 +106,11 @@ def _check_origin(headers, args):
     "Raise _Refused for a page of another site; `args` are those of mlx_lm.server"
     origin, asked = headers.get('Origin'), _host_of(f'//{headers.get("Host", "")}')
     if origin is None or {origin, '*'} & set(args.allowed_origins): return
-    if (page := _host_of(origin)) != asked or not _is_here(page, ('localhost', args.host)): raise _Refused(
+    page = _host_of(origin)
+    if page != asked or not _is_here(page, ('localhost', args.host)): raise _Refused(
         403, f'pages of {origin} may not ask; --allowed-origins names those that may')
 
+# %% ../nbs/09b_guard.ipynb #42f4aa3d
 def _read_body(headers, file) -> bytes:
     "The body of a request; raises _Refused if it is not JSON or too long"
     kind, length = headers.get_content_type(), headers['Content-Length']

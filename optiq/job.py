@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .backends.open import open_backend
 from .calibration import block_hashes, fingerprint, overlap, shape_of, text_of
 from .evals.perplexity import check_overlap, evaluation_tokens
@@ -108,7 +110,7 @@ def _check_sweep(found: Sweep, name, c: Checkpoint, formats: list, rounding: str
 
 # %% ../nbs/08b_job.ipynb #d7b30002
 def _as_swept(found: Sweep, t: _Batches, c: Checkpoint, rounding: str) -> Sweep: # found
-    "Let the model be rounded from the text that its sweep learned from, if that can be had"
+    "The sweep, with the text that its rounding learned from put into `t`, if we can read it again"
     if rounding == 'minmax': return found
     if isinstance(t.learned, _Learned):
         found.learned = t.learned # it was compared with what the sweep says
@@ -120,7 +122,7 @@ def _as_swept(found: Sweep, t: _Batches, c: Checkpoint, rounding: str) -> Sweep:
 
 # %% ../nbs/08b_job.ipynb #00265bac
 def _find_sweep(b, t: _Batches, formats, sweep, out, rounding=None, **how) -> Sweep: # how: of `kl_sweep`
-    "The sweep to plan with: one that was saved, or a new one that is written beside `out` as it goes"
+    "The sweep to plan with: a saved one after a check, or a new one with its file beside `out`"
     formats, rounding = [f for f in formats if f != AS_IS], _rounding_for(rounding, sweep)
     if sweep is not None:
         _check_sweep(found := _load_sweep(sweep), sweep, b.checkpoint, formats, rounding)
@@ -160,7 +162,7 @@ _LEARNED, _CONTEXT = 32, 16384 # sequences that rounding learns from, and tokens
 
 @dataclass(frozen=True)
 class _Job:
-    "What `optimize` was asked"
+    "A checked request to `optimize`: model, output, caps, weights, cache, texts"
     c: Checkpoint
     out: Path | None # folder to write, as it is meant
     caps: Caps
@@ -196,18 +198,20 @@ class _Job:
             'measured on are among them; give as many, or measure on fewer')
         return self.weights.rounding_n
 
-    def open(self, more: int = 0) -> tuple: # Backend, Batches
-        "The model and its texts; raises ValueError if they do not go together"
-        t = _read_texts(self.c, self.texts, more) # takes no time, and can fail
-        b, w = open_backend(self.c, self.backend), self.weights
-        if w is None or w.statistics is None: return b, t
-        wanted = None if w.sweep is None else _load_sweep(w.sweep).header.get('learned')
-        t.learned = _statistics_for(b, t.learned, w.statistics, self.rounding, t.source, wanted)
-        return b, t
+# %% ../nbs/08b_job.ipynb #666a4ffe
+@patch
+def open(self: _Job, more: int = 0) -> tuple: # Backend, Batches
+    "The model and its texts; raises ValueError if they do not go together"
+    t = _read_texts(self.c, self.texts, more) # takes no time, and can fail
+    b, w = open_backend(self.c, self.backend), self.weights
+    if w is None or w.statistics is None: return b, t
+    wanted = None if w.sweep is None else _load_sweep(w.sweep).header.get('learned')
+    t.learned = _statistics_for(b, t.learned, w.statistics, self.rounding, t.source, wanted)
+    return b, t
 
 # %% ../nbs/08b_job.ipynb #3e05e0d0
 def _conditions(job: _Job) -> dict: # of `allocate`
-    "What a plan of the weights must keep to"
+    "Caps and wishes for `allocate`; a speed becomes milliseconds, a context bytes"
     c, caps, fmts = job.c, job.caps, job.measured
     found = {k: getattr(caps, k) for k in ('target_bpw', 'true_bpw', 'max_bytes', 'max_memory')}
     found |= dict(formats=job.formats, **job.weights.wishes)
@@ -223,7 +227,7 @@ def _conditions(job: _Job) -> dict: # of `allocate`
 _PLANS = 12 # that verification measures, the model itself among them
 
 def _expected(b, t: _Batches, job: _Job, plan, method: str | None) -> dict: # step ▸ seconds
-    "About what each step of a conversion will take, from a few seconds of measurements"
+    "Expected seconds of each step of a conversion, from a few seconds of measurements here"
     w, formats = job.weights, [f for f in job.formats if f != AS_IS]
     cost, (n, T), (n_scored, T_scored) = estimate(b, formats, t.tokens), shape_of(t.tokens), shape_of(t.scored)
     once = _rounding_seconds(b, t.learned, plan, job.rounding)
@@ -237,13 +241,13 @@ def _expected(b, t: _Batches, job: _Job, plan, method: str | None) -> dict: # st
 
 # %% ../nbs/08b_job.ipynb #93432a60
 def _announce_road(expected: dict):
-    "Say on stderr how long a conversion will take"
+    "Print to stderr how long a conversion will take"
     steps = ', '.join(f'{k} {_duration(s)}' for k, s in expected.items() if s >= .5)
     total = _duration(sum(expected.values()))
     print(f'about {total} in all'+(f': {steps}' if steps else ''), file=sys.stderr, flush=True)
 
 def _judge_road(expected: dict, seconds: float):
-    "Say on stderr how long it took, and how far off that was"
+    "Print to stderr how long it took, and the ratio to the announced time"
     total = sum(expected.values())
-    print(f'took {_duration(seconds)}, {seconds/max(total, 1e-9):.2g} times the {_duration(total)} that were announced',
+    print(f'took {_duration(seconds)}, {seconds/max(total, 1e-9):.2g} times the {_duration(total)} that we announced',
           file=sys.stderr, flush=True)

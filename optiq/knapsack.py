@@ -31,7 +31,7 @@ _all_ = ['Budget'] # for your own constraints, see `budgets`
 # %% ../nbs/05b_knapsack.ipynb #a3ace892
 @dataclass
 class Question:
-    "A sweep and conditions, checked and laid out for any solver"
+    "A sweep with caps, ties and wishes: checked, and as arrays that a solver takes"
     sweep: object # Sweep
     table: dict # what `smoothed` made of it
     noise: float # the largest rise that was pooled
@@ -44,7 +44,7 @@ class Question:
     quiet: list = () # Wishes for units that moved nothing
 
     def conditions(self) -> dict:
-        "What was asked, as a plan records it"
+        "Caps, noise, candidates, wishes and ties, as a plan records them"
         caps = {b.name: float(b.limit) for b in self.budgets}
         unmoved = sorted(p for w in self.quiet for p in w.paths)
         more = dict(wishes=[w.record() for w in self.wishes], silent=unmoved,
@@ -60,7 +60,7 @@ class Question:
 # %% ../nbs/05b_knapsack.ipynb #c1ca385a
 @patch
 def _prices_of_wishes(self: Question, kl: float, method: str) -> dict: # wishes, wishes_cost
-    "The KL that wishes cost within the same caps, each and all; None where no plan would do without"
+    "The KL in nats that each wish, and all together, cost within the same caps; None if no plan exists without it"
     def cost(p): # Problem
         if any(p.costs.min(2).sum(1) > p.caps): return None
         try: return kl-float(p.kl_of(p.solve(method)[0]))
@@ -88,7 +88,7 @@ def solve(self: Question, method: str = 'exact') -> Plan:
 
 @patch
 def admits(self: Question, plan: Plan) -> bool:
-    "Whether a plan from elsewhere keeps the caps, the wishes and the ties"
+    "Whether another plan of the same model keeps the caps, the wishes and the ties"
     total = [sum(b.cost(u, plan[u.path]) for u in self.sweep.units) for b in self.budgets]
     rows = list(zip(self.problem.rows, self.problem.options))
     meant = {p for w in [*self.wishes, *self.quiet] for p in w.paths}
@@ -105,7 +105,7 @@ def _wished(sweep, given: dict) -> list[_Wish]:
 
 # %% ../nbs/05b_knapsack.ipynb #32bbfe86
 def _check_sweep(sweep):
-    "Raise ValueError for what is no Sweep"
+    "Raise ValueError unless this is a Sweep"
     if not all(hasattr(sweep, name) for name in ('units', 'formats', 'values', 'header')): raise ValueError(
         f'a plan is made from a Sweep, not from {shown(sweep)}; measure one with kl_sweep, or load its file')
 
@@ -119,7 +119,7 @@ def pose(
     protect = (), pin = None, ceiling = None, floor = None, leave = (), # wishes, as for `allocate`
     **caps, # of `budgets_of`
 ) -> Question:
-    "Check what was asked and turn it into arrays; raises ValueError for what cannot be had"
+    "A request as arrays for a solver; raises ValueError for a wish or a cap that no plan can keep"
     _check_sweep(sweep)
     (table, noise), fmts, key = smoothed(sweep), candidates(sweep, formats), _tie_key(tie)
     wished = _wished(sweep, dict(protect=protect, pin=pin, ceiling=ceiling, floor=floor, leave=leave))
@@ -177,7 +177,7 @@ def why(self: Plan,
     unit: 'str | Unit', # or its path
     sweep, # Sweep of the same model
 ) -> _Reason:
-    "What was measured for a unit, the price of a byte, and what would flip the choice"
+    "What we measured for a unit, the KL that a byte is worth, and the sizes at which its format would change"
     path = getattr(unit, 'path', unit)
     if path not in self: raise ValueError(f'{path!r} is not a unit of this plan; one is {next(iter(self))}')
     free, whole, b = _in_bytes(self, path, sweep)
@@ -222,7 +222,7 @@ def _plans_of(
     targets = None, # nominal bits, of which those in the profile's range are taken; by default those of `TARGETS`
     **options, # of `allocate`
 ) -> list[Plan]:
-    "One curve"
+    "The plans of one profile, one for each target in its range"
     fmts, (_, low, high) = _menu(sweep, profile), PROFILES[profile]
     if targets is None: low, targets = max(low, _least_bits(sweep, fmts, **options)), _TARGETS
     odd = [t for t in targets if not isinstance(t, Real)]
@@ -237,7 +237,7 @@ def _rivals_of(
     baselines: list[Plan],
     **options, # of `allocate`
 ) -> dict: # name of a baseline ▸ Plan
-    "What a plan of all formats does with the bytes of each, if these are enough for one"
+    "For each baseline the best plan of all formats in its bytes, if one fits"
     fmts = _menu(sweep, 'all')
     q = pose(sweep, fmts, max_bytes=make_plan(sweep, {}).nbytes, **options)
     least = q.problem.costs[0].min(1).sum()
@@ -290,7 +290,7 @@ def _stability(
     method: str = 'lagrange', # 'exact' is slower
     **options, # caps and the rest, as for `allocate`
 ) -> _Stability:
-    "Which units' formats would be the same on other calibration sequences"
+    "How often each unit keeps its format on redrawn sequences; raises ValueError if there is only one"
     q = pose(sweep, **options)
     plan, p = q.solve(method), q.problem
     rng, sequences, kept = np.random.default_rng(seed), p.samples.shape[2], Counter()

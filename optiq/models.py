@@ -51,7 +51,7 @@ def _model_type_of(
     config: dict, # content of config.json
     names, # of the checkpoint's tensors
 ) -> str: # a key of `LOADERS`
-    "What kind of model this is"
+    "The type of a model: llm, vlm or audio, from its config.json and the names of its tensors"
     if _sees(config, names): return 'vlm'
     if not _is_vision(config) and _is_speech(config): return 'audio'
     return 'vlm' if _only_vlm(config) else 'llm'
@@ -165,7 +165,7 @@ def _load_lazy(
     except Exception as e: raise cannot_open(folder, config, LOADERS[model_type].replace('_', '-'), e) from e
 
 def cannot_open(folder: Path, config: dict, library: str, e: Exception) -> ValueError:
-    "What a loader's error says, and of which files"
+    "A ValueError of one line that names the files, the library and the cause of a loader's error"
     lacking = re.search(r"missing \d+ required .*arguments?: (.*)", str(e))
     why = f'config.json lacks {lacking[1]}' if lacking else told(e)[:300]
     return ValueError(f'{folder}: {library} cannot open this model of type {config.get("model_type", "unknown")!r} '
@@ -239,7 +239,7 @@ def _plain(m):
     return out
 
 def _unpacked(model): # the same
-    "Put plain layers into the place of all quantized ones"
+    "Replace all quantized layers by plain ones, in full precision"
     from mlx.utils import tree_unflatten
     layers = [(p, _plain(m)) for p, m in model.named_modules() if 'scales' in m]
     if layers: model.update_modules(tree_unflatten(layers))
@@ -301,7 +301,7 @@ def _part_name(name: str, n_blocks: int) -> str:
     return '.'.join(path[:depth+2] if number.isdigit() and int(number) >= n_blocks else path[:depth+1])
 
 def _left_out(model, arrays: dict, n_blocks: int) -> list: # arrays: name ▸ lazy array, of all files
-    "The tensors that make no difference to a loader"
+    "The names of the tensors that a loader does not use"
     from mlx.utils import tree_flatten
     there, groups = {k for k, _ in tree_flatten(model.parameters())}, {}
     for k in arrays:
@@ -330,7 +330,7 @@ class Checkpoint(ModelFolder, _Listing):
 
     @cached_property
     def left_out(self) -> dict: # part ▸ parameters
-        "What the files hold and mlx-lm leaves out, such as a head that drafts tokens"
+        "Parts that the files hold and mlx-lm leaves out, such as a head that drafts tokens, with their parameters"
         import mlx.core as mx
         arrays, found = {}, {}
         for f in self.files if self.model_type == 'llm' else (): arrays |= mx.load(str(f))

@@ -91,10 +91,6 @@ class _Rounding(click.Option):
         names, said = super().get_help_record(ctx)
         return names, said.format(default=ROUNDING)
 
-# %% ../nbs/89a_options.ipynb #f4a3d73c
-def _as_seconds(ctx, param, minutes: float | None) -> float | None:
-    return None if minutes is None else 60*minutes
-
 # %% ../nbs/89a_options.ipynb #26a98710
 _SHARED |= dict(
     formats=click.option('--formats', help='candidates by name, such as 4g32,4g64,mxfp4; instead of widths'),
@@ -113,7 +109,7 @@ _SHARED |= dict(
 _SHARED |= dict(
     method=click.option('--method', type=click.Choice(['exact', 'screened', 'gradient']),
         help='how the sweep measures  [default: the most exact that fits --time-budget]'),
-    time_budget=click.option('--time-budget', type=float, callback=_as_seconds, metavar='MINUTES',
+    time_budget=click.option('--time-budget', type=float, callback=lambda ctx, param, x: None if x is None else 60*x, metavar='MINUTES',
         help='time for the sweep, by which its method is chosen  [default: 10]'))
 
 _SHARED['statistics'] = click.option('--statistics', type=click.Path(), metavar='FILE',

@@ -29,6 +29,7 @@ from .knapsack import allocate, _least_bits, pareto, PROFILES
 from .kv.config import save_kv_config, STATISTICS
 from .kv.layout import kv_layout
 from .kv.sweep import layer_table, memory_lines, planned_cache, planned_together, plot_kv
+from .measure.log import _bar
 from .measure.sweep import Sweep
 from .models import _check_overflow, Checkpoint
 from .plan import make_plan
@@ -42,10 +43,9 @@ from .rounding import as_overrides, dwq, round_model, round_to_files
 from .score import same_words, text_tokens
 from .sensitivity import _choose_method, sweep_quantizer
 
-
 # %% ../nbs/08_pipeline.ipynb #65e7a8a6
 def _quantizer_of_plans(b, t: _Batches, formats: list, rounding: str):
-    "What rounds whole plans as they will be saved"
+    "A quantizer that rounds whole plans as the conversion will save them"
     return sweep_quantizer(b, t.learned, formats, rounding, blocks=True)[0]
 
 # %% ../nbs/08_pipeline.ipynb #67d1f050
@@ -59,7 +59,7 @@ def _choose(b, t: _Batches, sweep: Sweep, rounding: str, verify: bool, only=None
 
 # %% ../nbs/08_pipeline.ipynb #209cb292
 def _kl_on_calibration(b, t: _Batches, v, mine: dict, rounding: str, polish: str | None) -> np.ndarray: # (n,)
-    "KL of a plan, by its overrides; what verification measured will do if that is what is saved"
+    "KL of a plan on the calibration text, per sequence; taken from verification if we save exactly what it measured"
     if v and rounding != 'gptq' and not polish: return v.kl[v.kept]
     return evaluate(b, t.tokens, {'optiq': mine})['optiq'].kl
 
@@ -70,7 +70,8 @@ def _write_and_score(b, plan, others, t: _Batches, v, out, sweep, overwrite, rou
     twin = {n: 'optiq' for n, p in others.items() if v and p == plan and plain} # a baseline that was kept
     rivals = {n: overrides_of(p) for n, p in others.items() if n not in twin}
     def score(mine): # overrides of our plan ▸ rows of the model card
-        scores.update(evaluate(b, t.scored, {'optiq': mine} | rivals))
+        with _bar(f'scoring {2+len(rivals)} models') as bar:
+            scores.update(evaluate(b, t.scored, {'optiq': mine} | rivals, tick=bar.update))
         scores['joint'] = _kl_on_calibration(b, t, v, mine, rounding, polish)
         return {f'measured on {t.about["evaluation"].rsplit(", ", 1)[0]}': str(scores['optiq'])}
     if out is not None: _write_model(b, plan, t, out, sweep, overwrite, rounding, polish,
@@ -139,11 +140,11 @@ def _choose_cache(job: _Job) -> dict: # report, plan, sweep, config, figures
     allocate(_untested(layout, formats), **options) # raises before anything is measured if no plan fits
     b, t = job.open()
     found = planned_cache(b, t.tokens, t.scored, layout, formats, options, t.about, out, job.states_memory)
+    found['figures']['model_type'] = job.c.model_type
     if out is not None:
         _write_kv(found, out, job.overwrite, job.beside)
         journal_of(out).unlink(missing_ok=True)
     return found
-
 
 # %% ../nbs/08_pipeline.ipynb #50dfab8b
 def _write_kv(found: dict, out: 'str | Path', overwrite: bool = False, beside: bool = False):
@@ -241,11 +242,6 @@ def optimize(
     job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, states_memory, beside)
     return {'weights': _choose_weights, 'a cache': _choose_cache}.get(what, _choose_both)(job)
 
-# %% ../nbs/08_pipeline.ipynb #7516241d
-def _possible(sweep) -> list: # names of PROFILES
-    "The profiles whose formats a sweep has"
-    return [p for p, (bits, *_) in PROFILES.items() if all(parse_format(b) in sweep.formats for b in bits or ())]
-
 # %% ../nbs/08_pipeline.ipynb #e6ecd77c
 def _draw_curve(curve, folder: Path):
     "pareto.png and pareto.svg"
@@ -301,7 +297,8 @@ def trade_off(
     out = own_output(out, overwrite, 'pareto', source, journal=sweep is None)
     fmts, rounding = _candidates_for(weights.formats, sweep, _WIDE), _rounding_for(weights.rounding, sweep)
     if sweep is not None and not verify:
-        idle = [k for k, v in dict(texts=texts, rounding_n=weights.rounding_n, statistics=weights.statistics).items() if v is not None]
+        given = dict(texts=texts, rounding_n=weights.rounding_n, statistics=weights.statistics)
+        idle = [k for k, v in given.items() if v is not None]
         if idle: raise ValueError(f'`{idle[0]}` has no effect: nothing is measured; give `verify`')
         found = _load_sweep(sweep)
         if saved: _check_other_rounding(found, sweep, rounding)
@@ -316,7 +313,9 @@ def trade_off(
                             targets=targets or (), max_memory=states_memory)
         about = t.about | dict(rounding=rounding)
     chosen = _narrowed(found, fmts)
-    curve = pareto(chosen, targets, profiles or _possible(chosen), **weights.wishes)
+    def has(bits): return all(parse_format(b) in chosen.formats for b in bits or ())
+    possible = [name for name, (bits, *_) in PROFILES.items() if has(bits)]
+    curve = pareto(chosen, targets, profiles or possible, **weights.wishes)
     if verify: measured(curve, b, t.scored, verify, _quantizer_of_plans(b, t, chosen.formats, rounding))
     figures = dict(model=str(source), points=curve.points(), versus=curve.versus(), about=about)
     if out is not None: _save_curve(curve, found, figures, out, overwrite)
@@ -350,7 +349,8 @@ def compare(
     if reference.stacks: tokens = text_tokens(c, evaluation, n, seq_len)
     else: tokens = batch_for(c, evaluation, n, split='test')
     for b in opened.values(): check_calibration(b.checkpoint, tokens)
-    scores = evaluate(reference, tokens, {model: opened[model]} if first != model else {})
+    with _bar('scoring') as bar:
+        scores = evaluate(reference, tokens, {model: opened[model]} if first != model else {}, tick=bar.update)
     plans = {m: make_plan(b.checkpoint, b.checkpoint.formats) for m, b in opened.items()}
     rows = [score_row(m, plans[m], s, fingerprint(tokens)) for m, s in zip(opened, scores.values())]
     return Report(rows, dict(evaluation=_told(c, evaluation, tokens), **machine()))

@@ -62,10 +62,6 @@ def split_lines(text: str) -> list[str]:
     lines = text.split('\n')
     return [line.removesuffix('\r') for line in (lines if lines[-1] else lines[:-1])]
 
-def _read_lines(path: 'str | Path') -> list[str]:
-    "The lines of a text file"
-    return split_lines(read_text(path))
-
 # %% ../nbs/72_readers.ipynb #38c05205
 def _no_constant(name): raise ValueError(f'it holds {name}, which is not a number')
 

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 from fastcore.basics import patch
-from tqdm.auto import tqdm
 
 from .backends.open import open_backend
 from .backends.replay import Backend
@@ -23,7 +22,7 @@ from .formats import AS_IS, parse_format, quantize_dequantize
 from .knapsack import Question, pose
 from .frontier import Frontier, plus_minus
 from .measure.estimate import _measure_halved, passes_of, plan_passes
-from .measure.log import _BAR
+from .measure.log import _bar
 from .plan import Plan, baseline_plans, mean_se, smoothed
 from .readers import known
 from .solver import Problem, undominated
@@ -226,7 +225,7 @@ def verified(
     ours, flats = {'allocated': plan} | _alternatives(q, plan, n, seed=seed), _within(q, plan)
     many = f'{len(ours)+len(flats)} plans on {prod(shape_of(tokens)):,} tokens'
     if progress: print(f'verifying {many}', file=sys.stderr)
-    with tqdm(total=1, bar_format=_BAR, leave=False, disable=not progress, smoothing=0) as bar:
+    with _bar(show=progress) as bar:
         kl = _joint_kl(b, tokens, ours | flats, quantize, bar.update)
     best = min(ours, key=lambda x: kl[x].mean())
     history = improve(b, tokens, q, ours, kl, best, tolerance, rounds, quantize)[1]
@@ -250,5 +249,6 @@ def measured(
 ) -> Frontier: # the same, with scores
     "Measure points of a frontier, and everything that they are to be compared with"
     todo = [*frontier.rivals.values(), *frontier.baselines, *_spread_over(frontier, each)]
-    frontier.scores |= _joint_kl(open_backend(model), tokens, {p.name: p for p in todo}, quantize)
+    with _bar(f'measuring {len(todo)} plans') as bar:
+        frontier.scores |= _joint_kl(open_backend(model), tokens, {p.name: p for p in todo}, quantize, bar.update)
     return frontier

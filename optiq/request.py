@@ -24,7 +24,7 @@ _FORMATS, _WIDE = ('4g64', '8g64'), (2, 3, 4, 5, 6, 8) # candidates for a plan, 
 
 @dataclass(frozen=True)
 class Caps:
-    "What a plan must keep to; any number at once, and all of them hold"
+    "Limits of a plan; give any number of them, and all hold"
     target_bpw: float | None = None # average code width; without any cap 4.5 for weights, 5 for a cache
     true_bpw: float | None = None # bytes of everything saved × 8 / parameters
     max_bytes: float | None = None # bytes of all tensors, of the cache at `context`, or of both together
@@ -72,13 +72,13 @@ _COUNTS = {'weights': [*Caps.__annotations__], 'a cache': ['target_bpw', 'true_b
 _KINDS = dict(vlm='vision-language', audio='speech')
 
 def subject(weights: Weights | None, cache: Cache | None) -> str: # key of COUNTS
-    "What a plan is of"
+    "The subject of a plan: weights, a cache, or both; raises ValueError for neither"
     if weights is None and cache is None: raise ValueError('there is nothing to choose; give weights, a cache, or both')
     if weights is None: return 'a cache'
     return 'weights' if cache is None else 'weights and cache together'
 
 def _beside(what: str) -> str: # key of COUNTS
-    "Where a wish has no effect, as a line says it"
+    "Where a wish has no effect, for an error message"
     return f'on {what}' if what in ('weights', 'a cache', 'a curve') else 'beside `cache`'
 
 def caps_for(caps: Caps | None, what: str) -> Caps: # with the default where there is none
@@ -103,7 +103,7 @@ def caps_for(caps: Caps | None, what: str) -> Caps: # with the default where the
 
 # %% ../nbs/08a_request.ipynb #5c6caa97
 def _check_weights(weights: Weights, what: str, out):
-    "Raise ValueError for a wish about weights that such a plan does not fulfil, or that has nothing to work on"
+    "Raise ValueError for a wish about weights that has no effect on such a plan"
     for name in ('polish', 'verify', 'compare') if what != 'weights' else ():
         if getattr(weights, name) not in (None, False): raise ValueError(
             f'`{name}` has no effect {_beside(what)} yet; leave one of the two')
@@ -123,7 +123,7 @@ def _check_weights(weights: Weights, what: str, out):
 # %% ../nbs/08a_request.ipynb #c0593ced
 @dataclass(frozen=True)
 class Texts:
-    "What is measured and scored on"
+    "The texts to measure and to score on, how many sequences of them, and how long"
     calibration: 'str | Path | list' = 'bundled' # text, pictures or speech to measure on, by name or path; or samples
     evaluation: 'str | Path | list | None' = None # what to score on; the evaluation side of `calibration` by default
     n_calibration: int = 8 # sequences to measure on
@@ -205,7 +205,7 @@ _SAID = {Caps: 'Caps(target_bpw=4.5)', Weights: 'Weights(formats=[4, 8])', Cache
          Texts: 'Texts(n_calibration=8)'}
 
 def _check_wishes(**given): # name ▸ what was given
-    "Raise ValueError for a wish that is not told in the class that bears its name"
+    "Raise ValueError for an argument of another class than Caps, Weights, Cache or Texts"
     kinds = {k.__name__.lower(): k for k in _SAID}
     odd = [k for k, v in given.items() if v is not None and not isinstance(v, kinds[k])]
     if odd: raise ValueError(f'`{odd[0]}` is {shown(given[odd[0]])}, and should be such as {_SAID[kinds[odd[0]]]}')

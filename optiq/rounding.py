@@ -28,7 +28,7 @@ from .statistics import Chunks, Listener, Statistics, _Learned, _learned_from
 
 # %% ../nbs/06_rounding.ipynb #6707cf03
 class _NextListener(Listener):
-    "Hears only the matrices that read the first input that is still to be rounded for; then it has heard enough"
+    "Listens to the matrices that read the first input that still needs rounding, and ends the run after them"
     def __init__(self, units): super().__init__(units); self.first, self.open = None, True
     def __call__(self, path, x, experts=None):
         if path not in self.units: return
@@ -39,13 +39,14 @@ class _NextListener(Listener):
 
 # %% ../nbs/06_rounding.ipynb #a7c1d0e5
 def _enough(tokens, n: int = 1024) -> np.ndarray: # the first sequences, of `n` tokens or a little more
-    "What `search` learns from"
+    "The first sequences, about a thousand tokens, from which `search` learns"
     return tokens[:-(-n//max(1, shape_of(tokens)[1]))]
 
 def _listened(b: Backend, tokens, method: str): # ▸ Statistics, or those that a file holds
     "What `search` and `gptq` know of each unit's inputs, on unperturbed states"
-    if method == 'search': return tokens if isinstance(tokens, _Learned) else Statistics(b, _enough(tokens), whole=False)
-    if isinstance(tokens, _Learned) and method == 'gptq': raise ValueError(
+    kept = isinstance(tokens, _Learned)
+    if method == 'search': return tokens if kept else Statistics(b, _enough(tokens), whole=False)
+    if kept and method == 'gptq': raise ValueError(
         '`statistics` serve search alone: gptq hears what the errors before it made of the text, and needs that')
     return Statistics(b, tokens)
 
@@ -55,7 +56,7 @@ def _kept(b: Backend, tokens, file, source=None, wanted=None) -> _Learned: # see
 
 # %% ../nbs/06_rounding.ipynb #a7c1d0e3
 def as_overrides(done: dict) -> dict:
-    "Round trips in the place of weights"
+    "Overrides that put the rounded weights in the place of the old ones: path ▸ function of a weight"
     return {path: (lambda w, x=r.dequantize(): x) for path, r in done.items()}
 
 # %% ../nbs/06_rounding.ipynb #9bc7d867
@@ -64,7 +65,7 @@ QUANTIZERS = dict(minmax=lambda w, fmt, stats=None: _MinMax(w, fmt), search=sear
 
 # %% ../nbs/06_rounding.ipynb #e10c735c
 def _same_inputs(heard: dict) -> list: # of lists of paths
-    "Units that read the same inputs, together; those of which nothing is known each alone"
+    "Groups of units that read the same inputs; a unit without statistics is a group of its own"
     groups = {}
     for path, stats in heard.items(): groups.setdefault(path if stats is None else id(stats), []).append(path)
     return list(groups.values())
@@ -245,7 +246,7 @@ def _rounding_seconds(
 
 # %% ../nbs/06_rounding.ipynb #ddd42764
 def _announce_rounding(b, tokens, plan, method):
-    "Say on stderr what will be done, and about how long it takes"
+    "Print to stderr what we round and about how long it takes"
     s = _rounding_seconds(b, tokens, plan, method)
     took = f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min'
     shape = ' × '.join(map(str, shape_of(tokens)))
@@ -279,7 +280,7 @@ def _read(w, fmt, file, planned):
 
 # %% ../nbs/06_rounding.ipynb #775cff8a
 def _check_dwq(source, tokens, valid: int, batch_size: int):
-    "Raise ValueError for a model that dwq does not know, or too little to train and validate on"
+    "Raise ValueError for a model that is not an llm, or for too few sequences to train and validate on"
     if source.model_type != 'llm': raise ValueError(
         f'dwq trains text models only, and {source.name} is of type {source.model_type}')
     if valid < batch_size: raise ValueError(
@@ -300,7 +301,7 @@ def dwq(
     batch_size: int = 4,
     seed: int = 123,
 ):
-    "mlx-lm's `dwq_quantize`: scales and biases are trained to the full-precision model's predictions"
+    "Train scales and biases of a saved model to the predictions of the full-precision one, by mlx-lm's `dwq_quantize`"
     import mlx.core as mx
     from mlx.optimizers import Adam
     from mlx_lm.quant.dwq import dwq_quantize

@@ -76,7 +76,8 @@ def _check_for_model(
         f'logit_bias: {max(words)} is not a token; the model has {vocabulary}')
     if args.sampling.top_k >= vocabulary: raise ValueError(
         f'top_k has to be below the {vocabulary} tokens of the model')
-    if odd := set(args.chat_template_kwargs or ()) & set(taken): raise ValueError(
+    odd = set(args.chat_template_kwargs or ()) & set(taken)
+    if odd: raise ValueError(
         f'chat_template_kwargs: {min(odd)} is not a variable of the chat template')
 
 # %% ../nbs/09_serve.ipynb #d89acbf4

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from .arrays import library
 from .backends.replay import Backend, _Heard
@@ -147,14 +148,6 @@ class Statistics(Mapping):
         with self.unperturbed(): self.states = self.chunks.run(self.i, self.states, listener)
         self.i, self.held = self.i+1, listener.stats
 
-    def finish(self) -> dict: # path ▸ Inputs
-        "Hear what is outside the blocks, and begin again"
-        with self.unperturbed():
-            for i in range(self.i, self.b.n_blocks): self.states = self.chunks.run(i, self.states)
-            self.chunks.run(None, self.states, listener := self.listener(None))
-        self.restart()
-        return listener.stats
-
     def __getitem__(self, path):
         block = self.b.checkpoint.unit[path].block
         if block is None:
@@ -166,6 +159,16 @@ class Statistics(Mapping):
     def __iter__(self): return iter(self.b.checkpoint.unit)
     def __len__(self): return len(self.b.checkpoint.units)
 
+# %% ../nbs/06a_statistics.ipynb #4d645683
+@patch
+def finish(self: Statistics) -> dict: # path ▸ Inputs
+    "Run to the end, listen to the units outside the blocks, and go back to the first block"
+    with self.unperturbed():
+        for i in range(self.i, self.b.n_blocks): self.states = self.chunks.run(i, self.states)
+        self.chunks.run(None, self.states, listener := self.listener(None))
+    self.restart()
+    return listener.stats
+
 # %% ../nbs/06a_statistics.ipynb #b4016767
 _FORM = dict(model=TEXT, shape=[_whole()]*2, fingerprint=TEXT, source=maybe(TEXT))
 
@@ -175,7 +178,8 @@ class _Learned(Mapping):
         from safetensors import safe_open
         self.b, self.file = b, file
         try: self.opened = safe_open(file, 'numpy')
-        except Exception as e: raise ValueError(f'{file} holds no statistics of optiq: {e}; give another file') from None
+        except Exception as e:
+            raise ValueError(f'{file} holds no statistics of optiq: {e}; give another file') from None
         said = parse((self.opened.metadata() or {}).get('optiq', '{}'), str(file))
         check_kind(said, str(file), 'statistics', _FORM)
         self.about, self.shape, self.fingerprint = said, tuple(said['shape']), said['fingerprint']

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .arrays import as_type, beside, library
+from .arrays import as_type, beside, _count_below, library
 from .formats import AFFINE_BITS, Format
 from .rotation import Rotation, _distortion, _hadamard, codebook, rotation_matrix
 
@@ -40,11 +40,7 @@ def _nearest_codes(
     points: np.ndarray, # (n,) ascending
 ): # (…) uint8
     "Index of the nearest point"
-    xp, constant = library(y)[0], beside(y)
-    t = ((points[1:]+points[:-1])/2).astype(np.float32)
-    if xp.__name__ == 'numpy': return np.searchsorted(t, y).astype(np.uint8)
-    if xp.__name__ == 'torch': return xp.bucketize(y, constant(t)).to(xp.uint8)
-    return sum((as_type(y > float(x), 'uint8') for x in t[1:]), as_type(y > float(t[0]), 'uint8'))
+    return _count_below((points[1:]+points[:-1])/2, y)
 
 # %% ../nbs/10_turboquant.ipynb #d0c51e64
 class _Coordinates:

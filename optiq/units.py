@@ -43,7 +43,8 @@ class Unit:
         return nbytes(self.kept if self.keeps(fmt) else fmt, self.shape, self.itemsize)
     def takes(self, fmt: Format) -> bool: return self.keeps(fmt) or not self.fixed and divides(fmt, self.shape)
     def bits(self, fmt: Format) -> int: return (self.kept if fmt == AS_IS else fmt).bits or 8*self.itemsize
-    def row(self) -> dict: return {k: v for k, v in asdict(self).items() if v or k not in ('stored', 'twin')} # for files
+    def row(self) -> dict: # for files
+        return {k: v for k, v in asdict(self).items() if v or k not in ('stored', 'twin')}
 
 # %% ../nbs/01b_units.ipynb #0c1d21ae
 _UNIT = dict(path=NAME, kind=NAME, shape=[whole(), ]*2, block=maybe(whole(0, 2**20)),

@@ -34,7 +34,7 @@ def _price_ranges(
 # %% ../nbs/05g_why.ipynb #68852be4
 @dataclass(repr=False)
 class _Reason:
-    "Why a unit has its format"
+    "Why a unit has its format: KL, bytes and price range of each candidate"
     unit: str # its path; several if they are tied
     chosen: Format
     price: float # KL per byte where the plan ended up
@@ -58,7 +58,7 @@ def _row(self: _Reason, r):
 
 # %% ../nbs/05g_why.ipynb #be917e34
 def _in_bytes(plan: Plan, path: str, sweep) -> tuple: # Problem without and with wishes, Budget
-    "The question whose answer has a plan's own size, whatever it was solved for"
+    "The problem whose solution has the size of this plan, without and with its wishes"
     nominal = plan.solver.get('caps', {}).get('target_bpw')
     b, = budgets_of(sweep, nominal, None if nominal else plan.true_bpw)
     group = {p: row[0] for row in plan.solver.get('tied', ()) for p in row}
@@ -70,7 +70,7 @@ def _in_bytes(plan: Plan, path: str, sweep) -> tuple: # Problem without and with
 
 # %% ../nbs/05g_why.ipynb #9ac5c618
 def _options_of(free: Problem, whole: Problem, i: int, b: Budget, units: list) -> list: # of dicts
-    "What was measured of a row's options, and when each would be chosen: prices, and bits of the whole model"
+    "One dict per option of a row: KL, bytes, and the prices and bits of the whole model at which it is the best"
     def bits(price): return float(b.figure(whole.total(at_prices(whole, np.array([min(price, 1e300)])))[0]))
     mine, rows = [u for u in units if u.path in free.rows[i]], []
     for f, v, ends in zip(free.options[i], free.samples[i], _price_ranges(free.kl[i], free.costs[0, i])):

@@ -21,7 +21,7 @@ def _hit(u, name, last):
     return fnmatch(u.path, name) or fnmatch(u.kind, name) or (name == 'embed' and 'embed' in u.kind)
 
 def _near(units: list, name: str) -> list:
-    "Names like one that matches nothing, or some that match"
+    "Names that resemble one that matches nothing, or examples of names that match"
     there = list(dict.fromkeys([*_WORDS, *(u.kind for u in units), *(u.path for u in units)]))
     found = get_close_matches(name.strip('*.'), there, 3, .6)
     return found or get_close_matches(name.rpartition('.')[2], there, 3, .6) or [*_WORDS, units[-1].kind]
@@ -59,16 +59,16 @@ _BY_FORMAT, _BY_NAME = ('pin', 'ceiling', 'floor'), ('leave', 'protect')
 _WIDEST = 'protect', 'silent'
 
 def _recorded(rows: list) -> list: # of `_Wish.record` ▸ of Wishes
-    "Wishes as a plan tells them"
+    "Wishes from the record of a plan"
     return [_Wish(r['kind'], r['name'], frozenset(r['units']), r['format'] and parse_format(r['format'])) for r in rows]
 
 def _unmoved(paths) -> list[_Wish]:
-    "The wish of units that moved nothing in a sweep: their widest format, for nobody knows what they need"
+    "A wish for the widest format, for units whose rounding moved nothing in the sweep"
     return [_Wish('silent', 'moved nothing', frozenset(paths))] if paths else []
 
 # %% ../nbs/05d_wishes.ipynb #de7c43ed
 def _pairs(kind: str, given) -> list: # of (name, format)
-    "What stands in a dictionary, or in a text of NAME=FORMAT with commas"
+    "Pairs of name and format, from a dictionary or from a text such as 'lm_head=8g64,*.o_proj=6'"
     if not given: return []
     if not isinstance(given, str): return list(given.items())
     found = [part.strip().rpartition('=') for part in given.split(',') if part.strip()]
@@ -86,7 +86,7 @@ def _wishes_for(
     group_size: int = 64, # of a format that is given as a bare width
     **given, # protect, leave: names; pin, ceiling, floor: name ▸ format, or texts such as 'lm_head=8,*.o_proj=6'
 ) -> list[_Wish]:
-    "What was wished; raises ValueError for a name that matches no unit, or a format that is none"
+    "Wishes from options; raises ValueError for a name that matches no unit, or a text that names no format"
     found = []
     for kind in _BY_FORMAT: found += [_Wish(kind, name, _matched(units, name, kind), parse_format(f, group_size))
                                       for name, f in _pairs(kind, given.get(kind))]
@@ -110,16 +110,12 @@ def _keeps(w: _Wish, u: Unit, fmt: Format) -> bool:
     return a <= b if w.kind == 'ceiling' else a >= b
 
 # %% ../nbs/05d_wishes.ipynb #03716c95
-def _about(wishes: list[_Wish], us: list[Unit]) -> list[_Wish]:
-    "Those that mean some of these units"
-    return [w for w in wishes if any(u.path in w.paths for u in us)]
-
 def _allowed(
     us: list[Unit], # that share a format
     found: list[Format], # what they can take
     wishes: list[_Wish], # that mean them
 ) -> list[Format]:
-    "What wishes leave; raises ValueError if that is nothing"
+    "The formats that wishes leave; raises ValueError if none is left"
     left = [f for f in found if all(_keeps(w, us[0], f) for w in wishes)]
     if not left: raise ValueError(f'{" and ".join(map(str, wishes))} leave no format for {us[0].path}, which can have '
                                   f'{", ".join(map(str, found))}')

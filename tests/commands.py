@@ -57,6 +57,9 @@ def remember_grids():
     grid._find_grid = gptq._find_grid = find_grid
 
 if __name__ == '__main__':
+    sys.path.append(str(root/'tools'))
+    from blas import fast_blas
+    fast_blas()
     from beartype import BeartypeConf
     from beartype.claw import beartype_package
     class Wrong(UserWarning): "A value that is not what its annotation says"

@@ -26,10 +26,17 @@ def refused(folder, monkeypatch, *words):
     return r.stderr
 
 @pytest.mark.parametrize('architecture', PARTS)
-@pytest.mark.parametrize('command', [['kv-cache'], ['convert', '--kv', '--target-size', 3]])
-def test_caches_of_models_of_several_parts(models, tmp_path, monkeypatch, architecture, command):
-    said = refused(tmp_path, monkeypatch, command[0], models/architecture, *command[1:])
-    assert f'{architecture} is a {PARTS[architecture]} model, whose cache cannot be planned yet' in said
+def test_caches_of_models_of_several_parts(models, tmp_path, monkeypatch, architecture):
+    said = refused(tmp_path, monkeypatch, 'convert', models/architecture, '--kv', '--target-size', 3)
+    assert f'{architecture} is a {PARTS[architecture]} model, whose weights and cache cannot share a budget yet' in said
+    said = refused(tmp_path, monkeypatch, 'kv-cache', models/architecture, '--seq-len', 32)
+    assert '--seq-len has no effect' in said
+
+def test_a_cache_in_a_form_of_its_own(tmp_path, monkeypatch):
+    tiny('whisper', tmp_path/'m')
+    (tmp_path/'here').mkdir()
+    said = refused(tmp_path/'here', monkeypatch, 'kv-cache', tmp_path/'m')
+    assert 'whisper keeps its cache in a form of its own' in said
 
 def test_a_hybrid_s_recurrent_layers_stay_as_they_are(models, tmp_path):
     r = CliRunner().invoke(main, ['kv-cache', str(models/'qwen3_5'), '--model-type', 'llm', '-o', str(tmp_path/'kv'), '--n-calibration', '1',

@@ -103,7 +103,7 @@ def test_trimming_and_prefixes(windowed):
 def test_batches_of_unequal_lengths(windowed):
     model, formats, prompts, _ = windowed
     alone = [run(model, p, caches_of(windowed)) for p in prompts]
-    make, model.make_cache = getattr(model, 'make_cache', None), lambda: caches_of(windowed)
+    model.make_cache = lambda: caches_of(windowed)
     try:
         generator, got = BatchGenerator(model, max_tokens=24), {}
         ids = generator.insert(prompts, [24]*3)
@@ -134,7 +134,8 @@ def test_merge_extend_filter_extract(windowed):
     assert abs(token([b.extract(0) for b in batch])-steps[0][2]).max() < 1e-3
 
 def test_batches_refuse_what_they_cannot_hold():
-    with pytest.raises(ValueError, match='different formats'): RotatingMixedKVCache.merge([RotatingMixedKVCache(f, f, 8) for f in ('4g64', '8g64')])
+    apart = [RotatingMixedKVCache(f, f, 8) for f in ('4g64', '8g64')]
+    with pytest.raises(ValueError, match='different formats'): RotatingMixedKVCache.merge(apart)
     with pytest.raises(ValueError, match='keeps its first 4 tokens'): RotatingMixedKVCache.merge([RotatingMixedKVCache(max_size=8, keep=4)])
     empty = RotatingMixedKVCache.merge([RotatingMixedKVCache(max_size=8)]*2)
     assert empty.empty() and empty.extract(1).empty() and isinstance(empty, BatchRotatingMixedKVCache)

@@ -102,7 +102,7 @@ def test_another_file_is_no_sweep(sweep, tmp_path):
 
 def test_errors_of_python_name_no_flags():
     "The command puts its flags in the place of what stands in backticks; only what is about a command line names them itself"
-    about_commands = ('cli.py', 'command.py', 'options.py', 'make.py', 'look.py', 'serve.py', 'doctor.py', 'chat.py',
+    about_commands = ('cli.py', 'command.py', 'options.py', 'make.py', 'look.py', 'serve.py', 'guard.py', 'doctor.py', 'chat.py',
                       'fit.py', 'page.py', 'upload.py')
     package = Path(optiq.__file__).parent
     texts = {p: p.read_text(encoding='utf-8') for p in package.rglob('*.py') if p.name not in about_commands}
@@ -129,7 +129,7 @@ def test_a_conversion_ends_in_words(tmp_path):
 def test_a_bar_knows_what_late_blocks_cost(monkeypatch):
     "Ten weights at .2 s each, and runs of a block at .01 s each: half of the weights are done, and a fifth of the runs"
     from types import SimpleNamespace
-    from optiq.measure import sweep as module
+    from optiq.measure import log as module
     runs, moved = (2, 3, 4, 5, 6), []
     clock = iter(np.cumsum([0, *[.2+.01*n for n in runs]]))
     monkeypatch.setattr(module, 'time', SimpleNamespace(perf_counter=lambda: next(clock)))

@@ -19,8 +19,8 @@ from nbdev.test import test_nb
 
 from blas import fast_blas
 
-LONG = '08_pipeline', '05c_refine', 'index', '04d_measure.gradient', '46_score', 'llm', '07_convert', '37_evals.needle', \
-       '33_evals.tasks', '62a_show.demos', '06_rounding', '11d_kv.rotated', '31_evals.perplexity', '11f_kv.sweep'
+LONG = ('46_score', '08_pipeline', '20b_latency', 'index', '33_evals.tasks', '06_rounding', '05c_refine', 'llm', '07_convert',
+        '04d_measure.gradient', '04_sensitivity', '11f_kv.sweep', '11d_kv.rotated', '37_evals.needle', '62a_show.demos', '34_evals.gsm8k', 'vlm')
 WHOLE = '02_calibration', '06_rounding', '30_report', '45_evals.verify' # their assertions need all of the text
 
 def shorter(make, texts, tokenizer, n=8, seq_len=128, *args, **options):

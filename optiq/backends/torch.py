@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from .mlx import MLXBackend, _of_type
 from .replay import Backend, available_memory, check_all, check_logits
 from .stream import StreamingBackend
-from .taps import eager_experts, torch_attention, torch_listening, torch_products
-from .taps import torch_stand_ins, torch_watching
+from .taps import eager_experts, _standing_in, torch_attention, torch_listening, torch_products
+from .taps import torch_watching
 from ..models import Checkpoint, cannot_open
 from ..units import Unit
 
@@ -193,7 +193,7 @@ class TorchBackend(Backend):
         if not checkpoint.quantized: return StreamingBackend(checkpoint)
         print(f'{checkpoint.name}: too little memory to compare what PyTorch and MLX make of it', file=sys.stderr)
     def block(self, i: int): return self.blocks[i]
-    def stand_ins(self, stand_in): return torch_stand_ins(self.blocks, stand_in)
+    def stand_ins(self, stand_in): return _standing_in(dict(enumerate(self.blocks)), stand_in, 'forward')
     def attention(self, changes: dict): return torch_attention(self.model, changes)
     def watching(self, see): return torch_watching(self.model, see)
     def products(self, answer): return torch_products(answer)

@@ -12,12 +12,12 @@ from enum import Enum
 
 # %% ../../nbs/03g_backends.trees.ipynb #34562521
 def _plain(x): # a container, or an object that only holds something; no array, module or configuration
-    "Whether it is a branch of a tree that has names"
+    "Whether this is a branch with named parts: a dictionary or a plain object"
     if callable(x) or isinstance(x, Enum): return False # modules of MLX are dictionaries
     return isinstance(x, dict) or hasattr(x, '__dict__') and not (hasattr(x, 'shape') or hasattr(x, 'to_dict'))
 
 def _grown(f, *trees):
-    "A new tree with `f` of the leaves that stand in the same place of each tree"
+    "A new tree: `f` of the leaves at the same place of each tree"
     t = trees[0]
     if isinstance(t, dict) and _plain(t): return _copy_with(t, {k: _grown(f, *(x[k] for x in trees)) for k in t})
     if isinstance(t, (tuple, list)):
@@ -47,7 +47,7 @@ def _written(args, kwargs) -> dict: # position or name ▸ argument
     return {k: x for k, x in named.items() if isinstance(x, list) or _plain(x)}
 
 def _write(into, content):
-    "Let an argument hold what another one holds"
+    "Replace the content of an argument"
     if isinstance(into, list): into[:] = content
     else:
         into, content = (x if isinstance(x, dict) else vars(x) for x in (into, content))
@@ -57,7 +57,7 @@ def _write(into, content):
 # %% ../../nbs/03g_backends.trees.ipynb #e5bfea27
 @contextmanager
 def _forgetful(model): # a module of PyTorch or MLX; anything else is left alone
-    "Whatever attributes its modules get while this lasts are what they were before afterwards"
+    "Restore all attributes of a model's modules at the end"
     def own(m): return vars(m) | (m if isinstance(m, dict) else {})
     before = [(m, own(m)) for m in (model.modules() if hasattr(model, 'modules') else ())]
     try: yield

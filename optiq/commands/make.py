@@ -267,6 +267,19 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
     text = f'{found["frontier"]!r}\nwritten to {out}' if out else repr(found['frontier'])
     _finish(found['figures'], text, as_json)
 
+# %% ../../nbs/89b_commands.make.ipynb #56f4b86b
+_OPENED = dict(vlm='from mlx_vlm import load; model, processor = load',
+               audio='from mlx_audio.stt import load; model = load')
+
+def _use_of(model: str, out: str, r: dict) -> str: # r: what `optimize` gave
+    "How a cache that was planned is used: by a command, or where a model sees or listens, by its library"
+    file, kind = os.path.join(out, 'kv_config.json'), r['figures']['model_type']
+    if kind == 'llm' and os.path.abspath(out) == os.path.abspath(model): return f'optiq serve {quote(model)}'
+    if kind == 'llm': return f'optiq serve {quote(model)} --kv-config {quote(file)}'
+    return (f'{_OPENED[kind]}({model!r})\n    from optiq.kv.cache import use_kv_config; '
+            f'use_kv_config(model, {file!r}) # generates with it from now on')
+
+
 # %% ../../nbs/89b_commands.make.ipynb #c3973217
 @_command('kv-cache', short_help='Choose formats for the KV cache.')
 @click.argument('model')
@@ -299,15 +312,14 @@ def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
     from optiq.pipeline import optimize
     from optiq.request import Cache, Caps, Texts
     _check_group(group_size, (formats, bits, '4,8'))
+    _check_length(model, given)
     cache = Cache(_as_formats(formats, bits, group_size, '4,8', cache=True), tie)
     out = output or _default_output(model, 'kv')
     r = optimize(model, out, _filled(Caps, given), weights=None, cache=cache, texts=_filled(Texts, given),
                  states_memory=given['states_memory'],
                       **{k: given[k] for k in _OPENED})
     parts = layer_table(r['config']), memory_lines(r['figures']['memory']), str(r['report']), repr(r['plan'])
-    beside = os.path.abspath(out) == os.path.abspath(model)
-    use = quote(model) if beside else f'{quote(model)} --kv-config {quote(os.path.join(out, "kv_config.json"))}'
-    _finish(r['figures'], '\n\n'.join(parts)+f'\nwritten to {out}; to use it:\n    optiq serve {use}', as_json)
+    _finish(r['figures'], '\n\n'.join(parts)+f'\nwritten to {out}; to use it:\n    {_use_of(model, out, r)}', as_json)
 
 # %% ../../nbs/89b_commands.make.ipynb #314b1dd1
 @_command(short_help='Predict how fast a model decodes.')

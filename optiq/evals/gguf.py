@@ -58,10 +58,6 @@ def _matched(file: Path, c: Checkpoint) -> tuple: # path of each unit ▸ its te
     return found, sum(int(t.n_bytes) for t in reader.tensors)
 
 # %% ../../nbs/32a_evals.gguf.ipynb #58c5d674
-def _halves(x, heads: int): # x (rows, …)
-    "Rows from llama.cpp's order, pairs of neighbours, to two halves for each head"
-    return x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
-
 def _heads_of(c: Checkpoint, u: Unit) -> int:
     "Number of query or key heads of a unit; 0 for other units"
     config = c.config.get('text_config') or c.config
@@ -81,7 +77,9 @@ def _stand_in(file: Path, t, u: Unit, c: Checkpoint): # t: a tensor of the file 
     decode, heads = _package().dequantize, _heads_of(c, u)
     def weight(w):
         x = decode(t.data, t.tensor_type).reshape(u.shape)
-        if heads: x = min((x, _halves(x, heads)), key=lambda x: _off(x, w))
+        if heads: # rows as they are, or from pairs of neighbours to two halves for each head
+            halves = x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+            x = min((x, halves), key=lambda x: _off(x, w))
         if _off(x, w) > .9: raise ValueError(
             f'{file}: {t.name} is not {u.path} of {c.name}, quantized; give the model that the file was made of as '
             'the baseline')

@@ -18,6 +18,7 @@ from .tasks import answers, compose
 from ..files import append, as_path, claiming, own_file, settle
 from ..material.problems import PROMPT, word_problems
 from ..measure.journal import check_other
+from ..measure.log import _bar
 from ..models import Checkpoint
 from ..readers import OBJECT, PROSE, check, check_kind, dumps, read_records, records_in, shown
 from ..report import Report, machine, own_size, share_figure
@@ -224,12 +225,16 @@ def gsm8k(
     b = open_backend(model, 'mlx' if make_cache else 'auto')
     how = dict(model=b.checkpoint.fingerprint, shots=shots, new_tokens=new_tokens, cache=label_of(make_cache))
     done = Answers(out, settings := how | dict(name=name or b.checkpoint.name), rows)
-    for k in range(0, len(rows), batch): # what is padded with what must not depend on an interruption
-        if len(done) >= min(k+batch, len(rows)): continue
-        part = [r | dict(prompt=_prompt_for(r['question'], shots)) for r in rows[k:k+batch]]
+    def ask(part): # records ▸ the same with answers
+        part = [r | dict(prompt=_prompt_for(r['question'], shots)) for r in part]
         if figure == 'word_problems' and not make_cache: texts = answers(b, part, overrides, new_tokens)
         else: texts = compose(b, [r['prompt'] for r in part], new_tokens, _STOP, make_cache, overrides)
-        done.add([_judged(r | dict(response=text)) for r, text in zip(part, texts)][len(done)-k:])
+        return [_judged(r | dict(response=text)) for r, text in zip(part, texts)]
+    with _bar(f'{len(rows)} questions') as bar:
+        for k in range(0, len(rows), batch): # what is padded with what must not depend on an interruption
+            part = rows[k:k+batch]
+            if len(done) < k+len(part): done.add(ask(part)[len(done)-k:])
+            bar.update(len(part)/len(rows))
     return _report(done, figure, own_size(b.checkpoint, name, size), settings)
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #6ceb27d1

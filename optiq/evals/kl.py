@@ -73,11 +73,6 @@ class _Reference:
         return cls(Path(folder), about, load('logits'), load('ids') if about['top_k'] else None, load('nll'),
                    load('best'))
 
-# %% ../../nbs/32_evals.kl.ipynb #8b3f9763
-def _cache_folder() -> Path:
-    "Where references are kept: `OPTIQ_CACHE`, or ~/.cache/optiq"
-    return Path(os.environ.get('OPTIQ_CACHE') or Path.home()/'.cache'/'optiq')
-
 # %% ../../nbs/32_evals.kl.ipynb #45d840b9
 def reference(
     model: 'str | Checkpoint | Backend', # of which only the name is needed if it was computed before
@@ -91,7 +86,7 @@ def reference(
     if top_k is not None and not 0 < top_k < c.vocabulary-1: raise ValueError(
         f'top_k is {top_k}, and {c.name} has {c.vocabulary:,} words: give fewer, or none to keep all')
     key = f'{c.fingerprint}-{fingerprint(tokens)}-{top_k or "all"}'
-    folder = Path(cache or _cache_folder())/'reference'/key
+    folder = Path(cache or os.environ.get('OPTIQ_CACHE') or Path.home()/'.cache'/'optiq')/'reference'/key
     if not folder.exists():
         try: _compute(open_backend(model), tokens, top_k, folder)
         except FileExistsError: pass # another process was quicker

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..backends.near import Near
 from ..backends.open import open_backend
@@ -90,16 +91,21 @@ class Score:
     @property
     def perplexity_se(self): return self.perplexity*_se(self.nll) # first-order error of exp
 
-    def by_position(self, edges): # ▸ (len(edges)-1,) mean KL of tokens between these positions, and its error
-        "KL early and late in a sequence"
-        parts = [np.nanmean(self.tokens[1][:, a:b], 1) for a, b in zip(edges, edges[1:])]
-        return np.array([p.mean() for p in parts]), np.array([_se(p) for p in parts])
-
     def __repr__(self):
         figures = (('perplexity', self.perplexity, self.perplexity_se, '.2f'),
                    ('KL', self.kl.mean(), _se(self.kl), '.4f'),
                    ('agreement', self.agree.mean(), _se(self.agree), '.1%'))
         return ', '.join(f'{name} {plus_minus(known(x), known(se), spec)}' for name, x, se, spec in figures)
+
+# %% ../../nbs/31_evals.perplexity.ipynb #badfa037
+@patch
+def by_position(
+    self: Score,
+    edges, # ascending token positions
+): # ▸ (len(edges)-1,) mean KL of tokens between these positions, and its standard error
+    "KL early and late in a sequence"
+    parts = [np.nanmean(self.tokens[1][:, a:b], 1) for a, b in zip(edges, edges[1:])]
+    return np.array([p.mean() for p in parts]), np.array([_se(p) for p in parts])
 
 # %% ../../nbs/31_evals.perplexity.ipynb #ecc2e078
 def evaluate(

@@ -75,7 +75,7 @@ def write(self: MLXBackend, prompts, new_tokens: int, end: int, stop=(), make_ca
                 for p, c in zip(prompts, caches)]
     generator = BatchGenerator(self.model, max_tokens=new_tokens, stop_tokens=[[end]])
     out = {u: [] for u in generator.insert(prompts, caches=caches)} # in the order of the prompts
-    while responses := generator.next_generated():
+    for responses in iter(generator.next_generated, []): # until nothing is left to generate
         for r in responses:
             if r.finish_reason != 'stop': out[r.uid].append(r.token)
             if r.finish_reason is None and over(out[r.uid]): generator.remove([r.uid])

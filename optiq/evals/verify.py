@@ -261,7 +261,7 @@ def verify(
     """Open a model again and check it against its plan, its sweep and its reference
 
     Files, formats, bytes, tokenizer, finite logits; with a reference, predicted against measured KL, in nats. It prints
-    as a list; `ok` is False if anything is not as it says. A failed check is a row of the result, not an exception.
+    as a list; `ok` is False if anything is not as it says. A failed check is a row of the result; it is not raised.
 
         verify('out/demo', reference='demo').ok
     """

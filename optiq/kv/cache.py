@@ -105,7 +105,7 @@ class MixedKVCache(_Mixed):
 @findable
 class BatchMixedKVCache(_Mixed):
     "The cache of one layer for several texts that end together: what mlx-lm's batch generator asks of it"
-    length, right_padding = 0, None
+    several, length, right_padding = True, 0, None
     one = MixedKVCache # what holds a single text
 
     def __init__(self, left_padding: list, keys: Format, values: Format):

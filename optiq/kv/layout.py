@@ -51,7 +51,8 @@ class KVLayer:
 def language(model):
     "The part of a model that writes text, and so has a cache: in mlx-vlm a part, in mlx-lm the model itself"
     model = vars(model).get('_model', model) # Qwen3-ASR stands in a shell
-    return model.language_model if hasattr(model, 'get_input_embeddings') and hasattr(model, 'language_model') else model
+    sees = hasattr(model, 'get_input_embeddings') and hasattr(model, 'language_model')
+    return model.language_model if sees else model
 
 def own_caches(model) -> list:
     "The caches that a model makes for itself, whatever was installed on it; raises ValueError if it makes none"
@@ -179,16 +180,15 @@ def kv_layout(
     "What a model caches; raises ValueError if nothing of it can be quantized"
     if context < 1: raise ValueError(f'`context` must be at least 1 token, not {context}')
     c = Checkpoint(model) if isinstance(model, (str, Path)) else model
-    layers = kv_layers(opened := c.load() if isinstance(c, Checkpoint) else c)
-    if isinstance(c, Checkpoint): layers = _numbered(layers, c.n_blocks-len(language(opened).layers))
+    opened = c.load() if isinstance(c, Checkpoint) else c
+    layers = kv_layers(opened)
+    if isinstance(c, Checkpoint): # which numbers the blocks of its encoder before those of its language model
+        before = c.n_blocks-len(language(opened).layers)
+        layers = [l if l.block is None else replace(l, block=l.block+before) for l in layers]
     layout = KVLayout(tuple(layers), getattr(c, 'name', ''), context, weights, statistics)
     if not layout.units: raise ValueError('nothing of this cache can be quantized: '+', '.join(
         f'{what} ({n} layers)' for what, n in Counter(layout.left.values()).items()))
     return layout
-
-def _numbered(layers: list, before: int) -> list: # blocks that a checkpoint lists before those of its language model
-    "The same layers, their blocks numbered through all parts of a model"
-    return [l if l.block is None else replace(l, block=l.block+before) for l in layers]
 
 
 # %% ../../nbs/11_kv.layout.ipynb #ec26e6e6

@@ -42,6 +42,7 @@ def _in_full(fmt: Format, *parameters) -> Format: # ▸ with `parameters`: those
 class _Told:
     "What every cache of ours says of the arrays in it"
     formats, dims, dtype = (), None, None # of keys and of values; widths of a head's key and value, and their type
+    several = False # whether it holds several texts, whose first keys nobody waits for
 
     def tell(self, keys: Format, values: Format):
         self.formats = _in_full(keys), _in_full(values)
@@ -50,7 +51,8 @@ class _Told:
     def settle(self, keys, values): # (B, heads, T, D) each
         "Note what they are, and let a format take from the first keys what it waits for"
         family = FAMILIES.get(self.formats[0].mode)
-        if hasattr(family, 'settled'): self.formats = family.settled(self.formats[0], keys), self.formats[1]
+        if hasattr(family, 'settled') and not self.several:
+            self.formats = family.settled(self.formats[0], keys), self.formats[1]
         if self.dims is None or self.dtype is None:
             self.dims, self.dtype = (keys.shape[3], values.shape[3]), str(keys.dtype).split('.')[-1]
 
@@ -141,6 +143,7 @@ class RotatingMixedKVCache(_Windowed, RotatingKVCache):
 @findable
 class BatchRotatingMixedKVCache(_Windowed, BatchRotatingKVCache):
     "The cache of one layer with a sliding window for several texts"
+    several = True
     _lengths = None # which mlx-lm does not put into a state
 
     @property

@@ -237,11 +237,6 @@ def _template(
     stories, chains = (_NEW_STORIES, _NEW_CHAINS) if split == 'unseen' else (_STORIES, _KNOWN_CHAINS)
     return r.choice(stories) if r.random() < .5 else _chain(r.choice(chains))
 
-# %% ../../nbs/80_material.problems.ipynb #97e9952a
-def _note(result, left, op, right):
-    "A sum as GSM8K writes it down"
-    return f'{left} {op} {right} = <<{left}{op}{right}={result}>>{result}'
-
 # %% ../../nbs/80_material.problems.ipynb #b0632cfc
 _STRETCH = 2 # how much wider the test draws its numbers
 
@@ -279,7 +274,9 @@ def _word_problem(
     ranges, steps, question, answer = _parse(template)
     v, words = _numbers(r, ranges, steps, split), _words(r, split)
     question = _distracted(r, question).format(**v, **words)
-    note = lambda m: _note(*[v.get(o, o) for o in m.groups()])
+    def note(step): # as GSM8K writes a sum down
+        result, left, op, right = (v.get(o, o) for o in step.groups())
+        return f'{left} {op} {right} = <<{left}{op}{right}={result}>>{result}'
     answer = _STEP.sub(note, answer).format(**v, **words)
     return dict(question=question, prompt=PROMPT.format(question), template=template,
                 answer=f'{answer}\n#### {v[steps[-1][0]]}')

@@ -73,11 +73,6 @@ def _native_config(config):
     encoder = dict(audio_config=dict(model_type='qwen3_asr_encoder')) if 'audio_config' in config else {}
     return AutoConfig.for_model(**copy.deepcopy(_merged(config, encoder))) # transformers writes into it
 
-# %% ../../nbs/83_material.tiny.ipynb #8a66f504
-def _renamed(name, patterns):
-    for pattern, new in patterns.items(): name = re.sub(pattern, new, name)
-    return name
-
 # %% ../../nbs/83_material.tiny.ipynb #f59e0d30
 def _per_expert(name, shape):
     "One runtime tensor of all experts as its hub tensors, one for each expert and projection"
@@ -93,9 +88,12 @@ _THINKER = {r'^model\.audio_tower': 'thinker.audio_tower', r'^model\.language_mo
            r'^model\.multi_modal_projector\.linear_': 'thinker.audio_tower.proj'}
 _FLAT = {r'^model\.visual': 'visual', r'^model\.language_model': 'model'} # Qwen2-VL and Qwen2.5-VL
 
-def _hub_names(config): # pattern ▸ what the hub has in its place
-    if 'thinker_config' in config: return _THINKER
-    return _FLAT if 'vision_config' in config and 'text_config' not in config else {}
+def _hub_name(name: str, config: dict) -> str:
+    "Name on the hub of a parameter of the transformers model"
+    flat = 'vision_config' in config and 'text_config' not in config
+    patterns = _THINKER if 'thinker_config' in config else _FLAT if flat else {}
+    for pattern, new in patterns.items(): name = re.sub(pattern, new, name)
+    return name
 
 # %% ../../nbs/83_material.tiny.ipynb #0bda5a42
 def _hub_tensors(
@@ -105,7 +103,7 @@ def _hub_tensors(
     import torch, transformers
     build = getattr(transformers, config['architectures'][0])
     with torch.device('meta'): model = build(_native_config(config))
-    shapes = {_renamed(name, _hub_names(config)): tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {_hub_name(name, config): tuple(p.shape) for name, p in model.named_parameters()}
     if 'mtp_num_hidden_layers' in config.get('text_config', {}): shapes |= _draft_head(shapes, config)
     return dict(pair for item in shapes.items() for pair in _per_expert(*item))
 

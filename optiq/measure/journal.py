@@ -28,7 +28,7 @@ _RECORD = dict(unit=NAME, format=FORMAT, start=whole(0), kl=[number(-1, 1e30)]*2
 def read_log(
     path: Path,
 ) -> tuple[dict, dict, int]: # header, (path, format, start) ▸ values, bytes that are whole
-    "What a sweep file holds, but for a last line that was cut short; raises ValueError naming the line that is wrong"
+    "Header and records of a sweep file, but for a last line cut short; raises ValueError naming a damaged line"
     data = read_bytes(path)
     header, rows, whole = _document(data, path) or _journal(data, path)
     units, formats = {u['path'] for u in header['units']}, {*header['fingerprint']['formats'], str(AS_IS)}
@@ -79,7 +79,7 @@ def same_sweep(
     path: Path, # a sweep file, or where there is to be one
     header: dict, # what it should begin with
 ) -> tuple[dict, dict]: # its header and its records; ours and none if it holds nothing yet
-    "What a sweep file holds; raises ValueError if it was measured on something else"
+    "Header and records of a sweep file; raises ValueError if its fingerprint is another"
     if not path.exists() or b'\n' not in path.read_bytes(): return header, {}
     there, records, _ = read_log(path)
     check_other(path, there['fingerprint'], header['fingerprint'])
@@ -87,19 +87,19 @@ def same_sweep(
     return there, records
 
 def _go_on(path: Path, header: dict) -> tuple[dict, dict]: # as `same_sweep`
-    "What a sweep file has to go on with; raises FileExistsError if it was saved as a whole"
+    "Header and records to resume from; raises FileExistsError if the sweep is finished"
     there, records = same_sweep(path, header)
     if 'noise' in there: raise FileExistsError(f'{path} is a finished sweep; give another file to measure again')
     return there, records
 
 # %% ../../nbs/04e_measure.journal.ipynb #7a7f63a7
 def _shortest(values):
-    "Each float32 in digits that tell it from all others"
+    "float32 values in the nine digits that tell each from all others"
     return [float(f'{v:.9g}') for v in values]
 
 # %% ../../nbs/04e_measure.journal.ipynb #69220de7
 class _Journal:
-    "Values as they come, in memory and, if there is a path, in a file"
+    "Keeps measured values in memory and, if it has a path, appends them to a file"
     def __init__(self,
         header: dict,
         records: dict, # (unit, format, start) ▸ values: what is known, as `go_on` gives it
@@ -118,6 +118,6 @@ class _Journal:
         return ''.join(dumps(line)+'\n' for line in lines)
 
     def add(self, p: Pass, kl: np.ndarray): # (len(p.todo), sequences)
-        "Keep a finished pass, and write it down; raises FileNotFoundError if the file was deleted"
+        "Keep the KL of a finished pass and append it to the file; raises FileNotFoundError if somebody deleted that"
         self.records |= {k: _shortest(values) for k, values in zip(p.keys, np.float32(kl))}
         if self.path: append(self.path, self.lines(p.keys))

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 from scipy.optimize import nnls
 from tqdm.auto import tqdm
 
@@ -29,7 +30,7 @@ from ..plan import check_noise
 
 # %% ../../nbs/04f_measure.log.ipynb #6699ead2
 class _Ranks:
-    "This process among those that share a sweep; here it is alone"
+    "The number of this process among those that share a sweep; here it is the only one"
     rank, size = 0, 1
 
     def own(self, out) -> Path | None:
@@ -68,13 +69,13 @@ class _MLXRanks(_Ranks):
 
 # %% ../../nbs/04f_measure.log.ipynb #f63f8d58
 def _ranks_here() -> _Ranks:
-    "As the launcher says in the environment"
+    "The ranks that the launcher names in the environment: of torchrun, of mlx.launch, or this process alone"
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and 'RANK' in os.environ: return _TorchRanks()
     return _MLXRanks() if {'MLX_RANK', 'OMPI_COMM_WORLD_RANK'} & set(os.environ) else _Ranks()
 
 # %% ../../nbs/04f_measure.log.ipynb #17817eaa
 def _log_files(out: Path) -> list[Path]:
-    "The files of a sweep that there are: that of one process, then those of ranks"
+    "The existing files of a sweep: that of one process, then those of the ranks"
     if not out.parent.is_dir(): return []
     ranks = [f for f in out.parent.iterdir() if re.fullmatch(re.escape(out.name)+r'\.rank\d+', f.name)]
     return [f for f in (out, *sorted(ranks)) if f.exists()]
@@ -94,7 +95,7 @@ def _read_logs(
     ranks: _Ranks,
     mark: dict = {}, # what it says besides
 ) -> tuple[dict, dict]: # header with the passes that all ranks agree on, records
-    "What is known of a sweep, whoever measured it"
+    "Header and records from the files of all ranks"
     files = dict.fromkeys([out, ranks.own(out), *_log_files(out)] if out else [])
     found = [_go_on(own_file(f, 'sweep', **mark), header) for f in files]
     there = next((h for h, _ in found if h is not header), header)
@@ -147,13 +148,6 @@ class SweepLog(_Journal):
         "Passes of this rank that are not complete"
         return [p for p in self.mine if not self.has(p)]
 
-    def finish(self) -> Sweep:
-        "The sweep, gathered from all ranks; raises ValueError if nothing moved the output"
-        if self.ranks.size > 1: _gather(self)
-        _close(self)
-        check_noise(sweep := _check_flat(self.b, to_sweep(self.header, self.records)))
-        return sweep
-
 # %% ../../nbs/04f_measure.log.ipynb #d69fc064
 def _moved(b: Backend, sweep: Sweep) -> bool:
     "Whether rounding changes weights, and the output with them"
@@ -171,7 +165,7 @@ def _check_flat(b: Backend, sweep: Sweep) -> Sweep: # the same
 
 # %% ../../nbs/04f_measure.log.ipynb #f2323f57
 def _gather(log: SweepLog):
-    "All records from all ranks, each from one of them: the others add zeros; raises ValueError if nobody has one"
+    "Collect the records of all ranks; raises ValueError if a pass is missing"
     held, rank = log.held(), log.ranks.rank
     if not held.any(0).all(): raise ValueError('some passes were not measured; run the same command again')
     mine = {k for p, by in zip(log.passes, held.argmax(0)) for k in p.keys if by == rank}
@@ -182,7 +176,7 @@ def _gather(log: SweepLog):
 
 # %% ../../nbs/04f_measure.log.ipynb #8605b956
 def _close(log: SweepLog):
-    "One file, as an undisturbed process would have written it; raises FileNotFoundError if it was deleted meanwhile"
+    "Write the file of a single process and delete those of the ranks; raises FileNotFoundError if ours is gone"
     log.records = _whole_passes(log.records, log.passes)
     if log.path is None: return
     check_gone(log.path)
@@ -191,17 +185,29 @@ def _close(log: SweepLog):
     gone = _log_files(log.out) if log.ranks.rank == 0 else [log.path]
     for f in {*gone}-{log.out}: f.unlink(missing_ok=True)
 
+# %% ../../nbs/04f_measure.log.ipynb #0c0ee953
+@patch
+def finish(self: SweepLog) -> Sweep:
+    "The sweep, gathered from all ranks; raises ValueError if nothing moved the output"
+    if self.ranks.size > 1: _gather(self)
+    _close(self)
+    check_noise(sweep := _check_flat(self.b, to_sweep(self.header, self.records)))
+    return sweep
+
 # %% ../../nbs/04f_measure.log.ipynb #bc30f7b7
 def _announce(c, shape, ranks):
-    "Tell the time and memory of a sweep on stderr"
+    "Print the expected time and memory of a sweep to stderr"
     print(f'{c["probes"]} measurements, each of one tensor in one format, on {shape[0]} × {shape[1]} tokens: '
           f'about {_duration(c["seconds"]/ranks)}, {c["bytes"]/2**30:.1f} GB for states', file=sys.stderr, flush=True)
 
 # %% ../../nbs/04f_measure.log.ipynb #31ddbbf5
-_BAR = '{desc}{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} to go' # of every bar, for tqdm
+def _bar(what: str = '', show: bool = True): # ▸ tqdm, which is told shares of the work
+    "A bar for a long step: how much is done, how long it took, how long it will take"
+    return tqdm(total=1, desc=what and f'{what} ', leave=False, disable=not show, smoothing=0,
+                bar_format='{desc}{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} to go')
 
 class _Share:
-    "Moves a bar by time: what a run of a block takes, and what rounding a weight, is learned as they go by"
+    "Moves a progress bar by time; learns from the passes how long a run of a block and the rounding of a weight take"
     def __init__(self, bar, runs: int, rounded: int): # in all
         self.bar, self.all = bar, np.maximum([runs, rounded], 1)
         self.seen, self.last = [], time.perf_counter()
@@ -217,10 +223,10 @@ class _Share:
 # %% ../../nbs/04f_measure.log.ipynb #972fbf17
 @contextmanager
 def progress_bar(log: SweepLog, show: bool = True): # ▸ `tick` of `measure`
-    "A progress bar, after a line that tells time and memory"
+    "A line with the expected time and memory, then a progress bar"
     todo = log.missing()
     if show and todo: _announce(cost(log.b, todo, log.shape[1], log.sample), log.shape, log.ranks.size)
     runs = sum(block_passes(p.todo, log.b.n_blocks) for p in todo)
     rounded = sum(u.kind != 'lm_head' for p in todo for u, _ in p.todo)
-    with tqdm(total=1, bar_format=_BAR, leave=False, disable=not show or not todo, smoothing=0) as bar:
+    with _bar(show=show and bool(todo)) as bar:
         yield _Share(bar, runs, rounded)

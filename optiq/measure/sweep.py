@@ -61,21 +61,12 @@ class Sweep:
         measured = {p for p, _ in self.values}
         return [u for u in self.units if u.path not in measured]
 
-    def __repr__(self):
-        n, formats = len(next(iter(self.values.values()))), ', '.join(map(str, self.formats))
-        what = f'Sweep of {self.header["model"]}: {len(self.units)} units × {formats}, {n} sequences'
-        if not self.left: return what
-        return f'{what}; {len(self.left)} units of a width that no group divides are left as they are'
-
-    def _repr_html_(self):
-        return f'<p>{self}</p>'+self.to_frame().nlargest(10, 'kl').to_html(index=False, border=0)
-
 # %% ../../nbs/04c_measure.sweep.ipynb #71b324cf
 @patch
 def to_frame(self: Sweep,
     sequences: bool = False, # a column for each sequence, too
 ): # ▸ pandas DataFrame
-    "One row per unit and format; the part of the model is told where there are several"
+    "One row per unit and format: KL in nats, its standard error, parameters; the part of the model if it has several"
     import pandas as pd
     rows, unit = [], {u.path: u for u in self.units}
     for (p, f), v in self.values.items():
@@ -113,6 +104,18 @@ def plot(self: Sweep,
     ax.set(xlabel='block', ylabel='', title=f'{self.header["model"]} at {fmt}')
     return ax
 
+# %% ../../nbs/04c_measure.sweep.ipynb #0d6f2b98
+@patch
+def __repr__(self: Sweep):
+    n, formats = len(next(iter(self.values.values()))), ', '.join(map(str, self.formats))
+    what = f'Sweep of {self.header["model"]}: {len(self.units)} units × {formats}, {n} sequences'
+    if not self.left: return what
+    return f'{what}; {len(self.left)} units of a width that no group divides are left as they are'
+
+@patch
+def _repr_html_(self: Sweep):
+    return f'<p>{self}</p>'+self.to_frame().nlargest(10, 'kl').to_html(index=False, border=0)
+
 # %% ../../nbs/04c_measure.sweep.ipynb #b7baf0b7
 def _tokens_per_expert(
     b: Backend,
@@ -131,7 +134,7 @@ def _tokens_per_expert(
 
 # %% ../../nbs/04c_measure.sweep.ipynb #18cff4ff
 def _counting(counts): # path ▸ (experts,) counts, which it adds to
-    "What a backend tells the inputs of its experts to"
+    "A listener that counts the tokens of each expert"
     def hear(path, x, which): # the experts of all rows, or the one expert that they go to
         if path not in counts: return
         chosen = np.ravel(which) if np.ndim(which) else [which]*len(x)
@@ -155,7 +158,7 @@ def _sweep_header(
     c, # whose units: a Checkpoint or a KVLayout
     tokens: 'np.ndarray | list', # (n, T) calibration tokens, or samples
 ) -> dict:
-    "What is needed to plan without the model, and to know the calibration text again"
+    "The header of a sweep: units, sizes, tokens per expert, hashes of the text; enough to plan without the model"
     gone = {'left_out': c.left_out} if getattr(c, 'left_out', None) else {}
     return dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes,
                 shape=list(shape_of(tokens)), units=[u.row() for u in c.units], **getattr(c, 'header', {}), **gone,
@@ -168,7 +171,7 @@ def fingerprint_of(
     formats: list[Format],
     quantizer: str = 'minmax', # its name
 ) -> dict:
-    "What the numbers of a sweep depend on"
+    "Everything that the numbers of a sweep depend on: model, tokens, formats, rounding, type and library"
     return dict(model=b.checkpoint.fingerprint, tokens=fingerprint(tokens), formats=[str(f) for f in formats],
                 quantizer=quantizer, dtype=str(b.dtype).split('.')[-1], backend=b.name)
 
@@ -225,7 +228,7 @@ def save(self: Sweep,
 _WAKES = {'index_topk': 'the indexers of its attention'} # entry of a config ▸ what does nothing up to so many tokens
 
 def _long_enough(c: Checkpoint, seq_len: int) -> int: # tokens in a sequence
-    "As many tokens as asked for, or twice as many as a part of the model sleeps through"
+    "Tokens in a sequence at which all parts work: `seq_len`, or twice as many as a part does nothing for"
     said = c.config | (c.config.get('text_config') or {})
     found = {k: said[k] for k in _WAKES if isinstance(said.get(k), int) and said[k] >= seq_len}
     if not found: return seq_len
@@ -254,11 +257,11 @@ def about_texts(source: str | None, learned, rounding: str) -> dict:
 
 # %% ../../nbs/04c_measure.sweep.ipynb #d7f10004
 def rounding_of(sweep: Sweep) -> str: # 'minmax', 'search', 'gptq', or another of `QUANTIZERS`
-    "How a sweep was rounded"
+    "The rounding with which a sweep was measured"
     return sweep.header.get('fingerprint', {}).get('quantizer', 'minmax').split(',')[0]
 
 def learned_again(sweep: Sweep, c: Checkpoint): # ▸ tokens, or samples
-    "What a sweep's rounding learned from; raises ValueError if it cannot be had"
+    "The tokens that the rounding of a sweep learned from; raises ValueError if we cannot read the same text again"
     if sweep.learned is not None: return sweep.learned
     said = sweep.header.get('learned') or {}
     for split in ('train', 'all') if said.get('source') else ():
@@ -266,7 +269,7 @@ def learned_again(sweep: Sweep, c: Checkpoint): # ▸ tokens, or samples
         except (ValueError, OSError, ModuleNotFoundError): continue
         if fingerprint(tokens) == said['fingerprint']: return tokens
     raise ValueError(f'the sweep was rounded by {rounding_of(sweep)}, and the text that it learned from '
-                     f'({said.get("source") or "it has no name"}) is not to be had again; measure it again, or give a '
+                     f'({said.get("source") or "it has no name"}) cannot be read again; measure it again, or give a '
                      f'quantizer')
 
 # %% ../../nbs/04c_measure.sweep.ipynb #d7f10005
@@ -276,7 +279,7 @@ def quantizer(self: Sweep,
     plan, # unit path ▸ Format
     folder: 'str | Path', # where rounded tensors lie until the conversion has read them
 ): # ▸ (weight, format) ▸ stored tensors, or a mapping of paths to such: a quantizer for `convert`
-    "What saves a plan as a sweep measured it"
+    "A quantizer that rounds a plan as the sweep did; raises ValueError if it cannot learn from the same text"
     if (rounding := rounding_of(self)) == 'minmax': return quantize_minmax
     b = open_backend(source)
     return round_to_files(b, learned_again(self, b.checkpoint), plan, rounding, folder)

@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..backends.open import open_backend
 from ..backends.replay import Backend
@@ -85,25 +86,29 @@ class Demo:
         tables = [dict(rows=t.rows) | titled(t) for t in self.tables]
         return dict(demo=self.name, about=self.about, tables=tables, published=[vars(t) for t in self.published])
 
-    def save(self,
-        folder: 'str | Path', # one that is there, say with models, is added to
-        overwrite: bool = False, # replace the files of an earlier demo
-    ):
-        "tables.txt, demo.json and the figures"
-        names = 'demo.json', 'tables.txt', *(f'{name}.png' for name in self.figures)
-        there = as_path(folder).is_dir()
-        with added_files(folder, *names, overwrite=overwrite) if there else whole_folder(folder, made='demo') as part:
-            (part/'tables.txt').write_text(f'{self!r}\n', encoding='utf-8')
-            results = dumps(self.results(), indent=1, ensure_ascii=False)
-            (part/'demo.json').write_text(f'{results}\n', encoding='utf-8')
-            if can_draw('matplotlib', 'seaborn'): self.draw(part)
+# %% ../../nbs/62_show.demo.ipynb #bfb630b2
+@patch
+def save(
+    self: Demo,
+    folder: 'str | Path', # one that is there, say with models, is added to
+    overwrite: bool = False, # replace the files of an earlier demo
+):
+    "tables.txt, demo.json and the figures"
+    names = 'demo.json', 'tables.txt', *(f'{name}.png' for name in self.figures)
+    there = as_path(folder).is_dir()
+    with added_files(folder, *names, overwrite=overwrite) if there else whole_folder(folder, made='demo') as part:
+        (part/'tables.txt').write_text(f'{self!r}\n', encoding='utf-8')
+        results = dumps(self.results(), indent=1, ensure_ascii=False)
+        (part/'demo.json').write_text(f'{results}\n', encoding='utf-8')
+        if can_draw('matplotlib', 'seaborn'): self.draw(part)
 
-    def draw(self, folder: Path):
-        import matplotlib.pyplot as plt
-        for name, draw in self.figures.items():
-            figure = np.ravel(draw())[0].figure
-            figure.savefig(folder/f'{name}.png', dpi=150, bbox_inches='tight')
-            plt.close(figure)
+@patch
+def draw(self: Demo, folder: Path):
+    import matplotlib.pyplot as plt
+    for name, draw in self.figures.items():
+        figure = np.ravel(draw())[0].figure
+        figure.savefig(folder/f'{name}.png', dpi=150, bbox_inches='tight')
+        plt.close(figure)
 
 # %% ../../nbs/62_show.demo.ipynb #e3896457
 @dataclass(frozen=True)

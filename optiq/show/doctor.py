@@ -43,7 +43,8 @@ def _installed(package: str) -> str | None:
 
 def _package(name: str, state: str, remedy: str) -> _Finding: # state and remedy if it is missing
     "The version of a package, or how to get it"
-    return _Finding(name, v) if (v := _installed(name)) else _Finding(name, 'missing', state, remedy)
+    found = _installed(name)
+    return _Finding(name, found) if found else _Finding(name, 'missing', state, remedy)
 
 # %% ../../nbs/63_show.doctor.ipynb #5b9942c8
 _EXTRAS = {'torch': 'convert', 'datasets': 'convert', 'mlx-vlm': 'vlm', 'mlx-audio': 'audio', 'ipywidgets': 'lab',

@@ -84,7 +84,7 @@ def _figures_of(
     size = f'{plan.size_mb:.2f}'+(f' (1/{whole/plan.nbytes:.1f})' if whole else '')
     found = {'nominal bits': f'{plan.nominal_bpw:.3f}', 'true bits': f'{plan.true_bpw:.3f}', 'MB': size,
              'predicted KL': f'{plan.predicted_kl:.4g}{se}'}
-    if lat: found['tokens per second'] = f'{"" if lat.point else "≤ "}{lat.tps(plan):,.0f}'
+    if lat: found[f'tokens per second, {lat.chip.name}'] = f'{"" if lat.point else "≤ "}{lat.tps(plan):,.0f}'
     return found
 
 # %% ../../nbs/61_show.explore.ipynb #4ea842fb

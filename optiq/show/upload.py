@@ -136,7 +136,7 @@ def upload(
     api = None, # of `huggingface_hub`; one with your token by default
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
 ) -> _Upload:
-    "Publish a converted model; raises ValueError for a bad `repo`, or if `send` without a token; FileNotFoundError without a plan"
+    "Publish a converted model; raises ValueError if `send` without a token, FileNotFoundError without a plan"
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     if not _HUB_ID.fullmatch(repo): raise ValueError(f'{repo!r} is not a name on the Hub; give user/name')
     folder, api = as_path(folder), api or HfApi(token=get_token())

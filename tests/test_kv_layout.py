@@ -40,7 +40,7 @@ def test_several_caches_in_one_entry_are_all_counted(folder, monkeypatch):
             return [c.update_and_fetch(k, v) for c in self.caches[1:]][0]
     monkeypatch.setattr(qwen3.Model, 'make_cache', lambda self: [Both(ArraysCache(1), KVCache(), KVCache()) for _ in self.layers], raising=False)
     found = kv_layers(model)[0]
-    assert 'no plain cache' in found.left and found.nbytes(100) == 2*plain.nbytes(100)+20
+    assert 'not a plain cache' in found.left and found.nbytes(100) == 2*plain.nbytes(100)+20
 
 def test_layout_counts_only_what_can_be_quantized(tmp_path):
     c = Checkpoint(tiny('qwen3_5', tmp_path/'q'), model_type='llm')

@@ -93,4 +93,4 @@ def test_json_has_the_same_keys_for_model_and_baseline():
 
 def test_tasks_that_do_not_exist():
     with pytest.raises(ValueError, match='there are perplexity, kl'): _find_task('mmlu')
-    with pytest.raises(ValueError, match='none; give 1 or more as `n`'): run_task('gsm8k', 'demo', n=0)
+    with pytest.raises(ValueError, match='`n` must be at least 1 sample'): run_task('gsm8k', 'demo', n=0)

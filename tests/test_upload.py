@@ -51,7 +51,7 @@ def test_a_dry_run_sends_nothing(folder, send, token):
     assert not [c for c in api.calls if c[0].startswith('create')] and u.sent is None and 'nothing was sent' in repr(u)
 
 def test_without_a_token_asking_is_an_error(folder):
-    with pytest.raises(ValueError, match='without a token; log in with'): upload(folder, 'me/small', True, api=Api(None))
+    with pytest.raises(ValueError, match='sending needs a token; log in with'): upload(folder, 'me/small', True, api=Api(None))
 
 @pytest.mark.parametrize('repo', ['small', 'a/b/c', '../x', 'me/'])
 def test_what_is_no_place(folder, repo):

@@ -73,10 +73,11 @@ def _count_below(
 
 # %% ../nbs/70_arrays.ipynb #78a63926
 def pack_codes(
-    codes, # (…, in_dims) whole numbers below 2**bits, of NumPy or PyTorch
+    codes, # (…, in_dims) whole numbers below 2**bits; a PyTorch tensor is packed where it lies
     bits: int, # code width
 ) -> np.ndarray: # (…, in_dims·bits/32) uint32
     "Codes as MLX stores them: a little-endian stream of bits"
+    if not hasattr(codes, 'is_cuda'): codes = np.asarray(codes)
     eight = codes.reshape(*codes.shape[:-1], -1, 8) # that fill as many bytes as a code has bits
     words = sum(as_type(eight[..., i], 'int64') << bits*i for i in range(8))
     stream = words[..., None].view(library(words)[0].uint8)[..., :bits].reshape(*codes.shape[:-1], -1)

@@ -76,9 +76,7 @@ def _read_config(
     return config
 
 # %% ../nbs/01_models.ipynb #68667296
-def _for_vlm(config: dict) -> bool: return _is_vision(config) or _only_vlm(config)
-
-_LACKS = dict(vlm=(_for_vlm, 'vision_config, so it has no vision tower'),
+_LACKS = dict(vlm=(lambda config: _is_vision(config) or _only_vlm(config), 'vision_config, so it has no vision tower'),
              audio=(_is_speech, 'audio_config, so it has no audio encoder'))
 
 def _check_type(
@@ -131,16 +129,6 @@ def _reading(
             (Path(place)/'config.json').write_text(json.dumps(config))
             yield Path(place)
 
-# %% ../nbs/01_models.ipynb #3b73c0dc
-def _open_llm(folder, trust_remote_code):
-    from mlx_lm.utils import load_model
-    return load_model(folder, lazy=True, trust_remote_code=trust_remote_code)[0]
-
-# %% ../nbs/01_models.ipynb #d881bcd6
-def _open_vlm(folder, trust_remote_code):
-    from mlx_vlm.utils import load_model
-    return load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
-
 # %% ../nbs/01_models.ipynb #9e660434
 def _open_audio(folder, trust_remote_code):
     import logging
@@ -151,7 +139,14 @@ def _open_audio(folder, trust_remote_code):
     return getattr(model, '_model', model) # some come in a wrapper
 
 # %% ../nbs/01_models.ipynb #0422ab71
-_OPEN = dict(llm=_open_llm, vlm=_open_vlm, audio=_open_audio)
+def _opener(model_type: str): # ▸ function of folder and trust_remote_code
+    "What opens a type of model, its arrays lazy"
+    if model_type == 'audio': return _open_audio
+    load = import_module(f'{LOADERS[model_type]}.utils').load_model
+    def opened(folder, trust_remote_code):
+        found = load(folder, lazy=True, trust_remote_code=trust_remote_code)
+        return found[0] if isinstance(found, tuple) else found # mlx-lm gives the configuration too
+    return opened
 
 def _load_lazy(
     folder: Path,
@@ -161,7 +156,7 @@ def _load_lazy(
 ):
     "A fresh model with lazy arrays; raises ValueError, naming what its loader cannot place"
     try:
-        with _reading(folder, config) as place: return _OPEN[model_type](place, trust_remote_code)
+        with _reading(folder, config) as place: return _opener(model_type)(place, trust_remote_code)
     except Exception as e: raise cannot_open(folder, config, LOADERS[model_type].replace('_', '-'), e) from e
 
 def cannot_open(folder: Path, config: dict, library: str, e: Exception) -> ValueError:

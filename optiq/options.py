@@ -109,8 +109,8 @@ _SHARED |= dict(
 _SHARED |= dict(
     method=click.option('--method', type=click.Choice(['exact', 'screened', 'gradient']),
         help='how the sweep measures  [default: the most exact that fits --time-budget]'),
-    time_budget=click.option('--time-budget', type=float, callback=lambda ctx, param, x: None if x is None else 60*x,
-                             metavar='MINUTES',
+    time_budget=click.option('--time-budget', type=float, metavar='MINUTES',
+        callback=lambda ctx, param, minutes: None if minutes is None else 60*minutes,
         help='time for the sweep, by which its method is chosen  [default: 10]'))
 
 _SHARED['statistics'] = click.option('--statistics', type=click.Path(), metavar='FILE',

@@ -297,7 +297,8 @@ def trade_off(
     out = own_output(out, overwrite, 'pareto', source, journal=sweep is None)
     fmts, rounding = _candidates_for(weights.formats, sweep, _WIDE), _rounding_for(weights.rounding, sweep)
     if sweep is not None and not verify:
-        idle = [k for k, v in dict(texts=texts, rounding_n=weights.rounding_n, statistics=weights.statistics).items() if v is not None]
+        given = dict(texts=texts, rounding_n=weights.rounding_n, statistics=weights.statistics)
+        idle = [k for k, v in given.items() if v is not None]
         if idle: raise ValueError(f'`{idle[0]}` has no effect: nothing is measured; give `verify`')
         found = _load_sweep(sweep)
         if saved: _check_other_rounding(found, sweep, rounding)

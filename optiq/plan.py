@@ -385,8 +385,9 @@ def _label(ax, points: list): # of (name, x, y)
     for name, x, y in points:
         tried = [ax.annotate(name, (x, y), (dx, dy), ha=ha, **halo) for dx, dy, ha in _PLACES]
         boxes = [t.get_window_extent() for t in tried]
-        def trouble(box): return box.count_overlaps(taken)+3*(not (ax.bbox.containsx(box.x0) and ax.bbox.containsx(box.x1)
-                                                              and ax.bbox.containsy(box.y0) and ax.bbox.containsy(box.y1)))
+        def trouble(box):
+            inside = all(ax.bbox.contains(x, y) for x, y in ((box.x0, box.y0), (box.x1, box.y1)))
+            return box.count_overlaps(taken)+3*(not inside)
         best = min(range(len(tried)), key=lambda k: trouble(boxes[k]))
         for k, t in enumerate(tried):
             if k != best: t.remove()

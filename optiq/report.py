@@ -69,7 +69,8 @@ def mean_figure(
     "A mean with its standard error and Student's 95 % interval"
     from scipy.stats import t
     x = np.asarray(items, float)
-    if not np.isfinite(x).all(): raise ValueError(f'{_metric(name).title}: an item is not a number, so it has no mean')
+    if not np.isfinite(x).all():
+        raise ValueError(f'{_metric(name).title}: an item is not a number, so there is no mean')
     se = float(x.std(ddof=1)/len(x)**.5) if len(x) > 1 else float('nan')
     half = float(t.ppf(.975, len(x)-1))*se if len(x) > 1 else float('nan')
     return _figure(name, float(x.mean()), se, x.mean()-half, x.mean()+half, x, on)

@@ -24,7 +24,7 @@ from .calibration import fingerprint, shape_of
 from .formats import AS_IS, divides, quantize_dequantize
 from .gptq import gptq, _gptq_all
 from .grid import _MinMax, search
-from .statistics import Chunks, Listener, Statistics, _Learned, _learned_from
+from .statistics import Chunks, Listener, Statistics, _Learned
 
 # %% ../nbs/06_rounding.ipynb #6707cf03
 class _NextListener(Listener):
@@ -44,14 +44,11 @@ def _enough(tokens, n: int = 1024) -> np.ndarray: # the first sequences, of `n` 
 
 def _listened(b: Backend, tokens, method: str): # ▸ Statistics, or those that a file holds
     "What `search` and `gptq` know of each unit's inputs, on unperturbed states"
-    if method == 'search': return tokens if isinstance(tokens, _Learned) else Statistics(b, _enough(tokens), whole=False)
-    if isinstance(tokens, _Learned) and method == 'gptq': raise ValueError(
+    kept = isinstance(tokens, _Learned)
+    if method == 'search': return tokens if kept else Statistics(b, _enough(tokens), whole=False)
+    if kept and method == 'gptq': raise ValueError(
         '`statistics` serve search alone: gptq hears what the errors before it made of the text, and needs that')
     return Statistics(b, tokens)
-
-def _kept(b: Backend, tokens, file, source=None, wanted=None) -> _Learned: # see `_learned_from`
-    "The statistics of `search` in a file"
-    return _learned_from(b, tokens, file, _enough(tokens), source, wanted)
 
 # %% ../nbs/06_rounding.ipynb #a7c1d0e3
 def as_overrides(done: dict) -> dict:

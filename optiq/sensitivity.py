@@ -27,7 +27,8 @@ from .measure.log import SweepLog, _log_files, _ranks_here, progress_bar
 from .measure.sweep import texts_for, to_sweep, warn_of_idle
 from .plan import _silent
 from .readers import _check_counts, _helpful
-from .rounding import ROUNDING, RoundTrips, _kept
+from .rounding import ROUNDING, RoundTrips, _enough
+from .statistics import _learned_from
 
 # %% ../nbs/04_sensitivity.ipynb #db25ed85
 def sweep_quantizer(
@@ -147,9 +148,9 @@ def _warn_of_silent(sweep: Sweep):
         'they get the widest candidate')
 
 # %% ../nbs/04_sensitivity.ipynb #4cb19e2b
-def _statistics_for(b: Backend, learned, file, rounding: str, source=None, wanted=None): # see `_kept`
+def _statistics_for(b: Backend, learned, file, rounding: str, source=None, wanted=None): # see `_learned_from`
     "What rounding learned, from a file; raises ValueError for a rounding that it does not serve"
-    if rounding == 'search': return _kept(b, learned, file, source, wanted)
+    if rounding == 'search': return _learned_from(b, learned, file, _enough(learned), source, wanted)
     why = 'minmax learns from no text' if rounding == 'minmax' else f'{rounding} needs the text itself'
     raise ValueError(f'`statistics` has no effect: {why}; leave it, or choose search')
 

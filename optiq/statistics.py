@@ -178,7 +178,8 @@ class _Learned(Mapping):
         from safetensors import safe_open
         self.b, self.file = b, file
         try: self.opened = safe_open(file, 'numpy')
-        except Exception as e: raise ValueError(f'{file} holds no statistics of optiq: {e}; give another file') from None
+        except Exception as e:
+            raise ValueError(f'{file} holds no statistics of optiq: {e}; give another file') from None
         said = parse((self.opened.metadata() or {}).get('optiq', '{}'), str(file))
         check_kind(said, str(file), 'statistics', _FORM)
         self.about, self.shape, self.fingerprint = said, tuple(said['shape']), said['fingerprint']

@@ -43,7 +43,8 @@ class Unit:
         return nbytes(self.kept if self.keeps(fmt) else fmt, self.shape, self.itemsize)
     def takes(self, fmt: Format) -> bool: return self.keeps(fmt) or not self.fixed and divides(fmt, self.shape)
     def bits(self, fmt: Format) -> int: return (self.kept if fmt == AS_IS else fmt).bits or 8*self.itemsize
-    def row(self) -> dict: return {k: v for k, v in asdict(self).items() if v or k not in ('stored', 'twin')} # for files
+    def row(self) -> dict: # for files
+        return {k: v for k, v in asdict(self).items() if v or k not in ('stored', 'twin')}
 
 # %% ../nbs/01b_units.ipynb #0c1d21ae
 _UNIT = dict(path=NAME, kind=NAME, shape=[whole(), ]*2, block=maybe(whole(0, 2**20)),
@@ -77,7 +78,8 @@ def block_lists(
     "The lists that hold a model's blocks, those of its language model last; raises ValueError if there is none"
     speaks = model if model_type == 'llm' or hasattr(model, 'layers') else getattr(model, 'language_model', None)
     own = {id(m) for m in getattr(speaks, 'layers', None) or ()}
-    def holds(blocks): return id(blocks[0]) in own or not (own and model_type == 'llm') and _attends(blocks[0])
+    def attends(module): return any('attn' in p or 'attention' in p for p, _ in module.named_modules())
+    def holds(blocks): return id(blocks[0]) in own or not (own and model_type == 'llm') and attends(blocks[0])
     def walk(module, path):
         for name, child in module.items():
             here = f'{path}.{name}'.lstrip('.')
@@ -88,8 +90,6 @@ def block_lists(
     found = {here: many for _, here, many in sorted(walk(model, ''), key=lambda x: x[0])} # stable: as it makes them
     if not found: raise ValueError(f'{type(model).__module__} keeps its blocks where they cannot be replayed')
     return found
-
-def _attends(module): return any('attn' in p or 'attention' in p for p, _ in module.named_modules())
 
 # %% ../nbs/01b_units.ipynb #2217ff67
 def find_units(

@@ -16,10 +16,6 @@ from .units import Unit
 # %% ../nbs/05d_wishes.ipynb #bfb5a565
 _WORDS = 'embed', 'lm_head', 'first', 'last'
 
-def _hit(u, name, last):
-    if name in ('first', 'last'): return u.block == (0 if name == 'first' else last)
-    return fnmatch(u.path, name) or fnmatch(u.kind, name) or (name == 'embed' and 'embed' in u.kind)
-
 def _near(units: list, name: str) -> list:
     "Names that resemble one that matches nothing, or examples of names that match"
     there = list(dict.fromkeys([*_WORDS, *(u.kind for u in units), *(u.path for u in units)]))
@@ -34,7 +30,10 @@ def _matched(
 ) -> frozenset: # of paths
     "The units that a name means; raises ValueError, with what is near, if there are none"
     last = max((u.block for u in units if u.block is not None), default=None)
-    hits = {u.path for u in units if _hit(u, name, last)}
+    def hit(u):
+        if name in ('first', 'last'): return u.block == (0 if name == 'first' else last)
+        return fnmatch(u.path, name) or fnmatch(u.kind, name) or (name == 'embed' and 'embed' in u.kind)
+    hits = {u.path for u in units if hit(u)}
     if name == 'lm_head' and not hits: hits = {u.path for u in units if 'embed' in u.kind} # tied
     if not hits: raise ValueError(f'`{kind}` {name!r} matches no unit; near to it are {", ".join(_near(units, name))}; '
                                   f'or give another path or kind, such as *.{units[-1].kind}')

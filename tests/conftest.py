@@ -1,11 +1,7 @@
 "What all tests share: no network, and the models and data that lie beside the repository where there are any"
-import os, sys
+import os
 from pathlib import Path
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1]/'tools'))
-from blas import fast_blas
-fast_blas()
 
 os.environ.setdefault('MLX_DISABLE_COMPILE', '1') # on a CPU every compiled function costs seconds of a C++ compiler
 os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', HF_DATASETS_OFFLINE='1')

@@ -42,6 +42,7 @@ def test_backends_give_the_same_scores(b, tokens):
     np.testing.assert_allclose(a.kl, m.kl, rtol=1e-3)
 
 def test_gradient_ranks_and_screening_saves(b, tokens):
+    tokens = tokens[:, :32]
     exact = kl_sweep(b, tokens, [4, 8], progress=False, rounding='minmax')
     assert agreement(gradient_sweep(b, tokens, [4, 8]), exact, Format(4))['spearman'] > .85
     screened = screened_sweep(b, tokens, [4, 8], [4.5], progress=False)

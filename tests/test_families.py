@@ -30,17 +30,34 @@ def rows(tmp_path_factory):
 @pytest.mark.parametrize('family', [*KINDS, *SPECIAL])
 def test_works(family, rows): assert rows[family]['result'] == 'works', rows[family]
 
-def test_indexers_wake_beyond_what_they_pick(tmp_path, monkeypatch):
-    "DeepSeek V3.2 attends to 2,048 tokens: its indexer does nothing in a sequence so long, and something in one of 4,096"
+def written(tmp_path, monkeypatch, family, vision, **changes):
+    "A special form as a folder"
     monkeypatch.syspath_prepend(root/'bench')
     import families
+    config, told = families.config_of('special', family, families.read_table())
+    families.write_checkpoint(tmp_path/'m', config | changes, told, 'mlx', vision)
+    return tmp_path/'m'
+
+def test_text_that_only_mlx_vlm_opens_is_measured_on_text(tmp_path, monkeypatch):
+    from optiq.convert import convert
+    from optiq.knapsack import allocate
+    from optiq.measure.sweep import texts_for
+    from optiq.models import Checkpoint
+    from optiq.sensitivity import kl_sweep
+    c = Checkpoint(written(tmp_path, monkeypatch, 'Hunyuan 4 as text of mlx-vlm', True, num_hidden_layers=2))
+    assert c.model_type == 'vlm' and c.text_only
+    tokens = texts_for(c, 'bundled', 2, 24, 0)[0]
+    assert tokens.shape == (2, 24)
+    sweep = kl_sweep(c, tokens, ['2g32', '8g32'], rounding='minmax', progress=False)
+    assert convert(c, allocate(sweep, target_bpw=5), tmp_path/'out', sweep).text_only
+
+def test_indexers_wake_beyond_what_they_pick(tmp_path, monkeypatch):
+    "DeepSeek V3.2 attends to 2,048 tokens: its indexer does nothing in a sequence so long, and something in one of 4,096"
     from optiq.backends.open import open_backend
     from optiq.evals.perplexity import overrides_of
     from optiq.formats import parse_format
-    config, told = families.config_of('special', 'DeepSeek V3.2 at 4,096 tokens', families.read_table())
-    config |= dict(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, index_n_heads=1, head_dim=32)
-    families.write_checkpoint(tmp_path/'m', config, told, 'mlx', False)
-    b = open_backend(str(tmp_path/'m'), 'mlx')
+    small = dict(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, index_n_heads=1, head_dim=32)
+    b = open_backend(str(written(tmp_path, monkeypatch, 'DeepSeek V3.2 at 4,096 tokens', False, **small)), 'mlx')
     change = overrides_of({u.path: parse_format('2g32') for u in b.checkpoint.units if 'indexer' in u.path and u.block == 0})
     ids = np.random.default_rng(0).integers(11, 500, (1, 4096)).astype(np.int32)
     plain, changed = b.numpy(b.logits(ids))[0], b.numpy(b.logits(ids, change))[0]

@@ -11,7 +11,7 @@ from optiq.models import Checkpoint
 from optiq.plan import uniform
 
 @pytest.mark.parametrize('change, message', [
-    (dict(optiq='plan'), 'is no kv_config'), (dict(version=2), 'version 2, and this optiq reads 1'),
+    (dict(optiq='plan'), 'is not a kv_config'), (dict(version=2), 'version 2, and this optiq reads 1'),
     (dict(layers=None), 'layers is null, and should be a list'), (dict(layers=[{}]), r'layers\[0\] lacks layer and heads')])
 def test_broken_configs(served, change, message):
     with pytest.raises(ValueError, match=message): read_kv_config(served[1] | change, served[0])
@@ -38,6 +38,7 @@ def test_layers_that_cannot_be_quantized_are_refused(tmp_path):
     layout = kv_layout(c, 64)
     config = kv_config(uniform(layout, 4), layout)
     assert config['layers'][0]['left'] == 'recurrent state' and config['layers'][0]['keys'] == 'as-is'
+    assert sum(r.get('nbytes', 0) for r in config['layers']) == layout.other_bytes
     caches = mixed_caches(c.load(), read_kv_config(config, c.load()))
     assert [type(x).__name__ for x in caches] == ['ArraysCache']*3+['MixedKVCache']
     config['layers'][0]['keys'] = '4g64'

@@ -27,6 +27,15 @@ def test_mla_and_shared_caches_are_recognised(folder, monkeypatch, attention, wh
     assert {l.left for l in kv_layers(model)} == {why}
     with pytest.raises(ValueError, match='nothing of this cache can be quantized.*3 layers'): kv_layout(model)
 
+def test_latent_attention_is_named_with_its_bytes():
+    from mlx_lm.models.deepseek_v3 import Model, ModelArgs
+    model = Model(ModelArgs(vocab_size=512, hidden_size=128, intermediate_size=128, moe_intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=64, q_lora_rank=32, qk_rope_head_dim=32, v_head_dim=32, qk_nope_head_dim=32,
+        n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1))
+    latent = 2*1000*(64+32)*4 # a latent and a rope key a token and layer, in float32
+    assert sum(l.nbytes(1000) for l in kv_layers(model)) == latent
+    with pytest.raises(ValueError, match=rf'MLA\) \(2 layers\); it holds {latent:,} bytes at 1,000 tokens'): kv_layout(model, 1000)
+
 def test_several_caches_in_one_entry_are_all_counted(folder, monkeypatch):
     from mlx_lm.models.cache import ArraysCache, CacheList
     import mlx_lm.models.qwen3 as qwen3

@@ -129,7 +129,7 @@ def test_a_conversion_ends_in_words(tmp_path):
 def test_a_bar_knows_what_late_blocks_cost(monkeypatch):
     "Ten weights at .2 s each, and runs of a block at .01 s each: half of the weights are done, and a fifth of the runs"
     from types import SimpleNamespace
-    from optiq.measure import sweep as module
+    from optiq.measure import log as module
     runs, moved = (2, 3, 4, 5, 6), []
     clock = iter(np.cumsum([0, *[.2+.01*n for n in runs]]))
     monkeypatch.setattr(module, 'time', SimpleNamespace(perf_counter=lambda: next(clock)))

@@ -8,7 +8,7 @@ __all__ = ['APART', 'few_logits', 'apart', 'open_backend']
 # %% ../../nbs/03f_backends.open.ipynb #6787f6bc
 import sys
 import time
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
@@ -29,34 +29,36 @@ def _choose(checkpoint):
     if 4*checkpoint.params > available_memory()/2 and not checkpoint.quantized: return 'stream'
     if checkpoint.model_type != 'llm' or checkpoint.others or not find_spec('torch'): return 'mlx'
     if checkpoint.params < _SMALL: return 'mlx' if mx.default_device().type == mx.DeviceType.gpu else 'torch'
-    return _quicker(tuple(u.shape[-2:] for u in checkpoint.units if u.block == 0))
+    return _quicker(*max((u.shape[-2:] for u in checkpoint.units if u.block == 0), key=np.prod))
 
 # %% ../../nbs/03f_backends.open.ipynb #e10a0719
-def _products(name: str, shapes: tuple) -> list:
-    "Random states and matrices in a library, where its backend computes"
+def _normal(name: str): # ▸ function of a shape
+    "What draws random numbers in a library, where its backend computes"
     if name == 'mlx':
         import mlx.core as mx
-        return [(mx.random.normal((512, width)), mx.random.normal((out, width))) for out, width in shapes]
+        return mx.random.normal
     import torch
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    return [(torch.randn(512, width, device=device), torch.randn(out, width, device=device)) for out, width in shapes]
+    return partial(torch.randn, device='cuda' if torch.cuda.is_available() else 'cpu')
 
-def _seconds(pairs: list) -> float:
-    "Of all products, the smaller of two times after one that wakes the library up"
-    taken = []
-    for _ in range(3):
-        start = time.perf_counter()
-        for x, w in pairs: float((x @ w.T).sum())
-        taken.append(time.perf_counter()-start)
-    return min(taken[1:])
+def _microseconds(name: str, out: int, width: int) -> float:
+    "Of one token through a matrix, from as many tokens as take a fiftieth of a second"
+    normal, tokens, taken = _normal(name), 8, 0.
+    w = normal((min(out, 2**23//width), width)) # a part of a large one does
+    float((normal((8, width)) @ w.T).sum()) # wakes the library up
+    while taken < .02 and tokens < 2**14:
+        tokens *= 4
+        x, start = normal((tokens, width)), time.perf_counter()
+        float((x @ w.T).sum())
+        taken = time.perf_counter()-start
+    return 1e6*taken/tokens
 
 @cache
-def _quicker(shapes: tuple) -> str: # of the matrices of a block; measured once a process
-    "'torch' or 'mlx', by the time of these matrices on 512 tokens; says so on stderr"
-    taken = {name: _seconds(_products(name, shapes)) for name in ('torch', 'mlx')}
+def _quicker(out: int, width: int) -> str: # of a matrix; measured once a process
+    "'torch' or 'mlx', by the time of this matrix; says so on stderr"
+    taken = {name: _microseconds(name, out, width) for name in ('torch', 'mlx')}
     found = min(taken, key=taken.get)
-    said = ', '.join(f'{1e3*s:.1f} ms in {name}' for name, s in taken.items())
-    print(f'backend {found}: the matrices of a block take {said}', file=sys.stderr)
+    said = ', '.join(f'{t:.1f} µs in {name}' for name, t in taken.items())
+    print(f'backend {found}: a matrix of a block takes {said} a token', file=sys.stderr)
     return found
 
 # %% ../../nbs/03f_backends.open.ipynb #d7b10002

@@ -141,7 +141,8 @@ def reweighted(self: StreamingBackend, overrides: dict):
 @patch
 def embed(self: StreamingBackend, batch, overrides: dict = {}):
     _check_ids(self.checkpoint, np.asarray(batch))
-    if not self.chain: raise ValueError(f'{self.checkpoint.name}: its blocks do not form a chain, so they cannot be streamed; '
+    if not self.chain: raise ValueError(f'{self.checkpoint.name}: its blocks do not form a chain, so they cannot be '
+        'streamed; '
                                         'use a backend that holds the whole model')
     used, ids = np.unique(batch, return_inverse=True)
     self.model, self.held, unit = self.open(), None, self.ends[0]

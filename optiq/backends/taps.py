@@ -77,19 +77,16 @@ def torch_listening(hear, names: dict): # id of a parameter ▸ paths of its uni
     "A context in which every product with one of these parameters is heard"
     import torch
     from torch.overrides import TorchFunctionMode
+    def expert_of(w, whole): # a slice of a tensor of experts ▸ its number; None for the whole tensor
+        if w is not whole: return (w.storage_offset()-whole.storage_offset())//whole.stride(0)
     class Listener(TorchFunctionMode):
         def __torch_function__(self, f, types, args=(), kwargs=None):
             if f is torch.nn.functional.linear:
                 x, w = args[:2]
                 whole = w if id(w) in names else w._base
-                for path in names.get(id(whole), ()): hear(path, x, _which_expert(w, whole))
+                for path in names.get(id(whole), ()): hear(path, x, expert_of(w, whole))
             return f(*args, **(kwargs or {}))
     return Listener()
-
-# %% ../../nbs/03a_backends.taps.ipynb #4969fdcb
-def _which_expert(w, whole): # a slice of a tensor of experts, or the tensor itself
-    "Number of the expert; None for a tensor that is multiplied as a whole"
-    if w is not whole: return (w.storage_offset()-whole.storage_offset())//whole.stride(0)
 
 # %% ../../nbs/03a_backends.taps.ipynb #16982f7a
 def torch_products(answer): # called with (key of the matrix, x, weight, multiply)
@@ -205,7 +202,7 @@ def torch_watching(model, see): # called with (layer, queries, keys, values)
 
 # %% ../../nbs/03a_backends.taps.ipynb #71d2b7e9
 @contextmanager
-def mlx_watching(model, see, lists=None): # called with (block, queries, keys, values); lists: as `mlx_blocks` takes them
+def mlx_watching(model, see, lists=None): # see(block, queries, keys, values); lists: as `mlx_blocks` takes them
     "While this lasts, `see` is told what attention sees"
     lists, now = lists or block_lists(model), None
     blocks = _blocks(model, lists)

@@ -162,11 +162,6 @@ def _dequantized_torch(checkpoint):
     arrays = tree_flatten(_of_type(checkpoint, mx.float32).parameters())
     return {k: torch.from_numpy(np.array(v)) for k, v in arrays}
 
-# %% ../../nbs/03b_backends.torch.ipynb #00912941
-def _own_gpu() -> str:
-    "The card of this process, among those that share a sweep"
-    return f'cuda:{os.environ["LOCAL_RANK"]}' if 'LOCAL_RANK' in os.environ else 'cuda'
-
 # %% ../../nbs/03b_backends.torch.ipynb #40739489
 class TorchBackend(Backend):
     "Replays a transformers model"
@@ -180,7 +175,9 @@ class TorchBackend(Backend):
         import torch
         self.xp, self.dtype = torch, getattr(torch, dtype)
         self.checkpoint, self.n_blocks = checkpoint, checkpoint.n_blocks
-        self.device = device or (_own_gpu() if torch.cuda.is_available() else 'cpu')
+        rank = os.environ.get('LOCAL_RANK') # of this process, among those that share a sweep: each has a card
+        card = 'cuda' if rank is None else f'cuda:{rank}'
+        self.device = device or (card if torch.cuda.is_available() else 'cpu')
         self.narrow = 'bfloat16' if self.on_gpu and dtype == 'float32' else None
         self.model = _load_torch(checkpoint, self.dtype).to(self.device).eval().requires_grad_(False)
         self.blocks = _torch_blocks(self.model, checkpoint)

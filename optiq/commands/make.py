@@ -268,14 +268,15 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
     _finish(found['figures'], text, as_json)
 
 # %% ../../nbs/89b_commands.make.ipynb #56f4b86b
-_OPENED = dict(vlm='from mlx_vlm import load; model, processor = load', audio='from mlx_audio.stt import load; model = load')
+_LOADED_BY = dict(vlm='from mlx_vlm import load; model, processor = load',
+               audio='from mlx_audio.stt import load; model = load')
 
 def _use_of(model: str, out: str, r: dict) -> str: # r: what `optimize` gave
     "How a cache that was planned is used: by a command, or where a model sees or listens, by its library"
     file, kind = os.path.join(out, 'kv_config.json'), r['figures']['model_type']
     if kind == 'llm' and os.path.abspath(out) == os.path.abspath(model): return f'optiq serve {quote(model)}'
     if kind == 'llm': return f'optiq serve {quote(model)} --kv-config {quote(file)}'
-    return (f'{_OPENED[kind]}({model!r})\n    from optiq.kv.cache import use_kv_config; '
+    return (f'{_LOADED_BY[kind]}({model!r})\n    from optiq.kv.cache import use_kv_config; '
             f'use_kv_config(model, {file!r}) # generates with it from now on')
 
 

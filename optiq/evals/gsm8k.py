@@ -103,15 +103,14 @@ def _told(text):
     found = _numbers(text.rsplit('=', 1)[-1]) or _numbers(text)
     return found[0] if found else None
 
-def _runs_on(text) -> bool: # between two answers
-    "Whether another problem begins here, and not a correction of the answer before"
-    return '?' in text or not _CORRECTS.search(text) and (text.count('\n\n') > 0 or len(re.findall(r'\S.*', text)) > 1)
-
 def _extract(response: str): # ▸ Fraction, or None if there is no number
     "The answer that a response gives"
     text, found, end = first_answer(response), None, 0
+    def runs_on(between): # another problem begins here, and not a correction of the answer before
+        lines = len(re.findall(r'\S.*', between))
+        return '?' in between or not _CORRECTS.search(between) and ('\n\n' in between or lines > 1)
     for m in re.finditer(r'####([^\n#]*)', text):
-        if found is not None and _runs_on(text[end:m.start()]): break
+        if found is not None and runs_on(text[end:m.start()]): break
         value = _told(m[1])
         if value is not None: found, end = value, m.end()
     if found is not None: return found

@@ -33,8 +33,8 @@ def find_witness() -> Path:
     for root in (Path.cwd(), Path(optiq.__file__).parents[1]):
         found = root/'models'/'witness'
         if found.is_dir(): return found
-    raise FileNotFoundError('the witness is not part of the package: run this in a clone of the repository, or give '
-                            'a model')
+    raise FileNotFoundError('the witness model is not part of the package: run this in a clone of the repository, '
+                            'or give a model')
 
 # %% ../../nbs/50_families.vision.ipynb #e88a3824
 def read_image(source): # ▸ PIL image
@@ -44,7 +44,8 @@ def read_image(source): # ▸ PIL image
     if not Path(source).is_file(): raise FileNotFoundError(f'no picture {str(source)!r}')
     try: return Image.open(source).convert('RGB')
     except Exception as e: raise ValueError(
-        f'{source} is not a picture that Pillow can read ({type(e).__name__}); remove it or save it as PNG') from e
+        f'{source} is not a picture that Pillow can read ({type(e).__name__}); '
+        'remove it, or save it again as PNG') from e
 
 # %% ../../nbs/50_families.vision.ipynb #025f3fa9
 def _question_text(c: Checkpoint, processor, question: str) -> str:

@@ -29,7 +29,8 @@ def kv_config(
     def layer(l):
         keys, values = (str(plan.get(f'cache.{l.index}.{k}', AS_IS)) for k in ('keys', 'values'))
         row = dict(layer=l.index, heads=l.heads, key_dim=l.key_dim, value_dim=l.value_dim, keys=keys, values=values)
-        return row | ({'window': l.window} if l.window else {}) | ({'left': l.left} if l.left else {})
+        if l.left: row |= dict(left=l.left, nbytes=l.nbytes(layout.context))
+        return row | ({'window': l.window} if l.window else {})
     used = {p: s for p, s in statistics.items() if p in plan and rotates(plan[p])}
     mine = make_plan(layout, {u.path: plan[u.path] for u in layout.units})
     return dict(optiq='kv_config', version=_VERSION, model=plan.model or layout.name,

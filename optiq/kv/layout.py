@@ -51,7 +51,8 @@ class KVLayer:
 def language(model):
     "The part of a model that writes text, and so has a cache: in mlx-vlm a part, in mlx-lm the model itself"
     model = vars(model).get('_model', model) # Qwen3-ASR stands in a shell
-    return model.language_model if hasattr(model, 'get_input_embeddings') and hasattr(model, 'language_model') else model
+    sees = hasattr(model, 'get_input_embeddings') and hasattr(model, 'language_model')
+    return model.language_model if sees else model
 
 def own_caches(model) -> list:
     "The caches that a model makes for itself, whatever was installed on it; raises ValueError if it makes none"
@@ -61,7 +62,6 @@ def own_caches(model) -> list:
     if not make and not hasattr(model, 'layers'): raise ValueError(
         f'{type(model).__module__} keeps its cache in a form of its own, which is left as it is')
     return make(model) if make else [KVCache() for _ in model.layers]
-
 
 # %% ../../nbs/11_kv.layout.ipynb #330d49ca
 class _Listener:
@@ -186,9 +186,9 @@ def kv_layout(
         layers = [l if l.block is None else replace(l, block=l.block+before) for l in layers]
     layout = KVLayout(tuple(layers), getattr(c, 'name', ''), context, weights, statistics)
     if not layout.units: raise ValueError('nothing of this cache can be quantized: '+', '.join(
-        f'{what} ({n} layers)' for what, n in Counter(layout.left.values()).items()))
+        f'{what} ({n} layers)' for what, n in Counter(layout.left.values()).items())
+        +f'; it holds {layout.nbytes:,} bytes at {context:,} tokens')
     return layout
-
 
 # %% ../../nbs/11_kv.layout.ipynb #ec26e6e6
 @lru_cache(8)

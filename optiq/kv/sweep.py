@@ -147,7 +147,9 @@ def planned_cache(
 # %% ../../nbs/11f_kv.sweep.ipynb #f132ee88
 def layer_table(config: dict) -> str:
     "Layer × keys and values, as text"
-    def more(r): return r.get('left') or (f'window of {r["window"]:,} tokens' if 'window' in r else '')
+    def more(r):
+        if 'left' in r: return f'{r["left"]}, {r.get("nbytes", 0)/2**20:.2f} MB'
+        return f'window of {r["window"]:,} tokens' if 'window' in r else ''
     rows = [[str(r[k]) for k in ('layer', 'keys', 'values')]+[more(r)] for r in config['layers']]
     rows.insert(0, ['layer', 'keys', 'values', ''])
     return '\n'.join('  '.join(x.rjust(6) for x in r[:3])+'  '+r[3] for r in rows)

@@ -223,13 +223,12 @@ def _kv_cache(
     return Demo('kv-cache', tables, figures, g.about | dict(context=context), dict(sweep=sweep, plans=plans))
 
 # %% ../../nbs/62a_show.demos.ipynb #3972fe5d
-def _short(name): return name.replace(' weights', '').replace(' cache', '') if ',' in name else name
-
 def _configuration_table(rows: list, context: int) -> Table: # of a report of `configurations`
     "Weights and caches together, the best first"
     columns = ['configuration', 'perplexity', 'KL', 'weights MB', 'cache MB', 'MB']
+    def short(name): return name.replace(' weights', '').replace(' cache', '') if ',' in name else name
     return Table(f'All configurations at {context:,} tokens', columns, [
-        [_short(r['name']), r['perplexity'], plus_minus(r['kl'], r['kl_se']), r['weight_mb'], r['cache_mb'],
+        [short(r['name']), r['perplexity'], plus_minus(r['kl'], r['kl_se']), r['weight_mb'], r['cache_mb'],
          r['weight_mb']+r['cache_mb']] for r in rows])
 
 # %% ../../nbs/62a_show.demos.ipynb #add83f1a

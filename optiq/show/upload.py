@@ -36,9 +36,11 @@ _HERE = re.compile(r'[~.]{0,2}[/\\]|[A-Za-z]:[/\\]|.*\.(txt|jsonl|parquet)(:[\d.
 def _without_paths(text: str, names: set) -> str: # names: of folders here, such as the source's
     "JSON whose strings name no place on this machine; of several in a string, commas between them, each"
     def last(place): return re.split(r'[/\\]', place[0].rstrip('/\\'))[-1]
+    def part(m): return last(m) if m[0] in names or _HERE.match(m[0]) else m[0]
     def shorter(found):
-        parts = re.sub(r'[^,]+', lambda m: last(m) if m[0] in names or _HERE.match(m[0]) else m[0], said := json.loads(found[0]))
-        return found[0] if parts == said else dumps(parts, ensure_ascii=False)
+        said = json.loads(found[0])
+        new = re.sub(r'[^,]+', part, said)
+        return found[0] if new == said else dumps(new, ensure_ascii=False)
     return re.sub(r'"(?:[^"\\\n]|\\.)*"', shorter, text)
 
 def _private(folder: Path, files, plan: Plan, source: dict) -> dict: # path in the repository ▸ text
@@ -46,7 +48,8 @@ def _private(folder: Path, files, plan: Plan, source: dict) -> dict: # path in t
     names = {plan.model} if plan.model != source.get('base_model') else set()
     ours = [k for k in files if k.endswith('.json') and (k.startswith('optiq/') or k == 'kv_config.json')]
     found = {k: (folder/k).read_text(encoding='utf-8') for k in ours}
-    return {k: _without_paths(t, names) for k, t in found.items() if _without_paths(t, names) != t}
+    changed = {k: _without_paths(t, names) for k, t in found.items()}
+    return {k: t for k, t in changed.items() if t != found[k]}
 
 # %% ../../nbs/65_show.upload.ipynb #f37dbc94
 _HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[\w.-]+')
@@ -136,7 +139,10 @@ def upload(
     api = None, # of `huggingface_hub`; one with your token by default
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
 ) -> _Upload:
-    "Publish a converted model; raises ValueError if `send` without a token, FileNotFoundError without a plan"
+    """Publish a converted model
+
+    Raises ValueError for a bad `repo`, or for `send` without a token; FileNotFoundError without a plan.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     if not _HUB_ID.fullmatch(repo): raise ValueError(f'{repo!r} is not a name on the Hub; give user/name')
     folder, api = as_path(folder), api or HfApi(token=get_token())

@@ -248,7 +248,7 @@ def test_cache_bytes_are_those_of_mlx_lm(tmp_path, architecture, context):
     cache, tokens = make_prompt_cache(model), mx.arange(context)[None] % checkpoint.vocabulary
     for t in range(context): mx.eval(model(tokens[:, t:t+1], cache=cache), [c.state for c in cache])
     assert cache_bytes(checkpoint, context) == sum(c.nbytes for c in cache) > 0
-    with pytest.raises(ValueError, match='a context of 0 tokens'): cache_bytes(checkpoint, 0)
+    with pytest.raises(ValueError, match='context must be at least 1 token, not 0'): cache_bytes(checkpoint, 0)
 
 def test_memory_is_weights_and_cache():
     sweep = random_sweep(2)

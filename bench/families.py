@@ -388,7 +388,9 @@ def steep(m, path) -> bool:
 
 def reached(m, path) -> bool:
     "Whether the library's own logits change with this weight, by more than from one opening to the next"
-    def answers(model): return [plain_logits(model, s, m.vision) for s in (m.batch if m.vision else [m.batch])]
+    def answers(model): # where a picture stands, nothing is scored
+        if not m.vision: return [plain_logits(model, m.batch)]
+        return [plain_logits(model, s, True)[:, from_end(s)] for s in m.batch]
     if not hasattr(m, 'twice'): m.twice = [answers(open_plain(m.folder, m.vision)) for _ in range(2)]
     model = open_plain(m.folder, m.vision)
     layer = dict(model.named_modules())[path]

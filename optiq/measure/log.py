@@ -201,9 +201,10 @@ def _announce(c, shape, ranks):
           f'about {_duration(c["seconds"]/ranks)}, {c["bytes"]/2**30:.1f} GB for states', file=sys.stderr, flush=True)
 
 # %% ../../nbs/04f_measure.log.ipynb #31ddbbf5
-def _bar(what: str = '', show: bool = True, of=None): # ▸ tqdm over `of`; without it, a bar that is told shares of the work
+def _bar(what: str = '', show: bool = True, of=None): # ▸ tqdm over `of`; without it, a bar for shares of the work
     "A bar for a long step: how much is done, how long it took, how long it will take"
-    return tqdm(of, total=1 if of is None else len(of), desc=what and f'{what} ', leave=False, disable=not show, smoothing=0,
+    total = 1 if of is None else len(of)
+    return tqdm(of, total=total, desc=what and f'{what} ', leave=False, disable=not show, smoothing=0,
                 bar_format='{desc}{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} to go')
 
 class _Share:

@@ -35,6 +35,18 @@ def beside(x):
     if xp is np: return lambda a: a
     return (lambda a: xp.from_numpy(np.array(a)).to(x.device)) if xp.__name__ == 'torch' else xp.array
 
+# %% ../nbs/70_arrays.ipynb #f644bb5d
+def _on_gpu(x) -> bool: # PyTorch or MLX
+    "Whether an array lies on a GPU"
+    if library(x)[0].__name__ == 'torch': return x.device.type != 'cpu'
+    import mlx.core as mx
+    return mx.default_device().type == mx.DeviceType.gpu
+
+def _settle(*arrays):
+    "Compute these arrays now, in a library that is lazy"
+    compute = getattr(library(arrays[0])[0], 'eval', None)
+    if compute: compute(*arrays)
+
 # %% ../nbs/70_arrays.ipynb #76ace6e2
 def to_mlx(x):
     "The same array in MLX, bit for bit"
@@ -59,6 +71,16 @@ def top(z, k: int): # (…, V) ▸ (…, k)
     if xp.__name__ == 'torch': return z.topk(k).indices
     ids = xp.argpartition(-z, k-1, axis=-1)[..., :k]
     return take(ids, xp.argsort(-take(z, ids), axis=-1))
+
+# %% ../nbs/70_arrays.ipynb #62827818
+def _inverse_factor(h): # (n, n), symmetric and positive definite ▸ (n, n) float32
+    "The upper triangular U with UᵀU = H⁻¹, by Cholesky in float64"
+    xp = library(h)[0]
+    if xp.__name__ == 'torch':
+        r = xp.linalg.cholesky(h.double().flip(0, 1)).flip(0, 1) # upper, and H = R Rᵀ: so U = R⁻¹
+        return xp.linalg.solve_triangular(r, xp.eye(len(r)).to(r), upper=True).float()
+    r = np.linalg.cholesky(np.array(h, np.float64)[::-1, ::-1])[::-1, ::-1]
+    return xp.array(np.linalg.inv(r).astype(np.float32))
 
 # %% ../nbs/70_arrays.ipynb #eb91824b
 def _count_below(

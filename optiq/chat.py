@@ -18,7 +18,7 @@ import optiq.evals.tasks # noqa: F401 (with it, backends write)
 from .backends.open import open_backend
 from .calibration import fingerprint, prompt_ids
 from .evals.gsm8k import score_responses
-from .evals.perplexity import evaluate
+from .evals.perplexity import _scores
 from .kv.cache import use_kv_config
 from .models import Checkpoint, ModelFolder
 from .plan import by_width, make_plan
@@ -141,7 +141,7 @@ def side_by_side(
     first, (x, y) = opened[names[0]], (opened[m] for m in (a, b))
     for o in opened.values(): same_words(first.checkpoint, o.checkpoint)
     tokens = text_tokens(first.checkpoint, evaluation, n, seq_len)
-    scores = evaluate(first, tokens, {m: opened[m] for m in names[1:]})
+    scores = _scores(first, tokens, {m: opened[m] for m in names[1:]})
     plans = {m: make_plan(o.checkpoint, o.checkpoint.formats) for m, o in opened.items()}
     rows = [score_row(m, plans[m], s, fingerprint(tokens)) for m, s in zip(names, scores.values())]
     tasks = [found for m in names for found in [_scores_of(opened[m].checkpoint)] if found]

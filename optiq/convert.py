@@ -16,7 +16,7 @@ from types import ModuleType
 import numpy as np
 
 from . import __version__
-from .backends.open import APART, apart, few_logits
+from .backends.open import APART, apart, _few_logits
 from .backends.replay import Backend
 from .files import as_path, scratch, whole_folder
 from .formats import config_entry, dequantized, for_unit, quantize_minmax
@@ -162,7 +162,7 @@ def as_saved(
     if own is None:
         print(f'{saved.folder}: too little memory to run it, so its weights are scored', file=sys.stderr)
         return mine
-    off = apart(few_logits(b, mine), few_logits(own))
+    off = apart(_few_logits(b, mine), _few_logits(own))
     if off > APART: raise ValueError(
         f'{saved.folder}: its own forward pass differs from what its weights give in the reference, by {off:.0%} of '
         'the logits: its config.json says something else than that of the reference')

@@ -95,7 +95,7 @@ def _check_place(out: Path):
     "Raise an error for a place that is not ours to take, or where nothing can be written"
     if len(os.fsencode(out.name)) > 200: raise ValueError(f'{out}: the name is too long; give a shorter one')
     if re.search('[\0-\x1f\x7f\ud800-\udfff]', str(out)): raise ValueError(
-        f'{str(out)!r} holds a character that cannot be written as UTF-8; give another output')
+        f'{str(out)!r} holds a control character, or one that is not UTF-8; give another output')
     if out.is_symlink(): raise FileExistsError(
         f'{out} is a link, and nothing is written through one; give the place itself')
     for what, p in (('home', Path.home().resolve()), ('working', Path.cwd())):

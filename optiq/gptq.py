@@ -11,9 +11,9 @@ from math import prod
 
 import numpy as np
 
-from .arrays import library
+from .arrays import _inverse_factor, _on_gpu, _settle, library
 from .formats import Format
-from .grid import _find_grid, _finished, _MinMax, _on_accelerator, _per_expert, _Rounded, search, _stack
+from .grid import _find_grid, _finished, _MinMax, _per_expert, _Rounded, search, _stack
 from .statistics import Inputs
 
 # %% ../nbs/06c_gptq.ipynb #c09f63e6
@@ -26,7 +26,7 @@ def _compensated(xp, w, s, b, top, u): # w, s, b (in_dims, rows), top (rows,), u
         now = slice(i, i+_BLOCK)
         q, errors = _replayed(xp, _first_look, w[now], s[now], top, u[now, now])
         w[i+_BLOCK:] -= u[now, i+_BLOCK:].T @ errors
-        _settle(xp, w, q)
+        _settle(w, q)
         codes.append(q)
     return xp.concatenate(codes)
 
@@ -40,11 +40,6 @@ def _first_look(xp, w, s, top, u): # w, s (BLOCK, rows), u (BLOCK, BLOCK)
         errors[k] = z-s[k]*codes[k]
     return codes, errors
 
-# %% ../nbs/06c_gptq.ipynb #46d852e0
-def _settle(xp, *arrays):
-    "Compute these arrays now, in a library that is lazy"
-    if xp.__name__ != 'torch': xp.eval(*arrays)
-
 # %% ../nbs/06c_gptq.ipynb #523b2fa2
 def _second_look(xp, w, codes, s, b, top, h): # (in_dims, rows) each, top (rows,), h (in_dims, in_dims)
     "Round each column once more, given all others; returns codes (in_dims, rows)"
@@ -53,7 +48,7 @@ def _second_look(xp, w, codes, s, b, top, h): # (in_dims, rows) each, top (rows,
         now = slice(i, i+_BLOCK)
         q, moves = _replayed(xp, _look_again, gradient[now], codes[now], s[now], top, h[now, now])
         gradient -= h[:, now] @ moves
-        _settle(xp, gradient, q)
+        _settle(gradient, q)
         out.append(q)
     return xp.concatenate(out)
 
@@ -71,7 +66,7 @@ def _look_again(xp, gradient, codes, s, top, h): # gradient, codes, s (BLOCK, ro
 # %% ../nbs/06c_gptq.ipynb #a7c1d0e2
 def _replayed(xp, f, *arrays):
     "`f(xp, *arrays)`; on CUDA recorded as a graph at the first call with these shapes"
-    if xp.__name__ != 'torch' or not arrays[0].is_cuda: return f(xp, *arrays)
+    if not getattr(arrays[0], 'is_cuda', False): return f(xp, *arrays)
     graph, inputs, outputs = _recorded(f, tuple(a.shape for a in arrays), arrays[0].device)
     for mine, a in zip(inputs, arrays): mine.copy_(a)
     graph.replay()
@@ -95,11 +90,7 @@ def _prepared(xp, stats: Inputs, damping: float = .01):
     if stats.count < 2*len(d): damping = max(damping, _shrinkage(h, stats.count))
     order = xp.argsort(-d)
     h = h[order][:, order]+xp.diag(xp.zeros_like(d)+damping*xp.mean(d))
-    if xp.__name__ == 'torch':
-        r = xp.linalg.cholesky(h.double().flip(0, 1)).flip(0, 1) # upper, and H = R Rᵀ: so U = R⁻¹
-        return h, order, xp.linalg.solve_triangular(r, xp.eye(len(r)).to(r), upper=True).float()
-    r = np.linalg.cholesky(np.array(h, np.float64)[::-1, ::-1])[::-1, ::-1]
-    return h, order, xp.array(np.linalg.inv(r).astype(np.float32))
+    return h, order, _inverse_factor(h)
 
 # %% ../nbs/06c_gptq.ipynb #f56262c0
 def gptq(
@@ -124,7 +115,7 @@ def _gptq_all(
     if stats is None or stats.count < weights[0].shape[-1]//4: # too few for H
         return [search(w, f, stats) for w, f in pairs]
     affine, done = [p for p in pairs if p[1].mode == 'affine'], []
-    at_once = max(1, 2**(28 if _on_accelerator(weights[0]) else 26)//max(prod(w.shape) for w in weights))
+    at_once = max(1, 2**(28 if _on_gpu(weights[0]) else 26)//max(prod(w.shape) for w in weights))
     for k in range(0, len(affine), at_once): done += _gptq(affine[k:k+at_once], stats)
     done = iter(done)
     return [next(done) if f.mode == 'affine' else _MinMax(w, f) for w, f in pairs]

@@ -8,9 +8,7 @@ __all__ = ['search']
 # %% ../nbs/06b_grid.ipynb #a1d6a786
 from dataclasses import dataclass
 
-import numpy as np
-
-from .arrays import library, like, pack_codes, to_mlx
+from .arrays import _on_gpu, as_type, library, like, pack_codes, to_mlx
 from .formats import Format, quantize_dequantize, quantize_minmax
 
 # %% ../nbs/06b_grid.ipynb #50ed958a
@@ -30,8 +28,7 @@ class _Rounded:
     def stored(self) -> dict:
         "The tensors of a quantized MLX layer, by name"
         import mlx.core as mx
-        codes = np.array(self.codes.astype(mx.uint8)) if isinstance(self.codes, mx.array) else self.codes
-        packed = mx.array(pack_codes(codes, self.fmt.bits))
+        packed = mx.array(pack_codes(as_type(self.codes, 'uint8'), self.fmt.bits))
         return dict(weight=packed, scales=to_mlx(self.scales), biases=to_mlx(self.biases))
 
 # %% ../nbs/06b_grid.ipynb #85236c34
@@ -70,7 +67,7 @@ _SHRINK = (1., .9, .8, .7) # parts of the range to start from
 
 def _fit_grid(xp, g, a, n, cast, steps=5): # g (rows, group), a (rows or 1, group), n the largest code
     "Scale and bias (rows, 1) of each group that minimise Σ a·(g − scale·code − bias)²"
-    low, high = (xp.amin, xp.amax) if xp.__name__ == 'torch' else (xp.min, xp.max)
+    low, high = getattr(xp, 'amin', xp.min), getattr(xp, 'amax', xp.max) # MLX has short names only
     lo, hi, best = low(g, axis=-1, keepdims=True), high(g, axis=-1, keepdims=True), None
     for part in _SHRINK:
         s, b = _descend(xp, g, a, n, xp.clip((hi-lo)*part/n, 1e-7, None), lo*part, cast, steps)
@@ -103,16 +100,9 @@ def _find_grid(w, fmt: Format, stats=None): # w (out_dims, in_dims)
     known = stats is not None and stats.count # an expert that no token reached reads nothing
     a = stats.importance().reshape(shape[1:]) if known else xp.ones_like(g[0])
     a = xp.clip(a/xp.clip(xp.mean(a), 1e-30, None), 1e-4, None)
-    rows = max(1, 2**(24 if _on_accelerator(w) else 18)//w.shape[1])
+    rows = max(1, 2**(24 if _on_gpu(w) else 18)//w.shape[1])
     parts = [_fit_grid(xp, g[k:k+rows], a[None], n, cast) for k in range(0, len(g), rows)]
     return [xp.concatenate(x)[..., 0] for x in zip(*parts)]
-
-# %% ../nbs/06b_grid.ipynb #e11c01cd
-def _on_accelerator(w) -> bool:
-    "Whether an array lives on a GPU"
-    if library(w)[0].__name__ == 'torch': return w.device.type != 'cpu'
-    import mlx.core as mx
-    return mx.default_device().type == mx.DeviceType.gpu
 
 # %% ../nbs/06b_grid.ipynb #694ddf7a
 def _finished(w, codes, scales, biases, fmt: Format) -> _Rounded:

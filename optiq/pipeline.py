@@ -17,7 +17,7 @@ import numpy as np
 from .backends.open import open_backend
 from .calibration import fingerprint
 from .convert import as_saved, convert
-from .evals.perplexity import check_calibration, evaluate, overrides_of
+from .evals.perplexity import check_calibration, overrides_of, _scores
 from .families.samples import batch_for
 from .files import added_files, can_draw, claiming, journal_of, own_output, scratch, whole_folder
 from .fit import _untested
@@ -29,7 +29,6 @@ from .knapsack import allocate, _least_bits, pareto, PROFILES
 from .kv.config import save_kv_config, STATISTICS
 from .kv.layout import kv_layout
 from .kv.sweep import layer_table, memory_lines, planned_cache, planned_together, plot_kv
-from .measure.log import _bar
 from .measure.sweep import Sweep
 from .models import _check_overflow, Checkpoint
 from .plan import make_plan
@@ -61,7 +60,7 @@ def _choose(b, t: _Batches, sweep: Sweep, rounding: str, verify: bool, only=None
 def _kl_on_calibration(b, t: _Batches, v, mine: dict, rounding: str, polish: str | None) -> np.ndarray: # (n,)
     "KL of a plan on the calibration text, per sequence; taken from verification if we save exactly what it measured"
     if v and rounding != 'gptq' and not polish: return v.kl[v.kept]
-    return evaluate(b, t.tokens, {'optiq': mine})['optiq'].kl
+    return _scores(b, t.tokens, {'optiq': mine})['optiq'].kl
 
 # %% ../nbs/08_pipeline.ipynb #08535835
 def _write_and_score(b, plan, others, t: _Batches, v, out, sweep, overwrite, rounding, polish): # ▸ Report, (n,) KL
@@ -70,8 +69,7 @@ def _write_and_score(b, plan, others, t: _Batches, v, out, sweep, overwrite, rou
     twin = {n: 'optiq' for n, p in others.items() if v and p == plan and plain} # a baseline that was kept
     rivals = {n: overrides_of(p) for n, p in others.items() if n not in twin}
     def score(mine): # overrides of our plan ▸ rows of the model card
-        with _bar(f'scoring {2+len(rivals)} models') as bar:
-            scores.update(evaluate(b, t.scored, {'optiq': mine} | rivals, tick=bar.update))
+        scores.update(_scores(b, t.scored, {'optiq': mine} | rivals))
         scores['joint'] = _kl_on_calibration(b, t, v, mine, rounding, polish)
         return {f'measured on {t.about["evaluation"].rsplit(", ", 1)[0]}': str(scores['optiq'])}
     if out is not None: _write_model(b, plan, t, out, sweep, overwrite, rounding, polish,
@@ -349,8 +347,7 @@ def compare(
     if reference.stacks: tokens = text_tokens(c, evaluation, n, seq_len)
     else: tokens = batch_for(c, evaluation, n, split='test')
     for b in opened.values(): check_calibration(b.checkpoint, tokens)
-    with _bar('scoring') as bar:
-        scores = evaluate(reference, tokens, {model: opened[model]} if first != model else {}, tick=bar.update)
+    scores = _scores(reference, tokens, {model: opened[model]} if first != model else {})
     plans = {m: make_plan(b.checkpoint, b.checkpoint.formats) for m, b in opened.items()}
     rows = [score_row(m, plans[m], s, fingerprint(tokens)) for m, s in zip(opened, scores.values())]
     return Report(rows, dict(evaluation=_told(c, evaluation, tokens), **machine()))

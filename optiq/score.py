@@ -15,9 +15,10 @@ import numpy as np
 from .backends.open import open_backend
 from .calibration import before, fingerprint, passages, token_batch
 from .evals.gguf import gguf_weights
-from .evals.perplexity import Score, check_calibration, evaluate
+from .evals.perplexity import check_calibration, Score, _scores
 from .files import own_file
 from .formats import parse_format
+from .measure.log import _bar
 from .models import Checkpoint
 from .readers import known
 from .report import Report, joined, machine, mean_figure, own_size, share_figure, test
@@ -72,7 +73,7 @@ def perplexity(
     c = _checkpoint_of(model)
     tokens = text_tokens(c, source, n, seq_len, limit)
     check_calibration(c, tokens)
-    nll = evaluate(open_backend(c, backend), tokens)['reference'].nll
+    nll = _scores(open_backend(c, backend), tokens)['reference'].nll
     return Report([own_size(c, name) | _perplexity_figure(nll, fingerprint(tokens))], _text_about(source, tokens))
 
 # %% ../nbs/46_score.ipynb #e93320fd
@@ -224,7 +225,8 @@ def recall(model, n=200, seed=42, **_) -> Report:
     from optiq.material.problems import correct
     c, rows = _checkpoint_of(model), task_rows(n, seed=seed)['recall']
     if not rows: raise ValueError(f'recall has four lengths: give 4 or more as `n`, not {n}')
-    right = [correct(r, text) for r, text in zip(rows, answers(c, rows))]
+    with _bar(f'{len(rows)} texts') as bar: texts = answers(c, rows, tick=bar.update)
+    right = [correct(r, text) for r, text in zip(rows, texts)]
     return Report([own_size(c) | share_figure('recall', right, f'recall {n} {seed}')], machine())
 
 # %% ../nbs/46_score.ipynb #76a7dcf2

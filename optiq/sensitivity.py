@@ -23,7 +23,7 @@ from .measure.estimate import _duration, _measure_halved, estimate
 from .measure.kl import measure, probes
 from .measure.sweep import Sweep, about_texts
 from .measure.journal import read_log
-from .measure.log import SweepLog, _log_files, _ranks_here, progress_bar
+from .measure.log import SweepLog, _log_files, _ranks_here, _progress_bar
 from .measure.sweep import texts_for, to_sweep, warn_of_idle
 from .plan import _silent
 from .readers import _check_counts, _helpful
@@ -125,7 +125,7 @@ def _complete(
     if log.missing(): measure(log.b, tokens[:1],
                               []) # a model whose logits are no numbers is refused before anything is rounded
     many = None # probes that fit at a time, once that is known
-    with progress_bar(log, progress) as tick:
+    with _progress_bar(log, progress) as tick:
         for p in log.missing():
             if targets is not None and _settled(log, targets): break # also where an earlier run was
             kl, many = _measure_halved(log.b, tokens[p.start:p.stop], p.todo, quantize, tick, many=many, remedy=remedy)

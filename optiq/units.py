@@ -243,7 +243,8 @@ class _Listing:
 
     @property
     def vocabulary(self):
-        return next(u for u in reversed(self.units) if u.kind in ('lm_head', 'embed')).shape[0]
+        named = (u for u in reversed(self.units) if u.kind in ('lm_head', 'embed'))
+        return next(named, self.units[-1]).shape[0] # the head comes last
 
 # %% ../nbs/01b_units.ipynb #b2a1c002
 def _unit_html(u: Unit) -> str:

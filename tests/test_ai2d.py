@@ -31,7 +31,7 @@ def test_numbers_and_long_lists():
 def test_answers_of_a_file(tmp_path):
     assert [_as_choice(a, ['x', 'y', '1'], 'f') for a in (1, 'B', 'y', '1')] == [1, 1, 1, 2]
     for bad in (3, -1, 'D', 'z', '', None):
-        with pytest.raises(ValueError, match='none of the 3 options'): _as_choice(bad, ['x', 'y', '1'], 'f')
+        with pytest.raises(ValueError, match='not one of the 3 options'): _as_choice(bad, ['x', 'y', '1'], 'f')
     with pytest.raises(FileNotFoundError, match='questions.jsonl is missing'): questions_of(tmp_path)
     (tmp_path/'questions.jsonl').write_text(json.dumps(dict(image='a.png', question='What?', options=['x', 'y'], answer='y'))+'\n{"image": 1}\n')
     with pytest.raises(ValueError, match='line 2 lacks question'): questions_of(tmp_path)

@@ -120,7 +120,7 @@ model.generate(mx.array(np.sin(np.arange(16000, dtype=np.float32)/5)), max_token
     assert set(found) >= {'task', 'metric', 'value', 'low', 'high', 'n', 'baseline', 'p_value'}
     assert len((tmp_path/'a.jsonl').read_text().splitlines()) == 2
 
-@pytest.mark.parametrize('what, word', [('corrupt', 'no sound'), ('silent', 'silent'), ('alone', 'no transcript')])
+@pytest.mark.parametrize('what, word', [('corrupt', 'not sound'), ('silent', 'silent'), ('alone', 'no transcript')])
 def test_bad_speech_is_one_line(tmp_path, one, what, word):
     soundfile = pytest.importorskip('soundfile')
     model, folder = one, tmp_path/'speech'

@@ -75,10 +75,10 @@ def refused(home, args, *says):
     for s in says: assert s in r.stderr, r.stderr
 
 TAKEN = {'.': 'working', '..': 'home', '../..': 'home', '~': 'home', '~/': 'home', 'thesis': 'thesis.tex', 'thesis/': 'thesis.tex',
-         'thesis/..': 'working', 'to-folder': 'link', 'to-nothing': 'link', 'notes.txt': 'no folder', 'notes.txt/out': 'notes.txt',
+         'thesis/..': 'working', 'to-folder': 'link', 'to-nothing': 'link', 'notes.txt': 'not a folder', 'notes.txt/out': 'notes.txt',
          'models': 'source', 'models/a/out': 'source', 'models/a/new/out': 'source', 'strange': 'mine.txt', 'deep': 'sub/mine.txt',
-         'other': 'was made as', '/dev/null': 'no folder', 'x'*250: 'too long',
-         'a\nb': 'no text', 'a\udcffb': 'no text', '~nobody-here/out': 'no user'}
+         'other': 'was made as', '/dev/null': 'not a folder', 'x'*250: 'too long',
+         'a\nb': 'control character', 'a\udcffb': 'control character', '~nobody-here/out': 'no user'}
 
 @pytest.mark.parametrize('command', FOLDERS)
 def test_folders_that_are_not_ours(home, command):

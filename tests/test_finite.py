@@ -113,7 +113,7 @@ def test_predictions_that_are_no_numbers_are_not_taken_from_the_disk(models, tmp
 
 def test_items_that_are_no_numbers():
     for f in (lambda: mean_figure('kl', [1., nan]), lambda: _paired([1., 2.], [nan, 2.])):
-        with pytest.raises(ValueError, match='no number'): f()
+        with pytest.raises(ValueError, match='not a number'): f()
 
 def test_one_item_shows_no_difference():
     rows = [dict(name=n) | mean_figure('margin', [x], 'same') for n, x in (('a', 1.), ('b', 2.))]

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -100,6 +102,17 @@ def test_ties(seed, target, tie):
         for block in (0, 1): assert len({plan[u.path] for u in sweep.units if u.block == block and u.kind in kinds[t]}) == 1
     assert plan.nominal_bpw <= target+1e-9
     assert plan.predicted_kl >= allocate(sweep, target_bpw=target).predicted_kl*(1-1e-9)
+
+def test_twins_share_a_format():
+    "Two units that a loader fills from one array; the wide one would be worth its bytes for one of them alone"
+    sweep = random_sweep(5, 5)
+    first, last = sweep.units[0], sweep.units[-1]
+    sweep.units[-1] = replace(last, twin=first.path, shape=first.shape)
+    loss = {first.path: 1e-6, last.path: 1.}
+    sweep.values = {(p, f): loss.get(p, 1e-3)*x/x*4.**(3-f.bits) for (p, f), x in sweep.values.items()}
+    for target in (3.5, 4.5, 6):
+        plan = allocate(sweep, target_bpw=target)
+        assert plan[first.path] == plan[last.path]
 
 def test_ties_are_optimal_too():
     sweep = random_sweep(5, 5)
@@ -235,7 +248,7 @@ def test_cache_bytes_are_those_of_mlx_lm(tmp_path, architecture, context):
     cache, tokens = make_prompt_cache(model), mx.arange(context)[None] % checkpoint.vocabulary
     for t in range(context): mx.eval(model(tokens[:, t:t+1], cache=cache), [c.state for c in cache])
     assert cache_bytes(checkpoint, context) == sum(c.nbytes for c in cache) > 0
-    with pytest.raises(ValueError, match='a context of 0 tokens'): cache_bytes(checkpoint, 0)
+    with pytest.raises(ValueError, match='context must be at least 1 token, not 0'): cache_bytes(checkpoint, 0)
 
 def test_memory_is_weights_and_cache():
     sweep = random_sweep(2)

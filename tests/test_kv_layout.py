@@ -56,7 +56,7 @@ def test_layout_counts_only_what_can_be_quantized(tmp_path):
     layout = kv_layout(c, 1000)
     assert [u.path for u in layout.units] == ['cache.3.keys', 'cache.3.values'] and list(layout.left) == [0, 1, 2]
     assert layout.other_bytes > 0 and layout.nbytes == layout.other_bytes+sum(u.nbytes(AS_IS) for u in layout.units)
-    with pytest.raises(ValueError, match='context of 0'): kv_layout(c, 0)
+    with pytest.raises(ValueError, match='context. must be at least 1 token, not 0'): kv_layout(c, 0)
 
 def test_what_was_installed_does_not_hide_the_models_own_caches(served):
     model, config, *_ = served

@@ -169,7 +169,7 @@ def test_speeds_out_of_range_name_both_ends(reads):
         with pytest.raises(ValueError, match=f'{what}: on M1 .* 4g64, 8g64 give {1e3/high:.4g} to {1e3/low:.4g} tok/s'):
             lat.budget(tps, [4, 8])
     for tps in (0, -3, float('nan')):
-        with pytest.raises(ValueError, match='no positive number'): lat.budget(tps, [4, 8])
+        with pytest.raises(ValueError, match='not a positive number'): lat.budget(tps, [4, 8])
     bound = replace(lat, chip=replace(lat.chip, host=1e3))
     with pytest.raises(ValueError, match='the CPU alone takes 10 ms per token'): bound.budget(1e3/low, [4, 8])
     assert bound.budget(100, [4, 8])['max_ms'] == pytest.approx(high)

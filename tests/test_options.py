@@ -86,7 +86,7 @@ def optiq(monkeypatch, tmp_path, sweep, saved, demo):
     rows = [dict(name=n, size_mb=1, true_bpw=4, kl=0, agreement=1) for n in ('optiq', 'reference')]
     monkeypatch.setattr('optiq.commands.make._next_steps', lambda *a: '')
     report = Anything(rows=rows, about=dict(evaluation='text, 1 × 2 tokens, 0f'))
-    found = dict(figures=dict(memory=[]), report=report, plan='', verified=None, config=dict(layers=[]), weights='', cache='')
+    found = dict(figures=dict(memory=[], model_type='llm'), report=report, plan='', verified=None, config=dict(layers=[]), weights='', cache='')
     for name in ('_choose_weights', '_choose_cache', '_choose_both'): spy(pipeline, name, lambda job: found)
     for where in (pipeline, models, score): spy(where, 'Checkpoint', lambda name, *a: demo)
     spy(pipeline._Job, 'open', lambda job, more: (None, SimpleNamespace(scored=None, about={})))

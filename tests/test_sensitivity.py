@@ -207,7 +207,7 @@ def test_stale_files_are_refused_by_name(models, tmp_path):
     with pytest.raises(ValueError, match='model'): kl_sweep(TorchBackend(models['mistral']), tokens, [4], out=out, progress=False,
         rounding='minmax')
     (tmp_path/'x.jsonl').write_text('{"a": 1}\n')
-    with pytest.raises(ValueError, match='no sweep'): Sweep.load(tmp_path/'x.jsonl')
+    with pytest.raises(ValueError, match='not a sweep'): Sweep.load(tmp_path/'x.jsonl')
 
 def test_save_and_load(models, tmp_path):
     s = kl_sweep(TorchBackend(models['phi3']), tokens_for(models['phi3']), [4, 'mxfp4'], progress=False, rounding='minmax')

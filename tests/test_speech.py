@@ -35,8 +35,8 @@ def test_what_cannot_be_used_is_an_error_of_one_line(tmp_path):
     (tmp_path/'text.wav').write_text('no sound')
     for name, x in ('silent.wav', np.zeros(100)), ('empty.wav', np.zeros(0)): soundfile.write(tmp_path/name, x, RATE)
     soundfile.write(tmp_path/'nan.wav', np.array([0, np.nan]), RATE, subtype='FLOAT')
-    for name, word in [('cut.flac', 'no sound'), ('text.wav', 'no sound'), ('silent.wav', 'silent'), ('empty.wav', 'empty'),
-                       ('nan.wav', 'finite'), ('missing.wav', 'no sound')]:
+    for name, word in [('cut.flac', 'not sound'), ('text.wav', 'not sound'), ('silent.wav', 'silent'), ('empty.wav', 'empty'),
+                       ('nan.wav', 'finite'), ('missing.wav', 'not sound')]:
         with pytest.raises(ValueError, match=word) as e: _read_sound(tmp_path/name)
         assert name in str(e.value) and '\n' not in str(e.value)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from optiq import chips, knapsack, rounding
+from optiq import chips, rounding
 from optiq.backends.mlx import MLXBackend
 from optiq.backends.stream import _read_rows
 from optiq.backends.torch import TorchBackend
@@ -22,6 +22,7 @@ from optiq.report import mean_figure, _paired
 from optiq.evals.wer import _wer_figure
 from optiq.formats import Format, quantize_dequantize
 from optiq.knapsack import allocate
+from optiq.why import _price_ranges
 from optiq.frontier import Frontier
 from optiq.plan import Plan, mean_se, uniform
 from optiq.kv.layout import KVLayer, KVLayout
@@ -235,7 +236,7 @@ def test_nominal_bits_are_the_average_over_weights():
     assert Plan([small, large], dict(a=Format(8, 64), b=Format(4, 64)), 2048, 0).nominal_bpw == 5
 
 def test_each_format_is_bought_between_two_prices():
-    found = knapsack._price_ranges(np.array([4., 1., 0.]), np.array([1., 2., 3.])) # 3 KL for the first byte more, 1 for the second
+    found = _price_ranges(np.array([4., 1., 0.]), np.array([1., 2., 3.])) # 3 KL for the first byte more, 1 for the second
     assert found.tolist() == [[3., math.inf], [1., 3.], [0., 1.]]
 
 def test_a_saved_model_is_neither_smaller_nor_larger_than_its_plan(monkeypatch, c):

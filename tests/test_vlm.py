@@ -153,11 +153,11 @@ def test_bad_pictures(blind, tmp_path):
     from PIL import Image
     from optiq.families.vision import load_processor, read_image, sample
     (tmp_path/'text.png').write_text('this is no picture')
-    with pytest.raises(ValueError, match='no picture that Pillow can read'): read_image(tmp_path/'text.png')
+    with pytest.raises(ValueError, match='not a picture that Pillow can read'): read_image(tmp_path/'text.png')
     whole = Image.new('RGB', (64, 64), 'red')
     whole.save(tmp_path/'cut.png')
     (tmp_path/'cut.png').write_bytes((tmp_path/'cut.png').read_bytes()[:60])
-    with pytest.raises(ValueError, match='no picture that Pillow can read'): read_image(tmp_path/'cut.png')
+    with pytest.raises(ValueError, match='not a picture that Pillow can read'): read_image(tmp_path/'cut.png')
     with pytest.raises(FileNotFoundError, match='no picture'): read_image(tmp_path/'none.png')
     p = load_processor(blind)
     with pytest.raises(ValueError, match='too narrow'): sample(blind, p, Image.new('RGB', (2, 500)), 'What?')

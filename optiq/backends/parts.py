@@ -87,10 +87,12 @@ class ReplayBackend(MLXBackend):
     stacks = False
 
     def forward(self, sample): # ▸ (1, S, V), the logits of the positions that are scored
-        _check_ids(self.checkpoint, token_ids(_as_sample(sample)))
-        mx, known = self.xp, {k: v for k, v in _as_sample(sample).items() if k != 'scored'}
-        with _forgetful(self.model): z = _answer(self.model, {k: mx.array(_narrow(v)) for k, v in known.items()})
-        return check_logits(self, z[:, mx.array(positions(sample))] if 'scored' in sample else z)
+        mx, ids = self.xp, token_ids(_as_sample(sample))
+        _check_ids(self.checkpoint, ids)
+        known = {k: mx.array(_narrow(v)) for k, v in _as_sample(sample).items() if k != 'scored'}
+        with _forgetful(self.model): z = _answer(self.model, known)
+        if 'scored' in sample: z = z[:, mx.array(positions(sample)-ids.shape[-1])] # from the end
+        return check_logits(self, z)
 
     def embed(self, batch, overrides: dict = {}): return _Passed(_as_sample(batch), outside=overrides)
     def run_block(self, i: int, states, overrides: dict = {}): return self.replay(states, overrides, i)[0]

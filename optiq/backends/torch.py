@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .mlx import MLXBackend, _of_type
 from .replay import Backend, available_memory, check_all, check_logits
 from .stream import StreamingBackend
-from .taps import eager_experts, _standing_in, torch_attention, torch_listening, torch_products
+from .taps import _eager_experts, _standing_in, torch_attention, torch_listening, torch_products
 from .taps import torch_watching
 from ..models import Checkpoint, cannot_open
 from ..units import Unit
@@ -231,7 +231,7 @@ def listening(self: TorchBackend, hear, block: int | None):
         unit = self.checkpoint.unit[path]
         as_stored = place is None or len(unit.shape) == param.ndim and place[1][-1] == 1 # else its inputs are others
         if unit.block == block and as_stored: names.setdefault(id(param), []).append(path)
-    with eager_experts(self.model), torch_listening(hear, names): yield
+    with _eager_experts(self.model), torch_listening(hear, names): yield
 
 # %% ../../nbs/03b_backends.torch.ipynb #573b52e4
 @patch

@@ -18,6 +18,7 @@ from .gsm8k import Answers, first_answer
 from ..families.vision import load_processor, read_image, read_samples, sample
 from ..files import claiming
 from ..material.diagrams import diagrams, prompt
+from ..measure.log import _bar
 from ..models import Checkpoint
 from ..report import Report, joined, machine, own_size, share_figure
 
@@ -188,7 +189,7 @@ def ai2d(
     if c.model_type != 'vlm': raise ValueError(f'{c.name} cannot see: ai2d needs a vision-language model')
     settings = dict(model=c.fingerprint, free=free, new_tokens=new_tokens, blank=blank, name=name or c.name)
     done, p = Answers(out, settings, rows), load_processor(c)
-    for r in rows[len(done):]:
+    for r in _bar(f'{len(rows)} questions', of=rows[len(done):]):
         if blank: r = r | dict(image=_white(read_image(r['image'])))
         done.add([_asked(b, p, r, free, new_tokens, overrides)])
     return _report(done, figure, own_size(c, name, size), settings)

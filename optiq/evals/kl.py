@@ -19,6 +19,7 @@ from ..calibration import fingerprint, unscored
 from .perplexity import Score, _at, _nll
 from ..files import whole_folder
 from ..measure.kl import kl_rows, logit_slices
+from ..measure.log import _bar
 from ..models import Checkpoint
 from ..readers import read_ours, write_json
 
@@ -42,7 +43,7 @@ def _logits_of(
     "Walk through the blocks with one batch after another, and yield its logits in slices that fit in memory"
     n, T = tokens.shape
     batch = batch or max(1, 4096//T)
-    for k in range(0, n, batch):
+    for k in _bar(f'{n} sequences', of=range(0, n, batch)):
         ids = tokens[k:k+batch]
         states = b.embed(ids, _at(b, overrides, None))
         for i in range(b.n_blocks): states = b.run_block(i, states, _at(b, overrides, i))

@@ -16,6 +16,7 @@ from ..calibration import encode, prompt_ids
 from .gsm8k import label_of
 from ..readers import known
 from ..material.mixture import recall_one
+from ..measure.log import _bar
 from ..plan import mean_se
 from ..report import Report, joined, machine, mean_figure, own_size, share_figure
 
@@ -58,6 +59,7 @@ def _margins(
     overrides: dict = {}, # of a plan
     make_cache = None, # mlx-lm model ▸ caches
     batch_tokens: int = 8192, # at a time
+    tick = lambda share: None, # called after each step with its share of the work
 ) -> np.ndarray: # (len(pairs),)
     "The answer margin of every pair; positive where greedy decoding writes the answer"
     if make_cache and not b.takes_caches: raise ValueError(
@@ -65,11 +67,11 @@ def _margins(
     out = np.zeros(len(pairs))
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
     with b.swapped(overrides):
-        if make_cache: return np.array([_through_cache(b, p, a, make_cache(b.model)) for p, a in pairs])
         while order:
-            part = order[:max(1, batch_tokens//(len(pairs[order[-1]][0])+8))]
-            order = order[len(part):]
-            out[part] = _together(b, [pairs[i] for i in part])
+            part = order[:1 if make_cache else max(1, batch_tokens//(len(pairs[order[-1]][0])+8))]
+            order, some = order[len(part):], [pairs[i] for i in part]
+            out[part] = _through_cache(b, *some[0], make_cache(b.model)) if make_cache else _together(b, some)
+            tick(len(part)/len(pairs))
     return out
 
 # %% ../../nbs/37_evals.needle.ipynb #7a2af1c5
@@ -112,7 +114,8 @@ def needle(
     c, t = b.checkpoint, b.checkpoint.tokenizer
     _check_long(c, max(lengths))
     rows = _needle_trials(t, lengths, depths, trials, keys, seed)
-    m = _margins(b, _pairs_of(t, rows), overrides, make_cache)
+    with _bar(f'{len(rows)} trials') as bar:
+        m = _margins(b, _pairs_of(t, rows), overrides, make_cache, tick=bar.update)
     on = f'{list(lengths)} × {list(depths)} × {trials}, keys {keys}, seed {seed}, {t.vocab_size} words'
     figures = share_figure('needle', m > 0, on), mean_figure('margin', m, on), dict(grid=_grid_of(rows, m))
     about = dict(cache=label_of(make_cache), trials=on, **machine())

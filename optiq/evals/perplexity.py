@@ -22,6 +22,7 @@ from ..readers import known
 from ..frontier import plus_minus
 from ..measure.kl import kl_rows, logit_slices
 from ..measure.journal import read_log
+from ..measure.log import _bar
 from ..models import Checkpoint
 
 # %% ../../nbs/31_evals.perplexity.ipynb #ea90def3
@@ -132,6 +133,12 @@ def evaluate(
         for n, rows in _score(ids, states, everyone).items(): parts[n].append(rows)
     skip = unscored(b.checkpoint, tokens)
     return {n: Score.of(np.concatenate(rows, 1)[:, :, skip:]) for n, rows in parts.items()}
+
+# %% ../../nbs/31_evals.perplexity.ipynb #5444e2be
+def _scores(model, tokens, variants: dict = {}) -> dict: # as `evaluate`
+    "`evaluate` behind a bar, for those who wait"
+    many = f'{1+len(variants)} models' if variants else '1 model'
+    with _bar(f'scoring {many}') as bar: return evaluate(model, tokens, variants, tick=bar.update)
 
 # %% ../../nbs/31_evals.perplexity.ipynb #e9752f3a
 def _at(b, overrides, block):

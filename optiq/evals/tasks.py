@@ -127,6 +127,7 @@ def answers(
     overrides: dict = {}, # of a plan, see `optiq.evals.perplexity.overrides_of`
     new_tokens: int = 200, # at most
     batch_tokens: int = 8192, # prompt and answer tokens at a time
+    tick = lambda share: None, # called with the share of rows that a step answered
 ) -> list[str]:
     "What the model writes after each prompt"
     b, out = open_backend(model), {}
@@ -135,11 +136,14 @@ def answers(
     lengths = [len(p)+len(a) for p, a in pairs]
     with b.swapped(overrides):
         for part in _parts(range(len(rows)), lengths, batch_tokens):
-            out |= {i: rows[i]['answer'] for i, ok in zip(part, _writes_exactly(b, [pairs[i] for i in part])) if ok}
+            right = [i for i, ok in zip(part, _writes_exactly(b, [pairs[i] for i in part])) if ok]
+            out |= {i: rows[i]['answer'] for i in right}
+            tick(len(right)/len(rows))
         rest = [i for i in range(len(rows)) if i not in out]
         for part in _parts(rest, lengths, 4*batch_tokens): # a step costs the same for few and many
             longest = min(new_tokens, 5+max(len(pairs[i][1]) for i in part))
             out |= {i: t.decode(x) for i, x in zip(part, b.write([pairs[i][0] for i in part], longest, end))}
+            tick(len(part)/len(rows))
     return [out[i] for i in range(len(rows))]
 
 # %% ../../nbs/33_evals.tasks.ipynb #1b0a8258

@@ -15,6 +15,7 @@ from .gsm8k import Answers, questions_fingerprint
 from ..families.audio import load_speech, transcribe
 from ..files import claiming
 from ..material.speech import clips
+from ..measure.log import _bar
 from ..models import Checkpoint
 from ..report import Report, _figure, machine, own_size
 
@@ -84,7 +85,7 @@ def write_down(
     "Let a model write down all clips"
     rows = [dict(question=f'{c.name} {c.key}', answer=c.text) for c in heard]
     done = Answers(out, settings, rows)
-    for clip, row in zip(heard[len(done):], rows[len(done):]):
+    for clip, row in _bar(f'{len(rows)} clips', of=[*zip(heard, rows)][len(done):]):
         text = listen(clip)
         done.add([row | dict(response=text) | _word_errors(clip.text, text)])
     return done

@@ -16,7 +16,7 @@ from ..formats import FAMILIES, Format, parse_format
 from .attention import _Stored, codec_of
 from .config import read_kv_config
 from .layout import KVLayout, language, own_caches
-from .window import RotatingMixedKVCache, _alike, _Told, findable
+from .window import RotatingMixedKVCache, _alike, _Told, _findable
 
 # %% ../../nbs/11c_kv.cache.ipynb #38564015
 class _Mixed(_Told):
@@ -77,7 +77,7 @@ def trim(self: _Mixed, n: int) -> int:
     return n
 
 # %% ../../nbs/11c_kv.cache.ipynb #1214c7f0
-@findable
+@_findable
 class MixedKVCache(_Mixed):
     "The cache of one layer, keys and values each in a format of their own"
     def __init__(self, keys: 'Format | str' = '8g64', values: 'Format | str' = '8g64'):
@@ -102,7 +102,7 @@ class MixedKVCache(_Mixed):
         return f'MixedKVCache({keys}, {values}), {self.offset} tokens, {self.nbytes:,} bytes'
 
 # %% ../../nbs/11c_kv.cache.ipynb #700b5051
-@findable
+@_findable
 class BatchMixedKVCache(_Mixed):
     "The cache of one layer for several texts that end together: what mlx-lm's batch generator asks of it"
     several, length, right_padding = True, 0, None

@@ -86,12 +86,12 @@ class _Listener:
         return k, v
 
 # %% ../../nbs/11_kv.layout.ipynb #2a3f7d26
-def _left(c, arrived: int, block: int | None) -> str:
+def _left(c, block: int | None, arrived: int) -> str:
     "Why a cache that takes keys and values stays as it is; '' if it need not"
     name = type(c).__name__
     if name not in ('KVCache', 'RotatingKVCache'): return f'{name} is not a plain cache of keys and values'
     if not arrived: return 'attention does not read what it holds (MLA)'
-    if block is None: return 'the model calls no block that writes to it'
+    if block is None: return 'the model runs parts of its blocks, never a whole one'
     return 'later layers read it too' if arrived > 1 else ''
 
 
@@ -108,7 +108,7 @@ def _layer(i, c, calls, arrived):
     heads, dims = k.shape[1], (k.shape[3], v.shape[3])
     if len(calls) > 1: # several caches, left alone
         heads, dims = 1, [sum(c[j].shape[1]*c[j].shape[3] for c in calls) for j in (1, 2)]
-    return KVLayer(i, block, heads, *dims, str(k.dtype).split('.')[-1], window, constant, _left(c, arrived, block))
+    return KVLayer(i, block, heads, *dims, str(k.dtype).split('.')[-1], window, constant, _left(c, block, arrived))
 
 # %% ../../nbs/11_kv.layout.ipynb #84234e8f
 _LOOK = Lock()

@@ -16,12 +16,12 @@ from mlx_lm.models.cache import ArraysCache
 
 from ..formats import FAMILIES, Format
 from . import attention, kernels as turbo_kernels
-from .attention import Codec, codec_of, summable
+from .attention import Codec, codec_of, _summable
 from .cache import BatchMixedKVCache, MixedKVCache, mixed_caches
 from .config import read_kv_config
 from .layout import kv_layers, own_caches
 from .precondition import KeyPrecondition, Turned, in_mlx, load_preconditions, turned
-from .window import findable, name_caches
+from .window import _findable, _name_caches
 from ..rotation import codebook, rotation_matrix
 from ..turboquant import STEPS, Rotated, encode_rotated, on_grid, pack_words, padded, scale_of
 
@@ -117,7 +117,7 @@ def _scaled(a, scales): # (B, heads, rows, T), (B, heads, T, 1) ▸ as `a`
 def product(self: _RotatedCodec, a, arrays, transpose):
     (codes, scales), (size, n) = arrays, _group_of(arrays[0], self.bits)
     if transpose and n < attention.GROUPS: return a @ self.dense(arrays, a.dtype).swapaxes(-1, -2)
-    x = a.astype(mx.float32) if a.dtype == mx.float16 else summable(a)
+    x = a.astype(mx.float32) if a.dtype == mx.float16 else _summable(a)
     if not transpose: x = _scaled(x, scales)
     step_bias = _grid((*codes.shape[:3], n), self.bits, x.dtype)
     out = mx.quantized_matmul(mx.contiguous(x), codes, *step_bias, transpose=transpose, group_size=size, bits=self.bits)
@@ -179,7 +179,7 @@ def _settled(fmt: Format, keys): # (B, heads, T, D) ▸ Format
 
 
 # %% ../../nbs/11d_kv.rotated.ipynb #82e3c8fb
-@findable
+@_findable
 class TurboQuantKVCache(MixedKVCache):
     "The rotated cache of one layer; usable wherever mlx-lm takes a cache"
     @classmethod
@@ -216,7 +216,7 @@ class TurboQuantKVCache(MixedKVCache):
     def __repr__(self): return super().__repr__().replace('Mixed', 'TurboQuant', 1)
 
 # %% ../../nbs/11d_kv.rotated.ipynb #9d017dcd
-@findable
+@_findable
 class BatchTurboQuantKVCache(BatchMixedKVCache):
     "The rotated cache of one layer for several texts"
     one = TurboQuantKVCache
@@ -267,7 +267,7 @@ def _make_turbo(model, bits=4, key_bits=None, value_bits=None, *, kv_config=None
     return partial(mixed_caches, model, formats)
 
 # %% ../../nbs/11d_kv.rotated.ipynb #4fe1f1f5
-@findable
+@_findable
 class _TurboQuantStateCache(ArraysCache):
     "The recurrent state of a GatedDeltaNet layer as rotated codes: an experiment, errors grow with the tokens"
     def __init__(self,
@@ -332,4 +332,4 @@ def merge(cls: _TurboQuantStateCache, caches):
     together = ArraysCache.merge([c.plain() for c in caches])
     return cls.from_state((together.cache, together.left_padding, None, *like.about))
 
-name_caches() # a prompt file may be the first thing that is opened
+_name_caches() # a prompt file may be the first thing that is opened

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..backends.open import open_backend
-from ..evals.perplexity import evaluate, overrides_of
+from ..evals.perplexity import overrides_of, _scores
 from ..files import journal_of
 from ..formats import Format, parse_formats
 from ..knapsack import allocate
@@ -108,7 +108,7 @@ def _helped(b, tokens: np.ndarray, formats: list): # ▸ unit path ▸ precondit
 def _beside_uniform(b, scored: np.ndarray, sweep: Sweep, plan: Plan, about: dict = {}) -> Report:
     "Quality and size of a plan, of the cache as it is, and of uniform formats"
     plans = {'mixed': plan} | {str(f): uniform(sweep, f) for f in sweep.formats}
-    scores = evaluate(b, scored, {k: overrides_of(p) for k, p in plans.items()})
+    scores = _scores(b, scored, {k: overrides_of(p) for k, p in plans.items()})
     plans = {'fp16': make_plan(sweep, {})} | plans
     return Report([score_row(k, p, scores.get(k, scores['reference'])) for k, p in plans.items()], about)
 
@@ -137,7 +137,7 @@ def planned_cache(
                          max_memory=max_memory)
         plan = allocate(sweep, **conditions)
         report = _beside_uniform(b, scored, sweep, plan, about)
-        joint = float(evaluate(b, tokens, {'mixed': overrides_of(plan)})['mixed'].kl.mean())
+        joint = float(_scores(b, tokens, {'mixed': overrides_of(plan)})['mixed'].kl.mean())
     config = kv_config(plan, layout, statistics)
     return dict(report=report, plan=plan, sweep=sweep, config=config, figures=_kv_figures(
         out, layout, [plan], report, config, nominal_bpw=plan.nominal_bpw, true_bpw=plan.true_bpw,
@@ -241,7 +241,7 @@ def configurations(
     "Quality and memory of every pair of weights and cache"
     pairs, both = _every_pair(joint, kv_formats), _combine(joint['weight_sweep'], joint['cache_sweep'])
     def weights(p): return joint['rounded'] if p is joint['weights'] else {}
-    scores = evaluate(b, scored, {k: weights(p) | overrides_of(q) for k, (p, q) in pairs.items()})
+    scores = _scores(b, scored, {k: weights(p) | overrides_of(q) for k, (p, q) in pairs.items()})
     def row(k, p, q): return score_row(k, make_plan(both, {**p, **q}), scores[k]) | dict(
         weight_mb=p.size_mb, cache_mb=q.size_mb)
     on_full, on_quantized = (pairs[f'{x} weights, mixed cache'][1] for x in ('full', 'quantized'))

@@ -39,7 +39,7 @@ from ..plan import RECIPES, default_of_vlm, make_plan, recipe, uniform
 from ..report import Report, joined, machine, score_row
 from ..rounding import as_overrides, round_model
 from ..sensitivity import kl_sweep
-from .demo import Demo, Ground, Sizes, Table, ground, scored_rows
+from .demo import Demo, Ground, Sizes, Table, ground, _scored_rows
 from .plots import plot_kv_analysis, plot_memory
 
 # %% ../../nbs/62a_show.demos.ipynb #c0076ce5
@@ -93,7 +93,7 @@ def llm(
     plans = profiles(sweep)
     variants = {'as it is': {}} | {n: overrides_of(p) for n, p in plans.items()}
     if out is not None: variants |= saved(g, {n: plans[n] for n in list(plans)[:2]}, sweep, out)
-    report = _with_answers(scored_rows(g, plans), _solved(g, variants, s.problems, questions))
+    report = _with_answers(_scored_rows(g, plans), _solved(g, variants, s.problems, questions))
     figures = dict(sensitivity=partial(sweep.plot, fmt='4g64'), quality=report.plot)
     return Demo('llm', [report], figures, g.about, dict(sweep=sweep, plans=plans))
 
@@ -134,7 +134,7 @@ def pareto(
     g = ground(model, Sizes.of(fast), text)
     sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast, rounding='minmax')
     curve = curve_of(sweep, sorted({*_COMPACT, *_QUALITY}), ('compact', 'quality'))
-    report = scored_rows(g, {p.name: p for p in curve.everyone()})
+    report = _scored_rows(g, {p.name: p for p in curve.everyone()})
     curve.scores = {r['name']: np.array(r['items']['kl']) for r in report.rows}
     shown = [r for r in report.rows if r['name'].split()[0] in ('uniform', 'compact', 'quality', 'as', *RECIPES)]
     report = Report(sorted(shown, key=lambda r: r['size_mb']), g.about)
@@ -217,7 +217,7 @@ def _kv_cache(
              'mixed 5': allocate(sweep, target_bpw=5), 'uniform 4': uniform(sweep, 4)}
     c, layout = g.b.checkpoint, kv_layout(g.b.checkpoint, context)
     memory = memory_table(layout, read_kv_config(kv_config(plans['mixed 5'], layout)))
-    tables = [scored_rows(g, plans, make_plan(sweep, {})), _most_and_least(sweep),
+    tables = [_scored_rows(g, plans, make_plan(sweep, {})), _most_and_least(sweep),
               _memory_rows(memory, make_plan(c, c.formats).size_mb)]
     figures = {'kv-analysis': partial(plot_kv_analysis, sweep, plans['mixed 5'], memory)}
     return Demo('kv-cache', tables, figures, g.about | dict(context=context), dict(sweep=sweep, plans=plans))

@@ -133,6 +133,14 @@ def _check_source(out: Path, source: 'str | Path'):
     if inside or any(_same(out, p) for p in at.resolve().parents): raise ValueError(
         f'{out} is the source {source}, or lies above or inside it; give an output apart from it')
 
+def _check_apart(file: 'str | Path | None', out: 'str | Path | None', what: str):
+    "Raise ValueError for a second file that is the output, or lies inside or above it"
+    if file is None or out is None: return
+    a, b = (as_path(p).resolve() for p in (file, out))
+    if a == b or a in b.parents or b in a.parents: raise ValueError(
+        f'`{what}` {file} is the output {out}, or lies inside or above it; give a place apart from it')
+
+
 # %% ../nbs/71_files.ipynb #5bd6f46f
 def _lock(folder: Path): # ▸ descriptor to close
     "A lock that ends with this process; None if another has it, or if the disk knows no locks"

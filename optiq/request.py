@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .budget import candidates
+from .files import _check_apart
 from .formats import AS_IS, Format, parse_formats
 from .measure.sweep import rounding_of, Sweep
 from .readers import _check_counts, shown
@@ -117,6 +118,7 @@ def _check_weights(weights: Weights, what: str, out):
     _check_rounding_name(rounding := _rounding_for(weights.rounding, weights.sweep), weights.polish, out)
     if weights.statistics is not None and weights.polish: raise ValueError(
         '`statistics` do not serve `polish`: dwq trains on the text itself; leave one of the two')
+    _check_apart(weights.statistics, out, 'statistics')
     if rounding == 'minmax' and not weights.polish and weights.rounding_n is not None: raise ValueError(
         '`rounding_n` has no effect: minmax learns from no text; leave it out, or choose another `rounding`')
 

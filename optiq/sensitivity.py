@@ -17,7 +17,7 @@ import numpy as np
 from .backends.open import open_backend
 from .backends.replay import Backend
 from .calibration import shape_of
-from .files import as_path, claiming, own_file
+from .files import _check_apart, as_path, claiming, own_file
 from .formats import Format, check_storable, parse_formats, quantize_dequantize
 from .measure.estimate import _duration, _measure_halved, estimate
 from .measure.kl import measure, probes
@@ -192,6 +192,7 @@ def kl_sweep(
     _check_wishes(until, n=n, seq_len=seq_len, rounding_n=rounding_n)
     mark = dict(journal=True) if journal else {}
     if out is not None: out = own_file(out, 'sweep', **mark) # before any work
+    _check_apart(statistics, out, 'statistics')
     formats, b = parse_formats(formats), open_backend(model, backend)
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
     if of is None: check_storable(formats)

@@ -7,6 +7,7 @@ __all__ = ['Inputs', 'Listener', 'Chunks', 'Statistics']
 
 # %% ../nbs/06a_statistics.ipynb #c9b4c8b3
 import json
+import os
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from fastcore.basics import patch
 
 from .arrays import library
 from .backends.replay import Backend, _Heard
+from .backends.taps import _for_themselves
 from .calibration import fingerprint, samples_of, shape_of
-from .files import _check_place, as_path, check_full
+from .files import _check_place, _check_source, _clear_stale, as_path, scratch
 from .readers import TEXT, check_kind, maybe, parse, whole as _whole
 
 # %% ../nbs/06a_statistics.ipynb #da9cc579
@@ -50,6 +52,9 @@ def _add_inputs(stats, x, experts): # experts: None, the one that reads all of x
     "Add what was heard to the statistics of a matrix, or of the experts that it was routed to"
     if isinstance(stats, Inputs): return stats.add(x)
     if isinstance(experts, int): return stats[experts].add(x)
+    if experts is None: # a matrix for each head: x (B, heads or 1, T, in_dims)
+        for h, s in enumerate(stats): s.add(x[:, min(h, x.shape[1]-1)])
+        return
     rows, index = _expert_rows(x, experts)
     for e in np.unique(index): stats[e].add(rows[library(x)[0].array(np.flatnonzero(index == e))])
 
@@ -91,9 +96,10 @@ def _batches(b: Backend, tokens) -> list:
 # %% ../nbs/06a_statistics.ipynb #49ff3589
 @contextmanager
 def _calls_kept(b: Backend):
-    "What the backend's blocks are called with is as it was before"
+    "What the backend's blocks are called with is as it was before, and nobody stands in for them meanwhile"
     before = getattr(b, 'calls', None), getattr(b, 'batch_size', None)
-    try: yield
+    try:
+        with _for_themselves(): yield
     finally: b.calls, b.batch_size = before
 
 # %% ../nbs/06a_statistics.ipynb #ac482f44
@@ -130,9 +136,9 @@ class Statistics(Mapping):
         whole: bool = True, # second moments, not only their diagonal
     ):
         self.b, self.chunks, self.whole = b, Chunks(b, tokens), whole
-        outside = [u.path for u in b.checkpoint.units if u.block is None and not b.stacks]
+        outside = [u.path for u in b.checkpoint.units if u.block is None and not (b.stacks and b.chain)]
         self.outside = {p: lambda _, w=b.unit_weight(p): w
-                        for p in outside} # models of parts hold them changed while a plan runs
+                        for p in outside} # what is no chain holds them changed while a plan runs
         self.restart()
     def unperturbed(self): return self.b.swapped(self.outside)
 
@@ -155,7 +161,7 @@ class Statistics(Mapping):
             return self.ends.get(path)
         if block < self.i-1: self.restart()
         while self.i <= block: self.advance()
-        return self.held[path]
+        return self.held.get(path) # None: nothing reached it
     def __iter__(self): return iter(self.b.checkpoint.unit)
     def __len__(self): return len(self.b.checkpoint.units)
 
@@ -185,36 +191,51 @@ class _Learned(Mapping):
         self.about, self.shape, self.fingerprint = said, tuple(said['shape']), said['fingerprint']
 
     def __getitem__(self, path):
-        if path not in self.paths: return None # no token reached it
         sums, counts = (self.opened.get_tensor(f'{path}.{k}') for k in ('squares', 'count'))
-        found = [Inputs(self.b.array(s), int(n), False) for s, n in zip(np.atleast_2d(sums), np.atleast_1d(counts))]
+        if not counts.any(): return None # no token reached it
+        found = [Inputs(self.b.array(s), int(n), False) for s, n in zip(np.atleast_2d(sums), counts)]
         return found if sums.ndim > 1 else found[0]
-    @property
-    def paths(self): return {k.removesuffix('.count') for k in self.opened.keys() if k.endswith('.count')}
     def __iter__(self): return iter(self.b.checkpoint.unit)
     def __len__(self): return len(self.b.checkpoint.units)
 
+
+# %% ../nbs/06a_statistics.ipynb #58aa52a6
+@patch
+def check(self: _Learned):
+    "Raise ValueError, naming the unit, unless there are sums and counts for each, finite and not negative"
+    stored = {*self.opened.keys()}
+    def holds(name, dtype, shape):
+        part = self.opened.get_slice(name) if name in stored else None
+        if part is None or (part.get_dtype(), part.get_shape()) != (dtype, shape): return False
+        return np.isfinite(a := self.opened.get_tensor(name)).all() and (a >= 0).all()
+    for path, u in self.b.checkpoint.unit.items():
+        shape = [*u.shape[:-2], u.shape[-1]]
+        if not (holds(f'{path}.squares', 'F32', shape) and holds(f'{path}.count', 'I64', shape[:-1] or [1])):
+            raise ValueError(f'{self.file} lacks statistics of {path}, or they are damaged: there should be {shape} sums '
+                             'of squares and the tokens counted, finite and not negative; remove it, or give another')
+
+
 # %% ../nbs/06a_statistics.ipynb #11ea6c08
-def _save_learned(b: Backend, tokens, learned, source: str | None, file: Path):
+def _as_stored(b: Backend, unit, heard) -> tuple: # ▸ sums of squares (…, in_dims), counts (n,)
+    "What was heard of a unit, zeros for nothing"
+    each = heard if isinstance(heard, list) else [heard]
+    shape = *unit.shape[:-2], unit.shape[-1]
+    counts = np.zeros(shape[:-1] or 1, np.int64)
+    sums = np.zeros((len(counts), shape[-1]), np.float32)
+    for i, h in enumerate(each):
+        if h is not None and h.count: sums[i], counts[i] = b.numpy(h.moments), h.count
+    return sums.reshape(shape), counts
+
+def _save_learned(b: Backend, learned, about: dict, file: Path):
     "Hear a whole model, and keep what `search` needs"
     from safetensors.numpy import save_file
     stats, found = Statistics(b, learned, whole=False), {}
-    for path in stats:
-        heard = stats[path]
-        if heard is None: continue
-        each = heard if isinstance(heard, list) else [heard]
-        width = b.checkpoint.unit[path].shape[-1]
-        sums = [b.numpy(h.moments) if h.count else np.zeros(width) for h in each]
-        shape = sums if isinstance(heard, list) else sums[0]
-        found[f'{path}.squares'] = np.ascontiguousarray(shape, np.float32)
-        found[f'{path}.count'] = np.array([h.count for h in each], np.int64)
-    about = dict(optiq='statistics', model=b.checkpoint.fingerprint, shape=list(shape_of(tokens)),
-                 fingerprint=fingerprint(tokens), source=source)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    check_full(file.parent, sum(a.nbytes for a in found.values()))
-    part = file.with_name(f'{file.name}.part')
-    save_file(found, part, metadata=dict(optiq=json.dumps(about)))
-    part.replace(file)
+    for path, u in b.checkpoint.unit.items():
+        found[f'{path}.squares'], found[f'{path}.count'] = _as_stored(b, u, stats[path])
+    with scratch(file, sum(a.nbytes for a in found.values())) as d:
+        save_file(found, d/file.name, metadata=dict(optiq=json.dumps(dict(optiq='statistics') | about)))
+        if not os.path.lexists(file): (d/file.name).replace(file) # else somebody put one there meanwhile
+
 
 # %% ../nbs/06a_statistics.ipynb #9ab6d8ba
 def _learned_from(
@@ -227,14 +248,23 @@ def _learned_from(
 ) -> _Learned:
     "Statistics in a file, written first if it is not there; raises ValueError if they are of something else"
     file = as_path(file)
+    _check_source(file, b.checkpoint.folder) # a loader would take it for weights
+    here = dict(model=b.checkpoint.fingerprint, shape=list(shape_of(tokens)), fingerprint=fingerprint(tokens))
+    wanted = here | (wanted or {})
     if not file.exists():
         _check_place(file)
-        _save_learned(b, tokens, heard, source, file)
+        _clear_stale(file)
+        _check_of('this text is not what the sweep learned from', here, wanted, 'give the text that it names')
+        _save_learned(b, heard, here | dict(source=source), file)
     found = _Learned(b, file)
-    wanted = wanted or dict(shape=list(shape_of(tokens)), fingerprint=fingerprint(tokens))
-    ours = dict(model=b.checkpoint.fingerprint, length=list(wanted['shape']), text=wanted['fingerprint'])
-    theirs = dict(model=found.about['model'], length=list(found.shape), text=found.fingerprint)
-    odd = [f'{k} ({theirs[k]} there, {v} here)' for k, v in ours.items() if theirs[k] != v]
-    if odd: raise ValueError(
-        f'{file} holds statistics of something else: {", ".join(odd)}; give `statistics` a file that is not there yet')
+    _check_of(f'{file} holds statistics of something else', found.about, wanted,
+              'give `statistics` a file that is not there yet')
+    found.check()
     return found
+
+def _check_of(what: str, there: dict, here: dict, remedy: str):
+    "Raise ValueError, naming what differs, unless model, length and text are the same"
+    names = dict(model='model', length='shape', text='fingerprint')
+    odd = [f'{name} ({there[k]} there, {here[k]} here)' for name, k in names.items() if there[k] != here[k]]
+    if odd: raise ValueError(f'{what}: {", ".join(odd)}; {remedy}')
+

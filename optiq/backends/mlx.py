@@ -32,8 +32,9 @@ def _of_type(checkpoint, dtype):
 def _mlx_weights(b, overrides: dict): # unit path ▸ function from its weight to the one to use
     "While this lasts, these units have other weights"
     before = {p: b.module(p).weight for p in overrides}
+    new = {p: f(b.unit_weight(p)).astype(b.dtype) for p, f in overrides.items()} # `f` may have to run the model
     try:
-        for path, f in overrides.items(): b.module(path).weight = f(b.unit_weight(path)).astype(b.dtype)
+        for path, w in new.items(): b.module(path).weight = w
         yield
     finally:
         for path, w in before.items(): b.module(path).weight = w

@@ -20,6 +20,7 @@ def same(x): return x # an override that changes nothing
 
 # %% ../../nbs/03a_backends.taps.ipynb #53b61dca
 _ANSWERS = {} # id of a block ▸ (number, who answers for it), the latest last
+_STOOD = [] # the blocks that each answers for, the latest last
 
 @cache
 def _stand_in_class(kind: type, call: str) -> type: # name of the method that is taken over
@@ -31,7 +32,7 @@ def _stand_in_class(kind: type, call: str) -> type: # name of the method that is
         finally:
             self.__class__ = standing
             _ANSWERS.setdefault(id(self), []).append(now)
-    standing = type(kind.__name__, (kind,), {call: answering, '__module__': kind.__module__})
+    standing = type(kind.__name__, (kind,), {call: answering, '__module__': kind.__module__, '_stands_in': True})
     return standing
 
 @contextmanager
@@ -41,12 +42,26 @@ def _standing_in(blocks: dict, answer, call: str): # number ▸ block
     for i, b in once.values():
         _ANSWERS.setdefault(id(b), []).append((i, answer))
         b.__class__ = _stand_in_class(type(b), call)
+    _STOOD.append([b for _, b in once.values()])
     try: yield
     finally:
+        _STOOD.pop()
         for _, b in once.values():
             b.__class__ = type(b).__base__
             _ANSWERS[id(b)].pop()
             if not _ANSWERS[id(b)]: del _ANSWERS[id(b)]
+
+# %% ../../nbs/03a_backends.taps.ipynb #65b5295c
+@contextmanager
+def _for_themselves():
+    "While this lasts, all blocks answer for themselves, whoever stands in for them outside"
+    kinds = {id(b): (b, type(b)) for blocks in _STOOD for b in blocks}
+    for b, _ in kinds.values():
+        while '_stands_in' in vars(type(b)): b.__class__ = type(b).__base__
+    try: yield
+    finally:
+        for b, kind in kinds.values(): b.__class__ = kind
+
 
 # %% ../../nbs/03a_backends.taps.ipynb #bd493aec
 @contextmanager
@@ -152,7 +167,8 @@ def _mlx_listener(kind: type, path: str, hear) -> type:
     class Listener(kind):
         def __call__(self, x, *args, **kwargs):
             experts = args[0] if 'SwitchLinear' in kind.__name__ else None
-            if not hasattr(kind, 'as_linear'): hear(path, x, experts)
+            columns = kwargs.get('transpose', True) # a matrix for each head is also multiplied by its rows
+            if columns and not hasattr(kind, 'as_linear'): hear(path, x, experts)
             return kind.__call__(self, x, *args, **kwargs)
         def as_linear(self, x):
             hear(path, x, None)

@@ -116,8 +116,9 @@ def _torch_put(param, place, weight):
 def _torch_weights(b, overrides: dict): # unit path ▸ function from its weight to the one to use
     "While this lasts, these units have other weights"
     before = [(b.slots[p][0], b.slots[p][0].data) for p in overrides]
+    new = {p: f(b.unit_weight(p)) for p, f in overrides.items()} # `f` may have to run the model
     try:
-        for path, f in overrides.items(): _torch_put(*b.slots[path], f(b.unit_weight(path)))
+        for path, w in new.items(): _torch_put(*b.slots[path], w)
         yield
     finally:
         for param, data in reversed(before): param.data = data

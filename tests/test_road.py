@@ -140,8 +140,11 @@ def test_a_bar_knows_what_late_blocks_cost(monkeypatch):
 def site():
     "tools/site.py, which has the name of a module of Python's own"
     from importlib.util import module_from_spec, spec_from_file_location
-    spec = spec_from_file_location('tools_site', Path(__file__).parents[1]/'tools'/'site.py')
-    spec.loader.exec_module(module := module_from_spec(spec))
+    tools = Path(__file__).parents[1]/'tools'
+    spec = spec_from_file_location('tools_site', tools/'site.py')
+    with pytest.MonkeyPatch.context() as m:
+        m.syspath_prepend(tools) # as for a script
+        spec.loader.exec_module(module := module_from_spec(spec))
     return module
 
 def test_the_manual_is_what_the_help_says():

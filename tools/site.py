@@ -12,6 +12,7 @@ from latex2mathml.converter import convert as to_mathml
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
+from prose import figures
 
 cfg = get_config()
 ELSEWHERE = r'''@import\s*(?:url\([^)]*https?:[^)]*\)|"https?:[^"]*"|'https?:[^']*')[^;]*;''' # an address may hold semicolons
@@ -36,12 +37,18 @@ def calmed(notebook):
             if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = calm(''.join(o['data']['text/markdown']))
     return notebook
 
+def timed(notebook, source: Path):
+    "A notebook that says under its title how long it takes to read, by the figure of `tools/prose.py`"
+    said = f'*{max(1, round(figures(source)["minutes"]))} min to read*'
+    notebook['cells'].insert(1, dict(cell_type='markdown', id='reading-time', metadata={}, source=[said]))
+    return notebook
+
 def processed():
     "The folder of notebooks as nbdev prepares them, under the names that their pages get"
     refresh_quarto_yml()
     folder = proc_nbs(n_workers=0, force=True)
     notebooks = list(folder.rglob('*.ipynb'))
-    pages = {p.name: re.sub(r'^\d+[a-z]?_', '', p.name) for p in notebooks}
+    pages = {p.name: re.sub(r'^\d+[a-z]*_', '', p.name) for p in notebooks}
     for path in [*notebooks, *folder.glob('*.yml')]:
         text = re.sub(r'output-file: \S+\.html\\n', '', path.read_text(encoding='utf-8'))
         for old, new in pages.items(): text = text.replace(old, new)
@@ -49,7 +56,7 @@ def processed():
         up = '../'*(len(path.relative_to(folder).parts)-1)
         if path.suffix == '.ipynb': text = text.replace(f'{cfg.doc_host}{cfg.doc_baseurl}/', up)
         if path.suffix == '.ipynb':
-            notebook = calmed(json.loads(text))
+            notebook = timed(calmed(json.loads(text)), cfg.nbs_path/path.relative_to(folder))
             if path.name.endswith('_cli.ipynb'): with_manual(notebook)
             text = json.dumps(notebook, ensure_ascii=False)
         path.unlink()

@@ -18,11 +18,15 @@ from optiq.models import Checkpoint
 from optiq.plan import uniform
 
 KINDS = dict(qwen3_vl='diagrams', qwen3_5='diagrams', qwen3_asr='bundled')
+SMALL = dict( # what a kind needs, and no more
+    qwen3_vl=dict(text_config=dict(num_hidden_layers=2), vision_config=dict(depth=2)),
+    qwen3_5=dict(text_config=dict(num_hidden_layers=2, full_attention_interval=2), vision_config=dict(depth=1)),
+    qwen3_asr=dict(thinker_config=dict(text_config=dict(num_hidden_layers=2), audio_config=dict(encoder_layers=1))))
 
 @pytest.fixture(scope='module', params=KINDS)
 def seen(request, tmp_path_factory):
     "A model, its backend, and one sample"
-    c = Checkpoint(tiny(request.param, tmp_path_factory.mktemp('seen')/'m', dtype='float32'))
+    c = Checkpoint(tiny(request.param, tmp_path_factory.mktemp('seen')/'m', SMALL[request.param], dtype='float32'))
     return c, open_backend(c), batch_for(c, KINDS[request.param], 1)
 
 def answer(model, sample, caches): # logits at all positions

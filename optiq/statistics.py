@@ -211,9 +211,9 @@ def check(self: _Learned):
     for path, u in self.b.checkpoint.unit.items():
         shape = [*u.shape[:-2], u.shape[-1]]
         if not (holds(f'{path}.squares', 'F32', shape) and holds(f'{path}.count', 'I64', shape[:-1] or [1])):
-            raise ValueError(f'{self.file} lacks statistics of {path}, or they are damaged: there should be {shape} '
-                             'sums of squares and the tokens counted, finite and not negative; remove it, or give another')
-
+            raise ValueError(
+                f'{self.file} lacks statistics of {path}, or they are damaged: there should be {shape} sums of squares '
+                'and the tokens counted, finite and not negative; remove it, or give another')
 
 # %% ../nbs/06a_statistics.ipynb #11ea6c08
 def _as_stored(b: Backend, unit, heard) -> tuple: # ▸ sums of squares (…, in_dims), counts (n,)

@@ -64,5 +64,5 @@ def test_scores_that_lie_beside(models):
         (models/f'{name}.jsonl').write_text('\n'.join(map(json.dumps, [h, *rows]))+'\n')
     text = ['--n-evaluation', '1', '--evaluation', str(models/'text.txt'), '--backend', 'mlx', '--json']
     r = CliRunner().invoke(main, ['compare', str(models/'at4'), str(models/'at3'), *text, '--prompt', 'A', '--new-tokens', '2'])
-    found = {x['name']: x for x in json.loads(r.output)['rows']}
+    found = {x['name']: x for x in json.loads(r.stdout)['rows']}
     assert found[str(models/'at4')]['gsm8k'] == .5 and 'gsm8k' not in found[str(models/'at3')]

@@ -112,7 +112,7 @@ def test_in_jupyterlab(tmp_path, sweep):
     pytest.importorskip('jupyterlab')
     pytest.importorskip('websocket')
     sweep.save(tmp_path/'sweep.json')
-    code = ('from optiq.measure.log import Sweep, tqdm\nfrom optiq.show.explore import explore\nprint(*(c.__name__ for c in tqdm.__mro__))\n'
+    code = ('from optiq.measure.log import tqdm\nfrom optiq.measure.sweep import Sweep\nfrom optiq.show.explore import explore\nprint(*(c.__name__ for c in tqdm.__mro__))\n'
             'explore(Sweep.load("sweep.json"), value=4.5)')
     cell = dict(cell_type='code', id='a', metadata={}, source=code, outputs=[], execution_count=None)
     spec = dict(kernelspec=dict(display_name='Python 3', language='python', name='python3'))

@@ -205,7 +205,7 @@ def _bar(what: str = '', show: bool = True, of=None): # ▸ tqdm over `of`; with
     "A bar for a long step: how much is done, how long it took, how long it will take"
     total = 1 if of is None else len(of)
     return tqdm(of, total=total, desc=what and f'{what} ', leave=False, disable=not show, smoothing=0,
-                bar_format='{desc}{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} to go')
+                bar_format='{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go')
 
 class _Share:
     "Moves a progress bar by time; learns from the passes how long a run of a block and the rounding of a weight take"

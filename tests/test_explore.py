@@ -22,7 +22,7 @@ def made_up(source, formats=FORMATS, n=6, seed=0):
     r = np.random.default_rng(seed)
     values = {(u.path, f): r.lognormal(-3-1.3*f.bits+r.normal(), .3, n) for u in source.units for f in formats}
     header = dict(optiq='sweep', model='demo', params=source.params, other_bytes=source.other_bytes, units=[asdict(u) for u in source.units],
-                  fingerprint=dict(formats=[str(f) for f in formats]), **getattr(source, 'header', {}))
+                  fingerprint=dict(model='demo', tokens='none', quantizer='minmax', formats=[str(f) for f in formats]), **getattr(source, 'header', {}))
     return Sweep(source.units, formats, values, header)
 
 @pytest.fixture(scope='module')

@@ -202,9 +202,11 @@ def _check_range(budgets: list[Budget], *problems: Problem):
         what, smallest, largest = f'{b.name} {b.limit:,.10g}', b.show(lo, up=True), b.show(hi)
         if not isfinite(b.limit) or b.limit <= 0: raise ValueError(f'{what} is not a positive number')
         if b.cap < lo:
-            raise ValueError(f'{what} is below the smallest possible, {smallest}; the largest is {largest}')
+            raise ValueError(f'{what} is below the smallest possible, {smallest}; the largest is {largest}: '
+                             'give more, or narrower candidates')
         if o and (b.target or all(over)):
-            raise ValueError(f'{what} is above the largest possible, {largest}; the smallest is {smallest}')
+            raise ValueError(f'{what} is above the largest possible, {largest}; the smallest is {smallest}: '
+                             'give less, or wider candidates')
 
 # %% ../nbs/05e_budget.ipynb #4f083dbc
 def _check_caps(

@@ -8,6 +8,7 @@ __all__ = ['TEXT_FILES', 'find_model', 'check_untrusted', 'read_header']
 # %% ../nbs/01a_folder.ipynb #911dc67e
 import json
 import os
+import re
 from importlib.resources import files
 from math import prod
 from pathlib import Path
@@ -31,7 +32,7 @@ def find_model(
     if str(name) == 'demo': return _demo()
     if os.path.isdir(name): return Path(name)
     none = f'no model {str(name)!r}: it is not a folder here, and '
-    if str(name).count('/') != 1 or Path(name).is_absolute():
+    if not re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(name)): # a path here, such as ./model, is never one of the Hub
         raise FileNotFoundError(f"{none}a Hub id looks like 'Qwen/Qwen3-0.6B'")
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(str(name), allow_patterns=_HUB_FILES))

@@ -22,7 +22,8 @@ def made_up(source, formats=FORMATS, n=6, seed=0):
     r = np.random.default_rng(seed)
     values = {(u.path, f): r.lognormal(-3-1.3*f.bits+r.normal(), .3, n) for u in source.units for f in formats}
     header = dict(optiq='sweep', model='demo', params=source.params, other_bytes=source.other_bytes, units=[asdict(u) for u in source.units],
-                  fingerprint=dict(model='demo', tokens='none', quantizer='minmax', formats=[str(f) for f in formats]), **getattr(source, 'header', {}))
+                  fingerprint=dict(model='demo', tokens='none', quantizer='minmax', formats=[str(f) for f in formats]),
+                  **getattr(source, 'header', {}))
     return Sweep(source.units, formats, values, header)
 
 @pytest.fixture(scope='module')
@@ -112,8 +113,8 @@ def test_in_jupyterlab(tmp_path, sweep):
     pytest.importorskip('jupyterlab')
     pytest.importorskip('websocket')
     sweep.save(tmp_path/'sweep.json')
-    code = ('from optiq.measure.log import tqdm\nfrom optiq.measure.sweep import Sweep\nfrom optiq.show.explore import explore\nprint(*(c.__name__ for c in tqdm.__mro__))\n'
-            'explore(Sweep.load("sweep.json"), value=4.5)')
+    code = ('from optiq.measure.log import tqdm\nfrom optiq.measure.sweep import Sweep\nfrom optiq.show.explore import explore\n'
+            'print(*(c.__name__ for c in tqdm.__mro__))\nexplore(Sweep.load("sweep.json"), value=4.5)')
     cell = dict(cell_type='code', id='a', metadata={}, source=code, outputs=[], execution_count=None)
     spec = dict(kernelspec=dict(display_name='Python 3', language='python', name='python3'))
     (tmp_path/'x.ipynb').write_text(json.dumps(dict(cells=[cell], metadata=spec, nbformat=4, nbformat_minor=5)))

@@ -257,6 +257,23 @@ def _save_curve(curve, sweep, figures: dict, out, overwrite: bool = False):
         (part/'plans').mkdir()
         for p in [*curve, *curve.rivals.values()]: p.save(part/'plans'/f'{p.name.replace(" ", "-")}.json')
 
+# %% ../nbs/08_pipeline.ipynb #49dc029b
+def _check_targets(targets):
+    "Raise ValueError for targets that are not numbers"
+    odd = [t for t in np.atleast_1d([] if targets is None else targets).tolist() if not isinstance(t, Real)]
+    if odd: raise ValueError(f'`targets` holds {shown(odd[0])}, and should hold numbers')
+
+def _check_unread(texts, weights: Weights):
+    "Raise ValueError for a wish about texts if only a saved sweep is read"
+    given = dict(texts=texts, rounding_n=weights.rounding_n, statistics=weights.statistics)
+    idle = [k for k, v in given.items() if v is not None]
+    if idle: raise ValueError(f'`{idle[0]}` has no effect: nothing is measured; give `verify`')
+
+def _profiles_of(sweep: Sweep) -> list: # names of PROFILES
+    "The profiles whose widths a sweep holds"
+    def has(bits): return all(parse_format(b) in sweep.formats for b in bits or ())
+    return [name for name, (bits, *_) in PROFILES.items() if has(bits)]
+
 # %% ../nbs/08_pipeline.ipynb #bbe815a2
 @_helpful
 @claiming
@@ -284,8 +301,7 @@ def trade_off(
         found['frontier'].plot()
     """
     _check_wishes(weights=weights, texts=texts)
-    odd = [t for t in np.atleast_1d([] if targets is None else targets).tolist() if not isinstance(t, Real)]
-    if odd: raise ValueError(f'`targets` holds {shown(odd[0])}, and should hold numbers')
+    _check_targets(targets)
     sweep, saved = weights.sweep, Path(source).is_file()
     if saved and sweep is not None:
         raise ValueError(f'`sweep` has no effect: {source} is a sweep; leave one of the two')
@@ -295,9 +311,7 @@ def trade_off(
     out = own_output(out, overwrite, 'pareto', source, journal=sweep is None)
     fmts, rounding = _candidates_for(weights.formats, sweep, _WIDE), _rounding_for(weights.rounding, sweep)
     if sweep is not None and not verify:
-        given = dict(texts=texts, rounding_n=weights.rounding_n, statistics=weights.statistics)
-        idle = [k for k, v in given.items() if v is not None]
-        if idle: raise ValueError(f'`{idle[0]}` has no effect: nothing is measured; give `verify`')
+        _check_unread(texts, weights)
         found = _load_sweep(sweep)
         if saved: _check_other_rounding(found, sweep, rounding)
         else: _check_sweep(found, sweep, Checkpoint(source, trust_remote_code, model_type), [], rounding)
@@ -311,9 +325,7 @@ def trade_off(
                             targets=targets or (), max_memory=states_memory)
         about = t.about | dict(rounding=rounding)
     chosen = _narrowed(found, fmts)
-    def has(bits): return all(parse_format(b) in chosen.formats for b in bits or ())
-    possible = [name for name, (bits, *_) in PROFILES.items() if has(bits)]
-    curve = pareto(chosen, targets, profiles or possible, **weights.wishes)
+    curve = pareto(chosen, targets, profiles or _profiles_of(chosen), **weights.wishes)
     if verify: measured(curve, b, t.scored, verify, _quantizer_of_plans(b, t, chosen.formats, rounding))
     figures = dict(model=str(source), points=curve.points(), versus=curve.versus(), about=about)
     if out is not None: _save_curve(curve, found, figures, out, overwrite)

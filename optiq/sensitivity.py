@@ -154,6 +154,13 @@ def _statistics_for(b: Backend, learned, file, rounding: str, source=None, wante
     why = 'minmax learns from no text' if rounding == 'minmax' else f'{rounding} needs the text itself'
     raise ValueError(f'`statistics` has no effect: {why}; leave it, or choose search')
 
+# %% ../nbs/04_sensitivity.ipynb #17285c91
+def _tokens_of(b: Backend, tokens, more, source, n, seq_len, rounding, rounding_n) -> tuple: # to measure on, to learn from
+    "The tokens that are given, or those that a source gives"
+    if tokens is None:
+        tokens, more = texts_for(b.checkpoint, source, n, seq_len, 0 if rounding == 'minmax' else rounding_n)
+    return tokens, tokens if more is None else more
+
 # %% ../nbs/04_sensitivity.ipynb #38aea943
 @_helpful
 @claiming
@@ -197,10 +204,8 @@ def kl_sweep(
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
     if of is None: check_storable(formats)
     rounding = rounding or ('minmax' if of else ROUNDING) # a cache is rounded as it is written
-    if tokens is None:
-        tokens, rounding_tokens = texts_for(b.checkpoint, calibration := calibration or 'bundled', n, seq_len,
-                                            0 if rounding == 'minmax' else rounding_n)
-    learned = tokens if rounding_tokens is None else rounding_tokens
+    if tokens is None: calibration = calibration or 'bundled'
+    tokens, learned = _tokens_of(b, tokens, rounding_tokens, calibration, n, seq_len, rounding, rounding_n)
     if statistics is not None: learned = _statistics_for(b, learned, statistics, rounding, calibration)
     quantize, name = sweep_quantizer(b, learned, formats, rounding)
     about = about_texts(calibration, learned, name)

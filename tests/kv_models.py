@@ -2,7 +2,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import BatchGenerator, generate_step
 
 from optiq.backends.torch import TorchBackend
 from optiq.kv.cache import mixed_caches
@@ -44,3 +44,12 @@ def run(model, prompt, caches, n=10):
     return [int(t) for t, _ in generate_step(mx.array(prompt), model, max_tokens=n, prompt_cache=caches)]
 
 def caches_of(served): return mixed_caches(served[0], read_kv_config(served[1], served[0]))
+
+def run_together(model, prompts, n):
+    "What a batch writes after each of its prompts, n tokens each"
+    generator, got = BatchGenerator(model, max_tokens=n), {}
+    ids = generator.insert(prompts, [n]*len(prompts))
+    for _ in range(n+100):
+        for r in [x for part in generator.next() for x in part or []]:
+            if hasattr(r, 'token'): got.setdefault(r.uid, []).append(r.token)
+    return [got[i] for i in ids]

@@ -4,12 +4,12 @@ import copy
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.generate import BatchGenerator, speculative_generate_step
+from mlx_lm.generate import speculative_generate_step
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import LRUPromptCache, load_prompt_cache, save_prompt_cache, trim_prompt_cache
 
 import optiq.kv.attention as kv
-from kv_models import caches_of, run
+from kv_models import caches_of, run, run_together
 from optiq.backends.torch import TorchBackend
 from optiq.formats import ALL_FORMATS, AS_IS, FAMILIES, divides, nbytes, parse_format, quantize_dequantize
 from optiq.kv.attention import _attend
@@ -113,13 +113,7 @@ def test_batches_of_unequal_lengths(served):
     alone = [run(model, p, caches_of(served)) for p in prompts]
     use_kv_config(model, config)
     try:
-        generator, got = BatchGenerator(model, max_tokens=10), {}
-        ids = generator.insert(prompts, [10]*3)
-        for _ in range(60):
-            answer = generator.next()
-            for r in answer if isinstance(answer, list) else [x for part in answer for x in part or []]:
-                if hasattr(r, 'token'): got.setdefault(r.uid, []).append(r.token)
-        assert [got[i] for i in ids] == alone
+        assert run_together(model, prompts, 10) == alone
         tokens = [[int(t) for t, *_ in speculative_generate_step(mx.array(p), model, model, max_tokens=10, num_draft_tokens=3)] for p in prompts]
         assert tokens == alone
     finally: del model.make_cache

@@ -75,8 +75,10 @@ def test_every_command_has_the_gate(model, tmp_path, command):
         line = refused(command, planted(model, tmp_path/str(i), file, **entries), tmp_path/'out')
         assert file in line and next(iter(entries)) in line
 
-def test_a_text_model_made_a_vision_model_is_refused(llama, tmp_path):
-    folder = planted(llama, tmp_path/'m', 'config.json', model_file='evil.py', vision_config=dict(depth=1))
+@pytest.mark.parametrize('changes', [dict(vision_config=dict(depth=1)), dict(model_type='hy_v4'), dict(model_type='os.path')])
+def test_a_text_model_for_another_loader_is_refused(llama, tmp_path, changes):
+    "Made a vision model, or of a type that only mlx-vlm has, or of none that a loader has"
+    folder = planted(llama, tmp_path/'m', 'config.json', model_file='evil.py', **changes)
     for kind in ('auto', 'llm', 'vlm'):
         with pytest.raises(ValueError, match='model_file'): Checkpoint(folder, model_type=kind)
     assert not (folder/'mark').exists()

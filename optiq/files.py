@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from importlib.util import find_spec
 from inspect import signature
@@ -369,7 +369,7 @@ _RANK = 'RANK', 'MLX_RANK', 'OMPI_COMM_WORLD_RANK'
 def _lock_of(out: Path) -> Path:
     "Where the claim to a place lies"
     folder = Path(gettempdir())/f'optiq-{os.getuid()}'
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with suppress(FileExistsError): folder.mkdir(mode=0o700)
     try: name = os.path.realpath(out)
     except ValueError: name = str(out) # it is not a path; another check reports that
     key = repr((name, *(os.environ.get(k) for k in _RANK)))
@@ -381,7 +381,9 @@ def _claim(out: 'str | Path'):
     "No other process writes this while the block lasts; raises FileExistsError, naming it, if one does"
     out, fd = as_path(out), None
     while fd is None:
-        fd = os.open(lock := _lock_of(out), os.O_RDWR | os.O_CREAT, 0o600)
+        lock = _lock_of(out)
+        try: fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError: continue # the last claim of another output took the folder away
         try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with open(fd) as f: raise FileExistsError(f'{out} is being written by another process (pid {f.read()}); '
@@ -394,6 +396,7 @@ def _claim(out: 'str | Path'):
     finally:
         lock.unlink(missing_ok=True)
         os.close(fd)
+        with suppress(OSError): lock.parent.rmdir() # unless there are other claims
 
 # %% ../nbs/71_files.ipynb #6fc08620
 def claiming(write):

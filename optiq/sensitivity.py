@@ -155,7 +155,7 @@ def _statistics_for(b: Backend, learned, file, rounding: str, source=None, wante
     raise ValueError(f'`statistics` has no effect: {why}; leave it, or choose search')
 
 # %% ../nbs/04_sensitivity.ipynb #17285c91
-def _tokens_of(b: Backend, tokens, more, source, n, seq_len, rounding, rounding_n) -> tuple: # to measure on, to learn from
+def _tokens_of(b: Backend, tokens, more, source, n, seq_len, rounding, rounding_n): # ▸ measured on, learned from
     "The tokens that are given, or those that a source gives"
     if tokens is None:
         tokens, more = texts_for(b.checkpoint, source, n, seq_len, 0 if rounding == 'minmax' else rounding_n)

@@ -279,6 +279,13 @@ def test_advice_after_an_interruption(home, monkeypatch):
 WRITERS = {'convert': ['convert', 'demo'], 'pareto': ['pareto', 'demo'], 'kv-cache': ['kv-cache', 'demo'], 'sweep': ['sweep', 'demo'],
            'eval': ['eval', 'demo', '--task', 'gsm8k', '--questions', 'word-problems', '--n-samples', 1]}
 
+def test_claims_leave_no_folder(tmp_path):
+    "Four processes that claim and give up at once; nobody trips over a folder that another one took away"
+    code = ("from optiq.files import _claim\nimport sys\nfor i in range(200):\n    with _claim(f'{sys.argv[1]}{i % 3}'): pass")
+    env = os.environ | dict(TMPDIR=str(tmp_path))
+    many = [subprocess.Popen([sys.executable, '-c', code, f'out{k}-'], cwd=tmp_path, env=env) for k in range(4)]
+    assert [p.wait() for p in many] == [0]*4 and not [*tmp_path.iterdir()]
+
 @pytest.mark.parametrize('command', WRITERS)
 def test_what_another_process_writes_is_refused_at_once(home, command):
     holder = "import sys; from optiq.files import _claim\nwith _claim(sys.argv[1]): print('claimed', flush=True); sys.stdin.read()"

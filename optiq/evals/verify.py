@@ -266,7 +266,7 @@ def verify(
         verify('out/demo', reference='demo').ok
     """
     checks, how = _Checks(str(model)), (trust_remote_code, model_type)
-    size = lambda c: f'{c.params:,} parameters in {len(c.files)} files'
+    size = lambda c: f'{c.params:,} parameters in {len(c.files)} file{"s"*(len(c.files) != 1)}'
     c = checks.found('opens', Checkpoint, model, *how, show=size)
     if c is None: return checks
     plan, sweep = (checks.found(name, _beside, c, name) for name in _KINDS)

@@ -43,7 +43,7 @@ _TASKS = ['perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer', 'harne
               help='for gsm8k and needle: the KV cache, a width for all layers (8, 4g32) or a kv_config.json')
 @click.option('--protocol', type=click.Choice(['kld']),
               help='for kl: the figures of published comparisons, on 512 × 512 tokens or all that the text has')
-@click.option('--exact', is_flag=True, help='for kl: keep the logits of all words of the reference, not just the likely')
+@click.option('--exact', is_flag=True, help='for kl: keep the logits of all words of the reference')
 @_options('trust', 'json')
 def _eval_(model, task, responses, as_json, **given):
     """Score a model, with an interval; with a baseline, compare the two item by item.

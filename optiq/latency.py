@@ -195,7 +195,7 @@ def predict_speeds(
     measure: bool = False, # measure all plans
     folder: 'Path | None' = None, # of measurements, instead of the user's cache folder
     **options, # of `measure_decode`
-) -> Speeds:
+) -> Speeds: # a table of plans with predicted, and if you ask for it measured, speeds
     """Predict how fast a model and its uniform plans decode, and measure them if you ask for it
 
     You get a table of speeds in tokens per second, for one sequence. Raises ValueError for a chip that the table lacks,

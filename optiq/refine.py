@@ -119,7 +119,7 @@ def _solve_again(
 
 # %% ../nbs/05c_refine.ipynb #e073374b
 def improve(b, tokens, q, tried, kl, best, tolerance, rounds, quantize):
-    "Measure again around the best plan, for some rounds; adds to `tried` and `kl`, returns the best name and the rounds"
+    "Measure again around the best plan, for some rounds; adds to `tried` and `kl`, returns best name and rounds"
     forecast, history, near = tried[best].predicted_kl, [], list(tried.values())
     options = {p: o for row, o in zip(q.problem.rows, q.problem.options) for p in row}
     while True:
@@ -219,8 +219,8 @@ def verified(
 ) -> Verified:
     """Allocate, measure the plan beside near-optimal ones and baselines of its bytes, and keep the best
 
-    By measured KL on these tokens, the result is at least as good as every baseline that `only` admits. Raises ValueError
-    for a sweep of another model, and what `allocate` raises for caps out of reach.
+    By measured KL on these tokens, the result is at least as good as every baseline that `only` admits. Raises
+    ValueError for a sweep of another model, and what `allocate` raises for caps out of reach.
     """
     b, method, q = open_backend(model), options.pop('method', 'exact'), pose(sweep, **options)
     plan = q.solve(method)

@@ -22,18 +22,18 @@ from ..units import Unit
 
 # %% ../../nbs/03e_backends.stream.ipynb #fdf4a97a
 class _Eager:
-    "Computes at once, before the weights that it takes are gone"
+    "Computes at once, before we drop the weights"
     def done(self, x):
         self.xp.eval(x)
         return x
 
 # %% ../../nbs/03e_backends.stream.ipynb #78227048
 class StreamedReplay(_Eager, ReplayBackend):
-    "Replays a model of several parts with one of its blocks in memory"
+    "Replays a model of several parts, such as one that sees or hears, with one of its blocks in memory"
     inner, held = None, None
 
     def check(self, prefix: str = ''):
-        "File by file: the model in memory would hold on to what it looked at"
+        "Raise ValueError for NaN or infinity, file by file, so that no weight stays in memory"
         for file in self.checkpoint.files:
             arrays = self.xp.load(str(file))
             each = ((k, arrays.pop(k)) for k in [*arrays])
@@ -59,7 +59,7 @@ def _read_rows(
     unit: Unit, # an embedding or a head
     rows: 'slice | np.ndarray', # which rows
 ): # (rows, in_dims) MLX array in the checkpoint's type
-    "Some rows of a tensor, read from disk and nothing else with them"
+    "Some rows of a tensor; we read nothing else from disk; raises ValueError if they hold NaN or infinity"
     import mlx.core as mx
     index = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
     file, start, dtype = _place(checkpoint, unit)
@@ -141,9 +141,8 @@ def reweighted(self: StreamingBackend, overrides: dict):
 @patch
 def embed(self: StreamingBackend, batch, overrides: dict = {}):
     _check_ids(self.checkpoint, np.asarray(batch))
-    if not self.chain: raise ValueError(f'{self.checkpoint.name}: its blocks do not form a chain, so they cannot be '
-        'streamed; '
-                                        'use a backend that holds the whole model')
+    if not self.chain: raise ValueError(f'{self.checkpoint.name}: its blocks do not form a chain, so they '
+        'cannot be streamed; use a backend that holds the whole model')
     used, ids = np.unique(batch, return_inverse=True)
     self.model, self.held, unit = self.open(), None, self.ends[0]
     with self.swapped(overrides): self.module(unit.path).weight = self.vocabulary(unit, used)

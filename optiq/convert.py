@@ -26,7 +26,7 @@ from .readers import _helpful, shown
 
 # %% ../nbs/07_convert.ipynb #1ecc6842
 def _check_misfit(units: list, plan):
-    "Raise ValueError for a format in which a unit could not be opened"
+    "Raise ValueError for a format in which the loader could not open a unit"
     for u in units:
         if not u.takes(plan[u.path]): raise ValueError(
             f'{u.path} cannot be opened at {plan[u.path]}; it stays as it is')
@@ -42,7 +42,7 @@ def _pack(
     plan, # unit path ▸ Format
     quantizer = quantize_minmax, # (weight, format) ▸ stored tensors, or a mapping of paths to such functions
 ): # model with lazy arrays, config for config.json
-    "The quantized model in memory"
+    "The quantized model in memory; raises ValueError for a plan that the loader could not open"
     from mlx_lm.utils import quantize_model
     from mlx.utils import tree_unflatten
     check_two_heads(checkpoint)
@@ -72,7 +72,7 @@ def _entry_of(m) -> dict:
 
 # %% ../nbs/07_convert.ipynb #83fedcf4
 def _copy_texts(source: Path, folder: Path):
-    "Copy what a loader needs beside the weights and is not there yet"
+    "Copy what a loader needs beside the weights, unless it is there already"
     for f in (f for pattern in TEXT_FILES for f in source.glob(pattern)):
         copy = folder/f.relative_to(source)
         if copy.exists() or not f.is_file(): continue
@@ -82,7 +82,7 @@ def _copy_texts(source: Path, folder: Path):
 
 # %% ../nbs/07_convert.ipynb #ec7b5ea8
 def _write(checkpoint: Checkpoint, plan, folder: Path, quantizer=quantize_minmax):
-    "Save the packed model, its config and everything that is no weight into a folder"
+    "Save the packed model, its config and everything that is not a weight into a folder"
     from mlx_lm.utils import save_config, save_model
     model, config = _pack(checkpoint, plan, quantizer)
     save_model(folder, model, donate_model=True)
@@ -139,7 +139,7 @@ def check_saved(
 
 # %% ../nbs/07_convert.ipynb #9d33e08a
 def overrides_of_saved(saved: 'str | Path | Checkpoint') -> dict: # for `evaluate`
-    "unit path ▸ function that gives the weight a saved model has there"
+    "unit path ▸ function that returns the weight that the saved model has there"
     import mlx.core as mx
     saved = saved if isinstance(saved, Checkpoint) else Checkpoint(saved)
     def stored(w, weight):
@@ -153,7 +153,7 @@ def as_saved(
     b: Backend, # of the reference
     folder: 'str | Path | Checkpoint', # of the saved model
 ): # ▸ a Backend, or overrides of the reference's: a variant for `evaluate`
-    "A saved model as anyone's loader opens it; raises ValueError if its config.json makes another model of its weights"
+    "The saved model as any loader opens it; raises ValueError if its config.json makes another model of its weights"
     saved = folder if isinstance(folder, Checkpoint) else Checkpoint(
         folder, b.checkpoint.trust_remote_code, b.checkpoint.model_type)
     own = b.by_loader(saved)
@@ -219,14 +219,14 @@ def _model_card(name: str, source: str, plan, calibration: str, measured: dict =
 
 # %% ../nbs/07_convert.ipynb #b6a9762a
 def _save_beside(folder: Path, plan, sweep=None):
-    "What makes the result repeatable"
+    "Save the plan, and the sweep if there is one, so that the result can be repeated"
     (folder/'optiq').mkdir()
     plan.save(folder/'optiq'/'plan.json')
     if sweep is not None: sweep.save(folder/'optiq'/'sweep.json')
 
 # %% ../nbs/07_convert.ipynb #d7a30002
 def _as_planned(plan, sweep, source, folder): # ▸ a quantizer
-    "What rounds as the plan's forecast was measured; raises ValueError if the sweep was rounded otherwise"
+    "The quantizer that the plan's forecast holds for; raises ValueError if the sweep measured another one"
     planned = getattr(plan, 'made', {}).get('rounding')
     measured = sweep.header.get('fingerprint', {}).get('quantizer') if sweep is not None else None
     if planned and measured and planned != measured: raise ValueError(

@@ -21,6 +21,8 @@ holds already is not run again without `--again`; each row says of which commit 
 `gradient` finite, and something
 `effect`   every unit at 2 bits changes the output, if it does so in the library
 `plan`     5 bits per weight
+`search`   all units of the plan rounded by what they hear on this text; each that has an effect is heard
+`gptq`     the same, each unit on states that carry the errors of those before it
 `save`     converted with min-max rounding, checked tensor by tensor
 `reload`   the plain library opens it and gives the same logits
 `cache`    layout, a sweep at 4 bits, a quantized cache in generation
@@ -58,7 +60,7 @@ os.environ.setdefault('MLX_DISABLE_COMPILE', '1') # on a CPU every compiled func
 
 from optiq.backends.open import open_backend # all that we take from the package stands here
 from optiq.backends.replay import _joinable
-from optiq.calibration import token_batch
+from optiq.calibration import samples_of, token_batch
 from optiq.convert import convert
 from optiq.evals.perplexity import overrides_of
 from optiq.report import machine
@@ -71,7 +73,9 @@ from optiq.kv.layout import kv_layout
 from optiq.kv.sweep import kv_sweep
 from optiq.folder import read_header
 from optiq.models import Checkpoint
+from optiq.rounding import as_overrides, round_model
 from optiq.sensitivity import kl_sweep
+from optiq.statistics import Statistics
 from optiq.material.configs import _merged
 from optiq.material.tiny import _PROSE, _draw, write_json, _write_tokenizer
 
@@ -408,13 +412,32 @@ def effect(m):
     dead = [p for p, v in kl.items() if v.mean() < 1e-11]
     ours = [p for p in dead if reached(m, p)]
     if ours: raise Wrong(f'{len(ours)} of {len(kl)} units changed nothing: {", ".join(kinds(ours))}')
-    left = [u.path for u in m.sweep.left]
+    m.dead, left = dead, [u.path for u in m.sweep.left]
     idle = f'; without effect in the library too: {", ".join(kinds(dead))}' if dead else ''
     return f'{len(kl)} units' + idle + (f'; {len(left)} fit no group: {", ".join(kinds(left))}' if left else '')
 
 def plan(m):
     m.plan = allocate(m.sweep, target_bpw=5)
     return f'{m.plan.nominal_bpw:.2f} bits'
+
+def rounded(m, method: str) -> str:
+    "The whole plan, rounded by a method that listens"
+    tokens, dead = m.batch[:1] if m.told.get('tokens', T) > 1024 else m.batch, set(m.dead)
+    heard = Statistics(m.b, tokens, False) if method == 'search' else {}
+    deaf = [p for p in heard if heard[p] is None and 'embed' not in m.c.unit[p].kind and p not in dead]
+    if deaf: raise Wrong(f'{len(deaf)} of {len(heard)} units are not heard: {", ".join(kinds(deaf))}')
+    done, todo = dict(round_model(m.b, tokens, m.plan, method)), {p for p, f in m.plan.items() if f.bits}
+    if lost := todo-done.keys(): raise Wrong(f'{len(lost)} of {len(todo)} units are not rounded: {", ".join(kinds(lost))}')
+    off = []
+    for s in samples_of(tokens) if not m.b.stacks else [tokens]:
+        z = [as_numpy(m.b.logits(s, o)) for o in ({}, overrides_of(m.plan), as_overrides(done))]
+        if not np.isfinite(z[2]).all(): raise Wrong('logits are not finite')
+        off.append([float(np.sqrt(((y-z[0])**2).mean())) for y in z[1:]])
+    minmax, mine = np.mean(off, 0)
+    return f'logits move by {mine/minmax:.2f} of what min-max moves them by'
+
+def searched(m): return rounded(m, 'search')
+def compensated(m): return rounded(m, 'gptq')
 
 def save(m):
     shutil.rmtree(m.out, ignore_errors=True)
@@ -456,11 +479,11 @@ def cache(m):
     return f'{len(layout.units)} of {2*len(layout.layers)} can be quantized' + (f' ({"; ".join(left)})' if left else '')
 
 STEPS = dict(plain=plain, list=listed, whole=whole, tokens=tokens, replay=replay, streams=streams, gradient=gradient,
-             effect=effect, plan=plan, save=save, reload=reload, cache=cache)
+             effect=effect, plan=plan, search=searched, gptq=compensated, save=save, reload=reload, cache=cache)
 NEEDS = dict(list='plain', whole='list', tokens='list', replay='list', streams='replay', gradient='opened',
-             effect='opened', plan='swept', save='planned', reload='save', cache='opened')
+             effect='opened', plan='swept', search='planned', gptq='search', save='planned', reload='save', cache='opened')
 HAS = dict(opened='b', swept='sweep', planned='plan')
-TORCH_STEPS = ('plain', 'list', 'replay', 'streams', 'gradient', 'effect', 'plan', 'save', 'reload', 'cache')
+TORCH_STEPS = ('plain', 'list', 'replay', 'streams', 'gradient', 'effect', 'plan', 'search', 'gptq', 'save', 'reload', 'cache')
 
 # ── one line ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 

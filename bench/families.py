@@ -57,6 +57,10 @@ from types import SimpleNamespace
 import numpy as np
 
 os.environ.setdefault('MLX_DISABLE_COMPILE', '1') # on a CPU every compiled function costs seconds of a C++ compiler
+sys.path.append(str(Path(__file__).parents[1]/'tools'))
+from blas import fast_blas
+
+fast_blas()
 
 from optiq.backends.open import open_backend # all that we take from the package stands here
 from optiq.backends.replay import _joinable
@@ -640,7 +644,10 @@ def preload():
                  'safetensors.numpy', 'transformers.generation', 'transformers.models.qwen3.modeling_qwen3'):
         with contextlib.suppress(ImportError): importlib.import_module(name)
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.utils import logging
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText): kind._model_mapping.keys()
+    get_checkpoint_conversion_mapping('llama') # the table of all
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

@@ -328,7 +328,8 @@ class Checkpoint(ModelFolder, _Listing):
         "Parts that the files hold and mlx-lm leaves out, such as a head that drafts tokens, with their parameters"
         import mlx.core as mx
         arrays, found = {}, {}
-        for f in self.files if self.model_type == 'llm' else (): arrays |= mx.load(str(f))
+        beside = sorted(self.folder.glob('mtp*.safetensors')) # where some makers keep a head that drafts
+        for f in [*self.files, *beside] if self.model_type != 'audio' else (): arrays |= mx.load(str(f))
         for k in _left_out(self.load(), arrays, self.n_blocks):
             part = _part_name(k, self.n_blocks)
             found[part] = found.get(part, 0)+arrays[k].size

@@ -240,7 +240,7 @@ def _hollow(b, k: int, B: int, T: int): # call, sequences, tokens
         shape = list(x.shape)
         for axis, size in (way.columns, T), (way.rows, B):
             if axis is not None: shape[axis] = size
-        return b.xp.broadcast_to(x.reshape(-1)[:1]*0, shape)
+        return b.xp.broadcast_to(x.reshape(-1)[:1].sum()*0, shape) # a sum, since in a short text it may be empty
     return _grown(zeros, b._small.answers[k], b.ways[k])
 
 # %% ../../nbs/03_backends.replay.ipynb #50bcbe8a

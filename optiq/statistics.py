@@ -83,7 +83,8 @@ class Listener:
         mine, new = self.stats[path], x is not self.last[0] or self.stats[path] is not self.last[1]
         self.last = x, mine
         if new: _add_inputs(mine, x, experts)
-        if unit.kind in ('lm_head', 'embed') or len(self.units) == 1: raise _Heard # nothing more is wanted
+        last = unit.kind in ('lm_head', 'embed') or len(self.units) == 1
+        if unit.block is None and last: raise _Heard # nothing more is wanted
 
     def shared(self, unit, x): # layers that read the same states
         last, stats = self.last

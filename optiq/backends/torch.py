@@ -8,15 +8,14 @@ __all__ = ['TorchBackend']
 # %% ../../nbs/03b_backends.torch.ipynb #4dfb0e8e
 import os
 import re
-import sys
 from contextlib import contextmanager
 
 import numpy as np
 from fastcore.basics import patch
 
-from .mlx import MLXBackend, _of_type
+from .mlx import _of_type
 from .replay import Backend, available_memory, check_all, check_logits
-from .stream import StreamingBackend
+from .stream import _fitting
 from .taps import _eager_experts, _standing_in, torch_attention, torch_listening, torch_products
 from .taps import torch_watching
 from ..models import Checkpoint, cannot_open
@@ -217,10 +216,7 @@ class TorchBackend(Backend):
         self.slots = {u.path: _torch_slot(self.model, self.blocks, u, weight_of) for u in checkpoint.units}
         check_all(checkpoint, torch, ((path, p.data) for path, p in self.model.named_parameters()))
 
-    def by_loader(self, checkpoint: Checkpoint):
-        if 4*checkpoint.params < available_memory(): return MLXBackend(checkpoint)
-        if not checkpoint.quantized: return StreamingBackend(checkpoint)
-        print(f'{checkpoint.name}: too little memory to compare what PyTorch and MLX make of it', file=sys.stderr)
+    def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint)
     def block(self, i: int): return self.blocks[i]
     def stand_ins(self, stand_in): return _standing_in(dict(enumerate(self.blocks)), stand_in, 'forward')
     def attention(self, changes: dict): return torch_attention(self.model, changes)

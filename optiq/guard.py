@@ -38,7 +38,6 @@ def _message(x):
 # %% ../nbs/09b_guard.ipynb #b3e3d3d8
 def _number(x): return isinstance(x, (int, float)) and abs(x) < _MOST
 def _above(least): return lambda x: _number(x) and (x == 0 or x >= least)
-def _bias(xs): return isinstance(xs, dict) and all(k.isascii() and k.isdecimal() and _number(v) for k, v in xs.items())
 def _table(xs): return isinstance(xs, dict) and all(map(_text, xs.values()))
 
 _ONLY = dict(n=1, best_of=1, echo=False, suffix='', response_format={'type': 'text'}, tool_choice='auto',
@@ -50,7 +49,8 @@ _FIELDS = {k: (lambda x, it=it: x == it, f'{json.dumps(it)}; nothing else is don
     messages=(lambda x: _all(_message)(x) and x,
               'a list of messages, each with a role and with text or data: URLs of pictures'),
     stop=(lambda x: x and _text(x) or _all(lambda s: s and _text(s))(x) and len(x) <= 16, 'a text or up to 16 texts'),
-    logit_bias=(_bias, 'ids of tokens with a number for each'),
+    logit_bias=(lambda x: isinstance(x, dict) and all(k.isascii() and k.isdecimal() and _number(x[k]) for k in x),
+                'ids of tokens with a number for each'),
     tools=(_all(lambda x: isinstance(x, dict)), 'a list of objects'), role_mapping=(_table, 'texts by role'),
     stream_options=(lambda x: isinstance(x, dict) and x.get('include_usage') in (True, False),
                     '{"include_usage": true}'),

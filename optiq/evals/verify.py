@@ -128,20 +128,17 @@ def _check_tokenizer(c: Checkpoint, reference: Checkpoint | None) -> str:
     return f'{len(t):,} tokens{same}'+('' if t.decode(ids) == _SAMPLE else '; some characters do not come back')
 
 # %% ../../nbs/45_evals.verify.ipynb #262a8142
-def _check_finite(c: Checkpoint, tokens) -> str:
+def _check_finite(c: Checkpoint, text) -> str: # text: a passage to hear, for a model that hears
     "Check that no weight and no logit is NaN or infinite"
     import mlx.core as mx
     from mlx.utils import tree_flatten
     floats = {k: a for k, a in tree_flatten(c.load().parameters()) if mx.issubdtype(a.dtype, mx.floating)}
     odd = [k for k, a in floats.items() if not mx.isfinite(a).all()]
     if odd: raise ValueError(f'{odd[0]} holds NaN or infinity; {len(odd)} tensors do')
+    tokens = batch_for(c, text, 1) if c.model_type == 'audio' else token_batch([_SAMPLE]*9, c.tokenizer, 1, 16)
     b = open_backend(c, 'mlx') # its own forward pass
     z = b.numpy(b.logits(tokens)) # which raises ValueError if one is not finite
     return f'all weights, and {z.size:,} logits'
-
-def _short_text(c: Checkpoint, text): # ▸ tokens, or samples
-    "A short text or sample to compute logits of"
-    return batch_for(c, text, 1) if c.model_type == 'audio' else token_batch([_SAMPLE]*9, c.tokenizer, 1, 16)
 
 # %% ../../nbs/45_evals.verify.ipynb #8f102eaf
 def _check_reference(c: Checkpoint, plan: Plan | None, sweep: Sweep | None, b: Backend | None) -> str:
@@ -275,7 +272,7 @@ def verify(
     checks.run('formats', _check_formats, c, plan)
     checks.run('bytes', _check_bytes, c, plan)
     reads = checks.run('tokenizer', _check_tokenizer, c, ref) is not False
-    finite = reads and checks.run('finite', _check_finite, c, _short_text(c, text))
+    finite = reads and checks.run('finite', _check_finite, c, text)
     if not finite and ref: return checks
     b = checks.opened(ref, backend) if ref else None
     if b or not ref: # without a reference both say that there is none

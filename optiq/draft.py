@@ -19,7 +19,7 @@ from .readers import told, write_json
 _READERS = 'mlx_vlm.speculative.drafters.mtp_split'
 
 def _reader_of(folder: Path): # ▸ a module of mlx-vlm
-    "mlx-vlm's reader of the draft head in a model's folder; None without mlx-vlm, or if the files hold no such head"
+    "mlx-vlm's reader of the draft head in a folder; None without mlx-vlm, or if the files hold no such head"
     if not find_spec('mlx_vlm') or not find_spec(_READERS): return None
     return import_module(_READERS).detect_mtp_splitter(folder)
 
@@ -65,7 +65,7 @@ def keep_draft(
     folder: Path, # of the converted model, with its config.json
     fmt: Format, # of its matrices
 ) -> dict: # file, format, bytes; {} if there is none to keep
-    "Write the draft head of a model beside its converted form, and check that mlx-vlm opens it; if not, print why and leave it out"
+    "Write the draft head of a model beside its converted form, if mlx-vlm can open it there; else print why"
     import mlx.core as mx
     reader = _reader_of(source.folder)
     if reader is None: return {}

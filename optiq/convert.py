@@ -248,7 +248,7 @@ def convert(
     quantizer = None, # instead of what the sweep was rounded with; or a mapping of paths, as `round_to_files` makes it
     polish = None, # called on the checked folder, to train its scales and biases; see `optiq.rounding.dwq`
     calibration: str = 'the calibration text', # what to call it in the model card
-    measured = lambda folder: {}, # called on the finished folder; label ▸ text for the model card
+    measured=None, # called on the finished folder; label ▸ text for the model card
 ) -> Checkpoint: # the saved model
     """Write the model in the plan's formats; it is opened again and compared before it appears at `out`
 
@@ -272,7 +272,7 @@ def convert(
             polish(part)
             check_saved(part, plan, trust_remote_code=c.trust_remote_code)
         _save_beside(part, plan, sweep)
-        card = _model_card(out.name, c.name, plan, calibration, measured(part), c.model_type)
+        card = _model_card(out.name, c.name, plan, calibration, measured(part) if measured else {}, c.model_type)
         (part/'README.md').write_text(card, encoding='utf-8')
     return Checkpoint(out, c.trust_remote_code, c.model_type)
 

@@ -403,7 +403,8 @@ def claiming(write):
     "Decorator of a function with an `out`, which no other process may write while it runs, as FileExistsError says"
     @wraps(write)
     def claimed(*args, **options):
-        out = signature(write).bind(*args, **options).arguments.get('out')
+        try: out = signature(write).bind(*args, **options).arguments.get('out')
+        except TypeError: return write(*args, **options) # Python's own error names the function
         with nullcontext() if out is None else _claim(out): return write(*args, **options)
     return claimed
 

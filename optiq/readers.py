@@ -63,8 +63,6 @@ def split_lines(text: str) -> list[str]:
     return [line.removesuffix('\r') for line in (lines if lines[-1] else lines[:-1])]
 
 # %% ../nbs/72_readers.ipynb #38c05205
-def _no_constant(name): raise ValueError(f'it holds {name}, which is not a number')
-
 def parse(
     text: 'str | bytes',
     where: str, # file and line, for the error
@@ -72,8 +70,10 @@ def parse(
     pairs: Callable | None = None, # of `json.loads`: makes an object of its names and values
 ):
     "The value that a JSON text stands for; raises ValueError naming the place of the first error"
-    try: return json.loads(text if isinstance(text, str) else text.decode('utf-8'), parse_constant=None if constants
-                           else _no_constant, object_pairs_hook=pairs)
+    def refuse(name): raise ValueError(f'it holds {name}, which is not a number')
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode('utf-8'), object_pairs_hook=pairs,
+                          parse_constant=None if constants else refuse)
     except json.JSONDecodeError as e: raise ValueError(
         f'{where} is not JSON: {e.msg.lower()}{f", line {e.lineno}" if chr(10) in e.doc else ""}, column '
         f'{e.colno}') from None

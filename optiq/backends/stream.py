@@ -97,7 +97,7 @@ class StreamingBackend(_Eager, MLXBackend):
 
     def __init__(self, checkpoint: Checkpoint, dtype: str = 'float32'):
         if checkpoint.quantized:
-            raise ValueError('only full-precision checkpoints can be streamed')
+            raise ValueError('only full-precision checkpoints can be streamed; use `backend` mlx for a quantized one')
         self.start(checkpoint, dtype)
         self.held, self.overrides, self.ends = None, {}, [u for u in checkpoint.units if u.block is None]
         for name in ('norm', 'model.norm', 'model.embedding_norm'): self.check(f'{name}.')

@@ -253,7 +253,7 @@ def diagrams(
     split: str = 'test', # 'train' or 'test': no diagram is in both
     seed: int = 42,
 ) -> list: # of (Diagram, question)
-    "Diagrams with a question each, all kinds equally often"
+    "Pairs of a diagram and a question about it, all ten kinds equally often; the splits share no diagram"
     r, out = random.Random(f'diagrams {split} {seed}'), []
     while len(out) < n:
         kind, degree = _KINDS[len(out)%len(_KINDS)], len(out)//len(_KINDS)%4

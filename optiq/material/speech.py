@@ -23,7 +23,7 @@ RATE = 16000 # samples per second of every model here
 
 @dataclass(frozen=True)
 class Clip:
-    "Sound and what is said in it"
+    "A sound, one channel of float32 at 16,000 samples a second, and its transcript"
     name: str
     text: str # the transcript
     audio: np.ndarray = field(repr=False, compare=False) # (samples,) float32, one channel at `RATE`
@@ -141,7 +141,8 @@ def _found(source, split, n, seed) -> list: # of (name, transcript, file, bytes 
     if str(source) == 'librispeech': return _librispeech(side, n, seed)
     if str(source) == 'bundled': return _beeps(side, n)
     if Path(source).is_dir(): return _folder_clips(source, split)
-    raise FileNotFoundError(f'no speech {str(source)!r}: neither a folder nor one of librispeech, bundled')
+    raise FileNotFoundError(
+        f'there is no speech {str(source)!r}; give a folder of sound files, or one of librispeech, bundled')
 
 # %% ../../nbs/82_material.speech.ipynb #52bc3ae1
 def clips(

@@ -31,7 +31,7 @@ def _check_misfit(units: list, plan):
     "Raise ValueError for a format in which the loader could not open a unit"
     for u in units:
         if not u.takes(plan[u.path]): raise ValueError(
-            f'{u.path} cannot be opened at {plan[u.path]}; it stays as it is')
+            f'the loader cannot open {u.path} at {plan[u.path]}; give it the format as-is')
 
 # %% ../nbs/07_convert.ipynb #10d623f6
 def _module(model, path):
@@ -40,7 +40,7 @@ def _module(model, path):
 
 # %% ../nbs/07_convert.ipynb #566118fc
 def _pack(
-    checkpoint: Checkpoint, # whatever is packed in it already is measured against what it stands for
+    checkpoint: Checkpoint, # where it is quantized already, the quantizer gets the dequantized weights
     plan, # unit path ▸ Format
     quantizer = quantize_minmax, # (weight, format) ▸ stored tensors, or a mapping of paths to such functions
 ): # model with lazy arrays, config for config.json
@@ -270,7 +270,7 @@ def convert(
     c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)
     odd, out, head = set(plan) ^ set(c.unit), as_path(out), parse_format(DRAFT if draft is None else draft)
     if odd: raise ValueError(
-        f'the plan is for another model: {min(odd)} is not in both')
+        f'the plan is for another model: {min(odd)} is in only one of the two; give a plan made for {c.name}')
     with whole_folder(out, overwrite, plan.nbytes, source=c.folder) as part, scratch(out) as rounded:
         if quantizer is None: quantizer = _as_planned(plan, sweep, source if isinstance(source, Backend) else c,
                                                       rounded)

@@ -119,14 +119,16 @@ class Chunks:
                 self.calls.append((getattr(self.b, 'calls', None), getattr(self.b, 'batch_size', None)))
         return states
 
-    def run(self, i, states, hear=None, overrides={}): # block, or None for the head
-        "States after the block, heard by `hear`"
-        out = []
+    def one(self, k, i, x, hear=None, overrides={}): # batch; block, or None for the head
+        "States of one batch after the block, heard by `hear`"
+        run = partial(self.b.inputs, hear=hear) if hear else self.b.run_block
         with _calls_kept(self.b):
-            for (self.b.calls, self.b.batch_size), x in zip(self.calls, states):
-                run = partial(self.b.inputs, hear=hear) if hear else self.b.run_block
-                out.append(run(i, x, overrides=overrides))
-        return out
+            self.b.calls, self.b.batch_size = self.calls[k]
+            return run(i, x, overrides=overrides)
+
+    def run(self, i, states, hear=None, overrides={}):
+        "States of every batch after the block"
+        return [self.one(k, i, x, hear, overrides) for k, x in enumerate(states)]
 
 # %% ../nbs/06a_statistics.ipynb #34a3a89b
 class Statistics(Mapping):

@@ -38,7 +38,12 @@ def _check_ids(checkpoint: Checkpoint, ids: np.ndarray):
 
 # %% ../../nbs/03_backends.replay.ipynb #85a67ce8
 class Backend:
-    "A model that runs block by block: `embed`, `run_block`, `head`; overrides replace weights while they last"
+    """A model that runs block by block, whatever its library
+
+    `embed` makes states (B, T, D) of token ids (B, T), `run_block` runs one block on them, and `head` makes logits
+    (B, T, V). Each takes `overrides`, path ▸ function from a weight (or cached keys or values) to the one to use, which
+    last for that call. `logits` is the model's own forward pass, and `unit_weight` reads a weight.
+    """
     checkpoint: Checkpoint
     n_blocks: int
     stacks = True # sequences of a batch run together
@@ -53,7 +58,7 @@ class Backend:
 
     def embed(self,
         batch: np.ndarray, # (B, T) token ids
-        overrides: dict = {}, # path ▸ function from a weight to the one to use, see `Overrides`
+        overrides: dict = {}, # path ▸ function from a weight, keys or values to those to use
     ): # (B, T, D) states that enter the first block
         "States before the first block; records all blocks' arguments; raises ValueError for ids beyond the vocabulary"
         _check_ids(self.checkpoint, np.asarray(batch))
@@ -105,7 +110,7 @@ def logits(self: Backend, batch: np.ndarray, overrides: dict = {}):
 # %% ../../nbs/03_backends.replay.ipynb #a93677ad
 @patch(as_prop=True)
 def chain(self: Backend) -> bool:
-    "Whether each block runs once, in order, and reads only the answer of the block before"
+    "Whether each block runs once, in order, and reads only what the block before returned"
     if '_chain' not in vars(self): self._chain = _is_chain(self)
     return self._chain
 

@@ -60,7 +60,7 @@ def own_caches(model) -> list:
     model = language(model)
     make = getattr(type(model), 'make_cache', None)
     if not make and not hasattr(model, 'layers'): raise ValueError(
-        f'{type(model).__module__} keeps its cache in a form of its own, which is left as it is')
+        f'{type(model).__module__} keeps its cache in a form of its own, which optiq leaves as it is')
     return make(model) if make else [KVCache() for _ in model.layers]
 
 # %% ../../nbs/11_kv.layout.ipynb #330d49ca

@@ -9,6 +9,7 @@ __all__ = ['stored_bytes', 'dequantized_units', 'check_saved', 'overrides_of_sav
 import shutil
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +19,9 @@ import numpy as np
 from . import __version__
 from .backends.open import APART, apart, _few_logits
 from .backends.replay import Backend
+from .draft import DRAFT, keep_draft
 from .files import as_path, scratch, whole_folder
-from .formats import config_entry, dequantized, for_unit, quantize_minmax
+from .formats import Format, config_entry, dequantized, for_unit, parse_format, quantize_minmax
 from .folder import TEXT_FILES, read_header
 from .models import Checkpoint, LOADERS, check_two_heads
 from .readers import _helpful, shown
@@ -204,16 +206,21 @@ prompt = apply_chat_template(processor, model.config, "Describe this image.", nu
 generate(model, processor, prompt, image=["image.png"])""",
     audio="""from mlx_audio.stt import load
 load("{name}").generate("speech.wav").text""")
+_DRAFTS = '`mlx_vlm.generate --model {name} --draft-model {name}`'
 
 # %% ../nbs/07_convert.ipynb #515bfc1e
 def _model_card(name: str, source: str, plan, calibration: str, measured: dict = {}, model_type: str = 'llm') -> str:
     "README.md of a converted model; `measured` is a table of label ▸ text"
     counts = ', '.join(f'{n} units at {f}' for f, n in plan.counts().items())
     rows = ''.join(f'| {k} | {v} |\n' for k, v in measured.items())
-    gone = ', '.join(f'{part} ({n:,} parameters)' for part, n in getattr(plan, 'made', {}).get('left_out', {}).items())
+    gone = ', '.join(f'{part} ({n:,} parameters)' for part, n in plan.gone.items())
+    draft, kept = plan.solver.get('draft'), ''
+    if draft: kept = (f'\nThe head that drafts tokens is kept in `{draft["file"]}` at {draft["format"]}, '
+                      f'{draft["nbytes"]/2**20:.1f} MB beside the size above: {_DRAFTS.format(name=name)}.\n')
+    if gone: kept += f'\nThe loader leaves out {gone}; this model is without.\n'
     package = LOADERS[model_type].replace('_', '-')
     return _CARD.format(name=name, source=source, counts=counts, plan=plan, calibration=calibration, measured=rows,
-                       left_out=f'\nThe loader leaves out {gone}; this model is without.\n' if gone else '',
+                       left_out=kept,
                        version=__version__, mlx=version('mlx'), loader=f'{package} {version(package)}',
                        use=_USE[model_type].format(name=name))
 
@@ -249,6 +256,7 @@ def convert(
     polish = None, # called on the checked folder, to train its scales and biases; see `optiq.rounding.dwq`
     calibration: str = 'the calibration text', # what to call it in the model card
     measured=None, # called on the finished folder; label ▸ text for the model card
+    draft: 'Format | str | int | None' = None, # of a head that drafts tokens, where mlx-vlm knows it: by default '8g64'
 ) -> Checkpoint: # the saved model
     """Write the model in the plan's formats; it is opened again and compared before it appears at `out`
 
@@ -260,13 +268,14 @@ def convert(
     """
     if not hasattr(plan, 'nbytes'): raise ValueError(f'{shown(plan)} is not a plan; make one with allocate or uniform')
     c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)
-    odd, out = set(plan) ^ set(c.unit), as_path(out)
+    odd, out, head = set(plan) ^ set(c.unit), as_path(out), parse_format(DRAFT if draft is None else draft)
     if odd: raise ValueError(
         f'the plan is for another model: {min(odd)} is in only one of the two; give a plan made for {c.name}')
     with whole_folder(out, overwrite, plan.nbytes, source=c.folder) as part, scratch(out) as rounded:
         if quantizer is None: quantizer = _as_planned(plan, sweep, source if isinstance(source, Backend) else c,
                                                       rounded)
         _write(c, plan, part, quantizer)
+        if kept := keep_draft(c, part, head): plan = replace(plan, solver=plan.solver | dict(draft=kept))
         check_saved(part, plan, c, quantizer, c.trust_remote_code)
         if polish:
             polish(part)

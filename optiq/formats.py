@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from math import prod
+from operator import mul
 
 from fastcore.basics import listify
 
@@ -209,10 +210,11 @@ def dequantized(
 ): # (…, in_dims)
     "What a loader computes from the tensors of a quantized layer"
     import mlx.core as mx
-    tensors, scale = (stored['weight'], stored['scales'], stored.get('biases')), stored.get('global_scale')
+    tensors, times = (stored['weight'], stored['scales'], stored.get('biases')), getattr(stored, 'apply_scale', mul)
+    scale = stored.get('global_scale', getattr(stored, 'global_scale', None)) # of mlx-lm, or of a layer of mlx-vlm
     if scale is not None and stored['weight'].ndim == 3: scale = scale.reshape(-1, 1, 1)
     out = mx.dequantize(*tensors, fmt.group_size, fmt.bits, fmt.mode, dtype=dtype if scale is None else mx.float32)
-    return out if scale is None else (out*scale).astype(dtype)
+    return out if scale is None else times(out, scale).astype(dtype)
 
 # %% ../nbs/00_formats.ipynb #f0a1b002
 def _format_html(fmt: Format) -> str:

@@ -224,11 +224,12 @@ def _plain(m):
     import mlx.core as mx
     import mlx.nn as nn
     name = type(m).__name__.split('Quantized')[-1]
-    kind = getattr(sys.modules[type(m).__module__], name, None) or getattr(nn, name)
+    beside = sys.modules.get(f'{type(m).__module__.partition(".")[0]}.models.switch_layers') # of the same library
+    kind = next(getattr(lib, name) for lib in (sys.modules[type(m).__module__], beside, nn) if hasattr(lib, name))
     out, (_, dtype) = kind.__new__(kind), _stored(m)
     nn.Module.__init__(out)
     for k, v in m.items():
-        if k not in ('weight', 'scales', 'biases', 'global_scale'): out[k] = v
+        if k not in ('weight', 'scales', 'biases', 'global_scale', 'weight_scale_2', 'weight_global_scale'): out[k] = v
     out.weight = dequantized(m, _stored_format(m), getattr(mx, dtype))
     return out
 
@@ -302,7 +303,8 @@ def _left_out(model, arrays: dict, n_blocks: int) -> list: # arrays: name ▸ la
         if k in there or re.search(_NO_WEIGHTS, k): continue
         groups.setdefault((_part_name(k, n_blocks), re.sub(r'\d+', '*', k)), []).append(k)
     def result(gone=()):
-        found = model.sanitize({k: v for k, v in arrays.items() if k not in gone})
+        fresh = type(model)(getattr(model, 'args', None) or model.config) # sanitize may change the model, too
+        found = fresh.sanitize({k: v for k, v in arrays.items() if k not in gone})
         return {k: v.shape for k, v in found.items()}
     def same(names):
         try: return result({*names}) == whole
@@ -327,7 +329,8 @@ class Checkpoint(ModelFolder, _Listing):
         "Parts in the files that mlx-lm leaves out, such as a head that drafts tokens: part ▸ number of parameters"
         import mlx.core as mx
         arrays, found = {}, {}
-        for f in self.files if self.model_type == 'llm' else (): arrays |= mx.load(str(f))
+        beside = sorted(self.folder.glob('mtp*.safetensors')) # where some makers keep a head that drafts
+        for f in [*self.files, *beside] if self.model_type != 'audio' else (): arrays |= mx.load(str(f))
         for k in _left_out(self.load(), arrays, self.n_blocks):
             part = _part_name(k, self.n_blocks)
             found[part] = found.get(part, 0)+arrays[k].size

@@ -63,7 +63,8 @@ def _kl_on_calibration(b, t: _Batches, v, mine: dict, rounding: str, polish: str
     return _scores(b, t.tokens, {'optiq': mine})['optiq'].kl
 
 # %% ../nbs/08_pipeline.ipynb #08535835
-def _write_and_score(b, plan, others, t: _Batches, v, out, sweep, overwrite, rounding, polish): # ▸ Report, (n,) KL
+def _write_and_score(b, plan, others, t: _Batches, v, out, sweep, overwrite, rounding, polish,
+                     draft): # ▸ Report, (n,) KL
     "Write the model to `out` if there is one, and score it and the other plans on the evaluation text"
     c, scores, plain = b.checkpoint, {}, rounding == 'minmax' and not polish
     twin = {n: 'optiq' for n, p in others.items() if v and p == plan and plain} # a baseline that was kept
@@ -72,7 +73,7 @@ def _write_and_score(b, plan, others, t: _Batches, v, out, sweep, overwrite, rou
         scores.update(_scores(b, t.scored, {'optiq': mine} | rivals))
         scores['joint'] = _kl_on_calibration(b, t, v, mine, rounding, polish)
         return {f'measured on {t.about["evaluation"].rsplit(", ", 1)[0]}': str(scores['optiq'])}
-    if out is not None: _write_model(b, plan, t, out, sweep, overwrite, rounding, polish,
+    if out is not None: _write_model(b, plan, t, out, sweep, overwrite, rounding, polish, draft,
                                     lambda folder: score(as_saved(b, folder)))
     else: score(overrides_of(plan) if plain else as_overrides(dict(round_model(b, t.learned, plan, rounding))))
     sizes = dict(reference=make_plan(c, c.formats), optiq=plan, **others)
@@ -80,14 +81,13 @@ def _write_and_score(b, plan, others, t: _Batches, v, out, sweep, overwrite, rou
     return Report(rows, t.about | dict(rounding=rounding, polish=polish)), scores['joint']
 
 # %% ../nbs/08_pipeline.ipynb #c990f0c3
-def _write_model(b, plan, t: _Batches, out, sweep, overwrite, rounding, polish, measured):
+def _write_model(b, plan, t: _Batches, out, sweep, overwrite, rounding, polish, draft, measured):
     "Round, write and check the model, and call `measured` on the folder"
     c, calibration = b.checkpoint, t.about['calibration'].rsplit(', ', 1)[0]
     with scratch(out, _room_for(plan, rounding)) as d:
         quantizer = quantize_minmax if rounding == 'minmax' else round_to_files(b, t.learned, plan, rounding, d)
         finish = partial(dwq, source=c, tokens=t.learned) if polish else None
-        convert(c, plan, out, sweep, overwrite, quantizer, calibration=calibration, polish=finish, measured=measured)
-
+        convert(c, plan, out, sweep, overwrite, quantizer, finish, calibration, measured, draft)
 
 # %% ../nbs/08_pipeline.ipynb #0f3351f3
 def _summary(report: Report, plan, joint, v, out, seconds: float) -> dict:
@@ -122,7 +122,8 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, **options)
     if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
     others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
-    report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish)
+    report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish,
+                                     w.draft)
     if out is not None and w.sweep is None: journal_of(out).unlink(missing_ok=True)
     _judge_road(expected, seconds := time.perf_counter()-start)
     figures = _summary(report, plan, joint, v, out, seconds) | dict(expected_seconds=sum(expected.values()))
@@ -178,7 +179,8 @@ def _choose_both(job: _Job) -> dict: # report, config, figures, and what `joint_
                              weight_sweep=known, rounding=rounding, rounding_tokens=t.learned, calibration=t.source,
                              candidates=[*job.formats, *job.kv_formats], max_memory=job.states_memory, **w.wishes)
     if out is not None: _write_model(b, found['weights'], t, out, found['weight_sweep'], job.overwrite, rounding, None,
-                                    partial(_write_beside, found))
+                                    w.draft,
+                                     partial(_write_beside, found))
     return found
 
 def _check_length(sweep: Sweep, n: int):
@@ -186,7 +188,6 @@ def _check_length(sweep: Sweep, n: int):
     told = len(next(iter(sweep.values.values())))
     if told != n:
         raise ValueError(f'`sweep` tells {told} sequences, and the cache is to be measured on {n}; give `n` {told}')
-
 
 # %% ../nbs/08_pipeline.ipynb #77ca70d3
 def _write_beside(found: dict, folder: Path) -> dict: # label ▸ text for the model card

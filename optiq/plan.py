@@ -77,6 +77,10 @@ def predicted_kl(self: Plan):
 def rounding(self: Plan) -> str | None: # None if nothing was measured
     return self.made['rounding'].split(',')[0] if self.made else None
 
+@patch(as_prop=True)
+def gone(self: Plan) -> dict: # part ▸ parameters: what the loader leaves out, and no file beside the model holds
+    return {k: n for k, n in self.made.get('left_out', {}).items() if k != 'mtp' or 'draft' not in self.solver}
+
 @patch
 def counts(self: Plan): return dict(sorted(Counter(self.values()).items(), key=lambda c: by_width(c[0])))
 
@@ -103,8 +107,9 @@ def __repr__(self: Plan) -> str:
     price = f'; what was wished for {len(asked)} of them costs {cost:.2g} of it' if cost is not None else ''
     quiet = self.solver.get('silent', ())
     if quiet: price += f'; {len(quiet)} that moved nothing have the widest candidate'
-    gone = self.made.get('left_out', ())
+    gone, draft = self.gone, self.solver.get('draft')
     if gone: price += f'; without {", ".join(gone)}, which the loader leaves out'
+    if draft: price += f'; beside it a head that drafts tokens, at {draft["format"]}'
     return (f'Plan{name} for {len(self)} units: {self.nominal_bpw:.3f} nominal bits, '
             f'{self.true_bpw:.3f} true bits, {self.size_mb:.2f} MB{kl}{price}')
 
@@ -149,7 +154,7 @@ _WISH = {'kind': one_of('pin', 'ceiling', 'floor', 'leave', 'protect'), 'name': 
          'format': maybe(FORMAT), 'cost?': maybe(number())}
 _SOLVER = {'method?': maybe(TEXT), 'rounding?': maybe(TEXT), 'caps?': OBJECT, 'wishes?': [_WISH]*2, 'silent?': [NAME],
            'wishes_cost?': maybe(number()), 'verified?': {'joint_kl': number(0)}, 'bound?': maybe(number()),
-           'gap?': maybe(number())}
+           'gap?': maybe(number()), 'draft?': OBJECT}
 _TOKENS = {'source?': maybe(PROSE), 'shape': [whole(1, 2**31)]*3, 'fingerprint': TEXT} # of a text
 _PLAN = dict(name=PROSE, model=PROSE, params=whole(), other_bytes=whole(0), predicted_kl_se=maybe(number(0)),
              solver=_SOLVER)

@@ -15,7 +15,7 @@ import numpy as np
 
 from .budget import candidates
 from .files import _check_apart
-from .formats import AS_IS, Format, parse_formats
+from .formats import AS_IS, Format, parse_format, parse_formats
 from .measure.sweep import rounding_of, Sweep
 from .readers import _check_counts, shown
 from .rounding import QUANTIZERS, ROUNDING
@@ -60,6 +60,7 @@ class Weights:
     method: str | None = None # of the sweep: 'exact', 'screened' or 'gradient'; by default what fits `time_budget`
     time_budget: float | None = None # seconds of the sweep, 600 by default, for the choice of its method
     polish: str | None = None # 'dwq': train scales and biases at the end
+    draft: 'Format | str | int | None' = None # of a head that drafts tokens, which is kept beside the model: '8g64'
     verify: bool | None = None # measure the plan and its neighbours, keep the best; by default for weights alone
     compare: bool | None = None # score the baselines too; by default for weights alone
 
@@ -123,6 +124,9 @@ def _check_weights(weights: Weights, what: str, out):
             f'`{name}` has no effect {"on a `sweep` that is given" if weights.sweep is not None else _beside(what)}')
     if None not in (weights.method, weights.time_budget): raise ValueError(
         '`time_budget` has no effect: `method` is named; leave one of the two')
+    if weights.draft is not None and (out is None or what == 'a curve'): raise ValueError(
+        '`draft` has no effect: no model is written; leave it out')
+    if weights.draft is not None: parse_format(weights.draft) # raises for what is none
     if weights.compare is False and what != 'weights': raise ValueError(
         f'`compare` has no effect {_beside(what)} yet; leave one of the two')
     _check_rounding_name(rounding := _rounding_for(weights.rounding, weights.sweep), weights.polish, out)

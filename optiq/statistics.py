@@ -62,8 +62,10 @@ def _add_inputs(stats, x, experts): # experts: None, the one that reads all of x
 def _expert_rows(x, experts): # x (…, 1, in_dims), experts (…): MLX's form
     "Rows (n, in_dims) and the expert of each"
     import mlx.core as mx
-    rows = mx.broadcast_to(x.reshape(*x.shape[:-2], x.shape[-1]), (*experts.shape, x.shape[-1]))
-    return rows.reshape(-1, x.shape[-1]), np.array(experts).ravel()
+    rows = x.reshape(*x.shape[:-2], x.shape[-1])
+    shape = np.broadcast_shapes(rows.shape[:-1], experts.shape) # either may have one row for many of the other
+    rows = mx.broadcast_to(rows, (*shape, x.shape[-1])).reshape(-1, x.shape[-1])
+    return rows, np.broadcast_to(np.array(experts), shape).ravel()
 
 # %% ../nbs/06a_statistics.ipynb #fb8428ae
 class Listener:
@@ -81,7 +83,8 @@ class Listener:
         mine, new = self.stats[path], x is not self.last[0] or self.stats[path] is not self.last[1]
         self.last = x, mine
         if new: _add_inputs(mine, x, experts)
-        if unit.kind in ('lm_head', 'embed') or len(self.units) == 1: raise _Heard # nothing more is wanted
+        last = unit.kind in ('lm_head', 'embed') or len(self.units) == 1
+        if unit.block is None and last: raise _Heard # nothing more is wanted
 
     def shared(self, unit, x): # layers that read the same states
         last, stats = self.last
@@ -116,14 +119,16 @@ class Chunks:
                 self.calls.append((getattr(self.b, 'calls', None), getattr(self.b, 'batch_size', None)))
         return states
 
-    def run(self, i, states, hear=None, overrides={}): # block, or None for the head
-        "States after the block, heard by `hear`"
-        out = []
+    def one(self, k, i, x, hear=None, overrides={}): # batch; block, or None for the head
+        "States of one batch after the block, heard by `hear`"
+        run = partial(self.b.inputs, hear=hear) if hear else self.b.run_block
         with _calls_kept(self.b):
-            for (self.b.calls, self.b.batch_size), x in zip(self.calls, states):
-                run = partial(self.b.inputs, hear=hear) if hear else self.b.run_block
-                out.append(run(i, x, overrides=overrides))
-        return out
+            self.b.calls, self.b.batch_size = self.calls[k]
+            return run(i, x, overrides=overrides)
+
+    def run(self, i, states, hear=None, overrides={}):
+        "States of every batch after the block"
+        return [self.one(k, i, x, hear, overrides) for k, x in enumerate(states)]
 
 # %% ../nbs/06a_statistics.ipynb #34a3a89b
 class Statistics(Mapping):

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 from .replay import Backend, available_memory, check_all, check_logits
 from .trees import _forgetful
-from .taps import _block, _descend, mlx_attention, mlx_blocks, mlx_listening
+from .taps import _block, _descend, _standing_in, mlx_attention, mlx_blocks, mlx_listening
 from .taps import mlx_products, mlx_watching, same
 from ..models import Checkpoint
 
@@ -76,7 +76,7 @@ class MLXBackend(Backend):
         def attend(i, *args, **kwargs):
             keys, values = (changes[i].get(k, same) for k in ('keys', 'values'))
             with mlx_attention(lambda k, v: (keys(k), values(v))): return blocks[i](*args, **kwargs)
-        return mlx_blocks(self.model, self.checkpoint.blocks, attend, changes)
+        return _standing_in(blocks, attend, '__call__')
 
 # %% ../../nbs/03c_backends.mlx.ipynb #9ae1ec40
 @patch(as_prop=True)

@@ -15,7 +15,7 @@ import numpy as np
 from .mlx import MLXBackend
 from .parts import ReplayBackend
 from .replay import Backend, available_memory
-from .stream import StreamedReplay, StreamingBackend
+from .stream import StreamedModel, StreamedReplay, StreamingBackend
 from .torch import TorchBackend
 from ..models import Checkpoint, check_two_heads
 
@@ -26,7 +26,7 @@ def _choose(checkpoint):
     "'mlx', 'torch' or 'stream' for this machine and model"
     import mlx.core as mx
     from importlib.util import find_spec
-    if 4*checkpoint.params > available_memory()/2 and not checkpoint.quantized: return 'stream'
+    if 4*checkpoint.params > available_memory()/2: return 'stream'
     if checkpoint.model_type != 'llm' or checkpoint.others or not find_spec('torch'): return 'mlx'
     if checkpoint.params < _SMALL: return 'mlx' if mx.default_device().type == mx.DeviceType.gpu else 'torch'
     return _quicker(*max((u.shape[-2:] for u in checkpoint.units if u.block == 0), key=np.prod))
@@ -115,7 +115,12 @@ def _check_other_model(b: Backend) -> Backend: # the same
     return b
 
 # %% ../../nbs/03f_backends.open.ipynb #5352ba7c
-_KINDS = dict(text=dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend),
+def _streamed(checkpoint): # ▸ a Backend
+    "A text model with one block in memory, and no more than that where its blocks form a chain"
+    b = None if checkpoint.quantized else StreamingBackend(checkpoint)
+    return b if b and b.serves() else StreamedModel(checkpoint)
+
+_KINDS = dict(text=dict(torch=TorchBackend, mlx=MLXBackend, stream=_streamed),
              parts=dict(mlx=ReplayBackend, stream=StreamedReplay))
 
 def open_backend(

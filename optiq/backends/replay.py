@@ -88,8 +88,9 @@ def run_block(self: Backend, i: int, states, overrides: dict = {}): # (k·B, T, 
     "States behind block `i`; `states` may hold k copies of the batch: (k·B, T, D) ▸ (k·B, T, D)"
     if isinstance(states, _Streams): return states.on(i, overrides)[0]
     args, kwargs = _repeated(self.calls[i], self.batch_size, len(states)//self.batch_size, self.xp)
-    block = self.block(i)
-    with self.swapped(overrides), _forgetful(block): return self.done(block(states, *args, **kwargs))
+    with self.swapped(overrides):
+        block = self.block(i) # only now: rounding may have run other blocks, and a streamed one is opened again
+        with _forgetful(block): return self.done(block(states, *args, **kwargs))
 
 # %% ../../nbs/03_backends.replay.ipynb #433e5e69
 @patch
@@ -119,7 +120,9 @@ def _is_chain(b) -> bool:
         x, *rest = args or [None]
         first = i == 0 and hasattr(x, 'ndim') and len(ran) == 1
         follows = first or i == len(ran)-1 and x is ran[-1]
-        if not follows or _written(rest, kwargs) or i and _any_nan(b.xp, (rest, kwargs)): odd.append(i)
+        beside = [y for y in _leaves((rest, kwargs)) if getattr(y, 'shape', None) == x.shape] if follows else []
+        unseen = beside and not b.holds # other states: nobody can look at where they are from
+        if not follows or unseen or _written(rest, kwargs) or i and _any_nan(b.xp, (rest, kwargs)): odd.append(i)
         if odd: raise _Recorded
         ran.append(b.xp.zeros_like(x) if i == b.n_blocks-1 else x*float('nan'))
         return ran[-1]
@@ -245,16 +248,17 @@ def _hollow(b, k: int, B: int, T: int): # call, sequences, tokens
         shape = list(x.shape)
         for axis, size in (way.columns, T), (way.rows, B):
             if axis is not None: shape[axis] = size
-        return b.xp.broadcast_to(x.reshape(-1)[:1]*0, shape)
+        return b.xp.broadcast_to(x.reshape(-1)[:1].sum()*0, shape) # a sum, since in a short text it may be empty
     return _grown(zeros, b._small.answers[k], b.ways[k])
 
 # %% ../../nbs/03_backends.replay.ipynb #50bcbe8a
 @patch
 def whole_answer(self: Backend, i: int, overrides: dict, args, kwargs) -> tuple: # it, what it wrote by position or name
     "What block `i` returns, and what its arguments hold afterwards"
-    block = self.block(i)
-    with self.swapped(overrides), _forgetful(block): out = block(*args, **kwargs)
-    return _grown(self.done, (out, _written(args, kwargs)))
+    with self.swapped(overrides):
+        block = self.block(i)
+        with _forgetful(block): out = block(*args, **kwargs)
+        return _grown(self.done, (out, _written(args, kwargs)))
 
 @patch
 def fresh(self: Backend, x): return x # an array that nobody else can change in place

@@ -88,18 +88,21 @@ def torch_attention(model, changes: dict): # block ▸ {'keys': function, 'value
     return _torch_attending(model, attend) if changes else nullcontext()
 
 # %% ../../nbs/03a_backends.taps.ipynb #0a697287
-def torch_listening(hear, names: dict): # id of a parameter ▸ paths of its units
+def torch_listening(hear, names: dict): # (id of a parameter, whether it lies transposed) ▸ paths of its units
     "A context that calls `hear(path, x, expert)` for every product of states `x` with one of these parameters"
     import torch
     from torch.overrides import TorchFunctionMode
+    known = {i for i, _ in names}
+    across = dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), (0, 1)) | {torch.addmm: (1, 2)}
     def expert_of(w, whole): # a slice of a tensor of experts ▸ its number; None for the whole tensor
         if w is not whole: return (w.storage_offset()-whole.storage_offset())//whole.stride(0)
     class Listener(TorchFunctionMode):
         def __torch_function__(self, f, types, args=(), kwargs=None):
-            if f is torch.nn.functional.linear:
-                x, w = args[:2]
-                whole = w if id(w) in names else w._base
-                for path in names.get(id(whole), ()): hear(path, x, expert_of(w, whole))
+            along = f is torch.nn.functional.linear
+            if along or f in across:
+                x, w = (args[k] for k in ((0, 1) if along else across[f]))
+                whole = w if id(w) in known else w._base
+                for path in names.get((id(whole), not along), ()): hear(path, x, expert_of(w, whole))
             return f(*args, **(kwargs or {}))
     return Listener()
 

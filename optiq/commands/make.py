@@ -50,6 +50,8 @@ _SHARED |= dict(
 _SHARED |= dict(
     polish=click.option('--polish', type=click.Choice(['dwq']),
         help="train scales and biases at the end, by mlx-lm's dwq"),
+    draft=click.option('--draft-format', 'draft', metavar='FORMAT',
+        help='of a head that drafts tokens, kept beside the model  [default: 8g64]'),
     kv=click.option('--kv', is_flag=True, help='one allocation over weights and KV cache under --target-size'),
     kv_bits=click.option('--kv-candidate-bits', 'kv_bits',
         help='widths of keys and values, or formats such as tq3, for --kv  [default: 4,8]'),
@@ -71,7 +73,7 @@ _OPENED = 'backend', 'overwrite', 'trust_remote_code', 'model_type' # what the p
 @click.option('--candidate-bits', 'bits', help='widths to choose from  [default: all of --sweep, or 4,8]')
 @_options('formats', 'group_size', 'protect', 'pin', 'ceiling', 'floor', 'leave', 'tie', 'rounding', 'rounding_n')
 @_options('statistics', 'dtype')
-@_options('polish', 'kv', 'kv_bits')
+@_options('polish', 'draft', 'kv', 'kv_bits')
 @click.option('-o', '--output', type=click.Path(), help='folder to write; default: optiq_output/<model>-<target>')
 @click.option('--n-calibration', 'n_calibration', default=8, show_default=True, help='calibration sequences')
 @_options('seq_len', 'calibration', 'evaluation', 'n_evaluation', 'sweep', 'method', 'time_budget')
@@ -130,7 +132,7 @@ def _in_words(report, dry_run: bool) -> str: # of a Report with rows of 'optiq' 
     def quality(r):
         error = f' ± {r["kl_se"]:.4f}' if known(r.get('kl_se')) is not None else ''
         return f'the same next token as the original {r["agreement"]:.1%} of the time, KL {r["kl"]:.4f}{error}'
-    gain = 'Lower KL at the same size: --rounding gptq, about half of it where we measured both; it takes longer.'
+    gain = 'Lower KL at the same size: --rounding gptq, less than half of it where we measured both; it takes longer.'
     name, _, size = str(report.about['evaluation']).rsplit(', ', 1)[0].partition(', ')
     said = [f'The model {"would be" if dry_run else "is"} {mine["size_mb"]:,.1f} MB, {mine["true_bpw"]:.2f} bits per '
             f'weight; the original is {whole["size_mb"]:,.1f} MB.',

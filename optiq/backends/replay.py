@@ -121,7 +121,7 @@ def _is_chain(b) -> bool:
         first = i == 0 and hasattr(x, 'ndim') and len(ran) == 1
         follows = first or i == len(ran)-1 and x is ran[-1]
         beside = [y for y in _leaves((rest, kwargs)) if getattr(y, 'shape', None) == x.shape] if follows else []
-        unseen = beside and not b.holds # other states: nobody can look at where they are from
+        unseen = beside and not b.holds # states beside the first: we cannot see where they come from
         if not follows or unseen or _written(rest, kwargs) or i and _any_nan(b.xp, (rest, kwargs)): odd.append(i)
         if odd: raise _Recorded
         ran.append(b.xp.zeros_like(x) if i == b.n_blocks-1 else x*float('nan'))

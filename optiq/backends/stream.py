@@ -29,7 +29,7 @@ class _Eager:
 
 # %% ../../nbs/03e_backends.stream.ipynb #78227048
 class _OneBlock(_Eager):
-    "Takes each block from a model that is opened for it; what lies outside of the blocks stays in memory"
+    "Opens the model anew for each block and drops the others; what lies outside the blocks stays in memory"
     inner, held = None, None
 
     def check(self, prefix: str = ''):

@@ -159,7 +159,7 @@ def _load_quantized(checkpoint, options):
 
 # %% ../../nbs/03b_backends.torch.ipynb #7213b70c
 def _fused(name: str, shape: tuple, arrays: dict): # name ▸ tensor, of which it takes out what it uses
-    "A tensor of all experts that transformers keeps as one and MLX in parts: gate beside up; None if it is none"
+    "A tensor of all experts that transformers keeps whole and MLX in parts, gate beside up; None for any other"
     import torch
     parent, _, last = name.rpartition('.experts.')
     endings = [f'.{part}_proj.weight' for part in last.removesuffix('_proj').split('_')]

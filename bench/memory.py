@@ -20,6 +20,8 @@ from pathlib import Path
 SHAPES = {
     'small': ('qwen3', dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=36, max_window_layers=36, num_attention_heads=8,
                             num_key_value_heads=2, head_dim=128, vocab_size=37984, tie_word_embeddings=False)), # a quarter of the 8B shape in all widths
+    'tiny': ('qwen3', dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, max_window_layers=8, num_attention_heads=4,
+                           num_key_value_heads=2, head_dim=128, vocab_size=32768, tie_word_embeddings=False)),
     '8B': ('qwen3', '8B'),
     '30B-A3B': ('qwen3_moe', dict(hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32,
                                   num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
@@ -106,6 +108,7 @@ def main(args):
     from optiq import convert as c, job, pipeline
     c = sys.modules['optiq.convert']
     folder = checkpoint(args.shape, args.layers, args.folder)
+    if args.make_only: return
     size = sum(f.stat().st_size for f in folder.glob('*.safetensors'))
     w = Watch()
     for owner, name, stage in ((pipeline, '_find_sweep', 'sweep'), (pipeline, '_choose', 'verify'), (pipeline, 'round_to_files', 'round'), (c, '_write', 'pack'),
@@ -146,6 +149,7 @@ if __name__ == '__main__':
     p.add_argument('--n-evaluation', type=int, default=2)
     p.add_argument('--skip-baselines', action='store_true')
     p.add_argument('--fast-blas', action='store_true', help="on a CPU: PyTorch's products in MLX")
+    p.add_argument('--make-only', action='store_true')
     p.add_argument('--name', default='')
     p.add_argument('-o', default='memory.json')
     args = p.parse_args()

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from .mlx import MLXBackend
 from .parts import ReplayBackend
-from .replay import available_memory, check_all, check_finite, _check_ids
+from .replay import Backend, available_memory, check_all, check_finite, _check_ids
 from .taps import _block, _descend, same
 from ..folder import read_header
 from ..models import Checkpoint
@@ -99,15 +99,17 @@ class StreamingBackend(_Eager, MLXBackend):
         if checkpoint.quantized:
             raise ValueError('only full-precision checkpoints can be streamed')
         self.start(checkpoint, dtype)
-        self.held, self.overrides, self.ends = None, {}, [u for u in checkpoint.units if u.block is None]
+        self.held, self.overrides, self.tables = None, {}, {} # tables: rows of the vocabulary since the last block
+        self.ends = [u for u in checkpoint.units if u.block is None]
         for name in ('norm', 'model.norm', 'model.embedding_norm'): self.check(f'{name}.')
 
     def by_loader(self, checkpoint: Checkpoint): # a quantized model is not streamed
-        if 4*checkpoint.params < available_memory(): return MLXBackend(checkpoint)
+        free = available_memory() if self.memory is None else self.memory/2
+        if 4*checkpoint.params < free: return MLXBackend(checkpoint)
 
     def block(self, i: int):
         if self.held != i:
-            self.model, self.held = self.open(), i
+            self.model, self.held, self.tables = self.open(), i, {}
             self.xp.clear_cache()
             for path in self.checkpoint.blocks: self.check(f'{path}.{i}.')
         return super().block(i)
@@ -118,10 +120,26 @@ class StreamingBackend(_Eager, MLXBackend):
         self.block(unit.block)
         return super().unit_weight(path)
 
+# %% ../../nbs/03e_backends.stream.ipynb #88ce0a37
+@patch
+def keep_to(self: StreamingBackend, memory: float | None):
+    Backend.keep_to(self, memory)
+    if memory is not None: self.xp.set_cache_limit(int(memory)//16) # of what MLX keeps of memory that was freed
+
+# %% ../../nbs/03e_backends.stream.ipynb #f384efb8
+@patch
+def rows_of(self: StreamingBackend, unit: Unit, rows): # a slice, or an array of indices
+    "Some rows of a table, from memory if they were read since the last block"
+    if not isinstance(rows, slice) or unit.params*unit.itemsize > (self.memory or available_memory())/8:
+        return _read_rows(self.checkpoint, unit, rows)
+    at = unit.path, rows.start, rows.stop
+    if at not in self.tables: self.tables[at] = self.done(_read_rows(self.checkpoint, unit, rows))
+    return self.tables[at]
+
 # %% ../../nbs/03e_backends.stream.ipynb #4b5adfac
 @patch
 def vocabulary(self: StreamingBackend, unit: Unit, rows): # rows of an embedding or head, perturbed if it is to be
-    w = _read_rows(self.checkpoint, unit, rows)
+    w = self.rows_of(unit, rows)
     new, n = self.overrides.get(unit.path, same)(w), len(w)
     if len(new) != n: # it gave the whole tensor
         new = new[rows if isinstance(rows, slice) else self.xp.array(rows)]
@@ -131,6 +149,7 @@ def vocabulary(self: StreamingBackend, unit: Unit, rows): # rows of an embedding
 @contextmanager
 def reweighted(self: StreamingBackend, overrides: dict):
     at_ends = {u.path for u in self.ends} & set(overrides)
+    for p in at_ends: overrides[p](_read_rows(self.checkpoint, self.checkpoint.unit[p], slice(0, 1))) # it may run the model
     before, self.overrides = self.overrides, self.overrides | {p: overrides[p] for p in at_ends}
     for i in {self.checkpoint.unit[p].block for p in overrides if p not in at_ends}: self.block(i)
     try:
@@ -145,8 +164,10 @@ def embed(self: StreamingBackend, batch, overrides: dict = {}):
         'streamed; '
                                         'use a backend that holds the whole model')
     used, ids = np.unique(batch, return_inverse=True)
-    self.model, self.held, unit = self.open(), None, self.ends[0]
-    with self.swapped(overrides): self.module(unit.path).weight = self.vocabulary(unit, used)
+    unit = self.ends[0]
+    with self.swapped(overrides):
+        self.model, self.held = self.open(), None
+        self.module(unit.path).weight = self.vocabulary(unit, used)
     return self.done(MLXBackend.embed(self, ids.reshape(batch.shape)))
 
 @patch

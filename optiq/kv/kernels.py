@@ -467,6 +467,7 @@ _MERGE = r'''
 # %% ../../nbs/11e_kv.kernels.ipynb #6613ecff
 _CUDA_HERE = mx.cuda.is_available()
 _FUSED = _CUDA_HERE # whether the kernels are used where they fit
+_ON_TENSOR_CORES = True # whether queries of 16 bits are multiplied there
 
 def use_kernels(on: bool = True):
     "Use the kernels where they fit, on Metal too, or nowhere"
@@ -557,7 +558,7 @@ def attend_token(
 ): # (B, query heads, 1, D)
     "Attention of one query over rotated codes"
     (B, H, _, D), (G, room) = q.shape, keys[0].shape[1:3]
-    N, tensor = H//G, _CUDA_HERE and q.dtype != mx.float32
+    N, tensor = H//G, _CUDA_HERE and _ON_TENSOR_CORES and q.dtype != mx.float32
     C = _stretch(room, B*G, tensor)
     now, S = _numbers(tokens, room, scale*log2(e), C), -(-tokens//C)
     part, merge = _attention(D, N, G, bits, q.dtype, turn.ndim > 2, back.ndim > 2, None if tensor else C)

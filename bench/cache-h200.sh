@@ -24,7 +24,8 @@ for a, b in ((4096, 4096), (12288, 4096), (4096, 12288), (151936, 4096), (1024, 
     wait
     for k in /tmp/warm/*/; do cp -rn "$k". "$MLX_PTX_CACHE_DIR"/; done
     touch /tmp/warm/done;;
-attention) run 60 bench/turbo_cache.py --only checks,attention --contexts 65536,32768,4096 --kinds "$attention" -o "$out/turbo-attention.json";;
+checks) run 60 bench/turbo_cache.py --only checks --roads 'rotated;rotated, no tensor cores' -o "$out/turbo-checks.json";;
+attention) run 60 bench/turbo_cache.py --only attention --contexts 65536,32768,4096 --kinds "$attention" -o "$out/turbo-attention.json";;
 decode)
     for shape in qwen3-0.6b llama-3.1-8b; do
         run 100 bench/turbo_cache.py --only speed --shapes $shape --contexts 32768,65536,4096 --kinds 'fp16;tq4' --rounds 15 --seconds 3 -o "$out/turbo-speed-$shape.json"

@@ -193,7 +193,8 @@ class RoundTrips(Mapping):
             formats = [f for f in wanted if f != AS_IS and f not in held and divides(f, shape)]
             done = _round_all(self.b.unit_weight(path), formats, self.stats[path], self.method)
             held |= {r.fmt: r.dequantize() for r in done}
-            if self.keep is not None: self.kept |= {(path, r.fmt): self.stored(path, r) for r in done}
+            mine = [r for r in done if self.keep is not None and r.fmt in self.formats]
+            self.kept |= {(path, r.fmt): self.stored(path, r) for r in mine}
         return held[fmt]
 
 # %% ../nbs/06_rounding.ipynb #71f253b3

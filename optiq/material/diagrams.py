@@ -247,11 +247,6 @@ def prompt(
     lines = [f'{c}. {o}' for c, o in zip(ascii_uppercase, q['options'])]
     return '\n'.join([q['question'], *lines, "Answer with the option's letter."])
 
-# %% ../../nbs/81_material.diagrams.ipynb #d727a7e8
-def _fits(d: _Diagram, split: str) -> bool:
-    "Whether a diagram belongs to this split"
-    return held_out(d.describe(), 10) == (split == 'test')
-
 # %% ../../nbs/81_material.diagrams.ipynb #67fb816f
 def diagrams(
     n: int = 200, # how many
@@ -263,6 +258,7 @@ def diagrams(
     while len(out) < n:
         kind, degree = _KINDS[len(out)%len(_KINDS)], len(out)//len(_KINDS)%4
         d = _diagram(r)
-        q = _ask(r, d, kind, degree) if _fits(d, split) else None
+        ours = held_out(d.describe(), 10) == (split == 'test')
+        q = _ask(r, d, kind, degree) if ours else None
         if q: out.append((d, q))
     return out

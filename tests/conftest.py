@@ -13,4 +13,11 @@ def shared():
     if not folder.is_dir(): pytest.skip('needs the shared folder: set OPTIQ_SHARED')
     return folder
 
+LONG = ('test_commands', 'test_families', 'test_eval_models', 'test_vlm', 'test_sensitivity', 'test_turbo_cache', 'test_audio',
+        'test_convert', 'test_saved_is_measured', 'test_parts', 'test_serve') # in seconds
+
+def pytest_collection_modifyitems(items):
+    "The longest files first, so that no worker waits for the other at the end"
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 pytest_plugins = ['kv_models']

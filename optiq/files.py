@@ -85,7 +85,7 @@ def _check_part(path: Path, begins: str = ''):
 
 # %% ../nbs/71_files.ipynb #cfad6812
 def settle(path: Path, text: str):
-    "Make a file hold this text, at once, unless it does"
+    "Write this text to a file, all at once, unless the file already holds it"
     if path.exists() and path.read_bytes() == text.encode(): return
     path.parent.mkdir(parents=True, exist_ok=True)
     _save_text(path, text)
@@ -171,7 +171,7 @@ def _traces(out: Path) -> list:
 
 # %% ../nbs/71_files.ipynb #6d50036d
 def _clear_stale(out: Path):
-    "Take away what killed runs left beside `out`; an output that one of them had set aside goes back to its place"
+    "Delete what killed runs left beside `out`, and put back an output that one of them had set aside"
     locks = {f: _lock(f) for f in _traces(out)}
     for f, lock in locks.items():
         if lock is None or f.suffix == '.optiq-old' and None in locks.values(): continue # somebody is at work
@@ -199,7 +199,7 @@ def own_folder(
     made: str = 'model', # what will be in it: only the same is replaced
     source: 'str | Path | None' = None, # the model that it is made from
 ) -> Path: # as it is meant
-    "Judge an output before any work; raises FileExistsError, ValueError or OSError if it cannot be written"
+    "Check an output before any work; raises FileExistsError, ValueError or OSError if we must not or cannot write it"
     out = as_path(out)
     _check_place(out)
     if made == 'model' and '[' in str(out): raise ValueError(
@@ -275,7 +275,7 @@ def own_place(
     *rest: str, # other files and folders to be added
     overwrite: bool = False, # replace them if they are ours
 ) -> Path: # as it is meant
-    "Judge names in a folder before any work; raises FileExistsError for one that is not ours, or should stay"
+    "Check names in a folder before any work; raises FileExistsError for one that is not ours, or should stay"
     folder = as_path(folder)
     if folder.is_symlink(): raise FileExistsError(
         f'{folder} is a link, and nothing is written through one; give the place itself')
@@ -296,7 +296,7 @@ def own_place(
 # %% ../nbs/71_files.ipynb #182ba336
 @contextmanager
 def added_files(folder: 'str | Path', *names: str, overwrite: bool = False): # ▸ folder to write to
-    "What is written in the block is added to a folder when it is whole; arguments as for `own_place`"
+    "A folder whose files are added to `folder` when the block ends well; arguments as for `own_place`"
     folder = own_place(folder, *names, overwrite=overwrite)
     with scratch(folder) as part:
         yield part
@@ -323,7 +323,7 @@ def own_file(
     begins: str | None = None, # its first words, if it is not JSON
     **more, # further fields by which ours begins
 ) -> Path: # as it is meant
-    "Judge a file before any work; raises FileExistsError, ValueError or OSError if it is not ours to write"
+    "Check a file before any work; raises FileExistsError, ValueError or OSError if it is not ours to write"
     out = as_path(out)
     _check_place(out)
     _check_part(out, begins or '{"optiq"')
@@ -336,7 +336,7 @@ def own_file(
 
 # %% ../nbs/71_files.ipynb #9736dab7
 def append(path: Path, text: str):
-    "Add to a file that was begun; raises FileNotFoundError if it was taken away meanwhile"
+    "Append to a file; raises FileNotFoundError if somebody deleted it meanwhile"
     check_gone(path)
     with _told_full(path), path.open('r+b') as f:
         f.seek(0, os.SEEK_END)
@@ -357,7 +357,7 @@ def own_output(
     overwrite: bool, made: str, source, # as for `own_folder`
     journal: bool, # it measures a sweep, and keeps it beside the folder until that is written
 ) -> Path | None: # as it is meant
-    "Judge an output, and the place of its journal; raises what `own_folder` and `own_file` raise"
+    "Check an output, and the place of its journal; raises what `own_folder` and `own_file` raise"
     if out is None: return None
     out = own_folder(out, overwrite, made, source)
     if journal: own_file(journal_of(out), 'sweep', journal=True)
@@ -378,7 +378,7 @@ def _lock_of(out: Path) -> Path:
 # %% ../nbs/71_files.ipynb #eee3b4b0
 @contextmanager
 def _claim(out: 'str | Path'):
-    "No other process writes this while the block lasts; raises FileExistsError, naming it, if one does"
+    "While this lasts, no other process writes `out`; raises FileExistsError, with its pid, if one does already"
     out, fd = as_path(out), None
     while fd is None:
         lock = _lock_of(out)
@@ -403,13 +403,14 @@ def claiming(write):
     "Decorator of a function with an `out`, which no other process may write while it runs, as FileExistsError says"
     @wraps(write)
     def claimed(*args, **options):
-        out = signature(write).bind(*args, **options).arguments.get('out')
+        try: out = signature(write).bind(*args, **options).arguments.get('out')
+        except TypeError: return write(*args, **options) # Python's own error names the function
         with nullcontext() if out is None else _claim(out): return write(*args, **options)
     return claimed
 
 # %% ../nbs/71_files.ipynb #c0bd73ec
 def can_draw(*packages: str) -> bool:
-    "Whether there is what a figure needs, matplotlib by default; says on stderr what is left out, and the remedy"
+    "Whether the packages that draw figures are installed, by default matplotlib; if not, says so on stderr"
     missing = [p for p in packages or ('matplotlib',) if find_spec(p) is None]
     if missing: print(f"no figure is drawn: {' and '.join(missing)} not installed; pip install 'optiq-mlx[lab]' "
                       'brings what is missing', file=sys.stderr)

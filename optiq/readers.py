@@ -21,7 +21,7 @@ from pathlib import Path
 def check_file(
     path: 'str | Path',
 ) -> Path:
-    "The path, if a file is there; raises FileNotFoundError or OSError, saying what is there instead"
+    "The path, if a file is there; raises FileNotFoundError, or OSError that says what is there instead"
     path, told = Path(path), repr(str(path))[1:-1] # a name can hold a zero byte or a line end
     try: there = path.exists()
     except (OSError, ValueError) as e: raise OSError(f'{told} cannot be opened: '
@@ -44,7 +44,7 @@ _MARKS = {_UTF8: 'utf-8-sig', b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-3
 def read_text(
     path: 'str | Path', # UTF-8, or UTF-16 with its mark, packed by gzip or not
 ) -> str:
-    "The text of a file that somebody wrote; raises ValueError naming the line that is not text"
+    "The text of a file; raises ValueError naming the line that is not text in its encoding"
     data = read_bytes(path)
     try: data = gzip.decompress(data) if data.startswith(b'\x1f\x8b') else data
     except (OSError, EOFError, ValueError,
@@ -69,7 +69,7 @@ def parse(
     constants: bool = False, # allow NaN and Infinity, which Python writes and JSON does not know
     pairs: Callable | None = None, # of `json.loads`: makes an object of its names and values
 ):
-    "What JSON says; raises ValueError naming the place of the first error"
+    "The value that a JSON text stands for; raises ValueError naming the place of the first error"
     def refuse(name): raise ValueError(f'it holds {name}, which is not a number')
     try:
         return json.loads(text if isinstance(text, str) else text.decode('utf-8'), object_pairs_hook=pairs,
@@ -130,7 +130,7 @@ def check(
     form: 'dict | list | Form', # what it should be
     where: str, # file, and place in it
 ):
-    "`x`, if it has this form; raises ValueError naming the place that has not"
+    "`x`, if it has this form; raises ValueError naming the place that differs, and what should stand there"
     if isinstance(form, Form):
         if not form.holds(x): raise ValueError(f'{where} is {shown(x)}, and should be {form.words}')
         return x
@@ -202,7 +202,7 @@ def dumps(
     x, # what to write
     **how, # of `json.dumps`
 ) -> str:
-    "JSON, in which what is not known is null"
+    "A value as JSON text; NaN and infinity become null"
     try: return json.dumps(x, allow_nan=False, **how) # nearly always
     except ValueError: return json.dumps(known(x), allow_nan=False, **how)
 
@@ -212,7 +212,7 @@ def write_json(path: 'str | Path', x, **how):
 
 # %% ../nbs/72_readers.ipynb #1e99ff2c
 def told(e: BaseException) -> str:
-    "What an error of a library says, on one line; of one that it did not mean to raise, where it arose"
+    "The message of a library's error, on one line; for one that it did not raise on purpose, the place where it arose"
     text, frames = ' '.join(str(e).split()), e.__traceback__
     if text and not isinstance(e, (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
                                    AssertionError)):
@@ -223,7 +223,7 @@ def told(e: BaseException) -> str:
 
 # %% ../nbs/72_readers.ipynb #e14d5db0
 def _check_counts(**given):
-    "Raise ValueError, naming it, for a number that counts nothing: these are whole and at least 1, or None"
+    "Raise ValueError, naming the argument, unless it is None or a whole number of at least 1"
     for name, x in given.items():
         counts = isinstance(x, Integral) and not isinstance(x, bool) and x > 0
         if x is not None and not counts: raise ValueError(
@@ -231,7 +231,7 @@ def _check_counts(**given):
 
 # %% ../nbs/72_readers.ipynb #b31e8db7
 def _helpful(f):
-    "Decorator of a function: `help` also shows what the comments beside its parameters say"
+    "Decorator: adds the comments beside a function's parameters to its docstring, so that `help` shows them"
     from fastcore.docments import docments # takes as long as the rest of this module, which the command line loads
     try: said = docments(f)
     except (OSError, TypeError): return f # without its source there are no comments

@@ -62,8 +62,10 @@ def _add_inputs(stats, x, experts): # experts: None, the one that reads all of x
 def _expert_rows(x, experts): # x (…, 1, in_dims), experts (…): MLX's form
     "Rows (n, in_dims) and the expert of each"
     import mlx.core as mx
-    rows = mx.broadcast_to(x.reshape(*x.shape[:-2], x.shape[-1]), (*experts.shape, x.shape[-1]))
-    return rows.reshape(-1, x.shape[-1]), np.array(experts).ravel()
+    rows = x.reshape(*x.shape[:-2], x.shape[-1])
+    shape = np.broadcast_shapes(rows.shape[:-1], experts.shape) # either may have one row for many of the other
+    rows = mx.broadcast_to(rows, (*shape, x.shape[-1])).reshape(-1, x.shape[-1])
+    return rows, np.broadcast_to(np.array(experts), shape).ravel()
 
 # %% ../nbs/06a_statistics.ipynb #fb8428ae
 class Listener:
@@ -81,7 +83,8 @@ class Listener:
         mine, new = self.stats[path], x is not self.last[0] or self.stats[path] is not self.last[1]
         self.last = x, mine
         if new: _add_inputs(mine, x, experts)
-        if unit.kind in ('lm_head', 'embed') or len(self.units) == 1: raise _Heard # nothing more is wanted
+        last = unit.kind in ('lm_head', 'embed') or len(self.units) == 1
+        if unit.block is None and last: raise _Heard # nothing more is wanted
 
     def shared(self, unit, x): # layers that read the same states
         last, stats = self.last

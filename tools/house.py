@@ -133,7 +133,7 @@ def figures(folder: Path = root) -> dict: # name of a figure ▸ what it counts
             'lines': sorted(((n, m) for m, n in lines.items()), reverse=True)}
 
 TITLES = ('circles', 'upward imports', 'bases of one class', 'public names', 'of two modules', 'short, used once',
-          'cells over 15 lines', 'largest module', 'lines')
+          'long cells', 'largest module', 'lines')
 
 def row(f: dict) -> list: # of texts
     "The figures, in the order of their titles"

@@ -286,6 +286,22 @@ def _profiles_of(sweep: Sweep) -> list: # names of PROFILES
     def has(bits): return all(parse_format(b) in sweep.formats for b in bits or ())
     return [name for name, (bits, *_) in PROFILES.items() if has(bits)]
 
+# %% ../nbs/08_pipeline.ipynb #5a9951df
+def _read_for_curve(sweep, c: Checkpoint | None, rounding: str) -> Sweep: # c: None if only a sweep was named
+    "A saved sweep, where nothing is measured; raises ValueError if it is of something else"
+    found = _load_sweep(sweep)
+    if c is None: _check_other_rounding(found, sweep, rounding)
+    else: _check_sweep(found, sweep, c, [], rounding)
+    return found
+
+def _measure_for_curve(job: _Job, formats: list, rounding: str, targets): # ▸ Sweep, Backend, texts
+    "A sweep, measured if none was saved, and what the points of its curve are scored with"
+    _least_bits(_untested(job.c, [f for f in formats if f != AS_IS]), formats, **job.weights.wishes) # or an odd wish
+    b, t = job.open(job.more)
+    found = _find_sweep(b, t, formats, job.weights.sweep, job.out, rounding, method=job.weights.method,
+                        time_budget=job.weights.time_budget, targets=targets or (), max_memory=job.states_memory)
+    return found, b, t
+
 # %% ../nbs/08_pipeline.ipynb #bbe815a2
 @_helpful
 @claiming
@@ -323,19 +339,13 @@ def trade_off(
     _check_states_memory(states_memory, weights)
     out = own_output(out, overwrite, 'pareto', source, journal=sweep is None)
     fmts, rounding = _candidates_for(weights.formats, sweep, _WIDE), _rounding_for(weights.rounding, sweep)
+    opened = partial(Checkpoint, source, trust_remote_code, model_type)
     if sweep is not None and not verify:
         _check_unread(texts, weights)
-        found = _load_sweep(sweep)
-        if saved: _check_other_rounding(found, sweep, rounding)
-        else: _check_sweep(found, sweep, Checkpoint(source, trust_remote_code, model_type), [], rounding)
-        about = machine()
+        found, about = _read_for_curve(sweep, None if saved else opened(), rounding), machine()
     else:
-        c = Checkpoint(source, trust_remote_code, model_type)
-        _least_bits(_untested(c, [f for f in fmts if f != AS_IS]), fmts, **weights.wishes) # raises for an odd wish
-        job = _Job(c, out, Caps(), weights, None, _texts_of(texts, 'weights'), backend, overwrite, states_memory)
-        b, t = job.open(job.more)
-        found = _find_sweep(b, t, fmts, sweep, out, rounding, method=weights.method, time_budget=weights.time_budget,
-                            targets=targets or (), max_memory=states_memory)
+        job = _Job(opened(), out, Caps(), weights, None, _texts_of(texts, 'weights'), backend, overwrite, states_memory)
+        found, b, t = _measure_for_curve(job, fmts, rounding, targets)
         about = t.about | dict(rounding=rounding)
     chosen = _narrowed(found, fmts)
     curve = pareto(chosen, targets, profiles or _profiles_of(chosen), **weights.wishes)

@@ -10,6 +10,7 @@ import shutil
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -144,11 +145,21 @@ def overrides_of_saved(saved: 'str | Path | Checkpoint') -> dict: # for `evaluat
     "unit path ▸ function that returns the weight that the saved model has there"
     import mlx.core as mx
     saved = saved if isinstance(saved, Checkpoint) else Checkpoint(saved)
-    def stored(w, weight):
+    files = _OneBlock(saved)
+    def stored(w, unit):
+        weight = files.weight(unit)
         if isinstance(w, mx.array): return weight
         import torch
         return torch.from_numpy(np.array(weight.astype(mx.float32)))
-    return {u.path: lambda w, x=x: stored(w, x) for u, x in zip(saved.units, dequantized_units(saved))}
+    return {u.path: partial(stored, unit=u) for u in saved.units}
+
+class _OneBlock:
+    "A saved model of which the weights of one block are in memory"
+    def __init__(self, saved: Checkpoint): self.saved, self.model, self.at = saved, None, None
+
+    def weight(self, unit):
+        if self.model is None or unit.block != self.at: self.model, self.at = self.saved.load(plain=True), unit.block
+        return _module(self.model, unit.path).weight
 
 # %% ../nbs/07_convert.ipynb #d7c10002
 def as_saved(

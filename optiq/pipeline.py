@@ -7,6 +7,7 @@ __all__ = ['optimize', 'trade_off', 'compare']
 
 # %% ../nbs/08_pipeline.ipynb #fd0200eb
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from numbers import Real
@@ -43,17 +44,18 @@ from .score import same_words, text_tokens
 from .sensitivity import _choose_method, sweep_quantizer
 
 # %% ../nbs/08_pipeline.ipynb #65e7a8a6
-def _quantizer_of_plans(b, t: _Batches, formats: list, rounding: str):
+def _quantizer_of_plans(b, t: _Batches, formats: list, rounding: str, keep: 'Path | None' = None):
     "A quantizer that rounds whole plans as the conversion will save them"
-    return sweep_quantizer(b, t.learned, formats, rounding, blocks=True)[0]
+    return sweep_quantizer(b, t.learned, formats, rounding, blocks=True, keep=keep)[0]
 
 # %% ../nbs/08_pipeline.ipynb #67d1f050
 def _choose(b, t: _Batches, sweep: Sweep, rounding: str, verify: bool, only=None,
-            measured=None, **options) -> tuple: # Plan, Verified or None
+            measured=None, keep: 'Path | None' = None, **options) -> tuple: # Plan, Verified or None
     "The plan to save: the one with the lowest predicted KL, or, with `verify`, with the lowest measured KL"
     if not verify: return allocate(sweep, **options), None
-    quantize = _quantizer_of_plans(b, t, measured or options['formats'], rounding)
+    quantize = _quantizer_of_plans(b, t, measured or options['formats'], rounding, keep)
     v = verified(b, t.tokens, sweep, quantize=quantize, only=only, **options)
+    if keep is not None: t.kept.update(quantize.kept)
     return v.plan, v
 
 # %% ../nbs/08_pipeline.ipynb #209cb292
@@ -85,7 +87,8 @@ def _write_model(b, plan, t: _Batches, out, sweep, overwrite, rounding, polish, 
     "Round, write and check the model, and call `measured` on the folder"
     c, calibration = b.checkpoint, t.about['calibration'].rsplit(', ', 1)[0]
     with scratch(out, _room_for(plan, rounding)) as d:
-        quantizer = quantize_minmax if rounding == 'minmax' else round_to_files(b, t.learned, plan, rounding, d)
+        quantizer = quantize_minmax if rounding == 'minmax' else round_to_files(b, t.learned, plan, rounding, d,
+                                                                                              kept=t.kept)
         finish = partial(dwq, source=c, tokens=t.learned) if polish else None
         convert(c, plan, out, sweep, overwrite, quantizer, finish, calibration, measured, draft)
 
@@ -105,6 +108,12 @@ def _summary(report: Report, plan, joint, v, out, seconds: float) -> dict:
                 verified=dict(kept=v.kept, tried=v.rows, rounds=v.rounds) if v else None,
                 baselines=[{k: r[k] for k in few} for r in rows.values()], about=report.about)
 
+# %% ../nbs/08_pipeline.ipynb #9d44463d
+def _codes_kept(b, out, rounding: str, room: float): # ▸ folder, or None
+    "A folder for the codes of what is rounded, while a streamed model is converted"
+    if out is None or b.holds or rounding != 'search': return nullcontext()
+    return scratch(out, room)
+
 # %% ../nbs/08_pipeline.ipynb #50bd03d3
 def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     "Measure, choose, write, and score what was written"
@@ -119,11 +128,12 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     _announce_road(expected := _expected(b, t, job, likely, method))
     found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=method, targets=targets,
                         max_memory=job.states_memory)
-    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, **options)
-    if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
-    others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
-    report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish,
-                                     w.draft)
+    with _codes_kept(b, out, rounding, len(job.formats)*likely.nbytes) as keep:
+        plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, keep, **options)
+        if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
+        others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
+        report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish,
+                                         w.draft)
     if out is not None and w.sweep is None: journal_of(out).unlink(missing_ok=True)
     _judge_road(expected, seconds := time.perf_counter()-start)
     figures = _summary(report, plan, joint, v, out, seconds) | dict(expected_seconds=sum(expected.values()))
@@ -276,6 +286,22 @@ def _profiles_of(sweep: Sweep) -> list: # names of PROFILES
     def has(bits): return all(parse_format(b) in sweep.formats for b in bits or ())
     return [name for name, (bits, *_) in PROFILES.items() if has(bits)]
 
+# %% ../nbs/08_pipeline.ipynb #5a9951df
+def _read_for_curve(sweep, c: Checkpoint | None, rounding: str) -> Sweep: # c: None if only a sweep was named
+    "A saved sweep, where nothing is measured; raises ValueError if it is of something else"
+    found = _load_sweep(sweep)
+    if c is None: _check_other_rounding(found, sweep, rounding)
+    else: _check_sweep(found, sweep, c, [], rounding)
+    return found
+
+def _measure_for_curve(job: _Job, formats: list, rounding: str, targets): # ▸ Sweep, Backend, texts
+    "A sweep, measured if none was saved, and what the points of its curve are scored with"
+    _least_bits(_untested(job.c, [f for f in formats if f != AS_IS]), formats, **job.weights.wishes) # or an odd wish
+    b, t = job.open(job.more)
+    found = _find_sweep(b, t, formats, job.weights.sweep, job.out, rounding, method=job.weights.method,
+                        time_budget=job.weights.time_budget, targets=targets or (), max_memory=job.states_memory)
+    return found, b, t
+
 # %% ../nbs/08_pipeline.ipynb #bbe815a2
 @_helpful
 @claiming
@@ -313,19 +339,13 @@ def trade_off(
     _check_states_memory(states_memory, weights)
     out = own_output(out, overwrite, 'pareto', source, journal=sweep is None)
     fmts, rounding = _candidates_for(weights.formats, sweep, _WIDE), _rounding_for(weights.rounding, sweep)
+    opened = partial(Checkpoint, source, trust_remote_code, model_type)
     if sweep is not None and not verify:
         _check_unread(texts, weights)
-        found = _load_sweep(sweep)
-        if saved: _check_other_rounding(found, sweep, rounding)
-        else: _check_sweep(found, sweep, Checkpoint(source, trust_remote_code, model_type), [], rounding)
-        about = machine()
+        found, about = _read_for_curve(sweep, None if saved else opened(), rounding), machine()
     else:
-        c = Checkpoint(source, trust_remote_code, model_type)
-        _least_bits(_untested(c, [f for f in fmts if f != AS_IS]), fmts, **weights.wishes) # raises for an odd wish
-        job = _Job(c, out, Caps(), weights, None, _texts_of(texts, 'weights'), backend, overwrite, states_memory)
-        b, t = job.open(job.more)
-        found = _find_sweep(b, t, fmts, sweep, out, rounding, method=weights.method, time_budget=weights.time_budget,
-                            targets=targets or (), max_memory=states_memory)
+        job = _Job(opened(), out, Caps(), weights, None, _texts_of(texts, 'weights'), backend, overwrite, states_memory)
+        found, b, t = _measure_for_curve(job, fmts, rounding, targets)
         about = t.about | dict(rounding=rounding)
     chosen = _narrowed(found, fmts)
     curve = pareto(chosen, targets, profiles or _profiles_of(chosen), **weights.wishes)

@@ -93,7 +93,8 @@ class Listener:
 # %% ../nbs/06a_statistics.ipynb #0857b92d
 def _batches(b: Backend, tokens) -> list:
     "Calibration tokens, or samples, in parts that fit"
-    size = max(1, (2**15 if b.on_gpu else 2**12)//shape_of(tokens)[1])
+    many = min(2**15, b.at_most(2**29, 80)//2**14) if b.on_gpu else 2**12
+    size = max(1, many//shape_of(tokens)[1])
     return [tokens[k:k+size] for k in range(0, len(tokens), size)] if b.stacks else samples_of(tokens)
 
 # %% ../nbs/06a_statistics.ipynb #49ff3589
@@ -160,7 +161,9 @@ class Statistics(Mapping):
         self.i, self.held = self.i+1, listener.stats
 
     def __getitem__(self, path):
-        block = self.b.checkpoint.unit[path].block
+        unit, c = self.b.checkpoint.unit[path], self.b.checkpoint
+        block = unit.block
+        if block is None and unit.kind == 'embed' and c.text_only and not c.tied: return None # rows are looked up
         if block is None:
             if self.ends is None: self.ends = self.finish()
             return self.ends.get(path)

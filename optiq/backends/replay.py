@@ -50,6 +50,7 @@ class Backend:
     holds = True # all weights at once, so that they can stay changed for as long as one likes
     on_gpu = False # whether it computes on a GPU
     takes_caches = False # whether its model can be run with caches of mlx-lm
+    memory = None # bytes that everything may take, where the model is streamed; None: what is free
     statistics = None # cache unit ▸ preconditioner, while rotated formats have one
     cached = {} # path ▸ keys or values of a layer, as units; `optiq.kv.layout` fills it in
     stands_in = False # for MLX, which runs what is saved
@@ -353,6 +354,17 @@ def available_memory() -> int:
     try: lines = dict(line.split(':') for line in open('/proc/meminfo'))
     except OSError: return os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')*3//4
     return int(lines['MemAvailable'].split()[0])*1024
+
+# %% ../../nbs/03_backends.replay.ipynb #ff6de09a
+@patch
+def keep_to(self: Backend, memory: float | None):
+    "Cap the memory of everything, if the model is streamed"
+    if not self.holds and memory is not None: self.memory = memory
+
+@patch
+def at_most(self: Backend, n: int, part: int) -> int:
+    "`n`, or so many bytes as are one in `part` of the cap"
+    return n if self.memory is None else min(n, int(self.memory)//part)
 
 # %% ../../nbs/03_backends.replay.ipynb #5e3dc354
 @patch

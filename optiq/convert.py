@@ -20,9 +20,9 @@ import numpy as np
 from . import __version__
 from .backends.open import APART, apart, _few_logits
 from .backends.replay import Backend
-from .draft import DRAFT, keep_draft
+from .draft import check_draft, keep_draft
 from .files import as_path, scratch, whole_folder
-from .formats import Format, config_entry, dequantized, for_unit, parse_format, quantize_minmax
+from .formats import Format, config_entry, dequantized, for_unit, quantize_minmax
 from .folder import TEXT_FILES, read_header
 from .models import Checkpoint, LOADERS, check_two_heads
 from .readers import _helpful, shown
@@ -279,7 +279,7 @@ def convert(
     """
     if not hasattr(plan, 'nbytes'): raise ValueError(f'{shown(plan)} is not a plan; make one with allocate or uniform')
     c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)
-    odd, out, head = set(plan) ^ set(c.unit), as_path(out), parse_format(DRAFT if draft is None else draft)
+    odd, out, head = set(plan) ^ set(c.unit), as_path(out), check_draft(c, draft)
     if odd: raise ValueError(
         f'the plan is for another model: {min(odd)} is in only one of the two; give a plan made for {c.name}')
     with whole_folder(out, overwrite, plan.nbytes, source=c.folder) as part, scratch(out) as rounded:

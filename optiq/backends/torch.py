@@ -216,7 +216,7 @@ class TorchBackend(Backend):
         self.slots = {u.path: _torch_slot(self.model, self.blocks, u, weight_of) for u in checkpoint.units}
         check_all(checkpoint, torch, ((path, p.data) for path, p in self.model.named_parameters()))
 
-    def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint, self.memory)
+    def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint, None)
     def block(self, i: int): return self.blocks[i]
     def stand_ins(self, stand_in): return _standing_in(dict(enumerate(self.blocks)), stand_in, 'forward')
     def attention(self, changes: dict): return torch_attention(self.model, changes)

@@ -143,7 +143,7 @@ def test_an_option_is_done_or_refused(optiq, known, name, option, words):
     else: assert (more, now) != (said, plain), f'{option} was ignored'
 
 REFUSED = {'--target-bpw', '--target-memory', '--target-tps', '--chip', '--polish', '--verify', '--skip-baselines',
-           '--method', '--time-budget'}
+           '--method', '--time-budget', '--draft-format'}
 
 def test_weights_and_cache_together_refuse_no_more_than_they_say(optiq):
     found = {option for name, option, words in (c.values for c in cases()) if name == 'kv' and optiq(*KV, *words)[0]}
@@ -219,7 +219,8 @@ def test_an_empty_text_is_refused_by_its_name(name, p, empty):
     option = isinstance(p, click.Option)
     words = [name]+([p.opts[-1], empty] if option else [empty])+['demo']*(option and name != 'doctor')
     r = CliRunner().invoke(cli.main, words, prog_name='optiq')
-    assert r.exit_code == 2 and 'an empty text says nothing' in r.output and (p.opts[-1] if option else p.metavar or p.name.upper()) in r.output
+    called = p.opts[-1] if option else p.metavar or p.name.upper()
+    assert r.exit_code == 2 and 'the value is empty; give one' in r.output and called in r.output
 
 def test_every_text_has_that_type():
     for command in cli.main.commands.values():

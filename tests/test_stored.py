@@ -24,7 +24,8 @@ from optiq.statistics import Statistics
 MXFP4 = parse_format('mxfp4')
 CONFIG = dict(model_type='gpt_oss', vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
               head_dim=32, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, sliding_window=16, rope_theta=150000.,
-              rope_scaling=dict(rope_type='yarn', factor=32., original_max_position_embeddings=4096, beta_fast=32., beta_slow=1.),
+              rope_scaling=dict(rope_type='yarn', factor=32., original_max_position_embeddings=4096,
+                                beta_fast=32., beta_slow=1., truncate=False),
               quantization_config=dict(quant_method='mxfp4', modules_to_not_convert=['lm_head']))
 
 @pytest.fixture(scope='module')

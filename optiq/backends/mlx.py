@@ -30,7 +30,7 @@ def _of_type(checkpoint, dtype):
 # %% ../../nbs/03c_backends.mlx.ipynb #aa8c2b83
 @contextmanager
 def _mlx_weights(b, overrides: dict): # unit path ▸ function from its weight to the one to use
-    "While this lasts, these units have other weights"
+    "While this lasts, the model computes with these units' other weights"
     before = {p: b.module(p).weight for p in overrides}
     new = {p: f(b.unit_weight(p)).astype(b.dtype) for p, f in overrides.items()} # `f` may have to run the model
     try:
@@ -41,7 +41,7 @@ def _mlx_weights(b, overrides: dict): # unit path ▸ function from its weight t
 
 # %% ../../nbs/03c_backends.mlx.ipynb #8ee4b5e6
 class MLXBackend(Backend):
-    "Replays an mlx-lm model"
+    "Replays an mlx-lm model block by block, in float32, on the GPU if there is one"
     name = 'mlx'
     takes_caches = True
     def cast(self, x): return x.astype(self.dtype)

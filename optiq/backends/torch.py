@@ -57,7 +57,7 @@ def _at(w, place): # (shape, strides, first number); None: everything
     return w.as_strided(shape, strides, w.storage_offset()+first)
 
 def _slot_by_content(params, shape: tuple, weight): # ▸ (parameter, place) or None
-    "Where a weight stands among parameters"
+    "The parameter, and the place in it, that holds the numbers of a weight"
     for p in params:
         w = p.data.contiguous()
         for z in _views(w, shape):
@@ -83,7 +83,7 @@ def _torch_slot(model, blocks, unit: Unit, weight_of): # weight_of: unit path �
 
 # %% ../../nbs/03b_backends.torch.ipynb #a8d7b33f
 def _outside_slot(model, unit):
-    "The parameter of a unit outside the blocks, by its name or by what it does; None if neither tells"
+    "The parameter of a unit outside the blocks, by its name or by its role; None if we find neither"
     name = unit.path.rsplit('.', 1)[-1]
     named = [p for k, p in model.named_parameters() if k.endswith(f'.{name}.weight')]
     used = model.get_output_embeddings() if unit.kind == 'lm_head' else model.get_input_embeddings()
@@ -103,7 +103,7 @@ def _weight_of(checkpoint): # ▸ function from a unit's path to its weight
 
 # %% ../../nbs/03b_backends.torch.ipynb #90205471
 def _torch_put(param, place, weight):
-    "Let `param` hold `weight` in that place, on fresh memory"
+    "Put `weight` into that place of `param`, on fresh memory"
     weight = weight.to(param.device, param.dtype)
     if place is not None:
         whole = param.data.contiguous().clone()
@@ -114,7 +114,7 @@ def _torch_put(param, place, weight):
 # %% ../../nbs/03b_backends.torch.ipynb #27ab5f84
 @contextmanager
 def _torch_weights(b, overrides: dict): # unit path ▸ function from its weight to the one to use
-    "While this lasts, these units have other weights"
+    "While this lasts, the model computes with these units' other weights"
     before = [(b.slots[p][0], b.slots[p][0].data) for p in overrides]
     new = {p: f(b.unit_weight(p)) for p, f in overrides.items()} # `f` may have to run the model
     try:
@@ -159,7 +159,7 @@ def _load_quantized(checkpoint, options):
 
 # %% ../../nbs/03b_backends.torch.ipynb #7213b70c
 def _fused(name: str, shape: tuple, arrays: dict): # name ▸ tensor, of which it takes out what it uses
-    "A tensor of all experts that transformers keeps as one and MLX in parts: gate beside up; None if it is none"
+    "A tensor of all experts that transformers keeps whole and MLX in parts, gate beside up; None for any other"
     import torch
     parent, _, last = name.rpartition('.experts.')
     endings = [f'.{part}_proj.weight' for part in last.removesuffix('_proj').split('_')]
@@ -195,7 +195,7 @@ def _load_codes(checkpoint, options):
 
 # %% ../../nbs/03b_backends.torch.ipynb #40739489
 class TorchBackend(Backend):
-    "Replays a transformers model"
+    "Replays a transformers model block by block, in float32, on the GPU if there is one"
     name, stands_in = 'torch', True
     def cast(self, x): return x.to(self.dtype)
     def typed(self, x, dtype: str): return x.to(getattr(self.xp, dtype))
@@ -216,7 +216,7 @@ class TorchBackend(Backend):
         self.slots = {u.path: _torch_slot(self.model, self.blocks, u, weight_of) for u in checkpoint.units}
         check_all(checkpoint, torch, ((path, p.data) for path, p in self.model.named_parameters()))
 
-    def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint)
+    def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint, None)
     def block(self, i: int): return self.blocks[i]
     def stand_ins(self, stand_in): return _standing_in(dict(enumerate(self.blocks)), stand_in, 'forward')
     def attention(self, changes: dict): return torch_attention(self.model, changes)

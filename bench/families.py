@@ -21,6 +21,8 @@ holds already is not run again without `--again`; each row says of which commit 
 `gradient` finite, and something
 `effect`   every unit at 2 bits changes the output, if it does so in the library
 `plan`     5 bits per weight
+`search`   all units of the plan rounded by what they hear on this text; each that has an effect is heard
+`gptq`     the same, each unit on states that carry the errors of those before it
 `save`     converted with min-max rounding, checked tensor by tensor
 `reload`   the plain library opens it and gives the same logits
 `cache`    layout, a sweep at 4 bits, a quantized cache in generation
@@ -55,10 +57,14 @@ from types import SimpleNamespace
 import numpy as np
 
 os.environ.setdefault('MLX_DISABLE_COMPILE', '1') # on a CPU every compiled function costs seconds of a C++ compiler
+sys.path.append(str(Path(__file__).parents[1]/'tools'))
+from blas import fast_blas
 
-from optiq.backends.open import open_backend # all that we take from the package stands here
+fast_blas()
+
+from optiq.backends.open import APART, apart, open_backend # all that we take from the package stands here
 from optiq.backends.replay import _joinable
-from optiq.calibration import token_batch
+from optiq.calibration import samples_of, token_batch
 from optiq.convert import convert
 from optiq.evals.perplexity import overrides_of
 from optiq.report import machine
@@ -71,7 +77,9 @@ from optiq.kv.layout import kv_layout
 from optiq.kv.sweep import kv_sweep
 from optiq.folder import read_header
 from optiq.models import Checkpoint
+from optiq.rounding import as_overrides, round_model
 from optiq.sensitivity import kl_sweep
+from optiq.statistics import Statistics
 from optiq.material.configs import _merged
 from optiq.material.tiny import _PROSE, _draw, write_json, _write_tokenizer
 
@@ -198,6 +206,67 @@ def put_mxfp4(out: Path):
         found[name+'_scales'] = rng.integers(120, 123, (experts, outs, ins//32), dtype=np.uint8)
     save_file(found, out/'model.safetensors', {'format': 'pt'})
 
+def matrices(found: dict) -> list: # names, without '.weight', of what other libraries pack: matrices of blocks, routers apart
+    named = [n[:-7] for n in found if re.search(r'layers\..*(proj|fc)\.weight$', n) and found[n].ndim == 2]
+    return [n for n in named if 'visual' not in n and 'vision' not in n]
+
+def put_fp8(out: Path):
+    "Eight bits, and a scale for each block of 128 × 128, as DeepSeek has them"
+    import torch
+    from safetensors.torch import load_file, save_file
+    found = load_file(out/'model.safetensors')
+    for name in matrices(found):
+        w = found[f'{name}.weight']
+        tall, wide = (-n % 128 for n in w.shape)
+        blocks = torch.nn.functional.pad(w, (0, wide, 0, tall)).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+        scale = blocks.abs().amax((1, 3))/448
+        whole = (blocks/scale[:, None, :, None]).flatten(2).flatten(0, 1)[:w.shape[0], :w.shape[1]]
+        found[f'{name}.weight'], found[f'{name}.weight_scale_inv'] = whole.contiguous().to(torch.float8_e4m3fn), scale
+    save_file(found, out/'model.safetensors', {'format': 'pt'})
+
+def put_awq(out: Path, group: int = 64, order=(0, 4, 1, 5, 2, 6, 3, 7)):
+    "Four bits, eight of them in a word and in AutoAWQ's order, with scales and zero points"
+    from safetensors.numpy import load_file, save_file
+    found = load_file(out/'model.safetensors')
+    def packed(x): # (n, out) codes
+        return sum(x.astype(np.uint32).reshape(len(x), -1, 8)[..., k] << np.uint32(4*at) for k, at in enumerate(order)).view(np.int32)
+    for name in matrices(found):
+        w = found.pop(f'{name}.weight').T # (in, out)
+        g = w.reshape(-1, group, w.shape[1])
+        scale = np.maximum(g.max(1)-g.min(1), 1e-6)/15
+        zero = np.clip(np.round(-g.min(1)/scale), 0, 15)
+        codes = np.clip(np.round(g/scale[:, None])+zero[:, None], 0, 15).reshape(w.shape)
+        found |= {f'{name}.qweight': packed(codes), f'{name}.qzeros': packed(zero), f'{name}.scales': scale}
+    save_file(found, out/'model.safetensors', {'format': 'pt'})
+
+def put_int4(out: Path, group: int = 32):
+    "Four bits in words, as compressed-tensors packs them"
+    from safetensors.numpy import load_file, save_file
+    found = load_file(out/'model.safetensors')
+    for name in matrices(found):
+        w = found.pop(f'{name}.weight')
+        g = w.reshape(len(w), -1, group)
+        scale = np.maximum(abs(g).max(-1), 1e-6)/7
+        codes = (np.clip(np.round(g/scale[..., None]), -8, 7)+8).reshape(len(w), -1, 8).astype(np.uint32)
+        words = sum(codes[..., k] << np.uint32(4*k) for k in range(8)).view(np.int32)
+        found |= {f'{name}.weight_packed': words, f'{name}.weight_scale': scale, f'{name}.weight_shape': np.array(w.shape)}
+    save_file(found, out/'model.safetensors', {'format': 'pt'})
+
+def put_nvfp4(out: Path):
+    "NVFP4 as ModelOpt stores it: two codes in a byte, a scale for 16 of them, and one for the whole"
+    import mlx.core as mx
+    import torch
+    from safetensors.torch import load_file, save_file
+    found = load_file(out/'model.safetensors')
+    for name in matrices(found):
+        codes, scales = mx.quantize(mx.array(found[f'{name}.weight'].numpy()), 16, 4, 'nvfp4')
+        found[f'{name}.weight'] = torch.from_numpy(np.array(codes).view(np.uint8))
+        found[f'{name}.weight_scale'] = torch.from_numpy(np.array(scales)).view(torch.float8_e4m3fn)
+        found[f'{name}.weight_scale_2'] = torch.tensor(.75)
+    save_file(found, out/'model.safetensors', {'format': 'pt'})
+
+PACKED = dict(mxfp4=put_mxfp4, fp8=put_fp8, awq=put_awq, int4=put_int4, nvfp4=put_nvfp4)
+
 def put_draft(out: Path, config: dict):
     "A multi-token prediction head: a copy of the last block between its own norms"
     from safetensors.numpy import load_file, save_file
@@ -216,7 +285,7 @@ def write_checkpoint(out: Path, config: dict, told: dict, form: str, vision: boo
     write_native(out, config, found) if found else write_mlx(out, config, vision)
     _write_tokenizer(out)
     if 'bos' in told: put_bos(out)
-    if told.get('pack') == 'mxfp4': put_mxfp4(out)
+    if 'pack' in told: PACKED[told['pack']](out)
     if told.get('draft'): put_draft(out, config)
     write_json(out/'config.json', config)
     for n in ('generation_config.json',): (out/n).unlink(missing_ok=True)
@@ -408,13 +477,34 @@ def effect(m):
     dead = [p for p, v in kl.items() if v.mean() < 1e-11]
     ours = [p for p in dead if reached(m, p)]
     if ours: raise Wrong(f'{len(ours)} of {len(kl)} units changed nothing: {", ".join(kinds(ours))}')
-    left = [u.path for u in m.sweep.left]
+    m.dead, left = dead, [u.path for u in m.sweep.left]
     idle = f'; without effect in the library too: {", ".join(kinds(dead))}' if dead else ''
     return f'{len(kl)} units' + idle + (f'; {len(left)} fit no group: {", ".join(kinds(left))}' if left else '')
 
 def plan(m):
     m.plan = allocate(m.sweep, target_bpw=5)
     return f'{m.plan.nominal_bpw:.2f} bits'
+
+def rounded(m, method: str) -> str:
+    "The whole plan, rounded by a method that listens"
+    tokens, dead = m.batch[:1] if m.told.get('tokens', T) > 1024 else m.batch, set(m.dead)
+    heard = Statistics(m.b, tokens, False) if method == 'search' else {}
+    todo = {p for p, f in m.plan.items() if not m.c.unit[p].keeps(f)}
+    deaf = [p for p in heard if p in todo-dead and heard[p] is None and 'embed' not in m.c.unit[p].kind]
+    if deaf: raise Wrong(f'{len(deaf)} of {len(heard)} units are not heard: {", ".join(kinds(deaf))}')
+    done = dict(round_model(m.b, tokens, m.plan, method))
+    if lost := todo-done.keys(): raise Wrong(f'{len(lost)} of {len(todo)} units are not rounded: {", ".join(kinds(lost))}')
+    off = []
+    for s in samples_of(tokens) if not m.b.stacks else [tokens]:
+        z = [as_numpy(m.b.logits(s, o)) for o in ({}, overrides_of(m.plan), as_overrides(done))]
+        if not np.isfinite(z[2]).all(): raise Wrong('logits are not finite')
+        off.append([float(np.sqrt(((y-z[0])**2).mean())) for y in z[1:]])
+    minmax, mine = np.mean(off, 0)
+    if not todo: return 'all is kept as it is stored'
+    return f'logits move by {mine/minmax:.2f} of what min-max moves them by'
+
+def searched(m): return rounded(m, 'search')
+def compensated(m): return rounded(m, 'gptq')
 
 def save(m):
     shutil.rmtree(m.out, ignore_errors=True)
@@ -432,6 +522,10 @@ def reload(m):
         if m.vision: theirs = theirs[:, from_end(s)]
         if getattr(m, 'apart', 0) > CLOSE: return (
             f'transformers and mlx-lm differ in full precision already, by {m.apart:.2g} of the spread')
+        if 'coarse' in m.told: # the loader decodes to bfloat16, and an expert may flip at a rounded sum
+            off = apart(theirs.reshape(-1, theirs.shape[-1]), ours.reshape(-1, ours.shape[-1]))
+            if off > APART: raise Wrong(f'reloaded against ours: off by {off:.2g} at the median token')
+            return f'off by {off:.1g} at the median token, since the loader decodes to bfloat16'
         offs.append(near(theirs, ours, 'reloaded against ours', max(CLOSE, 3*getattr(m, 'apart', 0))))
     return f'off by {max(offs):.1g}'
 
@@ -456,11 +550,11 @@ def cache(m):
     return f'{len(layout.units)} of {2*len(layout.layers)} can be quantized' + (f' ({"; ".join(left)})' if left else '')
 
 STEPS = dict(plain=plain, list=listed, whole=whole, tokens=tokens, replay=replay, streams=streams, gradient=gradient,
-             effect=effect, plan=plan, save=save, reload=reload, cache=cache)
+             effect=effect, plan=plan, search=searched, gptq=compensated, save=save, reload=reload, cache=cache)
 NEEDS = dict(list='plain', whole='list', tokens='list', replay='list', streams='replay', gradient='opened',
-             effect='opened', plan='swept', save='planned', reload='save', cache='opened')
+             effect='opened', plan='swept', search='planned', gptq='search', save='planned', reload='save', cache='opened')
 HAS = dict(opened='b', swept='sweep', planned='plan')
-TORCH_STEPS = ('plain', 'list', 'replay', 'streams', 'gradient', 'effect', 'plan', 'save', 'reload', 'cache')
+TORCH_STEPS = ('plain', 'list', 'replay', 'streams', 'gradient', 'effect', 'plan', 'search', 'gptq', 'save', 'reload', 'cache')
 
 # ── one line ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -617,7 +711,10 @@ def preload():
                  'safetensors.numpy', 'transformers.generation', 'transformers.models.qwen3.modeling_qwen3'):
         with contextlib.suppress(ImportError): importlib.import_module(name)
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.utils import logging
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText): kind._model_mapping.keys()
+    get_checkpoint_conversion_mapping('llama') # the table of all
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
@@ -672,7 +769,7 @@ def main():
             if only and family not in only: continue
             for backend in a.backend.split(','):
                 key = loader, family, backend
-                if backend == 'torch' and loader == 'mlx-vlm': continue
+                if backend == 'torch' and (loader == 'mlx-vlm' or '_vision' in table[loader].get(family, {})): continue
                 if key in known and not (a.again or only or a.last): continue
                 mine[key] = run((loader, family, backend, table, a.long, a.last), a.seconds) | dated
                 print(show(mine[key]), flush=True)

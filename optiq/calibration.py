@@ -21,11 +21,86 @@ from .material.problems import is_test
 from .readers import ANYTHING, LIST, PROSE, check, parse, read_bytes, read_text, records_in, shown
 from .readers import split_lines, told
 
-# %% ../nbs/02_calibration.ipynb #571d8791
-_MIN_CHARS = 100 # shorter passages are left out
+# %% ../nbs/02_calibration.ipynb #33109e72
+_MIN_CHARS = 100 # we leave out shorter passages
 
+# %% ../nbs/02_calibration.ipynb #3fbcad83
+class _Bundled(Sequence):
+    "Documents of one side of the bundled text, each made when it is first read"
+    def __init__(self, split: str):
+        from optiq.material.mixture import mixture
+        self.made, self.more = [], mixture(split=split)
+    def __len__(self): return 2000
+    def __getitem__(self, i):
+        if isinstance(i, slice): return [self[j] for j in range(len(self))[i]]
+        while len(self.made) <= range(len(self))[i]:
+            d = next(self.more)
+            self.made.append(f"{d['prompt']} {d['answer']}".strip())
+        return self.made[i]
+
+_bundled = cache(_Bundled)
+
+# %% ../nbs/02_calibration.ipynb #f29e2546
+def _wikitext2(split: str) -> list[str]:
+    try:
+        from datasets import load_dataset
+        name = {'train': 'validation', 'test': 'test'}[split]
+        return [r['text'] for r in load_dataset('Salesforce/wikitext', 'wikitext-2-raw-v1', split=name)]
+    except Exception as e: raise ConnectionError(
+        f'wikitext2 cannot be fetched ({type(e).__name__}); give a local .txt, .jsonl or .parquet file '
+        'instead, or bundled, the text that comes with the project') from e
+
+# %% ../nbs/02_calibration.ipynb #ca50fee4
+_SOURCES = {'bundled': _bundled, 'wikitext2': _wikitext2}
+
+# %% ../nbs/02_calibration.ipynb #98ebc95b
+class _Mixed(list):
+    "Passages of several sources; `parts` has those of each source with its weight"
+    parts = ()
+
+def _mixture(source) -> list: # of (source, weight)
+    "The parts of a mixture such as 'bundled:0.5,my.jsonl:0.5'; empty if `source` is not a mixture"
+    found = [part.rpartition(':') for part in str(source).split(',')]
+    try: weights = [float(w) for _, colon, w in found if colon]
+    except ValueError: return []
+    if len(weights) < len(found) or os.path.lexists(str(source).replace('\0', '')): return []
+    if not all(0 < w < 1e9 for w in weights): raise ValueError(
+        f'{source}: the weights of a mixture must be positive numbers, as in bundled:0.5,mine.jsonl:0.5')
+    return [(name.strip(), w/sum(weights)) for (name, *_), w in zip(found, weights)]
+
+def _mixed(parts: list, *options) -> _Mixed: # parts: (source, weight); options of `passages`
+    "Passages of several sources"
+    found = [(passages(name, *options), weight) for name, weight in parts]
+    out = _Mixed(p for texts, _ in found for p in texts)
+    out.parts = found
+    return out
+
+# %% ../nbs/02_calibration.ipynb #929a1e4b
+def passages(
+    source: 'str | Path', # 'bundled', 'wikitext2', a file of text, JSON, JSON lines or parquet, or a mixture of these
+    split: str = 'train', # 'train' to calibrate on, 'test' to evaluate on, 'all' for a whole file
+    min_chars: int = _MIN_CHARS, # shorter passages are left out; -1 keeps all
+) -> Sequence[str]:
+    """The passages on one side of a source, in their order
+
+    Raises FileNotFoundError for a source that is neither a name nor a file, ConnectionError if it cannot be fetched,
+    ValueError for a damaged file or one with no passage long enough.
+    """
+    parts = _mixture(source)
+    if parts: return _mixed(parts, split, min_chars)
+    if str(source) in _SOURCES: found = _SOURCES[str(source)](split)
+    elif not os.path.lexists(str(source).replace('\0', '')): raise FileNotFoundError(
+        f'there is no text {str(source)!r}; give a file, one of {", ".join(_SOURCES)}, or a mixture such as '
+        'bundled:0.5,mine.jsonl:0.5')
+    else: found = [p for p in _read_file(source) if split == 'all' or is_test(p) == (split == 'test')]
+    if min_chars >= 0: found = [p for p in found if len(p) > min_chars]
+    if found: return found
+    raise ValueError(f'{source} has no passage of over {min_chars} characters on the {split} side; '
+                     'give a longer text, or another one')
+
+# %% ../nbs/02_calibration.ipynb #571d8791
 class _Chat(str):
-    "A dialogue: in plain words as a text, and its messages for a chat template"
+    "A dialogue: a text, and in `messages` the records that a chat template takes"
     messages = ()
 
 def _as_chat(found, where: str) -> _Chat:
@@ -42,7 +117,7 @@ def _as_chat(found, where: str) -> _Chat:
 _ROLES = ('text',), ('question', 'answer'), ('prompt', 'completion'), ('instruction', 'output') # what data sets call it
 
 def _record_text(r, where: str) -> str:
-    "The text of one record: text, a list of it, or an object that holds some; nothing where it is null"
+    "The text of one record: text, a list of it, or an object that holds some; empty where it is null"
     if isinstance(r, str): return check(r, PROSE, where)
     if isinstance(r, list): return '\n'.join(_record_text(x, f'{where}[{i}]') for i, x in enumerate(r))
     if not isinstance(r, dict):
@@ -60,7 +135,7 @@ def _record_text(r, where: str) -> str:
 def _read_file(
     path: 'str | Path', # text, JSON, JSON lines or parquet, packed by gzip or not
 ) -> list[str]:
-    "The passages of a file, which is told by what it holds; raises ValueError naming the file and the line"
+    "The passages of a file, whose kind we see from its content; raises ValueError naming the file and the line"
     if read_bytes(path)[:4] == b'PAR1': return _shaped(_parquet(path))
     text, name = read_text(path), str(path).lower().removesuffix('.gz')
     if name.endswith('.parquet'): raise ValueError(f'{path} is not a parquet file, or only a part of one')
@@ -109,75 +184,6 @@ def _pieces(text: str) -> list:
     "A long text in pieces of up to a thousand characters"
     return [p for p in re.split(r'(?s)(.{1,%d}(?:[.!?]["”’)]?\s+|$)|.{%d}\S*\s*)' % (_LONG, _LONG), text) if p.strip()]
 
-# %% ../nbs/02_calibration.ipynb #3fbcad83
-class _Bundled(Sequence):
-    "Documents of one side of the bundled text, each made when it is first read"
-    def __init__(self, split: str):
-        from optiq.material.mixture import mixture
-        self.made, self.more = [], mixture(split=split)
-    def __len__(self): return 2000
-    def __getitem__(self, i):
-        if isinstance(i, slice): return [self[j] for j in range(len(self))[i]]
-        while len(self.made) <= range(len(self))[i]:
-            d = next(self.more)
-            self.made.append(f"{d['prompt']} {d['answer']}".strip())
-        return self.made[i]
-
-_bundled = cache(_Bundled)
-
-# %% ../nbs/02_calibration.ipynb #f29e2546
-def _wikitext2(split: str) -> list[str]:
-    try:
-        from datasets import load_dataset
-        name = {'train': 'validation', 'test': 'test'}[split]
-        return [r['text'] for r in load_dataset('Salesforce/wikitext', 'wikitext-2-raw-v1', split=name)]
-    except Exception as e: raise ConnectionError(
-        f'wikitext2 cannot be fetched ({type(e).__name__}); give a local .txt, .jsonl or .parquet file '
-        'instead, or bundled, the text that comes with the project') from e
-
-# %% ../nbs/02_calibration.ipynb #ca50fee4
-_SOURCES = {'bundled': _bundled, 'wikitext2': _wikitext2}
-
-# %% ../nbs/02_calibration.ipynb #98ebc95b
-class _Mixed(list):
-    "Passages of several sources, and in `parts` the passages of each with their weight"
-    parts = ()
-
-def _mixture(source) -> list: # of (source, weight)
-    "What a mixture is made of; nothing if it is none"
-    found = [part.rpartition(':') for part in str(source).split(',')]
-    try: weights = [float(w) for _, colon, w in found if colon]
-    except ValueError: return []
-    if len(weights) < len(found) or os.path.lexists(str(source).replace('\0', '')): return []
-    if not all(0 < w < 1e9 for w in weights): raise ValueError(
-        f'{source}: the weights of a mixture are positive numbers')
-    return [(name.strip(), w/sum(weights)) for (name, *_), w in zip(found, weights)]
-
-def _mixed(parts: list, *options) -> _Mixed: # parts: (source, weight); options of `passages`
-    "Passages of several sources"
-    found = [(passages(name, *options), weight) for name, weight in parts]
-    out = _Mixed(p for texts, _ in found for p in texts)
-    out.parts = found
-    return out
-
-# %% ../nbs/02_calibration.ipynb #929a1e4b
-def passages(
-    source: 'str | Path', # 'bundled', 'wikitext2', a file of text, JSON, JSON lines or parquet, or a mixture of these
-    split: str = 'train', # 'train' to calibrate on, 'test' to evaluate on, 'all' for a whole file
-    min_chars: int = _MIN_CHARS, # shorter passages are left out; -1 keeps all
-) -> Sequence[str]:
-    "The passages of a source that are on this side of the split, in their order"
-    parts = _mixture(source)
-    if parts: return _mixed(parts, split, min_chars)
-    if str(source) in _SOURCES: found = _SOURCES[str(source)](split)
-    elif not os.path.lexists(str(source).replace('\0', '')): raise FileNotFoundError(
-        f'no text {str(source)!r}: neither a file nor one of {", ".join(_SOURCES)}, nor a mixture such as '
-        'bundled:0.5,mine.jsonl:0.5')
-    else: found = [p for p in _read_file(source) if split == 'all' or is_test(p) == (split == 'test')]
-    if min_chars >= 0: found = [p for p in found if len(p) > min_chars]
-    if found: return found
-    raise ValueError(f'{source} has no passage of over {min_chars} characters on the {split} side')
-
 # %% ../nbs/02_calibration.ipynb #c632c989
 def encode(tokenizer, text: str) -> list[int]:
     "Token ids without special tokens"
@@ -198,16 +204,16 @@ def before(tokenizer) -> list[int]:
 # %% ../nbs/02_calibration.ipynb #688d6ddc
 def prompt_part(
     tokenizer,
-    ids: list[int], # what it made of a prompt, with special tokens
+    ids: list[int], # of a prompt, with special tokens
 ) -> slice: # of them
-    "What a model is to be given: what is put before a text once, and nothing behind it"
+    "The part of a prompt's tokens that the model gets: special tokens before it once, none behind it"
     (first, last), ids = _around(tokenizer), list(ids)
     twice = bool(first) and ids[:2*len(first)] == first*2
     ended = bool(last) and ids[-len(last):] == last
     return slice(len(first)*twice, len(ids)-len(last)*ended)
 
 def prompt_ids(tokenizer, text: str) -> list[int]:
-    "The tokens of a text that an answer follows"
+    "The tokens of a prompt: what the tokenizer puts before a text, but nothing behind it"
     ids = list(tokenizer.encode(text))
     return ids[prompt_part(tokenizer, ids)]
 
@@ -224,7 +230,7 @@ def _ids_of(tokenizer, text: str, first: list) -> list[int]: # first: what `befo
     return ids[len(first):] if first and ids[:len(first)] == first else ids
 
 def _turns(weights: list, n: int) -> list[int]: # index of a part for each of n sequences
-    "Whose turn it is, so that after every turn each part is as near to its weight as can be"
+    "Whose turn it is: after every turn each part is as near to its weight as possible"
     taken, turns = np.zeros(len(weights)), []
     for k in range(1, n+1):
         turns.append(int(np.argmax(np.array(weights)*k-taken)))
@@ -248,13 +254,17 @@ def token_batch(
     seed: int | None = 42, # of the shuffle; None keeps the order
     fewer: bool = False, # take what there is if there are fewer
 ) -> np.ndarray: # (n, seq_len) int32
-    "`n` sequences of exactly `seq_len` tokens, each with what the tokenizer puts before a text"
+    """Sequences of equal length: passages shuffled, joined and cut, each with the tokenizer's special tokens before it
+
+    Raises ValueError if the text has too few tokens (unless `fewer`), or if `seq_len` leaves no room for text.
+    """
     if hasattr(texts, 'parts'): return _mixed_batch(texts.parts, tokenizer, n, seq_len, seed, fewer)
     order = range(len(texts)) if seed is None else np.random.default_rng(seed).permutation(len(texts))
     first, ids = before(tokenizer), []
     room = seq_len-len(first)
     if room < 1: raise ValueError(
-        f'sequences of {seq_len} have no room for text: this tokenizer puts {len(first)} before it')
+        f'sequences of {seq_len} have no room for text: this tokenizer puts {len(first)} '
+        'tokens before it; give longer ones')
     for i in order:
         ids += _ids_of(tokenizer, texts[i], first)
         if len(ids) >= n*room: break
@@ -267,7 +277,7 @@ def token_batch(
 # %% ../nbs/02_calibration.ipynb #6e0c51f5
 def unscored(
     c, # Checkpoint
-    tokens, # (n, T), or samples, which say themselves what counts
+    tokens, # (n, T), or samples, which bring a mask of their own
 ) -> int:
     "How many positions at the start of every sequence are special, and not scored"
     if isinstance(tokens, list) or not np.size(tokens) or (tokens[:, 0] != tokens[0, 0]).any(): return 0
@@ -276,7 +286,7 @@ def unscored(
     return len(first) if (tokens[:, :len(first)] == first).all() else 0
 
 def text_of(c, tokens): # ▸ (n, T) without those positions, or the samples
-    "What a sequence holds of the text"
+    "The tokens without the special ones at the start of every sequence; samples unchanged"
     return tokens if isinstance(tokens, list) else tokens[:, unscored(c, tokens):]
 
 # %% ../nbs/02_calibration.ipynb #93aaacb6
@@ -348,7 +358,7 @@ def overlap(
     hashes: list[int], # what `block_hashes` made of the calibration tokens
     tokens: 'np.ndarray | list', # (n, seq_len) to search for them, at every position; or samples
 ) -> float:
-    "Share of the smaller of two token sets that stands in the other, in blocks of 32 tokens"
+    "Which part of the smaller of two token sets, 0 to 1, also stands in the other, in blocks of 32 tokens"
     common = len(set(hashes) & set(block_hashes(tokens, 1)))
     blocks = len(tokens) if isinstance(tokens, list) else tokens.size//_BLOCK
     return min(1., common/max(1, min(len(hashes), blocks)))

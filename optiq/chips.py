@@ -60,7 +60,7 @@ def _on_gpu():
 def _stream_reads(
     size: int | None = None, # bytes; 1 GB, and 32 MB on a CPU
 ) -> Callable: # number ▸ arrays that read so many times `size` bytes
-    "Something that reads memory and does nothing else"
+    "A function whose result reads memory and does nothing else"
     import mlx.core as mx
     a = mx.ones((size or (2**30 if _on_gpu() else 2**25))//4, mx.float32)
     mx.eval(a)
@@ -80,7 +80,7 @@ def _random_matrix(
     shape: tuple, # (rows, width), experts in front
     dtype = None, # of scales; bfloat16 by default
 ) -> dict: # the tensors of a quantized layer, by name
-    "Random codes with harmless scales: values do not matter to speed"
+    "Random codes with small scales; the values do not matter for speed"
     import mlx.core as mx
     dtype, groups = dtype or mx.bfloat16, (*shape[:-1], shape[-1]//(fmt.group_size or 1))
     if fmt == AS_IS: return dict(weight=(mx.random.normal(shape, dtype=dtype)/shape[-1]**.5).astype(dtype))
@@ -132,7 +132,7 @@ def _measure_product(
 
 # %% ../nbs/20a_chips.ipynb #a3d344c5
 def _small_model(layers: int):
-    "A transformer of so many layers, with 4-bit weights that weigh nothing"
+    "A transformer of this many layers, with tiny 4-bit weights"
     from optiq.material.configs import hub_config
     config = hub_config('qwen3', dict(num_hidden_layers=layers, max_window_layers=layers))
     model = skeleton(config)
@@ -230,7 +230,7 @@ def _decode_once(model, context: int, tokens: int, warmup: int) -> float:
 
 # %% ../nbs/20a_chips.ipynb #c7b18a9c
 def hollow(model, plan):
-    "A model of a checkpoint's architecture in a plan's formats, with random weights"
+    "A model with the architecture of a checkpoint and the formats of a plan, with random weights"
     return _stand_in(skeleton(model.config, model.units[-1].dtype), plan)
 
 # %% ../nbs/20a_chips.ipynb #9d1c169e
@@ -239,7 +239,7 @@ def measure_plan(
     plan, # unit path ▸ Format
     **options, # of `measure_decode`
 ) -> Speed:
-    "Decode speed of a plan, with random weights unless the checkpoint is stored that way"
+    "Measured decode speed of a plan, with random weights unless the checkpoint is stored in these formats"
     own = dict(plan) == model.formats
     return measure_decode(model.load() if own else hollow(model, plan), **options)
 
@@ -252,7 +252,7 @@ def machine_name() -> str:
 
 # %% ../nbs/20a_chips.ipynb #1110a69f
 def _keep_busy(chip_bandwidth: float, ms: float = 8) -> Callable: # no arguments ▸ arrays
-    "Reads that take the device about so many milliseconds, and empty its caches"
+    "Reads that keep the device busy for about this many milliseconds, and empty its caches"
     read = _stream_reads()
     n = max(1, ceil(ms*1e6*chip_bandwidth/read.nbytes))
     return lambda: read(n)
@@ -311,7 +311,7 @@ def _extend(
     runs: int = 7,
     raw: dict | None = None, # gets all single times under 'products'
 ) -> Chip:
-    "Measure the price of a byte where it is not known yet"
+    "Measure the price of a byte for formats and shapes that a chip lacks"
     factors = {k: list(v) if isinstance(v, list) else v for k, v in chip.factors.items()}
     first = _keep_busy(chip.bandwidth) if _on_gpu() else None
     log = [] if raw is None else raw.setdefault('products', [])
@@ -337,7 +337,7 @@ def save_chip(
     points: list, # calibration points, the newest last
     file: Path,
 ):
-    "Write what was measured; the file appears only when it is whole"
+    "Write a measured chip and its calibration points; the file appears only when it is complete"
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f'{file.name}.{os.getpid()}')
     write_json(part, dict(optiq='chip', chip=asdict(chip), points=points))
@@ -348,9 +348,9 @@ _CHIP = {k: number(0, 1e12) for k in ('bandwidth', 'dispatch', 'constant', 'host
 _CHIP |= dict(name=PROSE, factors=OBJECT, source=PROSE, measured=FLAG)
 
 def load_chip(file: Path) -> tuple[Chip, list]: # chip, calibration points
-    "What `save_chip` wrote; raises ValueError for another file"
+    "A chip and its calibration points from a file of `save_chip`; raises ValueError for another file"
     try: d = read_ours(file, 'chip', dict(chip=_CHIP, points=[OBJECT]), '`optiq latency`')
-    except ValueError as e: raise ValueError(f'{e}; remove it, and the chip is measured again') from None
+    except ValueError as e: raise ValueError(f'{e}; remove it, and optiq measures the chip again') from None
     return Chip(**{k: v for k, v in d['chip'].items() if k in Chip.__dataclass_fields__}), d['points']
 
 # %% ../nbs/20a_chips.ipynb #1d74ae92
@@ -359,7 +359,7 @@ def this_machine(
     formats: list,
     folder: 'Path | None' = None, # instead of the user's cache folder
 ) -> tuple[Chip, list]: # chip, calibration points
-    "The chip that MLX computes on: what was measured before, and what is missing measured now"
+    "The chip that MLX computes on, from its file; measures what the file lacks"
     file = chip_file(folder)
     chip, points = load_chip(file) if file.exists() else (None, [])
     new = _measure_chip(shapes, formats) if chip is None else _extend(chip, shapes, formats)

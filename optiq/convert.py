@@ -9,6 +9,8 @@ __all__ = ['stored_bytes', 'dequantized_units', 'check_saved', 'overrides_of_sav
 import shutil
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -18,18 +20,19 @@ import numpy as np
 from . import __version__
 from .backends.open import APART, apart, _few_logits
 from .backends.replay import Backend
+from .draft import DRAFT, keep_draft
 from .files import as_path, scratch, whole_folder
-from .formats import config_entry, dequantized, for_unit, quantize_minmax
+from .formats import Format, config_entry, dequantized, for_unit, parse_format, quantize_minmax
 from .folder import TEXT_FILES, read_header
 from .models import Checkpoint, LOADERS, check_two_heads
 from .readers import _helpful, shown
 
 # %% ../nbs/07_convert.ipynb #1ecc6842
 def _check_misfit(units: list, plan):
-    "Raise ValueError for a format in which a unit could not be opened"
+    "Raise ValueError for a format in which the loader could not open a unit"
     for u in units:
         if not u.takes(plan[u.path]): raise ValueError(
-            f'{u.path} cannot be opened at {plan[u.path]}; it stays as it is')
+            f'the loader cannot open {u.path} at {plan[u.path]}; give it the format as-is')
 
 # %% ../nbs/07_convert.ipynb #10d623f6
 def _module(model, path):
@@ -38,11 +41,11 @@ def _module(model, path):
 
 # %% ../nbs/07_convert.ipynb #566118fc
 def _pack(
-    checkpoint: Checkpoint, # whatever is packed in it already is measured against what it stands for
+    checkpoint: Checkpoint, # where it is quantized already, the quantizer gets the dequantized weights
     plan, # unit path ▸ Format
     quantizer = quantize_minmax, # (weight, format) ▸ stored tensors, or a mapping of paths to such functions
 ): # model with lazy arrays, config for config.json
-    "The quantized model in memory"
+    "The quantized model in memory; raises ValueError for a plan that the loader could not open"
     from mlx_lm.utils import quantize_model
     from mlx.utils import tree_unflatten
     check_two_heads(checkpoint)
@@ -72,7 +75,7 @@ def _entry_of(m) -> dict:
 
 # %% ../nbs/07_convert.ipynb #83fedcf4
 def _copy_texts(source: Path, folder: Path):
-    "Copy what a loader needs beside the weights and is not there yet"
+    "Copy what a loader needs beside the weights, unless it is there already"
     for f in (f for pattern in TEXT_FILES for f in source.glob(pattern)):
         copy = folder/f.relative_to(source)
         if copy.exists() or not f.is_file(): continue
@@ -82,7 +85,7 @@ def _copy_texts(source: Path, folder: Path):
 
 # %% ../nbs/07_convert.ipynb #ec7b5ea8
 def _write(checkpoint: Checkpoint, plan, folder: Path, quantizer=quantize_minmax):
-    "Save the packed model, its config and everything that is no weight into a folder"
+    "Save the packed model, its config and everything that is not a weight into a folder"
     from mlx_lm.utils import save_config, save_model
     model, config = _pack(checkpoint, plan, quantizer)
     save_model(folder, model, donate_model=True)
@@ -139,21 +142,31 @@ def check_saved(
 
 # %% ../nbs/07_convert.ipynb #9d33e08a
 def overrides_of_saved(saved: 'str | Path | Checkpoint') -> dict: # for `evaluate`
-    "unit path ▸ function that gives the weight a saved model has there"
+    "unit path ▸ function that returns the weight that the saved model has there"
     import mlx.core as mx
     saved = saved if isinstance(saved, Checkpoint) else Checkpoint(saved)
-    def stored(w, weight):
+    files = _OneBlock(saved)
+    def stored(w, unit):
+        weight = files.weight(unit)
         if isinstance(w, mx.array): return weight
         import torch
         return torch.from_numpy(np.array(weight.astype(mx.float32)))
-    return {u.path: lambda w, x=x: stored(w, x) for u, x in zip(saved.units, dequantized_units(saved))}
+    return {u.path: partial(stored, unit=u) for u in saved.units}
+
+class _OneBlock:
+    "A saved model of which the weights of one block are in memory"
+    def __init__(self, saved: Checkpoint): self.saved, self.model, self.at = saved, None, None
+
+    def weight(self, unit):
+        if self.model is None or unit.block != self.at: self.model, self.at = self.saved.load(plain=True), unit.block
+        return _module(self.model, unit.path).weight
 
 # %% ../nbs/07_convert.ipynb #d7c10002
 def as_saved(
     b: Backend, # of the reference
     folder: 'str | Path | Checkpoint', # of the saved model
 ): # ▸ a Backend, or overrides of the reference's: a variant for `evaluate`
-    "A saved model as anyone's loader opens it; raises ValueError if its config.json makes another model of its weights"
+    "The saved model as any loader opens it; raises ValueError if its config.json makes another model of its weights"
     saved = folder if isinstance(folder, Checkpoint) else Checkpoint(
         folder, b.checkpoint.trust_remote_code, b.checkpoint.model_type)
     own = b.by_loader(saved)
@@ -204,29 +217,34 @@ prompt = apply_chat_template(processor, model.config, "Describe this image.", nu
 generate(model, processor, prompt, image=["image.png"])""",
     audio="""from mlx_audio.stt import load
 load("{name}").generate("speech.wav").text""")
+_DRAFTS = '`mlx_vlm.generate --model {name} --draft-model {name}`'
 
 # %% ../nbs/07_convert.ipynb #515bfc1e
 def _model_card(name: str, source: str, plan, calibration: str, measured: dict = {}, model_type: str = 'llm') -> str:
     "README.md of a converted model; `measured` is a table of label ▸ text"
     counts = ', '.join(f'{n} units at {f}' for f, n in plan.counts().items())
     rows = ''.join(f'| {k} | {v} |\n' for k, v in measured.items())
-    gone = ', '.join(f'{part} ({n:,} parameters)' for part, n in getattr(plan, 'made', {}).get('left_out', {}).items())
+    gone = ', '.join(f'{part} ({n:,} parameters)' for part, n in plan.gone.items())
+    draft, kept = plan.solver.get('draft'), ''
+    if draft: kept = (f'\nThe head that drafts tokens is kept in `{draft["file"]}` at {draft["format"]}, '
+                      f'{draft["nbytes"]/2**20:.1f} MB beside the size above: {_DRAFTS.format(name=name)}.\n')
+    if gone: kept += f'\nThe loader leaves out {gone}; this model is without.\n'
     package = LOADERS[model_type].replace('_', '-')
     return _CARD.format(name=name, source=source, counts=counts, plan=plan, calibration=calibration, measured=rows,
-                       left_out=f'\nThe loader leaves out {gone}; this model is without.\n' if gone else '',
+                       left_out=kept,
                        version=__version__, mlx=version('mlx'), loader=f'{package} {version(package)}',
                        use=_USE[model_type].format(name=name))
 
 # %% ../nbs/07_convert.ipynb #b6a9762a
 def _save_beside(folder: Path, plan, sweep=None):
-    "What makes the result repeatable"
+    "Save the plan, and the sweep if there is one, so that the result can be repeated"
     (folder/'optiq').mkdir()
     plan.save(folder/'optiq'/'plan.json')
     if sweep is not None: sweep.save(folder/'optiq'/'sweep.json')
 
 # %% ../nbs/07_convert.ipynb #d7a30002
 def _as_planned(plan, sweep, source, folder): # ▸ a quantizer
-    "What rounds as the plan's forecast was measured; raises ValueError if the sweep was rounded otherwise"
+    "The quantizer that the plan's forecast holds for; raises ValueError if the sweep measured another one"
     planned = getattr(plan, 'made', {}).get('rounding')
     measured = sweep.header.get('fingerprint', {}).get('quantizer') if sweep is not None else None
     if planned and measured and planned != measured: raise ValueError(
@@ -248,7 +266,8 @@ def convert(
     quantizer = None, # instead of what the sweep was rounded with; or a mapping of paths, as `round_to_files` makes it
     polish = None, # called on the checked folder, to train its scales and biases; see `optiq.rounding.dwq`
     calibration: str = 'the calibration text', # what to call it in the model card
-    measured = lambda folder: {}, # called on the finished folder; label ▸ text for the model card
+    measured=None, # called on the finished folder; label ▸ text for the model card
+    draft: 'Format | str | int | None' = None, # of a head that drafts tokens, where mlx-vlm knows it: by default '8g64'
 ) -> Checkpoint: # the saved model
     """Write the model in the plan's formats; it is opened again and compared before it appears at `out`
 
@@ -260,19 +279,20 @@ def convert(
     """
     if not hasattr(plan, 'nbytes'): raise ValueError(f'{shown(plan)} is not a plan; make one with allocate or uniform')
     c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)
-    odd, out = set(plan) ^ set(c.unit), as_path(out)
+    odd, out, head = set(plan) ^ set(c.unit), as_path(out), parse_format(DRAFT if draft is None else draft)
     if odd: raise ValueError(
-        f'the plan is for another model: {min(odd)} is not in both')
+        f'the plan is for another model: {min(odd)} is in only one of the two; give a plan made for {c.name}')
     with whole_folder(out, overwrite, plan.nbytes, source=c.folder) as part, scratch(out) as rounded:
         if quantizer is None: quantizer = _as_planned(plan, sweep, source if isinstance(source, Backend) else c,
                                                       rounded)
         _write(c, plan, part, quantizer)
+        if kept := keep_draft(c, part, head): plan = replace(plan, solver=plan.solver | dict(draft=kept))
         check_saved(part, plan, c, quantizer, c.trust_remote_code)
         if polish:
             polish(part)
             check_saved(part, plan, trust_remote_code=c.trust_remote_code)
         _save_beside(part, plan, sweep)
-        card = _model_card(out.name, c.name, plan, calibration, measured(part), c.model_type)
+        card = _model_card(out.name, c.name, plan, calibration, measured(part) if measured else {}, c.model_type)
         (part/'README.md').write_text(card, encoding='utf-8')
     return Checkpoint(out, c.trust_remote_code, c.model_type)
 

@@ -26,7 +26,7 @@ from tempfile import gettempdir, mkdtemp
 
 # %% ../nbs/71_files.ipynb #c95733b9
 def as_path(out: 'str | Path') -> Path:
-    "A path as its user means it"
+    "The path with `~` expanded and a closing slash ignored; raises ValueError for an unknown user"
     p = Path(os.path.expanduser(out))
     if str(p).startswith('~') and str(out).startswith('~'): raise ValueError(
         f'{out}: there is no user {p.parts[0][1:]!r}; begin with ./ if the name is meant as it stands')
@@ -80,12 +80,12 @@ def _check_part(path: Path, begins: str = ''):
     part = _part_of(path)
     if not os.path.lexists(part): return
     if part.is_symlink() or not part.is_file() or not _ours(part, begins): raise FileExistsError(
-        f'{part} is in the way, and no file that optiq began, so it stays as it is; give another output')
+        f'{part} is in the way, and optiq did not begin it, so it stays as it is; give another output')
     part.unlink()
 
 # %% ../nbs/71_files.ipynb #cfad6812
 def settle(path: Path, text: str):
-    "Make a file hold this text, at once, unless it does"
+    "Write this text to a file, all at once, unless the file already holds it"
     if path.exists() and path.read_bytes() == text.encode(): return
     path.parent.mkdir(parents=True, exist_ok=True)
     _save_text(path, text)
@@ -114,7 +114,7 @@ def _check_locked(folder: Path):
 
 # %% ../nbs/71_files.ipynb #f6811279
 def check_full(folder: Path, room: float):
-    "Raise OSError if the disk has less room than so many bytes"
+    "Raise OSError if the disk of `folder` has less than `room` bytes free"
     at = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
     free = shutil.disk_usage(at).free
     if free < room: raise OSError(
@@ -171,7 +171,7 @@ def _traces(out: Path) -> list:
 
 # %% ../nbs/71_files.ipynb #6d50036d
 def _clear_stale(out: Path):
-    "Take away what killed runs left beside `out`; an output that one of them had set aside goes back to its place"
+    "Delete what killed runs left beside `out`, and put back an output that one of them had set aside"
     locks = {f: _lock(f) for f in _traces(out)}
     for f, lock in locks.items():
         if lock is None or f.suffix == '.optiq-old' and None in locks.values(): continue # somebody is at work
@@ -198,8 +198,8 @@ def own_folder(
     overwrite: bool = False, # replace it if it is ours
     made: str = 'model', # what will be in it: only the same is replaced
     source: 'str | Path | None' = None, # the model that it is made from
-) -> Path: # as it is meant
-    "Judge an output before any work; raises FileExistsError, ValueError or OSError if it cannot be written"
+) -> Path: # expanded, as by `as_path`
+    "Check an output before any work; raises FileExistsError, ValueError or OSError if we must not or cannot write it"
     out = as_path(out)
     _check_place(out)
     if made == 'model' and '[' in str(out): raise ValueError(
@@ -270,12 +270,12 @@ def whole_folder(
 
 # %% ../nbs/71_files.ipynb #475bc21e
 def own_place(
-    folder: 'str | Path', # somebody's
+    folder: 'str | Path', # of somebody, such as that of a model
     first: str, # the file whose presence says that all were added
     *rest: str, # other files and folders to be added
     overwrite: bool = False, # replace them if they are ours
-) -> Path: # as it is meant
-    "Judge names in a folder before any work; raises FileExistsError for one that is not ours, or should stay"
+) -> Path: # expanded, as by `as_path`
+    "Check names in a folder before any work; raises FileExistsError for one that is not ours, or should stay"
     folder = as_path(folder)
     if folder.is_symlink(): raise FileExistsError(
         f'{folder} is a link, and nothing is written through one; give the place itself')
@@ -296,7 +296,7 @@ def own_place(
 # %% ../nbs/71_files.ipynb #182ba336
 @contextmanager
 def added_files(folder: 'str | Path', *names: str, overwrite: bool = False): # ▸ folder to write to
-    "What is written in the block is added to a folder when it is whole; arguments as for `own_place`"
+    "A folder whose files are added to `folder` when the block ends well; arguments as for `own_place`"
     folder = own_place(folder, *names, overwrite=overwrite)
     with scratch(folder) as part:
         yield part
@@ -322,8 +322,8 @@ def own_file(
     kind: str, # 'sweep', 'responses', 'report'
     begins: str | None = None, # its first words, if it is not JSON
     **more, # further fields by which ours begins
-) -> Path: # as it is meant
-    "Judge a file before any work; raises FileExistsError, ValueError or OSError if it is not ours to write"
+) -> Path: # expanded, as by `as_path`
+    "Check a file before any work; raises FileExistsError, ValueError or OSError if it is not ours to write"
     out = as_path(out)
     _check_place(out)
     _check_part(out, begins or '{"optiq"')
@@ -336,28 +336,28 @@ def own_file(
 
 # %% ../nbs/71_files.ipynb #9736dab7
 def append(path: Path, text: str):
-    "Add to a file that was begun; raises FileNotFoundError if it was taken away meanwhile"
+    "Append to a file; raises FileNotFoundError if somebody deleted it meanwhile"
     check_gone(path)
     with _told_full(path), path.open('r+b') as f:
         f.seek(0, os.SEEK_END)
         f.write(text.encode())
 
 def check_gone(path: Path):
-    "Raise FileNotFoundError for a file that was there"
+    "Raise FileNotFoundError if somebody deleted a file that this run is writing"
     if not path.exists(): raise FileNotFoundError(
         f'{path} was deleted while it was being written; run the same command again to begin anew')
 
 # %% ../nbs/71_files.ipynb #002cbdaa
 def journal_of(out: 'str | Path') -> Path:
-    "Where a run that writes `out` keeps what it has measured"
+    "The file beside `out` in which the run that writes `out` keeps its measurements"
     return as_path(out).with_name(f'{as_path(out).name}.sweep.jsonl')
 
 def own_output(
     out: 'str | Path | None', # a folder to write, if any
     overwrite: bool, made: str, source, # as for `own_folder`
     journal: bool, # it measures a sweep, and keeps it beside the folder until that is written
-) -> Path | None: # as it is meant
-    "Judge an output, and the place of its journal; raises what `own_folder` and `own_file` raise"
+) -> Path | None: # expanded, as by `as_path`
+    "Check an output, and the place of its journal; raises what `own_folder` and `own_file` raise"
     if out is None: return None
     out = own_folder(out, overwrite, made, source)
     if journal: own_file(journal_of(out), 'sweep', journal=True)
@@ -378,7 +378,7 @@ def _lock_of(out: Path) -> Path:
 # %% ../nbs/71_files.ipynb #eee3b4b0
 @contextmanager
 def _claim(out: 'str | Path'):
-    "No other process writes this while the block lasts; raises FileExistsError, naming it, if one does"
+    "While this lasts, no other process writes `out`; raises FileExistsError, with its pid, if one does already"
     out, fd = as_path(out), None
     while fd is None:
         lock = _lock_of(out)
@@ -400,16 +400,17 @@ def _claim(out: 'str | Path'):
 
 # %% ../nbs/71_files.ipynb #6fc08620
 def claiming(write):
-    "Decorator of a function with an `out`, which no other process may write while it runs, as FileExistsError says"
+    "Decorator: while the function runs, no other process may write its `out`; raises FileExistsError if one does"
     @wraps(write)
     def claimed(*args, **options):
-        out = signature(write).bind(*args, **options).arguments.get('out')
+        try: out = signature(write).bind(*args, **options).arguments.get('out')
+        except TypeError: return write(*args, **options) # Python's own error names the function
         with nullcontext() if out is None else _claim(out): return write(*args, **options)
     return claimed
 
 # %% ../nbs/71_files.ipynb #c0bd73ec
 def can_draw(*packages: str) -> bool:
-    "Whether there is what a figure needs, matplotlib by default; says on stderr what is left out, and the remedy"
+    "Whether the packages that draw figures are installed, by default matplotlib; if not, says so on stderr"
     missing = [p for p in packages or ('matplotlib',) if find_spec(p) is None]
     if missing: print(f"no figure is drawn: {' and '.join(missing)} not installed; pip install 'optiq-mlx[lab]' "
                       'brings what is missing', file=sys.stderr)

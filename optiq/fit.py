@@ -35,11 +35,11 @@ _GB = 2**30
 def _usable(
     memory: float, # bytes in the machine
 ) -> int: # bytes
-    "What a Mac with so much memory lets a model have"
+    "Bytes that a Mac with this much memory usually lets a model use"
     return int(memory*(2/3 if memory < 36*_GB else 3/4))
 
 def _here() -> tuple: # bytes, where the figure comes from
-    "What this machine lets a model have"
+    "Bytes that this machine lets a model use, and where the figure comes from"
     import mlx.core as mx
     found = mx.device_info() if mx.default_device().type == mx.DeviceType.gpu else {}
     limit = found.get('max_recommended_working_set_size')
@@ -49,7 +49,7 @@ def _here() -> tuple: # bytes, where the figure comes from
 
 # %% ../nbs/21_fit.ipynb #17db58aa
 def _config_folder(name: 'str | Path') -> Path:
-    "The folder of a model's config.json; of the Hub nothing else is fetched but the index"
+    "The folder of a model's config.json; fetches only this file and the index from the Hub"
     if str(name) == 'demo' or os.path.isdir(name) or str(name).count('/') != 1: return find_model(name)
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(str(name), allow_patterns=['config.json', 'model.safetensors.index.json']))
@@ -58,14 +58,14 @@ def _config_folder(name: 'str | Path') -> Path:
         f'({type(e).__name__}); check the name and the network') from e
 
 def _type_of(config: dict, total: int, params: int) -> str:
-    "The type of the weights: by their bytes if there is an index, or as the config says"
+    "The type of the weights, from their bytes if there is an index, else from the config"
     said = config.get('dtype') or config.get('torch_dtype') or (config.get('text_config') or {}).get('dtype')
     if total > 3*params: return 'float32'
     return said if said in ('float16', 'float32') and not total else 'bfloat16' if said != 'float16' else said
 
 # %% ../nbs/21_fit.ipynb #14f33e9f
 class _Outline(_Listing):
-    "A text model as its config tells it: units, bytes and caches; raises ValueError for one that mlx-lm does not know"
+    "A text model from its config alone: units, bytes and caches; raises ValueError if mlx-lm does not know it"
     def __init__(self,
         name: 'str | Path', # 'demo', a folder, or a Hub id, of which only the config and the index are fetched
     ):
@@ -98,7 +98,7 @@ class _Outline(_Listing):
 _STEP, _PROGRAM, _FUSED = 2048, _GB//2, (64, 80, 128) # tokens; bytes; widths of heads with a fused kernel
 
 def _heads_of(config: dict) -> tuple: # heads, width of one
-    "Of attention, as the config or its part for text says"
+    "Number of attention heads and the width of one, from the config or its part for text"
     c = config if 'num_attention_heads' in config else config.get('text_config') or {}
     n = c.get('num_attention_heads') or 1
     return n, c.get('head_dim') or c.get('hidden_size', n)//n
@@ -107,7 +107,7 @@ def _working_bytes(
     c, # Checkpoint or _Outline
     context: int, # tokens
 ) -> int:
-    "An estimate of what reading a prompt needs beside weights and cache"
+    "Estimated bytes that reading a prompt needs besides weights and cache"
     inside = [u for u in c.units if u.block is not None]
     def rows(u): return u.shape[-2]*(_experts_per_token(c.config) if len(u.shape) == 3 else 1)
     size, step = max(u.itemsize for u in inside), min(_STEP, context)
@@ -121,14 +121,14 @@ def _memory_here(
     c, # Checkpoint or _Outline
     context: int, # tokens
 ) -> int: # bytes of weights and KV cache
-    "What this machine leaves for weights and KV cache; raises ValueError if nothing is left"
+    "Bytes of this machine for weights and KV cache; raises ValueError if there are none"
     left = _here()[0]-_working_bytes(c, context)
     if left <= 0: raise ValueError(f'this machine gives {_here()[0]/_GB:.1f} GB, less than a step of {c.name} needs at '
                                    f'{context:,} tokens; take a shorter context')
     return left
 
 def _untested(source, formats: list) -> Sweep: # of a Checkpoint, an _Outline or a KVLayout
-    "A sweep with made-up values, to see whether a cap can be met; raises ValueError for a format that does not fit"
+    "A sweep with made-up values, to test whether a cap can be met; raises ValueError for a format that does not fit"
     values = {(u.path, f): np.array([1/f.bits]) for u, f in probes(source.units, formats)}
     return Sweep(source.units, formats, values,
                  dict(model=source.name, params=source.params, other_bytes=source.other_bytes))
@@ -149,7 +149,7 @@ def _largest(
     return found if sweep else make_plan(c, dict(found), found.name)
 
 def _row_of(c, memory, room: int, cache: int, formats: list, sweep) -> dict: # memory: bytes or a name
-    "What fits into so much, and what it is expected to lose"
+    "One row of the table: the largest plan for this much memory, and its expected KL"
     working = _working_bytes(c, c.context)
     plan = _largest(c, room-cache-working, formats, sweep)
     fits = [f for f in formats if uniform(c, f).nbytes <= room-cache-working]
@@ -164,7 +164,7 @@ def _row_of(c, memory, room: int, cache: int, formats: list, sweep) -> dict: # m
 # %% ../nbs/21_fit.ipynb #7ee89cd8
 @dataclass(repr=False)
 class _Fits:
-    "What of a model fits where"
+    "A table of the plans of a model that fit, by memory"
     rows: list # of dicts: memory, usable, cache, working, weights, size in bytes; plan, nominal_bpw, uniform, kl
     about: dict = field(default_factory=dict) # model, params, context, formats, quality
 
@@ -195,13 +195,13 @@ def _shown(r: dict) -> dict: # of `_Fits.rows` ▸ texts by column
 
 # %% ../nbs/21_fit.ipynb #4be5c881
 def _kl_text(r: dict) -> str: # of `_Fits.rows`
-    "What is expected, in a word where nothing was measured"
+    "The expected KL as text"
     if r['plan'] is None: return ''
     if r['kl'] is None: return 'not known'
     return f'{r["kl"]:.3g}' if r['kl_se'] is None else f'{r["kl"]:.3g} ± {r["kl_se"]:.2g}'
 
 def _words(f: _Fits) -> list: # of lines
-    "What the table does not say"
+    "Lines below the table: cache, step, where the figures come from, and the command to convert"
     about, found = f.about, []
     cache, step = _gb(f.rows[0]['cache']), _gb(f.rows[0]['working'])
     said = f'Taken off: {cache} of KV cache at {about["context"]:,} tokens, and about {step} for a step.'

@@ -64,7 +64,7 @@ def versus(self: Frontier) -> list: # of dicts
 
 # %% ../nbs/05f_frontier.ipynb #12646e7c
 def plus_minus(x, se, spec: str = '.4f') -> str:
-    "A figure with its standard error, as far as they are known"
+    "A figure with its standard error, as text; empty if there is no figure"
     if x is None: return ''
     return f'{x:{spec}}' if se is None else f'{x:{spec}} ± {se:{spec.lstrip("+")}}'
 

@@ -27,7 +27,7 @@ from .roofline import Chip, Latency, Reads, chip_named, reads_of
 
 # %% ../nbs/20b_latency.ipynb #ba5b87c2
 def _signature(reads: Reads) -> str:
-    "Columns by which points of one model differ from those of another"
+    "A text that identifies a model among calibration points"
     return f'{reads.layers} layers, {len(reads.units)} units, {reads.params} parameters'
 
 # %% ../nbs/20b_latency.ipynb #c7a922e9
@@ -35,10 +35,10 @@ def latency(
     model, # 'demo', a folder, a Hub id, or a Checkpoint
     chip: 'str | Chip | None' = None, # from the table by name; this machine, measured, by default
     context: int = 0, # tokens in the cache
-    formats: list = (), # that will be asked for, beside those of the model itself
+    formats: list = (), # to predict, besides those of the model itself
     folder: 'Path | None' = None, # of measurements, instead of the user's cache folder
 ) -> Latency:
-    "Predict the decode speed of a model's plans"
+    "A Latency that predicts the decode speed of a model's plans; raises ValueError for an unknown chip"
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
     if context < 0: raise ValueError(f'context {context} is negative; give the number of tokens in the cache')
     reads = reads_of(c.load(), c.config)
@@ -53,7 +53,7 @@ def latency(
 _LEARNED = ('bandwidth', 'dispatch', 'constant', 'host', 'host_constant') # fields of a chip
 
 def _point_of(taught: Latency, speed: Speed, name: str) -> dict:
-    "A calibration point, as it is kept: what was measured, of which model, and what was learned from it"
+    "A calibration point for the file: what we measured, of which model, and what we learned from it"
     return dict(name=name, ms=speed.ms, spread=speed.spread, runs=speed.runs.tolist(), context=speed.context,
                 of=_signature(taught.reads), date=date.today().isoformat(),
                 learned={k: getattr(taught.chip, k) for k in _LEARNED})
@@ -67,7 +67,7 @@ def calibrate(
     folder: 'Path | None' = None, # of measurements
     **options, # of `measure_decode`
 ) -> tuple[Latency, Speed]:
-    "Measure one model, learn the overheads from it, and keep them for this chip and version of mlx"
+    "Measure one model, learn the overheads from it, and store them for this chip and version of mlx"
     if lat.chip.name != machine_name(): raise ValueError(
         f'{lat.chip.name} cannot be calibrated on {machine_name()}; run on that machine, without a chip name')
     speed = measure_decode(model, **{'context': max(1, lat.context)}|options)
@@ -95,14 +95,14 @@ class Speeds:
 # %% ../nbs/20b_latency.ipynb #62d04d50
 @patch(as_prop=True)
 def mean_error(self: Speeds) -> float | None:
-    "Mean absolute error over the rows that were measured, the calibration point left out; None if none was"
+    "Mean absolute error over the measured rows without the calibration point; None if there are none"
     known = [abs(r['predicted']/r['measured']-1) for r in self.rows if r.get('measured') and not r.get('calibration')]
     return float(np.mean(known)) if known else None
 
 # %% ../nbs/20b_latency.ipynb #0bcefde8
 @patch
 def cells(self: Speeds) -> list: # rows of text, the first one the head
-    "The table as text; the columns of measurement only if something was measured"
+    "The table as text, with columns of measurements if there are any"
     head, out = ['plan', 'MB', 'true bits', 'predicted tok/s', 'measured tok/s', 'error'], []
     for r in self.rows:
         out.append([r['name'], f'{r["size_mb"]:.2f}', f'{r["true_bpw"]:.2f}', f'{r["predicted"]:.1f}'])
@@ -141,7 +141,7 @@ def compare_speeds(
     measured: dict = {}, # name ▸ Speed
     about: dict = {}, # of the table
 ) -> Speeds:
-    "Predict every plan at the context it was measured at, beside what was measured"
+    "Predict every plan, at the context of its measurement if there is one, and put the measurement beside it"
     rows = []
     for name, p in plans.items():
         s = measured.get(name)
@@ -170,13 +170,13 @@ def plot(self: Speeds,
 
 # %% ../nbs/20b_latency.ipynb #b79deecd
 def _plans_to_time(c, formats: list) -> dict: # name ▸ Plan
-    "A checkpoint as it is stored, and uniform plans of it that are something else"
+    "Plans to time: a checkpoint as it is stored, and uniform plans that differ from it"
     own, plans = make_plan(c, c.formats, 'as stored'), [uniform(c, f) for f in formats]
     return {p.name: p for p in [own, *(p for p in plans if dict(p) != dict(own))]}
 
 # %% ../nbs/20b_latency.ipynb #bc2168bd
 def _calibrate_plan(lat: Latency, c, plans: dict, folder=None, **options) -> tuple: # Latency, name ▸ Speed
-    "Measure one plan, learn from it and not from an older point, and keep what was learned"
+    "Measure one plan, learn from it instead of an older point, and store what we learned"
     stored = any(f != AS_IS for f in c.formats.values())
     name = 'as stored' if stored or 'uniform 4g64' not in plans else 'uniform 4g64'
     lat = replace(lat, chip=load_chip(chip_file(folder))[0], point={})
@@ -189,19 +189,20 @@ def _calibrate_plan(lat: Latency, c, plans: dict, folder=None, **options) -> tup
 def predict_speeds(
     model, # 'demo', a folder, a Hub id, or a Checkpoint
     formats: list = ('3', '4', '6', '8'), # of uniform plans to predict
-    chip: str | None = None, # from the table; this machine by default
+    chip: str | None = None, # from the table, such as 'M3 Max'; this machine by default
     context: int = 512, # tokens in the cache
-    calibrate_first: bool = False, # measure one plan, learn from it, and keep what was learned
+    calibrate_first: bool = False, # measure one plan, learn from it, and store what we learned
     measure: bool = False, # measure all plans
     folder: 'Path | None' = None, # of measurements, instead of the user's cache folder
     **options, # of `measure_decode`
-) -> Speeds:
-    """Predicted decode speed of a model and of its uniform plans, and the measured one if asked for
+) -> Speeds: # a table of plans with predicted, and if you ask for it measured, speeds
+    """Predict how fast a model and its uniform plans decode, and measure them if you ask for it
 
-    Speeds are in tokens per second, for one sequence. Raises ValueError for a chip that the table lacks, and for
-    measuring on another machine than this.
+    You get a table of speeds in tokens per second, for one sequence. Raises ValueError for a chip that the table lacks,
+    and if you ask to measure on a chip that is not this machine.
 
         print(predict_speeds('demo', [4, 8], chip='M3 Max'))
+        print(predict_speeds('demo', [4, 8], measure=True))
     """
     if chip is not None and (calibrate_first or measure): raise ValueError(
         f'only this machine can be measured, not {chip}; leave out the chip')
@@ -218,7 +219,7 @@ def _speed_range(
     lat: Latency,
     formats: list, # candidates
 ) -> tuple[float, float]: # milliseconds of the fastest and of the slowest plan on the device
-    "What the formats can do; a unit that none of them fits stays as it is"
+    "Milliseconds of the fastest and of the slowest plan; a unit that no format fits stays as it is"
     per_unit = [[lat(u, f) for f in formats if divides(f, u.shape)] or [lat(u, AS_IS)] for u in lat.reads.units]
     low, high = (lat.fixed+sum(map(end, per_unit)) for end in (min, max))
     return low, high
@@ -229,7 +230,7 @@ def budget(self: Latency,
     tps: float, # tokens per second to reach
     formats: list, # candidates
 ) -> dict: # options of `allocate`
-    "The cap on milliseconds that a speed means; raises ValueError, naming both ends, if no plan or every plan has it"
+    "A speed as a cap for `allocate`; raises ValueError, naming the range, if no plan or every plan reaches it"
     if not tps > 0: raise ValueError(f'{tps} tokens per second is not a positive number')
     fmts = parse_formats(formats)
     low, high = _speed_range(self, fmts)

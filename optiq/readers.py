@@ -21,18 +21,18 @@ from pathlib import Path
 def check_file(
     path: 'str | Path',
 ) -> Path:
-    "The path, if a file is there; raises FileNotFoundError or OSError, saying what is there instead"
+    "The path, if a file is there; raises FileNotFoundError, or OSError that says what is there instead"
     path, told = Path(path), repr(str(path))[1:-1] # a name can hold a zero byte or a line end
     try: there = path.exists()
     except (OSError, ValueError) as e: raise OSError(f'{told} cannot be opened: '
                                                      f'{getattr(e, "strerror", None) or e}') from None
     if path.is_file(): return path
     if there: raise OSError(f'{told} is {"a folder" if path.is_dir() else "a pipe or a device"}, and should be a file')
-    raise FileNotFoundError(f'{told} leads nowhere: '
-                            f'{"its target is gone" if path.is_symlink() else "there is no such file"}')
+    raise FileNotFoundError(f'{told}: '
+                            f'{"the target of this link is gone" if path.is_symlink() else "there is no such file"}')
 
 def read_bytes(path: 'str | Path') -> bytes:
-    "What a file holds; raises OSError if it is not a file or cannot be read"
+    "The bytes of a file; raises OSError if it is not a file or cannot be read"
     try: return check_file(path).read_bytes()
     except PermissionError: raise PermissionError(f'{path} cannot be read: permission denied') from None
 
@@ -44,7 +44,7 @@ _MARKS = {_UTF8: 'utf-8-sig', b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-3
 def read_text(
     path: 'str | Path', # UTF-8, or UTF-16 with its mark, packed by gzip or not
 ) -> str:
-    "The text of a file that somebody wrote; raises ValueError naming the line that is not text"
+    "The text of a file; raises ValueError naming the line that is not text in its encoding"
     data = read_bytes(path)
     try: data = gzip.decompress(data) if data.startswith(b'\x1f\x8b') else data
     except (OSError, EOFError, ValueError,
@@ -63,17 +63,17 @@ def split_lines(text: str) -> list[str]:
     return [line.removesuffix('\r') for line in (lines if lines[-1] else lines[:-1])]
 
 # %% ../nbs/72_readers.ipynb #38c05205
-def _no_constant(name): raise ValueError(f'it holds {name}, which is not a number')
-
 def parse(
     text: 'str | bytes',
     where: str, # file and line, for the error
     constants: bool = False, # allow NaN and Infinity, which Python writes and JSON does not know
     pairs: Callable | None = None, # of `json.loads`: makes an object of its names and values
 ):
-    "What JSON says; raises ValueError naming the place of the first error"
-    try: return json.loads(text if isinstance(text, str) else text.decode('utf-8'), parse_constant=None if constants
-                           else _no_constant, object_pairs_hook=pairs)
+    "The value that a JSON text stands for; raises ValueError naming the place of the first error"
+    def refuse(name): raise ValueError(f'it holds {name}, which is not a number')
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode('utf-8'), object_pairs_hook=pairs,
+                          parse_constant=None if constants else refuse)
     except json.JSONDecodeError as e: raise ValueError(
         f'{where} is not JSON: {e.msg.lower()}{f", line {e.lineno}" if chr(10) in e.doc else ""}, column '
         f'{e.colno}') from None
@@ -119,7 +119,7 @@ ANYTHING = Form('anything', lambda x: True)
 OBJECT, LIST = Form('an object', lambda x: isinstance(x, dict)), Form('a list', lambda x: isinstance(x, list))
 
 def shown(x) -> str:
-    "A value as an error quotes it"
+    "A value in the short form in which an error quotes it"
     what = {dict: 'an object', list: 'a list', type(None): 'null'}.get(type(x))
     text = repr(x[:60] if isinstance(x, str) else x)
     return what or (text if len(text) < 60 else f'{text[:40]}…')
@@ -130,7 +130,7 @@ def check(
     form: 'dict | list | Form', # what it should be
     where: str, # file, and place in it
 ):
-    "`x`, if it has this form; raises ValueError naming the place that has not"
+    "`x`, if it has this form; raises ValueError naming the place that differs, and what should stand there"
     if isinstance(form, Form):
         if not form.holds(x): raise ValueError(f'{where} is {shown(x)}, and should be {form.words}')
         return x
@@ -155,7 +155,7 @@ def read_json(
     form: 'dict | list | Form' = OBJECT, # what it should hold
     constants: bool = False, # allow NaN and Infinity
 ):
-    "What a JSON file holds, checked; raises ValueError naming the file and the place in it"
+    "The content of a JSON file, if it has this form; raises ValueError naming the file and the place that differs"
     return check(parse(read_bytes(path), str(path), constants), form, str(path))
 
 def read_ours(
@@ -183,7 +183,7 @@ def records_in(
     path: 'str | Path', # where they stand, for errors
     form: 'dict | list | Form' = OBJECT, # of each
 ) -> list: # of (number of the line, what it holds)
-    "What lines of JSON hold, blank ones left out; raises ValueError naming the file and the line"
+    "The records in lines of JSON, without blank lines; raises ValueError naming the file and the line"
     places = [(i, f'{path}, line {i}', line) for i, line in enumerate(lines, 1) if line.strip()]
     return [(i, check(parse(line, where), form, where)) for i, where, line in places]
 
@@ -202,7 +202,7 @@ def dumps(
     x, # what to write
     **how, # of `json.dumps`
 ) -> str:
-    "JSON, in which what is not known is null"
+    "A value as JSON text; NaN and infinity become null"
     try: return json.dumps(x, allow_nan=False, **how) # nearly always
     except ValueError: return json.dumps(known(x), allow_nan=False, **how)
 
@@ -212,18 +212,18 @@ def write_json(path: 'str | Path', x, **how):
 
 # %% ../nbs/72_readers.ipynb #1e99ff2c
 def told(e: BaseException) -> str:
-    "What an error of a library says, on one line; of one that it did not mean to raise, where it arose"
+    "The message of a library's error, on one line; for one that it did not raise on purpose, the place where it arose"
     text, frames = ' '.join(str(e).split()), e.__traceback__
     if text and not isinstance(e, (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
                                    AssertionError)):
         return text
     while frames is not None and frames.tb_next is not None: frames = frames.tb_next
     place = f' in {Path(frames.tb_frame.f_code.co_filename).name}, line {frames.tb_lineno}' if frames else ''
-    return f'something is not as it should be ({type(e).__name__}{place}); OPTIQ_DEBUG=1 shows the whole story'
+    return f'an unexpected error ({type(e).__name__}{place}); OPTIQ_DEBUG=1 shows the whole traceback'
 
 # %% ../nbs/72_readers.ipynb #e14d5db0
 def _check_counts(**given):
-    "Raise ValueError, naming it, for a number that counts nothing: these are whole and at least 1, or None"
+    "Raise ValueError, naming the argument, unless it is None or a whole number of at least 1"
     for name, x in given.items():
         counts = isinstance(x, Integral) and not isinstance(x, bool) and x > 0
         if x is not None and not counts: raise ValueError(
@@ -231,7 +231,7 @@ def _check_counts(**given):
 
 # %% ../nbs/72_readers.ipynb #b31e8db7
 def _helpful(f):
-    "Decorator of a function: `help` also shows what the comments beside its parameters say"
+    "Decorator: adds the comments beside a function's parameters to its docstring, so that `help` shows them"
     from fastcore.docments import docments # takes as long as the rest of this module, which the command line loads
     try: said = docments(f)
     except (OSError, TypeError): return f # without its source there are no comments

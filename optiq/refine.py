@@ -35,7 +35,7 @@ def _joint_kl(
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip, or a mapping of paths to such
     tick = lambda share: None, # as of `evaluate`
 ) -> dict: # name ▸ (n,)
-    "KL of whole plans, per sequence; plans that are equal are measured once"
+    "Measured KL of whole plans, in nats, per sequence; equal plans are measured once"
     def key(p): return tuple(p.formats.items())
     first = {}
     for name, p in plans.items(): first.setdefault(key(p), name)
@@ -44,7 +44,7 @@ def _joint_kl(
 
 # %% ../nbs/05c_refine.ipynb #66089e52
 def _redrawn(p: Problem, rng, spread: float) -> tuple: # one option for each row
-    "What is best for calibration sequences drawn again, and sensitivities that are changed at random"
+    "The best options for calibration sequences drawn again, and sensitivities changed at random"
     draw = rng.integers(p.samples.shape[2], size=p.samples.shape[2])
     kl = p.samples[..., draw].mean(2)*np.exp(spread*rng.standard_normal((len(p.rows), 1)))
     return tuple(replace(p, kl=undominated(kl, p.costs)).solve('lagrange')[0])
@@ -87,9 +87,9 @@ def _around(
     plan: Plan,
     paths: set, # units to measure again
     formats: dict, # unit path ▸ formats to try
-    quantize = quantize_dequantize, # as for `joint_kl`
+    quantize = quantize_dequantize, # as for `_joint_kl`
 ) -> dict: # (path, Format) ▸ (n,) joint KL of the plan with this unit in that format
-    "What the plan would cost if one unit changed"
+    "Measured KL of the plan with one unit in another format, for each of these units and formats"
     todo = [(u, f) for u in plan.units if u.path in paths for f in formats[u.path]]
     values, base, many = {}, overrides_of(plan, quantize), None
     for p in passes_of(todo, len(tokens), *plan_passes(b, todo, shape_of(tokens))):
@@ -104,7 +104,7 @@ def _solve_again(
     plan: Plan, # the incumbent
     values: dict, # of `around`; the other units keep their format
 ) -> tuple: # Plan, its forecast KL
-    "The best plan in which only the units measured again may change"
+    "The best plan in which only the units measured again may change, and its forecast KL"
     p, (table, _) = q.problem, smoothed(SimpleNamespace(values=values))
     kl = np.full(p.kl.shape, np.inf)
     for i, (row, options) in enumerate(zip(p.rows, p.options)):
@@ -119,7 +119,7 @@ def _solve_again(
 
 # %% ../nbs/05c_refine.ipynb #e073374b
 def improve(b, tokens, q, tried, kl, best, tolerance, rounds, quantize):
-    "Measure again around the best plan; adds to `tried` and `kl`, returns the best and its history"
+    "Measure again around the best plan, for some rounds; adds to `tried` and `kl`, returns best name and rounds"
     forecast, history, near = tried[best].predicted_kl, [], list(tried.values())
     options = {p: o for row, o in zip(q.problem.rows, q.problem.options) for p in row}
     while True:
@@ -137,7 +137,7 @@ def improve(b, tokens, q, tried, kl, best, tolerance, rounds, quantize):
 # %% ../nbs/05c_refine.ipynb #8a11e045
 @dataclass(repr=False)
 class Verified:
-    "The plan that measured best, and what it was compared with"
+    "The plan that measured best, and those that we compared it with"
     plan: Plan # with `solver['verified']`: its joint KL, what was tried
     kept: str # its name among those tried
     tried: dict = field(default_factory=dict) # name ▸ Plan
@@ -155,14 +155,14 @@ class Verified:
 # %% ../nbs/05c_refine.ipynb #98b0395b
 @patch
 def row(self: Verified, name: str) -> dict:
-    "The figures of one plan that was tried; `difference` is to the one kept, sequence by sequence"
+    "The figures of one plan; `difference` is its KL minus that of the plan kept, sequence by sequence"
     (kl, se), (diff, diff_se) = mean_se(self.kl[name]), mean_se(self.kl[name]-self.kl[self.kept])
     return dict(name=name, size_mb=self.tried[name].size_mb, predicted_kl=known(self.tried[name].predicted_kl), kl=kl,
                 kl_se=known(se), difference=diff, difference_se=known(diff_se))
 
 @patch(as_prop=True)
 def rows(self: Verified) -> list: # of dicts
-    "All that were tried, the best first"
+    "The figures of all plans that were tried, the best first"
     return [self.row(n) for n in sorted(self.tried, key=lambda n: self.kl[n].mean())]
 
 # %% ../nbs/05c_refine.ipynb #7ac0d045
@@ -174,7 +174,7 @@ def _row_text(r: dict) -> str: # of `Verified.row`
 
 # %% ../nbs/05c_refine.ipynb #72265bc4
 def verdict(v: Verified) -> str:
-    "One line: what was kept, and how good the forecast was"
+    "One line: which plan is kept, and how good its forecast was"
     last, again = v.rounds[-1], sum(r['units'] for r in v.rounds)
     won = v.kept in v.baselines
     what = f'{v.kept} measured better than every plan that was allocated, so it is kept' if won else f'kept: {v.kept}'
@@ -187,7 +187,7 @@ def verdict(v: Verified) -> str:
 
 # %% ../nbs/05c_refine.ipynb #0a8d3cbd
 def _stamped(q, plan, tried, kl, kept, tokens) -> Plan:
-    "The plan that was kept, with what was measured in its record"
+    "The plan that is kept, with all measurements in its record, `solver['verified']`"
     (joint, se), chosen = mean_se(kl[kept]), tried[kept]
     record = dict(kept=kept, joint_kl=joint, joint_kl_se=known(se), tokens=fingerprint(tokens),
                   tried={x: dict(predicted_kl=known(p.predicted_kl), joint_kl=float(kl[x].mean())) for x,
@@ -208,20 +208,25 @@ def verified(
     tokens: np.ndarray, # (n, T) calibration tokens
     sweep, # Sweep of the same model
     *,
-    quantize = quantize_dequantize, # what will save the plan, as for `joint_kl`
-    only: 'list | None' = None, # formats that a plan may have to be kept; any by default
+    quantize = quantize_dequantize, # what will save it: (weight, format) ▸ weight, or a mapping of paths to such
+    only: 'list | None' = None, # formats that the plan that we keep may have; any by default
     n: int = 6, # near-optimal alternatives
-    tolerance: float = .15, # how far forecast and measurement may be apart
+    tolerance: float = .15, # relative; measure again if forecast and measurement are further apart
     rounds: int = 2, # how often units are measured again
     seed: int = 0,
     progress: bool = True, # say on stderr what is measured
     **options, # of `allocate`
 ) -> Verified:
-    "Allocate, measure the plan among its like, keep the best: never worse, measured, than baselines of its bytes"
+    """Allocate, measure the plan beside near-optimal ones and baselines of its bytes, and keep the best
+
+    By measured KL on these tokens, the result is at least as good as every baseline that `only` admits. Raises
+    ValueError for a sweep of another model, and what `allocate` raises for caps out of reach.
+    """
     b, method, q = open_backend(model), options.pop('method', 'exact'), pose(sweep, **options)
     plan = q.solve(method)
     if set(plan) != set(b.checkpoint.unit):
-        raise ValueError(f'the sweep is of another model, {sweep.header.get("model")}')
+        raise ValueError(
+            f'the sweep is of another model, {sweep.header.get("model")}; give one of {b.checkpoint.name}')
     ours, flats = {'allocated': plan} | _alternatives(q, plan, n, seed=seed), _within(q, plan)
     many = f'{len(ours)+len(flats)} plans on {prod(shape_of(tokens)):,} tokens'
     if progress: print(f'verifying {many}', file=sys.stderr)
@@ -245,9 +250,9 @@ def measured(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: np.ndarray, # (n, T) evaluation tokens
     each: int = 4, # points of each curve, evenly spread; 0 for the baselines and their rivals alone
-    quantize = quantize_dequantize, # as for `joint_kl`; baselines are rounded likewise
+    quantize = quantize_dequantize, # as for `verified`; baselines are rounded likewise
 ) -> Frontier: # the same, with scores
-    "Measure points of a frontier, and everything that they are to be compared with"
+    "Measure points of a frontier, all baselines, and the plan for the bytes of each; adds `scores` to it"
     todo = [*frontier.rivals.values(), *frontier.baselines, *_spread_over(frontier, each)]
     with _bar(f'measuring {len(todo)} plans') as bar:
         frontier.scores |= _joint_kl(open_backend(model), tokens, {p.name: p for p in todo}, quantize, bar.update)

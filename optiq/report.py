@@ -23,7 +23,7 @@ from .readers import known, OBJECT, PROSE, read_ours, write_json
 
 # %% ../nbs/30_report.ipynb #4250e0cd
 def machine() -> dict: # cpu, cores, system, versions, date
-    "What the numbers of a report were measured with"
+    "The machine and the versions of a measurement, for a report"
     def installed(name):
         try: return version(name)
         except PackageNotFoundError: return None
@@ -33,7 +33,7 @@ def machine() -> dict: # cpu, cores, system, versions, date
                 date=date.today().isoformat())
 
 def _cpu():
-    "Name of the processor, as the operating system gives it"
+    "The name of the processor, from the operating system"
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.exists() else []
     if lines: return next((line.split(': ')[1] for line in lines if 'model name' in line), 'unknown')
@@ -42,7 +42,7 @@ def _cpu():
 # %% ../nbs/30_report.ipynb #8143ed98
 @dataclass(frozen=True)
 class _Metric:
-    "How a figure is shown and judged"
+    "How a figure prints, and whether more or less is better"
     title: str
     spec: str = '.1%' # format
     better: int = 1 # 1 if more is better, -1 if less is
@@ -55,7 +55,7 @@ _METRICS = dict(kl=_Metric('KL', '.4f', -1), kl_p99=_Metric('KL p99', '.3f', -1)
                margin=_Metric('margin', '.2f'),
                ai2d=_Metric('AI2D'), wer=_Metric('WER', '.1%', -1), prompt_tps=_Metric('prompt tok/s', '.0f'),
                decode_tps=_Metric('decode tok/s', '.1f'), peak_mb=_Metric('peak MB', '.0f', -1))
-_TO_REFERENCE = 'kl', 'kl_p99', 'kl_p999', 'flips', 'agreement' # say nothing about the reference itself
+_TO_REFERENCE = 'kl', 'kl_p99', 'kl_p999', 'flips', 'agreement' # distances to the reference, trivial for itself
 _SIZES = dict(nominal_bpw='nominal', true_bpw='true bits', size_mb='MB', weight_mb='weights MB', cache_mb='cache MB')
 
 def _metric(name: str) -> _Metric: return _METRICS.get(name) or _Metric(name.rsplit(':', 1)[-1])
@@ -95,7 +95,7 @@ def _figure(name, value, se, low, high, items, on):
             'on': {name: on}}
 
 def joined(*parts: dict) -> dict:
-    "One row of several: sizes and figures side by side"
+    "Join several rows of one model: sizes and figures side by side"
     row = {k: v for p in parts for k, v in p.items()}
     for k in ('items', 'on'): row[k] = {m: v for p in parts for m, v in p.get(k, {}).items()}
     return row
@@ -105,7 +105,7 @@ def _paired(
     x, # (n,) items of one model
     y, # (n,) items of the other, in the same order
 ) -> dict: # difference, low, high, p_value
-    "Mean of x − y, its 95 % interval, and how likely so large a difference is by chance (McNemar 1947 exact, else t)"
+    "Mean of x − y, its 95 % interval, and the p-value of a paired test (McNemar 1947, exact; else Student's t)"
     from scipy.stats import binomtest, t, ttest_1samp
     d = np.subtract(x, y, dtype=float)
     if not np.isfinite(d).all(): raise ValueError('an item is not a number, so the two cannot be compared')
@@ -123,7 +123,7 @@ def _verdict(
     name: str, # of a metric
     level: float = .05,
 ) -> dict | None: # winner (a name or None), text
-    "Who is best in a metric, and whether the paired tests tell it from all others"
+    "The best model in a metric, if paired tests tell it from all others, and a sentence that says so"
     have = [r for r in rows if r.get(name) is not None and not (name in _TO_REFERENCE and r.get('kl') == 0)]
     if len(have) < 2 or not any(r.get('items', {}).get(name) for r in have):
         return None # medians of speed have no items
@@ -139,7 +139,7 @@ def _verdict(
 
 # %% ../nbs/30_report.ipynb #101820c7
 def test(a: dict, b: dict, name: str) -> dict | None:
-    "`paired` on two rows; None unless both have the items of the metric, of the same data"
+    "The paired test of two rows; None unless both hold the items of the metric, from the same data"
     x, y = (r.get('items', {}).get(name) for r in (a, b))
     same = x is not None and y is not None and len(x) == len(y) and a['on'][name] == b['on'][name] != ''
     return _paired(x, y) if same else None
@@ -157,7 +157,7 @@ def _p(p): return 'p < 0.001' if p < .001 else f'p = {p:.2g}'
 _COLUMNS = dict(name='model', **_SIZES, **{k: m.title for k, m in _METRICS.items()})
 
 def _columns(rows: list) -> list:
-    "The columns that some row has something in, known metrics first"
+    "The columns that are not empty in all rows, known metrics first"
     own = [k[:-2] for r in rows for k in r if k.endswith('_n') and k[:-2] not in _COLUMNS and k[:-2] in r]
     return [k for k in dict.fromkeys([*_COLUMNS, *own]) if any(r.get(k) is not None for r in rows)]
 
@@ -244,7 +244,7 @@ def _size_of(
     name: str, # of the model
     size, # Plan or anything that knows bits and bytes
 ) -> dict: # columns of a row
-    "The size of a model, as a report has it"
+    "The size of a model, as columns of a row"
     return dict(name=name, nominal_bpw=size.nominal_bpw, true_bpw=size.true_bpw, size_mb=size.size_mb)
 
 def own_size(c, name: str | None = None, plan=None) -> dict: # Checkpoint ▸ columns of a row
@@ -258,7 +258,7 @@ def score_row(
     score, # optiq.evals.perplexity.Score
     on: str = '', # fingerprint of the tokens
 ) -> dict:
-    "A row of a report"
+    "A row of a report from the size and the score of a model"
     (kl, kl_se), (agree, agree_se) = mean_se(score.kl), mean_se(score.agree)
     items = {k: x for k, x in dict(kl=score.kl, perplexity=score.nll, agreement=score.agree).items()
              if np.isfinite(x).all()}
@@ -287,7 +287,7 @@ def plot(self: Report, ax=None, metric: str = 'kl'):
 def compare(cls: Report,
     *reports, # Report
 ) -> Report: # with about['verdicts']
-    "One table of all models and metrics, with a verdict on each metric that paired tests can give"
+    "Join reports into one table of all models and metrics, with the verdict of a paired test on each metric"
     rows = {}
     for r in (r for report in reports for r in report.rows):
         rows[r['name']] = _same_model(rows[r['name']], r) if r['name'] in rows else r
@@ -299,7 +299,7 @@ def compare(cls: Report,
 
 # %% ../nbs/30_report.ipynb #063c0f9e
 def _same_model(a: dict, b: dict) -> dict:
-    "Two rows of one model as one; raises ValueError where they contradict each other"
+    "Join two rows of one model; raises ValueError if they contradict each other"
     def of(r, k): return r[k], r.get('on', {}).get(k)
     odd = [k for k in a.keys() & b.keys() if k in _METRICS and of(a, k) != of(b, k)]
     if odd: raise ValueError(
@@ -322,7 +322,7 @@ def panels(self: Report): # ▸ matplotlib axes
 
 # %% ../nbs/30_report.ipynb #e42605bd
 def _plot_panel(ax, rows: list, name: str, winner: str | None = None):
-    "One metric, a star where the paired tests know a winner"
+    "Draw one metric of all models; a star marks the winner of the paired tests"
     for i, r in enumerate(rows):
         if r.get(name) is None: continue
         low, high = _interval(r, name)
@@ -335,7 +335,7 @@ def _plot_panel(ax, rows: list, name: str, winner: str | None = None):
 
 # %% ../nbs/30_report.ipynb #91cf05d0
 def _interval(row: dict, name: str) -> tuple: # low, high
-    "95 % interval of a figure; of no width where no error is known"
+    "The 95 % interval of a figure; of zero width if its error is not known"
     low, high, se = (row.get(f'{name}_{k}') for k in ('low', 'high', 'se'))
     if low is not None and low == low: return low, high
     return (row[name]-1.96*se, row[name]+1.96*se) if se is not None and se == se else (row[name], row[name])

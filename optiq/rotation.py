@@ -46,7 +46,7 @@ def _cell_moments(
     points: np.ndarray, # (2^bits,) ascending
     d: int, # dimensions
 ) -> tuple: # masses and first moments, (2^bits,) each
-    "What falls to each code point"
+    "Mass and first moment of each code point's cell"
     t = np.concatenate([[-1], (points[1:]+points[:-1])/2, [1]])
     return np.diff(_mass(t, d)), np.diff(_moment(t, d))
 
@@ -65,7 +65,10 @@ def codebook(
     bits: int, # 1 to 8
     kind: str = 'lloyd', # 'lloyd' (least error) or 'uniform' (equal steps)
 ) -> np.ndarray: # (2^bits,) ascending, for unit vectors
-    "The best code points for the coordinates of rotated unit vectors"
+    """The best code points for the coordinates of rotated unit vectors, ascending, in units of the vector's length
+
+    Raises ValueError for bits other than 1 to 8, fewer than 3 dimensions, or an unknown kind.
+    """
     if not 1 <= bits <= 8 or int(bits) != bits: raise ValueError(f'bits={bits}: code books have 1 to 8 bits')
     if d < 3: raise ValueError(f'd={d}: rotation quantization needs at least 3 dimensions')
     if kind not in ('lloyd', 'uniform'): raise ValueError(f"kind={kind!r}: a code book is 'lloyd' or 'uniform'")

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .arrays import library
@@ -205,10 +206,12 @@ class RoundTrips(Mapping):
         formats: list, # candidates, rounded together
         method: str = 'gptq', # 'minmax', 'search' or 'gptq'
         blocks: bool = False, # hold a whole block: for plans, which are many and go through it together
+        keep: 'Path | None' = None, # folder for the codes of what is rounded, so that nothing is rounded twice
     ):
         if method not in QUANTIZERS: raise ValueError(f'no rounding {method!r}; there are {", ".join(QUANTIZERS)}')
         self.b, self.formats, self.method = open_backend(model), list(formats), method
         self.stats, self.held = _listened(self.b, tokens, method), _Held(self.b.checkpoint.unit, blocks)
+        self.keep, self.kept = keep, {} # (path, Format) ▸ file
         self.name = f'{method}, {" × ".join(map(str, shape_of(tokens)))} tokens {fingerprint(tokens)}'
 
     def __getitem__(self, path): return partial(self.round_trip, path)
@@ -219,12 +222,24 @@ class RoundTrips(Mapping):
         if self.b.checkpoint.unit[path].keeps(fmt): return w
         if self.method == 'minmax': return quantize_dequantize(w, fmt)
         held, shape = self.held.of(path), self.b.checkpoint.unit[path].shape
+        if w.shape != shape: return _round_all(w, [fmt], self.stats[path], self.method)[0].dequantize() # some rows
         if fmt not in held:
             wanted = dict.fromkeys([fmt, *self.formats])
             formats = [f for f in wanted if f != AS_IS and f not in held and divides(f, shape)]
             done = _round_all(self.b.unit_weight(path), formats, self.stats[path], self.method)
             held |= {r.fmt: r.dequantize() for r in done}
+            mine = [r for r in done if self.keep is not None and r.fmt in self.formats]
+            self.kept |= {(path, r.fmt): self.stored(path, r) for r in mine}
         return held[fmt]
+
+# %% ../nbs/06_rounding.ipynb #71f253b3
+@patch
+def stored(self: RoundTrips, path: str, r) -> Path: # Rounded or MinMax ▸ its file
+    "Save what was rounded"
+    import mlx.core as mx
+    file = self.keep/f'{path} {r.fmt}.safetensors'
+    mx.save_safetensors(str(file), r.stored())
+    return file
 
 # %% ../nbs/06_rounding.ipynb #67ba08cb
 def _round_all(w, formats: list, stats, method: str) -> list:
@@ -291,12 +306,15 @@ def round_to_files(
     method: str, # 'minmax', 'search' or 'gptq'
     folder: 'str | Path', # where the stored tensors lie until the conversion has read them
     progress: bool = True, # announce the time, show a bar with what is left
+    kept: dict = {}, # (unit path, Format) ▸ file, of what was rounded before
 ) -> dict: # unit path ▸ (weight, format) ▸ stored tensors: a quantizer for `convert`
     "Round a whole plan, a file for each unit, so that no more than a block is in memory"
     import mlx.core as mx
-    b, found = open_backend(model), {}
+    b, known = open_backend(model), {p: f for p, f in plan.items() if (p, f) in kept}
+    found = {p: partial(_read, file=str(kept[p, f]), planned=f) for p, f in known.items()}
+    plan = {**plan, **dict.fromkeys(known, AS_IS)} # what is left to do
     if progress and method != 'minmax': _announce_rounding(b, tokens, plan, method)
-    with tqdm(total=len(plan), desc=method, unit=' tensors', leave=False, disable=not progress) as bar:
+    with tqdm(total=len(plan)-len(known), desc=method, unit=' tensors', leave=False, disable=not progress) as bar:
         for path, r in round_model(b, tokens, plan, method, bar.update):
             file = str(Path(folder)/f'{len(found)}.safetensors')
             mx.save_safetensors(file, r.stored())

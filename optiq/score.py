@@ -32,7 +32,7 @@ def text_tokens(
     limit: int | None = None, # tokens in all
     fewer: bool = False, # take what there is if there are fewer
 ) -> np.ndarray: # (n, seq_len)
-    "Windows of text in its own order, as many as asked for"
+    "Consecutive windows of a text as tokens; raises ValueError if there are fewer than `n`"
     least = 1+len(before(c.tokenizer))
     if min(n, seq_len-least, 1 if limit is None else limit-least) < 1: raise ValueError(
         'text to score needs a sequence of two tokens at least')
@@ -43,7 +43,7 @@ def text_tokens(
 
 # %% ../nbs/46_score.ipynb #d41bf26c
 def _checkpoint_of(model) -> Checkpoint: # name or Checkpoint
-    "A model, opened if it is only named"
+    "A Checkpoint, opened if you give a name"
     return model if isinstance(model, Checkpoint) else Checkpoint(model)
 
 # %% ../nbs/46_score.ipynb #80dd3d03
@@ -55,7 +55,7 @@ def _perplexity_figure(nll: np.ndarray, on: str = '') -> dict:
     return f | ends | dict(perplexity=value, perplexity_se=None if se is None else value*se)
 
 def _text_about(source, tokens: np.ndarray) -> dict:
-    "What a text was, and what it was scored with"
+    "The entries of a report about a text and the machine"
     return dict(text=f'{source}, {len(tokens)} × {tokens.shape[1]} tokens', tokens=fingerprint(tokens), **machine())
 
 # %% ../nbs/46_score.ipynb #fa625572
@@ -116,7 +116,7 @@ def _kl_figures(
 def _by_position(
     score, # optiq.evals.perplexity.Score
 ) -> list: # of dicts
-    "KL along a sequence: tokens early in it have little context to lean on"
+    "KL by position in the sequence; tokens early in it have little context"
     T = score.tokens.shape[2]
     edges = [0, *(e for e in (16, 64, 256, 1024) if e < T), T]
     rows = zip(edges, edges[1:], *score.by_position(edges))
@@ -132,7 +132,7 @@ def _size_of_text(protocol: str | None, n: int, seq_len: int, limit: int | None)
     raise ValueError(f'no protocol {protocol!r}; there is {", ".join(_PROTOCOLS)}')
 
 def _record(score, on: str) -> dict: # Score, fingerprint of the tokens ▸ columns of a row
-    "What published comparisons tell"
+    "The figures of published comparisons: KL, its percentiles, agreement, perplexity"
     kl = score.tokens[1]
     return joined(mean_figure('kl', kl.mean(1), on), _tail_figure(kl, 'kl_p99', .99), _tail_figure(kl, 'kl_p999', .999),
                   mean_figure('agreement', score.agree, on), _perplexity_figure(score.nll, on))
@@ -148,7 +148,7 @@ def _under_test(
     tokens: np.ndarray, # (n, T)
     backend: str,
 ) -> tuple: # Backend, overrides, columns of its size
-    "What is scored against the baseline"
+    "The backend, overrides and size of the model to score against the baseline"
     if _is_gguf(model):
         weights, nbytes = gguf_weights(model, a)
         size = dict(name=Path(model).name, true_bpw=8*nbytes/a.params, size_mb=nbytes/2**20)
@@ -220,7 +220,7 @@ def _named(c, make): return c.name if make is None else f'{c.name}, cache {make.
 
 # %% ../nbs/46_score.ipynb #1d39705e
 def recall(model, n=200, seed=42, **_) -> Report:
-    "The demo model's recall task: codes from texts of 128 to 1,024 tokens, as they are answered"
+    "The demo model's recall task: the share of codes that it finds in texts of 128 to 1,024 tokens"
     from optiq.evals.tasks import answers, task_rows
     from optiq.material.problems import correct
     c, rows = _checkpoint_of(model), task_rows(n, seed=seed)['recall']
@@ -258,7 +258,7 @@ def run_task(
     trust_remote_code: bool = False,
     **options, # of the task
 ) -> Report: # the baseline's row first
-    "Score a model on a task, and compare it with a baseline"
+    "Score a model on a task, and compare it with a baseline if you give one; raises ValueError for an unknown task"
     if n < 1: raise ValueError(f'`n` must be at least 1 sample, not {n}')
     f, options = _find_task(task), {k: v for k, v in options.items() if v is not None} # a task has defaults of its own
     if options.get('kv') and task not in ('gsm8k', 'needle'): raise ValueError(

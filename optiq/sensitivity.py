@@ -37,15 +37,16 @@ def sweep_quantizer(
     formats: list[Format],
     rounding: str, # 'minmax', 'search' or 'gptq'
     blocks: bool = False, # learn a block as a whole
+    keep: 'Path | None' = None, # folder for what is rounded, see `RoundTrips`
 ) -> tuple: # quantizer, its name
-    "What rounds the weights of a sweep: MLX's rule, or one that learns from these tokens"
+    "The function that rounds the weights of a sweep, and its name: MLX's rule, or one that learns from these tokens"
     if rounding == 'minmax': return quantize_dequantize, rounding
-    quantize = RoundTrips(b, tokens, formats, rounding, blocks)
+    quantize = RoundTrips(b, tokens, formats, rounding, blocks, keep)
     return quantize, quantize.name
 
 # %% ../nbs/04_sensitivity.ipynb #09b628a2
 def _shortcut_sweep(b, tokens, formats, method, targets, progress, **how) -> Sweep:
-    "A sweep by gradients, or one that is exact only where it matters"
+    "A sweep by gradients, or a screened one, which measures exactly only where that can change a plan"
     from optiq.measure.gradient import gradient_sweep, screened_sweep
     if not b.stacks: raise ValueError(f'method {method!r} knows text models only; '
                                       f'a {b.checkpoint.model_type} model takes method exact')
@@ -58,7 +59,7 @@ _TIME_BUDGET = 600. # seconds that a sweep may take
 _SHARE = dict(exact=1., screened=.25, gradient=.05) # of the time of an exact sweep, as measured
 
 def _possible_methods(b: Backend, targets: 'list | tuple', until: str | None, of) -> list[str]:
-    "What this sweep could be measured with, the most exact first"
+    "The methods that this sweep could use, the most exact first"
     shortcuts = b.stacks and b.holds and of is None and until is None and _ranks_here().size == 1
     if not shortcuts or 4*b.checkpoint.params > b.free_memory(): return ['exact']
     return [m for m in _SHARE if m != 'screened' or targets]
@@ -117,13 +118,13 @@ def _complete(
     targets: list | None = None, # nominal bits of the plans that may end it early
     remedy: str = 'give fewer or shorter sequences, or a smaller `max_memory`', # if memory does not do
 ) -> Sweep:
-    "Measure what a log lacks"
+    "Measure the passes that a log lacks, and give the finished sweep"
     if targets is not None and log.ranks.size > 1: raise ValueError(
         f"until='stable' compares plans of one process, and this is one of {log.ranks.size}; leave it out, or measure "
         f"in one process")
     warn_of_idle(log.header.get('experts', {}))
-    if log.missing(): measure(log.b, tokens[:1],
-                              []) # a model whose logits are no numbers is refused before anything is rounded
+    if log.missing() and log.b.holds: # a model whose logits are no numbers is refused before anything is rounded
+        measure(log.b, tokens[:1], [])
     many = None # probes that fit at a time, once that is known
     with _progress_bar(log, progress) as tick:
         for p in log.missing():
@@ -134,7 +135,7 @@ def _complete(
 
 # %% ../nbs/04_sensitivity.ipynb #7807a0f8
 def _check_wishes(until: str | None, **counts):
-    "Raise ValueError for what no sweep can do"
+    "Raise ValueError for counts below 1 and for an unknown `until`"
     _check_counts(**counts)
     if until not in (None, 'stable'): raise ValueError(f"`until` is {until!r}, and should be 'stable' or None")
 
@@ -149,7 +150,7 @@ def _warn_of_silent(sweep: Sweep):
 
 # %% ../nbs/04_sensitivity.ipynb #4cb19e2b
 def _statistics_for(b: Backend, learned, file, rounding: str, source=None, wanted=None): # see `_learned_from`
-    "What rounding learned, from a file; raises ValueError for a rounding that it does not serve"
+    "Statistics for `search`, read from a file or learned and written to it; raises ValueError for other roundings"
     if rounding == 'search': return _learned_from(b, learned, file, _enough(learned), source, wanted)
     why = 'minmax learns from no text' if rounding == 'minmax' else f'{rounding} needs the text itself'
     raise ValueError(f'`statistics` has no effect: {why}; leave it, or choose search')
@@ -174,24 +175,24 @@ def kl_sweep(
     seq_len: int = 128, # tokens in each
     method: str | None = None, # 'exact', 'screened' or 'gradient'; by default what fits `time_budget`
     time_budget: float | None = None, # seconds, 600 by default, for the choice of the method
-    rounding: str | None = None, # 'minmax', 'search' or 'gptq', as `convert` will round; `ROUNDING` by default
+    rounding: str | None = None, # 'minmax', 'search' or 'gptq', as `convert` will round; 'search' by default
     rounding_n: int = 32, # sequences that `search` and `gptq` learn from, the first `n` among them
-    rounding_tokens: np.ndarray | None = None, # instead of these; `tokens` by default, if they are given
+    rounding_tokens: np.ndarray | None = None, # tokens to learn from instead; `tokens` by default, if you give them
     statistics: 'str | Path | None' = None, # file of what `search` learns, written if it is not there
-    targets: 'list | tuple' = (), # nominal bits that `screened` and `until` look at; without any, not screened
+    targets: 'list | tuple' = (), # nominal bits of the plans that `screened` and `until` look at
     until: str | None = None, # 'stable': stop when the plans at `targets` no longer change
     out: 'str | Path | None' = None, # file to write as it goes, and to resume from
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     max_memory: float | None = None, # bytes for states
     progress: bool = True, # announce time and memory, show a bar
     of = None, # whose units: the checkpoint's by default, or a `KVLayout`
-    journal: bool = False, # `out` is not for the user: it says so, and one that does not is refused
+    journal: bool = False, # `out` is a working file of `optimize`, marked as such; refuse one without the mark
 ) -> Sweep:
     """Measure the KL that each unit's quantization costs, in each format, one unit at a time
 
-    KL(reference ‖ quantized) over the vocabulary, in nats, mean over the tokens of a sequence: `values[path, format]`
-    is (n,). Raises ValueError for formats, texts or numbers that do not go together, FileExistsError for an `out`
-    that is not a sweep of ours to go on with.
+    KL(reference ‖ quantized) over the vocabulary, in nats, mean over the tokens of a sequence. In the result,
+    `values[path, format]` has one KL for each of the n sequences. Raises ValueError for formats, texts or numbers that
+    do not go together, and FileExistsError if `out` holds anything but an unfinished sweep.
 
         sweep = kl_sweep('demo', formats=[3, 4, 8])
         sweep.kl('model.embed_tokens', '4g64'), sweep.plot(fmt=4)
@@ -201,6 +202,7 @@ def kl_sweep(
     if out is not None: out = own_file(out, 'sweep', **mark) # before any work
     _check_apart(statistics, out, 'statistics')
     formats, b = parse_formats(formats), open_backend(model, backend)
+    b.keep_to(max_memory)
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
     if of is None: check_storable(formats)
     rounding = rounding or ('minmax' if of else ROUNDING) # a cache is rounded as it is written

@@ -43,14 +43,14 @@ def _context_of(config: dict) -> int: # of a model ▸ tokens that it reads and 
     return max(config.get('max_position_embeddings') or _MOST, int(stretched))
 
 class _Provider(server.ModelProvider):
-    "mlx-lm's provider of models, for those that are named; the first makes the caches of a config"
+    "mlx-lm's provider of models, limited to those that you named; the first makes the caches of a config"
     def __init__(self,
         args, # of mlx_lm.server
         names: dict, # name that a client may use ▸ folder
         config: 'dict | Path | None' = None, # kv_config.json, or what it holds
     ):
         if args.model not in names.values(): raise ValueError(
-            f'--model {args.model} is a second model to serve; the first argument is the one, --also names others')
+            f'--model {args.model} names a second model; give the model as first argument, and others with --also')
         if args.draft_model: # which mlx-lm would open without asking for trust
             args.draft_model = str(ModelFolder(args.draft_model, args.trust_remote_code, 'llm').folder)
         super().__init__(args)
@@ -69,7 +69,7 @@ def _check_for_model(
     args, # of a request, as mlx-lm keeps them
     vocabulary: int, # words of the model
 ):
-    "Raise ValueError for what this model cannot do"
+    "Raise ValueError for an option that does not fit this model, such as a token that it does not have"
     from transformers import PreTrainedTokenizerBase
     words, taken = args.logits.logit_bias or {}, signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     if max(words, default=0) >= vocabulary: raise ValueError(
@@ -135,7 +135,7 @@ def _tokenize(self: _Generator, tokenizer, request, args):
     self._make_state_machine(p.model_key, tokenizer, args.stop_words)
     server._make_logits_processors(args)
     try: mx.eval(server._make_sampler(args, tokenizer)(mx.zeros((1, p.vocabulary))))
-    except Exception as e: raise ValueError(f'nothing can be drawn so: {e}') from None
+    except Exception as e: raise ValueError(f'the sampler fails with these options: {e}') from None
     finally: _mend_random()
     return prompt, *others
 
@@ -155,7 +155,7 @@ class _Server(ThreadingHTTPServer):
     "HTTP server that ends with an error when the generating thread has ended"
     request_queue_size = 128 # connections that may wait to be accepted
     def service_actions(self):
-        if self.generator.failure: raise RuntimeError(f'nothing can be generated any more: {self.generator.failure}')
+        if self.generator.failure: raise RuntimeError(f'the server cannot generate any more: {self.generator.failure}')
 
     def serve_forever(self, *args):
         try: super().serve_forever(*args)
@@ -181,7 +181,7 @@ class _Handler(server.APIHandler):
         except ValueError as e: self.answer(dict(error=str(e)), getattr(e, 'status', 400))
 
     def read(self):
-        "Check the body, and leave what it says for mlx-lm to read"
+        "Check the body, and put it back for mlx-lm to read"
         _check_request(body := _read_request(_read_body(self.headers, self.rfile)), 'chat' in self.path)
         _check_names(body, self.response_generator.model_provider)
         raw = json.dumps(body).encode()
@@ -218,7 +218,7 @@ def handle_models_request(self: _Handler):
 # %% ../nbs/09_serve.ipynb #bd6a9f42
 @patch
 def check_client(self: _Handler, *_):
-    "Raise ConnectionError for a client that has gone, RuntimeError for a server that ends"
+    "Raise ConnectionError if the client has gone, and RuntimeError if the server is ending"
     waiting = poll()
     waiting.register(self.connection, POLLIN)
     if waiting.poll(0) and not self.connection.recv(1, MSG_PEEK): raise ConnectionError('the client has gone')
@@ -271,7 +271,7 @@ def _replaced(owner, **attributes):
 
 # %% ../nbs/09_serve.ipynb #59e3c88e
 def _answer_http(run, what: str, host: str, port: int, generator: _Generator):
-    "mlx-lm's `_run_http_server`, which is `run`, with our server; prints what is served, and ends its thread"
+    "Run mlx-lm's `_run_http_server` with our server class; print what we serve, and end the thread at the end"
     try:
         print(what, file=sys.stderr)
         run(host, port, generator, type('Server', (_Server,), dict(generator=generator)), _Handler)
@@ -279,7 +279,7 @@ def _answer_http(run, what: str, host: str, port: int, generator: _Generator):
     if generator.interrupt: raise generator.interrupt
 
 def _names_of(models: Sequence, trust_remote_code: bool = False) -> dict:
-    "What a client may call some models ▸ their folders; raises ValueError for a model that may not be opened"
+    "Names that clients may use ▸ folders of the models; raises ValueError for a model that must not be opened"
     folders = {str(m): ModelFolder(m, trust_remote_code, 'llm').folder for m in models}
     return {str(n): str(f) for name, f in folders.items() for n in (name, f.resolve())}
 
@@ -291,7 +291,7 @@ def serve(
     also: Sequence = (), # other models that may be asked for
     trust_remote_code: bool = False, # run model code that comes with a checkpoint
 ):
-    "Serve a model over OpenAI's protocol until it is interrupted; raises RuntimeError when it cannot generate any more"
+    "Serve a model over OpenAI's protocol until you interrupt it; raises RuntimeError if it cannot generate any more"
     names = _names_of((model, *also), trust_remote_code)
     folder = names[str(model)]
     config = _find_config(Path(folder), kv_config, trust_remote_code)

@@ -41,7 +41,7 @@ def undominated(
     kl: np.ndarray, # (rows, options)
     costs: np.ndarray, # (budgets, rows, options)
 ) -> np.ndarray: # kl, infinite where another option of the row costs no more and is no worse
-    "Drop options that nobody should choose"
+    "The same KL, infinite for each option that another of its row beats: it costs no more and is no worse"
     cheaper = (costs[..., None, :] <= costs[..., :, None]).all(0) # [row, j, k]: k costs no more than j
     equal = (costs[..., None, :] == costs[..., :, None]).all(0) & (kl[:, None, :] == kl[:, :, None])
     first = np.tri(kl.shape[1], k=-1, dtype=bool) # of equals, the first stays
@@ -53,19 +53,19 @@ def at_prices(
     p: Problem,
     prices: np.ndarray, # (budgets,) KL per unit of cost
 ) -> np.ndarray: # the index of each row's option
-    "What each row buys at these prices"
+    "The option that each row buys at these prices: the one with the least KL + price · cost"
     return (p.kl+np.tensordot(prices, p.costs, 1)).argmin(1)
 
 # %% ../nbs/05a_solver.ipynb #5976309f
 def _lower_bound(p: Problem, prices: np.ndarray) -> float:
-    "No plan within the caps has a smaller KL than this"
+    "A lower bound on the KL of all plans within the caps, by Lagrangian duality (Everett, 1963)"
     return float((p.kl+np.tensordot(prices, p.costs, 1)).min(1).sum()-prices@p.caps)
 
 # %% ../nbs/05a_solver.ipynb #5a66a6f1
 def bisect(
     p: Problem, # with one budget
 ) -> np.ndarray: # (1,)
-    "The lowest price at which everything fits"
+    "The lowest price, in KL per unit of cost, at which all rows together stay under the cap"
     def fits(price): return p.fits(at_prices(p, np.array([price])))
     if fits(0.): return np.zeros(1)
     high = np.ptp(p.kl[np.isfinite(p.kl)])/max(np.ptp(p.costs), 1e-300)+1e-300
@@ -80,7 +80,7 @@ def bisect(
 
 # %% ../nbs/05a_solver.ipynb #fccfb05b
 def _flat(p, keep):
-    "Rows and columns of the options to keep, and the matrix that says 'one of each row'"
+    "Rows and columns of the options to keep, and the matrix of the constraint that each row takes one"
     from scipy.sparse import csr_array
     i, j = np.nonzero(keep)
     return i, j, csr_array((np.ones(len(i)), (i, np.arange(len(i)))), shape=(len(p.rows), len(i)))
@@ -114,7 +114,7 @@ def _fill_up(
 
 # %% ../nbs/05a_solver.ipynb #b2f86444
 def solve_lagrange(p: Problem) -> tuple: # pick or None, bound, prices
-    "Prices, what they buy, and the rest filled up"
+    "Solve by prices: buy at the lowest price that fits, then spend what is left; `pick` is None if nothing fits"
     prices = bisect(p) if len(p.caps) == 1 else _shadow_prices(p)
     for step in 1.05**np.arange(200): # prices of the relaxation may miss by a unit or two
         pick = at_prices(p, prices*step)
@@ -123,7 +123,7 @@ def solve_lagrange(p: Problem) -> tuple: # pick or None, bound, prices
 
 # %% ../nbs/05a_solver.ipynb #5d2ab9fc
 def _still_open(p: Problem, prices: np.ndarray, gap: float) -> np.ndarray: # (rows, options) of bool
-    "The options that a plan nearer to the bound than `gap` could have"
+    "Whether an option can be part of a plan that is nearer to the bound than `gap`"
     worth = p.kl+np.tensordot(prices, p.costs, 1)
     return np.isfinite(p.kl) & (worth-worth.min(1, keepdims=True) <= gap*(1+1e-6))
 
@@ -172,7 +172,10 @@ def solve_exact(
     p: Problem,
     seconds: float = 20, # give up proving after this long; the gap is reported
 ) -> tuple: # pick, bound, prices
-    "Branch and bound by HiGHS, on the options that the Lagrangian bound leaves"
+    """The best pick, by branch and bound (HiGHS) on the options that the Lagrangian bound leaves open
+
+    Raises ValueError('contradiction') if no pick satisfies all caps.
+    """
     pick, bound, prices = solve_lagrange(p)
     kl = np.inf if pick is None else p.kl_of(pick)
     if pick is not None and (kl-bound <= 1e-12*kl or not kl): return pick, bound, prices
@@ -187,8 +190,11 @@ def solve_exact(
 # %% ../nbs/05a_solver.ipynb #7a405b97
 def solve_greedy(
     p: Problem, # with one budget
-) -> tuple: # pick, None, prices
-    "Upgrade by KL saved per unit of cost, from the cheapest options up"
+) -> tuple: # pick, bound, prices
+    """Upgrade by KL saved per unit of cost, from the cheapest options up; the bound is that of the prices
+
+    Raises ValueError for more than one cap.
+    """
     if len(p.caps) > 1: raise ValueError("method 'greedy' takes one cap; method='exact' takes any number")
     order = [sorted(np.flatnonzero(np.isfinite(k)), key=lambda j: c[j]) for k, c in zip(p.kl, p.costs[0])]
     pick = np.array([o[0] for o in order])
@@ -215,6 +221,9 @@ METHODS = dict(exact=solve_exact, lagrange=solve_lagrange, greedy=solve_greedy)
 def solve(self: Problem,
     method: str = 'exact', # 'exact', 'lagrange' or 'greedy'
 ) -> tuple: # pick, bound, prices
-    "A choice that fits; raises ValueError('contradiction') if there is none"
+    """The option of each row, as an index: the least KL within all caps, and a lower bound on it
+
+    Raises ValueError('contradiction') if the caps exclude each other.
+    """
     pick, bound, prices = METHODS[method](self)
     return solve_exact(self) if pick is None else (pick, bound, prices)

@@ -62,8 +62,10 @@ def _add_inputs(stats, x, experts): # experts: None, the one that reads all of x
 def _expert_rows(x, experts): # x (…, 1, in_dims), experts (…): MLX's form
     "Rows (n, in_dims) and the expert of each"
     import mlx.core as mx
-    rows = mx.broadcast_to(x.reshape(*x.shape[:-2], x.shape[-1]), (*experts.shape, x.shape[-1]))
-    return rows.reshape(-1, x.shape[-1]), np.array(experts).ravel()
+    rows = x.reshape(*x.shape[:-2], x.shape[-1])
+    shape = np.broadcast_shapes(rows.shape[:-1], experts.shape) # either may have one row for many of the other
+    rows = mx.broadcast_to(rows, (*shape, x.shape[-1])).reshape(-1, x.shape[-1])
+    return rows, np.broadcast_to(np.array(experts), shape).ravel()
 
 # %% ../nbs/06a_statistics.ipynb #fb8428ae
 class Listener:
@@ -81,7 +83,8 @@ class Listener:
         mine, new = self.stats[path], x is not self.last[0] or self.stats[path] is not self.last[1]
         self.last = x, mine
         if new: _add_inputs(mine, x, experts)
-        if unit.kind in ('lm_head', 'embed') or len(self.units) == 1: raise _Heard # nothing more is wanted
+        last = unit.kind in ('lm_head', 'embed') or len(self.units) == 1
+        if unit.block is None and last: raise _Heard # nothing more is wanted
 
     def shared(self, unit, x): # layers that read the same states
         last, stats = self.last
@@ -90,7 +93,8 @@ class Listener:
 # %% ../nbs/06a_statistics.ipynb #0857b92d
 def _batches(b: Backend, tokens) -> list:
     "Calibration tokens, or samples, in parts that fit"
-    size = max(1, (2**15 if b.on_gpu else 2**12)//shape_of(tokens)[1])
+    many = min(2**15, b.at_most(2**29, 80)//2**14) if b.on_gpu else 2**12
+    size = max(1, many//shape_of(tokens)[1])
     return [tokens[k:k+size] for k in range(0, len(tokens), size)] if b.stacks else samples_of(tokens)
 
 # %% ../nbs/06a_statistics.ipynb #49ff3589
@@ -157,7 +161,9 @@ class Statistics(Mapping):
         self.i, self.held = self.i+1, listener.stats
 
     def __getitem__(self, path):
-        block = self.b.checkpoint.unit[path].block
+        unit, c = self.b.checkpoint.unit[path], self.b.checkpoint
+        block = unit.block
+        if block is None and unit.kind == 'embed' and c.text_only and not c.tied: return None # rows are looked up
         if block is None:
             if self.ends is None: self.ends = self.finish()
             return self.ends.get(path)

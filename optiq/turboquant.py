@@ -57,7 +57,7 @@ def _check_width(x, d: int):
 
 # %% ../nbs/10_turboquant.ipynb #618dccd6
 class TurboQuantMSE(_Coordinates):
-    "Rotate, round each coordinate to its nearest code point, keep one scale (algorithm 1)"
+    "Rotate, round each coordinate to its nearest code point, keep one scale (algorithm 1 of arXiv 2504.19874)"
     def __init__(self,
         d: int, # width of the vectors
         bits: int, # a coordinate, 1 to 8
@@ -120,7 +120,7 @@ class _Sketch:
 
 # %% ../nbs/10_turboquant.ipynb #221bc688
 class TurboQuantProd(_Coordinates):
-    "`TurboQuantMSE` with one bit less, and a one-bit sketch of what is left (algorithm 2)"
+    "`TurboQuantMSE` with one bit less, and a one-bit sketch of the residual (algorithm 2 of arXiv 2504.19874)"
     def __init__(self,
         d: int, # width of the vectors
         bits: int, # a coordinate, the sketch's bit included: 1 to 8
@@ -204,7 +204,7 @@ def _unpack_words(
     words, # (…, d·bits/32) uint32
     bits: int,
 ): # (…, d) uint8
-    "The codes again"
+    "The codes that `pack_words` packed"
     xp, constant = library(words)[0], beside(words)
     octets = words.view(xp.uint8).reshape(*words.shape[:-1], -1, bits, 1)
     def steps(n, size): return constant(np.arange(n, dtype=np.uint64)*np.uint64(size))
@@ -224,7 +224,7 @@ class Rotated:
 # %% ../nbs/10_turboquant.ipynb #44fb558e
 @lru_cache(None)
 def padded(d: int) -> int:
-    "The width of head that is stored for `d`: a multiple of 32 that has a Hadamard matrix"
+    "The width that we store for heads of width `d`: the next multiple of 32 that has a Hadamard matrix"
     d += -d % 32
     while True:
         try: _hadamard(d)
@@ -239,7 +239,7 @@ def _rotate(y, seed: int): # (…, D) float32 ▸ (…, padded(D))
 STEPS = (1, .8, .9, 1.1, 1.2) # times the step that is best on average; what a vector keeps is the best for itself
 
 def on_grid(y, step, n: int): # (…, D), (…, 1), number of codes ▸ (…, 1), (…, D), (…, 1)
-    "Codes on a grid of equal steps, how near they come to the direction of `y`, and the square of their length"
+    "Codes on a grid of equal steps: length of `y` × cosine of the angle to them, the codes, their squared length"
     xp, total = library(y)[0], lambda a: a.sum(-1, keepdims=True)
     c = xp.clip(xp.floor(y/(step+1e-30)), -n/2, n/2-1)+.5
     square = total(c*c)
@@ -247,7 +247,7 @@ def on_grid(y, step, n: int): # (…, D), (…, 1), number of codes ▸ (…, 1)
 
 # %% ../nbs/10_turboquant.ipynb #d0c51e68
 def scale_of(length, square, n: int): # of a vector, of its codes around zero
-    "What makes codes as long as the vector; codes count as within ±1, so scales are of the size of the coordinates"
+    "The scale that makes codes, counted as within ±1, as long as the vector"
     return as_type(length/library(length)[0].sqrt(square)*(n/2), 'float16')
 
 # %% ../nbs/10_turboquant.ipynb #c9aea974
@@ -256,7 +256,7 @@ def encode_rotated(
     bits: int,
     steps: tuple = STEPS,
 ) -> tuple: # codes (…, D) float32, scales (…, 1) float16
-    "Codes on a uniform grid, and the scale that keeps each vector's length"
+    "Codes on a uniform grid, and the scale that keeps each vector's length (`norm_match`)"
     xp, n, best = library(y)[0], 2**bits, None
     length, points = xp.sqrt((y*y).sum(-1, keepdims=True)), codebook(y.shape[-1], bits, 'uniform')
     for m in steps:
@@ -277,7 +277,7 @@ def _round_trip(
     to = None, # what is done before the rotation (a preconditioner's `keys`), and …
     back = None, # … its inverse
 ): # same shape and type
-    "`x` as it comes back from a cache"
+    "`x` as attention reads it from a cache: rotated, in codes, and back"
     y = as_type(x, 'float32') if to is None else to(as_type(x, 'float32'))
     y = _decode_rotated(*encode_rotated(_rotate(y, seed), bits), bits)
     y = y @ beside(y)(rotation_matrix(y.shape[-1], seed, 'hadamard').T[:, :x.shape[-1]].copy())

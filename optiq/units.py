@@ -21,7 +21,7 @@ from .readers import FLAG, NAME, check, maybe, one_of, whole
 # %% ../nbs/01b_units.ipynb #ae813a21
 @dataclass(frozen=True)
 class Unit:
-    "One tensor that can get its own format"
+    "One tensor that can get its own format: its path in the saved checkpoint, its shape, its place in the model"
     path: str # as the saved MLX checkpoint names it, without '.weight'
     kind: str # q_proj, down_proj, experts.up_proj, embed, lm_head …
     shape: tuple # (out_dims, in_dims), experts in front
@@ -57,7 +57,7 @@ def read_units(
     params: int, # of the whole model
     other_bytes: int, # of everything that is no unit's weight
 ) -> list[Unit]:
-    "Units from a file; raises ValueError for one that is none, stands there twice, or does not go with the sizes"
+    "Units from a file; raises ValueError for a damaged unit, one that stands there twice, or sizes that contradict"
     check(rows, [_UNIT]*2, f'{where}: units')
     found = [Unit(**{k.rstrip('?'): r[k.rstrip('?')] for k in _UNIT
                      if k.rstrip('?') in r} | dict(shape=tuple(r['shape']))) for r in rows]
@@ -142,7 +142,7 @@ def _with_head(units):
     return rest+[replace(u, kind='lm_head') for u in heads]
 
 # %% ../nbs/01b_units.ipynb #b00ab749
-def _scaled(m): return m.get('global_scale') is not None # a second scale, which is no part of a format
+def _scaled(m): return getattr(m, 'global_scale', None) is not None # a second scale, which is no part of a format
 
 def _stored(m):
     "Shape and type of a layer's weight before it was quantized"
@@ -188,7 +188,7 @@ def _source(kind: type) -> str:
     except (OSError, TypeError): return ''
 
 def _read_bare(modules: dict, path: str) -> bool: # path ▸ module
-    "Whether a layer that is no vocabulary is read as an array by the module that holds it"
+    "Whether the module that holds a layer reads its weight as an array; never so for a table of tokens"
     holder, _, name = path.rpartition('.')
     table = 'Embedding' in type(modules[path]).__name__ and 'pos' not in name
     if table or holder not in modules: return False
@@ -204,7 +204,7 @@ def _part_of(
     path: str, # of the unit
     model_type: str, # a key of `LOADERS`
 ) -> str:
-    "The part of a unit: of several that its path names the last, so a vision tower's merger projects"
+    "The part of a unit. If its path names several, the last one counts, so the merger of a vision tower is a projector"
     if model_type == 'llm': return 'language'
     return next((part for part in reversed(_PARTS) if re.search(_PARTS[part], path)), _REST[model_type])
 
@@ -226,7 +226,7 @@ def _check_odd(units: list[Unit]):
 
 # %% ../nbs/01b_units.ipynb #2fa3ff5e
 class _Listing:
-    "The units of a model, in blocks, and everything else by weight"
+    "The units of a model in its blocks, and the bytes of everything else"
     def __init__(self,
         model, # its weights may be lazy
         model_type: str = 'llm', # a key of `LOADERS`

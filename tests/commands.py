@@ -2,9 +2,9 @@
 
 Every optiq command goes through the real command line, with annotations checked by beartype on the way. Options that a
 command does not name have small defaults, so that all of them take about a minute; what it names is as written. All round
-the same few tensors, so a grid that was searched for once is remembered.
+the same few tensors and measure on the same text, so what was computed once is remembered.
 """
-import hashlib, json, os, re, shlex, sys, time, warnings
+import json, os, re, shlex, sys, time, warnings
 from functools import cache
 from pathlib import Path
 
@@ -43,28 +43,18 @@ def run(command: str, folder: Path) -> dict:
     r = CliRunner().invoke(main, words[1:], prog_name='optiq', env=env, default_map=SMALL)
     return dict(code=r.exit_code, seconds=round(time.time()-start, 1), output=r.output[-1500:])
 
-def remember_grids():
-    "`find_grid`, with what it gave for the same weight, format and statistics"
-    import torch
-    from optiq import gptq, grid
-    find, known = grid._find_grid, {}
-    def same(x): return hashlib.sha1(x.contiguous().view(torch.uint8).numpy()).digest()
-    def find_grid(w, fmt, stats=None):
-        if not isinstance(w, torch.Tensor): return find(w, fmt, stats)
-        key = same(w), fmt, None if stats is None else same(stats.importance())
-        if key not in known: known[key] = find(w, fmt, stats)
-        return known[key]
-    grid._find_grid = gptq._find_grid = find_grid
-
 if __name__ == '__main__':
+    sys.path.append(str(root/'tools'))
+    from remember import remember_grids, remember_probes
     from beartype import BeartypeConf
     from beartype.claw import beartype_package
     class Wrong(UserWarning): "A value that is not what its annotation says"
     beartype_package('optiq', conf=BeartypeConf(violation_type=Wrong, is_pep484_tower=True))
+    found, folder = [], Path(sys.argv[1])
     remember_grids()
+    remember_probes(folder/'remembered')
     from optiq import job
     job._LEARNED = 2
-    found, folder = [], Path(sys.argv[1])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('ignore')
         warnings.simplefilter('always', Wrong)

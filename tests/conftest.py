@@ -13,4 +13,12 @@ def shared():
     if not folder.is_dir(): pytest.skip('needs the shared folder: set OPTIQ_SHARED')
     return folder
 
+LONG = ('test_commands', 'test_families', 'test_sensitivity', 'test_rounding', 'test_vlm', 'test_eval_models', 'test_saved_is_measured',
+        'test_options', 'test_turbo_cache', 'test_turbo_kernels', 'test_audio', 'test_convert', 'test_parts', 'test_kv_sweep', 'test_refine',
+        'test_resume', 'test_trust', 'test_serve', 'test_evals', 'test_latency', 'test_pipeline') # in seconds
+
+def pytest_collection_modifyitems(items):
+    "The longest files first, so that no worker waits for the other at the end"
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 pytest_plugins = ['kv_models']

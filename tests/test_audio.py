@@ -1,8 +1,6 @@
 "Whisper and Qwen3-ASR are given transcripts and sound as mlx-audio and transformers give them"
 import json
-import os
-import subprocess
-import sys
+import apart
 import numpy as np
 import pytest
 
@@ -112,7 +110,7 @@ from mlx_audio.stt import load
 model = load({str(out)!r})
 print(type(model.model.embed_tokens).__name__, type(model.audio_tower.layers[0].fc1).__name__, 'optiq' in sys.modules)
 model.generate(mx.array(np.sin(np.arange(16000, dtype=np.float32)/5)), max_tokens=3, temperature=0.)"""
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    done = apart.run('-c', code, cwd=tmp_path)
     assert done.stdout.split() == ['QuantizedEmbedding', 'Linear', 'False'], done.stderr
     r = optiq('eval', out, '--task', 'wer', '--baseline', model, '--evaluation', 'bundled', '--n-samples', 1, '-o', tmp_path/'a.jsonl', '--json')
     found = json.loads(r.stdout.splitlines()[-1])
@@ -208,8 +206,7 @@ print(rate, 'optiq' in sys.modules, *(type(m).__name__ for m in three))"""
 def written_by_mlx_audio(out, file, tokens, cwd): # text, types of three layers
     "By a converted Whisper, in a process that knows nothing of optiq"
     code = PLAIN.format(out=str(out), file=str(file), tokens=tokens)
-    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=cwd, env=env)
+    done = apart.run('-c', code, cwd=cwd)
     assert done.returncode == 0, done.stderr[-2000:]
     *text, last = done.stdout.strip().split('\n')
     assert last.split()[:2] == ['16000', 'False']

@@ -2,14 +2,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
+import apart
 from optiq.cli import main
 from optiq.convert import check_saved, convert, stored_bytes
 from optiq.files import whole_folder
@@ -23,7 +22,7 @@ def llama(tmp_path_factory): return tiny('llama', tmp_path_factory.mktemp('llama
 
 def process(*args, env={}):
     "The command in a process of its own"
-    return subprocess.run([sys.executable, '-m', 'optiq.cli', *map(str, args)], capture_output=True, text=True, env=os.environ | env)
+    return apart.run('-m', 'optiq.cli', *args, env=os.environ | env)
 
 def optiq(*args):
     "The command in this process, which has everything imported"
@@ -50,7 +49,8 @@ def test_plain_mlx_lm_opens_it_without_optiq(llama, tmp_path):
     convert(str(llama), uniform(Checkpoint(llama), Format(4)), out)
     code = (f'import sys, mlx_lm; m, t = mlx_lm.load({str(out)!r}); '
             'print(repr(mlx_lm.generate(m, t, "hello", max_tokens=5))); assert "optiq" not in sys.modules')
-    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+    r = apart.run('-c', code)
+    assert r.returncode == 0, r.stderr
 
 def test_a_wrong_tensor_is_found(llama, tmp_path):
     c = Checkpoint(llama)
@@ -155,7 +155,7 @@ def test_disk_that_fills_up(llama, tmp_path):
             f'c = Checkpoint({str(llama)!r}); p = uniform(c, Format(8)); '
             'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); '
             f'convert(c, p, {str(tmp_path/"out")!r})')
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    r = apart.run('-c', code)
     assert r.returncode != 0 and 'there is no room' in r.stderr and not list(tmp_path.iterdir()), r.stderr
     with pytest.raises(OSError, match='free'):
         with whole_folder(tmp_path/'out', room=2**60): pass

@@ -1,6 +1,8 @@
 "What a loader leaves out of a checkpoint is named in the sweep, the plan and the model card"
+import json
 import warnings
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -9,23 +11,74 @@ from optiq.convert import convert
 from optiq.knapsack import allocate
 from optiq.material.tiny import tiny
 from optiq.models import Checkpoint
-from optiq.plan import Plan
+from optiq.plan import Plan, uniform
 from optiq.sensitivity import kl_sweep
 
-def test_the_draft_head_of_qwen3_5(tmp_path):
-    c = Checkpoint(tiny('qwen3_5', tmp_path/'m', dtype='float32'), model_type='llm')
-    assert {*c.left_out} == {'mtp', 'model.visual'} and c.left_out['mtp'] > 1000
+@pytest.fixture(scope='module')
+def drafting(tmp_path_factory):
+    "Qwen3.5 with a head that drafts tokens, and a sweep of it"
+    c = Checkpoint(tiny('qwen3_5', tmp_path_factory.mktemp('qwen')/'m', dtype='float32'), model_type='llm')
     tokens = np.random.default_rng(0).integers(0, c.vocabulary, (1, 16)).astype(np.int32)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        sweep = kl_sweep(c, tokens, ['4g32', '8g32'], rounding='minmax', method='gradient', progress=False)
+        return c, kl_sweep(c, tokens, ['4g32', '8g32'], rounding='minmax', method='gradient', progress=False)
+
+def test_the_draft_head_of_qwen3_5_is_named(tmp_path, drafting):
+    c, sweep = drafting
+    assert {*c.left_out} == {'mtp', 'model.visual'} and c.left_out['mtp'] > 1000
     p = allocate(sweep, target_bpw=6)
     assert p.made['left_out'] == c.left_out and 'without' in repr(p) and 'mtp' in repr(p)
     p.save(tmp_path/'plan.json')
     assert Plan.load(tmp_path/'plan.json').made == p.made
-    saved = convert(c, p, tmp_path/'out', sweep)
+
+@pytest.mark.parametrize('fmt, bits', {'8g64': 8, '6g32': 6, 'as-is': None}.items())
+def test_the_draft_head_of_qwen3_5_is_kept(tmp_path, drafting, fmt, bits):
+    "By default at 8 bits: mlx-vlm finds it in the folder, mlx-lm opens the same model as without it"
+    from mlx_vlm.speculative.drafters import load_drafter
+    from mlx_lm.utils import load_model
+    c, sweep = drafting
+    p = allocate(sweep, target_bpw=6)
+    saved = convert(c, p, tmp_path/'out', sweep, **{} if fmt == '8g64' else dict(draft=fmt))
+    head, kind = load_drafter(str(saved.folder))
+    whole = load_drafter(str(c.folder))[0]
+    assert kind == 'mtp' and getattr(head.fc, 'bits', None) == bits
+    plain = head.fc.weight if bits is None else mx.dequantize(
+        head.fc.weight, head.fc.scales, head.fc.biases, head.fc.group_size, bits)
+    off = float(abs(plain-whole.fc.weight).max()/abs(whole.fc.weight).max())
+    assert off == 0 if bits is None else 0 < off < 2/2**bits
+    assert mx.array_equal(head.norm.weight, whole.norm.weight)
+    said = Plan.load(saved.folder/'optiq'/'plan.json')
+    assert said.solver['draft']['format'] == fmt and {*said.gone} == {'model.visual'} and 'drafts' in repr(said)
     card = (saved.folder/'README.md').read_text()
-    assert f"mtp ({c.left_out['mtp']:,} parameters)" in card and 'this model is without' in card
+    assert f'`mtp.safetensors` at {fmt}' in card and 'leaves out model.visual' in card
+    ids = mx.array([[5, 9, 200, 31]])
+    before = load_model(saved.folder)[0](ids)
+    (saved.folder/'mtp.safetensors').unlink()
+    assert mx.array_equal(before, load_model(saved.folder)[0](ids))
+
+def test_a_draft_head_drafts(tmp_path, drafting):
+    "What mlx-vlm generates with the kept head is what it generates without: a draft is checked before it is taken"
+    from mlx_vlm import generate, load
+    from mlx_vlm.speculative.drafters import load_drafter
+    c, sweep = drafting
+    vlm = Checkpoint(c.folder)
+    saved = convert(vlm, uniform(vlm, '8g32'), tmp_path/'out')
+    assert vlm.left_out == {'mtp': c.left_out['mtp']} and (saved.folder/'mtp.safetensors').exists()
+    (model, processor), (head, kind) = load(str(saved.folder)), load_drafter(str(saved.folder))
+    said = [generate(model, processor, 'Three sailors carried', max_tokens=12, temperature=0., **more).text
+            for more in ({}, dict(draft_model=head, draft_kind=kind))]
+    assert said[0] == said[1] and head.draft_lens
+
+def test_a_draft_head_that_mlx_vlm_does_not_read_again_is_left_out(tmp_path, drafting, monkeypatch, capsys):
+    from mlx_vlm.speculative.drafters.mtp_split import MTPSplitter
+    c, sweep = drafting
+    def other(self, path, **how): raise ValueError('no head of mine')
+    monkeypatch.setattr(MTPSplitter, 'load', other)
+    p = allocate(sweep, target_bpw=6)
+    saved = convert(c, p, tmp_path/'out', sweep)
+    assert 'left out: no head of mine' in capsys.readouterr().err and not (saved.folder/'mtp.safetensors').exists()
+    assert f"mtp ({c.left_out['mtp']:,} parameters)" in (saved.folder/'README.md').read_text()
+    assert not any(k.startswith('mtp') for k in json.loads((saved.folder/'config.json').read_text())['quantization'])
 
 @pytest.mark.parametrize('architecture', ['llama', 'qwen3_moe', 'gemma3'])
 def test_whatever_is_renamed_or_stacked_is_not_left_out(tmp_path, architecture):

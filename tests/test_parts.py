@@ -1,11 +1,12 @@
 "Models of several parts: their units, the replay of their own forward pass, and what plain loaders make of them"
-import json, os, shutil, subprocess, sys
+import json, shutil
 import numpy as np
 import pytest
 
 mx = pytest.importorskip('mlx.core')
 pytest.importorskip('mlx_vlm'), pytest.importorskip('mlx_audio')
 from PIL import Image
+import apart
 from optiq.backends.open import open_backend
 from optiq.backends.parts import ReplayBackend, _narrow
 from optiq.calibration import block_hashes, fingerprint, overlap, positions, shape_of
@@ -157,8 +158,8 @@ def opened(backends, samples, tmp_path_factory):
         assert saved.model_type == c.model_type and dict(saved.formats) == dict(mixed(c))
         np.savez(folder/'in.npz', **{k: _narrow(v) for k, v in s.items() if k != 'scored'})
         jobs.append([c.model_type, *(str(folder/n) for n in ('m', 'in.npz', 'out.npy'))])
-    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-    subprocess.run([sys.executable, '-c', PLAIN, json.dumps(jobs)], check=True, env=env, cwd=root, capture_output=True)
+    done = apart.run('-c', PLAIN, json.dumps(jobs), cwd=root)
+    assert done.returncode == 0, done.stderr[-2000:]
     return root
 
 @pytest.mark.parametrize('architecture', ALL)

@@ -121,6 +121,7 @@ def test_a_conversion_ends_in_words(tmp_path):
         'On text that it was not calibrated on (bundled, 16 × 256 tokens): '
         'the same next token as the original 95.0% of the time, KL 0.0500 ± 0.0010.',
         'Nearest in size is uniform 4g64, 340.0 MB: the same next token as the original 91.0% of the time, KL 0.0900.']
+    assert _in_words(Report(rows, about | dict(rounding='search')), False).split('\n')[-1].startswith('Lower KL at the same size')
     alone = _in_words(Report(rows[:2], about), True)
     assert alone.startswith('The model would be') and len(alone.split('\n')) == 2
     found = _next_steps('demo', dict(trust_remote_code=False, model_type='auto')).split('\n')

@@ -1,6 +1,6 @@
 "The sweep: exact on every architecture and backend, survives anything, refuses what is stale"
 import json
-import multiprocessing
+import apart
 import os
 import random
 import signal
@@ -233,12 +233,10 @@ def slow_sweep(model, out, ready):
     kl_sweep(b, tokens_for(b.checkpoint, 3, 16), [3, 4], out=out, progress=False, rounding='minmax')
 
 def test_killed_at_any_moment(models, tmp_path):
-    "Three here, twenty in `make bench`: kill -9, go on, same file; all are forked from one process that has everything imported"
-    apart = multiprocessing.get_context('forkserver')
-    apart.set_forkserver_preload(['test_sensitivity', 'transformers.models.llama.modeling_llama', 'mlx_lm.models.llama'])
+    "Three here, twenty in `make bench`: kill -9, go on, same file"
     def run(out):
-        ready = apart.Event()
-        p = apart.Process(target=slow_sweep, args=(str(models['llama'].folder), str(out), ready))
+        ready = apart.forked.Event()
+        p = apart.forked.Process(target=slow_sweep, args=(str(models['llama'].folder), str(out), ready))
         p.start()
         assert ready.wait(100)
         return p
@@ -311,8 +309,9 @@ print(json.dumps(sorted(ratios)))
 def test_estimate_is_right_within_a_factor_of_one_and_a_half():
     """By the clock of a process of its own, which stands still while other work has the core and whose memory no other
     test has scattered; the middle one of three, as a core's speed varies"""
-    out = subprocess.run([sys.executable, '-c', TELL], capture_output=True, text=True, check=True).stdout
-    ratios = json.loads(out.splitlines()[-1])
+    r = apart.run('-c', TELL)
+    assert r.returncode == 0, r.stderr
+    ratios = json.loads(r.stdout.splitlines()[-1])
     assert 1/1.5 < ratios[1] < 1.5, ratios
 
 def test_experts_are_quantized_as_one_tensor(models):

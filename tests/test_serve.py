@@ -1,10 +1,11 @@
 "The server, asked by OpenAI's own client over loopback"
-import json, shutil, socket, subprocess, sys, time
+import json, shutil, socket, time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 import pytest
 from click.testing import CliRunner
+from apart import Apart
 from optiq.cli import main
 from optiq.formats import parse_format
 from optiq.plan import make_plan, uniform
@@ -29,11 +30,10 @@ def config(tmp_path_factory):
 def client(config):
     "A client of a server that serves the demo model with 2-bit keys and values"
     with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
-    command = [sys.executable, '-m', 'optiq.cli', 'serve', 'demo', '--kv-config', config, '--port', str(port), '--log-level', 'ERROR']
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    server = Apart('-m', 'optiq.cli', 'serve', 'demo', '--kv-config', config, '--port', port, '--log-level', 'ERROR')
     try:
         for _ in range(1200):
-            if server.poll() is not None: pytest.fail(server.stderr.read())
+            if server.poll() is not None: pytest.fail(server.stderr)
             try: urlopen(f'http://127.0.0.1:{port}/health')
             except URLError: time.sleep(.1)
             else: break
@@ -99,8 +99,7 @@ def test_what_cannot_work_is_refused_at_the_start(tmp_path, config):
 @pytest.mark.parametrize('single', [{}, dict(seed=1)])
 def test_a_server_that_is_stopped_while_it_writes_ends_as_other_commands(single):
     with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
-    command = [sys.executable, '-m', 'optiq.cli', 'serve', 'demo', '--port', str(port), '--log-level', 'ERROR']
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    server = Apart('-m', 'optiq.cli', 'serve', 'demo', '--port', port, '--log-level', 'ERROR')
     try:
         for _ in range(1200):
             try: urlopen(f'http://127.0.0.1:{port}/health')
@@ -109,5 +108,5 @@ def test_a_server_that_is_stopped_while_it_writes_ends_as_other_commands(single)
         body = json.dumps(dict(prompt='a', max_tokens=4000, logit_bias={'5': 1000}, stream=True, **single)).encode()
         urlopen(Request(f'http://127.0.0.1:{port}/v1/completions', body, {'Content-Type': 'application/json'})).readline()
         server.terminate()
-        assert server.wait(20) == 128+15 and server.stderr.read().splitlines()[-1].startswith('interrupted;')
+        assert server.wait(20) == 128+15 and server.stderr.splitlines()[-1].startswith('interrupted;')
     finally: server.kill()

@@ -1,5 +1,7 @@
 "A model that is stored in few bits is measured against what its codes stand for, and keeps them where they are chosen"
 import json
+from importlib.util import find_spec
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -17,10 +19,13 @@ from optiq.material.tiny import _write_tokenizer, tiny
 from optiq.models import Checkpoint
 from optiq.plan import Plan, uniform
 from optiq.sensitivity import kl_sweep
+from optiq.statistics import Statistics
 
 MXFP4 = parse_format('mxfp4')
 CONFIG = dict(model_type='gpt_oss', vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-              head_dim=32, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, sliding_window=16, rope_scaling=None,
+              head_dim=32, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, sliding_window=16, rope_theta=150000.,
+              rope_scaling=dict(rope_type='yarn', factor=32., original_max_position_embeddings=4096,
+                                beta_fast=32., beta_slow=1., truncate=False),
               quantization_config=dict(quant_method='mxfp4', modules_to_not_convert=['lm_head']))
 
 @pytest.fixture(scope='module')
@@ -58,7 +63,68 @@ def test_its_experts_are_listed_as_they_are_stored(oss, tokens):
     b = open_backend(oss)
     assert b.name == 'mlx'
     assert np.allclose(b.numpy(b.logits(tokens)), plain_logits(oss.folder, tokens), atol=1e-4)
-    with pytest.raises(ValueError, match='mxfp4'): open_backend(oss, 'torch')
+
+def alike(c, tokens):
+    "PyTorch and MLX hold the same weights, to the bit, and compute the same"
+    b, m = (open_backend(c, name) for name in ('torch', 'mlx'))
+    for u in c.units:
+        x, y = b.unit_weight(u.path), m.unit_weight(u.path)
+        assert (x.float().numpy() == np.array(y.astype(mx.float32))).all(), u.path
+    x, y = b.numpy(b.logits(tokens)), m.numpy(m.logits(tokens))
+    assert np.allclose(x, y, atol=.01*y.std()) # of gpt-oss, mlx-lm rounds the ramp of yarn
+    return b, m
+
+def test_pytorch_measures_what_the_codes_stand_for(oss, tokens, sweep):
+    b, _ = alike(oss, tokens)
+    mine = kl_sweep(b, tokens, sweep.formats, rounding='minmax', progress=False)
+    assert mine.values.keys() == sweep.values.keys()
+    for k, v in mine.values.items(): assert np.allclose(v, sweep.values[k], rtol=.02, atol=1e-7), k
+    assert all(Statistics(b, tokens)[u.path] is not None for u in oss.units if u.kind != 'embed') # transposed experts are heard, too
+
+@pytest.mark.parametrize('architecture', ['llama', 'qwen3_moe'])
+def test_pytorch_opens_what_mlx_packed(tmp_path, tokens, architecture):
+    "Also where transformers keeps all experts of a layer in one tensor"
+    c = Checkpoint(tiny(architecture, tmp_path/'m', dtype='float32'))
+    alike(convert(c, uniform(c, Format(4, 32)), tmp_path/'four'), tokens)
+
+@pytest.fixture
+def special(monkeypatch, tmp_path):
+    "name ▸ a special form of `bench/families.json`, as a Checkpoint"
+    monkeypatch.syspath_prepend(Path(__file__).parents[1]/'bench')
+    import families
+    def made(name):
+        config, told = families.config_of('special', name, families.read_table())
+        families.write_checkpoint(tmp_path/'s', config, told, 'hub', told.get('vision', False))
+        return Checkpoint(tmp_path/'s')
+    return made
+
+def test_awq_is_measured_in_both_libraries(special, tokens):
+    c = special('Llama in AWQ')
+    assert 'awq' in c.others and {u.stored for u in c.units if u.block is not None} == {'4g64'}
+    alike(c, tokens)
+
+@pytest.mark.parametrize('name, needs', {'DeepSeek V3 in FP8': 'accelerate', 'DeepSeek V3 in packed integers': 'compressed.tensors'}.items())
+def test_what_pytorch_cannot_decode_here_is_refused_with_what_would_help(special, name, needs):
+    c = special(name)
+    if find_spec(needs.replace('.', '_')): pytest.skip(f'{needs} is installed')
+    with pytest.raises(ValueError, match=f'(?s)is stored in codes.*by name, .*no counterpart.*by transformers, .*{needs}.*use `backend` mlx'):
+        open_backend(c, 'torch')
+    b = open_backend(c)
+    assert b.name == 'mlx' and np.isfinite(b.numpy(b.logits(np.array([[5, 9, 200]])))).all()
+
+def test_nvfp4_with_a_scale_of_its_own_is_measured_as_mlx_vlm_computes_it(special, tmp_path):
+    from mlx_vlm.utils import load_model as load_vlm
+    c = special('Qwen3-VL in NVFP4')
+    packed = [u for u in c.units if u.stored == 'nvfp4']
+    assert len(packed) == 14 and all(u.fixed for u in packed) and c.model_type == 'vlm'
+    ids = np.array([[5, 9, 200, 31]])
+    def plain(folder): return np.array(load_vlm(folder).language_model(mx.array(ids)).logits.astype(mx.float32))
+    b = open_backend(c)
+    mine = b.numpy(b.logits(dict(input_ids=ids, attention_mask=np.ones_like(ids))))
+    assert np.allclose(mine, plain(c.folder), atol=1e-3*mine.std())
+    saved = convert(c, uniform(c, '8g32'), tmp_path/'out')
+    assert {saved.formats[u.path] for u in packed} == {parse_format('nvfp4')} and Format(8, 32) in saved.formats.values()
+    assert np.isfinite(plain(saved.folder)).all()
 
 def test_the_stored_format_is_a_candidate_with_no_kl_and_its_bytes(oss, sweep, tmp_path):
     experts = [u.path for u in oss.units if u.stored]

@@ -7,10 +7,14 @@ Nothing is imported, the modules of `optiq/` are read. With the name of a figure
     lone-bases    classes of which the package derives exactly one
     public        names that a module defines and offers in `__all__`
     twice         public names of more than one module
+    short         functions under 4 lines that are named once more in all of package, notebooks, tests and benches
+    cells         exported cells with over 15 lines beside signatures, docstrings and imports; and all their lines
     lines         lines of each module, the longest first
 """
 import argparse
 import ast
+import json
+import re
 import tomllib
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -77,6 +81,43 @@ def public(tree) -> list: # of names
         else: own |= names
     return [n for n in offered if n in own]
 
+def functions(tree): # ▸ those that stand in a module, no hooks of Python and none that a decorator takes
+    return [x for x in tree.body if isinstance(x, ast.FunctionDef) and not x.decorator_list and not x.name.startswith('__')]
+
+def notebooks(folder: Path): # ▸ (name, source of a code cell)
+    for p in sorted((folder/'nbs').rglob('*.ipynb')):
+        if {'.ipynb_checkpoints', '_proc'} & {*p.parts}: continue
+        for c in json.loads(p.read_text(encoding='utf-8'))['cells']:
+            if c['cell_type'] == 'code': yield p.stem, ''.join(c['source'])
+
+def short(trees: dict, folder: Path) -> list: # of (module, function)
+    "Functions of up to three lines that one place uses"
+    texts = [s for _, s in notebooks(folder)]
+    texts += [p.read_text(encoding='utf-8') for part in ('tests', 'bench', 'tools') for p in (folder/part).rglob('*.py')]
+    used = Counter(w for t in texts for line in t.splitlines() if not re.match(r' *(from|import) ', line) for w in re.findall(r'\w+', line))
+    few = [(m, f) for m, t in trees.items() for f in functions(t) if f.end_lineno-f.lineno < 3]
+    return [(m, f.name) for m, f in few if used[f.name] <= 2] # where it is defined, and where it is used
+
+def bodies(source: str) -> int:
+    "Lines of code that are no signature, no docstring and no import"
+    rows = {i for i, line in enumerate(source.splitlines(), 1) if line.strip() and not line.lstrip().startswith('#')}
+    for x in ast.walk(ast.parse(source)):
+        if isinstance(x, (ast.Import, ast.ImportFrom)): rows -= {*range(x.lineno, x.end_lineno+1)}
+        if not isinstance(x, ast.FunctionDef): continue
+        first = x.body[0]
+        rows -= {*range(min((d.lineno for d in x.decorator_list), default=x.lineno), first.lineno)}
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant): rows -= {*range(first.lineno, first.end_lineno+1)}
+    return len(rows)
+
+def cells(folder: Path) -> list: # of (body, lines, notebook, what it defines)
+    "Exported cells of over 15 lines, the longest first"
+    found = []
+    for name, source in notebooks(folder):
+        many = bodies(source) if source.startswith('#| export') else 0
+        what = re.search(r'^(?:def|class) (\w+)', source, re.M)
+        if many > 15: found.append((many, len(source.splitlines())-1, name, what[1] if what else ''))
+    return sorted(found, reverse=True)
+
 def figures(folder: Path = root) -> dict: # name of a figure ▸ what it counts
     "Everything there is to count"
     texts = sources(folder)
@@ -88,9 +129,11 @@ def figures(folder: Path = root) -> dict: # name of a figure ▸ what it counts
     lines = {m: len(t.splitlines()) for m, t in texts.items()}
     return {'circles': sorted(circles(graph)), 'upward': upward(graph, folder), 'lone-bases': lone_bases(trees),
             'public': [(m, n) for n, ms in homes.items() for m in ms], 'twice': [(n, *ms) for n, ms in homes.items() if len(ms) > 1],
+            'short': short(trees, folder), 'cells': cells(folder),
             'lines': sorted(((n, m) for m, n in lines.items()), reverse=True)}
 
-TITLES = 'circles', 'upward imports', 'bases of one class', 'public names', 'of two modules', 'largest module', 'lines'
+TITLES = ('circles', 'upward imports', 'bases of one class', 'public names', 'of two modules', 'short, used once',
+          'long cells', 'largest module', 'lines')
 
 def row(f: dict) -> list: # of texts
     "The figures, in the order of their titles"

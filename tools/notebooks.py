@@ -4,7 +4,8 @@
 
 Two workers take them from a list in which the long ones come first, so that neither waits for the other at the end.
 A notebook shows the figures of its full text. What it asserts holds for any text, so here sequences have half the
-length, except where an assertion is a comparison with an error bar, and a sequence that stands alone.
+length, except where an assertion is a comparison with an error bar, and a sequence that stands alone. What a sweep
+measures is measured once for all of them.
 """
 import os
 import sys
@@ -12,12 +13,14 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import test_nb
 
 from blas import fast_blas
+from remember import remember_probes
 
 LONG = ('46_score', '08_pipeline', '20b_latency', 'index', '33_evals.tasks', '06_rounding', '05c_refine', 'llm', '07_convert',
         '04d_measure.gradient', '04_sensitivity', '11f_kv.sweep', '11d_kv.rotated', '37_evals.needle', '62a_show.demos', '34_evals.gsm8k', 'vlm')
@@ -31,12 +34,13 @@ def shorter(make, texts, tokenizer, n=8, seq_len=128, *args, **options):
 
 class Sequences: whole = False
 
-def prepare(root: Path, fast: bool):
+def prepare(root: Path, fast: bool, folder: Path):
     "What a worker does before its first notebook"
     os.environ.setdefault('MLX_DISABLE_COMPILE', '1') # on a CPU every compiled function costs seconds of a C++ compiler
     if fast: fast_blas()
     from optiq import calibration # before any module that takes the function from it
     calibration.token_batch = partial(shorter, calibration.token_batch)
+    remember_probes(folder)
     os.chdir(root/'nbs')
 
 def run(path: Path, root: Path, skip: list) -> tuple: # name, passed, seconds
@@ -50,8 +54,8 @@ def main():
     root, start = Path(__file__).parents[1], time.time()
     files = [Path(p).absolute() for p in sys.argv[1:]] or sorted(p.absolute() for p in nbglob(as_path=True))
     job = partial(run, root=root, skip=get_config().tst_flags.split())
-    def workers(n, fast): return ProcessPoolExecutor(n, initializer=prepare, initargs=(root, fast))
-    with workers(1, False) as plain, workers(2, True) as pool:
+    def workers(n, fast): return ProcessPoolExecutor(n, initializer=prepare, initargs=(root, fast, Path(folder)))
+    with TemporaryDirectory() as folder, workers(1, False) as plain, workers(2, True) as pool:
         apart = plain.map(job, [f for f in files if f.stem in PLAIN])
         found = [*pool.map(job, sorted((f for f in files if f.stem not in PLAIN), key=rank)), *apart]
     for name, _, seconds in sorted(found, key=lambda row: -row[2]): print(f'{name}: {seconds:.0f} secs')

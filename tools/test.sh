@@ -9,4 +9,5 @@ ruff check
 lint-imports
 
 python tools/notebooks.py
-pytest -q -n 2 --dist loadfile tests # a file in one worker, so that what its tests share is made once
+# a file in one worker, so that what its tests share is made once, and in the order of tests/conftest.py
+pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests

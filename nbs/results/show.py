@@ -193,18 +193,18 @@ def wins() -> Markdown:
         verdicts = [against(r, rounding) for r in k]
         ratios = [v[2] for v in verdicts]
         low, high = (sum(v[3] == f'OptiQ {w}' for v in verdicts) for w in ('lower', 'higher'))
-        lines.append(f'With {name} OptiQ has {min(ratios):.2f} to {max(ratios):.2f} of the KL of K-quants with importance matrix: lower than '
-                     f'{low} of {len(k)}, higher than {high}.')
-    return Markdown(' '.join(lines)+' Widths of this model do not fit K-quants, so these are their encoders on blocks that run on into the next row '
-                    '(`bench/peers/kquants.py` says how); what llama.cpp itself writes is larger.')
+        lines.append(f'With {name} OptiQ has {min(ratios):.2f} to {max(ratios):.2f} times the KL of K-quants with importance matrix at the same '
+                     f'bytes: it is lower in {low} of {len(k)} comparisons and higher in {high}.')
+    return Markdown(' '.join(lines)+' K-quants do not fit the widths of this model, so we ran their encoders on blocks that continue into the next row '
+                    '(`bench/peers/kquants.py` says how). What llama.cpp itself writes is larger.')
 
 def first_sixteen() -> Markdown:
     "Rows with fewer sequences are compared on those; how much do they differ from all?"
     rows = [r for n, r in result('peers-smollm2')['rows'].items() if n.startswith('ours') and r.get('kl_first16')]
     ratio = [r['kl_first16']/r['kl'] for r in rows]
-    return Markdown('K-quants, AutoRound and oMLX were scored on the first 16 of the 64 sequences, but for two rows. '
-                    f'There OptiQ\'s rows have {min(ratio):.2f} to {max(ratio):.2f} of their KL on all 64, so marks of the two kinds can be laid '
-                    'beside each other to within a few percent; the table compares on the same sequences.')
+    return Markdown('We scored K-quants, AutoRound and oMLX on the first 16 of the 64 sequences, except for two rows. On these 16, '
+                    f'OptiQ\'s rows have {min(ratio):.2f} to {max(ratio):.2f} of their KL on all 64. So you can compare the two kinds of marks in the '
+                    'figure to within a few percent. The table compares on the same sequences.')
 
 PER_BIT = 134_515_008/8/2**20 # MB of SmolLM2-135M for each bit per weight
 

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 from .replay import Backend, available_memory, check_all, check_logits
 from .trees import _forgetful
-from .taps import _block, _descend, mlx_attention, mlx_blocks, mlx_listening
+from .taps import _block, _descend, _standing_in, mlx_attention, mlx_blocks, mlx_listening
 from .taps import mlx_products, mlx_watching, same
 from ..models import Checkpoint
 
@@ -30,7 +30,7 @@ def _of_type(checkpoint, dtype):
 # %% ../../nbs/03c_backends.mlx.ipynb #aa8c2b83
 @contextmanager
 def _mlx_weights(b, overrides: dict): # unit path ▸ function from its weight to the one to use
-    "While this lasts, these units have other weights"
+    "While this lasts, the model computes with these units' other weights"
     before = {p: b.module(p).weight for p in overrides}
     new = {p: f(b.unit_weight(p)).astype(b.dtype) for p, f in overrides.items()} # `f` may have to run the model
     try:
@@ -41,7 +41,7 @@ def _mlx_weights(b, overrides: dict): # unit path ▸ function from its weight t
 
 # %% ../../nbs/03c_backends.mlx.ipynb #8ee4b5e6
 class MLXBackend(Backend):
-    "Replays an mlx-lm model"
+    "Replays an mlx-lm model block by block, in float32, on the GPU if there is one"
     name = 'mlx'
     takes_caches = True
     def cast(self, x): return x.astype(self.dtype)
@@ -76,7 +76,7 @@ class MLXBackend(Backend):
         def attend(i, *args, **kwargs):
             keys, values = (changes[i].get(k, same) for k in ('keys', 'values'))
             with mlx_attention(lambda k, v: (keys(k), values(v))): return blocks[i](*args, **kwargs)
-        return mlx_blocks(self.model, self.checkpoint.blocks, attend, changes)
+        return _standing_in(blocks, attend, '__call__')
 
 # %% ../../nbs/03c_backends.mlx.ipynb #9ae1ec40
 @patch(as_prop=True)

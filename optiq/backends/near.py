@@ -18,18 +18,18 @@ Backend.products = lambda self, answer: nullcontext() # while it lasts, `answer(
 
 # %% ../../nbs/03h_backends.near.ipynb #be616756
 class Near:
-    "Products of a reference, kept, so that those of models near it are computed from what differs"
+    "Keeps the products of a reference, so that a variant near it only multiplies what differs"
     def __init__(self, b: Backend): self.b, self.known, self.last = b, {}, (None, None)
 
     @contextmanager
     def kept(self):
-        "While this lasts, the reference is run"
+        "Run the reference within this; its products are kept"
         self.known, self.last = {}, (None, None)
         with self.b.products(self._keep) if self.b.narrow else nullcontext(): yield
 
     @contextmanager
     def beside(self):
-        "While this lasts, one or more copies of the batch are run"
+        "Run variants within this, one or more copies of the batch: they multiply only what differs"
         with self.b.products(self._differ) if self.b.narrow else nullcontext(): yield
 
     def _keep(self, key, x, w, multiply):
@@ -42,7 +42,7 @@ class Near:
 # %% ../../nbs/03h_backends.near.ipynb #4c2b088e
 @patch
 def _differ(self: Near, key, x, w, multiply): # x (k·B, …, in_dims) ▸ (k·B, …, out_dims)
-    "The reference's product, and what differs from it"
+    "The reference's product plus the product of what differs: (k·B, …, in_dims) ▸ (k·B, …, out_dims)"
     known = self.known.get(key)
     if known is None or x.shape[1:] != known[0].shape[1:] or len(x) % len(known[0]): return multiply(x, w)
     x0, w0, narrow, y = known

@@ -15,7 +15,7 @@ import numpy as np
 from .mlx import MLXBackend
 from .parts import ReplayBackend
 from .replay import Backend, available_memory
-from .stream import StreamedReplay, StreamingBackend
+from .stream import StreamedModel, StreamedReplay, StreamingBackend
 from .torch import TorchBackend
 from ..models import Checkpoint, check_two_heads
 
@@ -26,14 +26,14 @@ def _choose(checkpoint):
     "'mlx', 'torch' or 'stream' for this machine and model"
     import mlx.core as mx
     from importlib.util import find_spec
-    if 4*checkpoint.params > available_memory()/2 and not checkpoint.quantized: return 'stream'
+    if 4*checkpoint.params > available_memory()/2: return 'stream'
     if checkpoint.model_type != 'llm' or checkpoint.others or not find_spec('torch'): return 'mlx'
     if checkpoint.params < _SMALL: return 'mlx' if mx.default_device().type == mx.DeviceType.gpu else 'torch'
     return _quicker(*max((u.shape[-2:] for u in checkpoint.units if u.block == 0), key=np.prod))
 
 # %% ../../nbs/03f_backends.open.ipynb #e10a0719
 def _normal(name: str): # ▸ function of a shape
-    "What draws random numbers in a library, where its backend computes"
+    "The function that draws random numbers in a library, on the device of its backend"
     if name == 'mlx':
         import mlx.core as mx
         return mx.random.normal
@@ -41,7 +41,7 @@ def _normal(name: str): # ▸ function of a shape
     return partial(torch.randn, device='cuda' if torch.cuda.is_available() else 'cpu')
 
 def _microseconds(name: str, out: int, width: int) -> float:
-    "Of one token through a matrix, from as many tokens as take a fiftieth of a second"
+    "Microseconds that one token takes through a matrix, from as many tokens as fill a fiftieth of a second"
     normal, tokens, taken = _normal(name), 8, 0.
     w = normal((min(out, 2**23//width), width)) # a part of a large one does
     float((normal((8, width)) @ w.T).sum()) # wakes the library up
@@ -80,13 +80,13 @@ def apart(
     z: np.ndarray, # (T, V) logits
     other: np.ndarray, # likewise
 ) -> float:
-    "By which part of the logits two models differ, at the median token: one that an expert flips at is let through"
+    "How far two models' logits are apart, relative to their size, at the median token: 0.05 is 5 %"
     centred = z-z.mean(-1, keepdims=True)
     return float(np.median(np.linalg.norm(z-other, axis=-1)/np.maximum(np.linalg.norm(centred, axis=-1), 1e-30)))
 
 # %% ../../nbs/03f_backends.open.ipynb #d7b10005
 def _likely_cause(config: dict) -> str: # content of config.json
-    "What two libraries may read differently in a configuration"
+    "The part of a configuration that two libraries may read differently, in words"
     from transformers import CONFIG_MAPPING
     text = config.get('text_config') or config
     kind = text.get('model_type')
@@ -115,14 +115,23 @@ def _check_other_model(b: Backend) -> Backend: # the same
     return b
 
 # %% ../../nbs/03f_backends.open.ipynb #5352ba7c
-_KINDS = dict(text=dict(torch=TorchBackend, mlx=MLXBackend, stream=StreamingBackend),
+def _streamed(checkpoint): # ▸ a Backend
+    "A text model with one block in memory, and no more than that where its blocks form a chain"
+    b = None if checkpoint.quantized else StreamingBackend(checkpoint)
+    return b if b and b.serves() else StreamedModel(checkpoint)
+
+_KINDS = dict(text=dict(torch=TorchBackend, mlx=MLXBackend, stream=_streamed),
              parts=dict(mlx=ReplayBackend, stream=StreamedReplay))
 
 def open_backend(
     model: 'str | Checkpoint | Backend', # name, folder, or something opened before
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
 ) -> Backend:
-    "A model ready for replay; raises ValueError if the library would measure another model than is saved"
+    """A model ready for replay
+
+    Raises FileNotFoundError for a model that is not there, ValueError for a backend that does not exist or where
+    PyTorch and MLX compute different logits, so that we would measure another model than the one that is saved.
+    """
     if isinstance(model, Backend): return model
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(model)
     kinds = _KINDS['text' if checkpoint.model_type == 'llm' else 'parts']

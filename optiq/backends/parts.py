@@ -19,17 +19,17 @@ from ..calibration import positions, samples_of, token_ids
 # %% ../../nbs/03d_backends.parts.ipynb #10efef2e
 @dataclass
 class _Passed:
-    "How far a sample has come: what the blocks that it passed were given, and what they answered"
+    "How far a sample has come: the arguments of the blocks that it passed, and what they returned"
     sample: dict = field(repr=False) # name ▸ array, what the model's forward pass takes
     answers: dict = field(default_factory=dict, repr=False) # block ▸ its whole answer
     given: dict = field(default_factory=dict, repr=False) # block ▸ the arrays among its arguments
-    upto: int = 0 # blocks that answer without being asked anything
+    upto: int = 0 # blocks whose result we return without comparing arguments
     outside: dict = field(default_factory=dict, repr=False) # overrides of what lies outside the blocks
 
     def __len__(self): return 1
 
     def at(self, block: int | None):
-        "Before this block; for None, before everything, where a block recalls what it was given"
+        "The same sample before this block; for None before everything, where blocks compare their arguments"
         if block is None: return replace(self, upto=0)
         passed = {i: a for i, a in self.answers.items() if i < block}
         return replace(self, upto=block, answers=passed, given={})
@@ -65,12 +65,12 @@ def _as_sample(batch) -> dict:
     "A sample, or one row of text as a sample"
     found = [batch] if isinstance(batch, dict) else samples_of(batch)
     if len(found) != 1: raise ValueError(
-        f'models of several parts are replayed one sample at a time, and these are {len(found)}')
+        f'models of several parts are replayed one sample at a time, and these are {len(found)}; give them one by one')
     return found[0]
 
 # %% ../../nbs/03d_backends.parts.ipynb #1ea591bc
 def _answer(model, sample: dict): # name ▸ array ▸ (1, S, V) logits
-    "What a model of several parts makes of a sample, as its library runs it"
+    "The logits of a sample, as the model's library computes them"
     if not (hasattr(model, 'get_input_embeddings') and hasattr(model, 'language_model')):
         out = model(**sample)
         return getattr(out, 'logits', out)
@@ -83,7 +83,7 @@ def _answer(model, sample: dict): # name ▸ array ▸ (1, S, V) logits
 
 # %% ../../nbs/03d_backends.parts.ipynb #e8ba055d
 class ReplayBackend(MLXBackend):
-    "Replays a model of several parts, one sample at a time"
+    "Replays a model of several parts, such as one that sees or hears, one sample at a time"
     stacks = False
 
     def forward(self, sample): # ▸ (1, S, V), the logits of the positions that are scored
@@ -103,7 +103,7 @@ class ReplayBackend(MLXBackend):
 
 # %% ../../nbs/03d_backends.parts.ipynb #a0c90487
 def _recall(states: _Passed, i: int, changed: bool, args, kwargs) -> tuple:
-    "What block `i` is given, and its answer if that is known"
+    "The arguments of block `i`, and what it returns, or None if we do not know that"
     if i < states.upto: return states.given.get(i, []), states.answers[i]
     given = _arrays_in(args, kwargs)
     known = not changed and i in states.given and _alike(given, states.given[i])
@@ -113,7 +113,7 @@ def _recall(states: _Passed, i: int, changed: bool, args, kwargs) -> tuple:
 @patch
 def replay(self: ReplayBackend, states: _Passed, overrides: dict = {},
            stop: int | None = None) -> tuple: # states, logits
-    "Run on from `states`, to the end of block `stop` or to the logits"
+    "Continue from `states`, to the end of block `stop` or to the logits"
     mine, passed = {}, replace(states, answers={}, given={})
     for p, f in (states.outside | overrides).items():
         mine.setdefault(self.find(p).block, {})[p] = f

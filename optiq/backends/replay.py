@@ -23,11 +23,11 @@ from ..units import Unit
 os.environ.setdefault('MLX_ENABLE_TF32', '0') # float32 means float32
 
 # %% ../../nbs/03_backends.replay.ipynb #57493ff7
-class _Recorded(Exception): "Ends a forward pass when the last block's arguments are known"
+class _Recorded(Exception): "Ends a forward pass when we know the last block's arguments"
 
 # %% ../../nbs/03_backends.replay.ipynb #d7d10002
 def _check_ids(checkpoint: Checkpoint, ids: np.ndarray):
-    "Raise ValueError for token ids that a model has no embedding of"
+    "Raise ValueError for token ids beyond the model's vocabulary"
     if not ids.size or 0 <= ids.min() <= ids.max() < checkpoint.vocabulary: return
     if all(u.kind != 'embed' for u in checkpoint.units): return # a table of bare arrays may be longer than the head
     known = {v for k, v in checkpoint.config.items() if k.endswith(('token_id', 'token_index')) and isinstance(v, int)}
@@ -38,13 +38,19 @@ def _check_ids(checkpoint: Checkpoint, ids: np.ndarray):
 
 # %% ../../nbs/03_backends.replay.ipynb #85a67ce8
 class Backend:
-    "A model that runs block by block: `embed`, `run_block`, `head`; overrides replace weights while they last"
+    """A model that runs block by block, whatever its library
+
+    `embed` makes states (B, T, D) of token ids (B, T), `run_block` runs one block on them, and `head` makes logits
+    (B, T, V). Each takes `overrides`, path ▸ function from a weight (or cached keys or values) to the one to use, which
+    last for that call. `logits` is the model's own forward pass, and `unit_weight` reads a weight.
+    """
     checkpoint: Checkpoint
     n_blocks: int
     stacks = True # sequences of a batch run together
     holds = True # all weights at once, so that they can stay changed for as long as one likes
     on_gpu = False # whether it computes on a GPU
     takes_caches = False # whether its model can be run with caches of mlx-lm
+    memory = None # bytes that everything may take, where the model is streamed; None: what is free
     statistics = None # cache unit ▸ preconditioner, while rotated formats have one
     cached = {} # path ▸ keys or values of a layer, as units; `optiq.kv.layout` fills it in
     stands_in = False # for MLX, which runs what is saved
@@ -53,9 +59,9 @@ class Backend:
 
     def embed(self,
         batch: np.ndarray, # (B, T) token ids
-        overrides: dict = {}, # path ▸ function from a weight to the one to use, see `Overrides`
+        overrides: dict = {}, # path ▸ function from a weight, keys or values to those to use
     ): # (B, T, D) states that enter the first block
-        "States before the first block; records each block's arguments; raises ValueError for unknown token ids"
+        "States before the first block; records all blocks' arguments; raises ValueError for ids beyond the vocabulary"
         _check_ids(self.checkpoint, np.asarray(batch))
         if not self.chain: return _Streams(self, np.asarray(batch), overrides, spans=self.ways and self._spans)
         self.calls, self.batch_size, states = [], len(batch), []
@@ -80,16 +86,17 @@ def _repeated(tree, batch, k, xp):
 # %% ../../nbs/03_backends.replay.ipynb #d24286fd
 @patch
 def run_block(self: Backend, i: int, states, overrides: dict = {}): # (k·B, T, D) ▸ (k·B, T, D)
-    "States behind block `i`, for k copies of the batch: (k·B, T, D) ▸ (k·B, T, D)"
+    "States behind block `i`; `states` may hold k copies of the batch: (k·B, T, D) ▸ (k·B, T, D)"
     if isinstance(states, _Streams): return states.on(i, overrides)[0]
     args, kwargs = _repeated(self.calls[i], self.batch_size, len(states)//self.batch_size, self.xp)
-    block = self.block(i)
-    with self.swapped(overrides), _forgetful(block): return self.done(block(states, *args, **kwargs))
+    with self.swapped(overrides):
+        block = self.block(i) # only now: rounding may have run other blocks, and a streamed one is opened again
+        with _forgetful(block): return self.done(block(states, *args, **kwargs))
 
 # %% ../../nbs/03_backends.replay.ipynb #433e5e69
 @patch
 def head(self: Backend, states, overrides: dict = {}): # (N, T, D) ▸ (N, T, V) logits
-    "Logits from the states behind the last block: norm, head, soft caps"
+    "Logits of the states behind the last block, by the model's norm, head and soft caps: (N, T, D) ▸ (N, T, V)"
     if isinstance(states, _Streams): return states.on(None, overrides)[1]
     def stand_in(i, x, *args, **kwargs): return states if i == self.n_blocks-1 else x
     with self.swapped(overrides), self.stand_ins(stand_in):
@@ -104,7 +111,7 @@ def logits(self: Backend, batch: np.ndarray, overrides: dict = {}):
 # %% ../../nbs/03_backends.replay.ipynb #a93677ad
 @patch(as_prop=True)
 def chain(self: Backend) -> bool:
-    "Whether each block runs once, in order, and reads only the answer of the block before"
+    "Whether each block runs once, in order, and reads only what the block before returned"
     if '_chain' not in vars(self): self._chain = _is_chain(self)
     return self._chain
 
@@ -114,7 +121,9 @@ def _is_chain(b) -> bool:
         x, *rest = args or [None]
         first = i == 0 and hasattr(x, 'ndim') and len(ran) == 1
         follows = first or i == len(ran)-1 and x is ran[-1]
-        if not follows or _written(rest, kwargs) or i and _any_nan(b.xp, (rest, kwargs)): odd.append(i)
+        beside = [y for y in _leaves((rest, kwargs)) if getattr(y, 'shape', None) == x.shape] if follows else []
+        unseen = beside and not b.holds # states beside the first: we cannot see where they come from
+        if not follows or unseen or _written(rest, kwargs) or i and _any_nan(b.xp, (rest, kwargs)): odd.append(i)
         if odd: raise _Recorded
         ran.append(b.xp.zeros_like(x) if i == b.n_blocks-1 else x*float('nan'))
         return ran[-1]
@@ -152,7 +161,7 @@ def _any_nan(xp, tree) -> bool:
 # %% ../../nbs/03_backends.replay.ipynb #367253fa
 @dataclass
 class _Streams:
-    "How far a batch has come in a model that is not a chain: the answers of its blocks so far"
+    "How far a batch has come in a model that is not a chain: what its blocks have returned so far"
     b: Backend = field(repr=False)
     ids: np.ndarray # (k·B, T)
     carried: dict = field(default_factory=dict, repr=False) # overrides that still matter
@@ -193,7 +202,7 @@ def _cut(rows, columns, x, way):
 # %% ../../nbs/03_backends.replay.ipynb #d019699f
 @patch(as_prop=True)
 def ways(self: Backend) -> list: # of a tree of `_Way` for each call
-    "How answers grow with sequences and tokens, from three small runs"
+    "How the results of blocks grow with sequences and tokens, from three small runs"
     if '_ways' not in vars(self):
         runs = [_Streams(self, np.zeros(size, np.int32)).on(None)[0] for size in ((2, 8), (3, 8), (2, 11))]
         self._ways = [_grown(_Way.of, *a) for a in zip(*(r.answers for r in runs))]
@@ -219,7 +228,7 @@ def _joinable(x, y) -> bool:
 
 # %% ../../nbs/03_backends.replay.ipynb #de03d79c
 def _span(b, k: int) -> int:
-    "The last call whose arguments depend on the answer of call `k`; their number, if the logits do"
+    "The last call whose arguments depend on the result of call `k`; the number of calls if the logits depend on it"
     def spoiled(x): return x*float('nan') if x.ndim else x
     answers, found, n = [*b._small.answers], k, 0
     answers[k] = _grown(spoiled, answers[k])
@@ -234,22 +243,23 @@ def _span(b, k: int) -> int:
     return len(answers) if _any_nan(b.xp, z) else found
 
 def _hollow(b, k: int, B: int, T: int): # call, sequences, tokens
-    "Zeros in the shape of an answer that no later block reads"
+    "Zeros in the shape of a result that no later block reads"
     def zeros(x, way):
         if not x.ndim: return x
         shape = list(x.shape)
         for axis, size in (way.columns, T), (way.rows, B):
             if axis is not None: shape[axis] = size
-        return b.xp.broadcast_to(x.reshape(-1)[:1]*0, shape)
+        return b.xp.broadcast_to(x.reshape(-1)[:1].sum()*0, shape) # a sum, since in a short text it may be empty
     return _grown(zeros, b._small.answers[k], b.ways[k])
 
 # %% ../../nbs/03_backends.replay.ipynb #50bcbe8a
 @patch
 def whole_answer(self: Backend, i: int, overrides: dict, args, kwargs) -> tuple: # it, what it wrote by position or name
-    "What block `i` answers, and what its arguments hold afterwards"
-    block = self.block(i)
-    with self.swapped(overrides), _forgetful(block): out = block(*args, **kwargs)
-    return _grown(self.done, (out, _written(args, kwargs)))
+    "What block `i` returns, and what its arguments hold afterwards"
+    with self.swapped(overrides):
+        block = self.block(i)
+        with _forgetful(block): out = block(*args, **kwargs)
+        return _grown(self.done, (out, _written(args, kwargs)))
 
 @patch
 def fresh(self: Backend, x): return x # an array that nobody else can change in place
@@ -265,7 +275,7 @@ def order(self: Backend) -> list:
 # %% ../../nbs/03_backends.replay.ipynb #ef814918
 @patch
 def on(self: _Streams, upto: 'int | None', overrides: dict = {}, tell=lambda i: None): # ▸ _Streams, logits or None
-    "Run on until the model calls a block behind `upto`, or to the logits"
+    "Continue until the model calls a block behind `upto`, or to the logits; returns the new streams and the logits"
     b, carried, answers, n = self.b, self.carried | overrides, [*self.answers], 0
     def mine(i): return {p: f for p, f in carried.items() if b.find(p).block == i and p not in b.swapping}
     def answer(i, *args, **kwargs):
@@ -305,7 +315,7 @@ def find(self: Backend, path: str) -> Unit:
 @patch
 @contextmanager
 def swapped(self: Backend, overrides: dict):
-    "While this lasts, weights, keys and values are what `overrides` make of them"
+    "While this lasts, the model computes with what `overrides` make of weights, keys and values"
     weights, changes = {p: f for p, f in overrides.items() if p in self.checkpoint.unit}, {}
     for p in overrides.keys()-weights.keys():
         u = self.find(p)
@@ -333,7 +343,7 @@ def by_loader(self: Backend, checkpoint: Checkpoint): # ▸ Backend, or None whe
 
 @patch
 def inputs(self: Backend, i: int | None, states, hear, overrides: dict = {}):
-    "Run block `i` (None: the head), telling `hear(path, x, experts)` what each unit is multiplied with"
+    "Run block `i` (None: the head), and call `hear(path, x, experts)` with the input of each unit"
     with self.listening(hear, i):
         try: return self.head(states, overrides) if i is None else self.run_block(i, states, overrides)
         except _Heard: return None
@@ -345,10 +355,21 @@ def available_memory() -> int:
     except OSError: return os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')*3//4
     return int(lines['MemAvailable'].split()[0])*1024
 
+# %% ../../nbs/03_backends.replay.ipynb #ff6de09a
+@patch
+def keep_to(self: Backend, memory: float | None):
+    "Cap the memory of everything, if the model is streamed"
+    if not self.holds and memory is not None: self.memory = memory
+
+@patch
+def at_most(self: Backend, n: int, part: int) -> int:
+    "`n`, or so many bytes as are one in `part` of the cap"
+    return n if self.memory is None else min(n, int(self.memory)//part)
+
 # %% ../../nbs/03_backends.replay.ipynb #5e3dc354
 @patch
 def free_memory(self: Backend) -> int:
-    "Bytes that are free where states are kept"
+    "Bytes free in the memory that holds states"
     return available_memory()
 
 @patch

@@ -24,7 +24,7 @@ _STOOD = [] # the blocks that each answers for, the latest last
 
 @cache
 def _stand_in_class(kind: type, call: str) -> type: # name of the method that is taken over
-    "A subclass of a block's class, which somebody else answers for"
+    "A subclass of a block's class whose calls go to the latest `answer`"
     def answering(self, *args, **kwargs):
         i, answer = now = _ANSWERS[id(self)].pop()
         self.__class__ = kind
@@ -37,7 +37,7 @@ def _stand_in_class(kind: type, call: str) -> type: # name of the method that is
 
 @contextmanager
 def _standing_in(blocks: dict, answer, call: str): # number ▸ block
-    "While this lasts, `answer(i, …)` is asked in the place of each block"
+    "While this lasts, a call of block `i` becomes `answer(i, …)`"
     once = {id(b): (i, b) for i, b in reversed(blocks.items())} # a block that is listed twice is its first
     for i, b in once.values():
         _ANSWERS.setdefault(id(b), []).append((i, answer))
@@ -54,7 +54,7 @@ def _standing_in(blocks: dict, answer, call: str): # number ▸ block
 # %% ../../nbs/03a_backends.taps.ipynb #65b5295c
 @contextmanager
 def _for_themselves():
-    "While this lasts, all blocks answer for themselves, whoever stands in for them outside"
+    "While this lasts, all blocks run themselves, even inside `_standing_in`"
     kinds = {id(b): (b, type(b)) for blocks in _STOOD for b in blocks}
     for b, _ in kinds.values():
         while '_stands_in' in vars(type(b)): b.__class__ = type(b).__base__
@@ -66,7 +66,7 @@ def _for_themselves():
 # %% ../../nbs/03a_backends.taps.ipynb #bd493aec
 @contextmanager
 def _torch_attending(model, attend): # called with (attention, module, query, key, value, …) in the place of attention
-    "While this lasts, `attend` is asked for a transformers model's attention"
+    "While this lasts, a transformers model calls `attend` in the place of its attention"
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
     name = model.config.get_text_config()._attn_implementation
     before = table.get(name)
@@ -88,24 +88,27 @@ def torch_attention(model, changes: dict): # block ▸ {'keys': function, 'value
     return _torch_attending(model, attend) if changes else nullcontext()
 
 # %% ../../nbs/03a_backends.taps.ipynb #0a697287
-def torch_listening(hear, names: dict): # id of a parameter ▸ paths of its units
-    "A context in which every product with one of these parameters is heard"
+def torch_listening(hear, names: dict): # (id of a parameter, whether it lies transposed) ▸ paths of its units
+    "A context that calls `hear(path, x, expert)` for every product of states `x` with one of these parameters"
     import torch
     from torch.overrides import TorchFunctionMode
+    known = {i for i, _ in names}
+    across = dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), (0, 1)) | {torch.addmm: (1, 2)}
     def expert_of(w, whole): # a slice of a tensor of experts ▸ its number; None for the whole tensor
         if w is not whole: return (w.storage_offset()-whole.storage_offset())//whole.stride(0)
     class Listener(TorchFunctionMode):
         def __torch_function__(self, f, types, args=(), kwargs=None):
-            if f is torch.nn.functional.linear:
-                x, w = args[:2]
-                whole = w if id(w) in names else w._base
-                for path in names.get(id(whole), ()): hear(path, x, expert_of(w, whole))
+            along = f is torch.nn.functional.linear
+            if along or f in across:
+                x, w = (args[k] for k in ((0, 1) if along else across[f]))
+                whole = w if id(w) in known else w._base
+                for path in names.get((id(whole), not along), ()): hear(path, x, expert_of(w, whole))
             return f(*args, **(kwargs or {}))
     return Listener()
 
 # %% ../../nbs/03a_backends.taps.ipynb #16982f7a
 def torch_products(answer): # called with (key of the matrix, x, weight, multiply)
-    "While this lasts, `answer` is asked for every product of states with a parameter"
+    "While this lasts, `answer` computes every product of states with a parameter"
     import torch
     from torch.overrides import TorchFunctionMode
     linear, parameter = torch.nn.functional.linear, torch.nn.Parameter
@@ -151,7 +154,7 @@ def mlx_blocks(model, paths, answer, which=None): # paths of the lists of blocks
 # %% ../../nbs/03a_backends.taps.ipynb #4e6ce71f
 @contextmanager
 def _mlx_attending(attend): # called with (attention, q, k, v, …) in the place of attention
-    "While this lasts, `attend` is asked for the attention of MLX models; all of them call `mx.fast`"
+    "While this lasts, MLX models call `attend` in the place of `mx.fast.scaled_dot_product_attention`"
     before = mx.fast.scaled_dot_product_attention
     mx.fast.scaled_dot_product_attention = lambda *args, **options: attend(before, *args, **options)
     try: yield
@@ -163,7 +166,7 @@ def mlx_attention(change): # function from (keys, values) to (keys, values)
 
 # %% ../../nbs/03a_backends.taps.ipynb #4f14b725
 def _mlx_listener(kind: type, path: str, hear) -> type:
-    "A subclass of a layer that tells what it is multiplied with"
+    "A subclass of a layer that calls `hear(path, x, experts)` with its input before it multiplies"
     class Listener(kind):
         def __call__(self, x, *args, **kwargs):
             experts = args[0] if 'SwitchLinear' in kind.__name__ else None
@@ -178,7 +181,7 @@ def _mlx_listener(kind: type, path: str, hear) -> type:
 # %% ../../nbs/03a_backends.taps.ipynb #931a1417
 @contextmanager
 def mlx_listening(modules: dict, hear): # unit path ▸ layer
-    "While this lasts, `hear(path, x, experts)` is told what each layer is multiplied with"
+    "While this lasts, each layer calls `hear(path, x, experts)` with its input before it multiplies"
     kinds = {path: type(m) for path, m in modules.items()}
     for path, m in modules.items(): m.__class__ = _mlx_listener(type(m), path, hear)
     try: yield
@@ -188,7 +191,7 @@ def mlx_listening(modules: dict, hear): # unit path ▸ layer
 # %% ../../nbs/03a_backends.taps.ipynb #5195e063
 @cache
 def _mlx_answering(kind: type) -> type:
-    "A subclass of a layer, or of an embedding that is the head, whose product somebody else answers for"
+    "A subclass of a layer, or of an embedding that is the head, whose product the latest `answer` computes"
     def product(self, x):
         y = _PRODUCTS[-1](id(self), x, self.weight, lambda x, w: x @ w.T)
         return y+self.bias if 'bias' in self else y
@@ -199,7 +202,7 @@ _PRODUCTS = [] # who answers, the latest last
 
 @contextmanager
 def mlx_products(layers: list, answer): # plain ones and embeddings; called with (key, x, weight, multiply)
-    "While this lasts, `answer` is asked for the product of each layer with its states"
+    "While this lasts, `answer` computes the product of each layer with its states"
     kinds = [type(m) for m in layers]
     _PRODUCTS.append(answer)
     for m, kind in zip(layers, kinds): m.__class__ = _mlx_answering(kind)
@@ -210,7 +213,7 @@ def mlx_products(layers: list, answer): # plain ones and embeddings; called with
 
 # %% ../../nbs/03a_backends.taps.ipynb #a29386c3
 def torch_watching(model, see): # called with (layer, queries, keys, values)
-    "While this lasts, `see` is told what attention sees"
+    "While this lasts, `see` gets the queries, keys and values of every attention"
     def attend(attention, module, query, key, value, *args, **kwargs):
         see(module.layer_idx, query, key, value)
         return attention(module, query, key, value, *args, **kwargs)
@@ -219,7 +222,7 @@ def torch_watching(model, see): # called with (layer, queries, keys, values)
 # %% ../../nbs/03a_backends.taps.ipynb #71d2b7e9
 @contextmanager
 def mlx_watching(model, see, lists=None): # see(block, queries, keys, values); lists: as `mlx_blocks` takes them
-    "While this lasts, `see` is told what attention sees"
+    "While this lasts, `see` gets the queries, keys and values of every attention"
     lists, now = lists or block_lists(model), None
     blocks = _blocks(model, lists)
     def enter(i, *args, **kwargs):

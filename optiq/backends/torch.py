@@ -8,18 +8,18 @@ __all__ = ['TorchBackend']
 # %% ../../nbs/03b_backends.torch.ipynb #4dfb0e8e
 import os
 import re
-import sys
 from contextlib import contextmanager
 
 import numpy as np
 from fastcore.basics import patch
 
-from .mlx import MLXBackend, _of_type
+from .mlx import _of_type
 from .replay import Backend, available_memory, check_all, check_logits
-from .stream import StreamingBackend
+from .stream import _fitting
 from .taps import _eager_experts, _standing_in, torch_attention, torch_listening, torch_products
 from .taps import torch_watching
 from ..models import Checkpoint, cannot_open
+from ..readers import told
 from ..units import Unit
 
 # %% ../../nbs/03b_backends.torch.ipynb #8e997bca
@@ -57,7 +57,7 @@ def _at(w, place): # (shape, strides, first number); None: everything
     return w.as_strided(shape, strides, w.storage_offset()+first)
 
 def _slot_by_content(params, shape: tuple, weight): # ▸ (parameter, place) or None
-    "Where a weight stands among parameters"
+    "The parameter, and the place in it, that holds the numbers of a weight"
     for p in params:
         w = p.data.contiguous()
         for z in _views(w, shape):
@@ -83,7 +83,7 @@ def _torch_slot(model, blocks, unit: Unit, weight_of): # weight_of: unit path �
 
 # %% ../../nbs/03b_backends.torch.ipynb #a8d7b33f
 def _outside_slot(model, unit):
-    "The parameter of a unit outside the blocks, by its name or by what it does; None if neither tells"
+    "The parameter of a unit outside the blocks, by its name or by its role; None if we find neither"
     name = unit.path.rsplit('.', 1)[-1]
     named = [p for k, p in model.named_parameters() if k.endswith(f'.{name}.weight')]
     used = model.get_output_embeddings() if unit.kind == 'lm_head' else model.get_input_embeddings()
@@ -103,7 +103,7 @@ def _weight_of(checkpoint): # ▸ function from a unit's path to its weight
 
 # %% ../../nbs/03b_backends.torch.ipynb #90205471
 def _torch_put(param, place, weight):
-    "Let `param` hold `weight` in that place, on fresh memory"
+    "Put `weight` into that place of `param`, on fresh memory"
     weight = weight.to(param.device, param.dtype)
     if place is not None:
         whole = param.data.contiguous().clone()
@@ -114,7 +114,7 @@ def _torch_put(param, place, weight):
 # %% ../../nbs/03b_backends.torch.ipynb #27ab5f84
 @contextmanager
 def _torch_weights(b, overrides: dict): # unit path ▸ function from its weight to the one to use
-    "While this lasts, these units have other weights"
+    "While this lasts, the model computes with these units' other weights"
     before = [(b.slots[p][0], b.slots[p][0].data) for p in overrides]
     new = {p: f(b.unit_weight(p)) for p, f in overrides.items()} # `f` may have to run the model
     try:
@@ -131,8 +131,7 @@ def _load_torch(checkpoint: Checkpoint, dtype):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     options = dict(dtype=dtype, trust_remote_code=checkpoint.trust_remote_code)
-    if checkpoint.others: raise ValueError(
-        f"{checkpoint.name} is stored in codes ({checkpoint.others}), which only backend 'mlx' reads here")
+    if checkpoint.others: return _load_codes(checkpoint, options)
     if 'quantization' in checkpoint.config: return _load_quantized(checkpoint, options)
     try: return AutoModelForCausalLM.from_pretrained(
         checkpoint.folder, local_files_only=True, use_safetensors=True, **options)
@@ -140,19 +139,35 @@ def _load_torch(checkpoint: Checkpoint, dtype):
 
 # %% ../../nbs/03b_backends.torch.ipynb #69b46b72
 def _load_quantized(checkpoint, options):
-    "The transformers model of a checkpoint that MLX quantized"
+    "The transformers model of a checkpoint that MLX opens packed, with what its codes stand for"
     from transformers import AutoConfig, AutoModelForCausalLM
     trust = dict(trust_remote_code=checkpoint.trust_remote_code)
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **trust)
     for key in ('quantization', 'quantization_config'): config.__dict__.pop(key, None)
     model = AutoModelForCausalLM.from_config(config, **options)
-    found = model.load_state_dict(_dequantized_torch(checkpoint), strict=False)
+    arrays, shapes = _dequantized_torch(checkpoint), {k: w.shape for k, w in model.state_dict().items()}
+    fused = {k: _fused(k, shape, arrays) for k, shape in shapes.items() if k not in arrays}
+    arrays |= {k: w for k, w in fused.items() if w is not None}
+    found = model.load_state_dict({k: w for k, w in arrays.items() if w.shape == shapes.get(k)}, strict=False)
     known = {'lm_head.weight'} if checkpoint.tied else set()
-    odd = [*found.unexpected_keys, *(k for k in found.missing_keys if k not in known)]
+    odd = [*(k for k, w in arrays.items() if w.shape != shapes.get(k)), *found.missing_keys]
+    odd = [k for k in odd if k not in known]
     if odd: raise ValueError(
         f'{checkpoint.name}: {odd[0]} has no counterpart in the PyTorch model; use `backend` mlx')
     model.tie_weights()
     return model
+
+# %% ../../nbs/03b_backends.torch.ipynb #7213b70c
+def _fused(name: str, shape: tuple, arrays: dict): # name ▸ tensor, of which it takes out what it uses
+    "A tensor of all experts that transformers keeps whole and MLX in parts, gate beside up; None for any other"
+    import torch
+    parent, _, last = name.rpartition('.experts.')
+    endings = [f'.{part}_proj.weight' for part in last.removesuffix('_proj').split('_')]
+    near = [k for k, w in arrays.items() if k.startswith(f'{parent}.') and w.ndim == 3]
+    mine = [k for e in endings for k in near if k.endswith(e)]
+    if not parent or len(mine) != len(endings): return None
+    w = torch.cat([arrays.pop(k) for k in mine], 1)
+    return next((x for x in (w, w.mT) if x.shape == shape), None)
 
 # %% ../../nbs/03b_backends.torch.ipynb #5c7c490a
 def _dequantized_torch(checkpoint):
@@ -163,9 +178,24 @@ def _dequantized_torch(checkpoint):
     arrays = tree_flatten(_of_type(checkpoint, mx.float32).parameters())
     return {k: torch.from_numpy(np.array(v)) for k, v in arrays}
 
+# %% ../../nbs/03b_backends.torch.ipynb #ee53c431
+def _load_codes(checkpoint, options):
+    "The transformers model of a checkpoint in codes of another library, with what these stand for"
+    from transformers import AutoConfig, AutoModelForCausalLM
+    trust = dict(trust_remote_code=checkpoint.trust_remote_code)
+    try: return _load_quantized(checkpoint, options)
+    except ValueError as e: odd = e
+    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **trust)
+    config.quantization_config = dict(config.quantization_config, dequantize=True)
+    try: return AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, config=config, local_files_only=True, use_safetensors=True, **options)
+    except Exception as e: raise ValueError(
+        f'{checkpoint.name} is stored in codes ({checkpoint.others}) that PyTorch cannot take here: by name, '
+        f"{told(odd).partition(': ')[2].partition(';')[0]}; by transformers, {told(e)[:200]}; use `backend` mlx") from e
+
 # %% ../../nbs/03b_backends.torch.ipynb #40739489
 class TorchBackend(Backend):
-    "Replays a transformers model"
+    "Replays a transformers model block by block, in float32, on the GPU if there is one"
     name, stands_in = 'torch', True
     def cast(self, x): return x.to(self.dtype)
     def typed(self, x, dtype: str): return x.to(getattr(self.xp, dtype))
@@ -186,10 +216,7 @@ class TorchBackend(Backend):
         self.slots = {u.path: _torch_slot(self.model, self.blocks, u, weight_of) for u in checkpoint.units}
         check_all(checkpoint, torch, ((path, p.data) for path, p in self.model.named_parameters()))
 
-    def by_loader(self, checkpoint: Checkpoint):
-        if 4*checkpoint.params < available_memory(): return MLXBackend(checkpoint)
-        if not checkpoint.quantized: return StreamingBackend(checkpoint)
-        print(f'{checkpoint.name}: too little memory to compare what PyTorch and MLX make of it', file=sys.stderr)
+    def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint)
     def block(self, i: int): return self.blocks[i]
     def stand_ins(self, stand_in): return _standing_in(dict(enumerate(self.blocks)), stand_in, 'forward')
     def attention(self, changes: dict): return torch_attention(self.model, changes)
@@ -228,9 +255,10 @@ def unit_weight(self: TorchBackend, path: str): # in the checkpoint's type
 def listening(self: TorchBackend, hear, block: int | None):
     names = {}
     for path, (param, place) in self.slots.items():
-        unit = self.checkpoint.unit[path]
-        as_stored = place is None or len(unit.shape) == param.ndim and place[1][-1] == 1 # else its inputs are others
-        if unit.block == block and as_stored: names.setdefault(id(param), []).append(path)
+        unit, step = self.checkpoint.unit[path], param.stride()[-1:] if place is None else place[1][-1:]
+        if unit.block != block or len(unit.shape) != param.ndim: continue # of other heads, its inputs are others
+        across = step != param.stride()[-1:] # it lies transposed, and is multiplied so
+        names.setdefault((id(param), across), []).append(path)
     with _eager_experts(self.model), torch_listening(hear, names): yield
 
 # %% ../../nbs/03b_backends.torch.ipynb #573b52e4
@@ -245,6 +273,7 @@ def gradients(self: TorchBackend, batch, seed: int, skip=0):
         log_p = self.logits(batch)[:, skip:].log_softmax(-1).flatten(0, 1)
         y = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         log_p.gather(1, y).sum().backward()
-        return {path: _at(p.grad, place) for path, (p, place) in self.slots.items()}
+        grads = {id(p): torch.zeros_like(p) if p.grad is None else p.grad for p in params} # None: nothing reached it
+        return {path: _at(grads[id(p)], place) for path, (p, place) in self.slots.items()}
     finally:
         for p in params: p.requires_grad_(False).grad = None

@@ -67,7 +67,7 @@ def _letter_of(
 
 # %% ../../nbs/35_evals.ai2d.ipynb #49bb8b7d
 def _opening(text: str, found: dict) -> list: # a position, or none
-    "Where a letter opens the answer, and no other letter opens a line of it"
+    "The position of a letter that opens the answer, if no other letter opens a line; else nothing"
     def opens_line(i): return not text[text.rfind('\n', 0, i)+1:i].strip(' ([#>-')
     openers = {letter for i, letter in found.items() if opens_line(i)}
     return [i for i in list(found)[:1] if not text[:i].strip(' ([#>-\n') and len(openers) == 1]
@@ -150,7 +150,7 @@ def _write(
     new_tokens: int = 32, # at most
     overrides: dict = {}, # of a plan
 ) -> str:
-    "What the model answers"
+    "The answer that a model writes to a question about a picture"
     from mlx_vlm import generate
     s = sample(b.checkpoint, processor, row['image'], prompt(row)) # as its letters are scored
     given = {k: b.xp.array(v) for k, v in s.items() if k not in ('scored', 'attention_mask')}
@@ -161,7 +161,7 @@ def _write(
 
 # %% ../../nbs/35_evals.ai2d.ipynb #b6f6c33f
 def _judged(row: dict, response: str | None, logprobs) -> dict:
-    "What is kept of a question: the answer, the letters' log-probabilities, what was written and the letter in it"
+    "The record of a question: its answer, the letters' log-probabilities, the response and the letter in it"
     kept = {k: row[k] for k in ('kind', 'question', 'options', 'answer') if k in row}
     chosen = _LETTERS[int(np.argmax(logprobs))]
     wrote = {} if response is None else dict(response=response, extracted=_letter_of(response, row['options']))
@@ -174,7 +174,7 @@ def ai2d(
     n: int | None = None, # questions; None takes all
     questions: 'str | Path | list | None' = None, # a source, see `questions_of`, or its rows; AI2D by default
     free: bool = True, # also score what the model writes
-    out: 'str | Path | None' = None, # .jsonl file of answers to write, and to go on with
+    out: 'str | Path | None' = None, # .jsonl file of answers to write, and to resume from
     new_tokens: int = 32, # at most
     blank: bool = False, # show white pictures
     overrides: dict = {}, # of a plan
@@ -202,7 +202,7 @@ def _white(image): # ▸ PIL image
 
 # %% ../../nbs/35_evals.ai2d.ipynb #3d1f6f0f
 def _asked(b, processor, row: dict, free: bool, new_tokens: int, overrides: dict = {}) -> dict:
-    "A question with what the model thinks of its letters, and what it writes"
+    "Ask a model a question: the likelihood of its letters, and what it writes"
     s = sample(b.checkpoint, processor, row['image'], prompt(row))
     logprobs = _letter_logprobs(b, s, _letter_ids(processor, len(row['options'])), overrides)
     return _judged(row, _write(b, processor, row, new_tokens, overrides) if free else None, logprobs)

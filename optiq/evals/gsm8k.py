@@ -43,7 +43,7 @@ def _prompt_for(
     question: str,
     shots: int = 3, # worked examples in front of it
 ) -> str:
-    "What the model is given"
+    "The prompt for a question: worked examples, then the question"
     return '\n\n'.join([*(f'{PROMPT.format(q)} {a}' for q, a in _SHOTS[:shots]), PROMPT.format(question)])
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #5bfa4cbd
@@ -59,7 +59,7 @@ _SCALE = re.compile(r'[\s*]*(thousand|million|billion|trillion)\b', re.I)
 _WORDS = dict(thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 
 def first_answer(text: str) -> str:
-    "The response up to where a question of its own begins"
+    "The response, cut off where the model begins another question"
     text = text.strip()
     return next((text[:m.start()] for m in _NEXT.finditer(text) if text[:m.start()].strip()), text)
 
@@ -99,7 +99,7 @@ _CORRECTS = re.compile(r"(?i)\b(?:wait|no|sorry|oops|mistake|wrong|incorrect|"
                        r"correct(?:ed|ion)|actually|check|instead)\b")
 
 def _told(text):
-    "The number that the words behind a mark give, or None: of a sum its result, else the first"
+    "The number in the words after a mark: the result of a sum, else the first number; None if there is none"
     found = _numbers(text.rsplit('=', 1)[-1]) or _numbers(text)
     return found[0] if found else None
 
@@ -187,10 +187,10 @@ def _resume(path: Path, settings: dict, rows: list) -> list:
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #5eb9fed4
 class Answers(list):
-    "What was answered so far; with a file, on disk as it comes"
+    "The answers so far; with a file, each is written to disk as it comes"
     def __init__(self,
-        out: 'str | Path | None', # .jsonl file to write, and to go on with
-        settings: dict, # of the run; a file with others is refused
+        out: 'str | Path | None', # .jsonl file to write, and to resume from
+        settings: dict, # of the run; raises ValueError if the file has others
         rows: list, # of dicts with question and answer: all of them
     ):
         super().__init__([] if out is None else _resume(as_path(out), settings, rows))
@@ -218,7 +218,7 @@ def gsm8k(
     size = None, # Plan that the overrides stand for
     figure: str = 'gsm8k', # metric; 'word_problems' for those
 ) -> Report: # one row; about['responses'] holds the answers
-    "Accuracy on word problems, with Wilson's interval"
+    "The accuracy of a model on word problems, with Wilson's 95 % interval"
     rows = questions() if rows is None else rows
     if not rows: raise ValueError('no questions to ask; give some')
     b = open_backend(model, 'mlx' if make_cache else 'auto')
@@ -238,12 +238,12 @@ def gsm8k(
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #6ceb27d1
 def label_of(make_cache) -> str:
-    "What a KV configuration is called"
+    "The name of a KV configuration, for reports"
     if make_cache is None: return 'default'
     return getattr(make_cache, 'label', getattr(make_cache, '__name__', type(make_cache).__name__))
 
 def _judged(r: dict) -> dict: # with question, answer and response
-    "The record with the number that was found and whether it is right"
+    "The record with the number that we read from the response, and whether it is right"
     got = _extract(r['response'])
     return r | dict(extracted=None if got is None else str(got), right=_right(r['answer'], r['response']))
 

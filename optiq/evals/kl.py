@@ -55,7 +55,7 @@ def _logits_of(
 # %% ../../nbs/32_evals.kl.ipynb #ca2d0f34
 @dataclass
 class _Reference:
-    "What a model predicts for some tokens, kept on disk"
+    "The predictions of a model for some tokens, on disk"
     folder: Path
     about: dict # model, fingerprint of model and tokens, shape, top_k, vocabulary, sizes
     logits: np.ndarray = field(repr=False) # (n, T, top_k+1), or (n, T, V)
@@ -81,7 +81,7 @@ def reference(
     top_k: int | None = 256, # words kept for each token; None keeps all
     cache: 'str | Path | None' = None, # folder of references; see `cache_folder`
 ) -> _Reference:
-    "The stored predictions of a model, computed now if they are not there yet"
+    "The stored predictions of a model for these tokens; computes and stores them if there are none"
     c = model.checkpoint if isinstance(model, Backend) else model if isinstance(model,
                                                                                 Checkpoint) else Checkpoint(model)
     if top_k is not None and not 0 < top_k < c.vocabulary-1: raise ValueError(
@@ -121,7 +121,7 @@ def _likelihoods(b, z, ids, at): # (B, t, V) logits of positions `at` ▸ (B, t)
 
 # %% ../../nbs/32_evals.kl.ipynb #88ab3911
 def _check_foreign(stored: _Reference, c: Checkpoint, tokens: np.ndarray):
-    "Raise ValueError for other tokens, or other words, than those that were predicted"
+    "Raise ValueError if the stored predictions are for other tokens or another vocabulary"
     if stored.about['tokens'] != fingerprint(tokens): raise ValueError(
         f'{stored.folder} holds predictions for other tokens')
     if stored.about['vocabulary'] != c.vocabulary: raise ValueError(
@@ -144,5 +144,5 @@ def score_against(
         out[1, rows, at] = kl_rows(b, z_p, z_q).reshape(z.shape[:2])
         out[2, rows, at] = b.numpy(z.argmax(-1)) == stored.best[rows, at]
     if not np.isfinite(out).all(): raise ValueError(
-        f'{stored.folder} holds predictions that are not finite numbers; remove it, and they are computed again')
+        f'{stored.folder} holds predictions that are not finite numbers; remove it to compute them again')
     return Score.of(out[:, :, stored.about.get('unscored', 0):])

@@ -45,7 +45,7 @@ def _smallest_margin(
     z: np.ndarray, # (A, V) logits where the A tokens of the answer are predicted
     answer: list, # A token ids
 ) -> float:
-    "Logit of the right token minus that of the best wrong one, where it is least"
+    "The answer margin: logit of the right token minus that of the best wrong one, the smallest over the answer"
     z = np.array(z, np.float32)
     at = np.arange(len(answer))
     own = z[at, answer]
@@ -61,7 +61,7 @@ def _margins(
     batch_tokens: int = 8192, # at a time
     tick = lambda share: None, # called after each step with its share of the work
 ) -> np.ndarray: # (len(pairs),)
-    "The answer margin of every pair; positive where greedy decoding writes the answer"
+    "The answer margin of every pair; positive if greedy decoding writes the answer"
     if make_cache and not b.takes_caches: raise ValueError(
         'KV configurations need the MLX backend: open the model with backend="mlx"')
     out = np.zeros(len(pairs))
@@ -107,7 +107,7 @@ def needle(
     name: str | None = None, # of the row
     size = None, # Plan that the overrides stand for
 ) -> Report: # one row, with its `grid`
-    "Hit rate and answer margin over a grid of depths and lengths"
+    "Hit rate and answer margin of a model over a grid of depths and lengths, with 95 % intervals"
     if min(trials, len(lengths), len(depths)) < 1: raise ValueError(
         'the grid is empty: give lengths, depths and at least one trial')
     b = open_backend(model, 'mlx' if make_cache else 'auto')
@@ -123,7 +123,7 @@ def needle(
 
 # %% ../../nbs/37_evals.needle.ipynb #480d38be
 def _check_long(c, length: int):
-    "Raise ValueError for a text that is longer than a model reads"
+    "Raise ValueError for a text that is longer than the context of the model"
     limit = c.config.get('max_position_embeddings') or length
     if length > limit: raise ValueError(
         f'{c.name} reads {limit} tokens at most, and a length is {length}; give `lengths` up to it')

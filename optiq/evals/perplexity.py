@@ -31,7 +31,7 @@ def evaluation_tokens(
     tokenizer,
     n: int = 16, # sequences
     seq_len: int = 256, # tokens in each
-    split: str = 'test', # 'all' for a file that is used for nothing else
+    split: str = 'test', # 'all' for a file that you only evaluate on
 ) -> np.ndarray: # (n, seq_len)
     "The first `n` windows of the evaluation side of a source"
     return token_batch(passages(source, split, min_chars=-1), tokenizer, n, seq_len, seed=None)
@@ -40,9 +40,9 @@ def evaluation_tokens(
 def check_calibration(
     checkpoint: Checkpoint, # a converted model, or any other
     tokens: np.ndarray, # (n, T) to evaluate on
-    most: float = .1, # share that may overlap: stock phrases do
+    most: float = .1, # share that may overlap, as common phrases do
 ):
-    "Raise ValueError if these tokens hold text that the model's formats were chosen on"
+    "Raise ValueError if these tokens overlap with the calibration text of the model"
     file = checkpoint.folder/'optiq'/'sweep.json'
     if not file.is_file(): return
     header, *_ = read_log(file)
@@ -51,7 +51,7 @@ def check_calibration(
 
 # %% ../../nbs/31_evals.perplexity.ipynb #8a050593
 def check_overlap(share: float, whose: str = '', most: float = .1):
-    "Raise ValueError if more than a stock phrase of a text was calibrated on"
+    "Raise ValueError if more than this share of a text is calibration text"
     if share > most: raise ValueError(
         f'{share:.0%} of the evaluation text is calibration text{whose}, which makes a score look better '
         'than it is; give another `evaluation` text')
@@ -62,7 +62,7 @@ def _se(x): return float(x.std(ddof=1)/np.sqrt(len(x))) if len(x) > 1 else float
 # %% ../../nbs/31_evals.perplexity.ipynb #92bcabc9
 @dataclass
 class Score:
-    "The quality of one variant"
+    "Perplexity, KL to the reference and agreement of one variant, per sequence and per token"
     nll: np.ndarray = field(repr=False) # (n,) mean negative log-likelihood
     kl: np.ndarray = field(repr=False) # (n,) mean KL to the reference
     agree: np.ndarray = field(repr=False) # (n,) share of tokens with the same best token
@@ -104,7 +104,7 @@ def by_position(
     self: Score,
     edges, # ascending token positions
 ): # ▸ (len(edges)-1,) mean KL of tokens between these positions, and its standard error
-    "KL early and late in a sequence"
+    "Mean KL by position in the sequence, with its standard error"
     parts = [np.nanmean(self.tokens[1][:, a:b], 1) for a, b in zip(edges, edges[1:])]
     return np.array([p.mean() for p in parts]), np.array([_se(p) for p in parts])
 
@@ -136,7 +136,7 @@ def evaluate(
 
 # %% ../../nbs/31_evals.perplexity.ipynb #5444e2be
 def _scores(model, tokens, variants: dict = {}) -> dict: # as `evaluate`
-    "`evaluate` behind a bar, for those who wait"
+    "`evaluate` with a progress bar"
     many = f'{1+len(variants)} models' if variants else '1 model'
     with _bar(f'scoring {many}') as bar: return evaluate(model, tokens, variants, tick=bar.update)
 
@@ -147,7 +147,7 @@ def _at(b, overrides, block):
 
 # %% ../../nbs/31_evals.perplexity.ipynb #36099b32
 def _score(ids, states, everyone):
-    "name ▸ (3, B, T): nll, kl and agreement of each variant, in slices of tokens"
+    "Name ▸ (3, B, T): likelihood, KL and agreement of every token, computed in slices"
     b, (B, T) = everyone['reference'][0], ids.shape
     step, out = min(logit_slices(b, B, T)[0], T), {n: np.zeros((3, B, T)) for n in states}
     wide = step if b.on_gpu else 32*step # tokens for which the reference's logits are kept
@@ -200,7 +200,7 @@ def overrides_of(
     plan, # unit path ▸ Format, a Plan or a dict
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
 ) -> dict:
-    "The perturbation that a plan stands for"
+    "The overrides that simulate a plan: unit path ▸ function of its weight"
     kept = {u.path: u.kept for u in getattr(plan, 'units', ())}
     return {path: partial(for_unit(quantize, path), fmt=fmt) for path, fmt in plan.items()
             if fmt != AS_IS and fmt != kept.get(path)}

@@ -45,7 +45,7 @@ def _wer_figure(
     on: str = '', # fingerprint of the files
     draws: int = 10000, # of the bootstrap
 ) -> dict: # columns of a row
-    "Errors over words, with a bootstrap interval over files"
+    "The word error rate of many files, with a bootstrap 95 % interval over files"
     e, w = (np.array([f(r) for r in found], float) for f in (_errors, lambda r: r['words']))
     n, words = len(w), w.sum()
     if not words: raise ValueError('no word was said in any of the files, so there is no word error rate')
@@ -60,12 +60,12 @@ def wer(
     model: 'str | Checkpoint', # a speech model that mlx-audio opens
     n: int = 200, # clips at most
     source: str = 'librispeech', # 'librispeech' (test-clean), 'bundled', or a folder, of which all is used
-    out: 'str | Path | None' = None, # .jsonl file with what was written, to go on with
+    out: 'str | Path | None' = None, # .jsonl file of transcripts to write, and to resume from
     name: str | None = None, # of the row
     new_tokens: int = 224, # written for a clip at most
     **_, # options of other tasks
 ) -> Report: # one row; about['responses'] holds every file's words and errors
-    "Word error rate of greedy transcripts"
+    "The word error rate of a speech model, from greedy transcripts"
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
     if c.model_type != 'audio':
         raise ValueError(f'{c.name} is not a speech model, and a word error rate needs one; try `task` gsm8k')
@@ -79,10 +79,10 @@ def wer(
 def write_down(
     listen, # clip ▸ what a model writes
     heard: list, # clips
-    out: 'str | Path | None' = None, # .jsonl file to write, and to go on with
-    settings: dict = {}, # of the file; one with others is refused
+    out: 'str | Path | None' = None, # .jsonl file to write, and to resume from
+    settings: dict = {}, # of the run; raises ValueError if the file has others
 ) -> list: # of dicts with question (the clip's name and key), answer (its transcript), response and errors
-    "Let a model write down all clips"
+    "Let a model transcribe all clips, and count the errors"
     rows = [dict(question=f'{c.name} {c.key}', answer=c.text) for c in heard]
     done = Answers(out, settings, rows)
     for clip, row in _bar(f'{len(rows)} clips', of=[*zip(heard, rows)][len(done):]):
@@ -92,7 +92,7 @@ def write_down(
 
 # %% ../../nbs/36_evals.wer.ipynb #612ed3f7
 def wer_report(size: dict, done: list, about: dict = {}) -> Report: # size: columns of a row
-    "The report of what was written down"
+    "The report of a set of transcripts"
     counts = {k: sum(r[k] for r in done) for k in ('words', 'substitutions', 'insertions', 'deletions')}
     return Report([size | _wer_figure(done, questions_fingerprint(done))],
                   about | counts | dict(**machine(), responses=done))

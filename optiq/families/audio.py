@@ -33,7 +33,7 @@ def load_speech(
 
 # %% ../../nbs/51_families.audio.ipynb #e88a4af7
 def _family(model) -> str:
-    "The mlx-audio package of a model"
+    "The name of the mlx-audio package that a model belongs to"
     return type(model).__module__.split('.')[-2]
 
 # %% ../../nbs/51_families.audio.ipynb #4a9579ec
@@ -51,7 +51,7 @@ def transcribe(
     audio: np.ndarray, # (samples,) float32 at `RATE`
     new_tokens: int = 224, # written at most
 ) -> str:
-    "What a model hears"
+    "The transcript that a model writes of a clip, greedily"
     import mlx.core as mx
     options = dict(max_tokens=new_tokens)
     if _family(model) == 'whisper':
@@ -62,7 +62,7 @@ def transcribe(
 
 # %% ../../nbs/51_families.audio.ipynb #7fc7cea6
 def _whisper_sample(model, clip: Clip) -> dict: # mel (1, 3000, mels), tokens (1, T), scored (1, T)
-    "What Whisper's forward pass takes"
+    "The arguments of Whisper's forward pass for a clip and its transcript"
     from mlx_audio.stt.models.whisper.audio import N_FRAMES, pad_or_trim
     if len(clip.audio) > _WINDOW:
         raise ValueError(f'{clip.name} is {clip.seconds:.0f} s long and Whisper hears 30 at once; cut it')
@@ -73,12 +73,12 @@ def _whisper_sample(model, clip: Clip) -> dict: # mel (1, 3000, mels), tokens (1
                 scored=_transcript_mask(len(prompt), len(said)))
 
 def _transcript_mask(before: int, said: int) -> np.ndarray: # (1, before+said)
-    "1 where the transcript and its end are predicted"
+    "A mask: 1 at the positions that predict the transcript and its end"
     return (np.arange(before+said) >= before-1).astype(np.int32)[None]
 
 # %% ../../nbs/51_families.audio.ipynb #af178115
 def _qwen3_asr_sample(model, clip: Clip) -> dict: # input_ids (1, T), input_features, feature_attention_mask, scored
-    "What Qwen3-ASR's forward pass takes"
+    "The arguments of Qwen3-ASR's forward pass for a clip and its transcript"
     features, mask, audio_tokens = model._preprocess_audio(clip.audio)
     prompt = np.array(model._build_prompt(audio_tokens, 'English'))
     prompt = prompt[:, prompt_part(model._tokenizer, prompt[0].tolist())]
@@ -93,8 +93,8 @@ def speech_samples(
     model, # mlx-audio model
     clips: list[Clip],
 ) -> list[dict]: # for each clip what the model's forward pass takes, and `scored`
-    "Clips as a model takes them, teacher-forced on their transcripts"
+    "Samples to measure a speech model on: clips with their transcripts (teacher forcing)"
     make = _SAMPLES.get(_family(model))
     if make is None:
-        raise ValueError(f'how {_family(model)} is given a transcript is not known; there are {", ".join(_SAMPLES)}')
+        raise ValueError(f'optiq does not know how {_family(model)} takes a transcript; it knows {", ".join(_SAMPLES)}')
     return [make(model, c) for c in clips]

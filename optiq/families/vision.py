@@ -68,7 +68,7 @@ def sample(
     question: str,
     answer: str | None = None, # what follows
 ) -> dict: # name ▸ array, as `optiq.calibration.samples_of` takes them
-    "A picture, a question and its answer as the model takes them"
+    "The arguments of the model for a picture, a question and perhaps its answer, and a mask of scored positions"
     from mlx_vlm.utils import prepare_inputs, should_add_special_tokens
     image, text = read_image(image), _question_text(c, processor, question)
     if max(image.size) > 200*min(image.size):
@@ -95,7 +95,7 @@ def _answer_ids(processor, answer: str) -> list:
 
 # %% ../../nbs/50_families.vision.ipynb #aecee6a1
 def _with_answer(arrays: dict, answer: list, image_token: int | None) -> dict:
-    "A sample with the tokens of an answer behind, and a mask of what is scored"
+    "A sample with the tokens of an answer appended, and the mask of scored positions"
     n = arrays['input_ids'].shape[1]
     tail = dict(input_ids=np.array([answer], int).reshape(1, -1), attention_mask=np.ones((1, len(answer)), int))
     long = [k for k, v in arrays.items() if v.shape[:2] == (1, n)]
@@ -160,7 +160,7 @@ def samples(
     seed: int = 42,
     fewer: bool = False, # take what there is if there are fewer
 ) -> list: # of dicts, see `sample`
-    "Pictures with questions as a model takes them: what it is measured on"
+    "Samples to measure a vision model on: pictures with questions, as the model takes them"
     named = dict(diagrams=_from_diagrams, bundled=_from_diagrams, coco=_from_coco)
     if str(source) not in named and not Path(source).is_dir():
         raise FileNotFoundError(f'no pictures {str(source)!r}: neither a folder nor one of diagrams, coco')

@@ -15,7 +15,7 @@ from ..formats import AS_IS, FAMILIES, Format
 
 # %% ../../nbs/11ca_kv.attention.ipynb #ba1ceb0b
 def _summable(a):
-    "Queries or weights in a type in which a product may be summed"
+    "Queries or weights in a type in which MLX sums a product without losing digits: float32 on a CPU"
     return a.astype(mx.float32) if mx.default_device() == mx.cpu else a
 
 # %% ../../nbs/11ca_kv.attention.ipynb #083fe48c
@@ -59,7 +59,7 @@ class _Dense(Codec):
 # %% ../../nbs/11ca_kv.attention.ipynb #3ee42773
 @lru_cache
 def codec_of(fmt: Format) -> Codec:
-    "How a format stores keys and values"
+    "The codec of a format: it stores keys or values and multiplies with them"
     if fmt == AS_IS: return _Dense(fmt)
     return FAMILIES[fmt.mode].codec(fmt) if fmt.mode in FAMILIES else Codec(fmt)
 
@@ -102,7 +102,7 @@ _MANY = 32 # queries from which unpacking pays
 _AT_ONCE = 2**24 # elements of keys that are unpacked at a time
 
 def _attend(q, keys: _Stored, values: _Stored, *, scale: float, mask=None, sinks=None, **_): # ▸ (B, Hq, L, Dv)
-    "Attention over a stored cache, for queries of shape (B, Hq, L, D)"
+    "Attention over a stored cache: queries (B, Hq, L, D) ▸ (B, Hq, L, Dv)"
     if q.shape[2] == 1 < _MANY and mask is None and sinks is None:
         out = keys.codec.attend_token(q, keys, values, scale)
         if out is not None: return out

@@ -20,7 +20,7 @@ from .window import RotatingMixedKVCache, _alike, _Told, _findable
 
 # %% ../../nbs/11c_kv.cache.ipynb #38564015
 class _Mixed(_Told):
-    "What the caches of one text and of a batch share: keys and values as lists of arrays, tokens along axis 2"
+    "What caches of one text and of a batch share: keys and values as lists of arrays, tokens along axis 2"
     keys = values = None
     step = 256 # tokens by which room grows
     offset = 0 # tokens that are held
@@ -59,7 +59,7 @@ def write(self: _Mixed, keys, values, at: int): # (B, heads, T, D) each
 
 @patch
 def keys_and_values(self: _Mixed):
-    "What is held, as attention takes it"
+    "The keys and values that it holds, as attention takes them"
     def side(fmt, arrays, dim): return _Stored(codec_of(fmt), arrays, self.size(), dim, getattr(mx, self.dtype))
     return tuple(map(side, self.formats, (self.keys, self.values), self.dims))
 
@@ -79,7 +79,7 @@ def trim(self: _Mixed, n: int) -> int:
 # %% ../../nbs/11c_kv.cache.ipynb #1214c7f0
 @_findable
 class MixedKVCache(_Mixed):
-    "The cache of one layer, keys and values each in a format of their own"
+    "The cache of one layer, keys and values each in a format of their own, for mlx-lm's generators and files"
     def __init__(self, keys: 'Format | str' = '8g64', values: 'Format | str' = '8g64'):
         super().__init__(parse_format(keys), parse_format(values))
 
@@ -104,7 +104,7 @@ class MixedKVCache(_Mixed):
 # %% ../../nbs/11c_kv.cache.ipynb #700b5051
 @_findable
 class BatchMixedKVCache(_Mixed):
-    "The cache of one layer for several texts that end together: what mlx-lm's batch generator asks of it"
+    "The cache of one layer for several texts that end together, with the methods of mlx-lm's `BatchKVCache`"
     several, length, right_padding = True, 0, None
     one = MixedKVCache # what holds a single text
 
@@ -139,7 +139,7 @@ def moved(self: BatchMixedKVCache, side: str, like: list, length: int) -> list: 
 # %% ../../nbs/11c_kv.cache.ipynb #0930aaaf
 @patch
 def join(self: BatchMixedKVCache, others: list): # batches
-    "Hold the texts of these, one under another"
+    "Hold the texts of all these batches, one under another"
     length, like = max(c.length for c in others), _alike(others)
     def side(name):
         apart = [c.moved(name, getattr(like, name), length) for c in others]
@@ -208,7 +208,7 @@ def mixed_caches(
     model, # mlx-lm model
     formats: dict, # cache index ▸ (format of keys, format of values), as `read_kv_config` returns it
 ) -> list:
-    "The caches of one text"
+    "A list of caches for one text: mixed ones where `formats` names a layer, else the model's own"
     def like(c, pair): return _cache_of(*pair, getattr(c, 'max_size', None), getattr(c, 'keep', 0))
     return [like(c, formats[i]) if i in formats else c for i, c in enumerate(own_caches(model))]
 
@@ -217,7 +217,7 @@ def use_kv_config(
     model, # of mlx-lm, mlx-vlm or mlx-audio
     kv_config: 'str | Path | dict', # kv_config.json, or what it holds
 ):
-    "Let a model make mixed caches from now on; returns it"
+    "Let a model make mixed caches from now on; returns it; raises ValueError for a config of another model"
     formats, writes = read_kv_config(kv_config, model), language(model)
     writes.make_cache = partial(mixed_caches, writes, formats)
     return model
@@ -231,7 +231,10 @@ def generate_with_mixed_kv(
     kv_config: 'str | Path | dict', # kv_config.json, or what it holds
     **generate_kwargs, # of `mlx_lm.generate`
 ) -> str: # the text
-    "Generate with a mixed-precision cache"
+    """Generate text with a mixed-precision cache; the model stays as it was
+
+    Raises ValueError for a config of another model, or together with `prompt_cache`, `kv_bits` or `max_kv_size`.
+    """
     from mlx_lm import generate
     for name in ('prompt_cache', 'kv_bits', 'max_kv_size'):
         if generate_kwargs.get(name) is not None: raise ValueError(
@@ -246,7 +249,7 @@ def _mixed_bytes(
     formats: dict, # cache index ▸ (format of keys, format of values), as `read_kv_config` returns it
     context: int, # tokens
 ) -> int:
-    "Bytes that caches hold after `context` tokens: `nbytes` of real ones, filled; others as they are"
+    "Bytes of all layers after `context` tokens: those of real, filled caches; as they are where no format is given"
     def held(l):
         if l.index not in formats: return l.nbytes(context)
         cache, tokens, dtype = _cache_of(*formats[l.index], l.window), l.held(context), getattr(mx, l.dtype)
@@ -260,6 +263,6 @@ def memory_table(
     formats: dict, # as for `mixed_bytes`
     contexts: tuple = (1024, 4096, 16384, 32768), # tokens
 ) -> list[dict]: # context, fp16_bytes, bytes, ratio
-    "Measured bytes of a mixed cache beside those of a cache that is left as it is"
+    "Measured bytes of a mixed cache beside those of the unquantized one, at several contexts"
     def row(n, whole, mixed): return dict(context=n, fp16_bytes=whole, bytes=mixed, ratio=whole/mixed)
     return [row(n, *(_mixed_bytes(layout, fs, n) for fs in ({}, formats))) for n in contexts]

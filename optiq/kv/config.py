@@ -25,7 +25,7 @@ def kv_config(
     layout: KVLayout,
     statistics: Mapping = {}, # unit path ▸ preconditioner, of which rotated formats are given theirs
 ) -> dict:
-    "A plan, layer by layer"
+    "A plan of a cache as a dict for JSON, layer by layer"
     def layer(l):
         keys, values = (str(plan.get(f'cache.{l.index}.{k}', AS_IS)) for k in ('keys', 'values'))
         row = dict(layer=l.index, heads=l.heads, key_dim=l.key_dim, value_dim=l.value_dim, keys=keys, values=values)
@@ -58,7 +58,7 @@ _CONFIG = {'layers': [_LAYER]*2, 'model?': PROSE, 'context?': whole(), 'nbytes?'
 
 # %% ../../nbs/11b_kv.config.ipynb #61e1b455
 def _load_config(config: 'str | Path | dict') -> tuple: # what to call it, its folder, what it holds
-    "A config as a dict; raises ValueError if it is not a kv_config.json or has another version"
+    "A config as a dict; raises ValueError if it is not a kv_config.json, is damaged or has another version"
     file = None if isinstance(config, dict) else Path(config)
     where, folder = str(config) if file else 'this kv_config', file and file.parent
     made_by = '`optiq kv-cache`'
@@ -119,7 +119,11 @@ def read_kv_config(
     config: 'str | Path | dict', # kv_config.json, or what it holds
     model = None, # mlx-lm model that it must fit
 ) -> dict: # cache index ▸ (format of keys, format of values); layers that stay as they are are left out
-    "A config, checked; raises ValueError saying which layer is wrong"
+    """The formats of each layer's keys and values, rotated ones with their statistics
+
+    Raises ValueError, naming the layer, for a file that is not a kv_config.json, has another version, is damaged, lacks
+    its statistics, or does not fit the model.
+    """
     where, folder, d = _load_config(config)
     found = {r['layer']: tuple(parse_format(r[k]) for k in ('keys', 'values')) for r in d['layers']}
     if model is not None: _check_fit(where, d, found, kv_layers(model))

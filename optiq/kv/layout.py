@@ -55,17 +55,17 @@ def language(model):
     return model.language_model if sees else model
 
 def own_caches(model) -> list:
-    "The caches that a model makes for itself, whatever was installed on it; raises ValueError if it makes none"
+    "The caches that a model makes by itself, ignoring any installed `make_cache`; raises ValueError if it makes none"
     from mlx_lm.models.cache import KVCache
     model = language(model)
     make = getattr(type(model), 'make_cache', None)
     if not make and not hasattr(model, 'layers'): raise ValueError(
-        f'{type(model).__module__} keeps its cache in a form of its own, which is left as it is')
+        f'{type(model).__module__} keeps its cache in a form of its own, which optiq leaves as it is')
     return make(model) if make else [KVCache() for _ in model.layers]
 
 # %% ../../nbs/11_kv.layout.ipynb #330d49ca
 class _Listener:
-    "Writes down what caches are given, by which block, and whether what they return arrives in attention"
+    "Writes down what caches receive, from which block, and whether what they return arrives in attention"
     def __init__(self, blocks):
         self.blocks, self.block = list(blocks), None
         self.calls, self.arrived = {}, Counter() # by cache: what went in and out, how often that arrived
@@ -87,7 +87,7 @@ class _Listener:
 
 # %% ../../nbs/11_kv.layout.ipynb #2a3f7d26
 def _left(c, block: int | None, arrived: int) -> str:
-    "Why a cache that takes keys and values stays as it is; '' if it need not"
+    "Why we leave a cache of keys and values as it is; '' if we can quantize it"
     name = type(c).__name__
     if name not in ('KVCache', 'RotatingKVCache'): return f'{name} is not a plain cache of keys and values'
     if not arrived: return 'attention does not read what it holds (MLA)'
@@ -97,7 +97,7 @@ def _left(c, block: int | None, arrived: int) -> str:
 
 # %% ../../nbs/11_kv.layout.ipynb #f6e07af5
 def _layer(i, c, calls, arrived):
-    "One layer from what was recorded"
+    "One layer, from what the listener wrote down"
     name, window = type(c).__name__, getattr(c, 'max_size', None)
     still = [p for p in getattr(c, 'caches', [c]) if not hasattr(p, 'update_and_fetch')]
     constant = sum(a.nbytes for p in still for _, a in tree_flatten(p.state) if isinstance(a, mx.array))
@@ -116,7 +116,7 @@ _LOOK = Lock()
 def kv_layers(
     model, # of mlx-lm, mlx-vlm or mlx-audio, its weights may be lazy
 ) -> list[KVLayer]:
-    "The layers of a model's cache, found by running it on two tokens without computing anything"
+    "The layers of a model's cache; runs it on two tokens, and MLX computes nothing"
     caches, model = own_caches(model), language(model)
     listener = _Listener(model.layers)
     for i, c in enumerate(caches):
@@ -164,7 +164,7 @@ def _hashed(text: str) -> str: return hashlib.sha256(text.encode()).hexdigest()[
 
 @patch(as_prop=True)
 def stamp(self: KVLayout) -> dict:
-    "What a sweep's fingerprint says of it"
+    "What a sweep's fingerprint keeps of it: hashes of the weights' formats and of the statistics"
     said = dict(units='keys and values', weights=self.weights and _hashed(dumps(
         {p: str(f) for p, f in self.weights.items()})))
     if self.statistics: said['statistics'] = _hashed(repr(sorted((p, s.digest) for p, s in self.statistics.items())))
@@ -177,7 +177,11 @@ def kv_layout(
     weights = None, # unit path ▸ Format of the weights, if they are quantized meanwhile
     statistics = None, # unit path ▸ preconditioner of rotated formats
 ) -> KVLayout:
-    "What a model caches; raises ValueError if nothing of it can be quantized"
+    """What a model caches, as units: one layer's keys or one layer's values, of shape (tokens, heads, width of a head)
+
+    Runs the lazily opened model on two tokens and computes nothing. Raises ValueError for a context of less than one
+    token, or if we can quantize nothing of the cache: the error says why.
+    """
     if context < 1: raise ValueError(f'`context` must be at least 1 token, not {context}')
     c = Checkpoint(model) if isinstance(model, (str, Path)) else model
     opened = c.load() if isinstance(c, Checkpoint) else c
@@ -202,7 +206,7 @@ def cached(self: Backend): # path ▸ Unit
 
 # %% ../../nbs/11_kv.layout.ipynb #1a98ca37
 def leaf_caches(model) -> list:
-    "The caches of a model's layers, single ones, after one token that is never computed"
+    "The caches of a model's layers, composite ones taken apart, after one token that MLX never computes"
     from mlx_lm.models.cache import make_prompt_cache
     model = language(model)
     layers = make_prompt_cache(model)
@@ -212,7 +216,7 @@ def leaf_caches(model) -> list:
 
 # %% ../../nbs/11_kv.layout.ipynb #e08125eb
 def bytes_after(c, tokens) -> int:
-    "Bytes of a cache that holds so many tokens; those of a state that does not grow"
+    "Bytes of a cache that holds so many tokens; a state that does not grow keeps its bytes"
     if getattr(c, 'keys', None) is None: return c.nbytes
     return (c.keys.nbytes+c.values.nbytes)//c.keys.shape[2]*tokens
 

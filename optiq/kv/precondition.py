@@ -51,7 +51,7 @@ class KeyPrecondition:
 # %% ../../nbs/11a_kv.precondition.ipynb #a1eb5a70
 @lru_cache(1024)
 def in_mlx(p: KeyPrecondition, part: str): # 'mean' or 'scale'
-    "An MLX array that exists already: lazy constants do not travel between threads"
+    "Mean or scale as a computed MLX array: other threads cannot use a lazy one"
     a = mx.array(getattr(p, part)).astype(mx.float32)
     mx.eval(a)
     return a
@@ -62,7 +62,7 @@ def of(cls: KeyPrecondition,
     keys, # (n, heads, D) numpy, of one layer
     queries = None, # (m, query heads, D); without them only the mean is taken off
 ):
-    "From samples"
+    "The preconditioner for these keys and queries, by the rule above (Cauchy–Schwarz)"
     mean, (_, G, D) = keys.mean(0), keys.shape
     if queries is None: return cls(mean[:, None], np.ones((G, 1, D), np.float32))
     sigma_q = np.sqrt((queries.reshape(len(queries), G, -1, D)**2).mean((0, 2)))
@@ -72,7 +72,7 @@ def of(cls: KeyPrecondition,
 
 @patch(cls_method=True)
 def of_values(cls: KeyPrecondition, values): # (n, heads, D) numpy, of one layer
-    "The scale that evens out values; their mean stays, since sinks take a part of the weights"
+    "The scale that evens out values; it leaves their mean, since attention sinks take a part of the weights"
     p = cls.of(np.concatenate([values, -values]), np.ones_like(values))
     return cls(0*p.mean, p.scale)
 
@@ -81,7 +81,10 @@ def key_statistics(
     b: Backend,
     tokens: 'np.ndarray | list', # (n, T) calibration tokens, or samples
 ) -> dict: # 'cache.3.keys', 'cache.3.values' … ▸ KeyPrecondition
-    "What takes the mean off every layer's keys, and evens out the channels of keys and values"
+    """A preconditioner for every layer's keys and values, from what attention reads on these tokens
+
+    Keys get a mean and a scale for each channel, values a scale only. Runs the model once.
+    """
     seen, path = {}, {l.block: f'cache.{l.index}' for l in kv_layout(b.checkpoint).layers if not l.left}
     one_by_one = [row[None] for row in tokens] if b.stacks else samples_of(tokens)
     def see(block, *qkv):
@@ -101,7 +104,7 @@ def save_preconditions(statistics: dict, path: 'str | Path'):
     mx.save_safetensors(str(path), {f'{k}.{part}': mx.array(getattr(p, part)) for k, p, part in parts})
 
 def load_preconditions(path: 'str | Path') -> dict: # 'cache.3.keys' ▸ KeyPrecondition
-    "Read them; raises ValueError if the file holds something else"
+    "Read statistics; raises ValueError if the file holds something else, NaN or infinity"
     read_header(Path(path))
     arrays = mx.load(str(path))
     names = sorted({k.rpartition('.')[0] for k in arrays})
@@ -117,7 +120,7 @@ def preconditioned(
     b: Backend,
     statistics: dict, # 'cache.3.keys' ▸ KeyPrecondition
 ):
-    "While this lasts, rotated formats of keys and values come in their preconditioned form"
+    "While this lasts, the backend simulates rotated formats of keys and values with their preconditioners"
     plain, before = b.as_cached, b.statistics
     def as_cached(unit, f, x):
         p = statistics.get(unit.path)

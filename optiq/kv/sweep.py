@@ -31,7 +31,7 @@ from ..sensitivity import kl_sweep
 
 # %% ../../nbs/11f_kv.sweep.ipynb #eedf25f5
 def _check_candidates(b, layout: KVLayout, formats: list):
-    "Raise ValueError if no candidate fits, or if the backend cannot hold quantized weights meanwhile"
+    "Raise ValueError if no candidate fits, or if the backend cannot hold quantized weights during the sweep"
     probes(layout.units, formats)
     if layout.weights and not b.holds: raise ValueError(
         'a streamed model cannot hold quantized weights for the length of a sweep; '
@@ -39,7 +39,7 @@ def _check_candidates(b, layout: KVLayout, formats: list):
 
 # %% ../../nbs/11f_kv.sweep.ipynb #cf055fc2
 def _check_heard(sweep: Sweep, b):
-    "Raise ValueError if a perturbation changed nothing: then attention did not see it"
+    "Raise ValueError if a quantized unit changed nothing: then this model's attention does not read it there"
     dead = [p for (p, _), v in sweep.values.items() if not v.any()]
     if dead: raise ValueError(
         f'{dead[0]} at {len(dead)} formats changed nothing: attention of this model does not pass through '
@@ -57,7 +57,11 @@ def kv_sweep(
     backend: str = 'auto', # 'auto', 'torch' or 'mlx'
     **options, # of `kl_sweep`
 ) -> Sweep:
-    "Measure the KL that quantizing each layer's keys, and each layer's values, costs"
+    """Measure the KL, in nats, that quantizing each layer's keys, and each layer's values, costs
+
+    Raises ValueError if nothing of the cache can be quantized, if no candidate fits, or if attention of this model does
+    not pass through the backend.
+    """
     b = open_backend(model, backend)
     formats = parse_formats(formats)
     layout = kv_layout(b.checkpoint, context, weights, b.statistics)
@@ -72,7 +76,7 @@ def at_context(
     sweep: Sweep, # of keys and values
     context: int, # tokens
 ) -> Sweep: # the same values, for planning at another context
-    "A cache's KL does not depend on how long it is assumed to get, its bytes do"
+    "The same sweep with the bytes of another context; the KL does not depend on the context that you plan for"
     layout = KVLayout(tuple(KVLayer(**l) for l in sweep.header['layers']), sweep.header['model'], context)
     header = sweep.header | layout.header | dict(params=layout.params, other_bytes=layout.other_bytes)
     return Sweep(layout.units, sweep.formats, sweep.values, header)
@@ -99,7 +103,7 @@ def plot_kv(
 # %% ../../nbs/11f_kv.sweep.ipynb #1d96d7e2
 @contextmanager
 def _helped(b, tokens: np.ndarray, formats: list): # ▸ unit path ▸ preconditioner; none if no format rotates
-    "While this lasts, rotated formats have the statistics of the calibration text"
+    "While this lasts, rotated formats have the statistics of the calibration text; yields these statistics"
     from optiq.kv.precondition import key_statistics, preconditioned
     statistics = key_statistics(b, tokens) if any(map(rotates, formats)) else {}
     with preconditioned(b, statistics): yield statistics
@@ -114,7 +118,7 @@ def _beside_uniform(b, scored: np.ndarray, sweep: Sweep, plan: Plan, about: dict
 
 # %% ../../nbs/11f_kv.sweep.ipynb #ab0a2525
 def _kv_figures(out, layout: KVLayout, plans: list, report: Report, config: dict, **more) -> dict:
-    "What a run found, ready for JSON; `plans` are those of all that counts in its bytes"
+    "The figures of a run, ready for JSON; `plans` are all plans that count in its bytes"
     return dict(output=out and str(out), context=layout.context, bytes=sum(p.nbytes for p in plans),
                 predicted_kl=sum(p.predicted_kl for p in plans), rows=report.rows, layers=config['layers'],
                 left={str(i): why for i, why in layout.left.items()}, about=report.about, **more)
@@ -131,7 +135,7 @@ def planned_cache(
     out: Path | None = None, # folder that will be written
     max_memory: float | None = None, # bytes for states
 ) -> dict: # report, plan, sweep, config, figures
-    "Measure, choose, score"
+    "Measure the sensitivity of the cache, allocate, and score the plan beside uniform formats"
     with _helped(b, tokens, formats) as statistics:
         sweep = kv_sweep(b, tokens, formats, context=layout.context, journal=True, out=out and journal_of(out),
                          max_memory=max_memory)
@@ -180,7 +184,7 @@ def parts(plan: Plan, weights: Sweep, cache: Sweep) -> tuple[Plan, Plan]:
 
 # %% ../../nbs/11f_kv.sweep.ipynb #d7a40002
 def _as_rounded(b, plan: Plan, sweep: Sweep) -> dict: # overrides
-    "What a plan of the weights stands for, rounded as its sweep was"
+    "A plan of the weights as overrides, rounded as its sweep was"
     rounding = rounding_of(sweep)
     if rounding == 'minmax': return overrides_of(plan)
     return as_overrides(dict(round_model(b, learned_again(sweep, b.checkpoint), plan, rounding)))
@@ -265,7 +269,7 @@ def planned_together(
     out: Path | None = None, # folder that will be written
     **options, # of `joint_plan`
 ) -> dict: # report, config, figures, and what `joint_plan` returns
-    "Measure, choose, score"
+    "Measure weights and cache, allocate both together, and score every pair of weights and cache"
     with _helped(b, tokens, kv_formats) as statistics:
         joint = joint_plan(b, tokens, max_bytes, layout.context, formats, kv_formats, **options)
         report, changed = configurations(b, scored, joint, _ends_of(kv_formats), about)

@@ -18,7 +18,7 @@ from .attention import _Stored, _teach_attention, codec_of
 _CACHES = []
 
 def _findable(cls):
-    "A cache that mlx-lm has to find by its name, in prompt files"
+    "Class decorator of a cache that mlx-lm has to find by its name when it opens a prompt file"
     _CACHES.append(cls)
     return cls
 
@@ -34,13 +34,13 @@ def _hook():
 
 # %% ../../nbs/11cb_kv.window.ipynb #b50cb2ff
 def _in_full(fmt: Format, *parameters) -> Format: # ▸ with `parameters`: those given, its own, or its family's defaults
-    "A format with all that its codec has to know"
+    "A format with all that its codec needs, such as a rotation's seed and statistics"
     family = FAMILIES.get(fmt.mode)
     return family.in_full(fmt, *parameters) if hasattr(family, 'in_full') else fmt
 
 # %% ../../nbs/11cb_kv.window.ipynb #79d40210
 class _Told:
-    "What every cache of ours says of the arrays in it"
+    "What every cache of ours knows about its arrays: formats, widths and type"
     formats, dims, dtype = (), None, None # of keys and of values; widths of a head's key and value, and their type
     several = False # whether it holds several texts, whose first keys nobody waits for
 
@@ -49,7 +49,7 @@ class _Told:
         _hook()
 
     def settle(self, keys, values): # (B, heads, T, D) each
-        "Note what they are, and let a format take from the first keys what it waits for"
+        "Note widths and type of the first keys and values, and give a format that waits for keys these"
         family = FAMILIES.get(self.formats[0].mode)
         if hasattr(family, 'settled') and not self.several:
             self.formats = family.settled(self.formats[0], keys), self.formats[1]
@@ -73,7 +73,7 @@ class _Told:
 
 # %% ../../nbs/11cb_kv.window.ipynb #3c3951f6
 def _alike(caches: list): # ▸ the first that holds something, or the first
-    "What caches have in common; raises ValueError if their formats differ"
+    "The first of the caches that holds something, or the first; raises ValueError if their formats differ"
     if len({c.formats for c in caches}) > 1: raise ValueError(
         "caches of different formats or statistics cannot be one batch; with precondition='prompt' each has its own")
     return next((c for c in caches if not c.empty()), caches[0])
@@ -114,7 +114,7 @@ class _Windowed(_Told):
 # %% ../../nbs/11cb_kv.window.ipynb #25386c9c
 @_findable
 class RotatingMixedKVCache(_Windowed, RotatingKVCache):
-    "The cache of one layer with a sliding window, keys and values each in a format of their own"
+    "The cache of one layer with a sliding window, keys and values each in a format of their own, in mlx-lm's ring"
     def __init__(self,
         keys: 'Format | str' = '8g64',
         values: 'Format | str' = '8g64',

@@ -19,7 +19,7 @@ def held_out(
     x, # a number, a string or a tuple of them
     n: int = 5, # one in `n` is held out
 ) -> bool:
-    "Whether `x` is kept for the test"
+    "Whether the hash of `x` puts it into the test split"
     return crc32(repr(x).encode()) % n == 0
 
 # %% ../../nbs/80_material.problems.ipynb #17d258cc
@@ -154,7 +154,8 @@ def _parse(
     "Ranges of the numbers, steps `(name, left, op, right)`, text of the question and of the answer"
     question, *lines = template.split(' | ')
     ranges = {m[0]: (int(m[1]), int(m[2])) for m in re.findall(r'\{(\w+):(\d+)-(\d+)\}', question)}
-    return ranges, _STEP.findall(template), re.sub(r'\{(\w+):[-\d]+\}', r'{\1}', question), '\n'.join(lines)
+    steps = [tuple(int(s) if s.isdigit() else s for s in step) for step in _STEP.findall(template)]
+    return ranges, steps, re.sub(r'\{(\w+):[-\d]+\}', r'{\1}', question), '\n'.join(lines)
 
 # %% ../../nbs/80_material.problems.ipynb #3408ca87
 def _work_out(
@@ -165,7 +166,7 @@ def _work_out(
     "The operands of each step, or None if a result is not a whole number from 1 to `largest`"
     seen = []
     for name, left, op, right in steps:
-        a, b = v.get(left) or int(left), v.get(right) or int(right)
+        a, b = v.get(left, left), v.get(right, right)
         if op == '/' and a % b: return
         v[name] = _OPERATIONS[op](a, b)
         if not 0 < v[name] <= largest: return
@@ -233,7 +234,7 @@ def _template(
     r: random.Random,
     split: str, # 'train', 'test' or 'unseen'
 ) -> str:
-    "A story or a chain, as likely the one as the other"
+    "A template of this split: a story or a chain of events, equally likely"
     stories, chains = (_NEW_STORIES, _NEW_CHAINS) if split == 'unseen' else (_STORIES, _KNOWN_CHAINS)
     return r.choice(stories) if r.random() < .5 else _chain(r.choice(chains))
 
@@ -243,10 +244,15 @@ _STRETCH = 2 # how much wider the test draws its numbers
 def _numbers(r, ranges, steps, split):
     "Numbers, and results of the steps, that come out even and fall into the split"
     stretch, side = (1, 'train') if split == 'train' else (_STRETCH, 'test')
-    spans = {k: range(lo, int(hi*stretch)+1) for k, (lo, hi) in ranges.items()}
+    spans = [(k, lo, int(hi*stretch)+1-lo) for k, (lo, hi) in ranges.items()]
+    spans = [(*span, span[-1].bit_length()) for span in spans]
+    bits, v = r.getrandbits, {}
     while True:
-        v = {k: r.choice(span) for k, span in spans.items()}
-        numbers = list(v.values())
+        for name, lo, n, k in spans: # as `r.choice(range(lo, lo+n))` draws it
+            x = bits(k)
+            while x >= n: x = bits(k)
+            v[name] = lo+x
+        numbers = [v[k] for k in ranges]
         operands = _work_out(steps, v)
         if operands and _number_split(numbers, operands) == side: return v
 
@@ -259,7 +265,7 @@ def _words(r, split):
 
 # %% ../../nbs/80_material.problems.ipynb #4963ecfb
 def _distracted(r, question):
-    "Three questions of ten get such a sentence"
+    "The question, in three cases of ten with a sentence that has nothing to do with it"
     sentences = re.split(r'(?<=\.) ', question)
     if r.random() < .3: sentences.insert(r.randint(1, len(sentences)-1), r.choice(_DISTRACTORS))
     return ' '.join(sentences)

@@ -30,7 +30,7 @@ def _second_order(
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip, or path ▸ such a one
     seed: int = 42, # of the labels
 ) -> list: # of the estimates
-    "½ Σ g² Δ² of every probe, per token"
+    "The estimate ½ Σ g² Δ² of the KL of every probe, in nats per token"
     skip = unscored(b.checkpoint, batch)
     g = b.gradients(batch, seed, skip)
     def step(u, f):
@@ -127,7 +127,7 @@ def _in_doubt(
 
 # %% ../../nbs/04d_measure.gradient.ipynb #16bb478a
 def _spread(estimate, first):
-    "As many paths, from the least to the most sensitive"
+    "This many paths, spread evenly from the least to the most sensitive"
     ranked = sorted({p for p, _ in estimate.values}, key=lambda p: estimate.kl(p, min(estimate.formats)))
     at = np.linspace(0, len(ranked)-1, min(first, len(ranked))).round().astype(int)
     return {ranked[i] for i in at}
@@ -151,7 +151,7 @@ def screened_sweep(
     name: str = 'minmax', # what to call it in the file
     out: 'str | Path | None' = None, # file to write
     about: dict = {}, # what else to say of it in the file
-    progress: bool = True, # nothing is shown so far
+    progress: bool = True, # no effect yet
 ) -> Sweep: # header['exact']: paths that were measured exactly
     "Exact where it can change a plan at one of the targets, a calibrated estimate elsewhere"
     if not targets: raise ValueError('screening needs the targets that matter; give some, for example 4.5')

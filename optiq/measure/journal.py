@@ -28,7 +28,7 @@ _RECORD = dict(unit=NAME, format=FORMAT, start=whole(0), kl=[number(-1, 1e30)]*2
 def read_log(
     path: Path,
 ) -> tuple[dict, dict, int]: # header, (path, format, start) ▸ values, bytes that are whole
-    "Header and records of a sweep file, but for a last line cut short; raises ValueError naming a damaged line"
+    "Header and records of a sweep file, without a last line cut short; raises ValueError naming a damaged line"
     data = read_bytes(path)
     header, rows, whole = _document(data, path) or _journal(data, path)
     units, formats = {u['path'] for u in header['units']}, {*header['fingerprint']['formats'], str(AS_IS)}
@@ -94,7 +94,7 @@ def _go_on(path: Path, header: dict) -> tuple[dict, dict]: # as `same_sweep`
 
 # %% ../../nbs/04e_measure.journal.ipynb #7a7f63a7
 def _shortest(values):
-    "float32 values in the nine digits that tell each from all others"
+    "float32 values with nine digits, which identify each exactly"
     return [float(f'{v:.9g}') for v in values]
 
 # %% ../../nbs/04e_measure.journal.ipynb #69220de7

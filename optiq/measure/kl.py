@@ -33,7 +33,7 @@ def kl_divergence(
 # %% ../../nbs/04a_measure.kl.ipynb #af7bfd00
 @cache
 def _fused(xp):
-    "The sum over the vocabulary; MLX makes one kernel of it"
+    "The function that sums over the vocabulary, in MLX compiled to one kernel"
     def kl(z_p, z_q, p):
         a = z_p-z_q
         u = a-(p*a).sum(-1, keepdims=True)
@@ -102,7 +102,7 @@ def _walk(
 def _stack(b, streams):
     "Join neighbouring streams into batches that keep the device busy and fit its memory"
     widest = max(u.shape[-2] for u in b.checkpoint.units if u.block is not None)
-    limit, out = (min(2**16, 2**30//widest) if b.on_gpu else 2**12), []
+    limit, out = (min(2**16, b.at_most(2**30, 40)//widest) if b.on_gpu else 2**12), []
     for s in streams:
         fits = out and _joinable(out[-1][1][0], s) and (out[-1][0]+len(s))*s.shape[1] <= limit
         if fits: out[-1] = (out[-1][0]+len(s), out[-1][1]+[s])
@@ -134,7 +134,7 @@ def kl_of_streams(
 # %% ../../nbs/04a_measure.kl.ipynb #98181876
 def logit_slices(b, B, T):
     "(tokens, streams) whose logits are in memory at once"
-    room = (2**28 if b.on_gpu else 2**22)//(B*b.checkpoint.vocabulary)
+    room = (b.at_most(2**28, 80) if b.on_gpu else 2**22)//(B*b.checkpoint.vocabulary)
     step = min(T, max(1, room))
     return step, max(1, room//step)
 
@@ -151,7 +151,7 @@ def kl_rows(b, z_p, z_q, p=None): # p: softmax of z_p, if it is known
 
 # %% ../../nbs/04a_measure.kl.ipynb #a19a350d
 def _head_groups(b, B, todo, reference, streams, head): # head: probe, or nothing ▸ overrides of the head
-    "What passes which head, for `kl_of_streams`"
+    "Overrides of the head, and the streams that go through each, for `kl_of_streams`"
     embeds, heads = [[p for p in todo if p[0].kind == kind] for kind in ('embed', 'lm_head')]
     alone, rest = _apart(streams, B, len(embeds) if b.checkpoint.tied else 0)
     first, last = [(head(p), [s]) for p, s in zip(embeds, alone)], [(head(p), [reference]) for p in heads]
@@ -208,7 +208,7 @@ def _measure_samples(
     tick = lambda passes, rounded: None,
     base: dict = {}, # overrides of the model that is perturbed
 ) -> np.ndarray: # (len(todo), len(samples))
-    "KL of every probe, over the positions of each sample that are scored"
+    "KL of every probe, for each sample the mean over its scored positions"
     starts, kl = [b.record(s, base) for s in samples], np.zeros((len(todo), len(samples)))
     reference = [b.logits(s) if base else z for s, (_, z) in zip(samples, starts)]
     tick(b.n_blocks, 0)

@@ -30,7 +30,7 @@ from ..plan import check_noise
 
 # %% ../../nbs/04f_measure.log.ipynb #6699ead2
 class _Ranks:
-    "The number of this process among those that share a sweep; here it is the only one"
+    "The number of this process among those that share a sweep; in this class it is the only one"
     rank, size = 0, 1
 
     def own(self, out) -> Path | None:
@@ -43,7 +43,7 @@ class _Ranks:
 
 # %% ../../nbs/04f_measure.log.ipynb #506e8f31
 class _TorchRanks(_Ranks):
-    "Processes that `torchrun` started"
+    "Ranks of processes that `torchrun` started"
     def __init__(self):
         import torch.distributed as dist
         if not dist.is_initialized(): dist.init_process_group('gloo')
@@ -57,7 +57,7 @@ class _TorchRanks(_Ranks):
 
 # %% ../../nbs/04f_measure.log.ipynb #aa9c35af
 class _MLXRanks(_Ranks):
-    "Processes that `mlx.launch` started"
+    "Ranks of processes that `mlx.launch` started"
     def __init__(self):
         import mlx.core as mx
         self.group = mx.distributed.init()
@@ -69,7 +69,7 @@ class _MLXRanks(_Ranks):
 
 # %% ../../nbs/04f_measure.log.ipynb #f63f8d58
 def _ranks_here() -> _Ranks:
-    "The ranks that the launcher names in the environment: of torchrun, of mlx.launch, or this process alone"
+    "The ranks by the environment: those of torchrun, those of mlx.launch, or this process alone"
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and 'RANK' in os.environ: return _TorchRanks()
     return _MLXRanks() if {'MLX_RANK', 'OMPI_COMM_WORLD_RANK'} & set(os.environ) else _Ranks()
 
@@ -113,7 +113,7 @@ def _whole_passes(records: dict, passes: list[Pass]) -> dict:
 
 # %% ../../nbs/04f_measure.log.ipynb #da846597
 class SweepLog(_Journal):
-    "The passes of a sweep, and which of them are still to be made"
+    "The passes of a sweep, the values measured so far, and the passes that are missing"
     def __init__(self,
         b: Backend,
         tokens: 'np.ndarray | list', # (n, T) calibration tokens, or samples
@@ -150,7 +150,7 @@ class SweepLog(_Journal):
 
 # %% ../../nbs/04f_measure.log.ipynb #d69fc064
 def _moved(b: Backend, sweep: Sweep) -> bool:
-    "Whether rounding changes weights, and the output with them"
+    "Whether rounding changes some weights, and some output"
     fmt = min(sweep.formats, key=lambda f: f.bits)
     ws = [b.unit_weight(u.path) for u in sweep.units if u.path in b.checkpoint.unit and u.takes(fmt)]
     shifts = (float(abs(quantize_dequantize(w, fmt)-w).mean()/abs(w).mean()) for w in ws)

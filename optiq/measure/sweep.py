@@ -200,12 +200,13 @@ def to_sweep(
 def load(cls: Sweep,
     path: 'str | Path', # what `optiq sweep -o` or `Sweep.save` wrote
 ) -> Sweep:
-    """A finished sweep from its file
+    """Read a finished sweep from its file
 
-    KL in nats by unit, format and calibration sequence. Raises FileNotFoundError, and ValueError for another file
-    or a sweep that is not finished.
+    You get a `Sweep`: KL in nats by unit, format and calibration sequence. Raises FileNotFoundError if there is no
+    file, and ValueError if it holds something else or a sweep that is not finished.
 
         sweep = load_sweep('demo.sweep.jsonl')
+        sweep.kl('model.embed_tokens', '4g64'), sweep.to_frame()
     """
     header, records, _ = read_log(Path(path))
     try: return to_sweep(header, records)
@@ -228,7 +229,7 @@ def save(self: Sweep,
 _WAKES = {'index_topk': 'the indexers of its attention'} # entry of a config ▸ what does nothing up to so many tokens
 
 def _long_enough(c: Checkpoint, seq_len: int) -> int: # tokens in a sequence
-    "Tokens in a sequence at which all parts work: `seq_len`, or twice as many as a part does nothing for"
+    "Tokens in a sequence so that all parts work: `seq_len`, or twice the number up to which some part does nothing"
     said = c.config | (c.config.get('text_config') or {})
     found = {k: said[k] for k in _WAKES if isinstance(said.get(k), int) and said[k] >= seq_len}
     if not found: return seq_len
@@ -242,14 +243,14 @@ def _long_enough(c: Checkpoint, seq_len: int) -> int: # tokens in a sequence
 # %% ../../nbs/04c_measure.sweep.ipynb #d7f10002
 def texts_for(c: Checkpoint, source: str, n: int, seq_len: int, more: int,
               split: str = 'train') -> tuple: # tokens to measure on, to learn from
-    "Calibration tokens or samples, of which the first `n` measure, and up to `more` teach"
+    "Calibration tokens or samples: the first `n` to measure on, and up to `more` for the rounding to learn from"
     if c.text_only and not isinstance(source, list): seq_len = _long_enough(c, seq_len)
     learned = batch_for(c, source, max(n, more), seq_len, split, fewer=True)
     if len(learned) < n: learned = batch_for(c, source, n, seq_len, split) # its error says what is missing
     return learned[:n], learned
 
 def about_texts(source: str | None, learned, rounding: str) -> dict:
-    "What the header of a sweep says of its texts"
+    "The entries of a sweep's header about its texts: their source, shape and fingerprint"
     about = {} if source is None else dict(calibration=str(source))
     if rounding == 'minmax': return about
     return about | dict(learned=dict(source=about.get('calibration'), shape=list(shape_of(learned)),

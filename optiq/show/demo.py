@@ -52,7 +52,7 @@ class Table:
 def _published(
     name: str, # of a demo
 ) -> list[Table]:
-    "What was published earlier for the same demo on a real model"
+    "Tables that others published for the same demo on a real model"
     d = read_json(str(files('optiq')/'data'/'published.json'), dict(source=PROSE, tables=OBJECT))
     note = f'published in the {d["source"]}; not measured here'
     return [Table(t['title'], t['columns'], t['rows'], note) for t in d['tables'].get(name, ())]
@@ -93,7 +93,7 @@ def save(
     folder: 'str | Path', # one that is there, say with models, is added to
     overwrite: bool = False, # replace the files of an earlier demo
 ):
-    "tables.txt, demo.json and the figures"
+    "Write tables.txt, demo.json and the figures into a folder"
     names = 'demo.json', 'tables.txt', *(f'{name}.png' for name in self.figures)
     there = as_path(folder).is_dir()
     with added_files(folder, *names, overwrite=overwrite) if there else whole_folder(folder, made='demo') as part:
@@ -143,7 +143,7 @@ def ground(
     sizes: Sizes,
     text: str = 'bundled', # 'bundled', 'wikitext2', or a file
 ) -> Ground:
-    "What every demo starts with"
+    "An open model with its texts, as every demo starts"
     b, s = open_backend(model), sizes
     tokens = token_batch(_once_read(text, 'train'), b.checkpoint.tokenizer, s.n, s.seq_len)
     scored = token_batch(_once_read(text, 'test', -1), b.checkpoint.tokenizer, s.n_evaluation, s.eval_len, seed=None)

@@ -23,7 +23,7 @@ from .. import __version__
 # %% ../../nbs/63_show.doctor.ipynb #2e04aa11
 @dataclass(frozen=True)
 class _Finding:
-    "One thing that was looked at"
+    "One thing that the doctor looked at: its state, and what to do about it"
     name: str
     value: str # what was found
     state: str = 'ok' # 'ok', 'note' or 'bad'
@@ -122,7 +122,7 @@ def _blas(n: int = 384) -> list[_Finding]:
 
 # %% ../../nbs/63_show.doctor.ipynb #97a8a6b8
 def _answer_of(address: str, timeout: float) -> int | None: # HTTP status, None if there is none in time
-    "Ask once, in a thread: looking up a name knows no timeout"
+    "The HTTP status of an address; asks in a thread, because name lookup has no timeout"
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen
     answer = []

@@ -34,7 +34,7 @@ class _Target:
 def _targets_of(
     lat: Latency | None = None, # of the same model, if speed counts
 ) -> dict: # name ▸ Target
-    "What can be dragged"
+    "The kinds of caps that a slider can set"
     found = {'nominal bits': _Target(lambda x: dict(target_bpw=x), lambda p: p.nominal_bpw),
              'MB': _Target(lambda x: dict(max_bytes=x*2**20), lambda p: p.size_mb)}
     if lat is not None: found['tokens per second'] = _Target(
@@ -43,7 +43,7 @@ def _targets_of(
 
 # %% ../../nbs/61_show.explore.ipynb #de126621
 def _question_of(sweep, formats: list, target: _Target) -> Question:
-    "What does not depend on where the cap stands: the sweep checked, its numbers laid out"
+    "The part of an allocation that does not depend on the value of the cap"
     table, noise = smoothed(sweep)
     fmts = candidates(sweep, formats)
     b, = budgets_of(sweep, **target.caps(1.))
@@ -52,7 +52,7 @@ def _question_of(sweep, formats: list, target: _Target) -> Question:
 
 # %% ../../nbs/61_show.explore.ipynb #0366dd73
 def _ends_of(q: Question, target: _Target) -> tuple: # smallest, largest
-    "What the formats can reach"
+    "The smallest and the largest value that the formats can reach"
     costs = q.problem.costs[0]
     real = np.array([[j < len(o) for j in range(costs.shape[1])] for o in q.problem.options])
     picks = np.where(real, costs, np.inf).argmin(1), np.where(real, costs, -np.inf).argmax(1)
@@ -79,7 +79,7 @@ def _figures_of(
     lat: Latency | None = None, # of the same model
     whole: float | None = None, # bytes of everything as it is, for the ratio
 ) -> dict: # name ▸ text
-    "What is told of a plan"
+    "The figures of a plan, as text"
     se = f' ± {plan.predicted_kl_se:.2g}' if isfinite(plan.predicted_kl_se) else ''
     size = f'{plan.size_mb:.2f}'+(f' (1/{whole/plan.nbytes:.1f})' if whole else '')
     found = {'nominal bits': f'{plan.nominal_bpw:.3f}', 'true bits': f'{plan.true_bpw:.3f}', 'MB': size,
@@ -129,7 +129,7 @@ def _compare(
 
 # %% ../../nbs/61_show.explore.ipynb #e39c91c0
 class Explorer:
-    "A plan that follows a slider, the controls of its candidates, and how both are shown"
+    "A plan that follows a slider, with controls for its candidates"
     kept = None # the plan that is compared with
     contexts = () # tokens to choose from, for a cache
 
@@ -169,13 +169,13 @@ def measure_by(self: Explorer, by: str):
 
 @patch
 def keep(self: Explorer, on: bool = True):
-    "Compare with the plan that is shown now, or no longer"
+    "Keep the current plan to compare with, or stop comparing"
     self.kept = self.plan if on else None
     return self
 
 # %% ../../nbs/61_show.explore.ipynb #ff8d977e
 def _is_live() -> bool:
-    "Whether a kernel is there to answer a widget"
+    "Whether there is a kernel for a widget"
     try: from IPython import get_ipython
     except ImportError: return False
     return getattr(get_ipython(), 'kernel', None) is not None
@@ -183,7 +183,7 @@ def _is_live() -> bool:
 # %% ../../nbs/61_show.explore.ipynb #5fafdc4b
 @patch
 def html(self: Explorer) -> str:
-    "What is shown"
+    "The explorer as HTML"
     colours = format_colours(self.sweep.formats)
     if self.kept is not None: return _Comparison(self.plan, self.kept, ('now', 'kept'), self.lat, colours)._repr_html_()
     how = 'exact' if self.exact else f'while dragging, within {self.plan.gap:.2%} of the optimum'
@@ -280,7 +280,7 @@ def _speed_of(
     chip: 'str | Latency | None', # see `explore`
     context: int, # tokens in the cache
 ) -> Latency | None:
-    "Decode speed of a sweep's model, if it can be known"
+    "The Latency of a sweep's model; None if the model is not there"
     if chip is None or isinstance(chip, Latency): return chip
     try: return latency(sweep.header['model'], chip, context)
     except (FileNotFoundError, KeyError): return None

@@ -241,6 +241,15 @@ def stored(self: RoundTrips, path: str, r) -> Path: # Rounded or MinMax ▸ its 
     mx.save_safetensors(str(file), r.stored())
     return file
 
+@patch
+def keep_ends(self: RoundTrips, plan: Mapping): # unit path ▸ Format
+    "Keep the units outside the blocks as this plan has them: what they are multiplied with is still known"
+    for u in self.b.checkpoint.units:
+        fmt = plan[u.path]
+        if u.block is not None or u.keeps(fmt) or (u.path, fmt) in self.kept: continue
+        r = QUANTIZERS[self.method](self.b.unit_weight(u.path), fmt, self.stats[u.path])
+        self.kept[u.path, fmt] = self.stored(u.path, r)
+
 # %% ../nbs/06_rounding.ipynb #67ba08cb
 def _round_all(w, formats: list, stats, method: str) -> list:
     "A weight in several formats"

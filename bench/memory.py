@@ -95,7 +95,7 @@ class Watch:
     def at(self, stage):
         self.close()
         self.stage.append(stage)
-        self.row()
+        self.row()['held'] = self.mx.get_active_memory() # when it begins
         try: yield
         finally:
             self.close()
@@ -139,7 +139,7 @@ def main(args):
     out = dict(shape=args.shape, layers=args.layers, model_bytes=size, max_memory=args.max_memory, backend=args.backend, before=before, seconds=seconds,
                stages=w.rows, read_in_all=sum(r['read'] for r in w.rows.values())/size, peak=max(r['both'] for r in w.rows.values())/2**30,
                kl=found['figures']['kl'], formats=args.formats, tokens=[args.n, args.seq_len], rounding=args.rounding)
-    for k, r in w.rows.items(): print(f"{k:10} {r['seconds']:7.1f} s  rss {r['rss']/2**30:6.2f} GB  gpu {r['gpu']/2**30:6.2f}  peak in MLX {r['peak']/2**30:6.3f}  both {r['both']/2**30:6.2f}  read {r['read']/size:5.2f} × the model")
+    for k, r in w.rows.items(): print(f"{k:10} {r['seconds']:7.1f} s  rss {r['rss']/2**30:6.2f} GB  gpu {r['gpu']/2**30:6.2f}  peak in MLX {r['peak']/2**30:6.3f} (held {r.get('held', 0)/2**30:6.3f})  both {r['both']/2**30:6.2f}  read {r['read']/size:5.2f} × the model")
     print(f"peak {out['peak']:.2f} GB of {args.max_memory}, model {size/2**30:.2f} GB, {out['read_in_all']:.2f} × read, {seconds:.0f} s", flush=True)
     from optiq.report import machine
     out['about'] = machine() | dict(command=' '.join(['python', *sys.argv]))

@@ -154,7 +154,7 @@ def overrides_of_saved(saved: 'str | Path | Checkpoint') -> dict: # for `evaluat
     return {u.path: partial(stored, unit=u) for u in saved.units}
 
 class _OneBlock:
-    "A saved model of which the weights of one block are in memory"
+    "A saved model with the weights of one block in memory"
     def __init__(self, saved: Checkpoint): self.saved, self.model, self.at = saved, None, None
 
     def weight(self, unit):

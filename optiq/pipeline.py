@@ -56,7 +56,9 @@ def _choose(b, t: _Batches, sweep: Sweep, rounding: str, verify: bool, only=None
     if not verify: return allocate(sweep, **options), None
     quantize = _quantizer_of_plans(b, t, measured or options['formats'], rounding, keep)
     v = verified(b, t.tokens, sweep, quantize=quantize, only=only, **options)
-    if keep is not None: t.kept.update(quantize.kept)
+    if keep is not None:
+        quantize.keep_ends(v.plan)
+        t.kept.update(quantize.kept)
     return v.plan, v
 
 # %% ../nbs/08_pipeline.ipynb #209cb292

@@ -212,7 +212,7 @@ def verified(
     only: 'list | None' = None, # formats that the plan that we keep may have; any by default
     n: int = 6, # near-optimal alternatives
     tolerance: float = .15, # relative; measure again if forecast and measurement are further apart
-    rounds: int = 2, # how often units are measured again
+    rounds: int = 2, # how often units are measured again; never if the model is streamed
     seed: int = 0,
     progress: bool = True, # say on stderr what is measured
     **options, # of `allocate`
@@ -233,6 +233,7 @@ def verified(
     with _bar(show=progress) as bar:
         kl = _joint_kl(b, tokens, ours | flats, quantize, bar.update)
     best = min(ours, key=lambda x: kl[x].mean())
+    rounds = rounds if b.holds else 0 # each reads a streamed model twice more
     history = improve(b, tokens, q, ours, kl, best, tolerance, rounds, quantize)[1]
     tried = ours | flats
     kept = min((x for x in tried if x in ours or _made_of(tried[x], only)), key=lambda x: kl[x].mean())

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -86,6 +86,7 @@ class _Passage:
     done: dict # path ▸ Rounded or MinMax: what the next block is run with
     states: list # of each batch, before the next block
     clean: list # the same in the full-precision model
+    ahead: list = field(default_factory=list) # and behind the block, as far as they are known
 
     def round(self, heard: dict, gap: Gap | None = None): # path ▸ Inputs; yields [(path, Rounded or MinMax)]
         "Units whose inputs have been heard"
@@ -117,7 +118,9 @@ def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path �
         x, stats = heard.last
         if not isinstance(stats, Inputs): continue # nothing was heard, or experts
         if gap is None: gap = Gap(of_output=len(left) == 1 and _is_added(p, i, *left, x))
-        if gap.of_output: lack = p.chunks.one(k, i, wanted)-p.chunks.one(k, i, states, None, done)
+        if gap.of_output:
+            p.ahead.append(p.chunks.one(k, i, wanted))
+            lack = p.ahead[-1]-p.chunks.one(k, i, states, None, done)
         else:
             p.chunks.one(k, i, wanted, clean)
             lack = clean.last[0]-x
@@ -132,7 +135,8 @@ def _round_block(p: _Passage, i: int): # yields [(path, Rounded or MinMax)]
         heard, gap = _hear_next(p, i, left)
         yield from p.round(heard or dict.fromkeys(left), gap)
         left = {path: u for path, u in left.items() if path not in p.done}
-    p.states, p.clean = p.chunks.run(i, p.states, None, as_overrides(p.done)), p.chunks.run(i, p.clean)
+    p.states = p.chunks.run(i, p.states, None, as_overrides(p.done))
+    p.clean, p.ahead = p.ahead if len(p.ahead) == len(p.clean) else p.chunks.run(i, p.clean), []
 
 # %% ../nbs/06_rounding.ipynb #aa2718b4
 def _outside_before(todo: dict, block: int | None) -> list: # of paths
@@ -237,6 +241,15 @@ def stored(self: RoundTrips, path: str, r) -> Path: # Rounded or MinMax ▸ its 
     mx.save_safetensors(str(file), r.stored())
     return file
 
+@patch
+def keep_ends(self: RoundTrips, plan: Mapping): # unit path ▸ Format
+    "Keep the units outside the blocks as this plan has them: what they are multiplied with is still known"
+    for u in self.b.checkpoint.units:
+        fmt = plan[u.path]
+        if u.block is not None or u.keeps(fmt) or (u.path, fmt) in self.kept: continue
+        r = QUANTIZERS[self.method](self.b.unit_weight(u.path), fmt, self.stats[u.path])
+        self.kept[u.path, fmt] = self.stored(u.path, r)
+
 # %% ../nbs/06_rounding.ipynb #67ba08cb
 def _round_all(w, formats: list, stats, method: str) -> list:
     "A weight in several formats"
@@ -283,7 +296,7 @@ def _rounding_seconds(
     learned = tokens if method == 'gptq' or kept else _enough(tokens)
     part = learned if kept else learned[:-(-len(learned)//8)]
     walk, one = _seconds_of_one(b, part, first, plan[first.path], method)
-    passes = (8 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
+    passes = (7 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
     return passes*walk+one*sum(u.params for u in todo)/first.params
 
 # %% ../nbs/06_rounding.ipynb #ddd42764

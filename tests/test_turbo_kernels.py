@@ -147,9 +147,11 @@ def on_cpu(request, tmp_path, monkeypatch):
 def statistics(r, G, D, mean=1):
     return KeyPrecondition(mean*r.standard_normal((G, 1, D)).astype(np.float32), np.exp(.3*r.standard_normal((G, 1, D))).astype(np.float32))
 
-@pytest.mark.parametrize('B, D, G, N, kb, vb, T, dtype', [
-    (1, 128, 2, 2, 4, 4, 290, 'float32'), (2, 64, 2, 3, 3, 2, 130, 'float32'), (1, 64, 1, 8, 8, 5, 1, 'float32'),
-    (1, 128, 2, 4, 4, 4, 290, 'float16'), (2, 64, 1, 3, 3, 2, 75, 'float16'), (1, 64, 1, 8, 8, 5, 1, 'float16'), (1, 256, 1, 2, 6, 3, 40, 'float16')])
+CASES = [('cuda', 1, 128, 2, 2, 4, 4, 140, 'float32'), ('cuda', 1, 64, 1, 8, 8, 5, 1, 'float32'), ('metal', 2, 64, 2, 3, 3, 2, 130, 'float32'),
+         ('metal', 1, 128, 1, 2, 4, 4, 140, 'float16'), ('cuda', 1, 128, 2, 4, 4, 4, 140, 'float16'), ('cuda', 2, 64, 1, 3, 3, 2, 75, 'float16'),
+         ('cuda', 1, 64, 1, 8, 8, 5, 1, 'float16'), ('cuda', 1, 256, 1, 2, 6, 3, 40, 'float16')]
+
+@pytest.mark.parametrize('on_cpu, B, D, G, N, kb, vb, T, dtype', CASES, indirect=['on_cpu'])
 def test_kernels_do_what_the_composed_form_does(B, D, G, N, kb, vb, T, dtype, on_cpu, monkeypatch):
     r = np.random.default_rng(D+kb)
     k, v = (mx.array(r.standard_normal((B, G, T, D)).astype(np.float32)) for _ in 'kv')
@@ -180,19 +182,21 @@ def test_a_prompt_is_stored_as_its_tokens_are(on_cpu, monkeypatch):
     for x, y in zip(stored(True), stored(False)): assert (x == y).mean() > .98
     assert [n.split('_')[1] for n in on_cpu] == ['encode']
 
-@pytest.mark.parametrize('dtype, name', [(mx.float32, '_512'), (mx.float16, 'tensor')])
-def test_long_stretches(dtype, name, on_cpu, monkeypatch):
-    monkeypatch.setattr(tk, '_STRETCHES', ((0, 128), (256, 512)))
+@pytest.mark.parametrize('on_cpu', ['cuda'], indirect=True)
+@pytest.mark.parametrize('dtype, name', [(mx.float32, '_96'), (mx.float16, 'tensor')])
+def test_other_stretches(dtype, name, on_cpu, monkeypatch):
+    monkeypatch.setattr(tk, '_STRETCHES', ((0, 64), (100, 96)))
     monkeypatch.setattr(tk, '_BLOCKS', 3)
-    c, (k, v, q) = TurboQuantKVCache(64, 2), mx.random.normal((3, 1, 1, 600, 64))
+    c, (k, v, q) = TurboQuantKVCache(64, 2), mx.random.normal((3, 1, 1, 150, 64))
     stored = c.update_and_fetch(k, v)
     monkeypatch.setattr(tk, '_FUSED', True)
     got = _attend(q[:, :, :1].astype(dtype), *stored, scale=.125)
     monkeypatch.setattr(tk, '_FUSED', False)
     assert abs(got-_attend(q[:, :, :1], *c.keys_and_values(), scale=.125)).max() < (1e-4 if dtype == mx.float32 else 1e-3)
-    assert not tk._CUDA_HERE or name in on_cpu[0]
+    assert name in on_cpu[0]
 
-@pytest.mark.parametrize('far', [1e-4, 1, 3e3])
+@pytest.mark.parametrize('on_cpu', ['cuda'], indirect=True)
+@pytest.mark.parametrize('far', [1e-4, 3e3])
 def test_scales_that_are_far_apart(far, on_cpu, monkeypatch):
     r = np.random.default_rng(0)
     k, v = (mx.array(r.standard_normal((1, 1, 90, 64)).astype(np.float32)*np.where(np.arange(90) % 7, 1, a)[:, None]) for a in (1, far))

@@ -363,7 +363,7 @@ def keep_to(self: Backend, memory: float | None):
 
 @patch
 def at_most(self: Backend, n: int, part: int) -> int:
-    "`n`, or so many bytes as are one in `part` of the cap"
+    "`n` bytes, but at most the cap divided by `part`"
     return n if self.memory is None else min(n, int(self.memory)//part)
 
 # %% ../../nbs/03_backends.replay.ipynb #5e3dc354

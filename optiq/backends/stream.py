@@ -146,7 +146,7 @@ def keep_to(self: StreamingBackend, memory: float | None):
 # %% ../../nbs/03e_backends.stream.ipynb #f384efb8
 @patch
 def rows_of(self: StreamingBackend, unit: Unit, rows): # a slice, or an array of indices
-    "Some rows of a table, from memory if they were read since the last block"
+    "Some rows of a table, from memory if we have read them since the last block"
     if not isinstance(rows, slice) or unit.params*unit.itemsize > (self.memory or available_memory())/8:
         return _read_rows(self.checkpoint, unit, rows)
     at = unit.path, rows.start, rows.stop

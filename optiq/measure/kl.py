@@ -102,7 +102,7 @@ def _walk(
 def _stack(b, streams):
     "Join neighbouring streams into batches that keep the device busy and fit its memory"
     widest = max(u.shape[-2] for u in b.checkpoint.units if u.block is not None)
-    limit, out = (min(2**16, b.at_most(2**30, 40)//widest) if b.on_gpu else 2**12), []
+    limit, out = (min(2**16, b.at_most(2**30, 80)//widest) if b.on_gpu else 2**12), []
     for s in streams:
         fits = out and _joinable(out[-1][1][0], s) and (out[-1][0]+len(s))*s.shape[1] <= limit
         if fits: out[-1] = (out[-1][0]+len(s), out[-1][1]+[s])

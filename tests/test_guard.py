@@ -249,7 +249,7 @@ def test_a_server_that_cannot_generate_ends_with_a_line(at, monkeypatch):
     if at == 'load': monkeypatch.setattr(server, 'load', fails)
     else: monkeypatch.setattr(_Generator, '_generate', fails)
     start = time.time()
-    with pytest.raises(RuntimeError, match='nothing can be generated any more: ValueError: a damaged'):
+    with pytest.raises(RuntimeError, match='the server cannot generate any more: ValueError: a damaged'):
         serve('demo', options=['--port', '0', '--log-level', 'CRITICAL'])
     assert time.time()-start < 60
 

@@ -1,7 +1,7 @@
 """Every model that the loaders open, as a tiny random checkpoint, taken down the whole road: one line a family.
 
     python bench/families.py [--loader mlx-lm,mlx-vlm,special] [--only gemma4,rwkv7] [--backend mlx,torch] [--long]
-                             [--seconds 120] [--again] [-o nbs/results/families.json]
+                             [--seconds 120] [--again] [--quick] [-o nbs/results/families.json]
 
 A text model of mlx-lm or a vision-language model of mlx-vlm is a line; so is each special form of
 `bench/families.json`, which holds a small configuration of our own for each of them. A model file without one is
@@ -492,11 +492,15 @@ def rounded(m, method: str) -> str:
     todo = {p for p, f in m.plan.items() if not m.c.unit[p].keeps(f)}
     deaf = [p for p in heard if p in todo-dead and heard[p] is None and 'embed' not in m.c.unit[p].kind]
     if deaf: raise Wrong(f'{len(deaf)} of {len(heard)} units are not heard: {", ".join(kinds(deaf))}')
-    done = dict(round_model(m.b, tokens, m.plan, method))
+    plan, once = dict(m.plan), {m.c.unit[p].kind: p for p in reversed(sorted(todo))}
+    if 'quick' in m.told and method == 'gptq':
+        todo = {*once.values()}
+        plan |= {p: m.c.unit[p].kept for p in plan if p not in todo}
+    done = dict(round_model(m.b, tokens, plan, method))
     if lost := todo-done.keys(): raise Wrong(f'{len(lost)} of {len(todo)} units are not rounded: {", ".join(kinds(lost))}')
     off = []
     for s in samples_of(tokens) if not m.b.stacks else [tokens]:
-        z = [as_numpy(m.b.logits(s, o)) for o in ({}, overrides_of(m.plan), as_overrides(done))]
+        z = [as_numpy(m.b.logits(s, o)) for o in ({}, overrides_of(plan), as_overrides(done))]
         if not np.isfinite(z[2]).all(): raise Wrong('logits are not finite')
         off.append([float(np.sqrt(((y-z[0])**2).mean())) for y in z[1:]])
     minmax, mine = np.mean(off, 0)
@@ -606,7 +610,8 @@ def witness(m, step: str) -> str:
     except (Exception, SystemExit) as e: return one_line(e)
     return ''
 
-def line(loader: str, family: str, backend: str, table: dict, long: bool, last: str = '', tell=lambda s: None) -> dict:
+def line(loader: str, family: str, backend: str, table: dict, long: bool, last: str = '', quick: bool = False,
+         tell=lambda s: None) -> dict:
     "Run one family"
     row = dict(loader=loader, family=family, backend=backend)
     vision = loader == 'mlx-vlm' or bool(table.get(loader, {}).get(family, {}).get('_vision'))
@@ -617,6 +622,7 @@ def line(loader: str, family: str, backend: str, table: dict, long: bool, last: 
     if '_refused' in entry: return row | dict(result='refused', whose=name, step='plain', reason=entry['_refused'])
     config, told = config_of(loader, family, table)
     if long and 'long' in told: told['tokens'] = told['long']
+    if quick: told['quick'] = True
     tmp = Path(tempfile.mkdtemp(prefix=f'{family}-'))
     m = SimpleNamespace(asked=config, told=told, vision=vision, backend=backend, form=None,
                         folder=tmp/'in'/family, out=tmp/'out'/family)
@@ -756,6 +762,7 @@ def main():
     p.add_argument('--seconds', type=int, default=180)
     p.add_argument('--again', action='store_true', help='also what the result file has')
     p.add_argument('--last', default='', help='go no further than this step, and write no result')
+    p.add_argument('--quick', action='store_true', help='gptq rounds one unit of each kind, for the test')
     p.add_argument('--long', action='store_true', help='entries with a length of their own at that length')
     p.add_argument('-o', '--out', type=Path, default=RESULT)
     a = p.parse_args()
@@ -771,7 +778,7 @@ def main():
                 key = loader, family, backend
                 if backend == 'torch' and (loader == 'mlx-vlm' or '_vision' in table[loader].get(family, {})): continue
                 if key in known and not (a.again or only or a.last): continue
-                mine[key] = run((loader, family, backend, table, a.long, a.last), a.seconds) | dated
+                mine[key] = run((loader, family, backend, table, a.long, a.last, a.quick), a.seconds) | dated
                 print(show(mine[key]), flush=True)
                 if not a.last: write(a.out, mine, said)
     print(json.dumps(counts(list((known | mine).values())), indent=1))

@@ -42,8 +42,8 @@ CHANGES = [
     # texts
     Change('evaluation on the calibration side of a text', "is_test(p) == (split == 'test')", "is_test(p) == (split == 'both')",
            'test_evaluation_keeps_to_its_own_side'),
-    Change('evaluation tokens from the calibration side by default', "split: str = 'test', # 'all' for a file that is used",
-           "split: str = 'train', # 'all' for a file that is used", 'test_evaluation_keeps_to_its_own_side'),
+    Change('evaluation tokens from the calibration side by default', "split: str = 'test', # 'all' for a file that you only evaluate on",
+           "split: str = 'train', # 'all' for a file that you only evaluate on", 'test_evaluation_keeps_to_its_own_side'),
     Change('the pipeline scores on what it calibrates on', "side, held_out = ('train', 'test') if", "side, held_out = ('train', 'train') if",
            'test_evaluation_keeps_to_its_own_side'),
     Change('calibration text is looked for at whole blocks only', 'set(hashes) & set(block_hashes(tokens, 1))',

@@ -76,6 +76,8 @@ def random_model(shape):
     mx.eval(model.parameters())
     return model
 
+WAYS = 'no tensor cores', '264 blocks', '1056 blocks', '2112 blocks', 'all heads at once', 'composed, all heads at once'
+
 def cache_kinds(model):
     "Name ▸ function that makes the caches"
     from mlx_lm.models.cache import QuantizedKVCache
@@ -89,7 +91,7 @@ def cache_kinds(model):
             'affine 4 bits': lambda: [MixedKVCache(affine, affine) for _ in range(n)],
             'tq4': _make_turbo(model, 4),
             'affine 4 bits, mlx-lm': lambda: [QuantizedKVCache(64, 4) for _ in range(n)],
-            'tq4, composed': _make_turbo(model, 4), 'tq4, dequantized first': _make_turbo(model, 4),
+            **{f'tq4, {way}': _make_turbo(model, 4) for way in ('composed', 'dequantized first', *WAYS)},
             'tq3': _make_turbo(model, 3), 'tq2': _make_turbo(model, 2),
             'tq4, keys preconditioned': _make_turbo(model, 4, precondition='prompt'),
             'affine 4 bits, in one part': lambda: [MixedKVCache(affine, affine) for _ in range(n)]}
@@ -98,12 +100,15 @@ def cache_kinds(model):
 def road(kind):
     "The road of attention that a kind of cache takes"
     from optiq.kv import attention, kernels
-    before = attention._MANY, attention._PART, kernels._FUSED
+    before = attention._MANY, attention._PART, kernels._FUSED, kernels._ON_TENSOR_CORES, kernels._BLOCKS, attention._AT_ONCE
     if 'dequantized' in kind: attention._MANY = 1
     if 'one part' in kind: attention._PART = 0
     if 'composed' in kind: kernels._FUSED = False
+    if 'no tensor cores' in kind: kernels._ON_TENSOR_CORES = False
+    if ' blocks' in kind: kernels._BLOCKS = int(kind.split(' blocks')[0].split()[-1])
+    if 'heads at once' in kind: attention._AT_ONCE = 2**27
     try: yield
-    finally: attention._MANY, attention._PART, kernels._FUSED = before
+    finally: attention._MANY, attention._PART, kernels._FUSED, kernels._ON_TENSOR_CORES, kernels._BLOCKS, attention._AT_ONCE = before
 
 def filled(model, shape, make, T, chunk=4096):
     "Caches of T tokens of random keys and values: a step's time does not depend on which"
@@ -207,7 +212,10 @@ def prefill(args, report):
                 if kind in slow or any((r['model'], r['context'], r['cache']) == (name, T, kind) for r in rows): continue
                 if time.time() > args.until: return dict(rows=rows, chunk=args.chunk, dtype='bfloat16')
                 model = model or random_model(shape_of(name, args.layers))
-                try: row = fill(model, cache_kinds(model)[kind](), T, args.chunk)
+                try:
+                    with road(kind):
+                        fill(model, cache_kinds(model)[kind](), 2*args.chunk, args.chunk) # compiles
+                        row = fill(model, cache_kinds(model)[kind](), T, args.chunk)
                 except Exception as e: row = dict(error=f'{type(e).__name__}: {" ".join(str(e).split())[:300]}')
                 if row.get('prefill_s', 99) > 25: slow.add(kind)
                 rows.append(dict(model=name, context=T, cache=kind) | row)
@@ -242,7 +250,7 @@ def checks(args, report):
     for kind, *case in CHECKS:
         D, G, N, bits, T = case
         row = dict(kind=kind, head_dim=D, heads=G, queries=N, bits=bits, tokens=T+1)
-        if any(row.items() <= r.items() for r in rows): continue
+        if any(row.items() <= r.items() for r in rows) or args.roads and kind not in args.roads.split(';'): continue
         if time.time() > args.until: break
         q, (k, v) = mx.random.normal((1, G*N, 1, D)).astype(mx.bfloat16), mx.random.normal((2, 1, G, T, D)).astype(mx.bfloat16)
         try:
@@ -255,11 +263,11 @@ def checks(args, report):
 
 FIRST = [(128, 8, 2, 4, 1000), (128, 8, 4, 4, 20000)] # head width, heads, queries a head, bits, tokens
 REST = [(128, 8, 4, 3, 5000), (128, 8, 4, 2, 5000), (64, 3, 3, 4, 700), (256, 2, 4, 6, 900), (128, 2, 8, 8, 300), (32, 2, 2, 4, 200)]
-ROADS = 'rotated', 'rotated, composed', 'affine', 'affine, mlx-lm'
+ROADS = 'rotated', 'rotated, no tensor cores', 'rotated, composed', 'affine', 'affine, mlx-lm'
 CHECKS = [(k, *c) for c in FIRST for k in ROADS]
 EVERY = CHECKS+[(k, *c) for c in REST for k in ROADS] # many kernels to compile
 
-def far(kind, D, bits, q, k, v):
+def far(kind, D, bits, q, k, v): # `kind` may name a road
     "All but the last token in one go, the last one by itself, as in decoding"
     import mlx.core as mx
     from mlx_lm.models.base import quantized_scaled_dot_product_attention as theirs
@@ -267,7 +275,8 @@ def far(kind, D, bits, q, k, v):
     from optiq.kv.attention import _attend
     from optiq.kv.cache import MixedKVCache
     from optiq.kv.rotated import TurboQuantKVCache
-    scale, last = D**-.5, (k[:, :, -1:]*.5, v[:, :, -1:]*.5)
+    T, scale, last = k.shape[2], D**-.5, (k[:, :, -1:]*.5, v[:, :, -1:]*.5)
+    from optiq.backends import replay # noqa: float32 means float32
     if kind == 'affine, mlx-lm':
         c = QuantizedKVCache(min(D, 64), bits)
         c.update_and_fetch(k, v)
@@ -279,7 +288,7 @@ def far(kind, D, bits, q, k, v):
         c.update_and_fetch(k, v)
         keys, values = c.update_and_fetch(*last)
         got = _attend(q, keys, values, scale=scale)
-        kk, vv = (x.codec.back(x.codec.dense(x.arrays, mx.float32)) for x in (keys, values)) # bfloat16 would add .5 % of its own
+        kk, vv = (x.codec.back(x.codec.dense(x.arrays, mx.float32))[:, :, :T+1] for x in (keys, values)) # bfloat16 would add .5 % of its own
     want = mx.fast.scaled_dot_product_attention(q.astype(mx.float32), kk, vv, scale=scale)
     return dict(relative_error=mx.sqrt(((got.astype(mx.float32)-want)**2).sum()/(want**2).sum()).item())
 
@@ -297,7 +306,8 @@ def attention(args, report):
             k, v = (mx.random.normal((1, 8, 1, 128)).astype(mx.bfloat16) for _ in 'kv')
             affine, rotated = lambda: MixedKVCache('4g64', '4g64'), lambda: TurboQuantKVCache(128, 4)
             for kind, make in {'fp16': KVCache, 'affine 4 bits': affine, 'affine 4 bits, in one part': affine, 'tq4': rotated,
-                               'tq4, composed': rotated, 'tq4, dequantized first': rotated}.items():
+                               **{f'tq4, {way}': rotated for way in ('composed', 'dequantized first', *WAYS[:4])}}.items():
+                if args.kinds and kind not in args.kinds.split(';'): continue
                 row = dict(context=T, queries=N, cache=kind)
                 try:
                     with road(kind):
@@ -509,6 +519,8 @@ if __name__ == '__main__':
     p.add_argument('--rounds', type=int, default=7)
     p.add_argument('--seconds', type=float, default=2, help='speed: for each kind of cache, about')
     p.add_argument('--until', type=float, default=1e12, help='prefill, checks: seconds since 1970 after which nothing new is begun')
+    p.add_argument('--roads', default='', help='checks: these alone, separated by ;')
+    p.add_argument('--metal', action='store_true', help='on a Mac: use the kernels there')
     p.add_argument('--chunk', type=int, default=2048)
     p.add_argument('--lengths', type=lambda s: [int(x) for x in s.split(',')], default=[128, 256, 512, 1024])
     p.add_argument('--trials', type=int, default=200)
@@ -518,5 +530,6 @@ if __name__ == '__main__':
     args = p.parse_args()
     done = args.done = json.loads(Path(args.o).read_text()) if Path(args.o).exists() else {}
     if args.every: CHECKS = EVERY
+    if args.metal: __import__('optiq.kv.kernels', fromlist=['use_kernels']).use_kernels()
     for name in args.only.split(','):
         save(args, done, name, globals()[name](args, lambda f: save(args, done, name, f)))

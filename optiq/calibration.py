@@ -65,7 +65,7 @@ def _mixture(source) -> list: # of (source, weight)
     except ValueError: return []
     if len(weights) < len(found) or os.path.lexists(str(source).replace('\0', '')): return []
     if not all(0 < w < 1e9 for w in weights): raise ValueError(
-        f'{source}: the weights of a mixture are positive numbers')
+        f'{source}: the weights of a mixture must be positive numbers, as in bundled:0.5,mine.jsonl:0.5')
     return [(name.strip(), w/sum(weights)) for (name, *_), w in zip(found, weights)]
 
 def _mixed(parts: list, *options) -> _Mixed: # parts: (source, weight); options of `passages`
@@ -90,12 +90,13 @@ def passages(
     if parts: return _mixed(parts, split, min_chars)
     if str(source) in _SOURCES: found = _SOURCES[str(source)](split)
     elif not os.path.lexists(str(source).replace('\0', '')): raise FileNotFoundError(
-        f'no text {str(source)!r}: neither a file nor one of {", ".join(_SOURCES)}, nor a mixture such as '
+        f'there is no text {str(source)!r}; give a file, one of {", ".join(_SOURCES)}, or a mixture such as '
         'bundled:0.5,mine.jsonl:0.5')
     else: found = [p for p in _read_file(source) if split == 'all' or is_test(p) == (split == 'test')]
     if min_chars >= 0: found = [p for p in found if len(p) > min_chars]
     if found: return found
-    raise ValueError(f'{source} has no passage of over {min_chars} characters on the {split} side')
+    raise ValueError(f'{source} has no passage of over {min_chars} characters on the {split} side; '
+                     'give a longer text, or another one')
 
 # %% ../nbs/02_calibration.ipynb #571d8791
 class _Chat(str):
@@ -203,7 +204,7 @@ def before(tokenizer) -> list[int]:
 # %% ../nbs/02_calibration.ipynb #688d6ddc
 def prompt_part(
     tokenizer,
-    ids: list[int], # what it made of a prompt, with special tokens
+    ids: list[int], # of a prompt, with special tokens
 ) -> slice: # of them
     "The part of a prompt's tokens that the model gets: special tokens before it once, none behind it"
     (first, last), ids = _around(tokenizer), list(ids)
@@ -212,7 +213,7 @@ def prompt_part(
     return slice(len(first)*twice, len(ids)-len(last)*ended)
 
 def prompt_ids(tokenizer, text: str) -> list[int]:
-    "The tokens of a text that an answer follows"
+    "The tokens of a prompt: what the tokenizer puts before a text, but nothing behind it"
     ids = list(tokenizer.encode(text))
     return ids[prompt_part(tokenizer, ids)]
 
@@ -262,7 +263,8 @@ def token_batch(
     first, ids = before(tokenizer), []
     room = seq_len-len(first)
     if room < 1: raise ValueError(
-        f'sequences of {seq_len} have no room for text: this tokenizer puts {len(first)} before it')
+        f'sequences of {seq_len} have no room for text: this tokenizer puts {len(first)} '
+        'tokens before it; give longer ones')
     for i in order:
         ids += _ids_of(tokenizer, texts[i], first)
         if len(ids) >= n*room: break
@@ -275,7 +277,7 @@ def token_batch(
 # %% ../nbs/02_calibration.ipynb #6e0c51f5
 def unscored(
     c, # Checkpoint
-    tokens, # (n, T), or samples, which say themselves what counts
+    tokens, # (n, T), or samples, which bring a mask of their own
 ) -> int:
     "How many positions at the start of every sequence are special, and not scored"
     if isinstance(tokens, list) or not np.size(tokens) or (tokens[:, 0] != tokens[0, 0]).any(): return 0
@@ -284,7 +286,7 @@ def unscored(
     return len(first) if (tokens[:, :len(first)] == first).all() else 0
 
 def text_of(c, tokens): # ▸ (n, T) without those positions, or the samples
-    "What a sequence holds of the text"
+    "The tokens without the special ones at the start of every sequence; samples unchanged"
     return tokens if isinstance(tokens, list) else tokens[:, unscored(c, tokens):]
 
 # %% ../nbs/02_calibration.ipynb #93aaacb6

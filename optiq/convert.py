@@ -10,6 +10,7 @@ import shutil
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -19,9 +20,9 @@ import numpy as np
 from . import __version__
 from .backends.open import APART, apart, _few_logits
 from .backends.replay import Backend
-from .draft import DRAFT, keep_draft
+from .draft import check_draft, keep_draft
 from .files import as_path, scratch, whole_folder
-from .formats import Format, config_entry, dequantized, for_unit, parse_format, quantize_minmax
+from .formats import Format, config_entry, dequantized, for_unit, quantize_minmax
 from .folder import TEXT_FILES, read_header
 from .models import Checkpoint, LOADERS, check_two_heads
 from .readers import _helpful, shown
@@ -31,7 +32,7 @@ def _check_misfit(units: list, plan):
     "Raise ValueError for a format in which the loader could not open a unit"
     for u in units:
         if not u.takes(plan[u.path]): raise ValueError(
-            f'{u.path} cannot be opened at {plan[u.path]}; it stays as it is')
+            f'the loader cannot open {u.path} at {plan[u.path]}; give it the format as-is')
 
 # %% ../nbs/07_convert.ipynb #10d623f6
 def _module(model, path):
@@ -40,7 +41,7 @@ def _module(model, path):
 
 # %% ../nbs/07_convert.ipynb #566118fc
 def _pack(
-    checkpoint: Checkpoint, # whatever is packed in it already is measured against what it stands for
+    checkpoint: Checkpoint, # where it is quantized already, the quantizer gets the dequantized weights
     plan, # unit path ▸ Format
     quantizer = quantize_minmax, # (weight, format) ▸ stored tensors, or a mapping of paths to such functions
 ): # model with lazy arrays, config for config.json
@@ -144,11 +145,21 @@ def overrides_of_saved(saved: 'str | Path | Checkpoint') -> dict: # for `evaluat
     "unit path ▸ function that returns the weight that the saved model has there"
     import mlx.core as mx
     saved = saved if isinstance(saved, Checkpoint) else Checkpoint(saved)
-    def stored(w, weight):
+    files = _OneBlock(saved)
+    def stored(w, unit):
+        weight = files.weight(unit)
         if isinstance(w, mx.array): return weight
         import torch
         return torch.from_numpy(np.array(weight.astype(mx.float32)))
-    return {u.path: lambda w, x=x: stored(w, x) for u, x in zip(saved.units, dequantized_units(saved))}
+    return {u.path: partial(stored, unit=u) for u in saved.units}
+
+class _OneBlock:
+    "A saved model with the weights of one block in memory"
+    def __init__(self, saved: Checkpoint): self.saved, self.model, self.at = saved, None, None
+
+    def weight(self, unit):
+        if self.model is None or unit.block != self.at: self.model, self.at = self.saved.load(plain=True), unit.block
+        return _module(self.model, unit.path).weight
 
 # %% ../nbs/07_convert.ipynb #d7c10002
 def as_saved(
@@ -268,9 +279,9 @@ def convert(
     """
     if not hasattr(plan, 'nbytes'): raise ValueError(f'{shown(plan)} is not a plan; make one with allocate or uniform')
     c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)
-    odd, out, head = set(plan) ^ set(c.unit), as_path(out), parse_format(DRAFT if draft is None else draft)
+    odd, out, head = set(plan) ^ set(c.unit), as_path(out), check_draft(c, draft)
     if odd: raise ValueError(
-        f'the plan is for another model: {min(odd)} is not in both')
+        f'the plan is for another model: {min(odd)} is in only one of the two; give a plan made for {c.name}')
     with whole_folder(out, overwrite, plan.nbytes, source=c.folder) as part, scratch(out) as rounded:
         if quantizer is None: quantizer = _as_planned(plan, sweep, source if isinstance(source, Backend) else c,
                                                       rounded)

@@ -26,7 +26,7 @@ from tempfile import gettempdir, mkdtemp
 
 # %% ../nbs/71_files.ipynb #c95733b9
 def as_path(out: 'str | Path') -> Path:
-    "A path as its user means it"
+    "The path with `~` expanded and a closing slash ignored; raises ValueError for an unknown user"
     p = Path(os.path.expanduser(out))
     if str(p).startswith('~') and str(out).startswith('~'): raise ValueError(
         f'{out}: there is no user {p.parts[0][1:]!r}; begin with ./ if the name is meant as it stands')
@@ -80,7 +80,7 @@ def _check_part(path: Path, begins: str = ''):
     part = _part_of(path)
     if not os.path.lexists(part): return
     if part.is_symlink() or not part.is_file() or not _ours(part, begins): raise FileExistsError(
-        f'{part} is in the way, and no file that optiq began, so it stays as it is; give another output')
+        f'{part} is in the way, and optiq did not begin it, so it stays as it is; give another output')
     part.unlink()
 
 # %% ../nbs/71_files.ipynb #cfad6812
@@ -114,7 +114,7 @@ def _check_locked(folder: Path):
 
 # %% ../nbs/71_files.ipynb #f6811279
 def check_full(folder: Path, room: float):
-    "Raise OSError if the disk has less room than so many bytes"
+    "Raise OSError if the disk of `folder` has less than `room` bytes free"
     at = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
     free = shutil.disk_usage(at).free
     if free < room: raise OSError(
@@ -198,7 +198,7 @@ def own_folder(
     overwrite: bool = False, # replace it if it is ours
     made: str = 'model', # what will be in it: only the same is replaced
     source: 'str | Path | None' = None, # the model that it is made from
-) -> Path: # as it is meant
+) -> Path: # expanded, as by `as_path`
     "Check an output before any work; raises FileExistsError, ValueError or OSError if we must not or cannot write it"
     out = as_path(out)
     _check_place(out)
@@ -270,11 +270,11 @@ def whole_folder(
 
 # %% ../nbs/71_files.ipynb #475bc21e
 def own_place(
-    folder: 'str | Path', # somebody's
+    folder: 'str | Path', # of somebody, such as that of a model
     first: str, # the file whose presence says that all were added
     *rest: str, # other files and folders to be added
     overwrite: bool = False, # replace them if they are ours
-) -> Path: # as it is meant
+) -> Path: # expanded, as by `as_path`
     "Check names in a folder before any work; raises FileExistsError for one that is not ours, or should stay"
     folder = as_path(folder)
     if folder.is_symlink(): raise FileExistsError(
@@ -322,7 +322,7 @@ def own_file(
     kind: str, # 'sweep', 'responses', 'report'
     begins: str | None = None, # its first words, if it is not JSON
     **more, # further fields by which ours begins
-) -> Path: # as it is meant
+) -> Path: # expanded, as by `as_path`
     "Check a file before any work; raises FileExistsError, ValueError or OSError if it is not ours to write"
     out = as_path(out)
     _check_place(out)
@@ -343,20 +343,20 @@ def append(path: Path, text: str):
         f.write(text.encode())
 
 def check_gone(path: Path):
-    "Raise FileNotFoundError for a file that was there"
+    "Raise FileNotFoundError if somebody deleted a file that this run is writing"
     if not path.exists(): raise FileNotFoundError(
         f'{path} was deleted while it was being written; run the same command again to begin anew')
 
 # %% ../nbs/71_files.ipynb #002cbdaa
 def journal_of(out: 'str | Path') -> Path:
-    "Where a run that writes `out` keeps what it has measured"
+    "The file beside `out` in which the run that writes `out` keeps its measurements"
     return as_path(out).with_name(f'{as_path(out).name}.sweep.jsonl')
 
 def own_output(
     out: 'str | Path | None', # a folder to write, if any
     overwrite: bool, made: str, source, # as for `own_folder`
     journal: bool, # it measures a sweep, and keeps it beside the folder until that is written
-) -> Path | None: # as it is meant
+) -> Path | None: # expanded, as by `as_path`
     "Check an output, and the place of its journal; raises what `own_folder` and `own_file` raise"
     if out is None: return None
     out = own_folder(out, overwrite, made, source)
@@ -400,7 +400,7 @@ def _claim(out: 'str | Path'):
 
 # %% ../nbs/71_files.ipynb #6fc08620
 def claiming(write):
-    "Decorator of a function with an `out`, which no other process may write while it runs, as FileExistsError says"
+    "Decorator: while the function runs, no other process may write its `out`; raises FileExistsError if one does"
     @wraps(write)
     def claimed(*args, **options):
         try: out = signature(write).bind(*args, **options).arguments.get('out')

@@ -7,11 +7,17 @@ __all__ = ['search']
 
 # %% ../nbs/06b_grid.ipynb #a1d6a786
 from dataclasses import dataclass
+from math import prod
 
 from .arrays import _on_gpu, as_type, library, like, pack_codes, to_mlx
 from .formats import Format, quantize_dequantize, quantize_minmax
 
 # %% ../nbs/06b_grid.ipynb #50ed958a
+def _in_parts(w, n: int = 2**26): # (rows, …), values in a part ▸ list of the same
+    "A tensor in stretches of rows: what is computed of a whole vocabulary at once takes gigabytes"
+    rows = max(1, n//prod(w.shape[1:]))
+    return [w[k:k+rows] for k in range(0, len(w), rows)]
+
 @dataclass
 class _Rounded:
     "Codes, scales and biases of a tensor in an affine format, not packed yet"
@@ -28,8 +34,9 @@ class _Rounded:
     def stored(self) -> dict:
         "The tensors of a quantized MLX layer, by name"
         import mlx.core as mx
-        packed = mx.array(pack_codes(as_type(self.codes, 'uint8'), self.fmt.bits))
-        return dict(weight=packed, scales=to_mlx(self.scales), biases=to_mlx(self.biases))
+        def packed(codes): return mx.array(pack_codes(as_type(codes, 'uint8'), self.fmt.bits))
+        weight = mx.concatenate([packed(c) for c in _in_parts(self.codes)])
+        return dict(weight=weight, scales=to_mlx(self.scales), biases=to_mlx(self.biases))
 
 # %% ../nbs/06b_grid.ipynb #85236c34
 @dataclass
@@ -85,11 +92,19 @@ def search(
     "Round on the grid with the least squared error, weighted by mean squares of inputs; other modes by min-max"
     if fmt.mode != 'affine': return _MinMax(w, fmt)
     if w.ndim > 2: return _stack([search(x, fmt, s) for x, s in zip(w, _per_expert(stats, len(w)))])
-    scales, biases = _find_grid(w, fmt, stats)
     xp, f32, _ = library(w)
+    parts = [_searched(xp, f32, x, fmt, stats) for x in _in_parts(w)]
+    return parts[0] if len(parts) == 1 else _Rounded(*(xp.concatenate([getattr(p, k) for p in parts])
+                                                       for k in ('codes', 'scales', 'biases')), fmt)
+
+def _searched(xp, f32, w, fmt: Format, stats): # (rows, in_dims) ▸ Rounded, computed
+    "Some rows"
+    scales, biases = _find_grid(w, fmt, stats)
     groups = f32(w).reshape(*scales.shape, -1)
     codes = _nearest(xp, groups, scales[..., None], biases[..., None], 2**fmt.bits-1)
-    return _finished(w, codes.reshape(w.shape), scales, biases, fmt)
+    found = _finished(w, codes.reshape(w.shape), scales, biases, fmt)
+    if hasattr(xp, 'eval'): xp.eval(found.codes, found.scales, found.biases) # MLX would keep what it is made of
+    return found
 
 # %% ../nbs/06b_grid.ipynb #2248d645
 def _find_grid(w, fmt: Format, stats=None): # w (out_dims, in_dims)

@@ -204,6 +204,7 @@ def open(self: _Job, more: int = 0) -> tuple: # Backend, Batches
     "The model and its texts; raises ValueError if they do not go together"
     t = _read_texts(self.c, self.texts, more) # takes no time, and can fail
     b, w = open_backend(self.c, self.backend), self.weights
+    b.keep_to(self.states_memory)
     if w is None or w.statistics is None: return b, t
     wanted = None if w.sweep is None else _load_sweep(w.sweep).header.get('learned')
     t.learned = _statistics_for(b, t.learned, w.statistics, self.rounding, t.source, wanted)

@@ -163,7 +163,8 @@ class _Size(click.ParamType):
 def _memory_for_states(name: str): # ▸ option
     "The option for the memory of a sweep's states, for a parameter of this name"
     return click.option('--max-memory', name, type=_Size('GB'), metavar='16GB',
-                        help='memory for states of the sweep; default: two thirds of what is free')
+                        help='memory for states of the sweep, with --backend stream for '
+                             'everything; default: two thirds of what is free')
 
 _SHARED['states_memory'] = _memory_for_states('states_memory')
 

@@ -7,6 +7,7 @@ __all__ = ['optimize', 'trade_off', 'compare']
 
 # %% ../nbs/08_pipeline.ipynb #fd0200eb
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from numbers import Real
@@ -17,6 +18,7 @@ import numpy as np
 from .backends.open import open_backend
 from .calibration import fingerprint
 from .convert import as_saved, convert
+from .draft import check_draft
 from .evals.perplexity import check_calibration, overrides_of, _scores
 from .families.samples import batch_for
 from .files import added_files, can_draw, claiming, journal_of, own_output, scratch, whole_folder
@@ -43,17 +45,20 @@ from .score import same_words, text_tokens
 from .sensitivity import _choose_method, sweep_quantizer
 
 # %% ../nbs/08_pipeline.ipynb #65e7a8a6
-def _quantizer_of_plans(b, t: _Batches, formats: list, rounding: str):
+def _quantizer_of_plans(b, t: _Batches, formats: list, rounding: str, keep: 'Path | None' = None):
     "A quantizer that rounds whole plans as the conversion will save them"
-    return sweep_quantizer(b, t.learned, formats, rounding, blocks=True)[0]
+    return sweep_quantizer(b, t.learned, formats, rounding, blocks=True, keep=keep)[0]
 
 # %% ../nbs/08_pipeline.ipynb #67d1f050
 def _choose(b, t: _Batches, sweep: Sweep, rounding: str, verify: bool, only=None,
-            measured=None, **options) -> tuple: # Plan, Verified or None
+            measured=None, keep: 'Path | None' = None, **options) -> tuple: # Plan, Verified or None
     "The plan to save: the one with the lowest predicted KL, or, with `verify`, with the lowest measured KL"
     if not verify: return allocate(sweep, **options), None
-    quantize = _quantizer_of_plans(b, t, measured or options['formats'], rounding)
+    quantize = _quantizer_of_plans(b, t, measured or options['formats'], rounding, keep)
     v = verified(b, t.tokens, sweep, quantize=quantize, only=only, **options)
+    if keep is not None:
+        quantize.keep_ends(v.plan)
+        t.kept.update(quantize.kept)
     return v.plan, v
 
 # %% ../nbs/08_pipeline.ipynb #209cb292
@@ -85,7 +90,8 @@ def _write_model(b, plan, t: _Batches, out, sweep, overwrite, rounding, polish, 
     "Round, write and check the model, and call `measured` on the folder"
     c, calibration = b.checkpoint, t.about['calibration'].rsplit(', ', 1)[0]
     with scratch(out, _room_for(plan, rounding)) as d:
-        quantizer = quantize_minmax if rounding == 'minmax' else round_to_files(b, t.learned, plan, rounding, d)
+        quantizer = quantize_minmax if rounding == 'minmax' else round_to_files(b, t.learned, plan, rounding, d,
+                                                                                              kept=t.kept)
         finish = partial(dwq, source=c, tokens=t.learned) if polish else None
         convert(c, plan, out, sweep, overwrite, quantizer, finish, calibration, measured, draft)
 
@@ -105,6 +111,12 @@ def _summary(report: Report, plan, joint, v, out, seconds: float) -> dict:
                 verified=dict(kept=v.kept, tried=v.rows, rounds=v.rounds) if v else None,
                 baselines=[{k: r[k] for k in few} for r in rows.values()], about=report.about)
 
+# %% ../nbs/08_pipeline.ipynb #9d44463d
+def _codes_kept(b, out, rounding: str, room: float): # ▸ folder, or None
+    "A folder for the codes of what is rounded, while a streamed model is converted"
+    if out is None or b.holds or rounding != 'search': return nullcontext()
+    return scratch(out, room)
+
 # %% ../nbs/08_pipeline.ipynb #50bd03d3
 def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     "Measure, choose, write, and score what was written"
@@ -119,11 +131,12 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     _announce_road(expected := _expected(b, t, job, likely, method))
     found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=method, targets=targets,
                         max_memory=job.states_memory)
-    plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, **options)
-    if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
-    others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
-    report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish,
-                                     w.draft)
+    with _codes_kept(b, out, rounding, len(job.formats)*likely.nbytes) as keep:
+        plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, keep, **options)
+        if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
+        others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
+        report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish,
+                                         w.draft)
     if out is not None and w.sweep is None: journal_of(out).unlink(missing_ok=True)
     _judge_road(expected, seconds := time.perf_counter()-start)
     figures = _summary(report, plan, joint, v, out, seconds) | dict(expected_seconds=sum(expected.values()))
@@ -239,6 +252,7 @@ def optimize(
         f'{c.name} is a {_KINDS[c.model_type]} model, whose weights and cache cannot share a budget yet; '
         'plan one, and then the other')
     _check_states_memory(states_memory, weights, cache)
+    if weights is not None: check_draft(c, weights.draft)
     job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, states_memory, beside)
     return {'weights': _choose_weights, 'a cache': _choose_cache}.get(what, _choose_both)(job)
 

@@ -78,7 +78,8 @@ def rounding(self: Plan) -> str | None: # None if nothing was measured
     return self.made['rounding'].split(',')[0] if self.made else None
 
 @patch(as_prop=True)
-def gone(self: Plan) -> dict: # part ▸ parameters: what the loader leaves out, and no file beside the model holds
+def gone(self: Plan) -> dict: # part ▸ its parameters
+    "Parts of the model that the loader leaves out and that no file beside the converted model holds"
     return {k: n for k, n in self.made.get('left_out', {}).items() if k != 'mtp' or 'draft' not in self.solver}
 
 @patch

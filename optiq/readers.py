@@ -28,11 +28,11 @@ def check_file(
                                                      f'{getattr(e, "strerror", None) or e}') from None
     if path.is_file(): return path
     if there: raise OSError(f'{told} is {"a folder" if path.is_dir() else "a pipe or a device"}, and should be a file')
-    raise FileNotFoundError(f'{told} leads nowhere: '
-                            f'{"its target is gone" if path.is_symlink() else "there is no such file"}')
+    raise FileNotFoundError(f'{told}: '
+                            f'{"the target of this link is gone" if path.is_symlink() else "there is no such file"}')
 
 def read_bytes(path: 'str | Path') -> bytes:
-    "What a file holds; raises OSError if it is not a file or cannot be read"
+    "The bytes of a file; raises OSError if it is not a file or cannot be read"
     try: return check_file(path).read_bytes()
     except PermissionError: raise PermissionError(f'{path} cannot be read: permission denied') from None
 
@@ -119,7 +119,7 @@ ANYTHING = Form('anything', lambda x: True)
 OBJECT, LIST = Form('an object', lambda x: isinstance(x, dict)), Form('a list', lambda x: isinstance(x, list))
 
 def shown(x) -> str:
-    "A value as an error quotes it"
+    "A value in the short form in which an error quotes it"
     what = {dict: 'an object', list: 'a list', type(None): 'null'}.get(type(x))
     text = repr(x[:60] if isinstance(x, str) else x)
     return what or (text if len(text) < 60 else f'{text[:40]}…')
@@ -155,7 +155,7 @@ def read_json(
     form: 'dict | list | Form' = OBJECT, # what it should hold
     constants: bool = False, # allow NaN and Infinity
 ):
-    "What a JSON file holds, checked; raises ValueError naming the file and the place in it"
+    "The content of a JSON file, if it has this form; raises ValueError naming the file and the place that differs"
     return check(parse(read_bytes(path), str(path), constants), form, str(path))
 
 def read_ours(
@@ -183,7 +183,7 @@ def records_in(
     path: 'str | Path', # where they stand, for errors
     form: 'dict | list | Form' = OBJECT, # of each
 ) -> list: # of (number of the line, what it holds)
-    "What lines of JSON hold, blank ones left out; raises ValueError naming the file and the line"
+    "The records in lines of JSON, without blank lines; raises ValueError naming the file and the line"
     places = [(i, f'{path}, line {i}', line) for i, line in enumerate(lines, 1) if line.strip()]
     return [(i, check(parse(line, where), form, where)) for i, where, line in places]
 
@@ -219,7 +219,7 @@ def told(e: BaseException) -> str:
         return text
     while frames is not None and frames.tb_next is not None: frames = frames.tb_next
     place = f' in {Path(frames.tb_frame.f_code.co_filename).name}, line {frames.tb_lineno}' if frames else ''
-    return f'something is not as it should be ({type(e).__name__}{place}); OPTIQ_DEBUG=1 shows the whole story'
+    return f'an unexpected error ({type(e).__name__}{place}); OPTIQ_DEBUG=1 shows the whole traceback'
 
 # %% ../nbs/72_readers.ipynb #e14d5db0
 def _check_counts(**given):

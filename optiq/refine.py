@@ -87,7 +87,7 @@ def _around(
     plan: Plan,
     paths: set, # units to measure again
     formats: dict, # unit path ▸ formats to try
-    quantize = quantize_dequantize, # as for `joint_kl`
+    quantize = quantize_dequantize, # as for `_joint_kl`
 ) -> dict: # (path, Format) ▸ (n,) joint KL of the plan with this unit in that format
     "Measured KL of the plan with one unit in another format, for each of these units and formats"
     todo = [(u, f) for u in plan.units if u.path in paths for f in formats[u.path]]
@@ -208,11 +208,11 @@ def verified(
     tokens: np.ndarray, # (n, T) calibration tokens
     sweep, # Sweep of the same model
     *,
-    quantize = quantize_dequantize, # what will save the plan, as for `joint_kl`
-    only: 'list | None' = None, # formats that a plan may have to be kept; any by default
+    quantize = quantize_dequantize, # what will save it: (weight, format) ▸ weight, or a mapping of paths to such
+    only: 'list | None' = None, # formats that the plan that we keep may have; any by default
     n: int = 6, # near-optimal alternatives
-    tolerance: float = .15, # how far forecast and measurement may be apart
-    rounds: int = 2, # how often units are measured again
+    tolerance: float = .15, # relative; measure again if forecast and measurement are further apart
+    rounds: int = 2, # how often units are measured again; never if the model is streamed
     seed: int = 0,
     progress: bool = True, # say on stderr what is measured
     **options, # of `allocate`
@@ -225,13 +225,15 @@ def verified(
     b, method, q = open_backend(model), options.pop('method', 'exact'), pose(sweep, **options)
     plan = q.solve(method)
     if set(plan) != set(b.checkpoint.unit):
-        raise ValueError(f'the sweep is of another model, {sweep.header.get("model")}')
+        raise ValueError(
+            f'the sweep is of another model, {sweep.header.get("model")}; give one of {b.checkpoint.name}')
     ours, flats = {'allocated': plan} | _alternatives(q, plan, n, seed=seed), _within(q, plan)
     many = f'{len(ours)+len(flats)} plans on {prod(shape_of(tokens)):,} tokens'
     if progress: print(f'verifying {many}', file=sys.stderr)
     with _bar(show=progress) as bar:
         kl = _joint_kl(b, tokens, ours | flats, quantize, bar.update)
     best = min(ours, key=lambda x: kl[x].mean())
+    rounds = rounds if b.holds else 0 # each reads a streamed model twice more
     history = improve(b, tokens, q, ours, kl, best, tolerance, rounds, quantize)[1]
     tried = ours | flats
     kept = min((x for x in tried if x in ours or _made_of(tried[x], only)), key=lambda x: kl[x].mean())
@@ -249,7 +251,7 @@ def measured(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: np.ndarray, # (n, T) evaluation tokens
     each: int = 4, # points of each curve, evenly spread; 0 for the baselines and their rivals alone
-    quantize = quantize_dequantize, # as for `joint_kl`; baselines are rounded likewise
+    quantize = quantize_dequantize, # as for `verified`; baselines are rounded likewise
 ) -> Frontier: # the same, with scores
     "Measure points of a frontier, all baselines, and the plan for the bytes of each; adds `scores` to it"
     todo = [*frontier.rivals.values(), *frontier.baselines, *_spread_over(frontier, each)]

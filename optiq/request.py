@@ -7,7 +7,7 @@ __all__ = ['Caps', 'Weights', 'Cache', 'subject', 'caps_for', 'Texts']
 
 # %% ../nbs/08a_request.ipynb #d40d86e2
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 
@@ -167,7 +167,7 @@ class _Batches:
     scored: 'np.ndarray | list' # (n_evaluation, eval_len) evaluation tokens, or samples, disjoint from them
     about: dict # what to say of them
     source: str | None = None # where the calibration text comes from, if it has a name
-
+    kept: dict = field(default_factory=dict) # (unit path, Format) ▸ file of its tensors, rounded for verification
 
 # %% ../nbs/08a_request.ipynb #903d122e
 def _load_sweep(sweep: 'Sweep | str | Path') -> Sweep:

@@ -125,7 +125,7 @@ def _hadamard(
 # %% ../nbs/10a_rotation.ipynb #81abbc72
 @lru_cache(None)
 def rotation_matrix(d: int, seed: int, kind: str) -> np.ndarray: # (d, d) float32
-    "The matrix of a random rotation, the same in every process"
+    "The matrix of a random rotation, the same in every process; raises ValueError for an unknown kind or width"
     rng = np.random.default_rng([seed, d])
     if kind == 'haar':
         q, r = np.linalg.qr(rng.standard_normal((d, d)))
@@ -140,7 +140,7 @@ def rotation_matrix(d: int, seed: int, kind: str) -> np.ndarray: # (d, d) float3
 
 # %% ../nbs/10a_rotation.ipynb #839b9bba
 class Rotation:
-    "A random rotation of the last axis: `y = r(x)`, back by `r.inverse(y)`"
+    "A random rotation of the last axis, which keeps lengths and inner products: `y = r(x)`, back by `r.inverse(y)`"
     def __init__(self,
         d: int, # width of the vectors
         seed: int = 42,

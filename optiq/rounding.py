@@ -10,11 +10,12 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .arrays import library
@@ -22,14 +23,15 @@ from .backends.open import open_backend
 from .backends.replay import Backend, _Heard
 from .calibration import fingerprint, shape_of
 from .formats import AS_IS, divides, quantize_dequantize
+from .aim import aimed, Gap
 from .gptq import gptq, _gptq_all
 from .grid import _MinMax, search
-from .statistics import Chunks, Listener, Statistics, _Learned
+from .statistics import Chunks, Inputs, Listener, Statistics, _Learned
 
 # %% ../nbs/06_rounding.ipynb #6707cf03
 class _NextListener(Listener):
     "Listens to the matrices that read the first input that still needs rounding, and ends the run after them"
-    def __init__(self, units): super().__init__(units); self.first, self.open = None, True
+    def __init__(self, units, whole=True): super().__init__(units, whole); self.first, self.open = None, True
     def __call__(self, path, x, experts=None):
         if path not in self.units: return
         if self.first is None: self.first = x
@@ -83,24 +85,58 @@ class _Passage:
     chunks: Chunks
     done: dict # path ▸ Rounded or MinMax: what the next block is run with
     states: list # of each batch, before the next block
+    clean: list # the same in the full-precision model
+    ahead: list = field(default_factory=list) # and behind the block, as far as they are known
 
-    def round(self, heard: dict): # path ▸ Inputs; yields [(path, Rounded or MinMax)]
+    def round(self, heard: dict, gap: Gap | None = None): # path ▸ Inputs; yields [(path, Rounded or MinMax)]
         "Units whose inputs have been heard"
         for paths in _same_inputs(heard):
-            weights = [self.b.unit_weight(p) for p in paths]
-            now = list(zip(paths, _gptq_all(weights, [self.plan[p] for p in paths], heard[paths[0]])))
+            weights, stats = [self.b.unit_weight(p) for p in paths], heard[paths[0]]
+            if gap and isinstance(stats, Inputs): weights = aimed(weights, gap, stats)
+            now = list(zip(paths, _gptq_all(weights, [self.plan[p] for p in paths], stats)))
             self.done.update(now)
             yield now
+
+# %% ../nbs/06_rounding.ipynb #ead44d0d
+def _is_added(p: _Passage, i: int | None, path: str, x) -> bool: # block, its last unit, what that is multiplied with
+    "Whether a block adds the output of its last unit to the states, as it is"
+    w, states = p.b.unit_weight(path), p.states[0]
+    if i is None or not hasattr(states, 'ndim') or w.ndim > 2 or len(w) != states.shape[-1]: return False
+    f32, done = library(x)[1], as_overrides(p.done)
+    with_it, without = (f32(p.chunks.one(0, i, states, None, done | o)) for o in ({}, {path: lambda w: w*0}))
+    out = f32(x) @ f32(w).T
+    return float(((with_it-without-out)**2).sum()) < 1e-4*float((out**2).sum())
+
+# %% ../nbs/06_rounding.ipynb #529a8ef9
+def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path ▸ Unit; ▸ {path: Inputs}, Gap or None
+    "What the next units of a block are multiplied with, and what they lack"
+    heard, clean, gap = _NextListener(left), _NextListener(left, whole=False), None
+    done = {} if i is None else as_overrides(p.done)
+    for k, (states, wanted) in enumerate(zip(p.states, p.clean)):
+        heard.last = clean.last = None, None
+        p.chunks.one(k, i, states, heard, done)
+        x, stats = heard.last
+        if not isinstance(stats, Inputs): continue # nothing was heard, or experts
+        if gap is None: gap = Gap(of_output=len(left) == 1 and _is_added(p, i, *left, x))
+        if gap.of_output:
+            p.ahead.append(p.chunks.one(k, i, wanted))
+            lack = p.ahead[-1]-p.chunks.one(k, i, states, None, done)
+        else:
+            p.chunks.one(k, i, wanted, clean)
+            lack = clean.last[0]-x
+        gap.add(x, lack)
+    return heard.stats, gap
 
 # %% ../nbs/06_rounding.ipynb #ebf29b49
 def _round_block(p: _Passage, i: int): # yields [(path, Rounded or MinMax)]
     "The units of one block, first those that read its input, then those that read their results"
     p.done, left = {}, {path: u for path, u in p.todo.items() if u.block == i}
     while left:
-        p.chunks.run(i, p.states, listener := _NextListener(left), as_overrides(p.done))
-        yield from p.round(listener.stats or dict.fromkeys(left))
+        heard, gap = _hear_next(p, i, left)
+        yield from p.round(heard or dict.fromkeys(left), gap)
         left = {path: u for path, u in left.items() if path not in p.done}
     p.states = p.chunks.run(i, p.states, None, as_overrides(p.done))
+    p.clean, p.ahead = p.ahead if len(p.ahead) == len(p.clean) else p.chunks.run(i, p.clean), []
 
 # %% ../nbs/06_rounding.ipynb #aa2718b4
 def _outside_before(todo: dict, block: int | None) -> list: # of paths
@@ -116,15 +152,15 @@ def _outside_before(todo: dict, block: int | None) -> list: # of paths
 def _round_outside(p: _Passage, i: int | None): # yields [(path, Rounded or MinMax)]
     "Units outside the blocks that come just before block `i`; for None, after all of them"
     for path in _outside_before(p.todo, i):
-        p.chunks.run(None, p.states, listener := Listener({path: p.todo[path]}))
-        yield from p.round({path: listener.stats.get(path)})
+        heard, gap = _hear_next(p, None, {path: p.todo[path]})
+        yield from p.round(heard or {path: None}, gap)
         if i is not None: p.states = [p.b.change(s, as_overrides({path: p.done[path]})) for s in p.states]
 
 # %% ../nbs/06_rounding.ipynb #acb4e0a5
 def _one_after_another(b, tokens, todo, plan): # yields [(path, Rounded or MinMax)]
     "Each unit on states that carry the errors of those before it"
     stats = _listened(b, tokens, 'gptq')
-    p = _Passage(b, plan, todo, stats.chunks, {}, [])
+    p = _Passage(b, plan, todo, stats.chunks, {}, [], stats.chunks.embed())
     tables = [path for path, u in todo.items() if u.block is None and 'embed' in u.kind]
     yield from p.round({path: stats[path] for path in tables})
     p.states = p.chunks.embed(as_overrides(p.done))
@@ -170,10 +206,12 @@ class RoundTrips(Mapping):
         formats: list, # candidates, rounded together
         method: str = 'gptq', # 'minmax', 'search' or 'gptq'
         blocks: bool = False, # hold a whole block: for plans, which are many and go through it together
+        keep: 'Path | None' = None, # folder for the codes of what is rounded, so that nothing is rounded twice
     ):
         if method not in QUANTIZERS: raise ValueError(f'no rounding {method!r}; there are {", ".join(QUANTIZERS)}')
         self.b, self.formats, self.method = open_backend(model), list(formats), method
         self.stats, self.held = _listened(self.b, tokens, method), _Held(self.b.checkpoint.unit, blocks)
+        self.keep, self.kept = keep, {} # (path, Format) ▸ file
         self.name = f'{method}, {" × ".join(map(str, shape_of(tokens)))} tokens {fingerprint(tokens)}'
 
     def __getitem__(self, path): return partial(self.round_trip, path)
@@ -184,12 +222,33 @@ class RoundTrips(Mapping):
         if self.b.checkpoint.unit[path].keeps(fmt): return w
         if self.method == 'minmax': return quantize_dequantize(w, fmt)
         held, shape = self.held.of(path), self.b.checkpoint.unit[path].shape
+        if w.shape != shape: return _round_all(w, [fmt], self.stats[path], self.method)[0].dequantize() # some rows
         if fmt not in held:
             wanted = dict.fromkeys([fmt, *self.formats])
             formats = [f for f in wanted if f != AS_IS and f not in held and divides(f, shape)]
             done = _round_all(self.b.unit_weight(path), formats, self.stats[path], self.method)
             held |= {r.fmt: r.dequantize() for r in done}
+            mine = [r for r in done if self.keep is not None and r.fmt in self.formats]
+            self.kept |= {(path, r.fmt): self.stored(path, r) for r in mine}
         return held[fmt]
+
+# %% ../nbs/06_rounding.ipynb #71f253b3
+@patch
+def stored(self: RoundTrips, path: str, r) -> Path: # Rounded or MinMax ▸ its file
+    "Save what was rounded"
+    import mlx.core as mx
+    file = self.keep/f'{path} {r.fmt}.safetensors'
+    mx.save_safetensors(str(file), r.stored())
+    return file
+
+@patch
+def keep_ends(self: RoundTrips, plan: Mapping): # unit path ▸ Format
+    "Keep the units outside the blocks as this plan has them: what they are multiplied with is still known"
+    for u in self.b.checkpoint.units:
+        fmt = plan[u.path]
+        if u.block is not None or u.keeps(fmt) or (u.path, fmt) in self.kept: continue
+        r = QUANTIZERS[self.method](self.b.unit_weight(u.path), fmt, self.stats[u.path])
+        self.kept[u.path, fmt] = self.stored(u.path, r)
 
 # %% ../nbs/06_rounding.ipynb #67ba08cb
 def _round_all(w, formats: list, stats, method: str) -> list:
@@ -237,7 +296,7 @@ def _rounding_seconds(
     learned = tokens if method == 'gptq' or kept else _enough(tokens)
     part = learned if kept else learned[:-(-len(learned)//8)]
     walk, one = _seconds_of_one(b, part, first, plan[first.path], method)
-    passes = (4 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
+    passes = (7 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
     return passes*walk+one*sum(u.params for u in todo)/first.params
 
 # %% ../nbs/06_rounding.ipynb #ddd42764
@@ -256,12 +315,15 @@ def round_to_files(
     method: str, # 'minmax', 'search' or 'gptq'
     folder: 'str | Path', # where the stored tensors lie until the conversion has read them
     progress: bool = True, # announce the time, show a bar with what is left
+    kept: dict = {}, # (unit path, Format) ▸ file, of what was rounded before
 ) -> dict: # unit path ▸ (weight, format) ▸ stored tensors: a quantizer for `convert`
     "Round a whole plan, a file for each unit, so that no more than a block is in memory"
     import mlx.core as mx
-    b, found = open_backend(model), {}
+    b, known = open_backend(model), {p: f for p, f in plan.items() if (p, f) in kept}
+    found = {p: partial(_read, file=str(kept[p, f]), planned=f) for p, f in known.items()}
+    plan = {**plan, **dict.fromkeys(known, AS_IS)} # what is left to do
     if progress and method != 'minmax': _announce_rounding(b, tokens, plan, method)
-    with tqdm(total=len(plan), desc=method, unit=' tensors', leave=False, disable=not progress) as bar:
+    with tqdm(total=len(plan)-len(known), desc=method, unit=' tensors', leave=False, disable=not progress) as bar:
         for path, r in round_model(b, tokens, plan, method, bar.update):
             file = str(Path(folder)/f'{len(found)}.safetensors')
             mx.save_safetensors(file, r.stored())

@@ -37,10 +37,11 @@ def sweep_quantizer(
     formats: list[Format],
     rounding: str, # 'minmax', 'search' or 'gptq'
     blocks: bool = False, # learn a block as a whole
+    keep: 'Path | None' = None, # folder for what is rounded, see `RoundTrips`
 ) -> tuple: # quantizer, its name
     "The function that rounds the weights of a sweep, and its name: MLX's rule, or one that learns from these tokens"
     if rounding == 'minmax': return quantize_dequantize, rounding
-    quantize = RoundTrips(b, tokens, formats, rounding, blocks)
+    quantize = RoundTrips(b, tokens, formats, rounding, blocks, keep)
     return quantize, quantize.name
 
 # %% ../nbs/04_sensitivity.ipynb #09b628a2
@@ -122,8 +123,8 @@ def _complete(
         f"until='stable' compares plans of one process, and this is one of {log.ranks.size}; leave it out, or measure "
         f"in one process")
     warn_of_idle(log.header.get('experts', {}))
-    if log.missing(): measure(log.b, tokens[:1],
-                              []) # a model whose logits are no numbers is refused before anything is rounded
+    if log.missing() and log.b.holds: # a model whose logits are no numbers is refused before anything is rounded
+        measure(log.b, tokens[:1], [])
     many = None # probes that fit at a time, once that is known
     with _progress_bar(log, progress) as tick:
         for p in log.missing():
@@ -201,6 +202,7 @@ def kl_sweep(
     if out is not None: out = own_file(out, 'sweep', **mark) # before any work
     _check_apart(statistics, out, 'statistics')
     formats, b = parse_formats(formats), open_backend(model, backend)
+    b.keep_to(max_memory)
     if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
     if of is None: check_storable(formats)
     rounding = rounding or ('minmax' if of else ROUNDING) # a cache is rounded as it is written

@@ -93,7 +93,8 @@ class Listener:
 # %% ../nbs/06a_statistics.ipynb #0857b92d
 def _batches(b: Backend, tokens) -> list:
     "Calibration tokens, or samples, in parts that fit"
-    size = max(1, (2**15 if b.on_gpu else 2**12)//shape_of(tokens)[1])
+    many = min(2**15, b.at_most(2**29, 80)//2**14) if b.on_gpu else 2**12
+    size = max(1, many//shape_of(tokens)[1])
     return [tokens[k:k+size] for k in range(0, len(tokens), size)] if b.stacks else samples_of(tokens)
 
 # %% ../nbs/06a_statistics.ipynb #49ff3589
@@ -119,14 +120,16 @@ class Chunks:
                 self.calls.append((getattr(self.b, 'calls', None), getattr(self.b, 'batch_size', None)))
         return states
 
-    def run(self, i, states, hear=None, overrides={}): # block, or None for the head
-        "States after the block, heard by `hear`"
-        out = []
+    def one(self, k, i, x, hear=None, overrides={}): # batch; block, or None for the head
+        "States of one batch after the block, heard by `hear`"
+        run = partial(self.b.inputs, hear=hear) if hear else self.b.run_block
         with _calls_kept(self.b):
-            for (self.b.calls, self.b.batch_size), x in zip(self.calls, states):
-                run = partial(self.b.inputs, hear=hear) if hear else self.b.run_block
-                out.append(run(i, x, overrides=overrides))
-        return out
+            self.b.calls, self.b.batch_size = self.calls[k]
+            return run(i, x, overrides=overrides)
+
+    def run(self, i, states, hear=None, overrides={}):
+        "States of every batch after the block"
+        return [self.one(k, i, x, hear, overrides) for k, x in enumerate(states)]
 
 # %% ../nbs/06a_statistics.ipynb #34a3a89b
 class Statistics(Mapping):
@@ -158,7 +161,9 @@ class Statistics(Mapping):
         self.i, self.held = self.i+1, listener.stats
 
     def __getitem__(self, path):
-        block = self.b.checkpoint.unit[path].block
+        unit, c = self.b.checkpoint.unit[path], self.b.checkpoint
+        block = unit.block
+        if block is None and unit.kind == 'embed' and c.text_only and not c.tied: return None # rows are looked up
         if block is None:
             if self.ends is None: self.ends = self.finish()
             return self.ends.get(path)

@@ -71,7 +71,7 @@ class TurboQuantMSE(_Coordinates):
         if scale not in _SCALES: raise ValueError(f'scale={scale!r}: it is one of {", ".join(_SCALES)}')
 
     def quantize(self, x): # (…, d) ▸ codes (…, d) uint8, scales (…, 1) float16
-        "Codes and scales"
+        "Vectors ▸ codes and scales; raises ValueError for vectors of another width"
         _check_width(x, self.d)
         y, constant = self.rotation(as_type(x, 'float32')), beside(x)
         xp, length = library(x)[0], _vector_scale(y, None, 'norm')
@@ -79,7 +79,7 @@ class TurboQuantMSE(_Coordinates):
         return codes, as_type(_vector_scale(y, self._points(codes), self.scale), 'float16')
 
     def dequantize(self, codes, scales): # ▸ (…, d) float32
-        "The vectors that the codes stand for"
+        "Codes and scales ▸ the vectors that they stand for"
         return self.rotation.inverse(self._points(codes)*as_type(scales, 'float32'))
 
 # %% ../nbs/10_turboquant.ipynb #d5a5ac7c
@@ -133,7 +133,7 @@ class TurboQuantProd(_Coordinates):
         self.mse = TurboQuantMSE(d, bits-1, seed, **kwargs) if bits > 1 else None
 
     def quantize(self, x): # ▸ codes, scales, signs (…, d) uint8, residual lengths (…, 1) float16
-        "Codes and scales of the first stage, signs and residual length of the second"
+        "Vectors ▸ codes and scales of the first stage, signs and residual length of the second"
         _check_width(x, self.d)
         codes = self.mse.quantize(x) if self.mse else (as_type(x*0, 'uint8'), as_type(x[..., :1]*0, 'float16'))
         r = as_type(x, 'float32')-self._first(*codes)
@@ -151,7 +151,7 @@ class TurboQuantProd(_Coordinates):
 
 # %% ../nbs/10_turboquant.ipynb #0f2cf24b
 class TurboQuantSplit:
-    "Two independent quantizers on two groups of channels, for half bits"
+    "Two independent quantizers on two groups of channels, for half bits such as 2.5"
     def __init__(self,
         d: int, # width of the vectors
         bits: float, # 1.5, 2.5 … 7.5
@@ -189,7 +189,7 @@ def pack_words(
     codes, # (…, d) integers below 2^bits, numpy or MLX, d divisible by 32
     bits: int, # 1 to 8
 ): # (…, d·bits/32) uint32
-    "Codes as MLX's affine format stores them"
+    "Codes as MLX's affine format stores them: a stream of bits, the lowest first, in words of 32"
     xp, constant = library(codes)[0], beside(codes)
     whole = 32 % bits == 0 # no code crosses a word
     kind, n = ('uint32', 32//bits) if whole else ('uint64', 8)
@@ -214,7 +214,7 @@ def _unpack_words(
 
 # %% ../nbs/10_turboquant.ipynb #86885fd7
 class Rotated:
-    "What `optiq.formats` asks of the rotated formats, `tq2` to `tq8`"
+    "The family of rotated formats, `tq2` to `tq8`, as `optiq.formats.FAMILIES` needs it"
     def takes(bits, group_size): return bits in AFFINE_BITS and group_size is None
     def divides(fmt: Format, shape: tuple): return shape[-1] > 2
     def nbytes(fmt: Format, shape: tuple, itemsize: int = 2):

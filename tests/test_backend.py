@@ -1,6 +1,7 @@
 "A backend that nobody in the package has heard of goes through every stage, under its own name"
 from contextlib import contextmanager
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from optiq.backends.open import open_backend
 from optiq.backends.replay import Backend
+from optiq.backends.stream import StreamingBackend
 from optiq.evals.kl import reference, score_against
 from optiq.evals.perplexity import evaluate, overrides_of
 from optiq.kv.precondition import key_statistics
@@ -17,8 +19,10 @@ from optiq.material.tiny import tiny
 from optiq.measure.gradient import gradient_sweep
 from optiq.measure.kl import kl_divergence
 from optiq.models import Checkpoint
+from optiq.pipeline import optimize
 from optiq.plan import uniform
 from optiq.refine import verified
+from optiq.request import Caps, Texts, Weights
 from optiq.rounding import as_overrides, round_model
 from optiq.sensitivity import kl_sweep
 
@@ -135,3 +139,24 @@ def test_evaluation(b, tokens, tmp_path):
         stored = score_against(reference(b, tokens, top_k, tmp_path), b, tokens, overrides)
         assert np.allclose(stored.nll, found.nll, rtol=1e-4) and np.allclose(stored.agree, found.agree)
         assert (stored.kl <= found.kl*1.001).all()
+
+@pytest.mark.parametrize('memory', [None, 2**28])
+def test_a_streamed_model_goes_the_whole_road_with_search(memory, tmp_path, monkeypatch):
+    folder = tiny('qwen3', tmp_path/'m', dict(tie_word_embeddings=False, num_hidden_layers=2, max_window_layers=2, vocab_size=600))
+    monkeypatch.setattr(StreamingBackend, 'rows', 256)
+    monkeypatch.setattr('optiq.backends.stream.available_memory', lambda: 0) # the saved model is streamed, too
+    opened, reading = [], StreamingBackend.block
+    def block(self, i):
+        if self.held != i: opened.append(i)
+        return reading(self, i)
+    monkeypatch.setattr(StreamingBackend, 'block', block)
+    def road(backend):
+        return optimize(str(folder), tmp_path/backend, Caps(target_bpw=5), weights=Weights(formats=[4, 8], compare=False),
+                        texts=Texts(n_calibration=1, seq_len=16, n_evaluation=1, eval_len=32), backend=backend, states_memory=memory)
+    held, streamed = road('mlx'), road('stream')
+    assert dict(held['plan']) == dict(streamed['plan']) and held['figures']['kl'] == pytest.approx(streamed['figures']['kl'], rel=1e-3)
+    for k, kl in held['sweep'].values.items(): assert kl == pytest.approx(streamed['sweep'].values[k], rel=1e-3)
+    for a, b in zip(*(sorted(p for p in (tmp_path/n).glob('*.safetensors')) for n in ('mlx', 'stream'))):
+        x, y = mx.load(str(a)), mx.load(str(b))
+        assert x.keys() == y.keys() and all(mx.array_equal(x[k], y[k]) for k in x)
+    assert not list(tmp_path.glob('.*optiq-part')) and opened

@@ -22,7 +22,7 @@ SPECIAL = ('gpt-oss in MXFP4 as its maker stores it', 'Gemma 4 E type', 'Qwen3.5
 def rows(tmp_path_factory):
     out = tmp_path_factory.mktemp('families')/'rows.json'
     only = ','.join([*KINDS, *SPECIAL])
-    run = [sys.executable, 'bench/families.py', '--loader', 'mlx-lm,special', '--backend', 'mlx', '--only', only, '-o', str(out)]
+    run = [sys.executable, 'bench/families.py', '--loader', 'mlx-lm,special', '--backend', 'mlx', '--quick', '--only', only, '-o', str(out)]
     done = subprocess.run(run, cwd=root, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr[-2000:]
     return {r['family']: r for r in json.loads(out.read_text())['rows']}

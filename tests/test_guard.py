@@ -144,7 +144,7 @@ def test_models_that_were_named_beside_the_first(tmp_path, monkeypatch):
     assert [*p.names] == ['demo', str(_demo().resolve()), str(second)]
     p.load(str(second))
     assert p.model_key[0] == str(second) and p.vocabulary
-    with pytest.raises(ValueError, match='second model to serve'): _Provider(arguments(model=str(second)), _names_of(['demo']))
+    with pytest.raises(ValueError, match='names a second model'): _Provider(arguments(model=str(second)), _names_of(['demo']))
 
 ORIGINS = [ # page, Host that was asked, allowed origins, may it
     (None, 'localhost:1', [''], True), ('http://localhost:3000', 'localhost:8080', [''], True), ('http://127.0.0.1', '127.0.0.1:8080', [''],

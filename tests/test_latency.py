@@ -101,7 +101,7 @@ def test_the_table_has_each_chip_once_and_none_that_was_never_made():
 def test_a_chip_has_several_spellings(name): assert chip_named(name) is CHIPS['M2 Ultra']
 
 def test_unknown_chips_and_unmeasured_formats_are_refused(demo):
-    with pytest.raises(ValueError, match='no chip .M9 Mega. in the table, which has M1, .* it is measured'): latency(demo, 'M9 Mega')
+    with pytest.raises(ValueError, match='no chip .M9 Mega. in the table, which has M1, .* optiq measures it'): latency(demo, 'M9 Mega')
     with pytest.raises(ValueError, match='6g64 was not measured on here, which has 4g64'):
         Chip('here', 10, factors={'4g64': 1.}, measured=True).factor(Format(6, 64), (8, 64))
     with pytest.raises(ValueError, match='context -1 is negative'): latency(demo, 'M1', context=-1)
@@ -216,7 +216,7 @@ def test_a_saved_chip_comes_back_and_another_file_is_refused(tmp_path):
     assert [p.name for p in (tmp_path/'a').iterdir()] == ['c.json']
     for text in ('{"optiq": "chip"', '[]', '{"optiq": "plan"}'):
         (tmp_path/'b.json').write_text(text)
-        with pytest.raises(ValueError, match='remove it, and the chip is measured again'): load_chip(tmp_path/'b.json')
+        with pytest.raises(ValueError, match='remove it, and optiq measures the chip again'): load_chip(tmp_path/'b.json')
 
 @pytest.fixture
 def instant(monkeypatch):

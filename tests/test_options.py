@@ -143,7 +143,7 @@ def test_an_option_is_done_or_refused(optiq, known, name, option, words):
     else: assert (more, now) != (said, plain), f'{option} was ignored'
 
 REFUSED = {'--target-bpw', '--target-memory', '--target-tps', '--chip', '--polish', '--verify', '--skip-baselines',
-           '--method', '--time-budget'}
+           '--method', '--time-budget', '--draft-format'}
 
 def test_weights_and_cache_together_refuse_no_more_than_they_say(optiq):
     found = {option for name, option, words in (c.values for c in cases()) if name == 'kv' and optiq(*KV, *words)[0]}

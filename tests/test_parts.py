@@ -178,7 +178,7 @@ def test_whisper_cannot_take_float_modes(backends, tmp_path):
 def test_a_fixed_unit_is_refused(backends, tmp_path):
     c = backends['qwen3_asr'].checkpoint
     plan = make_plan(c, {u.path: Format(4, 64) for u in c.units})
-    with pytest.raises(ValueError, match='audio_tower.*stays as it is'): convert(c, plan, tmp_path/'m')
+    with pytest.raises(ValueError, match='audio_tower.*give it the format as-is'): convert(c, plan, tmp_path/'m')
 
 def test_rounding_goes_through_all_parts(backends, samples, tmp_path):
     b, some = backends['qwen3_vl'], samples['qwen3_vl']

@@ -81,7 +81,7 @@ def test_a_mixture_gives_each_source_its_part(tmp_path):
     assert len(token_batch(mixed, Letters(), 20, 50, fewer=True)) == 7
     with pytest.raises(ValueError, match='the text has'): token_batch(mixed, Letters(), 20, 50)
     with pytest.raises(ValueError, match='positive'): passages(f'{a}:0,{b}:1')
-    with pytest.raises(FileNotFoundError, match='nor a mixture such as'): passages(f'{a}:0.5,{b}')
+    with pytest.raises(FileNotFoundError, match=', or a mixture such as'): passages(f'{a}:0.5,{b}')
     odd = write(tmp_path/'d,e:1', [dict(text='d'*150)]) # a file of such a name is that file
     assert 'd'*20 in passages(odd, 'all')[0]
 

@@ -20,6 +20,7 @@ from optiq.pipeline import optimize, trade_off
 from optiq.request import Caps, Texts, Weights
 from optiq.arrays import pack_codes, to_mlx
 from optiq.rounding import RoundTrips, dwq, round_model, round_to_files
+from optiq.aim import aimed, Gap
 from optiq.gptq import _compensated, gptq, _gptq_all, _prepared
 from optiq.grid import _MinMax
 from optiq.gptq import _second_look
@@ -256,3 +257,55 @@ def test_what_is_learned_while_parts_are_changed_is_of_the_model_as_it_was(tmp_p
     want = b.numpy(alone[path].importance())
     with b.swapped({u.path: lambda w: 0*w for u in units if u.block is None}): got = b.numpy(during[path].importance())
     np.testing.assert_array_equal(got, want)
+
+def carried(n, noise, seed=0):
+    "Inputs of a full-precision model, and the same after errors that depend on them, with noise"
+    g = torch.manual_seed(seed)
+    x = torch.randn(n, 128, generator=g) @ torch.randn(128, 128, generator=torch.manual_seed(7))
+    error = x @ torch.randn(128, 128, generator=torch.manual_seed(8))*.02
+    return x, x+error+noise*torch.randn(n, 128, generator=g)
+
+def heard_with_gap(x, errors, lack, of_output=False):
+    stats, gap = Inputs(), Gap(of_output=of_output)
+    for part, d in zip(errors.split(200), lack.split(200)):
+        stats.add(part)
+        gap.add(part, d)
+    return stats, gap
+
+@pytest.mark.parametrize('of_output', [False, True])
+@pytest.mark.parametrize('xp', ['torch', 'mlx'])
+def test_a_changed_weight_makes_up_for_errors_on_text_that_it_was_not_learned_from(xp, of_output):
+    w, (x, y), (x2, y2) = weight(), carried(2000, .1), carried(500, .1, 1)
+    lack = (x-y) @ w.float().T if of_output else x-y
+    stats, gap = heard_with_gap(x, y, lack, of_output)
+    if xp == 'mlx':
+        stats = Inputs(to_mlx(stats.moments), stats.count)
+        gap = Gap(to_mlx(gap.first), [to_mlx(r) for r in gap.lacks], gap.count, of_output)
+        made = torch.from_numpy(np.array(aimed([to_mlx(w)], gap, stats)[0].astype(mx.float32)))
+    else:
+        made, = aimed([w], gap, stats)
+        assert made.dtype == w.dtype
+    def lost(v): return float(((x2 @ w.float().T-y2 @ v.float().T)**2).sum())
+    assert lost(made) < .3*lost(w)
+
+def test_what_one_half_of_the_text_does_not_confirm_is_left_alone():
+    w, (x, y) = weight(dtype=torch.float32), carried(400, 0)
+    noise = torch.randn(400, 128, generator=torch.manual_seed(3))
+    stats, gap = heard_with_gap(x, y, noise)
+    made, = aimed([w], gap, stats)
+    full = w @ sum(gap.lacks) @ torch.linalg.inv(stats.moments+.01*stats.moments.diagonal().mean()*torch.eye(128))
+    assert (made-w).norm() < .2*full.norm() # a regression alone fits the noise
+    few, none = heard_with_gap(x[:20], y[:20], noise[:20]), heard_with_gap(x, y, 0*noise)
+    assert aimed([w], few[1], few[0])[0] is w and torch.equal(aimed([w], none[1], none[0])[0], w)
+
+@pytest.mark.parametrize('backend', ['torch', 'mlx'])
+def test_only_the_last_matrix_of_a_block_is_added_to_the_states(models, backend):
+    from optiq.rounding import _is_added, _Passage
+    from optiq.statistics import Chunks
+    c = models['llama']
+    b, heard = BACKENDS[backend](c), {}
+    chunks = Chunks(b, tokens_for(c))
+    p = _Passage(b, uniform(c, '4g32'), c.unit, chunks, {}, chunks.embed(), chunks.embed())
+    chunks.run(0, p.states, lambda path, x, experts=None: heard.setdefault(path, x))
+    found = {path.split('.')[-1]: _is_added(p, 0, path, x) for path, x in heard.items()}
+    assert found['down_proj'] and not any(v for k, v in found.items() if k != 'down_proj'), found

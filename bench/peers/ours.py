@@ -135,7 +135,9 @@ def flat_name(fmt, rounding): return f'uniform {fmt} {rounding}'
 
 def sweep_of(x, rounding):
     "The sweep under this rounding, from its file if it is there"
-    file = x.out.with_name(f'{x.out.stem}-{rounding}.sweep.jsonl')
+    of = Path(x.args.sweeps_of or x.out)
+    file = of.with_name(f'{of.stem}-{rounding}.sweep.jsonl')
+    if x.args.sweeps_of: return Sweep.load(file)
     sweep, s = timed(lambda: kl_sweep(x.b, x.tokens[:x.args.sweep_n], x.args.formats.split(','), rounding=rounding,
                                       rounding_tokens=x.tokens, out=file, progress=False))
     if f'sweep {rounding}' not in x.results['seconds']:
@@ -288,7 +290,7 @@ def merge(out, files):
     for k in ('model', 'test'):
         if len({p['about'][k] for p in parts}) > 1: raise SystemExit(f'the files differ in {k}')
     about = parts[0]['about'] | dict(command=[c for p in parts for c in listed(p['about']['command'])])
-    for k in ('calibration', 'device', 'python', 'torch', 'transformers', 'cpu', 'cores', 'note'):
+    for k in ('calibration', 'device', 'python', 'torch', 'transformers', 'cpu', 'cores', 'note', 'date'):
         found = [str(p['about'].get(k, '')) for p in parts]
         if len(set(found)) == 1: continue
         about[k] = '; '.join(dict.fromkeys(filter(None, found)))
@@ -311,12 +313,13 @@ def main():
     p.add_argument('--roundings', default='minmax,search,gptq')
     p.add_argument('--n', type=int, default=128, help='calibration sequences')
     p.add_argument('--seq-len', type=int, default=256)
+    p.add_argument('--sweeps-of', help='results of another run whose sweeps serve here too, such as one with less text to round with')
     p.add_argument('--sweep-n', type=int, default=4, help='of these, sequences that the sweeps measure KL on')
     p.add_argument('--test-n', type=int, default=64, help='test sequences of 256 tokens')
     p.add_argument('--score-n', type=int, default=64, help='of these, how many are scored')
     p.add_argument('--epochs', type=int, default=2, help='of dwq')
     p.add_argument('--learning-rate', type=float, default=1e-5, help='of dwq')
-    p.add_argument('--rates', default='1e-7,1e-6,3e-6,1e-5', help='of dwq; 1e-6 is its own')
+    p.add_argument('--rates', default='1e-7,1e-6,3e-6,1e-5,3e-5,1e-4', help='of dwq; 1e-6 is its own')
     p.add_argument('--rate-formats', default='3g64,4g64,5g64', help='of the models whose rates are tried')
     p.add_argument('--dynamic', default='4/8/6,4/5/5,4/8/5,3/5/4.5,3/5/4,2/4/3.5,2/4/3', help='dynamic_quant: low/high/target, comma separated')
     p.add_argument('--optiq', help='folder of unpacked wheels: mlx-optiq 0.7.7 and mlx-lm 0.32.0')

@@ -104,7 +104,7 @@ def smollm2_rows() -> dict: # name ▸ row
     ours, others = result('peers-smollm2'), result('kquants-smollm2')
     assert all(ours['about'][k] == others['about'][k] for k in ('model', 'test'))
     rows = others['rows'] | ours['rows']
-    return {n: r for n, r in rows.items() if r.get('kl') and not r.get('left_as_is')}
+    return {n: r for n, r in rows.items() if r.get('kl') and not r.get('left_as_is') and r.get('chosen', True)}
 
 def smollm2_series() -> dict: # label ▸ dict of colour, marker, line, points (true bits, KL, standard error, name)
     "SmolLM2-135M by size: what other tools give, and what OptiQ gives"
@@ -217,7 +217,8 @@ def readable(name: str) -> str:
 
 def settings_tried(name: str) -> Markdown:
     "Rows of a tool whose settings were tried, with the KL that chose among them"
-    rows = {n: r for n, r in result(name)['rows'].items() if 'held_kl' in r}
+    found = {n: r for n, r in result(name)['rows'].items() if 'held_kl' in r}
+    rows = dict(sorted(found.items(), key=lambda c: (c[1]['true_bpw'], c[1]['learning_rate'])))
     return table(['setting', 'true bits', 'KL on held-out calibration text', 'KL on the test text', 'chosen', 'seconds'],
                  [[n, f'{r["true_bpw"]:.2f}', pm(r['held_kl'], spec='.4f'), pm(r['kl'], r['kl_se'], '.4f'), 'yes' if r['chosen'] else '', f'{r["seconds"]:.0f}']
                   for n, r in rows.items()])

@@ -23,7 +23,7 @@ class _Passed:
     sample: dict = field(repr=False) # name ▸ array, what the model's forward pass takes
     answers: dict = field(default_factory=dict, repr=False) # block ▸ its whole answer
     given: dict = field(default_factory=dict, repr=False) # block ▸ the arrays among its arguments
-    upto: int = 0 # blocks that answer without being asked anything
+    upto: int = 0 # blocks whose result we return without comparing arguments
     outside: dict = field(default_factory=dict, repr=False) # overrides of what lies outside the blocks
 
     def __len__(self): return 1
@@ -65,7 +65,7 @@ def _as_sample(batch) -> dict:
     "A sample, or one row of text as a sample"
     found = [batch] if isinstance(batch, dict) else samples_of(batch)
     if len(found) != 1: raise ValueError(
-        f'models of several parts are replayed one sample at a time, and these are {len(found)}')
+        f'models of several parts are replayed one sample at a time, and these are {len(found)}; give them one by one')
     return found[0]
 
 # %% ../../nbs/03d_backends.parts.ipynb #1ea591bc

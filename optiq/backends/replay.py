@@ -38,13 +38,19 @@ def _check_ids(checkpoint: Checkpoint, ids: np.ndarray):
 
 # %% ../../nbs/03_backends.replay.ipynb #85a67ce8
 class Backend:
-    "A model that runs block by block: `embed`, `run_block`, `head`; overrides replace weights while they last"
+    """A model that runs block by block, whatever its library
+
+    `embed` makes states (B, T, D) of token ids (B, T), `run_block` runs one block on them, and `head` makes logits
+    (B, T, V). Each takes `overrides`, path ▸ function from a weight (or cached keys or values) to the one to use, which
+    last for that call. `logits` is the model's own forward pass, and `unit_weight` reads a weight.
+    """
     checkpoint: Checkpoint
     n_blocks: int
     stacks = True # sequences of a batch run together
     holds = True # all weights at once, so that they can stay changed for as long as one likes
     on_gpu = False # whether it computes on a GPU
     takes_caches = False # whether its model can be run with caches of mlx-lm
+    memory = None # bytes that everything may take, where the model is streamed; None: what is free
     statistics = None # cache unit ▸ preconditioner, while rotated formats have one
     cached = {} # path ▸ keys or values of a layer, as units; `optiq.kv.layout` fills it in
     stands_in = False # for MLX, which runs what is saved
@@ -53,7 +59,7 @@ class Backend:
 
     def embed(self,
         batch: np.ndarray, # (B, T) token ids
-        overrides: dict = {}, # path ▸ function from a weight to the one to use, see `Overrides`
+        overrides: dict = {}, # path ▸ function from a weight, keys or values to those to use
     ): # (B, T, D) states that enter the first block
         "States before the first block; records all blocks' arguments; raises ValueError for ids beyond the vocabulary"
         _check_ids(self.checkpoint, np.asarray(batch))
@@ -105,7 +111,7 @@ def logits(self: Backend, batch: np.ndarray, overrides: dict = {}):
 # %% ../../nbs/03_backends.replay.ipynb #a93677ad
 @patch(as_prop=True)
 def chain(self: Backend) -> bool:
-    "Whether each block runs once, in order, and reads only the answer of the block before"
+    "Whether each block runs once, in order, and reads only what the block before returned"
     if '_chain' not in vars(self): self._chain = _is_chain(self)
     return self._chain
 
@@ -116,7 +122,7 @@ def _is_chain(b) -> bool:
         first = i == 0 and hasattr(x, 'ndim') and len(ran) == 1
         follows = first or i == len(ran)-1 and x is ran[-1]
         beside = [y for y in _leaves((rest, kwargs)) if getattr(y, 'shape', None) == x.shape] if follows else []
-        unseen = beside and not b.holds # other states: nobody can look at where they are from
+        unseen = beside and not b.holds # states beside the first: we cannot see where they come from
         if not follows or unseen or _written(rest, kwargs) or i and _any_nan(b.xp, (rest, kwargs)): odd.append(i)
         if odd: raise _Recorded
         ran.append(b.xp.zeros_like(x) if i == b.n_blocks-1 else x*float('nan'))
@@ -348,6 +354,17 @@ def available_memory() -> int:
     try: lines = dict(line.split(':') for line in open('/proc/meminfo'))
     except OSError: return os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')*3//4
     return int(lines['MemAvailable'].split()[0])*1024
+
+# %% ../../nbs/03_backends.replay.ipynb #ff6de09a
+@patch
+def keep_to(self: Backend, memory: float | None):
+    "Cap the memory of everything, if the model is streamed"
+    if not self.holds and memory is not None: self.memory = memory
+
+@patch
+def at_most(self: Backend, n: int, part: int) -> int:
+    "`n` bytes, but at most the cap divided by `part`"
+    return n if self.memory is None else min(n, int(self.memory)//part)
 
 # %% ../../nbs/03_backends.replay.ipynb #5e3dc354
 @patch

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from .mlx import MLXBackend
 from .parts import ReplayBackend
-from .replay import available_memory, check_all, check_finite, _check_ids
+from .replay import Backend, available_memory, check_all, check_finite, _check_ids
 from .taps import _block, _descend, same
 from ..folder import read_header
 from ..models import Checkpoint
@@ -29,7 +29,7 @@ class _Eager:
 
 # %% ../../nbs/03e_backends.stream.ipynb #78227048
 class _OneBlock(_Eager):
-    "Takes each block from a model that is opened for it; what lies outside of the blocks stays in memory"
+    "Opens the model anew for each block and drops the others; what lies outside the blocks stays in memory"
     inner, held = None, None
 
     def check(self, prefix: str = ''):
@@ -60,11 +60,14 @@ class StreamedReplay(_OneBlock, ReplayBackend): "Replays a model of several part
 class StreamedModel(_OneBlock, MLXBackend):
     "Replays any mlx-lm model with one of its blocks in memory"
     holds = False
-    def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint)
+    def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint, self.memory)
 
-def _fitting(checkpoint: Checkpoint): # ▸ a Backend
+def _fitting(checkpoint: Checkpoint, memory: float | None): # ▸ a Backend
     "Any mlx-lm model in MLX: as a whole if it fits into memory, block by block if it does not"
-    return (MLXBackend if 4*checkpoint.params < available_memory() else StreamedModel)(checkpoint)
+    room = available_memory() if memory is None else memory/2
+    b = (MLXBackend if 4*checkpoint.params < room else StreamedModel)(checkpoint)
+    b.keep_to(memory)
+    return b
 
 # %% ../../nbs/03e_backends.stream.ipynb #a31bb77c
 def _read_rows(
@@ -109,14 +112,15 @@ class StreamingBackend(_Eager, MLXBackend):
 
     def __init__(self, checkpoint: Checkpoint, dtype: str = 'float32'):
         self.start(checkpoint, dtype)
-        self.held, self.overrides, self.ends = None, {}, [u for u in checkpoint.units if u.block is None]
+        self.held, self.overrides, self.tables = None, {}, {} # tables: rows of the vocabulary since the last block
+        self.ends = [u for u in checkpoint.units if u.block is None]
         for name in ('norm', 'model.norm', 'model.embedding_norm'): self.check(f'{name}.')
 
-    def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint)
+    def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint, self.memory)
 
     def block(self, i: int):
         if self.held != i:
-            self.model, self.held = self.open(), i
+            self.model, self.held, self.tables = self.open(), i, {}
             self.xp.clear_cache()
             for path in self.checkpoint.blocks: self.check(f'{path}.{i}.')
         return super().block(i)
@@ -133,10 +137,26 @@ class StreamingBackend(_Eager, MLXBackend):
         try: return self.chain and all(_place(self.checkpoint, u) for u in self.ends)
         except ValueError: return False
 
+# %% ../../nbs/03e_backends.stream.ipynb #88ce0a37
+@patch
+def keep_to(self: StreamingBackend, memory: float | None):
+    Backend.keep_to(self, memory)
+    if memory is not None: self.xp.set_cache_limit(int(memory)//16) # of what MLX keeps of memory that was freed
+
+# %% ../../nbs/03e_backends.stream.ipynb #f384efb8
+@patch
+def rows_of(self: StreamingBackend, unit: Unit, rows): # a slice, or an array of indices
+    "Some rows of a table, from memory if we have read them since the last block"
+    if not isinstance(rows, slice) or unit.params*unit.itemsize > (self.memory or available_memory())/8:
+        return _read_rows(self.checkpoint, unit, rows)
+    at = unit.path, rows.start, rows.stop
+    if at not in self.tables: self.tables[at] = self.done(_read_rows(self.checkpoint, unit, rows))
+    return self.tables[at]
+
 # %% ../../nbs/03e_backends.stream.ipynb #4b5adfac
 @patch
 def vocabulary(self: StreamingBackend, unit: Unit, rows): # rows of an embedding or head, perturbed if it is to be
-    w = _read_rows(self.checkpoint, unit, rows)
+    w = self.rows_of(unit, rows)
     new, n = self.overrides.get(unit.path, same)(w), len(w)
     if len(new) != n: # it gave the whole tensor
         new = new[rows if isinstance(rows, slice) else self.xp.array(rows)]
@@ -146,6 +166,7 @@ def vocabulary(self: StreamingBackend, unit: Unit, rows): # rows of an embedding
 @contextmanager
 def reweighted(self: StreamingBackend, overrides: dict):
     at_ends = {u.path for u in self.ends} & set(overrides)
+    for p in at_ends: overrides[p](_read_rows(self.checkpoint, self.checkpoint.unit[p], slice(0, 1))) # it may run the model
     before, self.overrides = self.overrides, self.overrides | {p: overrides[p] for p in at_ends}
     for i in {self.checkpoint.unit[p].block for p in overrides if p not in at_ends}: self.block(i)
     try:
@@ -158,8 +179,10 @@ def embed(self: StreamingBackend, batch, overrides: dict = {}):
     _check_ids(self.checkpoint, np.asarray(batch))
     if not self.chain: raise ValueError(f'{self.checkpoint.name}: its blocks do not form a chain; use StreamedModel')
     used, ids = np.unique(batch, return_inverse=True)
-    self.model, self.held, unit = self.open(), None, self.ends[0]
-    with self.swapped(overrides): self.module(unit.path).weight = self.vocabulary(unit, used)
+    unit = self.ends[0]
+    with self.swapped(overrides):
+        self.model, self.held = self.open(), None
+        self.module(unit.path).weight = self.vocabulary(unit, used)
     return self.done(MLXBackend.embed(self, ids.reshape(batch.shape)))
 
 @patch

@@ -159,7 +159,7 @@ def _load_quantized(checkpoint, options):
 
 # %% ../../nbs/03b_backends.torch.ipynb #7213b70c
 def _fused(name: str, shape: tuple, arrays: dict): # name ▸ tensor, of which it takes out what it uses
-    "A tensor of all experts that transformers keeps as one and MLX in parts: gate beside up; None if it is none"
+    "A tensor of all experts that transformers keeps whole and MLX in parts, gate beside up; None for any other"
     import torch
     parent, _, last = name.rpartition('.experts.')
     endings = [f'.{part}_proj.weight' for part in last.removesuffix('_proj').split('_')]
@@ -216,7 +216,7 @@ class TorchBackend(Backend):
         self.slots = {u.path: _torch_slot(self.model, self.blocks, u, weight_of) for u in checkpoint.units}
         check_all(checkpoint, torch, ((path, p.data) for path, p in self.model.named_parameters()))
 
-    def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint)
+    def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint, None)
     def block(self, i: int): return self.blocks[i]
     def stand_ins(self, stand_in): return _standing_in(dict(enumerate(self.blocks)), stand_in, 'forward')
     def attention(self, changes: dict): return torch_attention(self.model, changes)

@@ -132,7 +132,7 @@ def _in_words(report, dry_run: bool) -> str: # of a Report with rows of 'optiq' 
     def quality(r):
         error = f' ± {r["kl_se"]:.4f}' if known(r.get('kl_se')) is not None else ''
         return f'the same next token as the original {r["agreement"]:.1%} of the time, KL {r["kl"]:.4f}{error}'
-    gain = 'Lower KL at the same size: --rounding gptq, about half of it where we measured both; it takes longer.'
+    gain = 'Lower KL at the same size: --rounding gptq, less than half of it where we measured both; it takes longer.'
     name, _, size = str(report.about['evaluation']).rsplit(', ', 1)[0].partition(', ')
     said = [f'The model {"would be" if dry_run else "is"} {mine["size_mb"]:,.1f} MB, {mine["true_bpw"]:.2f} bits per '
             f'weight; the original is {whole["size_mb"]:,.1f} MB.',

@@ -23,20 +23,20 @@ GROUPS = 2 if mx.cuda.is_available() else 1 # in a vector, at least, for a produ
 
 # %% ../../nbs/11ca_kv.attention.ipynb #d1bfc04f
 class Codec:
-    "Keys or values in one of MLX's quantized formats"
+    "Stores keys or values in one of MLX's quantized formats, and multiplies with what it stored"
     def __init__(self, fmt: Format):
         self.fmt, self.how = fmt, dict(group_size=fmt.group_size, bits=fmt.bits, mode=fmt.mode)
 
     def encode(self, x): # (B, heads, T, D) ▸ arrays (B, heads, T, …)
-        "What the cache stores"
+        "Keys or values ▸ the arrays that the cache stores, tokens along axis 2"
         return list(mx.quantize(x, **self.how))
 
     def encode_both(self, other, keys, values): # `other` is the codec of the values
-        "What the cache stores of keys and of values"
+        "Keys and values ▸ the arrays that the cache stores of each"
         return self.encode(keys), other.encode(values)
 
     def product(self, a, arrays, transpose: bool): # (B, heads, rows, D or T) ▸ (B, heads, rows, T or D)
-        "`a` times what is stored, transposed or not"
+        "`a` times what is stored: queries × keys with `transpose`, weights × values without"
         if transpose and arrays[-1].shape[-1] < GROUPS: return a @ self.dense(arrays, a.dtype).swapaxes(-1, -2)
         return mx.quantized_matmul(_summable(a), *arrays, transpose=transpose, **self.how).astype(a.dtype)
 

@@ -189,7 +189,7 @@ def prepare(self: BatchMixedKVCache, *, left_padding=None, lengths=None, right_p
 
 @patch
 def finalize(self: BatchMixedKVCache):
-    "Move padding on the right, if there was any, to the left"
+    "Move the padding of a prompt from the right to the left, as mlx-lm does after reading it"
     if self.right_padding is None: return
     from mlx_lm.models.cache import dynamic_roll
     n, self.right_padding = self.right_padding, None
@@ -260,7 +260,7 @@ def _mixed_bytes(
 # %% ../../nbs/11c_kv.cache.ipynb #6aedfe84
 def memory_table(
     layout: KVLayout,
-    formats: dict, # as for `mixed_bytes`
+    formats: dict, # cache index ▸ (format of keys, format of values)
     contexts: tuple = (1024, 4096, 16384, 32768), # tokens
 ) -> list[dict]: # context, fp16_bytes, bytes, ratio
     "Measured bytes of a mixed cache beside those of the unquantized one, at several contexts"

@@ -43,7 +43,7 @@ def save_kv_config(
     path: 'str | Path',
     statistics: str = STATISTICS, # file for preconditioners, if there are any, from where `path` is
 ):
-    "Write a config, one line per layer"
+    "Write a config as JSON, one line per layer, and its statistics beside it"
     head, rows = dict(config), config['layers']
     if isinstance(head.get('statistics'), Mapping):
         save_preconditions(head['statistics'], Path(path).parent/statistics)

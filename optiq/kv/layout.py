@@ -29,7 +29,7 @@ from ..readers import dumps
 # %% ../../nbs/11_kv.layout.ipynb #099d6331
 @dataclass(frozen=True)
 class KVLayer:
-    "What one entry of a model's list of caches holds"
+    "One entry of a model's list of caches: its heads, widths and window, and why it stays as it is"
     index: int # in the list of caches
     block: int | None # the block that writes to it
     heads: int = 0
@@ -43,7 +43,7 @@ class KVLayer:
     def held(self, context: int) -> int: return min(context, self.window or context) # tokens
 
     def nbytes(self, context: int) -> int:
-        "Bytes at a context, as it is"
+        "Bytes that it holds at a context, unquantized"
         size = 4 if self.dtype == 'float32' else 2
         return self.constant+self.held(context)*self.heads*(self.key_dim+self.value_dim)*size
 
@@ -60,7 +60,7 @@ def own_caches(model) -> list:
     model = language(model)
     make = getattr(type(model), 'make_cache', None)
     if not make and not hasattr(model, 'layers'): raise ValueError(
-        f'{type(model).__module__} keeps its cache in a form of its own, which is left as it is')
+        f'{type(model).__module__} keeps its cache in a form of its own, which optiq leaves as it is')
     return make(model) if make else [KVCache() for _ in model.layers]
 
 # %% ../../nbs/11_kv.layout.ipynb #330d49ca

@@ -26,7 +26,9 @@ from ..folder import read_header
 from ..turboquant import Rotated
 
 # %% ../../nbs/11a_kv.precondition.ipynb #ac5130fd
-def rotates(fmt: Format) -> bool: return fmt.mode == 'tq'
+def rotates(fmt: Format) -> bool:
+    "Whether a format rotates its vectors, as `tq2` to `tq8` do"
+    return fmt.mode == 'tq'
 
 # %% ../../nbs/11a_kv.precondition.ipynb #0ee05dfc
 @dataclass(frozen=True, eq=False, repr=False)
@@ -62,7 +64,7 @@ def of(cls: KeyPrecondition,
     keys, # (n, heads, D) numpy, of one layer
     queries = None, # (m, query heads, D); without them only the mean is taken off
 ):
-    "The preconditioner for these keys and queries, by the rule above (Cauchy–Schwarz)"
+    "Mean of each channel, and scale √(σ of keys / σ of queries), which is best by Cauchy and Schwarz"
     mean, (_, G, D) = keys.mean(0), keys.shape
     if queries is None: return cls(mean[:, None], np.ones((G, 1, D), np.float32))
     sigma_q = np.sqrt((queries.reshape(len(queries), G, -1, D)**2).mean((0, 2)))
@@ -99,7 +101,7 @@ def key_statistics(
 
 # %% ../../nbs/11a_kv.precondition.ipynb #b841a2f5
 def save_preconditions(statistics: dict, path: 'str | Path'):
-    "Write statistics beside a kv_config.json"
+    "Write statistics to a safetensors file, such as one beside a kv_config.json"
     parts = [(k, p, part) for k, p in statistics.items() for part in ('mean', 'scale')]
     mx.save_safetensors(str(path), {f'{k}.{part}': mx.array(getattr(p, part)) for k, p, part in parts})
 
@@ -134,7 +136,7 @@ def preconditioned(
 # %% ../../nbs/11a_kv.precondition.ipynb #4b574e7c
 @dataclass(frozen=True, order=True, repr=False)
 class Turned(Format):
-    "A rotated format with the seed of its rotation, and for keys a preconditioner"
+    "A rotated format with the seed of its rotation, and a preconditioner if it has one"
     seed: int = 42
     precondition: 'KeyPrecondition | str | None' = None # 'prompt': that of the first keys, which are still to come
     __str__ = __repr__ = Format.__str__
@@ -149,7 +151,7 @@ def turned(
     seed: int | None = None, # that of `fmt` by default
     precondition: 'KeyPrecondition | list | str | None' = None, # likewise; a list is that of `parameters`
 ) -> Format:
-    "A format of a cache, with what its rotation needs"
+    "A format of a cache, if it rotates with its seed and preconditioner; raises ValueError for an unknown format"
     f = parse_format(fmt)
     if not rotates(f): return f
     if isinstance(precondition, list): precondition = KeyPrecondition(*map(np.array, precondition))

@@ -66,14 +66,14 @@ class _RotatedCodec(Codec):
 # %% ../../nbs/11d_kv.rotated.ipynb #e8492e50
 @patch
 def encode_both(self: _RotatedCodec, other, keys, values): # `other` is the codec of the values
-    if keys.shape[2] > 1 or keys.shape != values.shape or not isinstance(other, _RotatedCodec):
+    if keys.shape != values.shape or not isinstance(other, _RotatedCodec):
         return Codec.encode_both(self, other, keys, values)
     G, D = keys.shape[1], keys.shape[3]
     if turbo_kernels.kernels_fit(D, G, G):
         turns = (_rotation(D, c.seed, mx.float32) for c in (self, other))
         means = _both_sides(self.precondition, other.precondition, G, D)
-        return turbo_kernels.encode_token(keys, values, *means, *turns, (self.bits, other.bits))
-    if (self.bits, self.seed) != (other.bits, other.seed): return Codec.encode_both(self, other, keys, values)
+        return turbo_kernels.encode_tokens(keys, values, *means, *turns, (self.bits, other.bits))
+    if keys.shape[2] > 1 or (self.bits, self.seed) != (other.bits, other.seed): return Codec.encode_both(self, other, keys, values)
     both = self.rotated(mx.concatenate([self.centred(keys), other.centred(values)], 1))
     return zip(*(mx.split(a, 2, 1) for a in both))
 
@@ -161,8 +161,10 @@ def attend_token(self: _RotatedCodec, q, keys, values, scale):
     other, (_, G, tokens, D) = values.codec, keys.shape
     if not isinstance(other, _RotatedCodec) or D != values.shape[3]: return None
     if not turbo_kernels.kernels_fit(D, G, q.shape[1]): return None
-    back, bits = _way_back(D, other.precondition, other.seed, mx.float32), (self.bits, other.bits)
-    return turbo_kernels.attend_token(self.turn(q), keys.arrays, values.arrays, back, tokens, scale, bits)
+    p, bits = self.precondition, (self.bits, other.bits)
+    turn = _rotation(D, self.seed, mx.float32) if p is None else _turning(p, self.seed, mx.float32)
+    back = _way_back(D, other.precondition, other.seed, mx.float32)
+    return turbo_kernels.attend_token(q, keys.arrays, values.arrays, turn, back, tokens, scale, bits)
 
 def _by_heads(x, m): # (B, query heads, L, D), (D, E) or (heads, D, E) ▸ (B, query heads, L, E)
     "`x @ m`, each head of keys with its own matrix if there are several"

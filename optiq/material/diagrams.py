@@ -43,7 +43,7 @@ class _Diagram:
     arrows: list # pairs of labels
 
     def describe(self) -> str:
-        "All that there is to see, in a line"
+        "All shapes and arrows, in one line of text"
         shapes = ', '.join(f'{n.label} {n.colour} {n.shape}' for n in self.nodes)
         return f'{shapes}. ' + (', '.join(f'{a} to {b}' for a, b in self.arrows) or 'no arrows') + '.'
 
@@ -103,7 +103,7 @@ def _clear(
 
 # %% ../../nbs/81_material.diagrams.ipynb #63e1da63
 def _node(r, label, cell):
-    "A node somewhere about the middle of its cell"
+    "A node of random colour and shape near the middle of its cell"
     colour = r.choice(list(_COLOURS))
     shape = r.choice(_SHAPES)
     return _Node(label, colour, shape, cell, tuple(_CELL*v+_CELL//2+r.randint(-2, 2) for v in cell))
@@ -195,7 +195,7 @@ def _ask(
 
 # %% ../../nbs/81_material.diagrams.ipynb #32433f6b
 def _about_node(r, d, kind, _):
-    "Of one node, or of all of them: question, answer, what else it might be"
+    "A question about one node, or about all: question, right answer, what the wrong ones come from"
     labels, pick = [n.label for n in d.nodes], r.choice(d.nodes)
     if kind == 'colour': return f'What colour is {pick.label}?', pick.colour, list(_COLOURS)
     if kind == 'shape': return f'What shape is {pick.label}?', pick.shape, _SHAPES
@@ -210,7 +210,7 @@ def _about_node(r, d, kind, _):
 _LEAD = dict(ends=('chain',), two=('chain', 'cycle')) # questions about a way, and the layouts that have one
 
 def _about_arrow(r, d, kind, degree):
-    "Of the arrows at a node, or of a way along them"
+    "A question about the arrows at a node, or about a way along them; None if the diagram has no such arrows"
     labels = [n.label for n in d.nodes]
     out, into = ({x: [p[1-i] for p in d.arrows if p[i] == x] for x in labels} for i in (0, 1))
     if not d.arrows or d.layout not in _LEAD.get(kind, _LAYOUTS): return None
@@ -221,7 +221,7 @@ def _about_arrow(r, d, kind, degree):
 
 # %% ../../nbs/81_material.diagrams.ipynb #1c902364
 def _about_way(r, kind, labels, out, into):
-    "Where it begins or ends, or where two steps lead"
+    "A question about the start or end of a chain, or about the place two steps away"
     if kind == 'ends':
         end = r.choice(['start', 'end'])
         before = into if end == 'start' else out
@@ -231,7 +231,7 @@ def _about_way(r, kind, labels, out, into):
 
 # %% ../../nbs/81_material.diagrams.ipynb #4daf62cc
 def _about_degree(r, kind, labels, arrows, k): # arrows: label ▸ labels at the other end
-    "Of a node with k arrows"
+    "A question about a node with k arrows"
     found = [x for x in labels if len(arrows[x]) == k]
     if not found: return None
     x = r.choice(found)
@@ -243,7 +243,7 @@ def _about_degree(r, kind, labels, arrows, k): # arrows: label ▸ labels at the
 def prompt(
     q: dict, # with question and options
 ) -> str:
-    "A question with its options, as a model is asked"
+    "The text with which we ask a model: question, lettered options, what to answer with"
     lines = [f'{c}. {o}' for c, o in zip(ascii_uppercase, q['options'])]
     return '\n'.join([q['question'], *lines, "Answer with the option's letter."])
 
@@ -253,7 +253,7 @@ def diagrams(
     split: str = 'test', # 'train' or 'test': no diagram is in both
     seed: int = 42,
 ) -> list: # of (Diagram, question)
-    "Diagrams with a question each, all kinds equally often"
+    "Pairs of a diagram and a question about it, all ten kinds equally often; the splits share no diagram"
     r, out = random.Random(f'diagrams {split} {seed}'), []
     while len(out) < n:
         kind, degree = _KINDS[len(out)%len(_KINDS)], len(out)//len(_KINDS)%4

@@ -76,7 +76,7 @@ def _draw_keys(
 
 # %% ../../nbs/80a_material.mixture.ipynb #e6fc1c8f
 def _padded(r, lines, left, count):
-    "Lines among fillers, as many as have room in the tokens that are left, in any order"
+    "Lines and as many fillers as fit into `left` tokens, shuffled"
     while True:
         filler = r.choice(_FILLERS)
         left -= count(filler+'\n')

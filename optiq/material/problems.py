@@ -19,7 +19,7 @@ def held_out(
     x, # a number, a string or a tuple of them
     n: int = 5, # one in `n` is held out
 ) -> bool:
-    "Whether `x` is kept for the test"
+    "Whether the hash of `x` puts it into the test split"
     return crc32(repr(x).encode()) % n == 0
 
 # %% ../../nbs/80_material.problems.ipynb #17d258cc
@@ -234,7 +234,7 @@ def _template(
     r: random.Random,
     split: str, # 'train', 'test' or 'unseen'
 ) -> str:
-    "A story or a chain, as likely the one as the other"
+    "A template of this split: a story or a chain of events, equally likely"
     stories, chains = (_NEW_STORIES, _NEW_CHAINS) if split == 'unseen' else (_STORIES, _KNOWN_CHAINS)
     return r.choice(stories) if r.random() < .5 else _chain(r.choice(chains))
 
@@ -265,7 +265,7 @@ def _words(r, split):
 
 # %% ../../nbs/80_material.problems.ipynb #4963ecfb
 def _distracted(r, question):
-    "Three questions of ten get such a sentence"
+    "The question, in three cases of ten with a sentence that has nothing to do with it"
     sentences = re.split(r'(?<=\.) ', question)
     if r.random() < .3: sentences.insert(r.randint(1, len(sentences)-1), r.choice(_DISTRACTORS))
     return ' '.join(sentences)

@@ -23,7 +23,7 @@ RATE = 16000 # samples per second of every model here
 
 @dataclass(frozen=True)
 class Clip:
-    "Sound and what is said in it"
+    "A sound, one channel of float32 at 16,000 samples a second, and its transcript"
     name: str
     text: str # the transcript
     audio: np.ndarray = field(repr=False, compare=False) # (samples,) float32, one channel at `RATE`
@@ -115,7 +115,7 @@ def _morse(
     text: str, # small letters and spaces
     dot: float = .04, # seconds
 ) -> np.ndarray: # (samples,) float32 at `RATE`
-    "Words as a tone of 600 Hz that is switched on and off; no speech"
+    "Words in Morse code, as a tone of 600 Hz; it is not speech"
     keys = '   '.join(' '.join(_MORSE[c] for c in word) for word in text.split())
     marks = {'.': [1, 0], '-': [1, 1, 1, 0], ' ': [0, 0]} # in dots
     on = np.repeat([0, 0]+[m for k in keys for m in marks[k]]+[0, 0], int(dot*RATE)).astype(np.float32)
@@ -130,7 +130,7 @@ def _beeps(
     split: str = 'train', # 'train' or 'test'
     n: int | None = None, # clips; None takes 16
 ) -> list: # of (name, transcript, sound)
-    "Made-up clips, four words in each; no speech"
+    "Made-up clips of four words in Morse code; they are not speech"
     texts = [' '.join(Random(f'{split} {i}').sample(_WORDS, 4)) for i in range(n or 16)]
     return [(f'beeps {split} {i}', t, _morse(t)) for i, t in enumerate(texts)]
 
@@ -141,17 +141,22 @@ def _found(source, split, n, seed) -> list: # of (name, transcript, file, bytes 
     if str(source) == 'librispeech': return _librispeech(side, n, seed)
     if str(source) == 'bundled': return _beeps(side, n)
     if Path(source).is_dir(): return _folder_clips(source, split)
-    raise FileNotFoundError(f'no speech {str(source)!r}: neither a folder nor one of librispeech, bundled')
+    raise FileNotFoundError(
+        f'there is no speech {str(source)!r}; give a folder of sound files, or one of librispeech, bundled')
 
 # %% ../../nbs/82_material.speech.ipynb #52bc3ae1
 def clips(
-    source: 'str | Path', # 'librispeech', 'bundled' (beeps, no speech), or a folder as above
+    source: 'str | Path', # 'librispeech', 'bundled' (beeps, not speech), or a folder as above
     split: str = 'train', # 'train' to calibrate on, 'test' to evaluate on, 'all' for a whole folder
     n: int | None = None, # how many; None takes all
     seed: int = 42, # of the choice
     fewer: bool = False, # take what there is if there are fewer
 ) -> list[Clip]:
-    "The clips of a source, `n` of them chosen by a seed"
+    """The clips of a source, `n` of them chosen by a seed, each one channel of float32 at 16,000 samples a second
+
+    Raises FileNotFoundError for a source or transcript that is not there, ConnectionError where it cannot be fetched,
+    ValueError for a file that is not sound, for silence, or for too few clips.
+    """
     found = _found(source, split, n, seed)
     if not found or len(found) < (n or 1) and not fewer: raise ValueError(
         f'{source} has {len(found)} clips on the {split} side and {n or 1} are asked for; '

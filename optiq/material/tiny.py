@@ -266,7 +266,10 @@ def tiny(
     dtype: str = 'bfloat16', # of the weights: or float16, float32
     max_shard: float = 5e9, # bytes in one file
 ) -> Path: # the folder
-    "Write a checkpoint of random weights in the form that the hub has it"
+    """Write a checkpoint of random weights in the form that the hub has it: config, tokenizer, processors, safetensors
+
+    The weights say nothing about quality. Raises ValueError for an unknown architecture or shape.
+    """
     config = hub_config(architecture, shape, dtype)
     out = Path(out or tempfile.mkdtemp(prefix=f'{architecture}-'))
     out.mkdir(parents=True, exist_ok=True)

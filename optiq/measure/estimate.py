@@ -46,7 +46,8 @@ def plan_passes(
     n, T = shape
     if not b.stacks: return min(n, 8), 24 # a probe at a time, on all samples: it is rounded once
     stream = 2*4*T*b.checkpoint.units[0].shape[-1] # joining batches makes a copy
-    room = max(1, int((max_memory or b.free_memory()*2/3)*.8/stream))
+    own = max_memory or b.memory or b.free_memory()*2/3
+    room = max(1, int(own*(.8 if b.holds else .4)/stream)) # half of a cap is for the block that is streamed
     at_once = n if b.on_gpu else max(1, 512//T) # short passes: less is lost when one is interrupted
     sequences = max(1, min(n, at_once, room//(min(len(todo), _FEW)+1)))
     parts, groups = -(-len(todo)//max(1, min(len(todo), room//sequences-1))), -(-n//sequences)

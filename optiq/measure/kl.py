@@ -102,7 +102,7 @@ def _walk(
 def _stack(b, streams):
     "Join neighbouring streams into batches that keep the device busy and fit its memory"
     widest = max(u.shape[-2] for u in b.checkpoint.units if u.block is not None)
-    limit, out = (min(2**16, 2**30//widest) if b.on_gpu else 2**12), []
+    limit, out = (min(2**16, b.at_most(2**30, 80)//widest) if b.on_gpu else 2**12), []
     for s in streams:
         fits = out and _joinable(out[-1][1][0], s) and (out[-1][0]+len(s))*s.shape[1] <= limit
         if fits: out[-1] = (out[-1][0]+len(s), out[-1][1]+[s])
@@ -134,7 +134,7 @@ def kl_of_streams(
 # %% ../../nbs/04a_measure.kl.ipynb #98181876
 def logit_slices(b, B, T):
     "(tokens, streams) whose logits are in memory at once"
-    room = (2**28 if b.on_gpu else 2**22)//(B*b.checkpoint.vocabulary)
+    room = (b.at_most(2**28, 80) if b.on_gpu else 2**22)//(B*b.checkpoint.vocabulary)
     step = min(T, max(1, room))
     return step, max(1, room//step)
 

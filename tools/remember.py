@@ -40,8 +40,9 @@ def remember_probes(folder: Path): # where processes leave it for each other
             if not b.stacks: return measure(b, batch, todo, *args, many=many, **options)
             rows, probes = [digest(row.tobytes()) for row in batch], [(u.path, str(fmt)) for u, fmt in todo]
             lack = np.array([[(*probe, row) not in known for row in rows] for probe in probes]).reshape(len(probes), len(rows))
-            i, j = np.flatnonzero(lack.any(1)), np.flatnonzero(lack.any(0))
-            if len(i):
+            for some in np.unique(lack, axis=0): # probes that lack the same sequences
+                i, j = np.flatnonzero((lack == some).all(1)), np.flatnonzero(some)
+                if not len(j): continue
                 kl, many = measure(b, batch[j], [todo[k] for k in i], *args, many=many, **options)
                 known.update({(*probes[k], rows[n]): kl[at, col] for at, k in enumerate(i) for col, n in enumerate(j)})
             return np.array([[known[*probe, row] for row in rows] for probe in probes]), many

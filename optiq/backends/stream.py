@@ -62,7 +62,7 @@ class StreamedModel(_OneBlock, MLXBackend):
     holds = False
     def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint, self.memory)
 
-def _fitting(checkpoint: Checkpoint, memory: float | None): # ▸ a Backend
+def _fitting(checkpoint: Checkpoint, memory: float | None = None): # ▸ a Backend
     "Any mlx-lm model in MLX: as a whole if it fits into memory, block by block if it does not"
     room = available_memory() if memory is None else memory/2
     b = (MLXBackend if 4*checkpoint.params < room else StreamedModel)(checkpoint)

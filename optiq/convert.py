@@ -20,7 +20,7 @@ import numpy as np
 from . import __version__
 from .backends.open import APART, apart, _few_logits
 from .backends.replay import Backend
-from .draft import check_draft, keep_draft
+from .draft import _check_draft, _keep_draft
 from .files import as_path, scratch, whole_folder
 from .formats import Format, config_entry, dequantized, for_unit, quantize_minmax
 from .folder import TEXT_FILES, read_header
@@ -279,14 +279,14 @@ def convert(
     """
     if not hasattr(plan, 'nbytes'): raise ValueError(f'{shown(plan)} is not a plan; make one with allocate or uniform')
     c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)
-    odd, out, head = set(plan) ^ set(c.unit), as_path(out), check_draft(c, draft)
+    odd, out, head = set(plan) ^ set(c.unit), as_path(out), _check_draft(c, draft)
     if odd: raise ValueError(
         f'the plan is for another model: {min(odd)} is in only one of the two; give a plan made for {c.name}')
     with whole_folder(out, overwrite, plan.nbytes, source=c.folder) as part, scratch(out) as rounded:
         if quantizer is None: quantizer = _as_planned(plan, sweep, source if isinstance(source, Backend) else c,
                                                       rounded)
         _write(c, plan, part, quantizer)
-        if kept := keep_draft(c, part, head): plan = replace(plan, solver=plan.solver | dict(draft=kept))
+        if kept := _keep_draft(c, part, head): plan = replace(plan, solver=plan.solver | dict(draft=kept))
         check_saved(part, plan, c, quantizer, c.trust_remote_code)
         if polish:
             polish(part)

@@ -18,7 +18,7 @@ import numpy as np
 from .backends.open import open_backend
 from .calibration import fingerprint
 from .convert import as_saved, convert
-from .draft import check_draft
+from .draft import _check_draft
 from .evals.perplexity import check_calibration, overrides_of, _scores
 from .families.samples import batch_for
 from .files import added_files, can_draw, claiming, journal_of, own_output, scratch, whole_folder
@@ -252,7 +252,7 @@ def optimize(
         f'{c.name} is a {_KINDS[c.model_type]} model, whose weights and cache cannot share a budget yet; '
         'plan one, and then the other')
     _check_states_memory(states_memory, weights, cache)
-    if weights is not None: check_draft(c, weights.draft)
+    if weights is not None: _check_draft(c, weights.draft)
     job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, states_memory, beside)
     return {'weights': _choose_weights, 'a cache': _choose_cache}.get(what, _choose_both)(job)
 

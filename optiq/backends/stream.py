@@ -166,7 +166,8 @@ def vocabulary(self: StreamingBackend, unit: Unit, rows): # rows of an embedding
 @contextmanager
 def reweighted(self: StreamingBackend, overrides: dict):
     at_ends = {u.path for u in self.ends} & set(overrides)
-    for p in at_ends: overrides[p](_read_rows(self.checkpoint, self.checkpoint.unit[p], slice(0, 1))) # it may run the model
+    for p in at_ends: # each may run the model
+        overrides[p](_read_rows(self.checkpoint, self.checkpoint.unit[p], slice(0, 1)))
     before, self.overrides = self.overrides, self.overrides | {p: overrides[p] for p in at_ends}
     for i in {self.checkpoint.unit[p].block for p in overrides if p not in at_ends}: self.block(i)
     try:

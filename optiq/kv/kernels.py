@@ -330,7 +330,8 @@ _TENSOR_HEADER = _CUDA+_MMA+_UNPACK+_PAIRS
 # %% ../../nbs/11e_kv.kernels.ipynb #2fbd011c
 _TILES = r'''
     constexpr int KN = D*KB/32, VN = D*VB/64; // bytes that a thread has of a token
-    const int tokens = static_cast<int>(numbers[0]), C = static_cast<int>(numbers[3]), row = lane / 4, column = lane % 4;
+    const int row = lane / 4, column = lane % 4;
+    const int tokens = static_cast<int>(numbers[0]), C = static_cast<int>(numbers[3]);
     const int begin = blockIdx.x*C, end = begin+C < tokens ? begin+C : tokens;
     const long first = static_cast<long>(head)*static_cast<long>(numbers[1]);
     struct Tile { unsigned k[2][KN/4+2], v[4][VN/4+2]; float ks[4], vs[4]; };

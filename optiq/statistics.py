@@ -134,14 +134,12 @@ class Chunks:
 # %% ../nbs/06a_statistics.ipynb #34a3a89b
 class Statistics(Mapping):
     "Unit path ▸ `Inputs` (for experts a list) on unperturbed states, from block to block"
-    ends = None # of the units outside the blocks
-
     def __init__(self,
         b: Backend,
         tokens: np.ndarray, # (n, T) calibration tokens
         whole: bool = True, # second moments, not only their diagonal
     ):
-        self.b, self.chunks, self.whole = b, Chunks(b, tokens), whole
+        self.b, self.chunks, self.whole, self.mark = b, Chunks(b, tokens), whole, (fingerprint(tokens), whole)
         outside = [u.path for u in b.checkpoint.units if u.block is None and not (b.stacks and b.chain)]
         self.outside = {p: lambda _, w=b.unit_weight(p): w
                         for p in outside} # what is no chain holds them changed while a plan runs
@@ -165,8 +163,9 @@ class Statistics(Mapping):
         block = unit.block
         if block is None and unit.kind == 'embed' and c.text_only and not c.tied: return None # rows are looked up
         if block is None:
-            if self.ends is None: self.ends = self.finish()
-            return self.ends.get(path)
+            known = vars(self.b).setdefault('heard', {}) # the model's, for each text
+            if self.mark not in known: known[self.mark] = self.finish()
+            return known[self.mark].get(path)
         if block < self.i-1: self.restart()
         while self.i <= block: self.advance()
         return self.held.get(path) # None: nothing reached it

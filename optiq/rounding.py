@@ -296,7 +296,7 @@ def _rounding_seconds(
     learned = tokens if method == 'gptq' or kept else _enough(tokens)
     part = learned if kept else learned[:-(-len(learned)//8)]
     walk, one = _seconds_of_one(b, part, first, plan[first.path], method)
-    passes = (7 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
+    passes = (10 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
     return passes*walk+one*sum(u.params for u in todo)/first.params
 
 # %% ../nbs/06_rounding.ipynb #ddd42764

@@ -163,7 +163,7 @@ class Statistics(Mapping):
         block = unit.block
         if block is None and unit.kind == 'embed' and c.text_only and not c.tied: return None # rows are looked up
         if block is None:
-            known = vars(self.b).setdefault('heard', {}) # the model's, for each text
+            known = vars(self.b).setdefault('_learned_of_head', {}) # the model's, for each text
             if self.mark not in known: known[self.mark] = self.finish()
             return known[self.mark].get(path)
         if block < self.i-1: self.restart()

@@ -73,8 +73,8 @@ def encode_both(self: _RotatedCodec, other, keys, values): # `other` is the code
         turns = (_rotation(D, c.seed, mx.float32) for c in (self, other))
         means = _both_sides(self.precondition, other.precondition, G, D)
         return turbo_kernels.encode_tokens(keys, values, *means, *turns, (self.bits, other.bits))
-    if keys.shape[2] > 1 or (self.bits, self.seed) != (other.bits, other.seed):
-        return Codec.encode_both(self, other, keys, values)
+    alike = (self.bits, self.seed) == (other.bits, other.seed)
+    if keys.shape[2] > 1 or not alike: return Codec.encode_both(self, other, keys, values)
     both = self.rotated(mx.concatenate([self.centred(keys), other.centred(values)], 1))
     return zip(*(mx.split(a, 2, 1) for a in both))
 

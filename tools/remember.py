@@ -6,7 +6,6 @@ the bytes of a tensor, the text, the format, the rounding.
 import hashlib
 import json
 import os
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ def remember_probes(folder: Path): # where processes leave it for each other
     def completed(log, *args, **options):
         said = {k: v for k, v in log.header['fingerprint'].items() if k not in ('formats', 'tokens')}
         file = folder/digest(json.dumps(said, sort_keys=True).encode())
-        known = pickle.loads(file.read_bytes()) if file.exists() else {}
+        known = {tuple(k): kl for *k, kl in json.loads(file.read_text())} if file.exists() else {}
         before = len(known)
         def measured(b, batch, todo, *args, many=None, **options):
             if not b.stacks: return measure(b, batch, todo, *args, many=many, **options)
@@ -44,12 +43,12 @@ def remember_probes(folder: Path): # where processes leave it for each other
                 i, j = np.flatnonzero((lack == some).all(1)), np.flatnonzero(some)
                 if not len(j): continue
                 kl, many = measure(b, batch[j], [todo[k] for k in i], *args, many=many, **options)
-                known.update({(*probes[k], rows[n]): kl[at, col] for at, k in enumerate(i) for col, n in enumerate(j)})
+                known.update({(*probes[k], rows[n]): float(kl[at, col]) for at, k in enumerate(i) for col, n in enumerate(j)})
             return np.array([[known[*probe, row] for row in rows] for probe in probes]), many
         sensitivity._measure_halved = measured
         try: return complete(log, *args, **options)
         finally:
             sensitivity._measure_halved = measure
             mine = file.with_suffix(f'.{os.getpid()}')
-            if len(known) > before: mine.write_bytes(pickle.dumps(known)), mine.replace(file)
+            if len(known) > before: mine.write_text(json.dumps([[*k, kl] for k, kl in known.items()])), mine.replace(file)
     sensitivity._complete = completed

@@ -256,6 +256,7 @@ class ModelFolder:
         self.others = _made_by_others(self.name, self.folder, self.config, types)
         for k in ('quantization', 'quantization_config'):
             if not self.config.get(k): self.config.pop(k, None) # null says nothing
+        self.stored = self.config
         if 'quantization' not in self.config: self.config = _said_for_mlx(self.config) # else MLX wrote it
         self.model_type = _model_type_of(self.config, names) if model_type == 'auto' else model_type
         _check_type(self.name, self.config, self.model_type)
@@ -266,6 +267,9 @@ class ModelFolder:
         "A fresh model with lazy arrays"
         try: model = _load_lazy(self.folder, self.config, self.trust_remote_code, self.model_type)
         except ValueError as e:
+            if 'unexpected keyword' in str(e.__cause__) and self.config != self.stored:
+                self.config = self.stored # its class takes what the file says and nothing else
+                return self.load(plain)
             if self.others is None: raise
             raise ValueError(f'{e}; it was quantized by another library ({self.others}): take the full-precision '
                              'model that it was made from, or dequantize it with that library and save it') from e

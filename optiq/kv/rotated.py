@@ -72,7 +72,7 @@ def encode_both(self: _RotatedCodec, other, keys, values): # `other` is the code
     if turbo_kernels.kernels_fit(D, G, G):
         turns = (_rotation(D, c.seed, mx.float32) for c in (self, other))
         means = _both_sides(self.precondition, other.precondition, G, D)
-        return turbo_kernels.encode_tokens(keys, values, *means, *turns, (self.bits, other.bits))
+        return turbo_kernels._encode_tokens(keys, values, *means, *turns, (self.bits, other.bits))
     alike = (self.bits, self.seed) == (other.bits, other.seed)
     if keys.shape[2] > 1 or not alike: return Codec.encode_both(self, other, keys, values)
     both = self.rotated(mx.concatenate([self.centred(keys), other.centred(values)], 1))

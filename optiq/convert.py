@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from types import ModuleType
 
@@ -195,11 +196,8 @@ tags: [mlx, optiq]
 | nominal bits | {plan.nominal_bpw:.2f} |
 | true bits per weight | {plan.true_bpw:.2f} |
 | size | {plan.size_mb:.1f} MB |
-| predicted KL to full precision | {plan.predicted_kl:.4f} on {calibration} |
 {measured}{left_out}
-Each tensor's format was chosen by measuring the KL divergence that quantizing it alone causes, then minimising the sum
-under the cap on size. Made by optiq {version} with mlx {mlx} and {loader}. The plan is in `optiq/plan.json`, the
-measurements are in `optiq/sweep.json`.
+{chosen}Made by optiq {version} with mlx {mlx} and {loader}. The plan is in `optiq/plan.json`{swept}.
 
 ```python
 {use}
@@ -218,11 +216,15 @@ generate(model, processor, prompt, image=["image.png"])""",
     audio="""from mlx_audio.stt import load
 load("{name}").generate("speech.wav").text""")
 _DRAFTS = '`mlx_vlm.generate --model {name} --draft-model {name}`'
+_CHOSEN = """Each tensor's format was chosen by measuring the KL divergence that quantizing it alone causes, then minimising
+the sum under the cap on size. """
 
 # %% ../nbs/07_convert.ipynb #515bfc1e
-def _model_card(name: str, source: str, plan, calibration: str, measured: dict = {}, model_type: str = 'llm') -> str:
-    "README.md of a converted model; `measured` is a table of label ▸ text"
-    counts = ', '.join(f'{n} units at {f}' for f, n in plan.counts().items())
+def _model_card(name: str, source: str, plan, calibration: str, measured: dict = {}, model_type: str = 'llm',
+                swept: bool = True) -> str:
+    "README.md of a converted model; `measured` is a table of label ▸ text, `swept` whether its sweep lies beside it"
+    counts, forecast = ', '.join(f'{n} units at {f}' for f, n in plan.counts().items()), isfinite(plan.predicted_kl)
+    if forecast: measured = {'predicted KL to full precision': f'{plan.predicted_kl:.4f} on {calibration}'} | measured
     rows = ''.join(f'| {k} | {v} |\n' for k, v in measured.items())
     gone = ', '.join(f'{part} ({n:,} parameters)' for part, n in plan.gone.items())
     draft, kept = plan.solver.get('draft'), ''
@@ -231,7 +233,8 @@ def _model_card(name: str, source: str, plan, calibration: str, measured: dict =
     if gone: kept += f'\nThe loader leaves out {gone}; this model is without.\n'
     package = LOADERS[model_type].replace('_', '-')
     return _CARD.format(name=name, source=source, counts=counts, plan=plan, calibration=calibration, measured=rows,
-                       left_out=kept,
+                       left_out=kept, chosen=_CHOSEN if forecast else '',
+                       swept=', the\nmeasurements are in `optiq/sweep.json`' if swept else '',
                        version=__version__, mlx=version('mlx'), loader=f'{package} {version(package)}',
                        use=_USE[model_type].format(name=name))
 
@@ -292,7 +295,8 @@ def convert(
             polish(part)
             check_saved(part, plan, trust_remote_code=c.trust_remote_code)
         _save_beside(part, plan, sweep)
-        card = _model_card(out.name, c.name, plan, calibration, measured(part) if measured else {}, c.model_type)
+        card = _model_card(out.name, c.name, plan, calibration, measured(part) if measured else {}, c.model_type,
+                           sweep is not None)
         (part/'README.md').write_text(card, encoding='utf-8')
     return Checkpoint(out, c.trust_remote_code, c.model_type)
 

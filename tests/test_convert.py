@@ -39,6 +39,8 @@ def test_mixed_plan_round_trip(architecture, tmp_path):
     c = Checkpoint(tiny(architecture, tmp_path/'source'), model_type='llm')
     plan = mixed(c)
     saved = convert(c, plan, tmp_path/'out')
+    card = (saved.folder/'README.md').read_text(encoding='utf-8')
+    assert 'predicted' not in card and 'sweep.json' not in card # nobody measured this plan
     assert saved.formats == dict(plan) and stored_bytes(saved) == plan.nbytes
     entries = json.loads((saved.folder/'config.json').read_text())['quantization']
     assert all(path in entries for path in plan)

@@ -192,6 +192,8 @@ def test_a_standard_error_has_n_minus_one_in_it():
     score = Score(x, x, x, np.stack([x, x, x])[:, :, None])
     for got in (mean_se(x)[1], sweep.se('u', Format(4, 64)), mean_figure('kl', x)['kl_se'], score.by_position([0, 1])[1][0],
                 score.perplexity_se/score.perplexity): assert got == pytest.approx(se)
+    assert sweep.se('u', '4g64') == sweep.se('u', 4) == sweep.se('u', Format(4, 64))
+    with pytest.raises(ValueError, match='was not measured'): sweep.se('u', 3)
 
 def test_errors_of_differences_are_those_of_the_differences():
     "Sequences differ far more than models do, so an unpaired error would be a hundred times as large"

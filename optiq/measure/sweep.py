@@ -51,8 +51,10 @@ class Sweep:
         raise ValueError(f'{fmt} was not measured; the sweep has {", ".join(map(str, self.formats))}')
 
     def se(self, path: str, fmt: Format) -> float:
-        "Standard error over the sequences; NaN for a single one"
-        v = self.values.get((path, fmt), np.zeros(2))
+        "Standard error over the sequences, in nats; NaN for a single one; raises ValueError as `kl` does"
+        fmt = parse_format(fmt)
+        if (path, fmt) not in self.values: return self.kl(path, fmt)
+        v = self.values[path, fmt]
         return float(v.std(ddof=1)/np.sqrt(len(v))) if len(v) > 1 else float('nan')
 
     @property

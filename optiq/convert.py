@@ -216,8 +216,8 @@ generate(model, processor, prompt, image=["image.png"])""",
     audio="""from mlx_audio.stt import load
 load("{name}").generate("speech.wav").text""")
 _DRAFTS = '`mlx_vlm.generate --model {name} --draft-model {name}`'
-_CHOSEN = """Each tensor's format was chosen by measuring the KL divergence that quantizing it alone causes, then minimising
-the sum under the cap on size. """
+_CHOSEN = """Each tensor's format was chosen by measuring the KL divergence that quantizing it alone causes, then
+minimising the sum under the cap on size. """
 
 # %% ../nbs/07_convert.ipynb #515bfc1e
 def _model_card(name: str, source: str, plan, calibration: str, measured: dict = {}, model_type: str = 'llm',

@@ -123,6 +123,7 @@ def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path â
             lack = p.ahead[-1]-p.chunks.one(k, i, states, None, done)
         else:
             p.chunks.one(k, i, wanted, clean)
+            if clean.last[0] is None: continue # not reached again, so there is nothing to compare with
             lack = clean.last[0]-x
         gap.add(x, lack)
     return heard.stats, gap

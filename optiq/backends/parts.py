@@ -104,7 +104,7 @@ class ReplayBackend(MLXBackend):
 # %% ../../nbs/03d_backends.parts.ipynb #a0c90487
 def _recall(states: _Passed, i: int, changed: bool, args, kwargs) -> tuple:
     "The arguments of block `i`, and what it returns, or None if we do not know that"
-    if i < states.upto: return states.given.get(i, []), states.answers[i]
+    if i < states.upto and i in states.answers: return states.given.get(i, []), states.answers[i]
     given = _arrays_in(args, kwargs)
     known = not changed and i in states.given and _alike(given, states.given[i])
     return given, states.answers[i] if known else None

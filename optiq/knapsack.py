@@ -177,14 +177,15 @@ def why(self: Plan,
     "What we measured for a unit, the KL that a byte is worth, and the sizes at which its format would change"
     path = getattr(unit, 'path', unit)
     if path not in self: raise ValueError(f'{path!r} is not a unit of this plan; one is {next(iter(self))}')
-    free, whole, b = _in_bytes(self, path, sweep)
+    free, whole, budget = _in_bytes(self, path, sweep)
     i = next(k for k, row in enumerate(free.rows) if path in row)
     note = ' (tied)' if len(free.rows[i]) > 1 else ''
     asked = [str(w) for w in _recorded(self.solver.get('wishes', ())) if path in w.paths]
     if asked: note = f' ({", ".join(asked)})'
     if path in self.solver.get('silent', ()): note = ' (it moved nothing, so it has the widest candidate)'
+    bits = 'nominal' if budget.name == 'target_bpw' else 'true'
     return _Reason(' + '.join(free.rows[i]), self[path], float(bisect(whole)[0]),
-                  _options_of(free, whole, i, b, sweep.units), 'nominal' if b.name == 'target_bpw' else 'true', note)
+                  _options_of(free, whole, i, budget, sweep.units), bits, note)
 
 # %% ../nbs/05b_knapsack.ipynb #3d727040
 PROFILES = dict(compact=((3, 4), 3., 4.), quality=((4, 8), 4., 8.), all=(None, 0., 16.)) # candidates, targets from, to

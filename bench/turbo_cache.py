@@ -8,6 +8,7 @@
 `prefill`  seconds and peak memory of a prompt, the same models
 `checks`   attention of one query against attention in float32 over the same numbers unpacked
 `attention` microseconds of one layer's attention at a step
+`prompt`   milliseconds of the parts of one layer's attention, for a chunk of a prompt
 `kl`       KL of whole models with every token quantized, rotated against affine and KIVI-style formats, and an allocation
 `compare`  error of attention on one model's keys and values, beside mlx-vlm's TurboQuant (where it is installed)
 `needle`   retrieval on the demo model: hit rate with Wilson intervals, and _margins
@@ -326,6 +327,57 @@ def attention(args, report):
                 print(json.dumps(row), flush=True)
                 report(dict(rows=rows))
     return dict(rows=rows)
+
+def timed(f, n=5):
+    "Milliseconds of a call, the median of n; `f` returns what is to be computed"
+    import mlx.core as mx
+    def once():
+        start = time.perf_counter()
+        mx.eval(f())
+        mx.synchronize()
+        return 1e3*(time.perf_counter()-start)
+    once()
+    return float(np.median([once() for _ in range(n)]))
+
+def prompt(args, report):
+    "Milliseconds of the parts of one layer's attention, for a chunk of a prompt behind T tokens"
+    import mlx.core as mx
+    from mlx_lm.models.cache import KVCache
+    from optiq.kv.rotated import TurboQuantKVCache
+    rows, shape = [], dict(num_key_value_heads=8, head_dim=128)
+    for T in args.contexts:
+        for N in (2, 4):
+            q = mx.random.normal((1, 8*N, args.chunk, 128)).astype(mx.bfloat16)
+            k, v = mx.random.normal((2, 1, 8, args.chunk, 128)).astype(mx.bfloat16)
+            for kind, make in dict(fp16=KVCache, tq4=lambda: TurboQuantKVCache(128, 4)).items():
+                c, = filled(None, shape, lambda: [make()], T)
+                c.update_and_fetch(k, v)
+                c.trim(args.chunk)
+                def store():
+                    c.update_and_fetch(k, v)
+                    c.trim(args.chunk)
+                    return c.state[:2]
+                def attend():
+                    y = mx.fast.scaled_dot_product_attention(q, *c.update_and_fetch(k, v), scale=128**-.5, mask='causal')
+                    c.trim(args.chunk)
+                    return y
+                row = dict(context=T, queries=N, cache=kind, store=timed(store), all=timed(attend))
+                if kind == 'tq4':
+                    keys, values = c.keys_and_values()
+                    row['encode'] = timed(lambda: [*map(list, keys.codec.encode_both(values.codec, k, v))])
+                    row['turn'] = timed(lambda: keys.codec.turn(q))
+                    row['unpack'] = timed(lambda: keys.dense())
+                    codes, scales = keys.arrays
+                    row['unpack, scaled in the same pass'] = timed(lambda: mx.dequantize(
+                        codes, scales*2/16*mx.ones(2), scales*(1/16-1)*mx.ones(2), group_size=64, bits=4, dtype=mx.bfloat16))
+                    kk, vv = keys.dense(), values.dense()
+                    mx.eval(kk, vv)
+                    row['attention'] = timed(lambda: mx.fast.scaled_dot_product_attention(q, kk, vv, scale=128**-.5, mask='causal'))
+                    row['attention, 4 heads'] = timed(lambda: mx.fast.scaled_dot_product_attention(q[:, :4*N], kk[:, :4], vv[:, :4], scale=128**-.5, mask='causal'))
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                report(dict(rows=rows, chunk=args.chunk))
+    return dict(rows=rows, chunk=args.chunk)
 
 # quality
 

@@ -59,11 +59,22 @@ def _grids(D: int, *bits: int): # (widths, steps)
 
 # %% ../../nbs/11e_kv.kernels.ipynb #85bbcf8d
 @lru_cache(None)
-def _encoder(D: int, G: int, bits: tuple, dtype):
-    constants = ('D', D), ('G', G), ('M', len(STEPS)), ('KB', bits[0]), ('VB', bits[1])
-    return _kernel('turbo_encode', ('k', 'v', 'mean', 'scale', 'turn_k', 'turn_v', 'steps', 'numbers'),
-                   ('k_codes', 'k_scales', 'v_codes', 'v_scales'), _ENCODE, dtype, constants)
+def _encoder(D: int, G: int, bits: tuple, dtype, turns: bool):
+    constants = ('D', D), ('G', G), ('M', len(STEPS)), ('KB', bits[0]), ('VB', bits[1]), ('TURNS', int(turns))
+    run = _kernel('turbo_encode', ('k', 'v', 'mean', 'scale', 'turn_k', 'turn_v', 'steps', 'numbers'),
+                  ('k_codes', 'k_scales', 'v_codes', 'v_scales'), _ENCODE, dtype if turns else mx.float32, constants)
+    @mx.compile
+    def encode(keys, values, mean, scale, turn_k, turn_v, *others):
+        def turn(x, side, m): return ((x.astype(mx.float32)-mean[side][:, None])/scale[side][:, None]) @ m
+        if not turns: keys, values = turn(keys, 0, turn_k), turn(values, 1, turn_v)
+        *of, _ = keys.shape
+        return run(inputs=[keys, values, mean, scale, turn_k, turn_v, *others], grid=(keys.size, 2, 1),
+                   threadgroup=(D, 1, 1), output_shapes=[(*of, n) for b in bits for n in (D*b//32, 1)],
+                   output_dtypes=[mx.uint32, mx.float16]*2)
+    return encode
 
+
+# %% ../../nbs/11e_kv.kernels.ipynb #8a6da396
 def _encode_tokens(
     keys, values, # (B, heads, T, D)
     mean, scale, # (2, heads, D) float32, taken off keys and values
@@ -71,13 +82,11 @@ def _encode_tokens(
     bits: tuple, # of keys, of values
 ) -> tuple: # [codes, scales] of keys, [codes, scales] of values
     "Tokens, rotated and packed"
-    (B, G, T, D), (kb, vb) = keys.shape, bits
-    out = _encoder(D, G, bits, keys.dtype)(
-        inputs=[keys, values, mean, scale, turn_k, turn_v, _grids(D, kb, vb), _numbers(T)],
-        grid=(B*G*T*D, 2, 1), threadgroup=(D, 1, 1),
-        output_shapes=[(B, G, T, D*kb//32), (B, G, T, 1), (B, G, T, D*vb//32), (B, G, T, 1)],
-        output_dtypes=[mx.uint32, mx.float16]*2)
+    G, T, D = keys.shape[1:]
+    out = _encoder(D, G, bits, keys.dtype, T == 1)(
+        keys, values, mean, scale, turn_k, turn_v, _grids(D, *bits), _numbers(T))
     return out[:2], out[2:]
+
 
 # %% ../../nbs/11e_kv.kernels.ipynb #b13e8958
 _STRETCHES = ((0, 128), (2**14, 512)) # tokens of room ▸ tokens in a stretch
@@ -89,7 +98,7 @@ def _stretch(room: int, heads: int, tensor: bool) -> int: # tokens
     return -(-room//max(1, _BLOCKS//heads)//64)*64
 
 @lru_cache(None)
-def _attention(D: int, N: int, G: int, bits: tuple, dtype, turns: bool, backs: bool, C: int | None):
+def _kernels(D: int, N: int, G: int, bits: tuple, dtype, turns: bool, backs: bool, C: int | None):
     "Two kernels: of a stretch of `C` tokens, or of any on tensor cores, and of all stretches"
     same = ('D', D), ('N', N), ('G', G)
     fixed = (*same, ('KB', bits[0]), ('VB', bits[1]), ('TURNS', int(turns)))
@@ -99,6 +108,23 @@ def _attention(D: int, N: int, G: int, bits: tuple, dtype, turns: bool, backs: b
     merge = _kernel('turbo_merge', ('sums', 'peaks', 'back', 'numbers'), ('out',), _MERGE, dtype,
                     (*same, ('BACKS', int(backs))))
     return part, merge
+
+
+# %% ../../nbs/11e_kv.kernels.ipynb #f0be62c5
+@lru_cache(None)
+def _attention(bits: tuple, tensor: bool, C: int):
+    "Attention of one query, by stretches of `C` tokens"
+    @mx.compile
+    def attend(q, *stored, turn, back, numbers):
+        (B, H, _, D), (G, room) = q.shape, stored[0].shape[1:3]
+        N, S = H//G, -(-room//C)
+        part, merge = _kernels(D, N, G, bits, q.dtype, turn.ndim > 2, back.ndim > 2, None if tensor else C)
+        sums, peaks = part(inputs=[q, *stored, turn, numbers], grid=(S*128, B*G, 1), threadgroup=(128, 1, 1),
+                           output_shapes=[(B*G, S, N, D), (B*G, S, N, 2)], output_dtypes=[mx.float32]*2)
+        return merge(inputs=[sums, peaks, back, numbers], grid=(q.size, 1, 1), threadgroup=(D, 1, 1),
+                     output_shapes=[q.shape], output_dtypes=[q.dtype])[0]
+    return attend
+
 
 # %% ../../nbs/11e_kv.kernels.ipynb #84dad2ed
 def attend_token(
@@ -110,12 +136,9 @@ def attend_token(
     bits: tuple, # of keys, of values
 ): # (B, query heads, 1, D)
     "Attention of one query over rotated codes"
-    (B, H, _, D), (G, room) = q.shape, keys[0].shape[1:3]
-    N, tensor = H//G, _CUDA_HERE and _ON_TENSOR_CORES and q.dtype != mx.float32
+    B, G, room = keys[0].shape[:3]
+    tensor = _CUDA_HERE and _ON_TENSOR_CORES and q.dtype != mx.float32
     C = _stretch(room, B*G, tensor)
-    now, S = _numbers(tokens, room, scale*log2(e), C), -(-tokens//C)
-    part, merge = _attention(D, N, G, bits, q.dtype, turn.ndim > 2, back.ndim > 2, None if tensor else C)
-    sums, peaks = part(inputs=[q, *keys, *values, turn, now], grid=(S*128, B*G, 1), threadgroup=(128, 1, 1),
-                       output_shapes=[(B*G, S, N, D), (B*G, S, N, 2)], output_dtypes=[mx.float32]*2)
-    return merge(inputs=[sums, peaks, back, now], grid=(B*H*D, 1, 1), threadgroup=(D, 1, 1),
-                 output_shapes=[q.shape], output_dtypes=[q.dtype])[0]
+    now = _numbers(tokens, room, scale*log2(e), C)
+    return _attention(bits, tensor, C)(q, *keys, *values, turn=turn, back=back, numbers=now)
+

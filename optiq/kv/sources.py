@@ -48,12 +48,15 @@ _TURN = r'''
     __shared__ unsigned char codes[D];
     const int channel = (side*G+vector / static_cast<int>(numbers[0]) % G)*D+d;
     const long at = static_cast<long>(vector)*D+d;
-    x[d] = (static_cast<float>(side ? v[at] : k[at])-mean[channel])/scale[channel];
-    __syncthreads();
-    const DEVICE float* r = side ? turn_v : turn_k;
-    float y = 0;
-    #pragma unroll 16
-    for (int i = 0; i < D; ++i) y = fmaf(x[i], r[i*D+d], y);
+    float y = static_cast<float>(side ? v[at] : k[at]);
+    if (TURNS) {
+        x[d] = (y-mean[channel])/scale[channel];
+        __syncthreads();
+        const DEVICE float* r = side ? turn_v : turn_k;
+        y = 0;
+        #pragma unroll 16
+        for (int i = 0; i < D; ++i) y = fmaf(x[i], r[i*D+d], y);
+    }
 '''
 
 # %% ../../nbs/11ea_kv.sources.ipynb #2f6e8c44
@@ -106,6 +109,7 @@ _ENCODE = _TURN+_SUMS+_GRIDS+_PACK
 
 # %% ../../nbs/11ea_kv.sources.ipynb #13f5a8c6
 _QUERIES = r'''
+    if (blockIdx.x*static_cast<int>(numbers[3]) >= static_cast<int>(numbers[0])) return; // behind the last token
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, head = blockIdx.y;
     __shared__ ALIGNED float qs[D*N], part[4*N*D];
     for (int i = tid; i < N*D; i += 128) part[i] = static_cast<float>(q[head*N*D+i])*numbers[2];
@@ -248,13 +252,14 @@ _PARTIAL = _QUERIES+_CENTRE+_SCORES+_WEIGHTS+_VALUES+_TOGETHER
 _MERGE = r'''
     const int d = threadIdx.x, head = blockIdx.x/N, n = blockIdx.x%N;
     const int C = static_cast<int>(numbers[3]), S = (static_cast<int>(numbers[0])+C-1)/C;
+    const int R = (static_cast<int>(numbers[1])+C-1)/C;
     __shared__ float y[D];
     float m = -1e30f, l = 0, a = 0;
     #pragma unroll 8
-    for (int s = 0; s < S; ++s) m = fmaxf(m, peaks[((head*S+s)*N+n)*2]);
+    for (int s = 0; s < S; ++s) m = fmaxf(m, peaks[((head*R+s)*N+n)*2]);
     #pragma unroll 8
     for (int s = 0; s < S; ++s) {
-        const int at = (head*S+s)*N+n;
+        const int at = (head*R+s)*N+n;
         const float e = exp2f(peaks[at*2]-m);
         l = fmaf(e, peaks[at*2+1], l);
         a = fmaf(e, sums[at*D+d], a);

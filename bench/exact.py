@@ -6,6 +6,7 @@ Weights are random, made on the card: times and arithmetic are those of the shap
 `ways`   products of a few blocks in each arithmetic: seconds, and how far the KL of 8-bit probes is off float64's
 `whole`  all units in five formats on 8 × 512 tokens, as `kl_sweep` does it
 `gptq`   all units at 4 bits from 32 × 512 tokens, and where the time goes
+`share`  all units in two formats, by this process alone or by all that torchrun started: how much faster several GPUs are
 `mlx`    random weights in the shape of Qwen3-0.6B: all probes against one forward pass a probe, MLX on CUDA
 """
 import argparse
@@ -176,6 +177,18 @@ def whole(args, folder):
         out['parts'] = parts(b, tokens, rounding)
     return dict(layers=args.layers, tokens=[8, 512], formats=[str(f) for f in FORMATS], found=out)
 
+def share(args, folder):
+    "The sweep of `whole` in fewer formats; every rank of torchrun calls this on a GPU of its own"
+    from optiq.sensitivity import kl_sweep
+    c, formats = checkpoint(folder, args.layers), [Format(4), Format(8)]
+    tokens = np.random.default_rng(0).integers(0, c.vocabulary, (8, 512)).astype(np.int32)
+    b = opened(c)
+    b.narrow = 'bfloat16' if GPU.is_available() else None
+    took, sweep = timed(lambda: kl_sweep(b, tokens, formats, rounding=args.rounding, method='exact'))
+    kl = np.array([sweep.kl(u.path, f) for u in c.units for f in formats])
+    return dict(layers=args.layers, tokens=[8, 512], formats=[str(f) for f in formats], rounding=args.rounding, probes=len(sweep.values), processes=int(os.environ.get('WORLD_SIZE', 1)),
+                seconds=took, kl_sum=float(kl.sum()), kl_first=kl[:8].tolist())
+
 def parts(b, tokens, rounding):
     "Where the time goes: rounding one block in all formats, one block of 8 stacked streams, the head of one stream"
     import torch
@@ -257,7 +270,8 @@ if __name__ == '__main__':
     p.add_argument('--left', type=int, default=6, help='GB left free where MLX is to run out of memory')
     p.add_argument('-o', default='exact-gpu.json')
     args = p.parse_args()
-    out = Path(args.o)
+    out, rank = Path(args.o), int(os.environ.get('LOCAL_RANK', 0))
+    if GPU.is_available(): GPU.set_device(rank)
     done = json.loads(out.read_text()) if out.exists() else {}
     about = machine() | dict(gpu=GPU.get_device_name() if GPU.is_available() else None, command=' '.join(sys.argv))
     for name in args.only.split(','):
@@ -265,4 +279,4 @@ if __name__ == '__main__':
             start = time.perf_counter()
             done[name] = globals()[name](args, folder) | dict(about=about)
             print(name, f'{time.perf_counter()-start:.0f} s in all', flush=True)
-        out.write_text(json.dumps(done, indent=1)+'\n')
+        if rank == 0: out.write_text(json.dumps(done, indent=1)+'\n')

@@ -77,6 +77,7 @@ def calibrate(
     return replace(taught, context=lat.context, point=point), speed
 
 # %% ../nbs/20b_latency.ipynb #1b775218
+@_helpful
 @dataclass(repr=False)
 class Speeds:
     "Predicted and measured decode speed of plans, side by side"

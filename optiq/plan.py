@@ -19,9 +19,10 @@ from fastcore.basics import patch
 
 from .formats import ALL_FORMATS, AS_IS, FORMAT, Format, config_entry, parse_format
 from .units import read_units
-from .readers import NAME, OBJECT, PROSE, TEXT, dumps, known, maybe, number, one_of, read_ours, whole
+from .readers import NAME, OBJECT, PROSE, TEXT, dumps, known, maybe, number, one_of, read_ours, whole, _helpful
 
 # %% ../nbs/05_plan.ipynb #d51d1bf9
+@_helpful
 @dataclass(eq=False, repr=False)
 class Plan(Mapping):
     "The Format of each unit, by its path, with size and predicted KL; also a `quant_predicate` for mlx-lm"

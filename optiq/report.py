@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from . import __version__
 from .frontier import COLOURS
 from .plan import make_plan, mean_se
-from .readers import known, OBJECT, PROSE, read_ours, write_json
+from .readers import known, OBJECT, PROSE, read_ours, write_json, _helpful
 
 # %% ../nbs/30_report.ipynb #4250e0cd
 def machine() -> dict: # cpu, cores, system, versions, date
@@ -204,6 +204,7 @@ def _html_table(rows: list) -> str:
     return f'<table>{tr("th", _titles(keys))}{body}</table>'
 
 # %% ../nbs/30_report.ipynb #f6fa2c5e
+@_helpful
 @dataclass(repr=False)
 class Report:
     "Measured size and quality of models, side by side"

@@ -28,6 +28,7 @@ from ..readers import dumps, _helpful
 from ..rounding import round_to_files
 
 # %% ../../nbs/04c_measure.sweep.ipynb #270612e9
+@_helpful
 @dataclass
 class Sweep:
     "Measured KL of each unit in each format, by calibration sequence"

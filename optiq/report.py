@@ -18,6 +18,7 @@ from fastcore.basics import patch
 
 from . import __version__
 from .frontier import COLOURS
+from .labels import _legend
 from .plan import make_plan, mean_se
 from .readers import known, OBJECT, PROSE, read_ours, write_json, _helpful
 
@@ -280,7 +281,7 @@ def plot(self: Report, ax=None, metric: str = 'kl'):
                     color=COLOURS[i % len(COLOURS)], ls='', ms=7, capsize=2, label=r['name'])
     ax.set(xlabel='true bits per weight', ylabel=_COLUMNS.get(metric, metric),
            yscale='log' if metric == 'kl' else 'linear')
-    ax.legend(frameon=False, fontsize=8)
+    _legend(ax, fontsize=8)
     return ax
 
 # %% ../nbs/30_report.ipynb #ab4f3ae8

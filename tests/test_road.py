@@ -44,8 +44,8 @@ def noun(place):
     module, _, name = place.partition(':')
     return getattr(import_module(f'optiq.{module}'), name)
 
-NOUNS = ['formats:Format', 'units:Unit', 'measure.sweep:Sweep', 'plan:Plan', 'report:Report', 'latency:Speeds', 'refine:Verified', 'budget:Budget',
-         *(f'request:{name}' for name in optiq.__all__ if isinstance(getattr(optiq, name), type))]
+NOUNS = ['formats:Format', 'units:Unit', 'measure.sweep:Sweep', 'plan:Plan', 'report:Report', 'latency:Speeds', 'refine:Verified',
+         'budget:Budget', *(f'request:{name}' for name in optiq.__all__ if isinstance(getattr(optiq, name), type))]
 
 @pytest.mark.parametrize('place', NOUNS)
 def test_help_of_a_class_says_what_its_fields_mean(place):
@@ -188,7 +188,8 @@ def test_signatures_are_code():
         '*What [`g`](kv.html#g) does*\n\n    f(1)\n')
 
 ONCE = {'sweep': '--bits --samples', 'pareto': '--bits --samples', 'latency': '--bits', 'convert': '--n-samples', 'benchmark': '--n-samples',
-        'eval': '--n-samples', 'kv-cache': '--n-samples --eval-samples --target-bpw', 'compare': '--n-samples', 'verify': '--text', 'demo': '--text'}
+        'eval': '--n-samples', 'kv-cache': '--n-samples --eval-samples --target-bpw',
+        'compare': '--n-samples', 'verify': '--text', 'demo': '--text'}
 
 @pytest.mark.parametrize('name, old', ONCE.items())
 def test_one_thing_has_one_name(name, old):
@@ -203,8 +204,10 @@ def test_one_thing_has_one_name(name, old):
         new = '--n-calibration' if word == '--samples' else one[p.name]
         assert p.opts[0] == new and re.search(rf'^ +{new} ', said, re.M) and not re.search(rf'^ +{word}\b|, {word}\b', said, re.M)
 
-TOGETHER = {'--n-calibration': '--calibration --seq-len', '--n-evaluation': '--evaluation --seq-len', '--candidate-bits': '--formats --group-size',
-            '--rounding': '--rounding-samples --statistics --dtype --method --time-budget', '--backend': '--trust-remote-code --json',
+TOGETHER = {'--n-calibration': '--calibration --seq-len', '--n-evaluation': '--evaluation --seq-len',
+            '--candidate-bits': '--formats --group-size',
+            '--rounding': '--rounding-samples --statistics --dtype --method --time-budget',
+            '--backend': '--trust-remote-code --json',
             '--pin': '--ceiling --floor --leave --protect --tie', '--model-type': '--trust-remote-code'}
 APART = dict(target_bpw={'--target-bpw', '--target-bits'}, # bits of weights, and of keys and values
              max_memory={'--target-memory', '--max-memory'}, # of the model that is made, and of making it
@@ -213,12 +216,13 @@ APART = dict(target_bpw={'--target-bpw', '--target-bits'}, # bits of weights, an
 def test_what_one_command_calls_so_every_command_does():
     "Options that mean something together stand together, and no command shows a name of its own for what another one has"
     from optiq.cli import main
-    shown = {n: {next(o for o in p.opts if o.startswith('--')) for p in c.params if p.param_type_name == 'option'} for n, c in main.commands.items()}
+    def first(p): return next(o for o in p.opts if o.startswith('--'))
+    shown = {n: {first(p) for p in c.params if p.param_type_name == 'option'} for n, c in main.commands.items()}
     lacking = {(n, one, o) for n, has in shown.items() for one, others in TOGETHER.items() if one in has for o in others.split() if o not in has}
     assert not lacking, lacking
     assert {n for n, has in shown.items() if '--backend' in has and '--model-type' not in has} == {'compare'} # its answers are text
     called = {} # what Python calls a value ▸ what commands call it
     for c in main.commands.values():
         for p in c.params:
-            if p.param_type_name == 'option': called.setdefault(p.name, set()).add(next(o for o in p.opts if o.startswith('--')))
+            if p.param_type_name == 'option': called.setdefault(p.name, set()).add(first(p))
     assert {k: v for k, v in called.items() if len(v) > 1} == APART

@@ -1,7 +1,8 @@
 """Which texts of a figure are covered by marks or by other texts, measured in what matplotlib's renderer draws
 
 `tools/notebooks.py` looks at every figure that a notebook shows, and `tests/test_labels.py` at what each drawing function
-makes. A text may cross a line, or stand in a cell of a heat map. It may not touch a marker, a dot, a bar or a bar of errors.
+makes. A text may cross a line, or stand in a cell of a heat map. It may not touch a marker, a dot, a bar or a bar of errors. Which of the
+small ticks of a log axis get a label is matplotlib's choice; we leave them out.
 """
 from itertools import combinations
 
@@ -19,7 +20,7 @@ def texts_of(fig) -> list: # of Text that a reader sees
     found = [*fig.texts, fig._suptitle, *(t for legend in fig.legends for t in legend.get_texts())]
     for ax in fig.axes:
         if not (ax.get_visible() and ax.axison): continue
-        ticks = [t for axis in (ax.xaxis, ax.yaxis) if axis.get_visible() for t in axis._update_ticks()]
+        ticks = [t for axis in (ax.xaxis, ax.yaxis) if axis.get_visible() for t in axis._update_ticks() if t in axis.majorTicks]
         labels = [t for tick in ticks for t in (tick.label1, tick.label2)]+[ax.xaxis.label, ax.yaxis.label]
         found += [*ax.texts, ax.title, *labels, *(ax.get_legend().get_texts() if ax.get_legend() else ())]
     return [t for t in dict.fromkeys(found) if t is not None and t.get_visible() and t.get_text().strip()]

@@ -97,7 +97,7 @@ def plot_kv(
         ax.errorbar([int(u.path.split('.')[1]) for u in us], [sweep.kl(u.path, fmt) for u in us],
                     [2*np.nan_to_num(sweep.se(u.path, fmt)) for u in us], capsize=2, lw=1, ms=4,
                     label=kind, marker=marker, color=colour)
-    ax.set(yscale='log', xlabel='layer', ylabel='KL', title=f'{sweep.header["model"]} at {fmt}')
+    ax.set(yscale='log', xlabel='layer', ylabel='KL', title=f'{Path(sweep.header["model"]).name} at {fmt}')
     _legend(ax)
     return ax
 

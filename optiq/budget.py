@@ -16,11 +16,12 @@ from fastcore.basics import patch
 
 from .formats import AS_IS, Format, parse_formats
 from .plan import by_width
-from .readers import shown
+from .readers import shown, _helpful
 from .solver import Problem, undominated
 from .wishes import _allowed, _Wish
 
 # %% ../nbs/05e_budget.ipynb #88c92095
+@_helpful
 @dataclass
 class Budget:
     "A linear constraint: (sum of costs + fixed) / per ≤ limit"

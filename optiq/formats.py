@@ -19,7 +19,7 @@ from operator import mul
 from fastcore.basics import listify
 
 from .arrays import library, like
-from .readers import Form
+from .readers import Form, _helpful
 
 # %% ../nbs/00_formats.ipynb #4cfbbf7e
 AFFINE_BITS, _AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -28,6 +28,7 @@ _ELSEWHERE = {'tq': 'optiq.kv.rotated'} # mode ▸ the module that adds it to FA
 _FLOAT_MODES = {'mxfp4': (4, 32), 'nvfp4': (4, 16), 'mxfp8': (8, 32)} # mode: (bits, group size)
 
 # %% ../nbs/00_formats.ipynb #1a43683f
+@_helpful
 @dataclass(frozen=True, order=True)
 class Format:
     "How one tensor is stored: code width, group size and mode; `bits=None` leaves it as the checkpoint has it"

@@ -11,7 +11,8 @@ from math import isfinite, nan
 import numpy as np
 from fastcore.basics import patch
 
-from .plan import _label, mean_se
+from .labels import _label, _legend
+from .plan import mean_se
 from .readers import known
 
 # %% ../nbs/05f_frontier.ipynb #abd46442
@@ -109,7 +110,7 @@ def plot(self: Frontier,
         x, y, e = self._marks(plans, predicted=name not in curves)
         ax.errorbar(x, y, 2*e, ls='', capsize=2, ms=4, label=name, color=colour, marker=marker)
     ax.set(yscale='log', xlabel='true bits per weight', ylabel='KL')
-    ax.legend(frameon=False, fontsize=8)
+    _legend(ax, fontsize=8)
     seen = [(p.name.split()[-1], p.true_bpw, self._marks([p], predicted=True)[1][0]) for p in self.baselines]
     _label(ax, [s for s in seen if isfinite(s[2])])
     return ax

@@ -19,8 +19,9 @@ from .formats import AS_IS, divides, parse_formats
 from .knapsack import allocate
 from .budget import candidates
 from .frontier import Frontier
+from .labels import _label, _legend
 from .models import Checkpoint
-from .plan import _label, make_plan, uniform
+from .plan import make_plan, uniform
 from .readers import OBJECT, _helpful, read_ours, write_json
 from .report import machine
 from .roofline import Chip, Latency, Reads, chip_named, reads_of
@@ -77,6 +78,7 @@ def calibrate(
     return replace(taught, context=lat.context, point=point), speed
 
 # %% ../nbs/20b_latency.ipynb #1b775218
+@_helpful
 @dataclass(repr=False)
 class Speeds:
     "Predicted and measured decode speed of plans, side by side"
@@ -271,6 +273,6 @@ def plot_frontier(
         ax.errorbar([lat.tps(p) for p in plans], [p.predicted_kl for p in plans], [2*p.predicted_kl_se for p in plans],
                     capsize=2, lw=1, label=label, **style)
     ax.set(yscale='log', xlabel=f'tok/s on {lat.chip.name}, context {lat.context}', ylabel='predicted KL')
-    ax.legend(frameon=False)
+    _legend(ax)
     _label(ax, [(p.name.split()[-1], lat.tps(p), p.predicted_kl) for p in frontier.baselines])
     return ax

@@ -279,9 +279,9 @@ def _check_targets(targets):
     odd = [t for t in np.atleast_1d([] if targets is None else targets).tolist() if not isinstance(t, Real)]
     if odd: raise ValueError(f'`targets` holds {shown(odd[0])}, and should hold numbers')
 
-def _check_unread(texts, weights: Weights):
+def _check_unread(texts, weights: Weights, dtype: str | None):
     "Raise ValueError for an option about texts if we only read a saved sweep"
-    given = dict(texts=texts, rounding_n=weights.rounding_n, statistics=weights.statistics)
+    given = dict(texts=texts, rounding_n=weights.rounding_n, statistics=weights.statistics, dtype=dtype)
     idle = [k for k, v in given.items() if v is not None]
     if idle: raise ValueError(f'`{idle[0]}` has no effect: nothing is measured; give `verify`')
 
@@ -323,6 +323,7 @@ def trade_off(
     overwrite: bool = False, # replace `out`, if optiq wrote it
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; by default what the checkpoint is
+    dtype: str | None = None, # 'float16' or 'bfloat16' for what is not quantized, and for scales; as it is by default
 ) -> dict: # frontier, sweep, figures
     """Draw the curve of size against quality of a model, from one sweep
 
@@ -343,12 +344,13 @@ def trade_off(
     _check_states_memory(states_memory, weights)
     out = own_output(out, overwrite, 'pareto', source, journal=sweep is None)
     fmts, rounding = _candidates_for(weights.formats, sweep, _WIDE), _rounding_for(weights.rounding, sweep)
-    opened = partial(Checkpoint, source, trust_remote_code, model_type)
+    opened = partial(Checkpoint, source, trust_remote_code, model_type, dtype)
     if sweep is not None and not verify:
-        _check_unread(texts, weights)
+        _check_unread(texts, weights, dtype)
         found, about = _read_for_curve(sweep, None if saved else opened(), rounding), machine()
     else:
-        job = _Job(opened(), out, Caps(), weights, None, _texts_of(texts, 'weights'), backend, overwrite, states_memory)
+        _check_overflow(c := opened())
+        job = _Job(c, out, Caps(), weights, None, _texts_of(texts, 'weights'), backend, overwrite, states_memory)
         found, b, t = _measure_for_curve(job, fmts, rounding, targets)
         about = t.about | dict(rounding=rounding)
     chosen = _narrowed(found, fmts)

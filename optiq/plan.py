@@ -19,9 +19,10 @@ from fastcore.basics import patch
 
 from .formats import ALL_FORMATS, AS_IS, FORMAT, Format, config_entry, parse_format
 from .units import read_units
-from .readers import NAME, OBJECT, PROSE, TEXT, dumps, known, maybe, number, one_of, read_ours, whole
+from .readers import NAME, OBJECT, PROSE, TEXT, dumps, known, maybe, number, one_of, read_ours, whole, _helpful
 
 # %% ../nbs/05_plan.ipynb #d51d1bf9
+@_helpful
 @dataclass(eq=False, repr=False)
 class Plan(Mapping):
     "The Format of each unit, by its path, with size and predicted KL; also a `quant_predicate` for mlx-lm"
@@ -373,28 +374,3 @@ def plot(self: Plan,
     patches = [Patch(color=colours(i)) for i in range(len(used))]
     ax.legend(patches, used, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     return ax
-
-# %% ../nbs/05_plan.ipynb #39528dec
-_PLACES = [(6, 5, 'left'), (6, -6, 'left'), (-6, 5, 'right'), (-6, -6, 'right'), (0, 11, 'center'), (0, -12, 'center'),
-           (12, 14, 'left'), (12, -15, 'left'), (-12, 14, 'right'), (-12, -15, 'right')] # points from the mark
-
-def _label(ax, points: list): # of (name, x, y)
-    "Write names beside points, each where it covers no mark, no legend and no other name, as far as there is room"
-    from matplotlib.patheffects import withStroke
-    from matplotlib.transforms import Bbox
-    ax.figure.draw_without_rendering() # settles where everything is
-    marks = [xy for line in ax.lines if line.get_marker() not in ('', 'None', None) for xy in line.get_xydata()]
-    at = ax.transData.transform(marks) if marks else []
-    taken = [Bbox.from_extents(x-3, y-3, x+3, y+3) for x, y in at if np.isfinite(x+y)]
-    if legend := ax.get_legend(): taken.append(legend.get_window_extent())
-    halo = dict(textcoords='offset points', va='center', size=8, path_effects=[withStroke(linewidth=2, foreground='w')])
-    for name, x, y in points:
-        tried = [ax.annotate(name, (x, y), (dx, dy), ha=ha, **halo) for dx, dy, ha in _PLACES]
-        boxes = [t.get_window_extent() for t in tried]
-        def trouble(box):
-            inside = all(ax.bbox.contains(x, y) for x, y in ((box.x0, box.y0), (box.x1, box.y1)))
-            return box.count_overlaps(taken)+3*(not inside)
-        best = min(range(len(tried)), key=lambda k: trouble(boxes[k]))
-        for k, t in enumerate(tried):
-            if k != best: t.remove()
-        taken.append(boxes[best])

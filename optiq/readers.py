@@ -231,7 +231,7 @@ def _check_counts(**given):
 
 # %% ../nbs/72_readers.ipynb #b31e8db7
 def _helpful(f):
-    "Decorator: adds the comments beside a function's parameters to its docstring, so that `help` shows them"
+    "Decorator: adds the comments beside parameters, or beside the fields of a dataclass, to a docstring, for `help`"
     from fastcore.docments import docments # takes as long as the rest of this module, which the command line loads
     try: said = docments(f)
     except (OSError, TypeError): return f # without its source there are no comments

@@ -24,7 +24,7 @@ from .frontier import Frontier, plus_minus
 from .measure.estimate import _measure_halved, passes_of, plan_passes
 from .measure.log import _bar
 from .plan import Plan, baseline_plans, mean_se, smoothed
-from .readers import known
+from .readers import known, _helpful
 from .solver import Problem, undominated
 
 # %% ../nbs/05c_refine.ipynb #39d89eb7
@@ -135,6 +135,7 @@ def improve(b, tokens, q, tried, kl, best, tolerance, rounds, quantize):
         best, forecast = name, guess
 
 # %% ../nbs/05c_refine.ipynb #8a11e045
+@_helpful
 @dataclass(repr=False)
 class Verified:
     "The plan that measured best, and those that we compared it with"

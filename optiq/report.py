@@ -18,8 +18,9 @@ from fastcore.basics import patch
 
 from . import __version__
 from .frontier import COLOURS
+from .labels import _legend
 from .plan import make_plan, mean_se
-from .readers import known, OBJECT, PROSE, read_ours, write_json
+from .readers import known, OBJECT, PROSE, read_ours, write_json, _helpful
 
 # %% ../nbs/30_report.ipynb #4250e0cd
 def machine() -> dict: # cpu, cores, system, versions, date
@@ -204,6 +205,7 @@ def _html_table(rows: list) -> str:
     return f'<table>{tr("th", _titles(keys))}{body}</table>'
 
 # %% ../nbs/30_report.ipynb #f6fa2c5e
+@_helpful
 @dataclass(repr=False)
 class Report:
     "Measured size and quality of models, side by side"
@@ -279,7 +281,7 @@ def plot(self: Report, ax=None, metric: str = 'kl'):
                     color=COLOURS[i % len(COLOURS)], ls='', ms=7, capsize=2, label=r['name'])
     ax.set(xlabel='true bits per weight', ylabel=_COLUMNS.get(metric, metric),
            yscale='log' if metric == 'kl' else 'linear')
-    ax.legend(frameon=False, fontsize=8)
+    _legend(ax, fontsize=8)
     return ax
 
 # %% ../nbs/30_report.ipynb #ab4f3ae8

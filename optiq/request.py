@@ -17,12 +17,13 @@ from .budget import candidates
 from .files import _check_apart
 from .formats import AS_IS, Format, parse_format, parse_formats
 from .measure.sweep import rounding_of, Sweep
-from .readers import _check_counts, shown
+from .readers import _check_counts, shown, _helpful
 from .rounding import QUANTIZERS, ROUNDING
 
 # %% ../nbs/08a_request.ipynb #eca94df7
 _FORMATS, _WIDE = ('4g64', '8g64'), (2, 3, 4, 5, 6, 8) # candidates for a plan, and for a whole curve
 
+@_helpful
 @dataclass(frozen=True)
 class Caps:
     """The limits that a plan must keep; give any number of them
@@ -40,6 +41,7 @@ class Caps:
 
 
 # %% ../nbs/08a_request.ipynb #c4559525
+@_helpful
 @dataclass(frozen=True)
 class Weights:
     """How to choose, round and judge the formats of the weights
@@ -68,6 +70,7 @@ class Weights:
     def wishes(self) -> dict: # of `allocate`
         return {k: getattr(self, k) for k in ('protect', 'pin', 'ceiling', 'floor', 'leave', 'tie')}
 
+@_helpful
 @dataclass(frozen=True)
 class Cache:
     """How to choose the formats of the KV cache
@@ -137,6 +140,7 @@ def _check_weights(weights: Weights, what: str, out):
         '`rounding_n` has no effect: minmax learns from no text; leave it out, or choose another `rounding`')
 
 # %% ../nbs/08a_request.ipynb #c0593ced
+@_helpful
 @dataclass(frozen=True)
 class Texts:
     """The texts to measure and to score on, how many sequences of them, and how long

@@ -255,7 +255,8 @@ def run_task(
     model: str,
     baseline: str | None = None,
     n: int = 200, # samples
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, # run model code that comes with the checkpoint
+    model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; by default what the checkpoint is
     **options, # of the task
 ) -> Report: # the baseline's row first
     "Score a model on a task, and compare it with a baseline if you give one; raises ValueError for an unknown task"
@@ -269,7 +270,8 @@ def run_task(
     for file in [out, f'{out}.baseline'][:2 if baseline else 1] if out else (): own_file(file, 'responses')
     if _is_gguf(model) and (task != 'kl' or not baseline): raise ValueError(
         f'{model} is a GGUF file: it is scored by kl, against the model that it was made of as the baseline')
-    model, baseline = (m and (m if _is_gguf(m) else Checkpoint(m, trust_remote_code)) for m in (model, baseline))
+    how = trust_remote_code, model_type
+    model, baseline = (m and (m if _is_gguf(m) else Checkpoint(m, *how)) for m in (model, baseline))
     if task == 'kl': return f(model, baseline=baseline, n=n, **options)
     own = dict(kv=None, out=f'{out}.baseline' if out else None) # it keeps its own cache
     reports = [f(m, n=n, **options | part) for m, part in ((baseline, own), (model, {})) if m]

@@ -16,9 +16,10 @@ from math import prod
 import numpy as np
 
 from .formats import ALL_FORMATS, AS_IS, FORMAT, Format, divides, nbytes, parse_format
-from .readers import FLAG, NAME, check, maybe, one_of, whole
+from .readers import FLAG, NAME, check, maybe, one_of, whole, _helpful
 
 # %% ../nbs/01b_units.ipynb #ae813a21
+@_helpful
 @dataclass(frozen=True)
 class Unit:
     "One tensor that can get its own format: its path in the saved checkpoint, its shape, its place in the model"

@@ -1,5 +1,6 @@
 "What a newcomer meets in Python: names that can be found, help that helps, and errors that say what is wrong"
 import inspect, pydoc, re, subprocess, sys
+from importlib import import_module
 from pathlib import Path
 import numpy as np
 import pytest
@@ -38,6 +39,23 @@ def test_help_stands_alone(name):
     assert not lacking and re.search(r'nats|bits|seconds|MiB|folder', text) and re.search(r'[Rr]aise[sd]', text), (lacking, text)
     assert re.search(rf'^ {{8}}.*\b{name}\(', text, re.M), 'no example'
     assert text.count('Parameters:') == 1 and ' -- ' not in text
+
+def noun(place):
+    module, _, name = place.partition(':')
+    return getattr(import_module(f'optiq.{module}'), name)
+
+NOUNS = ['formats:Format', 'units:Unit', 'measure.sweep:Sweep', 'plan:Plan', 'report:Report', 'latency:Speeds', 'refine:Verified',
+         'budget:Budget', *(f'request:{name}' for name in optiq.__all__ if isinstance(getattr(optiq, name), type))]
+
+@pytest.mark.parametrize('place', NOUNS)
+def test_help_of_a_class_says_what_its_fields_mean(place):
+    from fastcore.docments import docments
+    kind = noun(place)
+    text = pydoc.render_doc(kind, renderer=pydoc.plaintext)
+    said = dict(re.findall(r'^ \|      (\w+): (.+)', text.split('Parameters:')[1], re.M))
+    told = {k: v for k, v in docments(kind).items() if k in kind.__dataclass_fields__}
+    assert len(told) >= 2 and {k: said.get(k) for k in told if told[k]} == {k: v for k, v in told.items() if v}
+    assert sum(map(bool, told.values())) >= len(told)-1, told
 
 def test_help_without_source_stays_as_it_is():
     f = eval('lambda x: x')
@@ -170,7 +188,8 @@ def test_signatures_are_code():
         '*What [`g`](kv.html#g) does*\n\n    f(1)\n')
 
 ONCE = {'sweep': '--bits --samples', 'pareto': '--bits --samples', 'latency': '--bits', 'convert': '--n-samples', 'benchmark': '--n-samples',
-        'eval': '--n-samples', 'kv-cache': '--n-samples --eval-samples'}
+        'eval': '--n-samples', 'kv-cache': '--n-samples --eval-samples --target-bpw',
+        'compare': '--n-samples', 'verify': '--text', 'demo': '--text'}
 
 @pytest.mark.parametrize('name, old', ONCE.items())
 def test_one_thing_has_one_name(name, old):
@@ -178,8 +197,32 @@ def test_one_thing_has_one_name(name, old):
     from click.testing import CliRunner
     from optiq.cli import main
     said = CliRunner().invoke(main, [name, '--help']).stdout
-    one = {'bits': '--candidate-bits', 'n': '--n-evaluation', 'n_evaluation': '--n-evaluation', 'n_calibration': '--n-calibration'}
+    one = {'bits': '--candidate-bits', 'n': '--n-evaluation', 'n_evaluation': '--n-evaluation', 'n_calibration': '--n-calibration',
+           'text': '--calibration', 'target_bpw': '--target-bits'}
     for word in old.split():
         p = next(p for p in main.commands[name].params if word in p.opts)
         new = '--n-calibration' if word == '--samples' else one[p.name]
         assert p.opts[0] == new and re.search(rf'^ +{new} ', said, re.M) and not re.search(rf'^ +{word}\b|, {word}\b', said, re.M)
+
+TOGETHER = {'--n-calibration': '--calibration --seq-len', '--n-evaluation': '--evaluation --seq-len',
+            '--candidate-bits': '--formats --group-size',
+            '--rounding': '--rounding-samples --statistics --dtype --method --time-budget',
+            '--backend': '--trust-remote-code --json',
+            '--pin': '--ceiling --floor --leave --protect --tie', '--model-type': '--trust-remote-code'}
+APART = dict(target_bpw={'--target-bpw', '--target-bits'}, # bits of weights, and of keys and values
+             max_memory={'--target-memory', '--max-memory'}, # of the model that is made, and of making it
+             n={'--n-evaluation', '--n-calibration'}, tie={'--tie', '--split-kv'})
+
+def test_what_one_command_calls_so_every_command_does():
+    "Options that mean something together stand together, and no command shows a name of its own for what another one has"
+    from optiq.cli import main
+    def first(p): return next(o for o in p.opts if o.startswith('--'))
+    shown = {n: {first(p) for p in c.params if p.param_type_name == 'option'} for n, c in main.commands.items()}
+    lacking = {(n, one, o) for n, has in shown.items() for one, others in TOGETHER.items() if one in has for o in others.split() if o not in has}
+    assert not lacking, lacking
+    assert {n for n, has in shown.items() if '--backend' in has and '--model-type' not in has} == {'compare'} # its answers are text
+    called = {} # what Python calls a value ▸ what commands call it
+    for c in main.commands.values():
+        for p in c.params:
+            if p.param_type_name == 'option': called.setdefault(p.name, set()).add(first(p))
+    assert {k: v for k, v in called.items() if len(v) > 1} == APART

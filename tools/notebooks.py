@@ -5,7 +5,7 @@
 Two workers take them from a list in which the long ones come first, so that neither waits for the other at the end.
 A notebook shows the figures of its full text. What it asserts holds for any text, so here sequences have half the
 length, except where an assertion is a comparison with an error bar, and a sequence that stands alone. What a sweep
-measures is measured once for all of them.
+measures is measured once for all of them. A figure in which something covers a text fails (`tools/covered.py`).
 """
 import os
 import sys
@@ -34,6 +34,14 @@ def shorter(make, texts, tokenizer, n=8, seq_len=128, *args, **options):
 
 class Sequences: whole = False
 
+def checked(draw, canvas, *args, **options):
+    "`print_figure` of matplotlib, after a look at what covers a text in the figure"
+    from covered import covered
+    Figures.faults += covered(canvas.figure)
+    return draw(canvas, *args, **options)
+
+class Figures: faults: list = []
+
 def prepare(root: Path, fast: bool, folder: Path):
     "What a worker does before its first notebook"
     os.environ.setdefault('MLX_DISABLE_COMPILE', '1') # on a CPU every compiled function costs seconds of a C++ compiler
@@ -41,12 +49,17 @@ def prepare(root: Path, fast: bool, folder: Path):
     from optiq import calibration # before any module that takes the function from it
     calibration.token_batch = partial(shorter, calibration.token_batch)
     remember_probes(folder)
+    from matplotlib.backend_bases import FigureCanvasBase
+    draw = FigureCanvasBase.print_figure
+    FigureCanvasBase.print_figure = lambda canvas, *args, **options: checked(draw, canvas, *args, **options)
     os.chdir(root/'nbs')
 
 def run(path: Path, root: Path, skip: list) -> tuple: # name, passed, seconds
     Sequences.whole = path.stem in WHOLE
+    Figures.faults.clear()
     passed, seconds = test_nb(path, skip_flags=skip, basepath=root)
-    return path.name, passed, seconds
+    for fault in Figures.faults: print(f'{path.name}: in a figure {fault}')
+    return path.name, passed and not Figures.faults, seconds
 
 def rank(path: Path) -> int: return LONG.index(path.stem) if path.stem in LONG else len(LONG)
 

@@ -2,6 +2,7 @@
 import html, json
 from pathlib import Path
 from IPython.display import HTML, Markdown
+from optiq.labels import _label, _legend
 
 here = Path(__file__).parent
 files = {p.stem: p for p in sorted(here.glob('*.json'))}
@@ -134,15 +135,13 @@ def frontier(ax=None):
         bits, kl, se, names = zip(*inside)
         ax.errorbar(bits, kl, [2*e for e in se], color=s['color'], marker=s['marker'], ms=6, capsize=2, lw=1.4, mfc='white' if s.get('hollow') else None,
                     ls='-' if s.get('line') else '', label=label)
-        if label == 'uniform, min-max':
-            for b, k, n in zip(bits, kl, names):
-                place = dict(xytext=(0, 7), ha='center') if 'bits' in readable(n) else dict(xytext=(8, -3), ha='left')
-                ax.annotate(readable(n), (b, k), textcoords='offset points', fontsize=8, color=s['color'], **place)
+        if label == 'uniform, min-max': named = [(readable(n), b, k) for b, k, n in zip(bits, kl, names)]
     ax.set(yscale='log', xlabel='true bits per weight, scales and biases counted', ylabel='KL to full precision (lower is better)')
     megabytes = ax.secondary_xaxis('top', functions=(lambda b: b*PER_BIT, lambda mb: mb/PER_BIT))
     megabytes.set_xlabel('MB of weights')
     ax.grid(alpha=.25, which='major')
-    ax.legend(frameon=False, fontsize=8)
+    _legend(ax, fontsize=8)
+    _label(ax, named, color=GREY)
     return ax
 
 def against(r: dict, rounding: str, name: str = 'peers-smollm2') -> tuple | None: # bits, KL of ours, ratio, verdict

@@ -44,7 +44,7 @@ _TASKS = ['perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer', 'harne
 @click.option('--protocol', type=click.Choice(['kld']),
               help='for kl: the figures of published comparisons, on 512 × 512 tokens or all that the text has')
 @click.option('--exact', is_flag=True, help='for kl: keep the logits of all words of the reference')
-@_options('trust', 'json')
+@_options('backend', 'model_type', 'trust', 'json')
 def _eval_(model, task, responses, as_json, **given):
     """Score a model, with an interval; with a baseline, compare the two item by item.
 
@@ -65,7 +65,7 @@ def _scored(model: str | None, task: str, n: int | None, **given): # ▸ Report
     from optiq.score import _find_task, run_task
     if model is None: raise click.UsageError('give a MODEL, or --responses with answers to score')
     taken = signature(_find_task(task)).parameters
-    check_idle({'limit', 'seq_len', 'source', 'questions', 'exact', 'kv', 'out', 'protocol'}-taken.keys(),
+    check_idle({'limit', 'seq_len', 'source', 'questions', 'exact', 'kv', 'out', 'protocol', 'backend'}-taken.keys(),
                f'{task} does not use it')
     if given.get('protocol'): check_idle(['n', 'limit', 'seq_len'], 'the protocol says how much is scored')
     if n is None: n = 50 if task in ('perplexity', 'kl') else 200
@@ -128,8 +128,8 @@ def _has_gpu() -> bool:
 @_command(short_help='Check a converted model against its plan and its reference.')
 @click.argument('model')
 @click.option('--reference', help='the full-precision model it was made from')
-@click.option('--text', default='bundled', show_default=True, metavar='NAME|FILE',
-              help='the calibration text, or another to measure KL on')
+@click.option('--calibration', '--text', 'text', cls=_Renamed, default='bundled', show_default=True,
+              metavar='NAME|FILE', help='the calibration text, or another to measure KL on')
 @click.option('--within', type=float, metavar='FACTOR',
               help="accepted factor between predicted and measured KL; default: by the error of the forecast")
 @_options('backend', 'model_type', 'trust', 'json')
@@ -152,7 +152,8 @@ def verify(model, as_json, **given):
 @click.argument('name', required=False)
 @click.option('--model', default=None, help='a folder or a Hub id; default: the small model that the demo brings')
 @click.option('--fast', is_flag=True, default=None, help='small sizes, for a first look; the numbers mean little')
-@click.option('--text', metavar='NAME|FILE', help='to calibrate and, its other side, to score on')
+@click.option('--calibration', '--text', 'text', cls=_Renamed, metavar='NAME|FILE',
+              help='text to measure on; its other side is scored on')
 @click.option('--chip', metavar='NAME', help='for hardware: predict for a chip of the table, and measure no speed')
 @click.option('--context', type=int, metavar='N', help='for hardware, kv-cache and combined: tokens in the cache')
 @click.option('--questions', metavar='FILE', help='for llm: a .jsonl file instead of GSM8K')
@@ -165,7 +166,7 @@ def demo(name, output, overwrite, as_json, **given):
     \b
     optiq demo llm
     optiq demo hardware --chip "M3 Max" -o speed
-    optiq demo kv-cache --model Qwen/Qwen3-0.6B-base --text wikitext2
+    optiq demo kv-cache --model Qwen/Qwen3-0.6B-base --calibration wikitext2
     """
     from optiq.show.demos import find_demo, names
     from optiq.files import own_folder
@@ -271,8 +272,11 @@ def _chat(model, options, **given):
 @click.option('--prompt', 'prompts', multiple=True, metavar='TEXT', help='a prompt for both models; can be given again')
 @click.option('--new-tokens', default=64, show_default=True, help='tokens of an answer, at most')
 @click.option('--evaluation', default='bundled', show_default=True, metavar='NAME|FILE', help='text to measure KL on')
-@_options('n_evaluation', 'backend', 'trust', 'json')
-def _compare(first, second, prompts, n_evaluation, as_json, **given):
+@click.option('--n-evaluation', '--n-samples', 'n', cls=_Renamed, default=16, show_default=True,
+              help='evaluation sequences')
+@click.option('--seq-len', default=256, show_default=True, help='tokens in each')
+@_options('backend', 'trust', 'json')
+def _compare(first, second, prompts, as_json, **given):
     """Plans, bytes, KL and scores of two models, and the first token at which their answers differ.
 
     Scores are those of answers that `optiq eval -o` wrote into a model's folder or beside it.
@@ -281,7 +285,7 @@ def _compare(first, second, prompts, n_evaluation, as_json, **given):
     optiq compare optiq_output/demo-4.5bpw optiq_output/demo-3.5bpw --reference demo
     """
     from optiq.chat import side_by_side
-    found = side_by_side(first, second, n=n_evaluation, prompts=prompts or None, **given)
+    found = side_by_side(first, second, prompts=prompts or None, **given)
     _finish(found.figures(), repr(found), as_json)
 
 # %% ../../nbs/89c_commands.look.ipynb #54522be3

@@ -225,7 +225,7 @@ def _most_sensitive(rows: list, n: int = 8) -> list: # lines
     return [f'{r["kl"]:10.3e}{error(r)}  {r["format"]:6} {r["unit"]}' for r in top]
 
 # %% ../../nbs/89b_commands.make.ipynb #998be856
-_MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'statistics', 'backend', 'model_type',
+_MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'statistics', 'dtype', 'backend', 'model_type',
               'trust_remote_code'] # what needs the model
 
 # %% ../../nbs/89b_commands.make.ipynb #a0b58f7c
@@ -238,7 +238,7 @@ _MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'statisti
 @click.option('--candidate-bits', '--bits', 'bits', cls=_Renamed,
               help='widths to choose from, and to sweep  [default: all of --sweep, or 2,3,4,5,6,8]')
 @_options('formats', 'group_size', 'protect', 'pin', 'ceiling', 'floor', 'leave', 'tie', 'rounding', 'rounding_n')
-@_options('statistics', 'states_memory')
+@_options('statistics', 'dtype', 'states_memory')
 @click.option('--verify', type=Number(click.INT, 1000, none=True), default=0, show_default=True, metavar='N',
               help='points of each curve to measure on evaluation text, with all baselines')
 @click.option('-o', '--output', 'out', type=click.Path(), metavar='DIR',
@@ -266,7 +266,7 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
     weights = _filled(Weights, given | dict(formats=_as_formats(formats, bits, group_size, default), verify=None))
     found = trade_off(source, targets and _as_targets(targets), profiles or None, weights=weights, out=out,
                       texts=_filled(Texts, given) if given['verify'] or not saved else None,
-                      verify=given['verify'], states_memory=given['states_memory'],
+                      verify=given['verify'], states_memory=given['states_memory'], dtype=given['dtype'],
                       **{k: given[k] for k in _OPENED})
     text = f'{found["frontier"]!r}\nwritten to {out}' if out else repr(found['frontier'])
     _finish(found['figures'], text, as_json)
@@ -287,7 +287,7 @@ def _use_of(model: str, out: str, r: dict) -> str: # r: what `optimize` gave
 # %% ../../nbs/89b_commands.make.ipynb #c3973217
 @_command('kv-cache', short_help='Choose formats for the KV cache.')
 @click.argument('model')
-@click.option('--target-bits', 'target_bpw', type=float,
+@click.option('--target-bits', '--target-bpw', 'target_bpw', cls=_Renamed, type=float,
               help='cap on the average bits of a key or value  [default: 5.0]')
 @click.option('--target-size', 'max_bytes', type=float, callback=_as_bytes(_MB), metavar='MB',
               help='cap on the size of the cache at --context tokens')
@@ -336,8 +336,9 @@ def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
               help='predict for a chip of the table, such as "M3 Max"; default: this machine, measured')
 @click.option('--candidate-bits', '--bits', 'bits', cls=_Renamed,
               help='widths of uniform plans to predict  [default: 3,4,6,8]')
-@_options('formats', 'group_size', 'trust', 'json')
-def latency(model, calibrate, measure, context, chip, bits, formats, group_size, trust_remote_code, as_json):
+@_options('formats', 'group_size', 'model_type', 'trust', 'json')
+def latency(model, calibrate, measure, context, chip, bits, formats, group_size, as_json, trust_remote_code,
+            model_type):
     """Predict tokens per second of a model, and of its uniform widths, from bytes and bandwidth.
 
     \b
@@ -347,7 +348,7 @@ def latency(model, calibrate, measure, context, chip, bits, formats, group_size,
     from optiq.latency import predict_speeds
     from optiq.models import Checkpoint
     _check_group(group_size, (formats, bits, '3,4,6,8'))
-    c, candidates = Checkpoint(model, trust_remote_code), _as_formats(formats, bits, group_size, '3,4,6,8')
+    c, candidates = Checkpoint(model, trust_remote_code, model_type), _as_formats(formats, bits, group_size, '3,4,6,8')
     s = predict_speeds(c, candidates, chip, context, calibrate, measure)
     figures = dict(rows=s.rows, mean_error=s.mean_error, about=s.about)
     _finish(figures, '{chip}, {source}, context {context}; {point}\n'.format(**s.about)+str(s), as_json)

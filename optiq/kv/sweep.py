@@ -22,6 +22,7 @@ from .cache import memory_table
 from .config import kv_config, read_kv_config
 from .layout import KVLayer, KVLayout, kv_layout
 from .precondition import rotates
+from ..labels import _legend
 from ..measure.kl import probes
 from ..measure.sweep import Sweep, learned_again, rounding_of
 from ..plan import Plan, make_plan, uniform
@@ -96,8 +97,8 @@ def plot_kv(
         ax.errorbar([int(u.path.split('.')[1]) for u in us], [sweep.kl(u.path, fmt) for u in us],
                     [2*np.nan_to_num(sweep.se(u.path, fmt)) for u in us], capsize=2, lw=1, ms=4,
                     label=kind, marker=marker, color=colour)
-    ax.set(yscale='log', xlabel='layer', ylabel='KL', title=f'{sweep.header["model"]} at {fmt}')
-    ax.legend(frameon=False)
+    ax.set(yscale='log', xlabel='layer', ylabel='KL', title=f'{Path(sweep.header["model"]).name} at {fmt}')
+    _legend(ax)
     return ax
 
 # %% ../../nbs/11f_kv.sweep.ipynb #1d96d7e2

@@ -28,6 +28,7 @@ from ..readers import dumps, _helpful
 from ..rounding import round_to_files
 
 # %% ../../nbs/04c_measure.sweep.ipynb #270612e9
+@_helpful
 @dataclass
 class Sweep:
     "Measured KL of each unit in each format, by calibration sequence"
@@ -85,9 +86,9 @@ def _heat_table(
 ): # ▸ pandas DataFrame
     "KL, kinds × blocks; units outside the blocks stand at the left and right edge"
     d = sweep.to_frame().query('format == @name', local_dict=dict(name=str(fmt)))
-    outside = d.kind.eq('embed').map({True: 'before', False: 'after'})
+    outside = d.kind.eq('embed').map({True: 'in', False: 'out'})
     d['column'] = d.block.astype('string').fillna(outside)
-    order = [c for c in ['before', *map(str, range(1+int(d.block.max()))), 'after'] if c in set(d.column)]
+    order = [c for c in ['in', *map(str, range(1+int(d.block.max()))), 'out'] if c in set(d.column)]
     return d.pivot_table(index='kind', columns='column', values='kl')[order]
 
 # %% ../../nbs/04c_measure.sweep.ipynb #8e659053
@@ -103,7 +104,7 @@ def plot(self: Sweep,
     table = _heat_table(self, fmt)
     if ax is None: ax = plt.subplots(figsize=(min(12, 2.5+.35*table.shape[1]), .6+.35*len(table)))[1]
     sns.heatmap(np.log10(table), ax=ax, cmap='cividis', cbar_kws=dict(label='log₁₀ KL'), linewidths=.3)
-    ax.set(xlabel='block', ylabel='', title=f'{self.header["model"]} at {fmt}')
+    ax.set(xlabel='block', ylabel='', title=f'{Path(self.header["model"]).name} at {fmt}')
     return ax
 
 # %% ../../nbs/04c_measure.sweep.ipynb #0d6f2b98

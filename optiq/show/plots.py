@@ -12,6 +12,7 @@ import numpy as np
 
 from ..frontier import COLOURS
 from ..kv.sweep import plot_kv
+from ..labels import _legend
 from ..plan import Plan
 
 # %% ../../nbs/60_show.plots.ipynb #a287e920
@@ -77,7 +78,7 @@ def _labels(g: _Grid):
               for i, r in enumerate(g.rows)),
             *(f'<text x="{g.left+(x+.5)*g.w:.1f}" y="{y}" text-anchor="middle">{n}</text>' for x, n in shown)]
 
-def _legend(formats, colours, left, y):
+def _svg_legend(formats, colours, left, y):
     "A square and a name for each format"
     return [f'<rect x="{left+84*i}" y="{y+6}" width="12" height="12" fill="{colours[f]}"/>'
             f'<text x="{left+84*i+17}" y="{y+16}">{f}</text>' for i, f in enumerate(formats)]
@@ -106,7 +107,7 @@ def plan_svg(
     colours = colours or format_colours(f for p in both for f in p.values())
     used = [f for f in colours if any(f in p.values() for p in both)]
     drawn = [mark for p in plan for mark in _cell(p, both, colours, *g.cell(p))]
-    drawn += _labels(g)+_legend(used, colours, g.left, g.bottom+18)
+    drawn += _labels(g)+_svg_legend(used, colours, g.left, g.bottom+18)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{escape(describe(plan, other))}" '
             f'viewBox="0 0 {width} {g.bottom+44}" width="{width}" style="max-width:100%;height:auto" '
             f'font-family="sans-serif" font-size="12" fill="currentColor">{"".join(drawn)}</svg>')
@@ -119,7 +120,7 @@ def _plot_contexts(memory: list, ax):
         ax.bar(x+.4*k-.2, [r[what]/2**20 for r in memory], .38, color=COLOURS[k], label=label)
     ax.set(yscale='log', ylabel='MB', xlabel='tokens', title='memory')
     ax.set_xticks(x, [f'{r["context"]:,}' for r in memory])
-    ax.legend(frameon=False)
+    _legend(ax)
 
 # %% ../../nbs/60_show.plots.ipynb #ed544f0f
 def plot_kv_analysis(

@@ -51,6 +51,7 @@ import traceback
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from pkgutil import resolve_name
 from queue import Empty
 from types import SimpleNamespace
 
@@ -265,6 +266,13 @@ def put_nvfp4(out: Path):
         found[f'{name}.weight_scale_2'] = torch.tensor(.75)
     save_file(found, out/'model.safetensors', {'format': 'pt'})
 
+def resize(changes: dict): # dotted name ▸ new value, or {'_with': arguments} for what is called with these on top
+    "Sizes that a loader has in its code and no configuration holds; this process has nothing else to do"
+    for name, value in changes.items():
+        path, _, last = name.rpartition('.')
+        at, more = resolve_name(path), value.get('_with') if isinstance(value, dict) else None
+        setattr(at, last, value if more is None else lambda *args, f=getattr(at, last), more=more, **named: f(*args, **named | more))
+
 PACKED = dict(mxfp4=put_mxfp4, fp8=put_fp8, awq=put_awq, int4=put_int4, nvfp4=put_nvfp4)
 
 def put_draft(out: Path, config: dict):
@@ -363,7 +371,7 @@ def sample(m, rng) -> dict:
     out |= {k: np.ones(v, np.int32) for k, v in s.get('ones', {}).items()}
     out['attention_mask'] = np.ones_like(ids)
     if 'mark' in s: out[s['mark']] = ids == s['token']
-    return out | dict(scored=(np.arange(ids.shape[1]) >= ids.shape[1]-6)[None].astype(np.int32))
+    return out | dict(scored=(np.arange(ids.shape[1]) >= ids.shape[1]-s.get('scored', 6))[None].astype(np.int32))
 
 def from_end(s) -> np.ndarray: return np.flatnonzero(s['scored'])-s['scored'].size # a picture may grow in the model
 
@@ -623,6 +631,8 @@ def line(loader: str, family: str, backend: str, table: dict, long: bool, last: 
     config, told = config_of(loader, family, table)
     if long and 'long' in told: told['tokens'] = told['long']
     if quick: told['quick'] = True
+    if 'set' in told: row |= dict(resized=sorted(told['set']))
+    resize(told.get('set', {}))
     tmp = Path(tempfile.mkdtemp(prefix=f'{family}-'))
     m = SimpleNamespace(asked=config, told=told, vision=vision, backend=backend, form=None,
                         folder=tmp/'in'/family, out=tmp/'out'/family)

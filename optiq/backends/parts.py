@@ -12,27 +12,27 @@ import numpy as np
 from fastcore.basics import patch
 
 from .mlx import MLXBackend
-from .replay import _Recorded, _check_ids, check_logits
+from .replay import _Heard, _Recorded, _check_ids
 from .trees import _grown, _write, _written, _forgetful
 from ..calibration import positions, samples_of, token_ids
 
 # %% ../../nbs/03d_backends.parts.ipynb #10efef2e
 @dataclass
 class _Passed:
-    "How far a sample has come: the arguments of the blocks that it passed, and what they returned"
+    "How far a sample has come: every call of a block so far, as the model's own forward pass makes them"
     sample: dict = field(repr=False) # name ▸ array, what the model's forward pass takes
-    answers: dict = field(default_factory=dict, repr=False) # block ▸ its whole answer
-    given: dict = field(default_factory=dict, repr=False) # block ▸ the arrays among its arguments
-    upto: int = 0 # blocks whose result we return without comparing arguments
-    outside: dict = field(default_factory=dict, repr=False) # overrides of what lies outside the blocks
+    calls: list = field(default_factory=list, repr=False) # (block, the arrays among its arguments, its whole answer)
+    upto: int = 0 # calls that we answer without comparing arguments
+    lasting: dict = field(default_factory=dict, repr=False) # overrides that are still needed
+    route: list = field(default_factory=list, repr=False) # the block of each call of the whole pass, once we know it
 
     def __len__(self): return 1
 
     def at(self, block: int | None):
         "The same sample before this block; for None before everything, where blocks compare their arguments"
         if block is None: return replace(self, upto=0)
-        passed = {i: a for i, a in self.answers.items() if i < block}
-        return replace(self, upto=block, answers=passed, given={})
+        first = next((n for n, call in enumerate(self.calls) if call[0] == block), len(self.calls))
+        return replace(self, calls=self.calls[:first], upto=first)
 
 # %% ../../nbs/03d_backends.parts.ipynb #12f9a042
 def _fresh(x):
@@ -86,47 +86,62 @@ class ReplayBackend(MLXBackend):
     "Replays a model of several parts, such as one that sees or hears, one sample at a time"
     stacks = False
 
-    def forward(self, sample): # ▸ (1, S, V), the logits of the positions that are scored
+    def raw(self, sample): # ▸ (1, S, V), the logits of the positions that are scored
         mx, ids = self.xp, token_ids(_as_sample(sample))
         _check_ids(self.checkpoint, ids)
         known = {k: mx.array(_narrow(v)) for k, v in _as_sample(sample).items() if k != 'scored'}
         with _forgetful(self.model): z = _answer(self.model, known)
-        if 'scored' in sample: z = z[:, mx.array(positions(sample)-ids.shape[-1])] # from the end
-        return check_logits(self, z)
+        return z[:, mx.array(positions(sample)-ids.shape[-1])] if 'scored' in sample else z # from the end
 
-    def embed(self, batch, overrides: dict = {}): return _Passed(_as_sample(batch), outside=overrides)
+    def embed(self, batch, overrides: dict = {}): return _Passed(_as_sample(batch), lasting=overrides)
     def run_block(self, i: int, states, overrides: dict = {}): return self.replay(states, overrides, i)[0]
     def head(self, states, overrides: dict = {}): return self.replay(states, overrides)[1]
     def logits(self, batch, overrides: dict = {}): return self.head(self.embed(batch), overrides)
-    def change(self, states, overrides: dict): return replace(states, outside=states.outside | overrides)
+    def change(self, states, overrides: dict): return replace(states, lasting=states.lasting | overrides)
     def record(self, batch, overrides: dict = {}): return self.replay(self.embed(batch), overrides)
 
 # %% ../../nbs/03d_backends.parts.ipynb #a0c90487
-def _recall(states: _Passed, i: int, changed: bool, args, kwargs) -> tuple:
-    "The arguments of block `i`, and what it returns, or None if we do not know that"
-    if i < states.upto and i in states.answers: return states.given.get(i, []), states.answers[i]
-    given = _arrays_in(args, kwargs)
-    known = not changed and i in states.given and _alike(given, states.given[i])
-    return given, states.answers[i] if known else None
+def _recall(states: _Passed, n: int, i: int, changed: bool, args, kwargs) -> tuple:
+    "The arguments of call `n`, which is of block `i`, and what it returns, or None if we do not know that"
+    block, given, known = states.calls[n] if n < len(states.calls) else (None, None, None)
+    if block == i and n < states.upto: return given, known
+    now = _arrays_in(args, kwargs)
+    return now, known if block == i and not changed and _alike(now, given) else None
+
+# %% ../../nbs/03d_backends.parts.ipynb #a43c2ae7
+@patch
+def way(self: ReplayBackend, states: _Passed) -> list:
+    "The block of each call that the whole pass of a sample makes"
+    if not states.route: states.route.extend(i for i, *_ in self.record(states.sample)[0].calls)
+    return states.route
+
+@patch
+def inputs(self: ReplayBackend, i: int | None, states, hear, overrides: dict = {}):
+    if i is None: return MLXBackend.inputs(self, i, states, hear, overrides)
+    calls = max((n+1 for n, block in enumerate(self.way(states)) if block == i), default=0)
+    with self.listening(hear, i):
+        try: passed = self.replay(states, overrides, i, calls)[0]
+        except _Heard: return None
+    return self.run_block(i, states, overrides) if max(states.route[:len(passed.calls)], default=0) > i else passed
 
 # %% ../../nbs/03d_backends.parts.ipynb #4cdc1753
 @patch
 def replay(self: ReplayBackend, states: _Passed, overrides: dict = {},
-           stop: int | None = None) -> tuple: # states, logits
-    "Continue from `states`, to the end of block `stop` or to the logits"
-    mine, passed = {}, replace(states, answers={}, given={})
-    for p, f in (states.outside | overrides).items():
-        mine.setdefault(self.find(p).block, {})[p] = f
+           stop: int | None = None, least: int = 0) -> tuple: # states, logits
+    "Continue from `states`, to the end of block `stop` and `least` calls, or to the logits"
+    lasting, mine, calls = states.lasting | overrides, {}, []
+    for p, f in lasting.items(): mine.setdefault(self.find(p).block, {})[p] = f
+    if stop is not None and {*mine}-{None}: self.way(states) # what is called later?
     def answer(i, *args, **kwargs):
-        if stop is not None and i > stop: raise _Recorded # this sample does not pass block `stop`
-        passed.given[i], known = _recall(states, i, i in mine, args, kwargs)
-        passed.answers[i] = known or self.whole_answer(i, mine.get(i, {}), args, kwargs)
-        if i == stop: raise _Recorded
-        out, wrote = _grown(_fresh, passed.answers[i])
+        if stop is not None and i > stop and len(calls) >= max(least, states.upto): raise _Recorded
+        given, known = _recall(states, len(calls), i, i in mine, args, kwargs)
+        calls.append((i, given, known or self.whole_answer(i, mine.get(i, {}), args, kwargs)))
+        out, wrote = _grown(_fresh, calls[-1][2])
         for k, x in _written(args, kwargs).items(): _write(x, wrote[k])
         return out
     with self.swapped(mine.get(None, {})), self.stand_ins(answer):
-        try: logits = self.forward(states.sample)
+        try: logits = (self.forward if stop is None else self.raw)(states.sample)
         except _Recorded: logits = None
-    upto = self.n_blocks if stop is None else stop+1
-    return replace(passed, upto=upto, outside=mine.get(None, {})), logits
+    later = {None, *(states.route[len(calls):] if stop is not None else ())}
+    kept = {p: f for p, f in lasting.items() if self.find(p).block in later}
+    return replace(states, calls=calls, upto=len(calls), lasting=kept), logits

@@ -63,7 +63,9 @@ class Backend:
     ): # (B, T, D) states that enter the first block
         "States before the first block; records all blocks' arguments; raises ValueError for ids beyond the vocabulary"
         _check_ids(self.checkpoint, np.asarray(batch))
-        if not self.chain: return _Streams(self, np.asarray(batch), overrides, spans=self.ways and self._spans)
+        if not self.chain:
+            self.order() # now, since later somebody may listen to the blocks
+            return _Streams(self, np.asarray(batch), overrides, spans=self.ways and self._spans)
         self.calls, self.batch_size, states = [], len(batch), []
         def stand_in(i, x, *args, **kwargs):
             if i == 0: states.append(x)

@@ -1,0 +1,125 @@
+"Models whose pass calls blocks twice, not at all, or in another order than they are numbered"
+from types import SimpleNamespace
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from mlx import nn
+
+from optiq.backends.mlx import MLXBackend
+from optiq.backends.parts import ReplayBackend
+from optiq.backends.torch import TorchBackend
+from optiq.formats import Format
+from optiq.rounding import as_overrides, round_model
+from optiq.statistics import Statistics
+from optiq.units import Unit
+
+ROUTES = {'in order': (0, 1, 2, 3), 'a block twice': (0, 1, 0, 1, 2, 3), 'a block that is not reached': (0, 2, 3),
+          'another order': (2, 3, 0, 1), 'all of it': (3, 0, 2, 0)}
+D, V, F4 = 64, 96, Format(4, 32)
+
+def weights():
+    r = np.random.default_rng(0)
+    named = {f'blocks.{i}.{k}': (D, D) for i in range(4) for k in ('fc', 'out')}
+    return {k: r.standard_normal(s).astype('f4')/8 for k, s in dict(embed=(V, D), **named, lm_head=(V, D)).items()}
+
+class Block(nn.Module):
+    def __init__(self): self.fc, self.out = (nn.Linear(D, D, bias=False) for _ in range(2))
+    def __call__(self, x): return x+self.out(mx.tanh(self.fc(x)))
+
+class Model(nn.Module):
+    def __init__(self, route):
+        self.embed, self.lm_head = nn.Embedding(V, D), nn.Linear(D, V, bias=False)
+        self.blocks, self.route = [Block() for _ in range(4)], route
+        self.load_weights([(f'{k}.weight', mx.array(w)) for k, w in weights().items()])
+    def __call__(self, ids):
+        x = self.embed(ids)
+        for i in self.route: x = self.blocks[i](x)
+        return self.lm_head(x)
+
+class TorchBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.out = (torch.nn.Linear(D, D, bias=False) for _ in range(2))
+    def forward(self, x): return x+self.out(self.fc(x).tanh())
+
+class TorchModel(torch.nn.Module):
+    def __init__(self, route):
+        super().__init__()
+        self.embed, self.lm_head = torch.nn.Embedding(V, D), torch.nn.Linear(D, V, bias=False)
+        self.blocks, self.route = torch.nn.ModuleList(TorchBlock() for _ in range(4)), route
+        self.load_state_dict({f'{k}.weight': torch.from_numpy(w) for k, w in weights().items()})
+    def forward(self, input_ids, use_cache):
+        x = self.embed(input_ids)
+        for i in self.route: x = self.blocks[i](x)
+        return SimpleNamespace(logits=self.lm_head(x))
+
+class Parts(ReplayBackend):
+    def raw(self, sample): return self.model(mx.array(sample['input_ids']))
+
+def opened(kind, route):
+    "A backend of a model of this route, without a checkpoint on disk"
+    units = [Unit(p, p.split('.')[-1], w.shape, int(p[7]) if 'blocks' in p else None, 'float32') for p, w in weights().items()]
+    b = object.__new__(kind)
+    b.checkpoint = SimpleNamespace(units=units, unit={u.path: u for u in units}, n_blocks=4, blocks={'blocks': 4}, vocabulary=V,
+                                   name='made here', tied=False, text_only=False)
+    b.n_blocks, b.xp, b.device = 4, torch if kind is TorchBackend else mx, 'cpu'
+    b.dtype, b.model = b.xp.float32, (TorchModel if kind is TorchBackend else Model)(route)
+    if kind is TorchBackend:
+        b.model.requires_grad_(False).config = SimpleNamespace()
+        b.blocks, named = list(b.model.blocks), dict(b.model.named_parameters())
+        b.slots = {u.path: (named[f'{u.path}.weight'], None) for u in units}
+    return b
+
+def by_hand(route, ids, changed):
+    "The logits, with nothing of the package"
+    w = {k: x.astype('f8')*(.8 if k in changed else 1) for k, x in weights().items()}
+    x = w['embed'][ids]
+    for i in route: x = x+np.tanh(x @ w[f'blocks.{i}.fc'].T) @ w[f'blocks.{i}.out'].T
+    return x @ w['lm_head'].T
+
+def change(paths): return {p: lambda w: w*.8 for p in paths}
+def close(z, want): return np.allclose(z, want, rtol=1e-4, atol=1e-4)
+
+kinds = pytest.mark.parametrize('kind', [Parts, MLXBackend, TorchBackend])
+routes = pytest.mark.parametrize('route', ROUTES.values(), ids=ROUTES)
+
+@kinds
+@routes
+def test_replay_is_the_models_own_pass(kind, route):
+    "Each unit alone and all together, block by block"
+    b, ids = opened(kind, route), np.random.default_rng(1).integers(0, V, (1, 12))
+    paths = [*b.checkpoint.unit]
+    for changed in *([p] for p in paths), paths:
+        def at(i): return change(p for p in changed if b.checkpoint.unit[p].block == i)
+        x = b.embed(ids, at(None))
+        for i in range(4): x = b.run_block(i, x, at(i))
+        assert close(b.numpy(b.head(x, at(None))), by_hand(route, ids, changed)), changed
+
+@routes
+def test_a_sweep_of_samples_starts_before_the_first_call(route):
+    b, sample = opened(Parts, route), dict(input_ids=np.random.default_rng(1).integers(0, V, (1, 12)))
+    passed, z = b.record(sample)
+    assert close(b.numpy(z), by_hand(route, sample['input_ids'], ()))
+    for p, u in b.checkpoint.unit.items():
+        z = b.head(passed.at(u.block), change([p]))
+        assert close(b.numpy(z), by_hand(route, sample['input_ids'], [p])), p
+
+@kinds
+@routes
+@pytest.mark.parametrize('method', ['search', 'gptq'])
+def test_all_units_are_rounded(kind, route, method):
+    "With less error than min-max leaves, wherever a block is met"
+    b, ids = opened(kind, route), np.random.default_rng(1).integers(0, V, (8, 64))
+    plan = dict.fromkeys(b.checkpoint.unit, F4)
+    done, simple = (dict(round_model(b, ids, plan, m)) for m in (method, 'minmax'))
+    assert {*done} == {*b.checkpoint.unit}
+    def off(found): return np.mean([((b.numpy(b.logits(row[None], as_overrides(found)))-by_hand(route, row[None], ()))**2).mean() for row in ids])
+    assert off(done) < off(simple)
+
+@routes
+def test_every_call_of_a_block_is_heard(route):
+    b, ids = opened(Parts, route), np.random.default_rng(1).integers(0, V, (2, 12))
+    heard = Statistics(b, ids, False)
+    found = {u.block: heard[p].count if heard[p] else 0 for p, u in b.checkpoint.unit.items() if u.block is not None}
+    assert found == {i: ids.size*route.count(i) for i in range(4)}

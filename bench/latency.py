@@ -1,6 +1,6 @@
 """How well does the roofline predict decode speed? Random weights at the shapes of Qwen3, on this machine.
 
-    python bench/latency.py -o latency.json [--shapes 0.6B,1.7B,8B] [--bits 3,4,6,8] [--rounds 40] [--contexts 2048]
+    python bench/latency.py -o latency.json [--shapes 0.6B,1.7B,8B] [--bits 3,4,6,8] [--rounds 40] [--contexts 2048] [--drawn 10]
     python bench/latency.py --from latency.json [MORE.json …] [-o together.json]
 
 The first measures: the chip (bandwidth, overheads, matrix-vector products for every format and shape), then the decode speed of
@@ -26,7 +26,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from optiq.report import machine
 from optiq.formats import Format
 from optiq.plan import make_plan, uniform
-from optiq.chips import Speed, _decode_once, _extend, _keep_busy, _measure_chip, _on_gpu, _per_step, _stand_in
+from optiq.chips import Speed, _decode_once, _extend, _keep_busy, _measure_chip, _on_gpu, _per_step, _stand_in, _token_chain
 from optiq.latency import _LEARNED, compare_speeds
 from optiq.roofline import Chip, Latency, reads_of, skeleton
 from optiq.material.configs import hub_config
@@ -47,11 +47,17 @@ def every_other(reads, low, high):
     formats = {u.path: high if (u.block or 0) % 2 else low for u in reads.units}
     return make_plan(reads, formats, f'alternating {low.bits},{high.bits}')
 
-def plans_of(reads, bits):
-    "The uniform plans, and two mixed ones"
+def at_random(reads, fmts, k):
+    "A format for each unit, drawn with shares that are drawn themselves"
+    rng = np.random.default_rng(k)
+    shares = rng.dirichlet(np.ones(len(fmts)))
+    return make_plan(reads, {u.path: fmts[rng.choice(len(fmts), p=shares)] for u in reads.units}, f'drawn {k}')
+
+def plans_of(reads, bits, drawn=0):
+    "The uniform plans, two mixed ones, and some that are drawn at random"
     fmts = [Format(b, 64) for b in bits]
     made = [uniform(reads, f) for f in fmts]+[mixed(reads, Format(4, 64), fmts[-1]), every_other(reads, fmts[0], fmts[-2])]
-    return {p.name: p for p in made}
+    return {p.name: p for p in made+[at_random(reads, fmts, k) for k in range(1, drawn+1)]}
 
 def decode_speeds(models, context, tokens, rounds, seconds):
     "name ▸ Speed, one run of each model per round, in an order that turns; fewer rounds if time is up, but five at least"
@@ -78,6 +84,11 @@ def block_times(model, first, runs):
         try: found.append(_per_step(forward, 1, 2, first, 3*runs))
         finally: model.model.layers = blocks
     return dict(seconds=(found[1]['seconds']-found[0]['seconds'])/3, raw=found)
+
+def tokens_alone(models, bandwidth, runs):
+    "Device seconds of one token of each model, sent off while the device is busy with something else: nothing waits for the host"
+    first = _keep_busy(bandwidth, 30) if _on_gpu() else None
+    return {n: _per_step(_token_chain(m), 1, 3, first, 2*runs) for n, m in models.items()}
 
 class Results(dict):
     "What was found so far, in a file that is written after each part"
@@ -111,17 +122,19 @@ def measure(args):
     shapes, bits, out = args.shapes.split(','), sorted(map(int, args.bits.split(','))), Results(args.o)
     formats = [Format(b, 64) for b in bits]
     reads = {s: reads_of(skeleton(c := config_of(s)), c) for s in shapes}
-    out.keep(about=dict(machine(), device=str(mx.device_info()), command=vars(args)), shapes=shapes, bits=bits)
+    out.keep(about=dict(machine(), device=str(mx.device_info()), command=vars(args)), shapes=shapes, bits=bits, drawn=args.drawn)
     first = measure_machine(args, out, reads, formats)
-    decode, blocks, contexts = {}, {}, [int(c) for c in args.contexts.split(',') if c]
+    decode, blocks, alone, contexts = {}, {}, {}, [int(c) for c in args.contexts.split(',') if c]
     for s in shapes:
-        models = {n: _stand_in(skeleton(config_of(s)), p) for n, p in plans_of(reads[s], bits).items()}
+        models = {n: _stand_in(skeleton(config_of(s)), p) for n, p in plans_of(reads[s], bits, args.drawn).items()}
         speeds = decode_speeds(models, args.context, args.tokens, args.rounds, args.seconds)
         decode[s] = {n: dict(runs=v.runs.tolist(), context=v.context) for n, v in speeds.items()}
         out.keep(decode=decode)
         for n, v in speeds.items(): print(f'{s} {n}: {v}', flush=True)
         if args.chip is None: blocks[s] = {f'uniform {f}': block_times(models[f'uniform {f}'], first, args.runs) for f in formats}
         out.keep(blocks=blocks)
+        if args.drawn: alone[s] = tokens_alone(models, out['chip']['bandwidth'], args.runs)
+        out.keep(alone=alone)
         some = {n: m for n, m in models.items() if n in (CALIBRATION, f'uniform {formats[-1]}')}
         for context in contexts:
             long = decode_speeds(some, context, args.tokens, args.rounds//4, args.seconds/6)
@@ -142,7 +155,7 @@ def block_error(d, draws=1000):
 def on_device(found, chip, s):
     "Microseconds of one block on the device alone: measured, and predicted with overheads learned at the calibration format"
     reads = reads_of(skeleton(c := config_of(s)), c)
-    plans, blocks = plans_of(reads, found['bits']), found['blocks'].get(s, {})
+    plans, blocks = plans_of(reads, found['bits'], found.get('drawn', 0)), found['blocks'].get(s, {})
     if CALIBRATION not in blocks: return []
     lat, inner, rows = Latency(chip, reads), [u for u in reads.units if u.block is not None], []
     read = {n: 1e3*sum(lat(u, plans[n][u.path]) for u in inner)/reads.layers for n in blocks}
@@ -152,6 +165,14 @@ def on_device(found, chip, s):
         rows.append(dict(name=n, measured=measured, measured_se=block_error(d), predicted=read[n]+rest, error=(read[n]+rest)/measured-1,
                          calibration=n == CALIBRATION, as_measured_on_the_chip=read[n]+chip.dispatch))
     return rows
+
+def alone(found, chip, s):
+    "Milliseconds of a token on the device alone: measured, and predicted with one calibration point"
+    reads, seconds = reads_of(skeleton(c := config_of(s)), c), found.get('alone', {}).get(s, {})
+    plans, lat, c = plans_of(reads, found['bits'], found.get('drawn', 0)), Latency(chip, reads, 2), CALIBRATION
+    ms = {n: 1e3*d['seconds'] for n, d in seconds.items()}
+    return [dict(name=n, measured=t, predicted=(p := lat.device(plans[n])+ms[c]-lat.device(plans[c])), error=p/t-1, calibration=n == c)
+            for n, t in ms.items()]
 
 def against(chip, reads, plans, speeds):
     "Prediction with one calibration point, and its table"
@@ -167,7 +188,7 @@ def variants(found, chip):
     out = {}
     for s, decode in found['decode'].items():
         reads, c = reads_of(skeleton(c := config_of(s)), c), CALIBRATION
-        plans = plans_of(reads, found['bits'])
+        plans = plans_of(reads, found['bits'], found.get('drawn', 0))
         ms, lat = {n: 1e3/np.array(decode[n]['runs']) for n in plans}, Latency(chip, reads, round(decode[c]['context']))
         device = {n: lat.device(p) for n, p in plans.items()}
         models = {'max(device, host)': lambda n, t: lat.learn(plans[c], t).ms(plans[n]), # as the package has it
@@ -189,7 +210,7 @@ def predict(found):
     chip, tables, shorts = Chip(**found['chip']), {}, dict(median=[], fastest=[])
     for s in found['decode']:
         reads = reads_of(skeleton(c := config_of(s)), c)
-        plans = plans_of(reads, found['bits'])
+        plans = plans_of(reads, found['bits'], found.get('drawn', 0))
         speeds = {n: Speed(np.array(d['runs']), d['context']) for n, d in found['decode'][s].items()}
         best = {n: Speed(v.runs.max(keepdims=True), v.context) for n, v in speeds.items()}
         (lat, table), (_, fastest) = (against(chip, reads, plans, v) for v in (speeds, best))
@@ -207,7 +228,12 @@ def predict(found):
         blocks = on_device(found, chip, s)
         for r in blocks: print(f'one block on the device, {r["name"]}: predicted {r["predicted"]:.1f} µs, measured {r["measured"]:.1f} '
                                f'± {r["measured_se"]:.1f} µs, {r["error"]:+.1%}'+' *'*r['calibration'])
-        tables[s] = dict(rows=table.rows, fastest=fastest.rows, blocks=blocks, mean_error=table.mean_error, long_context=far,
+        tokens = alone(found, chip, s)
+        for r in tokens: print(f'a token on the device, {r["name"]}: predicted {r["predicted"]:.2f} ms, measured {r["measured"]:.2f}, {r["error"]:+.1%}'
+                               +' *'*r['calibration'])
+        off = [abs(r['error']) for r in tokens if not r['calibration']]
+        if off: print(f'a token on the device: mean absolute error of {len(off)} plans {np.mean(off):.2%}, worst {max(off):.2%}')
+        tables[s] = dict(rows=table.rows, alone=tokens, fastest=fastest.rows, blocks=blocks, mean_error=table.mean_error, long_context=far,
                          fastest_mean_error=fastest.mean_error, terms={n: plain.terms(p) for n, p in plans.items()},
                          learned={k: getattr(lat.chip, k) for k in _LEARNED})
     for kind, e in shorts.items(): print(f'{kind}: mean absolute error of {len(e)} plans: {np.mean(e):.2%}, worst {max(e):.2%}')
@@ -218,9 +244,9 @@ def joined(files):
     parts = [json.loads(Path(f).read_text()) for f in files]
     first = parts[0]
     if any(p['chip'] != first['chip'] for p in parts): raise SystemExit('the files are of different chips: predict from each by itself')
-    decode, blocks = ({s: v for p in parts for s, v in p[k].items()} for k in ('decode', 'blocks'))
+    decode, blocks, alone = ({s: v for p in parts for s, v in p.get(k, {}).items()} for k in ('decode', 'blocks', 'alone'))
     further = first.get('further', {}) | {', '.join(p['decode']): dict(about=p['about']) for p in parts[1:]}
-    return dict(about=first['about'], further=further, bits=first['bits'], chip=first['chip'], raw=first['raw'], decode=decode, blocks=blocks)
+    return dict(about=first['about'], further=further, bits=first['bits'], drawn=first.get('drawn', 0), chip=first['chip'], raw=first['raw'], decode=decode, blocks=blocks, alone=alone)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -229,6 +255,7 @@ def main():
     p.add_argument('--chip', help='take the chip from the file of an earlier run, and measure decoding only')
     p.add_argument('--shapes', default='0.6B,1.7B,8B')
     p.add_argument('--bits', default='3,4,6,8')
+    p.add_argument('--drawn', type=int, default=0, help='plans with a format drawn for each unit')
     p.add_argument('--runs', type=int, default=7, help='of each measurement of the chip')
     p.add_argument('--rounds', type=int, default=40, help='of decoding')
     p.add_argument('--seconds', type=float, default=55, help='for decoding, per shape')

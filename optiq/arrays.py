@@ -95,12 +95,12 @@ def _count_below(
 
 # %% ../nbs/70_arrays.ipynb #78a63926
 def pack_codes(
-    codes, # (…, in_dims) whole numbers below 2**bits; a PyTorch tensor is packed where it lies
+    codes, # (…, in_dims) whole numbers below 2**bits; packed where they lie
     bits: int, # code width
-) -> np.ndarray: # (…, in_dims·bits/32) uint32
+): # (…, in_dims·bits/32) uint32, an MLX array if the codes are one, else NumPy
     "Codes as MLX stores them: a little-endian stream of bits"
-    if not hasattr(codes, 'is_cuda'): codes = np.asarray(codes)
     eight = codes.reshape(*codes.shape[:-1], -1, 8) # that fill as many bytes as a code has bits
     words = sum(as_type(eight[..., i], 'int64') << bits*i for i in range(8))
     stream = words[..., None].view(library(words)[0].uint8)[..., :bits].reshape(*codes.shape[:-1], -1)
-    return np.ascontiguousarray(stream if isinstance(stream, np.ndarray) else stream.cpu().numpy()).view('<u4')
+    if hasattr(stream, 'cpu'): stream = stream.cpu().numpy()
+    return np.ascontiguousarray(stream).view('<u4') if isinstance(stream, np.ndarray) else stream.view(library(stream)[0].uint32)

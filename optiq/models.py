@@ -167,13 +167,19 @@ def cannot_open(folder: Path, config: dict, library: str, e: Exception) -> Value
                       f'by its config.json: {why}')
 
 # %% ../nbs/01_models.ipynb #8e860818
-def _digest(files: list[Path]) -> str:
-    "Sixteen hex digits that stand for every byte of these files, in their order"
+def _digest(file: Path, start: int, stop: int) -> bytes:
+    "A digest of the bytes of a file from `start` up to `stop`"
     h = hashlib.sha256()
-    for file in files:
-        with open(file, 'rb') as f:
-            while chunk := f.read(2**24): h.update(chunk)
-    return h.hexdigest()[:16]
+    with open(file, 'rb') as f:
+        f.seek(start)
+        while chunk := f.read(min(2**24, stop-start)):
+            h.update(chunk)
+            start += len(chunk)
+    return h.digest()
+
+def _first_number(name: str) -> int | None:
+    "The block of a tensor, by its name: that of model.layers.3.mlp.experts.17.up_proj.weight is 3"
+    return next((int(p) for p in name.split('.') if p.isdigit()), None)
 
 # %% ../nbs/01_models.ipynb #a319a8e4
 _TOKENIZER = 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'
@@ -285,9 +291,23 @@ class ModelFolder:
         return _open_tokenizer(self.folder, self.trust_remote_code)
 
     @cached_property
-    def fingerprint(self):
-        as_type = '' if self.dtype is None else f' as {self.dtype}'
-        return _digest([self.folder/'config.json', *self.files])+as_type
+    def fingerprint(self) -> str:
+        "Sixteen hex digits that stand for every byte of config.json and of the weights"
+        h, as_type = hashlib.sha256((self.folder/'config.json').read_bytes()), f' as {self.dtype}' if self.dtype else ''
+        for file in self.files:
+            table = sorted(read_header(file).items(), key=lambda x: x[1]['data_offsets'])
+            h.update(_digest(file, 0, table[0][1]['data_offsets'][0] if table else file.stat().st_size))
+            for name, t in table: h.update(self.digests.get((file, name)) or _digest(file, *t['data_offsets']))
+        return h.hexdigest()[:16]+as_type
+
+    @cached_property
+    def digests(self) -> dict: return {} # (file, tensor) ▸ what is known before the fingerprint is asked for
+
+    def digest(self, block: int):
+        "Digest the tensors of a block now, since they have just been read"
+        for file, (name, t) in ((f, x) for f in self.files for x in read_header(f).items()):
+            if _first_number(name) != block or (file, name) in self.digests: continue
+            self.digests[file, name] = _digest(file, *t['data_offsets'])
 
 # %% ../nbs/01_models.ipynb #c74238b0
 _NO_WEIGHTS = r'inv_freq$|rotary|position_ids|lm_head\.weight$' # of a tied head; `check_two_heads` looks at that

@@ -19,7 +19,7 @@ from .backends.open import open_backend
 from .calibration import fingerprint
 from .convert import as_saved, convert
 from .draft import _check_draft
-from .evals.perplexity import check_calibration, overrides_of, _scores
+from .evals.perplexity import check_calibration, overrides_of, _scores, _Text
 from .families.samples import batch_for
 from .files import added_files, can_draw, claiming, journal_of, own_output, scratch, whole_folder
 from .fit import _untested
@@ -55,7 +55,8 @@ def _choose(b, t: _Batches, sweep: Sweep, rounding: str, verify: bool, only=None
     "The plan to save: the one with the lowest predicted KL, or, with `verify`, with the lowest measured KL"
     if not verify: return allocate(sweep, **options), None
     quantize = _quantizer_of_plans(b, t, measured or options['formats'], rounding, keep)
-    v = verified(b, t.tokens, sweep, quantize=quantize, only=only, **options)
+    beside = [] if t.begun is None else [t.begun]
+    v = verified(b, t.tokens, sweep, quantize=quantize, only=only, beside=beside, **options)
     if keep is not None:
         quantize.keep_ends(v.plan)
         t.kept.update(quantize.kept)
@@ -75,7 +76,7 @@ def _write_and_score(b, plan, others, t: _Batches, v, out, sweep, overwrite, rou
     twin = {n: 'optiq' for n, p in others.items() if v and p == plan and plain} # a baseline that was kept
     rivals = {n: overrides_of(p) for n, p in others.items() if n not in twin}
     def score(mine): # overrides of our plan ▸ rows of the model card
-        scores.update(_scores(b, t.scored, {'optiq': mine} | rivals))
+        scores.update(_scores(b, t.scored, {'optiq': mine} | rivals, t.begun))
         scores['joint'] = _kl_on_calibration(b, t, v, mine, rounding, polish)
         return {f'measured on {t.about["evaluation"].rsplit(", ", 1)[0]}': str(scores['optiq'])}
     if out is not None: _write_model(b, plan, t, out, sweep, overwrite, rounding, polish, draft,
@@ -117,6 +118,10 @@ def _codes_kept(b, out, rounding: str, room: float): # ▸ folder, or None
     if out is None or b.holds or rounding != 'search': return nullcontext()
     return scratch(out, room)
 
+def _score_beside(b, t: _Batches, plans: dict): # name ▸ Plan
+    "Have the baselines of a streamed model scored while its plans are verified: it is read once for both"
+    if not b.holds and b.stacks: t.begun = _Text(b, t.scored, {n: overrides_of(p) for n, p in plans.items()})
+
 # %% ../nbs/08_pipeline.ipynb #50bd03d3
 def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     "Measure, choose, write, and score what was written"
@@ -131,10 +136,12 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     _announce_road(expected := _expected(b, t, job, likely, method))
     found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=method, targets=targets,
                         max_memory=job.states_memory)
+    lowest = min(f for f in job.formats if f != AS_IS)
+    if w.verify is not False: _score_beside(b, t, _baselines(c, likely, lowest) if w.compare is not False else {})
     with _codes_kept(b, out, rounding, len(job.formats)*likely.nbytes) as keep:
         plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, keep, **options)
         if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured
-        others = _baselines(c, plan, min(f for f in job.formats if f != AS_IS)) if w.compare is not False else {}
+        others = _baselines(c, plan, lowest) if w.compare is not False else {}
         report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish,
                                          w.draft)
     if out is not None and w.sweep is None: journal_of(out).unlink(missing_ok=True)

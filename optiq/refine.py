@@ -34,12 +34,14 @@ def _joint_kl(
     plans: dict, # name ▸ Plan
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip, or a mapping of paths to such
     tick = lambda share: None, # as of `evaluate`
+    beside: list | tuple = (), # likewise
 ) -> dict: # name ▸ (n,)
     "Measured KL of whole plans, in nats, per sequence; equal plans are measured once"
     def key(p): return tuple(p.formats.items())
     first = {}
     for name, p in plans.items(): first.setdefault(key(p), name)
-    scores = evaluate(b, tokens, {name: overrides_of(plans[name], quantize) for name in first.values()}, tick=tick)
+    scores = evaluate(b, tokens, {name: overrides_of(plans[name], quantize) for name in first.values()}, tick=tick,
+                      beside=beside)
     return {name: scores[first[key(p)]].kl for name, p in plans.items()}
 
 # %% ../nbs/05c_refine.ipynb #66089e52
@@ -216,6 +218,7 @@ def verified(
     rounds: int = 2, # how often units are measured again; never if the model is streamed
     seed: int = 0,
     progress: bool = True, # say on stderr what is measured
+    beside: list | tuple = (), # texts to be scored in the same walk, as of `evaluate`
     **options, # of `allocate`
 ) -> Verified:
     """Allocate, measure the plan beside near-optimal ones and baselines of its bytes, and keep the best
@@ -232,7 +235,7 @@ def verified(
     many = f'{len(ours)+len(flats)} plans on {prod(shape_of(tokens)):,} tokens'
     if progress: print(f'verifying {many}', file=sys.stderr)
     with _bar(show=progress) as bar:
-        kl = _joint_kl(b, tokens, ours | flats, quantize, bar.update)
+        kl = _joint_kl(b, tokens, ours | flats, quantize, bar.update, beside)
     best = min(ours, key=lambda x: kl[x].mean())
     rounds = rounds if b.holds else 0 # each reads a streamed model twice more
     history = improve(b, tokens, q, ours, kl, best, tolerance, rounds, quantize)[1]

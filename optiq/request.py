@@ -172,6 +172,7 @@ class _Batches:
     about: dict # what to say of them
     source: str | None = None # where the calibration text comes from, if it has a name
     kept: dict = field(default_factory=dict) # (unit path, Format) ▸ file of its tensors, rounded for verification
+    begun: object = None # what is known of `scored` already: baselines of a streamed model, scored in verification
 
 # %% ../nbs/08a_request.ipynb #903d122e
 def _load_sweep(sweep: 'Sweep | str | Path') -> Sweep:

@@ -51,6 +51,7 @@ class Backend:
     on_gpu = False # whether it computes on a GPU
     takes_caches = False # whether its model can be run with caches of mlx-lm
     memory = None # bytes that everything may take, where the model is streamed; None: what is free
+    digesting = False # whether each block that is streamed is digested, since somebody will ask for the fingerprint
     statistics = None # cache unit ▸ preconditioner, while rotated formats have one
     cached = {} # path ▸ keys or values of a layer, as units; `optiq.kv.layout` fills it in
     stands_in = False # for MLX, which runs what is saved

@@ -45,6 +45,7 @@ class _OneBlock(_Eager):
             self.inner = None
             self.xp.clear_cache()
             self.inner, self.held = self.open(), i
+            if self.digesting: self.checkpoint.digest(i)
         return _block(self.inner, self.checkpoint.blocks, i)
 
     def module(self, path: str):
@@ -123,6 +124,7 @@ class StreamingBackend(_Eager, MLXBackend):
             self.model, self.held, self.tables = self.open(), i, {}
             self.xp.clear_cache()
             for path in self.checkpoint.blocks: self.check(f'{path}.{i}.')
+            if self.digesting: self.checkpoint.digest(i)
         return super().block(i)
 
     def unit_weight(self, path: str):

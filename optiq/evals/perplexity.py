@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from ..backends.near import Near
 from ..backends.open import open_backend
-from ..backends.replay import Backend
+from ..backends.replay import Backend, available_memory
 from ..calibration import fingerprint, overlap, passages, positions, samples_of, token_batch, token_ids
 from ..calibration import unscored
 from ..formats import AS_IS, for_unit, quantize_dequantize
@@ -108,6 +108,69 @@ def by_position(
     parts = [np.nanmean(self.tokens[1][:, a:b], 1) for a, b in zip(edges, edges[1:])]
     return np.array([p.mean() for p in parts]), np.array([_se(p) for p in parts])
 
+# %% ../../nbs/31_evals.perplexity.ipynb #aa89d8f9
+class _Batch:
+    "Some sequences on their way through the blocks, with every variant that we score on them"
+    def __init__(self, b: Backend, ids: np.ndarray): # ids (B, T)
+        self.b, self.ids, self.everyone, self.states, self.calls, self.rows = b, ids, {}, {}, {}, {}
+
+    def step(self, i: int | None): # block, or None for what comes before the first
+        near, todo = Near(self.b), {n: x for n, x in self.everyone.items() if n not in self.rows}
+        for n, (m, v) in todo.items():
+            if i is None:
+                self.states[n] = m.embed(self.ids, _at(m, v, None))
+                self.calls[m] = vars(m).get('calls'), vars(m).get('batch_size')
+            elif i < m.n_blocks:
+                m.calls, m.batch_size = self.calls[m]
+                with near.kept() if n == 'reference' else near.beside():
+                    self.states[n] = m.run_block(i, self.states[n], _at(m, v, i))
+
+    def score(self):
+        "Score those that have arrived, and keep the states of the reference alone"
+        self.rows |= _score(self.ids, self.states, {n: self.everyone[n] for n in self.states})
+        self.states = {'reference': self.states['reference']}
+
+# %% ../../nbs/31_evals.perplexity.ipynb #34b21803
+def _together(b: Backend, batches: list) -> list: # of lists of batches
+    "Batches that walk together"
+    if b.holds: return [[x] for x in batches]
+    width, groups, room = b.checkpoint.units[0].shape[-1], [], 0
+    for x in batches:
+        need = 4*width*x.ids.size*len(x.everyone)
+        if not groups or need > room: groups, room = [*groups, []], (b.memory or available_memory())/8
+        groups[-1].append(x)
+        room -= need
+    return groups
+
+# %% ../../nbs/31_evals.perplexity.ipynb #cdd34619
+class _Text:
+    "A text and what it says of each variant of a model"
+    def __init__(self, b: Backend, tokens: np.ndarray, variants: dict = {}, batch: int | None = None):
+        size, self.b, self.skip = batch or max(1, 4096//tokens.shape[1]), b, unscored(b.checkpoint, tokens)
+        self.batches = [_Batch(b, tokens[k:k+size]) for k in range(0, len(tokens), size)]
+        self.add({'reference': {}} | variants)
+
+    def add(self, variants: dict): # name ▸ overrides, or another Backend; those that it knows stay as they are
+        new = {n: (v, {}) if isinstance(v, Backend) else (self.b, v) for n, v in variants.items()}
+        for x in self.batches: x.everyone |= {n: v for n, v in new.items() if n not in x.everyone}
+
+# %% ../../nbs/31_evals.perplexity.ipynb #7f4fefb2
+@patch
+def run(self: _Text, tick=lambda share: None, beside: list | tuple = ()): # beside: other texts
+    "Score every variant that has no score yet"
+    every = [x for t in (self, *beside) for x in t.batches]
+    for group in _together(self.b, every):
+        blocks = max(m.n_blocks for x in group for m, _ in x.everyone.values())
+        for i in (None, *range(blocks)):
+            for x in group: x.step(i)
+            if i is not None: tick(len(group)/len(every)/blocks)
+        for x in group: x.score()
+
+@patch
+def scores(self: _Text) -> dict: # name ▸ Score, with 'reference' first
+    names = dict.fromkeys(['reference', *self.batches[0].rows])
+    return {n: Score.of(np.concatenate([x.rows[n] for x in self.batches], 1)[:, :, self.skip:]) for n in names}
+
 # %% ../../nbs/31_evals.perplexity.ipynb #ecc2e078
 def evaluate(
     model: 'str | Checkpoint | Backend', # the reference
@@ -115,30 +178,26 @@ def evaluate(
     variants: dict = {}, # name ▸ overrides (see `overrides_of`), or another Backend
     batch: int | None = None, # sequences at a time; about 4,096 tokens by default
     tick = lambda share: None, # called after each step with its share of the work
+    beside: list | tuple = (), # other texts with their own variants, to be scored in the same walk
 ) -> dict: # name ▸ Score, with 'reference' first
     "Score the model, and any number of variants of it, on the same tokens"
     b = open_backend(model)
-    everyone = {n: (v, {}) if isinstance(v, Backend) else (b, v) for n, v in ({'reference': {}} | variants).items()}
-    if not b.stacks: return _evaluate_samples(samples_of(tokens), everyone, tick)
-    batch, parts = batch or max(1, 4096//tokens.shape[1]), {n: [] for n in everyone}
-    n_blocks = max(m.n_blocks for m, _ in everyone.values())
-    for ids in (tokens[k:k+batch] for k in range(0, len(tokens), batch)):
-        states = {n: m.embed(ids, _at(m, v, None)) for n, (m, v) in everyone.items()}
-        near = Near(b)
-        for i in range(n_blocks):
-            for n, (m, v) in everyone.items():
-                with near.kept() if n == 'reference' else near.beside():
-                    if i < m.n_blocks: states[n] = m.run_block(i, states[n], _at(m, v, i))
-            tick(len(ids)/len(tokens)/n_blocks)
-        for n, rows in _score(ids, states, everyone).items(): parts[n].append(rows)
-    skip = unscored(b.checkpoint, tokens)
-    return {n: Score.of(np.concatenate(rows, 1)[:, :, skip:]) for n, rows in parts.items()}
+    if not b.stacks:
+        everyone = {n: (v, {}) if isinstance(v, Backend) else (b, v) for n, v in ({'reference': {}} | variants).items()}
+        return _evaluate_samples(samples_of(tokens), everyone, tick)
+    text = _Text(b, tokens, variants, batch)
+    text.run(tick, beside)
+    return text.scores()
 
 # %% ../../nbs/31_evals.perplexity.ipynb #5444e2be
-def _scores(model, tokens, variants: dict = {}) -> dict: # as `evaluate`
-    "`evaluate` with a progress bar"
+def _scores(model, tokens, variants: dict = {}, begun: _Text | None = None) -> dict: # as `evaluate`
+    "`evaluate` with a progress bar; a text that has been scored in part already stands for its tokens"
     many = f'{1+len(variants)} models' if variants else '1 model'
-    with _bar(f'scoring {many}') as bar: return evaluate(model, tokens, variants, tick=bar.update)
+    with _bar(f'scoring {many}') as bar:
+        if begun is None: return evaluate(model, tokens, variants, tick=bar.update)
+        begun.add(variants)
+        begun.run(bar.update)
+        return begun.scores()
 
 # %% ../../nbs/31_evals.perplexity.ipynb #e9752f3a
 def _at(b, overrides, block):

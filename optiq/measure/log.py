@@ -127,15 +127,21 @@ class SweepLog(_Journal):
     ):
         self.b, self.shape, self.ranks, c = b, shape_of(tokens), _ranks_here(), of or b.checkpoint
         self.sample, self.out = None if b.stacks else samples_of(tokens)[0], None if out is None else as_path(out)
-        todo = [(c.units[0], AS_IS), *probes(c.units, formats)]
-        header = _sweep_header(b, c, tokens) | about | dict(
-            fingerprint=fingerprint_of(b, tokens, formats, quantizer) | getattr(c, 'stamp', {}),
+        todo, begun = [(c.units[0], AS_IS), *probes(c.units, formats)], self.out is not None and _log_files(self.out)
+        self.stamp = lambda: fingerprint_of(b, tokens, formats, quantizer) | getattr(c, 'stamp', {})
+        self.late = b.digesting = not b.holds and not begun and self.ranks.size == 1
+        header = _sweep_header(b, c, tokens) | about | dict(fingerprint={} if self.late else self.stamp(),
             passes=plan_passes(b, todo, self.shape, max_memory, self.ranks.size))
         header, records = _read_logs(self.out, header, self.ranks, mark)
         self.passes = passes_of(todo, len(tokens), *header['passes'], mixed=b.stacks)
-        super().__init__(header, _whole_passes(records, self.passes), self.ranks.own(self.out), mark)
+        super().__init__(header, _whole_passes(records, self.passes), None if self.late else self.ranks.own(self.out),
+                         mark)
         nobodys = [p for p, held in zip(self.passes, self.held().any(0)) if not held]
         self.mine = nobodys[self.ranks.rank::self.ranks.size]
+
+    def add(self, p: Pass, kl: np.ndarray): # as of `_Journal`
+        if self.late: self.begin()
+        super().add(p, kl)
 
     def has(self, p: Pass) -> bool: return self.records.keys() >= {*p.keys}
     def held(self) -> np.ndarray: # (ranks, passes) 0 or 1
@@ -147,6 +153,15 @@ class SweepLog(_Journal):
     def missing(self) -> list[Pass]:
         "Passes of this rank that are not complete"
         return [p for p in self.mine if not self.has(p)]
+
+# %% ../../nbs/04f_measure.log.ipynb #57d874a1
+@patch
+def begin(self: SweepLog):
+    "Write the file of a streamed model's sweep, whose fingerprint is known now"
+    self.header['fingerprint'], self.late, self.b.digesting = self.stamp(), False, False
+    if self.out is None: return
+    self.path = own_file(self.out, 'sweep', **self.mark) # again: much can be put there in an hour
+    settle(self.path, self.text())
 
 # %% ../../nbs/04f_measure.log.ipynb #d69fc064
 def _moved(b: Backend, sweep: Sweep) -> bool:

@@ -132,7 +132,7 @@ def keys_and_values(self: MixedKVCache): return self.read(self.caches[0].keys_an
 
 # %% ../../nbs/11c_kv.cache.ipynb #0930aaaf
 def _alike(caches: list): # ▸ the first that holds something, or the first
-    "The first of the caches that holds something, or the first, and all spread as it is; raises ValueError if their formats differ"
+    "The first of the caches that holds something, or the first; raises ValueError if their formats differ"
     if len({c.formats for c in caches}) > 1: raise ValueError(
         "caches of different formats or statistics cannot be one batch; with precondition='prompt' each has its own")
     like = next((c for c in caches if not c.empty()), caches[0])

@@ -13,7 +13,7 @@ from kv_models import caches_of, run, run_together
 from optiq.backends.torch import TorchBackend
 from optiq.formats import ALL_FORMATS, AS_IS, FAMILIES, divides, nbytes, parse_format, quantize_dequantize
 from optiq.kv.attention import _attend
-from optiq.kv.cache import BatchMixedKVCache, MixedKVCache, generate_with_mixed_kv, mixed_caches, use_kv_config
+from optiq.kv.cache import MixedKVCache, generate_with_mixed_kv, mixed_caches, use_kv_config
 from optiq.kv.config import kv_config, read_kv_config
 from optiq.kv.layout import kv_layout, own_caches
 from optiq.kv.sweep import kv_sweep
@@ -126,8 +126,8 @@ def test_merge_filter_extend_extract(served):
         return caches
     singles = [filled(p) for p in prompts]
     steps = [model(mx.array([[7]]), cache=copy.deepcopy(c)) for c in singles]
-    batch = [BatchMixedKVCache.merge([copy.deepcopy(s[i]) for s in singles[:2]]) for i in range(2)]
-    last = [BatchMixedKVCache.merge([copy.deepcopy(singles[2][i])]) for i in range(2)]
+    batch = [MixedKVCache.merge([copy.deepcopy(s[i]) for s in singles[:2]]) for i in range(2)]
+    last = [MixedKVCache.merge([copy.deepcopy(singles[2][i])]) for i in range(2)]
     for b, l in zip(batch, last): b.extend(l)
     z = model(mx.array([[7]]*3), cache=batch)
     assert all(abs(z[i]-steps[i][0]).max() < 1e-4 for i in range(3))
@@ -136,11 +136,11 @@ def test_merge_filter_extend_extract(served):
     one = model(mx.array([[7]]), cache=[b.extract(2) for b in batch])
     assert abs(one-steps[2]).max() < 1e-4
     for b in batch: b.filter(mx.array([1, 2]))
-    assert batch[0].size() == 23 and batch[0].left_padding.tolist() == [0, 18]
+    assert batch[0].size() == 23 and batch[0].caches[0].left_padding.tolist() == [0, 18]
     z = model(mx.array([[7]]*2), cache=batch)
     assert all(abs(z[i]-steps[i+1][0]).max() < 1e-4 for i in range(2))
-    again = [BatchMixedKVCache.from_state(b.state) for b in batch]
-    assert again[0].nbytes == batch[0].nbytes and again[0].left_padding.tolist() == [0, 18]
+    again = [MixedKVCache.from_state(b.state) for b in batch]
+    assert again[0].nbytes == batch[0].nbytes and again[0].caches[0].left_padding.tolist() == [0, 18]
 
 def test_batches_refuse_what_they_cannot_hold():
     k = mx.ones((1, 1, 3, 64))
@@ -148,8 +148,8 @@ def test_batches_refuse_what_they_cannot_hold():
     with pytest.raises(ValueError, match='different formats'): MixedKVCache.merge([a, b])
     a.update_and_fetch(k, k)
     batch = MixedKVCache.merge([a, MixedKVCache('4g64', '4g64')])
-    assert batch.left_padding.tolist() == [0, 3] and batch.extract(1).empty() is False
-    with pytest.raises(ValueError, match='empty cache'): batch.prepare(left_padding=[1, 0])
+    assert batch.caches[0].left_padding.tolist() == [0, 3] and batch.extract(1).empty() is False
+    with pytest.raises(ValueError, match='empty BatchKVCache'): batch.prepare(left_padding=[1, 0])
     empty = MixedKVCache.merge([MixedKVCache('4g64', '4g64')]*2)
     assert empty.empty() and empty.offset.tolist() == [0, 0] and empty.extract(0).empty()
 

@@ -5,15 +5,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import LRUPromptCache, RotatingKVCache, load_prompt_cache, save_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import BatchRotatingKVCache, KVCache, LRUPromptCache, RotatingKVCache
+from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache, trim_prompt_cache
 
 from kv_models import run_together
 from optiq.formats import AS_IS, nbytes, parse_format
-from optiq.kv.cache import _mixed_bytes, mixed_caches, use_kv_config
+from optiq.kv.cache import MixedKVCache, _mixed_bytes, mixed_caches, use_kv_config
 from optiq.kv.config import kv_config, read_kv_config, save_kv_config
 from optiq.kv.layout import kv_layout, own_caches
 from optiq.kv.rotated import TurboQuantKVCache, turbo_cache
-from optiq.kv.window import BatchRotatingMixedKVCache, RotatingMixedKVCache
 from optiq.material.tiny import tiny
 from optiq.models import Checkpoint
 from optiq.plan import uniform
@@ -55,9 +55,9 @@ def test_windows_are_units_counted_up_to_their_end(windowed):
 
 @pytest.mark.parametrize('keys, values', [('as-is', 'as-is'), ('8g64', '4g64'), ('mxfp4', '5g32'), ('tq3', '8g64')])
 def test_a_ring_holds_the_last_tokens(keys, values):
-    ours, theirs = RotatingMixedKVCache(keys, values, 16, keep=2), RotatingKVCache(16, keep=2)
+    ours, theirs = MixedKVCache(keys, values, RotatingKVCache(16, keep=2)), RotatingKVCache(16, keep=2)
     x = mx.random.normal((2, 1, 2, 70, 64))
-    codec = lambda f, a: RotatingMixedKVCache(f, f, 100).update_and_fetch(a, a)[0].dense()
+    codec = lambda f, a: MixedKVCache(f, f, RotatingKVCache(100)).update_and_fetch(a, a)[0].dense()
     want = [codec(f, a) for f, a in zip((keys, values), x)] # what a format makes of each token
     for at, n in ((0, 5), (5, 1), (6, 20), (26, 1), (27, 1), (28, 15), (43, 3)) + tuple((46+i, 1) for i in range(16)):
         mine = ours.update_and_fetch(*x[:, :, :, at:at+n])
@@ -130,24 +130,25 @@ def test_merge_extend_filter_extract(windowed):
     assert abs(token([b.extract(0) for b in batch])-steps[0][2]).max() < 1e-3
 
 def test_batches_refuse_what_they_cannot_hold():
-    apart = [RotatingMixedKVCache(f, f, 8) for f in ('4g64', '8g64')]
-    with pytest.raises(ValueError, match='different formats'): RotatingMixedKVCache.merge(apart)
-    with pytest.raises(ValueError, match='keeps its first 4 tokens'): RotatingMixedKVCache.merge([RotatingMixedKVCache(max_size=8, keep=4)])
-    empty = RotatingMixedKVCache.merge([RotatingMixedKVCache(max_size=8)]*2)
-    assert empty.empty() and empty.extract(1).empty() and isinstance(empty, BatchRotatingMixedKVCache)
+    apart = [MixedKVCache(f, f, RotatingKVCache(8)) for f in ('4g64', '8g64')]
+    with pytest.raises(ValueError, match='different formats'): MixedKVCache.merge(apart)
+    with pytest.raises(ValueError, match='keeps its first 4 tokens'): MixedKVCache.merge([MixedKVCache(like=RotatingKVCache(8, keep=4))])
+    empty = MixedKVCache.merge([MixedKVCache(like=RotatingKVCache(8))]*2)
+    assert empty.empty() and empty.extract(1).empty() and isinstance(empty.caches[0], BatchRotatingKVCache)
 
 def test_a_config_gives_windows_their_formats(tmp_path):
     c = Checkpoint(tiny('gemma3', tmp_path/'g'))
     layout = kv_layout(c, 64)
     save_kv_config(kv_config(uniform(layout, 4), layout), tmp_path/'c.json')
     model = use_kv_config(c.load(), tmp_path/'c.json')
-    assert [type(x).__name__ for x in model.make_cache()] == ['RotatingMixedKVCache', 'MixedKVCache']*2
-    assert model.make_cache()[0].max_size == 16 and '"window": 16' in (tmp_path/'c.json').read_text()
+    assert {type(x) for x in model.make_cache()} == {MixedKVCache}
+    assert [type(x.caches[0]) for x in model.make_cache()] == [RotatingKVCache, KVCache]*2
+    assert model.make_cache()[0].caches[0].max_size == 16 and '"window": 16' in (tmp_path/'c.json').read_text()
 
 def test_rotated_windows(windowed):
     model, _, prompts, ids = windowed
     for options in (dict(bits=8), dict(bits=8, precondition='prompt')):
         caches = turbo_cache(model, **options)
-        assert [type(c) for c in caches] == [RotatingMixedKVCache, TurboQuantKVCache]*2
+        assert {type(c) for c in caches} == {TurboQuantKVCache} and [type(c.caches[0]) for c in caches] == [RotatingKVCache, KVCache]*2
         off = abs(model(ids, cache=caches)-model(ids, cache=own_caches(model)))
         assert off.mean() < .05 and all(c.formats[0].precondition != 'prompt' for c in caches)

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache
 
 from optiq.formats import parse_format
 from optiq.plan import uniform
@@ -14,8 +15,7 @@ from optiq.kv.cache import MixedKVCache, _cache_of, use_kv_config
 from optiq.kv.config import STATISTICS, kv_config
 from optiq.kv.layout import kv_layout, own_caches
 from optiq.kv.precondition import KeyPrecondition, load_preconditions, save_preconditions, turned
-from optiq.kv.window import RotatingMixedKVCache
-from optiq.kv.rotated import BatchTurboQuantKVCache, TurboQuantKVCache, _encode_one, _scaled, _TurboQuantStateCache, turbo_cache
+from optiq.kv.rotated import TurboQuantKVCache, _encode_one, _scaled, _TurboQuantStateCache, turbo_cache
 from optiq.kv.rotated import use_turbo_cache
 from optiq.turboquant import _round_trip
 
@@ -140,7 +140,8 @@ def test_windows_rotate_too(tmp_path):
     from mlx_lm import load
     from optiq.material.tiny import tiny
     model, _ = load(tiny('gemma3', f'{tmp_path}/m'))
-    assert [type(c).__name__ for c in turbo_cache(model)] == ['RotatingMixedKVCache', 'TurboQuantKVCache']*2
+    caches = turbo_cache(model)
+    assert [type(c.caches[0]) for c in caches] == [RotatingKVCache, KVCache]*2 and {type(c) for c in caches} == {TurboQuantKVCache}
 
 # protocol
 
@@ -181,7 +182,7 @@ def test_batches(model):
     model(ids[:, :40], cache=a), model(ids[:, 10:33], cache=b)
     alone = [model(ids[:, 40:41], cache=copy.deepcopy(c)) for c in (a, b)]
     together = [x.merge([x, y]) for x, y in zip(a, b)]
-    assert type(together[0]) is BatchTurboQuantKVCache
+    assert type(together[0]) is TurboQuantKVCache and type(together[0].caches[0]) is BatchKVCache
     z = model(mx.concatenate([ids[:, 40:41]]*2), cache=together)
     assert abs(z-mx.concatenate(alone)).max() < 1e-3
     one = [c.extract(1) for c in together]
@@ -253,8 +254,8 @@ MADE = dict(affine=lambda: MixedKVCache('4g64', '3g32'), floats=lambda: MixedKVC
             turbo_helped=lambda: TurboQuantKVCache(64, 3, seed=7, precondition=precondition()),
             turbo_pair=lambda: _cache_of(*map(parse_format, ('tq3', '8g64'))),
             turbo_prompt=lambda: TurboQuantKVCache(64, 3, precondition='prompt'),
-            window=lambda: RotatingMixedKVCache('4g64', '3g32', 8),
-            window_rotated=lambda: _cache_of(turned('tq4', 7, precondition()), parse_format('8g64'), 8),
+            window=lambda: MixedKVCache('4g64', '3g32', RotatingKVCache(8)),
+            window_rotated=lambda: _cache_of(turned('tq4', 7, precondition()), parse_format('8g64'), RotatingKVCache(8)),
             state=lambda: _TurboQuantStateCache(bits=4), state_seeded=lambda: _TurboQuantStateCache(bits=6, seed=7))
 
 def step(c, seed, tokens=1):
@@ -291,7 +292,7 @@ def test_what_cannot_be_one_batch(model):
         _TurboQuantStateCache(bits=4)])
     waiting = turbo_cache(model, precondition='prompt')[0]
     assert not hasattr(waiting, 'merge') and hasattr(a, 'merge')
-    with pytest.raises(ValueError, match='for the cache of one text'): step(BatchTurboQuantKVCache([0], *waiting.formats), 0)
+    with pytest.raises(ValueError, match='for the cache of one text'): step(MixedKVCache(*waiting.formats, BatchKVCache([0])), 0)
 
 def test_sixteen_clients_on_a_fresh_server(model):
     "Caches that a server remembers beside fresh ones, in the batch generator that it uses"

@@ -25,7 +25,7 @@ from remember import remember_probes
 LONG = ('46_score', '08_pipeline', '20b_latency', 'index', '33_evals.tasks', '06_rounding', '05c_refine', 'llm', '07_convert',
         '04d_measure.gradient', '04_sensitivity', '11f_kv.sweep', '11d_kv.rotated', '37_evals.needle', '62a_show.demos', '34_evals.gsm8k', 'vlm')
 WHOLE = '02_calibration', '06_rounding', '30_report', '45_evals.verify' # their assertions need all of the text
-PLAIN = '11c_kv.cache', '11ca_kv.attention', '11cb_kv.window' # for them MLX has its own BLAS: the last digits of products matter
+PLAIN = '11c_kv.cache', '11ca_kv.attention' # for them MLX has its own BLAS: the last digits of products matter
 
 def shorter(make, texts, tokenizer, n=8, seq_len=128, *args, **options):
     "`token_batch` with half of the tokens in a sequence"

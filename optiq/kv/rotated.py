@@ -17,11 +17,10 @@ from mlx_lm.models.cache import ArraysCache
 from ..formats import FAMILIES, Format
 from . import attention, kernels as turbo_kernels
 from .attention import Codec, codec_of, _summable
-from .cache import BatchMixedKVCache, MixedKVCache, mixed_caches
+from .cache import MixedKVCache, mixed_caches, _findable, _name_caches
 from .config import read_kv_config
 from .layout import kv_layers, own_caches
 from .precondition import KeyPrecondition, Turned, in_mlx, load_preconditions, turned
-from .window import _findable, _name_caches
 from ..rotation import codebook, rotation_matrix
 from ..turboquant import STEPS, Rotated, encode_rotated, on_grid, pack_words, padded, scale_of
 
@@ -186,16 +185,12 @@ def _settled(fmt: Format, keys): # (B, heads, T, D) ▸ Format
 class TurboQuantKVCache(MixedKVCache):
     "The rotated cache of one layer; usable wherever mlx-lm takes a cache"
     @classmethod
-    def of(cls, keys: Format, values: Format): # either may be a format that does not rotate
+    def of(cls, keys: Format, values: Format, like = None): # either may be a format that does not rotate
         "A cache of two formats"
         c = cls.__new__(cls)
-        MixedKVCache.__init__(c, keys, values)
+        MixedKVCache.__init__(c, keys, values, like)
         return c
 
-    def write(self, keys, values, at):
-        if self.dims and self.dims[0] != keys.shape[-1]: raise ValueError(
-            f'this cache was made with head_dim={self.dims[0]}, the keys are {keys.shape[-1]} wide')
-        super().write(keys, values, at)
     def waits(self): return getattr(self.formats[0], 'precondition', None) == 'prompt'
 
     def __init__(self,
@@ -215,14 +210,7 @@ class TurboQuantKVCache(MixedKVCache):
     @property
     def merge(self):
         if self.waits(): raise AttributeError("with precondition='prompt' each text is served alone")
-        return BatchTurboQuantKVCache.merge
-    def __repr__(self): return super().__repr__().replace('Mixed', 'TurboQuant', 1)
-
-# %% ../../nbs/11d_kv.rotated.ipynb #9d017dcd
-@_findable
-class BatchTurboQuantKVCache(BatchMixedKVCache):
-    "The rotated cache of one layer for several texts"
-    one = TurboQuantKVCache
+        return super().merge
 
 # %% ../../nbs/11d_kv.rotated.ipynb #c8b10695
 Rotated.codec, Rotated.cache, Rotated.settled = _RotatedCodec, TurboQuantKVCache.of, _settled

@@ -27,6 +27,8 @@ _FORMATS, _WIDE = ('4g64', '8g64'), (2, 3, 4, 5, 6, 8) # candidates for a plan, 
 class Caps:
     """The limits that a plan must keep; give any number of them
 
+    Sizes are in bytes, a speed in tokens per second.
+
         Caps(target_bpw=4.5)
         Caps(max_memory='auto', context=4096)
     """
@@ -43,6 +45,8 @@ class Caps:
 @dataclass(frozen=True)
 class Weights:
     """How to choose, round and judge the formats of the weights
+
+    Formats and a rounding that you leave out are those of the `sweep`, if you give one.
 
         Weights(formats=[3, 4, 8], rounding='gptq', protect='embed')
     """
@@ -71,6 +75,8 @@ class Weights:
 @dataclass(frozen=True)
 class Cache:
     """How to choose the formats of the KV cache
+
+    The caps on its size are those of `Caps`.
 
         Cache(formats=['tq3', 'tq4'], tie=True)
     """
@@ -140,6 +146,8 @@ def _check_weights(weights: Weights, what: str, out):
 @dataclass(frozen=True)
 class Texts:
     """The texts to measure and to score on, how many sequences of them, and how long
+
+    A model that sees or hears takes pictures or speech in the same places.
 
         Texts(calibration='my.jsonl', n_calibration=16, evaluation='wikitext2')
     """

@@ -14,7 +14,7 @@ from .statistics import Inputs
 # %% ../nbs/06d_aim.ipynb #ca015814
 @dataclass
 class Gap:
-    "What answers lack on inputs x̂ that carry errors: sums over two halves of the tokens"
+    "What the outputs (or inputs) of a matrix lack on inputs x̂ that carry errors: sums over two halves of the tokens"
     first: object = 0 # (in_dims, in_dims): Σ x̂ x̂ᵀ over the first half
     lacks: list = field(default_factory=lambda: [0, 0]) # Σ d x̂ᵀ over each half
     count: int = 0 # tokens seen
@@ -49,7 +49,7 @@ def aimed(
     gap: Gap,
     stats: Inputs, # of these inputs
 ) -> list: # of weights, in the same type
-    "Weights that make up for what is lacking, as far as one half of the text confirms what the other says"
+    "Weights that make up for the errors before them, as far as each half of the text confirms the other"
     if gap.count != stats.count or stats.count < weights[0].shape[-1]//4: return weights # as in gptq: too few for H
     f32, halves = library(weights[0])[1], [gap.first, stats.moments-gap.first]
     found, whole = [_solved(h, r) for h, r in zip(halves, gap.lacks)], _solved(stats.moments, sum(gap.lacks))

@@ -21,7 +21,7 @@ def library(w):
 
 # %% ../nbs/70_arrays.ipynb #b9ff2b94
 def as_type(x, name: str):
-    "`x` as float32, float16, uint8 …"
+    "`x` in the type of this name, such as 'float32' or 'uint8', in the same library"
     xp = library(x)[0]
     return x.to(getattr(xp, name)) if xp.__name__ == 'torch' else x.astype(getattr(xp, name))
 

@@ -61,7 +61,7 @@ def _check_half_caps(max_ms, costs_ms, max_memory, cache, **caps):
     if max_ms is not None and costs_ms is None:
         raise ValueError('max_ms needs costs_ms, a function of unit and format that returns milliseconds')
     if max_memory is not None and not cache: raise ValueError(
-        'max_memory needs cache, the bytes of the KV cache, which cache_bytes tells')
+        'max_memory needs cache, the bytes of the KV cache, which cache_bytes counts')
 
 # %% ../nbs/05e_budget.ipynb #ccc4247a
 def budgets_of(

@@ -191,7 +191,7 @@ def _measure_overheads(
 # %% ../nbs/20a_chips.ipynb #4b8a6c93
 @dataclass
 class Speed:
-    "Measured decode speed"
+    "Measured decode speed, tokens per second of each run: median `tps`, half of the interquartile range `spread`"
     runs: np.ndarray # (n,) tokens per second of each run
     context: float # tokens in the cache halfway through
 

@@ -152,7 +152,7 @@ def _weight_files(
         'some libraries would read it and others not; take it out of the folder')
     adapter = folder/'adapter_config.json'
     if adapter.exists(): raise ValueError(
-        f'{adapter} tells of an adapter, which some libraries would apply and others not; merge it into the weights, '
+        f'{adapter} names an adapter, which some libraries would apply and others not; merge it into the weights, '
         'or take it out of the folder')
     for name, tensors in named.items(): _check_index(folder/name, tensors, tables[name])
     return found
@@ -177,7 +177,7 @@ def _no_weights(folder):
     "The error for a folder without safetensors, with a remedy if it has pickle files"
     pickles = [p.name for s in ('*.bin', '*.pt', '*.pth') for p in folder.glob(s)]
     if not pickles: return f'{folder} has no model*.safetensors'
-    return (f'{folder} has only pickle files ({pickles[0]}), which can run code when opened and are refused; '
+    return (f'{folder} has only pickle files ({pickles[0]}), which can run code when opened, so we refuse them; '
             "convert them where you trust them: transformers' from_pretrained(…, weights_only=True), "
             'then save_pretrained(…)')
 

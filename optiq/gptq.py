@@ -98,7 +98,7 @@ def gptq(
     fmt: Format,
     stats: 'Inputs | list', # what `w` is multiplied with; a list for experts
 ) -> '_Rounded | _MinMax':
-    "GPTQ (Frantar et al., 2022, arXiv 2210.17323) and a second pass, on the grid that `search` finds"
+    "Round by GPTQ (Frantar et al., 2022, arXiv 2210.17323) with a second pass, on the grid that `search` finds"
     return _gptq_all([w], [fmt], stats)[0]
 
 # %% ../nbs/06c_gptq.ipynb #dd1380a9

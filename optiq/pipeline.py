@@ -207,7 +207,7 @@ def _check_length(sweep: Sweep, n: int):
     "Raise ValueError unless a sweep holds this many sequences"
     told = len(next(iter(sweep.values.values())))
     if told != n:
-        raise ValueError(f'`sweep` tells {told} sequences, and the cache is to be measured on {n}; give `n` {told}')
+        raise ValueError(f'`sweep` holds {told} sequences, and the cache is to be measured on {n}; give `n` {told}')
 
 # %% ../nbs/08_pipeline.ipynb #77ca70d3
 def _write_beside(found: dict, folder: Path) -> dict: # label ▸ text for the model card

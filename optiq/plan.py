@@ -71,11 +71,13 @@ def by_width(f):
 # %% ../nbs/05_plan.ipynb #2ada983d
 @patch(as_prop=True)
 def predicted_kl(self: Plan):
+    "The sum of the KLs of its units, in nats; NaN if one was not measured"
     kept = {u.path: u.kept for u in self.units}
     return float(sum(self.kl.get(p, 0. if f == kept[p] else nan) for p, f in self.items()))
 
 @patch(as_prop=True)
 def rounding(self: Plan) -> str | None: # None if nothing was measured
+    "The rounding that its sweep measured with: 'minmax', 'search' or 'gptq'"
     return self.made['rounding'].split(',')[0] if self.made else None
 
 @patch(as_prop=True)
@@ -84,10 +86,14 @@ def gone(self: Plan) -> dict: # part ▸ its parameters
     return {k: n for k, n in self.made.get('left_out', {}).items() if k != 'mtp' or 'draft' not in self.solver}
 
 @patch
-def counts(self: Plan): return dict(sorted(Counter(self.values()).items(), key=lambda c: by_width(c[0])))
+def counts(self: Plan): # Format ▸ number of units
+    "How many units have each format, the narrowest first"
+    return dict(sorted(Counter(self.values()).items(), key=lambda c: by_width(c[0])))
 
 @patch
-def diff(self: Plan, other): return {p: (f, other.get(p)) for p, f in self.items() if other.get(p) != f}
+def diff(self: Plan, other): # unit path ▸ (its format here, its format there)
+    "The units in which another plan of the same model differs"
+    return {p: (f, other.get(p)) for p, f in self.items() if other.get(p) != f}
 
 # %% ../nbs/05_plan.ipynb #53551785
 @patch
@@ -254,7 +260,9 @@ def _predicted(
     return kl, mean_se(total)[1] if all(map(isfinite, kl.values())) else nan
 
 # %% ../nbs/05_plan.ipynb #092901aa
-def mean_se(x): return float(x.mean()), float(x.std(ddof=1)/sqrt(len(x))) if len(x) > 1 else nan
+def mean_se(x): # (n,) numpy ▸ mean, standard error
+    "Mean and standard error; the error of a single number is NaN"
+    return float(x.mean()), float(x.std(ddof=1)/sqrt(len(x))) if len(x) > 1 else nan
 
 # %% ../nbs/05_plan.ipynb #c281a0c1
 def make_plan(

@@ -102,9 +102,12 @@ def number(low: float = float('-inf'), high: float = float('inf')) -> Form:
 
 _NUMBERS = Form('a list of finite numbers', lambda x: isinstance(x, list) and all(number().holds(v) for v in x))
 
-def maybe(form: Form) -> Form: return Form(f'{form.words}, or null', lambda x: x is None or form.holds(x))
-def one_of(*values) -> Form: return Form(f'one of {", ".join(map(str, values))}', lambda x: isinstance(x, str)
-                                         and x in values)
+def maybe(form: Form) -> Form:
+    "What has this form, or null"
+    return Form(f'{form.words}, or null', lambda x: x is None or form.holds(x))
+def one_of(*values) -> Form:
+    "One of some texts"
+    return Form(f'one of {", ".join(map(str, values))}', lambda x: isinstance(x, str) and x in values)
 
 
 # %% ../nbs/72_readers.ipynb #f84a4fa3

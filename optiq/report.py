@@ -234,10 +234,12 @@ class Report:
 # %% ../nbs/30_report.ipynb #744f53f0
 @patch
 def save(self: Report, path):
+    "Write a report as JSON"
     write_json(path, dict(optiq='report', rows=self.rows, about=self.about))
 
 @patch(cls_method=True)
-def load(cls: Report, path):
+def load(cls: Report, path): # ▸ Report
+    "A report from its file; raises ValueError, naming the place, for another file"
     d = read_ours(path, 'report', dict(rows=[dict(name=PROSE)], about=OBJECT), '`Report.save`')
     return cls(d['rows'], d['about'])
 

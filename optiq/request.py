@@ -28,6 +28,8 @@ _FORMATS, _WIDE = ('4g64', '8g64'), (2, 3, 4, 5, 6, 8) # candidates for a plan, 
 class Caps:
     """The limits that a plan must keep; give any number of them
 
+    Sizes are in bytes, a speed in tokens per second.
+
         Caps(target_bpw=4.5)
         Caps(max_memory='auto', context=4096)
     """
@@ -39,12 +41,13 @@ class Caps:
     chip: str | None = None # the chip to reach them on, such as 'M3 Max'; by default this machine
     context: int | None = None # tokens in the KV cache; by default 16,384 for its plan, 512 for a speed
 
-
 # %% ../nbs/08a_request.ipynb #c4559525
 @_helpful
 @dataclass(frozen=True)
 class Weights:
     """How to choose, round and judge the formats of the weights
+
+    Formats and a rounding that you leave out are those of the `sweep`, if you give one.
 
         Weights(formats=[3, 4, 8], rounding='gptq', protect='embed')
     """
@@ -74,6 +77,8 @@ class Weights:
 @dataclass(frozen=True)
 class Cache:
     """How to choose the formats of the KV cache
+
+    The caps on its size are those of `Caps`.
 
         Cache(formats=['tq3', 'tq4'], tie=True)
     """
@@ -144,6 +149,8 @@ def _check_weights(weights: Weights, what: str, out):
 @dataclass(frozen=True)
 class Texts:
     """The texts to measure and to score on, how many sequences of them, and how long
+
+    A model that sees or hears takes pictures or speech in the same places.
 
         Texts(calibration='my.jsonl', n_calibration=16, evaluation='wikitext2')
     """

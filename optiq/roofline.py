@@ -24,7 +24,7 @@ _PUBLISHED = {3: 1.08} # a byte of 3-bit codes against one of 4-bit codes, on Ap
 # %% ../nbs/20_roofline.ipynb #8985ac82
 @dataclass(frozen=True)
 class Chip:
-    "How fast a machine reads, and how much time it spends on everything else"
+    "A chip: its bandwidth in GB/s, and the time that it spends on all but reading, in µs a layer or token"
     name: str
     bandwidth: float # GB/s
     dispatch: float = 5. # µs per layer that the device spends on anything but weights
@@ -112,7 +112,7 @@ def _active_shape(
 # %% ../nbs/20_roofline.ipynb #fe0c5607
 @dataclass(repr=False)
 class Reads:
-    "What a model reads to decode one token"
+    "What a model reads to decode one token: the part of each unit, and the bytes of the rest"
     units: list # all units of the model
     active: dict # unit path ▸ (rows, width) of the part that is read
     layers: int
@@ -163,7 +163,7 @@ def skeleton(
 # %% ../nbs/20_roofline.ipynb #cf45cfc0
 @dataclass(frozen=True, repr=False)
 class Latency:
-    "Decode time of a model's plans on a chip"
+    "Predicts how long a chip needs for a token of a model's plans: `ms(plan)`, and `tps(plan)` in tokens per second"
     chip: Chip
     reads: Reads
     context: int = 0 # tokens in the cache

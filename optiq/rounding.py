@@ -49,7 +49,7 @@ def _listened(b: Backend, tokens, method: str): # ▸ Statistics, or those that 
     kept = isinstance(tokens, _Learned)
     if method == 'search': return tokens if kept else Statistics(b, _enough(tokens), whole=False)
     if kept and method == 'gptq': raise ValueError(
-        '`statistics` serve search alone: gptq hears what the errors before it made of the text, and needs that')
+        '`statistics` serve search alone: gptq learns from states that carry the errors before, and needs the text')
     return Statistics(b, tokens)
 
 # %% ../nbs/06_rounding.ipynb #a7c1d0e3

@@ -69,7 +69,7 @@ def _expert_rows(x, experts): # x (…, 1, in_dims), experts (…): MLX's form
 
 # %% ../nbs/06a_statistics.ipynb #fb8428ae
 class Listener:
-    "Hears what the matrices of a block are multiplied with, and adds up second moments"
+    "Adds up the second moments of what the matrices of a block are multiplied with"
     def __init__(self,
         units: dict, # path ▸ Unit, those to listen to
         whole: bool = True, # second moments, not only their diagonal
@@ -121,7 +121,7 @@ class Chunks:
         return states
 
     def one(self, k, i, x, hear=None, overrides={}): # batch; block, or None for the head
-        "States of one batch after the block, heard by `hear`"
+        "States of one batch after the block; `hear` gets the inputs of its matrices"
         run = partial(self.b.inputs, hear=hear) if hear else self.b.run_block
         with _calls_kept(self.b):
             self.b.calls, self.b.batch_size = self.calls[k]
@@ -153,7 +153,7 @@ class Statistics(Mapping):
         return Listener({u.path: u for u in self.b.checkpoint.units if u.block == block}, self.whole)
 
     def advance(self):
-        "Run the next block, and hear it"
+        "Run the next block, and collect the statistics of its matrices"
         listener = self.listener(self.i)
         with self.unperturbed(): self.states = self.chunks.run(self.i, self.states, listener)
         self.i, self.held = self.i+1, listener.stats

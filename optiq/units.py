@@ -143,7 +143,7 @@ def _with_head(units):
     return rest+[replace(u, kind='lm_head') for u in heads]
 
 # %% ../nbs/01b_units.ipynb #b00ab749
-def _scaled(m): return getattr(m, 'global_scale', None) is not None # a second scale, which is no part of a format
+def _scaled(m): return getattr(m, 'global_scale', None) is not None # a second scale, which is not part of a format
 
 def _stored(m):
     "Shape and type of a layer's weight before it was quantized"

@@ -66,6 +66,12 @@ def figure_cells():
             if c['cell_type'] == 'code' and any(m.startswith('image/') for o in c['outputs'] for m in o.get('data', {})):
                 yield p.name, c['id'], yaml.safe_load('\n'.join(re.findall(r'^#\|\s*([\w-]+:.*)', ''.join(c['source']), re.M))) or {}
 
+def test_a_title_has_a_cell_of_its_own():
+    "nbdev takes the first cell for title and description; whatever else stood there would be missing on the page"
+    for p in sorted((Path(__file__).parents[1]/'nbs').rglob('*.ipynb')):
+        first = ''.join(json.loads(p.read_text(encoding='utf-8'))['cells'][0]['source'])
+        assert re.fullmatch(r'# [^\n]+\n\n> [^\n]+', first), p.name
+
 def test_every_figure_has_a_description():
     found = list(figure_cells())
     assert len(found) > 20

@@ -71,7 +71,7 @@ def test_both_do_what_each_alone_can(model, few, text, tmp_path):
     assert dict(again['weights']) == dict(first['weights']) and dict(again['cache']) == dict(first['cache'])
     assert again['figures']['rows'] == first['figures']['rows'] and not journal_of(tmp_path/'m').exists()
     assert dict(Plan.load(tmp_path/'m'/'optiq'/'plan.json')) == dict(again['weights']) and read_kv_config(tmp_path/'m'/'kv_config.json')
-    with pytest.raises(ValueError, match='`sweep` tells 2 sequences, and the cache is to be measured on 3'):
+    with pytest.raises(ValueError, match='`sweep` holds 2 sequences, and the cache is to be measured on 3'):
         optimize(model, None, caps, cache=Cache(), weights=Weights(sweep=tmp_path/'s.json'), texts=Texts(text, n_calibration=3, seq_len=32))
 
 def test_what_is_scored_on_may_not_be_calibrated_on(model, text, tmp_path):

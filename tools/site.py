@@ -6,6 +6,7 @@ without a description or anything loaded from elsewhere fails the build, whoever
 import html, inspect, json, re, shutil, subprocess, sys
 from importlib import import_module
 from pathlib import Path
+from textwrap import wrap
 from urllib.parse import unquote, urlsplit
 import click
 from latex2mathml.converter import convert as to_mathml
@@ -16,13 +17,16 @@ from prose import figures
 
 cfg = get_config()
 ELSEWHERE = r'''@import\s*(?:url\([^)]*https?:[^)]*\)|"https?:[^"]*"|'https?:[^']*')[^;]*;''' # an address may hold semicolons
+FIGURE = r'(<td[^>]*>)([^<>]*\d (?:± |\[)[^<>]*)(?=</td>)' # a cell with an error or an interval, which stays on one line
+WIDE = 92 # characters of a line of output that a page has room for
 quarto = shutil.which('quarto')
 
 def plain_code(match):
     "A signature as code: without links, modules that no reader imports, and addresses of functions"
     code = re.sub(r'\[(`[^`]+`)\]\([^)\s]*\)', r'\1', match[0])
     code = re.sub(r'Form\(words=[^\n]*?holds=<function [^\n]*?>\)|<function <lambda>[^>]*>|<lambda>', '…', code)
-    return re.sub(r':NoneType=None', '=None', re.sub(r'\b(?:__main__|collections\.abc)\.', '', code))
+    code = re.sub(r':NoneType=None', '=None', re.sub(r'\b(?:__main__|collections\.abc|optiq(?:\.[a-z_]+)+)\.', '', code))
+    return re.sub(r'=([A-Z]\w+)\((?:[^()]|\(\))+\)', r'=\1()', code) # a default with all its fields
 
 def calm(text):
     "What nbdev writes of one function; its parameters stand in the signature, so their list for `help` goes"
@@ -30,12 +34,26 @@ def calm(text):
     return re.sub(r'```python\n.*?\n```', plain_code, text.replace('*Call self as a function.*', ''), flags=re.S)
 
 def calmed(notebook):
-    "A notebook with what `show_doc` put out as people read it"
+    "A notebook with what `show_doc` put out as people read it; what is private or undocumented has no place on a page"
+    cells = []
     for c in notebook['cells']:
-        if 'show_doc(' not in ''.join(c['source']): continue
+        source = ''.join(c['source'])
         for o in c.get('outputs', []):
-            if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = calm(''.join(o['data']['text/markdown']))
-    return notebook
+            if 'show_doc(' in source: o['data']['text/markdown'] = calm(''.join(o['data']['text/markdown']))
+            elif 'text' in o: o['text'] = ''.join(map(folded, ''.join(o['text']).splitlines(True)))
+            elif 'text/plain' in o.get('data', {}): o['data']['text/plain'] = folded(''.join(o['data']['text/plain']))
+        hidden = re.search(r'show_doc\((?:main\)|.*\b_)', source) or 'show_doc(' in source and source_only(c)
+        if not hidden: cells.append(c)
+    return notebook | dict(cells=cells)
+
+def source_only(cell) -> bool:
+    "Whether `show_doc` found a signature and not a word about it"
+    return all(''.join(o['data']['text/markdown']).rstrip().endswith('```') for o in cell['outputs'])
+
+def folded(line):
+    "A printed sentence wider than a page, in several lines; tables, and what is laid out in columns, stay as they are"
+    if len(line) <= WIDE or '\n' in line[:-1] or re.search(r'\S {2,}\S|[─│]', line): return line
+    return '\n'.join(wrap(line, WIDE, subsequent_indent='  ', break_long_words=False))+line[len(line.rstrip('\n')):]
 
 def timed(notebook, source: Path):
     "A notebook that says under its title how long it takes to read, by the figure of `tools/prose.py`"
@@ -100,7 +118,7 @@ def with_manual(notebook):
     cells, first = notebook['cells'], lambda c: ''.join(c['source']).split('\n')[0]
     for name, command in main.commands.items():
         if not any(first(c) == f'## {name}' for c in cells):
-            end = next((i for i, c in enumerate(cells) if first(c) == '## At work'), len(cells))
+            end = next((i for i, c in enumerate(cells) if first(c) == '## In the shell'), len(cells))
             cells.insert(end, dict(cell_type='markdown', id=f'heading-{name}', metadata={}, source=[f'## {name}']))
         place = next(i for i, c in enumerate(cells) if first(c) == f'## {name}')
         cells.insert(place+1, dict(cell_type='markdown', id=f'help-{name}', metadata={}, source=manual(name, command).splitlines(True)))
@@ -118,6 +136,7 @@ def at_home(site):
         text = re.sub(rf'<a href="[^"]*({hidden})"[^>]*>(.*?)</a>', r'\2', page.read_text(encoding='utf-8'), flags=re.S)
         text = re.sub(r'<span class="math (inline|display)">(.*?)</span>', formula, text, flags=re.S)
         text = re.sub(r'<(?:link|script)[^>]*katex[^>]*>(?:</script>)?\s*', '', text)
+        text = re.sub(FIGURE, r'\1<span class="figure-text">\2</span>', text)
         page.write_text(text, encoding='utf-8')
     for sheet in site.rglob('*.css'):
         text = sheet.read_text(encoding='utf-8')

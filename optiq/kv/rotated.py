@@ -227,7 +227,7 @@ def turbo_cache(
     precondition: 'dict | str | Path | None' = None, # statistics, their file or 'prompt'; by default kv_config's
     seed: int = 42, # of the rotations
 ) -> list:
-    "Caches for one text"
+    "A list of caches for one text, rotated (TurboQuant) wherever the model keeps plain keys and values"
     return _make_turbo(model, bits, key_bits, value_bits, kv_config=kv_config, precondition=precondition, seed=seed)()
 
 # %% ../../nbs/11d_kv.rotated.ipynb #713e235b

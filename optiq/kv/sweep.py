@@ -151,7 +151,7 @@ def planned_cache(
 
 # %% ../../nbs/11f_kv.sweep.ipynb #f132ee88
 def layer_table(config: dict) -> str:
-    "Layer × keys and values, as text"
+    "A kv_config as a text table: a row per layer, with the formats of its keys and values"
     def more(r):
         if 'left' in r: return f'{r["left"]}, {r.get("nbytes", 0)/2**20:.2f} MB'
         return f'window of {r["window"]:,} tokens' if 'window' in r else ''
@@ -180,7 +180,7 @@ def _combine(
 
 # %% ../../nbs/11f_kv.sweep.ipynb #6cb828bd
 def parts(plan: Plan, weights: Sweep, cache: Sweep) -> tuple[Plan, Plan]:
-    "A plan of both as a plan of the weights and a plan of the cache"
+    "Split a plan of weights and cache into one of the weights and one of the cache"
     return tuple(make_plan(s, {u.path: plan[u.path] for u in s.units}) for s in (weights, cache))
 
 # %% ../../nbs/11f_kv.sweep.ipynb #d7a40002

@@ -62,7 +62,7 @@ def passes_of(
     many: int, # probes of one pass
     mixed: bool = False, # units from all over the model in each, so that all take as long
 ) -> list[Pass]:
-    "All passes, sequences first"
+    "Split probes and sequences into passes: all probes on the first sequences, then all on the next"
     parts = -(-len(todo)//many)
     place = {path: k % parts for k, path in enumerate(dict.fromkeys(u.path for u, _ in todo))}
     order = sorted(range(len(todo)), key=lambda k: place[todo[k][0].path] if mixed else 0)

@@ -59,7 +59,7 @@ def gradient_sweep(
     out: 'str | Path | None' = None, # file to write
     about: dict = {}, # what else to say of it in the file
 ) -> Sweep: # values per group instead of per sequence
-    "The second-order estimate of the KL of every unit in every format"
+    "A sweep by gradients: ½ Σ g²·Δ², the second-order estimate of the KL, in nats, of every unit in every format"
     b, formats = open_backend(model), [parse_format(f) for f in formats]
     header = _sweep_to_write(b, tokens, formats, f'{name}, gradient', out, about)
     todo, batches = probes(b.checkpoint.units, formats), np.array_split(tokens, min(groups, len(tokens)))
@@ -153,7 +153,7 @@ def screened_sweep(
     about: dict = {}, # what else to say of it in the file
     progress: bool = True, # no effect yet
 ) -> Sweep: # header['exact']: paths that were measured exactly
-    "Exact where it can change a plan at one of the targets, a calibrated estimate elsewhere"
+    "A sweep: exact where that can change a plan at one of the targets, a calibrated estimate elsewhere"
     if not targets: raise ValueError('screening needs the targets that matter; give some, for example 4.5')
     b, formats = open_backend(model), [parse_format(f) for f in formats]
     header = _sweep_to_write(b, tokens, formats, f'{name}, screened', out, about)

@@ -186,7 +186,7 @@ def measure(
     tick = lambda passes, rounded: None, # told what was done, as in `_walk`
     base: dict = {}, # overrides of the model that is perturbed
 ) -> np.ndarray: # (len(todo), B)
-    "KL of every probe to the model itself, per sequence"
+    "KL of every probe to the model itself, in nats, per sequence"
     if not b.stacks: return _measure_samples(b, samples_of(batch), todo, quantize, tick, base)
     beside = [p for p in todo if p[0].block is None and p[0].kind not in ('embed', 'lm_head')]
     inside = [p for p in todo if p[0].kind != 'lm_head' and p not in beside]

@@ -28,7 +28,7 @@ from ..report import Report, fit, machine, score_row
 # %% ../../nbs/62_show.demo.ipynb #07489cd6
 @dataclass(repr=False)
 class Table:
-    "Rows under a title"
+    "A table of a demo: a title, columns and rows; prints as text, shows as HTML"
     title: str
     columns: list
     rows: list # of lists
@@ -64,7 +64,7 @@ _PLANTED = ("The demo model's outlier channels were planted after training, so f
 # %% ../../nbs/62_show.demo.ipynb #b28f49a9
 @dataclass(repr=False)
 class Demo:
-    "What a demo found, and a folder for it"
+    "What a demo found: tables, figures and settings; prints as text, shows as HTML, and `save` writes a folder"
     name: str # of the demo
     tables: list # that print and have `_repr_html_`
     figures: dict # file name ▸ function of no arguments that draws, and returns axes
@@ -113,7 +113,7 @@ def draw(self: Demo, folder: Path):
 # %% ../../nbs/62_show.demo.ipynb #e3896457
 @dataclass(frozen=True)
 class Sizes:
-    "How much a demo measures"
+    "How much a demo measures: sequences, their tokens, and word problems"
     n: int = 8 # calibration sequences
     seq_len: int = 128 # tokens in each
     n_evaluation: int = 8 # evaluation sequences

@@ -86,7 +86,7 @@ def llm(
     questions: str = 'gsm8k', # or a .jsonl file, for models other than demo
     sizes: Sizes | None = None, # of your own, instead of `fast`
 ) -> Demo:
-    "Pipeline, perplexity and word problems"
+    "A model at both published profiles beside uniform widths and recipes: size, KL, perplexity, word problems"
     s = sizes or Sizes.of(fast)
     g = ground(model, s, text)
     sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast, rounding='minmax')
@@ -130,7 +130,7 @@ def pareto(
     fast: bool | None = None, # small sizes; by default if OPTIQ_FAST is set
     text: str = 'bundled', # to calibrate and, its other side, to score on
 ) -> Demo:
-    "Size against quality"
+    "The curve of size against quality of a model, measured, beside uniform widths and recipes"
     g = ground(model, Sizes.of(fast), text)
     sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast, rounding='minmax')
     curve = curve_of(sweep, sorted({*_COMPACT, *_QUALITY}), ('compact', 'quality'))
@@ -174,7 +174,7 @@ def hardware(
     text: str = 'bundled', # to calibrate on
     context: int = 128, # tokens in the cache
 ) -> Demo:
-    "Speed by prediction, and quality against speed"
+    "Predicted and measured speed of a model's plans, and the best plan at each of four speeds"
     g = ground(model, Sizes.of(fast), text)
     if chip is None and Sizes.of(fast) != Sizes(): chip = 'M3 Max'
     sweep = kl_sweep(g.b, g.tokens, [3, 4, 8], progress=not fast, rounding='minmax')
@@ -239,7 +239,7 @@ def combined(
     context: int = 4096, # tokens in the cache
     share: float = .36, # cap, as a part of what weights and cache take as they are
 ) -> Demo:
-    "Mixed weights and mixed cache, allocated together"
+    "Weights and cache of a model under one cap, beside every pair of full or quantized weights and a cache"
     g = ground(model, Sizes.of(fast), text)
     limit = int(share*(kv_layout(g.b.checkpoint, context).nbytes+make_plan(g.b.checkpoint, {}).nbytes))
     joint = joint_plan(g.b, g.tokens, limit, context, [4, 8], [4, 8], progress=not fast,
@@ -285,7 +285,7 @@ def vlm(
     text: str = 'diagrams', # pictures to calibrate and, its other side, to score on; see `samples`
     questions: str = 'diagrams', # see `optiq.evals.ai2d.questions_of`
 ) -> Demo:
-    "What a model still sees with fewer bits, and where it needs them"
+    "KL and right answers about diagrams of a model that sees, in plans of the same bytes, and the bits of each part"
     s, b = Sizes.of(fast), open_backend(Checkpoint(model or find_witness(), model_type='vlm'))
     c, asked = b.checkpoint, questions_of(questions, s.problems//2)
     sweep = kl_sweep(b, samples(c, text, s.n//2), [2, 3, 4, 6], progress=not fast, rounding='minmax')
@@ -325,7 +325,7 @@ def audio(
     fast: bool | None = None, # small sizes; by default if OPTIQ_FAST is set
     text: str = 'bundled', # speech to calibrate and, its other side, to score on; see `clips`
 ) -> Demo:
-    "Which parts of a speech model can be rounded, and what that costs in words"
+    "KL and word error rate of a speech model, in plans of the same bytes, and the bits of each part"
     s, c = Sizes.of(fast), Checkpoint(model or _small_asr(), model_type='audio')
     b = open_backend(c)
     learned, heard = (clips(text, side, k, fewer=True) for side, k in (('train', s.n//2), ('test', s.n_evaluation//2)))
@@ -344,7 +344,7 @@ def audio(
 _DEMOS = dict(llm=llm, vlm=vlm, audio=audio, pareto=pareto, hardware=hardware, kv_cache=_kv_cache, combined=combined)
 
 def names() -> list:
-    "The demos there are"
+    "The names of all demos, as `optiq demo` takes them"
     return [n.replace('_', '-') for n in _DEMOS]
 
 # %% ../../nbs/62a_show.demos.ipynb #3367e0f5

@@ -63,6 +63,11 @@ class StreamedModel(_OneBlock, MLXBackend):
     holds = False
     def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint, self.memory)
 
+    def embed(self, batch, overrides: dict = {}):
+        states = super().embed(batch, overrides)
+        if self.chain: states, self.model = self.done(states), self.open()
+        return states
+
 def _fitting(checkpoint: Checkpoint, memory: float | None = None): # ▸ a Backend
     "Any mlx-lm model in MLX: as a whole if it fits into memory, block by block if it does not"
     room = available_memory() if memory is None else memory/2

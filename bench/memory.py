@@ -5,7 +5,9 @@
     python bench/memory.py --shape 30B-A3B --max-memory 16 --layers 12 -o memory.json
 
 Weights are random: memory, bytes and times are those of the shape, and nothing here says how good a model is.
-A thread looks at the memory of the process every 5 ms, and at what MLX holds on a GPU; bytes are those that were asked of files.
+A thread looks at the memory of the process every 5 ms, and at what MLX holds on a GPU; of the resident pages it counts those of the
+process's own (RssAnon) and those of mapped files, libraries most of all, apart. `read` counts the bytes that were asked of files, `disk`
+those that the system had to fetch: run it in a control group whose memory is limited, or everything is still in the page cache.
 """
 import argparse
 import json
@@ -65,14 +67,18 @@ class Watch:
     "Peaks of memory and bytes read, by stage"
     def __init__(self):
         import mlx.core as mx
-        self.mx, self.stage, self.rows, self.on, self.part = mx, ['start'], {}, True, None
+        self.mx, self.stage, self.rows, self.on, self.part, self.begin = mx, ['start'], {}, True, None, time.perf_counter()
         self.gpu = mx.default_device().type == mx.DeviceType.gpu
         self.last, self.clock = self.read(), time.perf_counter()
         threading.Thread(target=self.look, daemon=True).start()
 
-    def read(self): return int(next(line for line in open('/proc/self/io') if line.startswith('rchar')).split()[1])
+    def read(self):
+        io = dict(line.split(': ') for line in open('/proc/self/io'))
+        return int(io['rchar']), int(io['read_bytes'])
     def memory(self):
-        pages = int(open('/proc/self/statm').read().split()[1])*os.sysconf('SC_PAGE_SIZE')
+        said = dict(line.split(':') for line in open('/proc/self/status') if line.startswith('Rss'))
+        pages = 1024*int(said['RssAnon'].split()[0])
+        self.row()['mapped'] = max(self.row().get('mapped', 0), 1024*int(said['RssFile'].split()[0]))
         return pages, (self.mx.get_active_memory()+self.mx.get_cache_memory()) if self.gpu else 0, self.mx.get_active_memory()
     def look(self):
         while self.on:
@@ -82,11 +88,12 @@ class Watch:
             row['both'] = max(row['both'], m[0]+m[1])
             time.sleep(.005)
     def save(self, file, size, about):
-        file.write_text(json.dumps(about | dict(model_bytes=size, stages=self.rows, read_in_all=sum(r['read'] for r in self.rows.values())/size), indent=1)+'\n')
-    def row(self): return self.rows.setdefault(self.stage[-1], dict(rss=0, gpu=0, active=0, both=0, peak=0, read=0, seconds=0.))
+        file.write_text(json.dumps(about | dict(model_bytes=size, stages=self.rows, read_in_all=sum(r['read'] for r in self.rows.values())/size, disk_in_all=sum(r['disk'] for r in self.rows.values())/size), indent=1)+'\n')
+    def row(self): return self.rows.setdefault(self.stage[-1], dict(rss=0, gpu=0, active=0, both=0, peak=0, read=0, disk=0, seconds=0.))
     def close(self):
         now, t, row = self.read(), time.perf_counter(), self.row()
-        row['read'] += now-self.last
+        row['read'] += now[0]-self.last[0]
+        row['disk'] += now[1]-self.last[1]
         row['peak'] = max(row['peak'], self.mx.get_peak_memory()) # of MLX, between two changes of stage
         self.mx.reset_peak_memory()
         row['seconds'] += t-self.clock
@@ -105,7 +112,9 @@ class Watch:
         f = getattr(owner, name)
         @wraps(f)
         def run(*a, **k):
-            with self.at(stage): return f(*a, **k)
+            with self.at(stage):
+                print(f'[{time.perf_counter()-self.begin:6.1f} s] {stage}', flush=True)
+                return f(*a, **k)
         setattr(owner, name, run)
 
 def as_on_a_gpu(part):
@@ -137,10 +146,10 @@ def main(args):
     w.close()
     w.on = False
     out = dict(shape=args.shape, layers=args.layers, model_bytes=size, max_memory=args.max_memory, backend=args.backend, before=before, seconds=seconds,
-               stages=w.rows, read_in_all=sum(r['read'] for r in w.rows.values())/size, peak=max(r['both'] for r in w.rows.values())/2**30,
+               stages=w.rows, read_in_all=sum(r['read'] for r in w.rows.values())/size, disk_in_all=sum(r['disk'] for r in w.rows.values())/size, peak=max(r['both'] for r in w.rows.values())/2**30,
                kl=found['figures']['kl'], formats=args.formats, tokens=[args.n, args.seq_len], rounding=args.rounding)
-    for k, r in w.rows.items(): print(f"{k:10} {r['seconds']:7.1f} s  rss {r['rss']/2**30:6.2f} GB  gpu {r['gpu']/2**30:6.2f}  peak in MLX {r['peak']/2**30:6.3f} (held {r.get('held', 0)/2**30:6.3f})  both {r['both']/2**30:6.2f}  read {r['read']/size:5.2f} × the model")
-    print(f"peak {out['peak']:.2f} GB of {args.max_memory}, model {size/2**30:.2f} GB, {out['read_in_all']:.2f} × read, {seconds:.0f} s", flush=True)
+    for k, r in w.rows.items(): print(f"{k:10} {r['seconds']:7.1f} s  rss {r['rss']/2**30:6.2f} GB  gpu {r['gpu']/2**30:6.2f}  peak in MLX {r['peak']/2**30:6.3f} (held {r.get('held', 0)/2**30:6.3f})  both {r['both']/2**30:6.2f}  read {r['read']/size:5.2f}, from disk {r['disk']/size:5.2f} × the model")
+    print(f"peak {out['peak']:.2f} GB of {args.max_memory}, model {size/2**30:.2f} GB, {out['read_in_all']:.2f} × read, {out['disk_in_all']:.2f} × from disk, {seconds:.0f} s", flush=True)
     from optiq.report import machine
     out['about'] = machine() | dict(command=' '.join(['python', *sys.argv]))
     all_ = json.loads(Path(args.o).read_text()) if Path(args.o).exists() else {}

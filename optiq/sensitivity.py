@@ -129,7 +129,8 @@ def _complete(
     with _progress_bar(log, progress) as tick:
         for p in log.missing():
             if targets is not None and _settled(log, targets): break # also where an earlier run was
-            kl, many = _measure_halved(log.b, tokens[p.start:p.stop], p.todo, quantize, tick, many=many, remedy=remedy)
+            kl, many = _measure_halved(log.b, tokens[p.start:p.stop], p.todo, quantize, tick, many=many, remedy=remedy,
+                                       **(dict(hear=log.hear) if log.hear else {}))
             log.add(p, kl)
     return log.finish()
 

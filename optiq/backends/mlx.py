@@ -32,7 +32,10 @@ def _of_type(checkpoint, dtype):
 def _mlx_weights(b, overrides: dict): # unit path ▸ function from its weight to the one to use
     "While this lasts, the model computes with these units' other weights"
     before = {p: b.module(p).weight for p in overrides}
-    new = {p: f(b.unit_weight(p)).astype(b.dtype) for p, f in overrides.items()} # `f` may have to run the model
+    new = {}
+    for p, f in overrides.items():
+        new[p] = f(b.unit_weight(p)).astype(b.dtype) # `f` may have to run the model
+        if not b.holds: b.xp.eval(new[p]) # what it is made of takes many times its memory
     try:
         for path, w in new.items(): b.module(path).weight = w
         yield

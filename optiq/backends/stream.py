@@ -63,6 +63,11 @@ class StreamedModel(_OneBlock, MLXBackend):
     holds = False
     def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint, self.memory)
 
+    def embed(self, batch, overrides: dict = {}):
+        states = super().embed(batch, overrides)
+        if self.chain: states, self.model = self.done(states), self.open()
+        return states
+
 def _fitting(checkpoint: Checkpoint, memory: float | None = None): # ▸ a Backend
     "Any mlx-lm model in MLX: as a whole if it fits into memory, block by block if it does not"
     room = available_memory() if memory is None else memory/2
@@ -143,7 +148,9 @@ class StreamingBackend(_Eager, MLXBackend):
 @patch
 def keep_to(self: StreamingBackend, memory: float | None):
     Backend.keep_to(self, memory)
-    if memory is not None: self.xp.set_cache_limit(int(memory)//16) # of what MLX keeps of memory that was freed
+    if memory is None: return
+    self.xp.set_cache_limit(int(memory)//16) # of what MLX keeps of memory that was freed
+    self.xp.set_memory_limit(int(memory)//2) # of what it takes for steps that it sends ahead
 
 # %% ../../nbs/03e_backends.stream.ipynb #f384efb8
 @patch

@@ -6,6 +6,7 @@
 __all__ = ['kl_divergence', 'probes', 'perturb', 'kl_of_streams', 'logit_slices', 'kl_rows', 'measure']
 
 # %% ../../nbs/04a_measure.kl.ipynb #28e9ca1a
+from contextlib import nullcontext
 from functools import cache, partial
 
 import numpy as np
@@ -81,6 +82,7 @@ def _walk(
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
     tick = lambda passes, rounded: None, # told how often a block was run, and how many weights were rounded
     base: dict = {}, # overrides of the model that is perturbed; none for the model as it is
+    hear = None, # told what each unit of the reference is multiplied with, see `Backend.inputs`
 ): # reference states (B, T, D); list of (k·B, T, D) states of the probes, in their order
     "States after the last block, for the reference and for every probe before the head"
     outside = _inside(b, base, None)
@@ -89,10 +91,13 @@ def _walk(
     early, near = len(streams), Near(b)
     for i in range(b.n_blocks):
         here = _inside(b, base, i)
-        with b.swapped(here), near.kept(): after = b.run_block(i, reference)
+        listening = b.listening(hear, i) if hear else nullcontext()
+        with b.swapped(here), near.kept(), listening: after = b.run_block(i, reference)
         with near.beside():
             own = [b.run_block(i, reference, here | perturb(p, quantize)) for p in todo if p[0].block == i]
-            with b.swapped(here): streams = [b.run_block(i, s) for s in _stack(b, streams)]
+            waiting, streams = _stack(b, streams), [] # those that have passed are let go of
+            with b.swapped(here):
+                while waiting: streams.append(b.run_block(i, waiting.pop(0)))
         tick(len(own)+1+sum(map(len, streams))//len(batch), len(own)+early)
         early, reference = 0, after
         streams += own
@@ -102,7 +107,7 @@ def _walk(
 def _stack(b, streams):
     "Join neighbouring streams into batches that keep the device busy and fit its memory"
     widest = max(u.shape[-2] for u in b.checkpoint.units if u.block is not None)
-    limit, out = (min(2**16, b.at_most(2**30, 80)//widest) if b.on_gpu else 2**12), []
+    limit, out = (min(2**16, b.at_most(2**30, 240)//widest) if b.on_gpu else 2**12), []
     for s in streams:
         fits = out and _joinable(out[-1][1][0], s) and (out[-1][0]+len(s))*s.shape[1] <= limit
         if fits: out[-1] = (out[-1][0]+len(s), out[-1][1]+[s])
@@ -185,12 +190,13 @@ def measure(
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
     tick = lambda passes, rounded: None, # told what was done, as in `_walk`
     base: dict = {}, # overrides of the model that is perturbed
+    hear = None, # as of `_walk`, for models whose sequences run together
 ) -> np.ndarray: # (len(todo), B)
     "KL of every probe to the model itself, in nats, per sequence"
     if not b.stacks: return _measure_samples(b, samples_of(batch), todo, quantize, tick, base)
     beside = [p for p in todo if p[0].block is None and p[0].kind not in ('embed', 'lm_head')]
     inside = [p for p in todo if p[0].kind != 'lm_head' and p not in beside]
-    reference, streams = _walk(b, batch, inside, quantize, tick, base)
+    reference, streams = _walk(b, batch, inside, quantize, tick, base, hear)
     def head(p=None): return _inside(b, base, None) | (perturb(p, quantize) if p else {})
     groups = _head_groups(b, len(batch), [p for p in todo if p not in beside], reference, streams, head)
     whole = ((p, _walk(b, batch, [], base=base | perturb(p, quantize))[0]) for p in beside)

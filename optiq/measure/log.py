@@ -24,7 +24,8 @@ from ..files import as_path, check_gone, own_file, settle
 from ..formats import AS_IS, quantize_dequantize
 from .estimate import _block_passes, cost, _duration, Pass, passes_of, plan_passes
 from .kl import probes
-from .sweep import fingerprint_of, Sweep, _sweep_header, to_sweep
+from .sweep import _by_block, _counting, _counts_of, fingerprint_of, Sweep, _sweep_header, to_sweep
+from .sweep import warn_of_idle
 from .journal import _go_on, _Journal, _shortest
 from ..plan import check_noise
 
@@ -129,9 +130,11 @@ class SweepLog(_Journal):
         self.sample, self.out = None if b.stacks else samples_of(tokens)[0], None if out is None else as_path(out)
         todo, begun = [(c.units[0], AS_IS), *probes(c.units, formats)], self.out is not None and _log_files(self.out)
         self.stamp = lambda: fingerprint_of(b, tokens, formats, quantizer) | getattr(c, 'stamp', {})
+        passes = plan_passes(b, todo, self.shape, max_memory, self.ranks.size)
         self.late = b.digesting = not b.holds and not begun and self.ranks.size == 1
-        header = _sweep_header(b, c, tokens) | about | dict(fingerprint={} if self.late else self.stamp(),
-            passes=plan_passes(b, todo, self.shape, max_memory, self.ranks.size))
+        self.experts = _counts_of(b) if self.late and b.stacks and passes[0] >= len(tokens) else {}
+        header = _sweep_header(b, c, tokens, bool(self.experts)) | about | dict(
+            fingerprint={} if self.late else self.stamp(), passes=passes)
         header, records = _read_logs(self.out, header, self.ranks, mark)
         self.passes = passes_of(todo, len(tokens), *header['passes'], mixed=b.stacks)
         super().__init__(header, _whole_passes(records, self.passes), None if self.late else self.ranks.own(self.out),
@@ -142,6 +145,10 @@ class SweepLog(_Journal):
     def add(self, p: Pass, kl: np.ndarray): # as of `_Journal`
         if self.late: self.begin()
         super().add(p, kl)
+
+    @property
+    def hear(self): # for `measure`: counts what the experts see, in the first pass over all sequences
+        return _counting(self.experts, 0) if self.late and self.experts else None
 
     def has(self, p: Pass) -> bool: return self.records.keys() >= {*p.keys}
     def held(self) -> np.ndarray: # (ranks, passes) 0 or 1
@@ -159,6 +166,8 @@ class SweepLog(_Journal):
 def begin(self: SweepLog):
     "Write the file of a streamed model's sweep, whose fingerprint is known now"
     self.header['fingerprint'], self.late, self.b.digesting = self.stamp(), False, False
+    if self.experts: warn_of_idle(found := _by_block(self.b, self.experts))
+    if self.experts: self.header['experts'] = found
     if self.out is None: return
     self.path = own_file(self.out, 'sweep', **self.mark) # again: much can be put there in an hour
     settle(self.path, self.text())

@@ -125,23 +125,29 @@ def _tokens_per_expert(
     tokens: 'np.ndarray | list', # (n, T) calibration tokens, or samples
 ) -> dict: # block ▸ tokens that each of its experts saw
     "How often the router chose each expert; empty for a model without experts"
-    first = {u.block: u for u in reversed(b.checkpoint.units) if u.kind.startswith('experts')} # of a block's
-    if not first: return {}
-    counts = {u.path: np.zeros(u.shape[0], int) for u in first.values()}
+    counts = _counts_of(b)
+    if not counts: return {}
     parts = min(len(tokens), max(1, tokens.size//2048)) if b.stacks else 0
     for batch in np.array_split(tokens, parts) if parts else samples_of(tokens):
         states = b.embed(batch)
         for i in range(b.n_blocks):
             with b.listening(_counting(counts), i): states = b.run_block(i, states)
-    return {i: counts[first[i].path].tolist() for i in sorted(first)}
+    return _by_block(b, counts)
 
 # %% ../../nbs/04c_measure.sweep.ipynb #18cff4ff
-def _counting(counts): # path ▸ (experts,) counts, which it adds to
+def _counts_of(b: Backend) -> dict: # path ▸ (experts,) zeros
+    "A count for each expert of the first matrix of experts in a block"
+    first = {u.block: u for u in reversed(b.checkpoint.units) if u.kind.startswith('experts')}
+    return {first[i].path: np.zeros(first[i].shape[0], int) for i in sorted(first)}
+
+def _by_block(b: Backend, counts: dict) -> dict: return {b.checkpoint.unit[p].block: n.tolist() for p, n in counts.items()}
+
+def _counting(counts, before: int = 1): # path ▸ (experts,) counts, which it adds to; 0: which it replaces
     "A listener that counts the tokens of each expert"
     def hear(path, x, which): # the experts of all rows, or the one expert that they go to
         if path not in counts: return
         chosen = np.ravel(which) if np.ndim(which) else [which]*len(x)
-        counts[path] += np.bincount(chosen, minlength=len(counts[path]))
+        counts[path] = before*counts[path]+np.bincount(chosen, minlength=len(counts[path]))
     return hear
 
 # %% ../../nbs/04c_measure.sweep.ipynb #999fe430
@@ -160,12 +166,13 @@ def _sweep_header(
     b: Backend,
     c, # whose units: a Checkpoint or a KVLayout
     tokens: 'np.ndarray | list', # (n, T) calibration tokens, or samples
+    late: bool = False, # experts are counted while the sweep runs
 ) -> dict:
     "The header of a sweep: units, sizes, tokens per expert, hashes of the text; enough to plan without the model"
     gone = {'left_out': c.left_out} if getattr(c, 'left_out', None) else {}
     return dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes,
                 shape=list(shape_of(tokens)), units=[u.row() for u in c.units], **getattr(c, 'header', {}), **gone,
-                experts=_tokens_per_expert(b, tokens), blocks=block_hashes(text_of(b.checkpoint, tokens)))
+                experts={} if late else _tokens_per_expert(b, tokens), blocks=block_hashes(text_of(b.checkpoint, tokens)))
 
 # %% ../../nbs/04c_measure.sweep.ipynb #e15b234f
 def fingerprint_of(

@@ -8,7 +8,8 @@ __all__ = ['Gap', 'aimed']
 # %% ../nbs/06d_aim.ipynb #82340d43
 from dataclasses import dataclass, field
 
-from .arrays import _inverse_factor, library, like
+from .arrays import _divided, library, like, _upper_factor
+from .gptq import _prepared
 from .statistics import Inputs
 
 # %% ../nbs/06d_aim.ipynb #ca015814
@@ -33,8 +34,7 @@ def _solved(h, r, damping: float = .01): # (n, n), (m, n) ▸ (m, n)
     "R H⁻¹, with H damped by a part of its mean diagonal"
     xp = library(h)[0]
     d = xp.diagonal(h)
-    u = _inverse_factor(h+xp.diag(xp.zeros_like(d)+xp.clip(damping*xp.mean(d), 1e-30, None)))
-    return (r @ u.T) @ u
+    return _divided(r, _upper_factor(h+xp.diag(xp.zeros_like(d)+xp.clip(damping*xp.mean(d), 1e-30, None))))
 
 # %% ../nbs/06d_aim.ipynb #053ecd91
 def _share(changes, halves, lacks) -> float:
@@ -51,8 +51,10 @@ def aimed(
 ) -> list: # of weights, in the same type
     "Weights that make up for the errors before them, as far as each half of the text confirms the other"
     if gap.count != stats.count or stats.count < weights[0].shape[-1]//4: return weights # as in gptq: too few for H
-    f32, halves = library(weights[0])[1], [gap.first, stats.moments-gap.first]
-    found, whole = [_solved(h, r) for h, r in zip(halves, gap.lacks)], _solved(stats.moments, sum(gap.lacks))
+    xp, f32, _ = library(weights[0])
+    halves, (_, order, factor) = [gap.first, stats.moments-gap.first], _prepared(xp, stats)
+    found = [_solved(h, r) for h, r in zip(halves, gap.lacks)]
+    whole = _divided(sum(gap.lacks)[:, order]/stats.count, factor)[:, xp.argsort(order)]
     def change(w):
         def of(x): return x if gap.of_output else w @ x
         changes, lacks = ([of(x) for x in xs] for xs in (found, gap.lacks))

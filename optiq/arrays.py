@@ -73,14 +73,19 @@ def top(z, k: int): # (…, V) ▸ (…, k)
     return take(ids, xp.argsort(-take(z, ids), axis=-1))
 
 # %% ../nbs/70_arrays.ipynb #62827818
-def _inverse_factor(h): # (n, n), symmetric and positive definite ▸ (n, n) float32
-    "The upper triangular U with UᵀU = H⁻¹, by Cholesky in float64"
+def _upper_factor(h): # (n, n), symmetric and positive definite ▸ (n, n) float32
+    "The upper triangular R with R Rᵀ = H, by Cholesky in float64"
     xp = library(h)[0]
+    if xp.__name__ == 'torch': return xp.linalg.cholesky(h.double().flip(0, 1)).flip(0, 1).float()
+    return xp.array(np.linalg.cholesky(np.array(h, np.float64)[::-1, ::-1])[::-1, ::-1].astype(np.float32))
+
+def _divided(a, r): # (m, n), the factor (n, n) of H ▸ (m, n) float32
+    "A H⁻¹, by the factor of H"
+    xp = library(r)[0]
     if xp.__name__ == 'torch':
-        r = xp.linalg.cholesky(h.double().flip(0, 1)).flip(0, 1) # upper, and H = R Rᵀ: so U = R⁻¹
-        return xp.linalg.solve_triangular(r, xp.eye(len(r)).to(r), upper=True).float()
-    r = np.linalg.cholesky(np.array(h, np.float64)[::-1, ::-1])[::-1, ::-1]
-    return xp.array(np.linalg.inv(r).astype(np.float32))
+        solve = xp.linalg.solve_triangular
+        return solve(r.T, solve(r, a.T, upper=True), upper=False).T
+    return xp.array(np.linalg.solve(np.array(r).T, np.linalg.solve(np.array(r), np.array(a).T)).T)
 
 # %% ../nbs/70_arrays.ipynb #eb91824b
 def _count_below(

@@ -11,44 +11,45 @@ from math import prod
 
 import numpy as np
 
-from .arrays import _inverse_factor, _on_gpu, _settle, library
+from .arrays import library, _on_gpu, _settle, _upper_factor
 from .formats import Format
 from .grid import _find_grid, _finished, _MinMax, _per_expert, _Rounded, search, _stack
 from .statistics import Inputs
 
 # %% ../nbs/06c_gptq.ipynb #c09f63e6
-_BLOCK = 64 # columns whose compensation is applied to the rest at once
+_BLOCK = 64 # columns that we round one by one, after all before them have been made up for at once
 
-def _compensated(xp, w, s, b, top, u): # w, s, b (in_dims, rows), top (rows,), u (in_dims, in_dims)
+def _compensated(xp, w, s, b, top, r): # w, s, b (in_dims, rows), top (rows,), r (in_dims, in_dims)
     "GPTQ: codes (in_dims, rows) on a fixed grid, columns first to last"
-    w, u, codes = w-b, u/xp.diagonal(u)[:, None], []
+    w, r, codes = w-b, r/xp.diagonal(r), []
+    errors = xp.zeros_like(w)
     for i in range(0, len(w), _BLOCK):
         now = slice(i, i+_BLOCK)
-        q, errors = _replayed(xp, _first_look, w[now], s[now], top, u[now, now])
-        w[i+_BLOCK:] -= u[now, i+_BLOCK:].T @ errors
-        _settle(w, q)
+        moved = w[now]+r[:i, now].T @ errors[:i] if i else w[now]
+        q, errors[now] = _replayed(xp, _first_look, w[now], moved, s[now], top, r[now, now])
+        _settle(errors, q)
         codes.append(q)
     return xp.concatenate(codes)
 
 # %% ../nbs/06c_gptq.ipynb #82aa67e6
-def _first_look(xp, w, s, top, u): # w, s (BLOCK, rows), u (BLOCK, BLOCK)
+def _first_look(xp, w, moved, s, top, r): # w, moved, s (BLOCK, rows), r (BLOCK, BLOCK)
     "Codes and errors of a few columns, rounded one after another; each makes up for the errors before it"
     codes, errors, zero = xp.zeros_like(w), xp.zeros_like(w), xp.zeros_like(top)
     for k in range(len(w)):
-        z = w[k]-u[:k, k] @ errors[:k] if k else w[k]
+        z = moved[k]+r[:k, k] @ errors[:k] if k else moved[k]
         codes[k] = xp.clip(xp.round(z/s[k]), zero, top)
-        errors[k] = z-s[k]*codes[k]
+        errors[k] = w[k]-s[k]*codes[k]
     return codes, errors
 
 # %% ../nbs/06c_gptq.ipynb #523b2fa2
 def _second_look(xp, w, codes, s, b, top, h): # (in_dims, rows) each, top (rows,), h (in_dims, in_dims)
     "Round each column once more, given all others; returns codes (in_dims, rows)"
-    gradient, out = h @ (w-s*codes-b), []
+    errors, out = w-s*codes-b, []
     for i in range(0, len(w), _BLOCK):
         now = slice(i, i+_BLOCK)
-        q, moves = _replayed(xp, _look_again, gradient[now], codes[now], s[now], top, h[now, now])
-        gradient -= h[:, now] @ moves
-        _settle(gradient, q)
+        q, moves = _replayed(xp, _look_again, h[now] @ errors, codes[now], s[now], top, h[now, now])
+        errors[now] -= moves
+        _settle(errors, q)
         out.append(q)
     return xp.concatenate(out)
 
@@ -85,12 +86,13 @@ def _recorded(f, shapes, device):
 
 # %% ../nbs/06c_gptq.ipynb #a1b61d31
 def _prepared(xp, stats: Inputs, damping: float = .01):
-    "H damped and in the order of its diagonal; that order; U with UᵀU = H⁻¹"
+    "H damped and in the order of its diagonal; that order; the upper triangular R with R Rᵀ = H"
     h, d = stats.moments/stats.count, stats.importance()
     if stats.count < 2*len(d): damping = max(damping, _shrinkage(h, stats.count))
     order = xp.argsort(-d)
     h = h[order][:, order]+xp.diag(xp.zeros_like(d)+damping*xp.mean(d))
-    return h, order, _inverse_factor(h)
+    if stats.factor is None: stats.factor = _upper_factor(h)
+    return h, order, stats.factor
 
 # %% ../nbs/06c_gptq.ipynb #f56262c0
 def gptq(
@@ -124,14 +126,13 @@ def _gptq_all(
 def _gptq(pairs, stats): # [(weight, format)]
     "Several weights as the rows of one matrix, in one pass"
     xp, f32, _ = library(pairs[0][0])
-    h, order, u = _prepared(xp, stats)
+    h, order, r = _prepared(xp, stats)
     grids = [_find_grid(w, f, stats) for w, f in pairs]
-    def wide(x, f): return xp.stack([f32(x)]*f.group_size, -1).reshape(len(x), -1)
-    def columns(xs): return xp.concatenate(xs).T[order]
-    s, b = (columns([wide(g[k], f) for g, (_, f) in zip(grids, pairs)]) for k in (0, 1))
-    weights = columns([f32(w) for w, _ in pairs])
+    def columns(xs, ids): return xp.concatenate([f32(x.T[i]) for x, i in zip(xs, ids)], 1)
+    s, b = (columns([g[k] for g in grids], [order//f.group_size for _, f in pairs]) for k in (0, 1))
+    weights = columns([w for w, _ in pairs], [order]*len(pairs))
     top = xp.concatenate([xp.zeros_like(f32(w[:, 0]))+(2**f.bits-1) for w, f in pairs])
-    codes = _compensated(xp, weights, s, b, top, u)
+    codes = _compensated(xp, weights, s, b, top, r)
     codes = _second_look(xp, weights, codes, s, b, top, h)[xp.argsort(order)].T
     ends = np.cumsum([len(w) for w, _ in pairs]).tolist()
     return [_finished(w, codes[e-len(w):e], *g, f) for (w, f), g, e in zip(pairs, grids, ends)]

@@ -115,7 +115,7 @@ def _find_grid(w, fmt: Format, stats=None): # w (out_dims, in_dims)
     known = stats is not None and stats.count # an expert that no token reached reads nothing
     a = stats.importance().reshape(shape[1:]) if known else xp.ones_like(g[0])
     a = xp.clip(a/xp.clip(xp.mean(a), 1e-30, None), 1e-4, None)
-    rows = max(1, 2**(24 if _on_gpu(w) else 18)//w.shape[1])
+    rows = max(1, 2**(24 if _on_gpu(w) else 17)//w.shape[1])
     parts = [_fit_grid(xp, g[k:k+rows], a[None], n, cast) for k in range(0, len(g), rows)]
     return [xp.concatenate(x)[..., 0] for x in zip(*parts)]
 

@@ -18,7 +18,7 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from .arrays import library
+from .arrays import library, like
 from .backends.open import open_backend
 from .backends.replay import Backend, _Heard
 from .calibration import fingerprint, shape_of
@@ -31,13 +31,24 @@ from .statistics import Chunks, Inputs, Listener, Statistics, _Learned
 # %% ../nbs/06_rounding.ipynb #6707cf03
 class _NextListener(Listener):
     "Listens to the matrices that read the first input that still needs rounding, and ends the run after them"
-    def __init__(self, units, whole=True): super().__init__(units, whole); self.first, self.open = None, True
+    def __init__(self, units, to_end=False): # to_end: run on, for what comes out
+        super().__init__(units)
+        self.first, self.open, self.to_end = None, True, to_end
     def __call__(self, path, x, experts=None):
         if path not in self.units: return
         if self.first is None: self.first = x
         self.open = self.open and (x is self.first or path in self.stats)
         if path in self.stats or self.open: super().__call__(path, x, experts)
-        if experts is None and (path not in self.stats or self.stats.keys() == self.units.keys()): raise _Heard
+        known = path not in self.stats or self.stats.keys() == self.units.keys()
+        if experts is None and known and not self.to_end: raise _Heard
+
+class _Kept:
+    "Keeps what each matrix is multiplied with; outside the blocks it ends the run when it has all"
+    def __init__(self, units): self.units, self.inputs = units, {}
+    def __call__(self, path, x, experts=None):
+        if path not in self.units or experts is not None: return
+        self.inputs[path] = x
+        if self.units[path].block is None and self.inputs.keys() == self.units.keys(): raise _Heard
 
 # %% ../nbs/06_rounding.ipynb #a7c1d0e5
 def _enough(tokens, n: int = 1024) -> np.ndarray: # the first sequences, of `n` tokens or a little more
@@ -86,7 +97,16 @@ class _Passage:
     done: dict # path ▸ Rounded or MinMax: what the next block is run with
     states: list # of each batch, before the next block
     clean: list # the same in the full-precision model
-    ahead: list = field(default_factory=list) # and behind the block, as far as they are known
+    wanted: list = field(default_factory=list) # and there, of each batch, what each unit is multiplied with
+    behind: list = field(default_factory=list) # of each batch, the last unit's input, and the states if it stays
+
+    def hear_clean(self, i: int | None, units: dict): # block, path ▸ Unit
+        "Take the full-precision model through a block, and keep what its units are multiplied with"
+        self.wanted, ahead = [], []
+        for k, states in enumerate(self.clean):
+            ahead.append(self.chunks.one(k, i, states, kept := _Kept(units)))
+            self.wanted.append(kept.inputs)
+        if i is not None: self.clean = ahead
 
     def round(self, heard: dict, gap: Gap | None = None): # path ▸ Inputs; yields [(path, Rounded or MinMax)]
         "Units whose inputs have been heard"
@@ -98,46 +118,50 @@ class _Passage:
             yield now
 
 # %% ../nbs/06_rounding.ipynb #ead44d0d
-def _is_added(p: _Passage, i: int | None, path: str, x) -> bool: # block, its last unit, what that is multiplied with
+def _is_added(p: _Passage, i: int | None, path: str, x, behind) -> bool: # block, its last unit, its input, what came out
     "Whether a block adds the output of its last unit to the states, as it is"
     w, states = p.b.unit_weight(path), p.states[0]
     if i is None or not hasattr(states, 'ndim') or w.ndim > 2 or len(w) != states.shape[-1]: return False
-    f32, done = library(x)[1], as_overrides(p.done)
-    with_it, without = (f32(p.chunks.one(0, i, states, None, done | o)) for o in ({}, {path: lambda w: w*0}))
-    out = f32(x) @ f32(w).T
-    return float(((with_it-without-out)**2).sum()) < 1e-4*float((out**2).sum())
+    f32, out = library(x)[1], library(x)[1](x) @ library(x)[1](w).T
+    without = p.chunks.one(0, i, states, None, as_overrides(p.done) | {path: lambda w: w*0})
+    return float(((f32(behind)-f32(without)-out)**2).sum()) < 1e-4*float((out**2).sum())
 
 # %% ../nbs/06_rounding.ipynb #529a8ef9
 def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path ▸ Unit; ▸ {path: Inputs}, Gap or None
     "What the next units of a block are multiplied with, and what they lack"
-    heard, clean, gap = _NextListener(left), _NextListener(left, whole=False), None
-    done = {} if i is None else as_overrides(p.done)
-    for k, (states, wanted) in enumerate(zip(p.states, p.clean)):
-        heard.last = clean.last = None, None
-        p.chunks.one(k, i, states, heard, done)
+    last, gap = i is not None and len(left) == 1, None
+    heard, done = _NextListener(left, last), {} if i is None else as_overrides(p.done)
+    for k, states in enumerate(p.states):
+        heard.last = None, None
+        behind = p.chunks.one(k, i, states, heard, done)
         x, stats = heard.last
         if not isinstance(stats, Inputs): continue # nothing was heard, or experts
-        if gap is None: gap = Gap(of_output=len(left) == 1 and _is_added(p, i, *left, x))
-        if gap.of_output:
-            p.ahead.append(p.chunks.one(k, i, wanted))
-            lack = p.ahead[-1]-p.chunks.one(k, i, states, None, done)
-        else:
-            p.chunks.one(k, i, wanted, clean)
-            if clean.last[0] is None: continue # not reached again, so there is nothing to compare with
-            lack = clean.last[0]-x
-        gap.add(x, lack)
+        if gap is None: gap = Gap(of_output=last and _is_added(p, i, *left, x, behind))
+        wanted = p.clean[k] if gap.of_output else p.wanted[k].get(next(iter(heard.stats)))
+        if wanted is not None: gap.add(x, wanted-(behind if gap.of_output else x)) # else it is not reached again
+        if gap.of_output: p.behind.append((x, behind))
     return heard.stats, gap
 
 # %% ../nbs/06_rounding.ipynb #ebf29b49
+def _states_behind(p: _Passage, i: int, path: str) -> list: # block, the unit rounded last
+    "What comes out of a block that is rounded"
+    if len(p.behind) < len(p.states): return p.chunks.run(i, p.states, None, as_overrides(p.done))
+    f32 = library(p.behind[0][0])[1]
+    change = f32(p.done[path].dequantize())-f32(p.b.unit_weight(path))
+    return [like(f32(y)+f32(x) @ change.T, y) for x, y in p.behind]
+
 def _round_block(p: _Passage, i: int): # yields [(path, Rounded or MinMax)]
     "The units of one block, first those that read its input, then those that read their results"
-    p.done, left = {}, {path: u for path, u in p.todo.items() if u.block == i}
+    p.done, p.behind, left = {}, [], {path: u for path, u in p.todo.items() if u.block == i}
+    p.hear_clean(i, {path: u for path, u in left.items() if len(u.shape) == 2})
+    path = None
     while left:
         heard, gap = _hear_next(p, i, left)
-        yield from p.round(heard or dict.fromkeys(left), gap)
+        for now in p.round(heard or dict.fromkeys(left), gap):
+            path = now[-1][0]
+            yield now
         left = {path: u for path, u in left.items() if path not in p.done}
-    p.states = p.chunks.run(i, p.states, None, as_overrides(p.done))
-    p.clean, p.ahead = p.ahead if len(p.ahead) == len(p.clean) else p.chunks.run(i, p.clean), []
+    p.states = _states_behind(p, i, path)
 
 # %% ../nbs/06_rounding.ipynb #aa2718b4
 def _outside_before(todo: dict, block: int | None) -> list: # of paths
@@ -153,7 +177,8 @@ def _outside_before(todo: dict, block: int | None) -> list: # of paths
 def _round_outside(p: _Passage, i: int | None): # yields [(path, Rounded or MinMax)]
     "Units outside the blocks that come just before block `i`; for None, after all of them"
     for path in _outside_before(p.todo, i):
-        heard, gap = _hear_next(p, None, {path: p.todo[path]})
+        p.hear_clean(None, unit := {path: p.todo[path]})
+        heard, gap = _hear_next(p, None, unit)
         yield from p.round(heard or {path: None}, gap)
         if i is not None: p.states = [p.b.change(s, as_overrides({path: p.done[path]})) for s in p.states]
 

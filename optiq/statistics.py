@@ -31,11 +31,13 @@ class Inputs:
     moments: object = 0 # (in_dims, in_dims): Σ x xᵀ, or its diagonal alone
     count: int = 0 # tokens seen
     whole: bool = True # not only the diagonal
+    factor: object = None # of the moments, once `gptq` has needed it
 
     def add(self, x): # (…, in_dims)
         xp, f32, _ = library(x)
         x = f32(x).reshape(-1, x.shape[-1])
         self.moments, self.count = self.moments+(x.T @ x if self.whole else (x*x).sum(0)), self.count+len(x)
+        self.factor = None
 
     def importance(self): # (in_dims,)
         "Mean square of each input"
@@ -93,7 +95,7 @@ class Listener:
 # %% ../nbs/06a_statistics.ipynb #0857b92d
 def _batches(b: Backend, tokens) -> list:
     "Calibration tokens, or samples, in parts that fit"
-    many = min(2**15, b.at_most(2**29, 80)//2**14) if b.on_gpu else 2**12
+    many = min(2**15, b.at_most(2**29, 80)//2**14) if b.on_gpu else 2**11
     size = max(1, many//shape_of(tokens)[1])
     return [tokens[k:k+size] for k in range(0, len(tokens), size)] if b.stacks else samples_of(tokens)
 

@@ -306,6 +306,6 @@ def test_only_the_last_matrix_of_a_block_is_added_to_the_states(models, backend)
     b, heard = BACKENDS[backend](c), {}
     chunks = Chunks(b, tokens_for(c))
     p = _Passage(b, uniform(c, '4g32'), c.unit, chunks, {}, chunks.embed(), chunks.embed())
-    chunks.run(0, p.states, lambda path, x, experts=None: heard.setdefault(path, x))
-    found = {path.split('.')[-1]: _is_added(p, 0, path, x) for path, x in heard.items()}
+    behind, *_ = chunks.run(0, p.states, lambda path, x, experts=None: heard.setdefault(path, x))
+    found = {path.split(".")[-1]: _is_added(p, 0, path, x, behind) for path, x in heard.items()}
     assert found['down_proj'] and not any(v for k, v in found.items() if k != 'down_proj'), found

@@ -8,6 +8,7 @@ __all__ = ['stored_bytes', 'dequantized_units', 'check_saved', 'overrides_of_sav
 # %% ../nbs/07_convert.ipynb #2615ee9f
 import shutil
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,7 @@ from .files import as_path, scratch, whole_folder
 from .formats import Format, config_entry, dequantized, for_unit, quantize_minmax
 from .folder import TEXT_FILES, read_header
 from .models import Checkpoint, LOADERS, check_two_heads
-from .readers import _helpful, shown
+from .readers import _helpful, _quoted
 
 # %% ../nbs/07_convert.ipynb #1ecc6842
 def _check_misfit(units: list, plan):
@@ -266,10 +267,10 @@ def convert(
     out: 'str | Path', # folder to write
     sweep = None, # that the plan was made from: it says how to round, and is saved beside the plan
     overwrite: bool = False, # replace `out`, if it is ours
-    quantizer = None, # instead of what the sweep was rounded with; or a mapping of paths, as `round_to_files` makes it
-    polish = None, # called on the checked folder, to train its scales and biases; see `optiq.rounding.dwq`
+    quantizer: 'Callable | Mapping | None' = None, # instead of what the sweep was rounded with; or a mapping of paths, as `round_to_files` makes it
+    polish: 'Callable | None' = None, # called on the checked folder, to train its scales and biases; see `optiq.rounding.dwq`
     calibration: str = 'the calibration text', # what to call it in the model card
-    measured=None, # called on the finished folder; label ▸ text for the model card
+    measured: 'Callable | None' = None, # called on the finished folder; label ▸ text for the model card
     draft: 'Format | str | int | None' = None, # of a head that drafts tokens, where mlx-vlm knows it: by default '8g64'
 ) -> Checkpoint: # the saved model
     """Write the model in the plan's formats; it is opened again and compared before it appears at `out`
@@ -280,7 +281,9 @@ def convert(
         sweep = kl_sweep('demo', formats=[4, 8])
         convert('demo', allocate(sweep, target_bpw=4.5), 'out/demo', sweep)
     """
-    if not hasattr(plan, 'nbytes'): raise ValueError(f'{shown(plan)} is not a plan; make one with allocate or uniform')
+    if not hasattr(plan, 'nbytes'): raise ValueError(f'{_quoted(plan)} is not a plan; make one with allocate or uniform')
+    if sweep is not None and not hasattr(sweep, 'header'): raise ValueError(
+        f'`sweep` is {_quoted(sweep)}, and should be a Sweep; load a file of one with load_sweep')
     c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)
     odd, out, head = set(plan) ^ set(c.unit), as_path(out), _check_draft(c, draft)
     if odd: raise ValueError(

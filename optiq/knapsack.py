@@ -14,7 +14,7 @@ from numbers import Real
 import numpy as np
 from fastcore.basics import listify, patch
 
-from .budget import budgets_of, candidates, _check_caps, _contradiction, _group_of, make_problem
+from .budget import Budget, budgets_of, candidates, _check_caps, _contradiction, _group_of, make_problem
 from .budget import _tie_key
 from .formats import AS_IS, Format
 from .frontier import Frontier
@@ -143,14 +143,14 @@ def allocate(
     cache: int = 0, # bytes of the KV cache, see `cache_bytes`; for `max_memory`
     max_ms: float | None = None, # cap on milliseconds per token
     costs_ms: Callable | None = None, # (unit, format) ▸ milliseconds, for `max_ms`
-    budgets: tuple = (), # further Budgets
+    budgets: 'list[Budget] | tuple[Budget, ...]' = (), # further Budgets
     formats = None, # candidates; all of the sweep by default
-    protect = (), # units that get their widest candidate: 'embed', 'lm_head', 'first', 'last', paths, kinds
-    pin = None, # name ▸ the one format that these units get, or a text such as 'lm_head=8g64,*.o_proj=6'
-    ceiling = None, # name ▸ format, likewise: these get no wider one
-    floor = None, # name ▸ format, likewise: these get no narrower one
-    leave = (), # names of units that stay as they are
-    tie = None, # 'qkv', 'kv', 'gate_up', several of them, or a function from a unit to a key
+    protect: 'str | tuple | list | None' = (), # units that get their widest candidate: 'embed', 'lm_head', 'first', 'last', paths, kinds
+    pin: 'dict | str | None' = None, # name ▸ the one format that these units get, or a text such as 'lm_head=8g64,*.o_proj=6'
+    ceiling: 'dict | str | None' = None, # name ▸ format, likewise: these get no wider one
+    floor: 'dict | str | None' = None, # name ▸ format, likewise: these get no narrower one
+    leave: 'str | tuple | list | None' = (), # names of units that stay as they are
+    tie: 'str | tuple | list | Callable | None' = None, # 'qkv', 'kv', 'gate_up', several of them, or a function from a unit to a key
     method: str = 'exact', # 'exact', 'lagrange' or 'greedy'
 ) -> Plan:
     """Choose a format for each unit: the plan with the least KL that keeps all caps

@@ -189,8 +189,8 @@ def _calibrate_plan(lat: Latency, c, plans: dict, folder=None, **options) -> tup
 # %% ../nbs/20b_latency.ipynb #dc55e57e
 @_helpful
 def predict_speeds(
-    model, # 'demo', a folder, a Hub id, or a Checkpoint
-    formats: list = ('3', '4', '6', '8'), # of uniform plans to predict
+    model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
+    formats = ('3', '4', '6', '8'), # of uniform plans to predict
     chip: str | None = None, # from the table, such as 'M3 Max'; this machine by default
     context: int = 512, # tokens in the cache
     calibrate_first: bool = False, # measure one plan, learn from it, and store what we learned
@@ -210,6 +210,7 @@ def predict_speeds(
         f'only this machine can be measured, not {chip}; leave out the chip')
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
     fmts, speeds = parse_formats(formats), {}
+    if not fmts: raise ValueError('no formats to predict; give some, for example 4 and 8')
     lat, plans = latency(c, chip, context, fmts, folder), _plans_to_time(c, fmts)
     if calibrate_first: lat, speeds = _calibrate_plan(lat, c, plans, folder, **options)
     options = dict(context=max(1, context))|options

@@ -14,6 +14,7 @@ from numbers import Real
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import listify
 
 from .backends.open import open_backend
 from .calibration import fingerprint
@@ -34,10 +35,10 @@ from .kv.sweep import layer_table, memory_lines, planned_cache, planned_together
 from .measure.sweep import Sweep
 from .models import _check_overflow, Checkpoint
 from .plan import make_plan
-from .readers import _check_counts, _helpful, known, shown, write_json
+from .readers import _check_counts, _helpful, known, _quoted, write_json
 from .refine import measured, verified
 from .report import machine, Report, score_row
-from .request import _Batches, Cache, _candidates_for, Caps, caps_for, _check_weights, _check_wishes, _KINDS
+from .request import _Batches, Cache, _candidates_for, Caps, caps_for, _check_weights, _KINDS
 from .request import _check_states_memory
 from .request import _load_sweep, _narrowed, _rounding_for, subject, Texts, _texts_of, Weights, _WIDE
 from .rounding import as_overrides, dwq, round_model, round_to_files
@@ -245,7 +246,6 @@ def optimize(
         found = optimize('demo', 'out/demo', Caps(target_bpw=4.5), weights=Weights(formats=[3, 4, 8]))
         print(found['report'], found['plan'])
     """
-    _check_wishes(caps=caps, weights=weights, cache=cache, texts=texts)
     what = subject(weights, cache)
     caps = caps_for(caps, what)
     if weights is None: place = _kv_output(model, out, overwrite)
@@ -281,10 +281,14 @@ def _save_curve(curve, sweep, figures: dict, out, overwrite: bool = False):
         for p in [*curve, *curve.rivals.values()]: p.save(part/'plans'/f'{p.name.replace(" ", "-")}.json')
 
 # %% ../nbs/08_pipeline.ipynb #49dc029b
-def _check_targets(targets):
-    "Raise ValueError for targets that are not numbers"
-    odd = [t for t in np.atleast_1d([] if targets is None else targets).tolist() if not isinstance(t, Real)]
-    if odd: raise ValueError(f'`targets` holds {shown(odd[0])}, and should hold numbers')
+def _check_targets(targets, profiles):
+    "Raise ValueError for targets that are not numbers above 0, and for unknown profiles"
+    given = np.atleast_1d([] if targets is None else targets).tolist()
+    odd = [t for t in given if not isinstance(t, Real) or not t > 0]
+    if odd: raise ValueError(f'`targets` holds {_quoted(odd[0])}, and should hold numbers above 0')
+    if targets is not None and not given: raise ValueError('`targets` is empty; name some bits, or leave it out')
+    odd = [p for p in listify(profiles) if p not in PROFILES]
+    if odd: raise ValueError(f'no profile {odd[0]!r}; there are {", ".join(PROFILES)}')
 
 def _check_unread(texts, weights: Weights, dtype: str | None):
     "Raise ValueError for an option about texts if we only read a saved sweep"
@@ -341,8 +345,7 @@ def trade_off(
         found = trade_off('demo', [3.5, 4, 4.5], weights=Weights(formats=[2, 3, 4, 6, 8]))
         found['frontier'].plot()
     """
-    _check_wishes(weights=weights, texts=texts)
-    _check_targets(targets)
+    _check_targets(targets, profiles)
     sweep, saved = weights.sweep, Path(source).is_file()
     if saved and sweep is not None:
         raise ValueError(f'`sweep` has no effect: {source} is a sweep; leave one of the two')

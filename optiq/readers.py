@@ -10,12 +10,18 @@ __all__ = ['TEXT', 'PROSE', 'NAME', 'FLAG', 'FILE', 'INSIDE', 'ANYTHING', 'OBJEC
 # %% ../nbs/72_readers.ipynb #6e54bf45
 import gzip
 import json
+import re
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from inspect import cleandoc
+from dataclasses import dataclass, is_dataclass
+from difflib import get_close_matches
+from functools import wraps
+from inspect import cleandoc, signature
 from math import isfinite
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import get_args, get_origin, Union
 
 # %% ../nbs/72_readers.ipynb #fd18d3b5
 def check_file(
@@ -232,12 +238,85 @@ def _check_counts(**given):
         if x is not None and not counts: raise ValueError(
             f'`{name}` is {shown(x)}, and should be a whole number of at least 1')
 
+# %% ../nbs/72_readers.ipynb #b435b6c1
+_IS = {bool: lambda x: isinstance(x, bool), str: lambda x: isinstance(x, (str, Path)), NoneType: lambda x: x is None,
+       float: lambda x: isinstance(x, Real) and not isinstance(x, bool) and x > 0,
+       int: lambda x: isinstance(x, Integral) and not isinstance(x, bool) and x >= 0,
+       list: lambda x: isinstance(x, (list, tuple))}
+_IS |= {Path: _IS[str], tuple: _IS[list]}
+
+def _fits(x, hint) -> bool:
+    "Whether a value is what an annotation says; an annotation that is no type allows everything"
+    kind, parts = get_origin(hint) or hint, [a for a in get_args(hint) if a is not ...]
+    if kind in (Union, UnionType): return any(_fits(x, h) for h in parts)
+    if not isinstance(kind, type): return True
+    holds = _IS.get(kind, lambda y: isinstance(y, kind))(x)
+    return holds and (kind not in (list, tuple) or not parts or all(_fits(y, parts[0]) for y in x))
+
+# %% ../nbs/72_readers.ipynb #5c724522
+_IN_WORDS = {bool: 'True or False', str: 'text', int: 'a whole number', float: 'a number above 0', list: 'a list',
+             tuple: 'a list', dict: 'a dict', Path: 'text', Callable: 'a function'}
+
+def _kinds(hint) -> list: # of str
+    "What an annotation allows, in words"
+    kind = get_origin(hint) or hint
+    if kind in (Union, UnionType): return list(dict.fromkeys(w for h in get_args(hint) for w in _kinds(h)))
+    if kind is NoneType: return []
+    if kind in (list, tuple) and get_args(hint): return [f'a list, each {_in_words(get_args(hint)[0])}']
+    shows = is_dataclass(kind) and re.search(rf'^ *({kind.__name__}\(.*\))$', kind.__doc__, re.M)
+    return [_IN_WORDS.get(kind) or (f'such as {shows[1]}' if shows else f'a {kind.__name__}')]
+
+def _in_words(hint) -> str:
+    *first, last = _kinds(hint)
+    return f'{", ".join(first)} or {last}' if first else last
+
+# %% ../nbs/72_readers.ipynb #8e526c6a
+def _hints(f) -> dict: # name ▸ type
+    "The annotations of a function or a dataclass; those in quotes are read in its module"
+    names = vars(sys.modules[f.__module__])
+    return {k: eval(a, names) if isinstance(a, str) else a for k, a in f.__annotations__.items()
+            if k not in ('return', 'cls', 'self')}
+
+def _check_types(f, given: dict): # name ▸ value
+    "Raise ValueError for a value that its annotation does not allow, with what the comment beside it says"
+    for name, hint in _hints(f).items():
+        if name not in given or _fits(given[name], hint): continue
+        from fastcore.docments import docments # takes as long as the rest of this module
+        said, x = docments(f).get(name), given[name]
+        odd = [y for y in x if not _fits([y], hint)] if isinstance(x, list | tuple) else []
+        what = f'holds {_quoted(odd[0])}' if odd and _fits([], hint) else f'is {_quoted(x)}'
+        raise ValueError(f'`{name}` {what}, and should be {_in_words(hint)}{f": {said}"*bool(said)}')
+
+# %% ../nbs/72_readers.ipynb #f28c662d
+def _quoted(x) -> str:
+    "`shown`, in the words of Python"
+    return {dict: 'a dict', NoneType: 'None'}.get(type(x)) or shown(x)
+
 # %% ../nbs/72_readers.ipynb #b31e8db7
 def _helpful(f):
-    "Decorator: adds the comments beside parameters, or beside the fields of a dataclass, to a docstring, for `help`"
+    """Decorator: adds the comments beside parameters, or beside the fields of a dataclass, to a docstring, for `help`
+
+    A function then also checks the types of what it is given.
+    """
     from fastcore.docments import docments # takes as long as the rest of this module, which the command line loads
     try: said = docments(f)
     except (OSError, TypeError): return f # without its source there are no comments
     rows = [f'    {name}: {text}' for name, text in said.items() if text]
     f.__doc__ = '\n'.join([cleandoc(f.__doc__), '', 'Parameters:', *rows])
-    return f
+    return f if isinstance(f, type) else _checked(f)
+
+def _checked(f):
+    "A function that first compares its arguments with its annotations"
+    @wraps(f)
+    def call(*args, **options):
+        try: given = signature(f).bind(*args, **options).arguments
+        except TypeError as e: raise TypeError(f'{f.__name__}() {_misnamed(f, str(e), options)}') from None
+        _check_types(f, given)
+        return f(*args, **options)
+    return call
+
+def _misnamed(f, said: str, options) -> str:
+    "What Python says of a call that does not go together, and where to look"
+    odd = next((o for o in options if f"'{o}'" in said), '')
+    near = ', '.join(get_close_matches(odd, signature(f).parameters, 3, .5))
+    return f'{said}; {near and f"near to it: {near}; "}help({f.__name__}) shows all parameters'

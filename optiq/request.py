@@ -17,7 +17,7 @@ from .budget import candidates
 from .files import _check_apart
 from .formats import AS_IS, Format, parse_format, parse_formats
 from .measure.sweep import rounding_of, Sweep
-from .readers import _check_counts, shown, _helpful
+from .readers import _check_counts, _check_types, _helpful, shown
 from .rounding import QUANTIZERS, ROUNDING
 
 # %% ../nbs/08a_request.ipynb #eca94df7
@@ -41,6 +41,8 @@ class Caps:
     chip: str | None = None # the chip to reach them on, such as 'M3 Max'; by default this machine
     context: int | None = None # tokens in the KV cache; by default 16,384 for its plan, 512 for a speed
 
+    def __post_init__(self): _check_types(Caps, vars(self))
+
 # %% ../nbs/08a_request.ipynb #c4559525
 @_helpful
 @dataclass(frozen=True)
@@ -51,12 +53,12 @@ class Weights:
 
         Weights(formats=[3, 4, 8], rounding='gptq', protect='embed')
     """
-    formats: 'list | tuple | None' = None # candidates; by default those of `sweep`, or 4 and 8 bits
-    protect: 'str | tuple | list' = () # units that get the widest one: 'embed', 'lm_head', 'first', 'last', paths
+    formats: 'list | tuple | str | int | Format | None' = None # candidates; by default those of `sweep`, or 4 and 8 bits
+    protect: 'str | tuple | list | None' = () # units that get the widest one: 'embed', 'lm_head', 'first', 'last', paths
     pin: 'dict | str | None' = None # name ▸ the one format of these units, or 'lm_head=8g64,*.o_proj=6'
     ceiling: 'dict | str | None' = None # name ▸ format, likewise: no wider one
     floor: 'dict | str | None' = None # name ▸ format, likewise: no narrower one
-    leave: 'str | tuple | list' = () # names of units that stay as they are
+    leave: 'str | tuple | list | None' = () # names of units that stay as they are
     tie: 'str | tuple | list | Callable | None' = () # units that share a format: 'qkv', 'kv', 'gate_up'
     sweep: 'Sweep | str | Path | None' = None # a sweep of this model, or its file
     rounding: str | None = None # 'minmax', 'search' or 'gptq'; by default that of `sweep`, or 'search'
@@ -68,6 +70,8 @@ class Weights:
     draft: 'Format | str | int | None' = None # of a head that drafts tokens, which is kept beside the model: '8g64'
     verify: bool | None = None # measure the plan and its neighbours, keep the best; by default for weights alone
     compare: bool | None = None # score the baselines too; by default for weights alone
+
+    def __post_init__(self): _check_types(Weights, vars(self))
 
     @property
     def wishes(self) -> dict: # of `allocate`
@@ -82,8 +86,10 @@ class Cache:
 
         Cache(formats=['tq3', 'tq4'], tie=True)
     """
-    formats: 'list | tuple' = _FORMATS # candidates
+    formats: 'list | tuple | str | int | Format' = _FORMATS # candidates
     tie: bool = False # keys and values of a layer share a format
+
+    def __post_init__(self): _check_types(Cache, vars(self))
 
 # %% ../nbs/08a_request.ipynb #6d3ee90d
 _COUNTS = {'weights': [*Caps.__annotations__], 'a cache': ['target_bpw', 'true_bpw', 'max_bytes', 'context'],
@@ -124,6 +130,8 @@ def caps_for(caps: Caps | None, what: str) -> Caps: # with a default
 # %% ../nbs/08a_request.ipynb #5c6caa97
 def _check_weights(weights: Weights, what: str, out):
     "Raise ValueError for an option of the weights that has no effect on this kind of plan"
+    if weights.method not in (None, 'exact', 'screened', 'gradient'): raise ValueError(
+        f'no method {weights.method!r}; there are exact, screened and gradient')
     for name in ('polish', 'verify', 'compare') if what != 'weights' else ():
         if getattr(weights, name) not in (None, False): raise ValueError(
             f'`{name}` has no effect {_beside(what)} yet; leave one of the two')
@@ -162,6 +170,7 @@ class Texts:
     eval_len: int | None = None # tokens in each; 256 by default, with a cache as many as in the others
 
     def __post_init__(self):
+        _check_types(Texts, vars(self))
         _check_counts(n_calibration=self.n_calibration, seq_len=self.seq_len, n_evaluation=self.n_evaluation,
                      eval_len=self.eval_len)
 
@@ -194,7 +203,8 @@ def _candidates_for(
 ) -> list[Format]:
     "The candidates that you gave, or those of a sweep, or the default"
     if formats is None: formats = default if sweep is None else _load_sweep(sweep).formats
-    return parse_formats(formats)
+    if not (found := parse_formats(formats)): raise ValueError('no formats to try; give some, for example 4 and 8')
+    return found
 
 # %% ../nbs/08a_request.ipynb #6e0c51e3
 def _narrowed(sweep: Sweep, formats: list) -> Sweep:
@@ -230,13 +240,3 @@ def _check_states_memory(states_memory: float | None, weights: Weights | None, c
         '`states_memory` has no effect on a `sweep` that is given; leave one of the two')
     if weights is not None and weights.method not in (None, 'exact'): raise ValueError(
         f'`states_memory` counts for `method` exact, not {weights.method}; leave one of the two')
-
-# %% ../nbs/08a_request.ipynb #a816e6d4
-_SAID = {Caps: 'Caps(target_bpw=4.5)', Weights: 'Weights(formats=[4, 8])', Cache: 'Cache(formats=[4, 8])',
-         Texts: 'Texts(n_calibration=8)'}
-
-def _check_wishes(**given): # name ▸ what was given
-    "Raise ValueError for an argument of another class than Caps, Weights, Cache or Texts"
-    kinds = {k.__name__.lower(): k for k in _SAID}
-    odd = [k for k, v in given.items() if v is not None and not isinstance(v, kinds[k])]
-    if odd: raise ValueError(f'`{odd[0]}` is {shown(given[odd[0]])}, and should be such as {_SAID[kinds[odd[0]]]}')

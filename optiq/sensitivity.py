@@ -25,6 +25,7 @@ from .measure.sweep import Sweep, about_texts
 from .measure.journal import read_log
 from .measure.log import SweepLog, _log_files, _ranks_here, _progress_bar
 from .measure.sweep import texts_for, to_sweep, warn_of_idle
+from .models import Checkpoint
 from .plan import _silent
 from .readers import _check_counts, _helpful
 from .rounding import ROUNDING, RoundTrips, _enough
@@ -140,6 +141,14 @@ def _check_wishes(until: str | None, **counts):
     _check_counts(**counts)
     if until not in (None, 'stable'): raise ValueError(f"`until` is {until!r}, and should be 'stable' or None")
 
+def _check_tokens(tokens):
+    "Raise ValueError for tokens that are neither a table of whole numbers nor samples of pictures or speech"
+    if tokens is None or isinstance(tokens, list) and tokens and all(isinstance(t, dict) for t in tokens): return
+    table = np.asarray(tokens)
+    if table.ndim != 2 or not table.size or not np.issubdtype(table.dtype, np.integer): raise ValueError(
+        f'`tokens` has the shape {table.shape} and the type {table.dtype}, and should be a table of token ids, a row '
+        'for each sequence; leave it out to make it from `calibration`')
+
 # %% ../nbs/04_sensitivity.ipynb #0d059b08
 def _warn_of_silent(sweep: Sweep):
     "Warn if rounding a unit moved nothing at any width"
@@ -167,9 +176,9 @@ def _tokens_of(b: Backend, tokens, more, source, n, seq_len, rounding, rounding_
 @_helpful
 @claiming
 def kl_sweep(
-    model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
+    model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: 'np.ndarray | list | None' = None, # (n, T), or samples; made from `calibration` by default
-    formats: list = ('4g64', '8g64'), # candidates
+    formats = ('4g64', '8g64'), # candidates
     *,
     calibration: str | None = None, # source of the tokens, 'bundled' by default; of `tokens` that are given, its name
     n: int = 8, # calibration sequences
@@ -180,7 +189,7 @@ def kl_sweep(
     rounding_n: int = 32, # sequences that `search` and `gptq` learn from, the first `n` among them
     rounding_tokens: np.ndarray | None = None, # tokens to learn from instead; `tokens` by default, if you give them
     statistics: 'str | Path | None' = None, # file of what `search` learns, written if it is not there
-    targets: 'list | tuple' = (), # nominal bits of the plans that `screened` and `until` look at
+    targets: 'list[float] | tuple[float, ...]' = (), # nominal bits of the plans that `screened` and `until` look at
     until: str | None = None, # 'stable': stop when the plans at `targets` no longer change
     out: 'str | Path | None' = None, # file to write as it goes, and to resume from
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
@@ -198,6 +207,7 @@ def kl_sweep(
         sweep = kl_sweep('demo', formats=[3, 4, 8])
         sweep.kl('model.embed_tokens', '4g64'), sweep.plot(fmt=4)
     """
+    _check_tokens(tokens)
     _check_wishes(until, n=n, seq_len=seq_len, rounding_n=rounding_n)
     mark = dict(journal=True) if journal else {}
     if out is not None: out = own_file(out, 'sweep', **mark) # before any work

@@ -130,7 +130,7 @@ def test_ties_are_optimal_too():
     (dict(max_bytes=10**9), 'max_bytes 1,000,000,000 is above'), (dict(target_bpw=9, max_bytes=60_000), 'target_bpw 9 is above'),
     (dict(), 'no cap'), (dict(max_ms=1), 'costs_ms'), (dict(max_memory=10**6), 'cache_bytes'),
     (dict(max_memory=10**5, cache=10**5), 'max_memory 100,000 is below the smallest possible, .* bytes'),
-    (dict(target_bpw=float('nan')), 'positive'),
+    (dict(target_bpw=float('nan')), '`target_bpw` is nan, and should be a number above 0'),
     (dict(target_bpw=4, formats=[]), 'no candidate formats'), (dict(target_bpw=4, formats=[5]), '5g64 was not measured'),
     (dict(target_bpw=4, protect='nothing'), "'nothing' matches no unit"), (dict(target_bpw=4, tie='vk'), "no tie 'vk'"),
     (dict(target_bpw=4, method='best'), "no method 'best'"),

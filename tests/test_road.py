@@ -7,7 +7,8 @@ import pytest
 import optiq
 from optiq.formats import Format, parse_formats
 from optiq.measure.sweep import Sweep
-from optiq.readers import _helpful
+from optiq.readers import _helpful, _hints
+from optiq.show.explore import explore, explore_kv
 from sweeps import block_units, make_sweep
 
 ROAD = ['kl_sweep', 'load_sweep', 'allocate', 'pareto', 'convert', 'optimize', 'trade_off', 'compare', 'verify', 'predict_speeds']
@@ -104,13 +105,69 @@ MISUSE = dict(
     bits=(lambda s: Format('4', 64), "no MLX format has bits='4', group_size=64"),
     drawn=(lambda s: s.plot(fmt='5g64'), '5g64 was not measured; the sweep has 4g64, 8g64'),
     format=(lambda s: s.kl(s.units[0].path, 5), '5g64 was not measured; the sweep has 4g64, 8g64'),
-    unit=(lambda s: s.kl('lm_heat', 4), 'lm_heat was not measured in 4g64'))
+    unit=(lambda s: s.kl('lm_heat', 4), 'lm_heat was not measured in 4g64'),
+    model=(lambda s: optiq.kl_sweep(None), "`model` is None, and should be text, a Checkpoint or a Backend: 'demo', a folder"),
+    tokens=(lambda s: optiq.kl_sweep('demo', [1, 2, 3]), r'`tokens` has the shape \(3,\) and the type int64, and should be a table'),
+    no_tokens=(lambda s: optiq.kl_sweep('demo', []), r'`tokens` has the shape \(0,\)'),
+    no_text=(lambda s: optiq.kl_sweep('demo', 'hello'), "`tokens` is 'hello', and should be a ndarray or a list"),
+    memory=(lambda s: optiq.kl_sweep('demo', max_memory='16GB'), "`max_memory` is '16GB', and should be a number above 0: bytes for states"),
+    no_memory=(lambda s: optiq.kl_sweep('demo', max_memory=-1), '`max_memory` is -1, and should be a number above 0'),
+    budget=(lambda s: optiq.kl_sweep('demo', time_budget=float('nan')), '`time_budget` is nan, and should be a number above 0: seconds'),
+    nan=(lambda s: optiq.kl_sweep('demo', targets=[float('nan')]), '`targets` holds nan, and should be a list, each a number above 0'),
+    file=(lambda s: optiq.load_sweep(None), '`path` is None, and should be text: what `optiq sweep -o` or'),
+    protect=(lambda s: optiq.allocate(s, target_bpw=4, protect=5), "`protect` is 5, and should be text or a list: units that get their widest"),
+    pin=(lambda s: optiq.allocate(s, target_bpw=4, pin=5), '`pin` is 5, and should be a dict or text: name ▸ the one format'),
+    leave=(lambda s: optiq.allocate(s, target_bpw=4, leave=5), '`leave` is 5, and should be text or a list: names of units'),
+    tie=(lambda s: optiq.allocate(s, target_bpw=4, tie=5), "`tie` is 5, and should be text, a list or a function: 'qkv'"),
+    costs=(lambda s: optiq.allocate(s, max_ms=5, costs_ms=3), '`costs_ms` is 3, and should be a function:'),
+    budgets=(lambda s: optiq.allocate(s, target_bpw=4, budgets=['x']), "`budgets` holds 'x', and should be a list, each a Budget"),
+    negative=(lambda s: optiq.allocate(s, target_bpw=-4), '`target_bpw` is -4, and should be a number above 0: cap on nominal bits'),
+    place=(lambda s: optiq.convert('demo', optiq.allocate(s, target_bpw=4), None), '`out` is None, and should be text: folder to write'),
+    from_file=(lambda s: optiq.convert('demo', optiq.allocate(s, target_bpw=4), 'o', 's.json'),
+               "`sweep` is 's.json', and should be a Sweep; load"),
+    nothing=(lambda s: optiq.convert('demo', None, 'o'), 'None is not a plan; make one with'),
+    rounded=(lambda s: optiq.convert('demo', optiq.allocate(s, target_bpw=4), 'o', quantizer='gptq'),
+             "`quantizer` is 'gptq', and should be a function"),
+    caps_text=(lambda s: optiq.Caps(target_tps='fast'), "`target_tps` is 'fast', and should be a number above 0: tokens per second"),
+    caps_chip=(lambda s: optiq.Caps(chip=5), '`chip` is 5, and should be text: the chip to reach them on'),
+    context=(lambda s: optiq.Caps(context='4k'), "`context` is '4k', and should be a whole number: tokens in the KV cache"),
+    way=(lambda s: optiq.optimize('demo', weights=optiq.Weights(method='fast')), "no method 'fast'; there are exact, screened and gradient"),
+    nowhere=(lambda s: optiq.optimize('demo', weights=optiq.Weights(formats=[])), 'no formats to try; give some'),
+    verified=(lambda s: optiq.Weights(verify='yes'), "`verify` is 'yes', and should be True or False: measure the plan"),
+    tied=(lambda s: optiq.Cache(tie='kv'), "`tie` is 'kv', and should be True or False: keys and values"),
+    text=(lambda s: optiq.Texts(calibration=5), '`calibration` is 5, and should be text or a list: text, pictures or speech'),
+    output=(lambda s: optiq.optimize('demo', 5), '`out` is 5, and should be text: folder to write'),
+    curve_nan=(lambda s: optiq.trade_off('demo', [4, float('nan')]), '`targets` holds nan, and should hold numbers above 0'),
+    no_targets=(lambda s: optiq.trade_off('demo', []), '`targets` is empty; name some bits, or leave it out'),
+    profile=(lambda s: optiq.trade_off('demo', 4, 'fast'), "no profile 'fast'; there are compact, quality, all"),
+    points=(lambda s: optiq.trade_off('demo', 4, verify=-1), '`verify` is -1, and should be a whole number: points of each curve'),
+    compared=(lambda s: optiq.compare(None), "`model` is None, and should be text"),
+    within=(lambda s: optiq.verify('demo', 'demo', within='x'), "`within` is 'x', and should be a number above 0: factor"),
+    no_widths=(lambda s: optiq.predict_speeds('demo', []), 'no formats to predict; give some'),
+    no_chip=(lambda s: optiq.predict_speeds('demo', chip=5), "`chip` is 5, and should be text: from the table"),
+    explored=(lambda s: explore('demo'), "`sweep` is 'demo', and should be a Sweep: Sweep of a model's weights"),
+    explored_none=(lambda s: explore_kv(None), '`sweep` is None, and should be a Sweep: Sweep of keys and values'),
+    dragged=(lambda s: explore(s).drag('x'), "`value` is 'x', and should be a number above 0: of the cap"),
+    by=(lambda s: explore(s).measure_by('weight'), "no cap 'weight'; there are nominal bits, "))
 
 @pytest.mark.parametrize('case', MISUSE)
 def test_misuse_is_told_in_the_words_of_the_caller(case, sweep):
     wrong, says = MISUSE[case]
     with pytest.raises(ValueError, match=says) as e: wrong(sweep)
     assert '\n' not in str(e.value) and not re.search(r'(^|\s)--[a-z]', str(e.value))
+
+@pytest.mark.parametrize('wrong, says', [
+    (lambda s: optiq.allocate(s, target_bits=4), "allocate() got an unexpected keyword argument 'target_bits'; near to it: target_bpw, "),
+    (lambda s: optiq.allocate(), "allocate() missing a required argument: 'sweep'; help(allocate) shows all parameters"),
+    (lambda s: optiq.allocate(s, 4), 'allocate() too many positional arguments; help(allocate) shows all parameters')])
+def test_a_call_that_does_not_go_together_says_where_to_look(wrong, says, sweep):
+    with pytest.raises(TypeError) as e: wrong(sweep)
+    assert str(e.value).startswith(says) and '\n' not in str(e.value)
+
+@pytest.mark.parametrize('name', ROAD)
+def test_every_annotation_of_the_road_can_be_read(name):
+    f = inspect.unwrap(function(name))
+    assert _hints(f).keys() == f.__annotations__.keys()-{'return', 'cls'}
 
 def test_another_file_is_no_sweep(sweep, tmp_path):
     optiq.allocate(sweep, target_bpw=4).save(tmp_path/'plan.json')

@@ -18,7 +18,9 @@ from ..knapsack import Question
 from ..budget import budgets_of, candidates, make_problem
 from ..kv.sweep import at_context
 from ..latency import latency
+from ..measure.sweep import Sweep
 from ..plan import Plan, make_plan, smoothed
+from ..readers import _helpful
 from ..roofline import Latency
 from .plots import describe, format_colours, plan_svg
 
@@ -145,9 +147,14 @@ class Explorer:
         self.drag(sum(self.planner.ends)/2 if value is None else value, exact=True)
 
     def ask(self, formats, by):
+        if by not in self.targets: raise ValueError(f'no cap {by!r}; there are {", ".join(self.targets)}')
         self.formats, self.by, self.planner = formats, by, _Planner(self.sweep, formats, self.targets[by])
 
-    def drag(self, value: float, exact: bool = False):
+    @_helpful
+    def drag(self,
+        value: float, # of the cap
+        exact: bool = False, # by the exact solver, which takes longer
+    ):
         "Move the cap"
         self.value, self.exact, self.plan = value, exact, self.planner.plan(value, exact)
         return self
@@ -286,8 +293,9 @@ def _speed_of(
     except (FileNotFoundError, KeyError): return None
 
 # %% ../../nbs/61_show.explore.ipynb #2eff9c87
+@_helpful
 def explore(
-    sweep, # Sweep of a model's weights
+    sweep: Sweep, # Sweep of a model's weights
     chip: 'str | Latency | None' = 'M3 Max', # for the speed: a chip of the table, or a Latency of the same model
     context: int = 512, # tokens in the cache, for the speed
     **options, # of Explorer: formats, by, value
@@ -310,8 +318,9 @@ def at(self: Explorer, context: int):
     return self if by == self.by else self.measure_by(by)
 
 # %% ../../nbs/61_show.explore.ipynb #22992bbb
+@_helpful
 def explore_kv(
-    sweep, # Sweep of keys and values, see `kv_sweep`
+    sweep: Sweep, # Sweep of keys and values, see `kv_sweep`
     context: int = 4096, # tokens to begin with
     contexts: tuple = _CONTEXTS, # to choose from
     **options, # of Explorer: formats, by, value

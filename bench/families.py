@@ -71,7 +71,8 @@ from optiq.evals.perplexity import overrides_of
 from optiq.report import machine
 from optiq.measure.gradient import gradient_sweep
 from optiq.knapsack import allocate
-from optiq.plan import uniform
+from optiq.draft import _reader_of
+from optiq.plan import Plan, uniform
 from optiq.kv.cache import generate_with_mixed_kv, mixed_caches
 from optiq.kv.config import kv_config, read_kv_config
 from optiq.kv.layout import kv_layout
@@ -275,16 +276,24 @@ def resize(changes: dict): # dotted name ▸ new value, or {'_with': arguments} 
 
 PACKED = dict(mxfp4=put_mxfp4, fp8=put_fp8, awq=put_awq, int4=put_int4, nvfp4=put_nvfp4)
 
-def put_draft(out: Path, config: dict):
-    "A multi-token prediction head: a copy of the last block between its own norms"
+def put_draft(out: Path, config: dict, prefix: str):
+    "A head that drafts tokens, in random numbers: as mlx-vlm reads it, or a copy of the last block if it has no class for it"
+    from mlx.utils import tree_flatten
+    from mlx_vlm.speculative.drafters.mtp_split import get_mtp_splitter
+    from mlx_vlm.utils import get_model_and_args
     from safetensors.numpy import load_file, save_file
-    found, text = load_file(out/'model.safetensors'), config.get('text_config', config)
-    width, last = text['hidden_size'], f"layers.{text['num_hidden_layers']-1}."
-    own = {'mtp.layers.0.'+k.split(last)[1]: v for k, v in found.items() if last in k}
-    norms = 'norm', 'pre_fc_norm_embedding', 'pre_fc_norm_hidden'
-    own |= {f'mtp.{n}.weight': np.zeros(width, np.float32) for n in norms}
-    own['mtp.fc.weight'] = values('mtp.fc.weight', (width, 2*width), '')
-    save_file(found | own, out/'model.safetensors', {'format': 'pt'})
+    found, reader = load_file(out/'model.safetensors'), get_mtp_splitter(source_config=copy.deepcopy(config))
+    last, arch = f"layers.{config.get('num_hidden_layers', 0)-1}.", None
+    if reader:
+        text = reader.read_text_config(copy.deepcopy(config))
+        said = dict(model_type=reader.output_model_type, text_config=text, block_size=2) | reader.extra_config(text)
+        arch, _ = get_model_and_args(said)
+    if not hasattr(arch, 'Model'): own = {k.split(last)[1]: v for k, v in found.items() if last in k}
+    else:
+        shapes = {k: v.shape for k, v in tree_flatten(arch.Model(arch.ModelConfig.from_dict(said)).parameters())}
+        own = {k: values(k, tuple(s), config['model_type']) for k, s in shapes.items()}
+    own = {re.sub(r'^(mtp|mtp_block)\.', '', k).replace('shared_head_norm', 'shared_head.norm'): v for k, v in own.items()}
+    save_file(found | {prefix+k: v for k, v in own.items()}, out/'model.safetensors', {'format': 'pt'})
 
 def write_checkpoint(out: Path, config: dict, told: dict, form: str, vision: bool):
     "A folder as the hub has it"
@@ -294,7 +303,7 @@ def write_checkpoint(out: Path, config: dict, told: dict, form: str, vision: boo
     _write_tokenizer(out)
     if 'bos' in told: put_bos(out)
     if 'pack' in told: PACKED[told['pack']](out)
-    if told.get('draft'): put_draft(out, config)
+    if 'draft' in told: put_draft(out, config, told['draft'])
     write_json(out/'config.json', config)
     for n in ('generation_config.json',): (out/n).unlink(missing_ok=True)
 
@@ -386,7 +395,7 @@ def whole(m):
     if 'quantization_config' in m.config: return 'stored packed'
     stored = {k: int(np.prod(t['shape'])) for f in m.c.files for k, t in read_header(f).items()}
     lost = sum(stored.values())-m.c.params
-    odd = {k: n for k, n in stored.items() if re.search(r'(^|\.)(mtp|nextn|draft)', k)}
+    odd = {k: n for k, n in stored.items() if re.search(r'(^|\.)(mtp|nextn|draft)', k) or k.startswith(m.told.get('draft', ' '))}
     if odd and lost >= sum(odd.values()):
         if not m.c.left_out: raise Wrong(f'{len(odd)} tensors such as {min(odd)} are dropped in silence')
         return f'left out, and named in the plan: {", ".join(m.c.left_out)}'
@@ -510,10 +519,10 @@ def rounded(m, method: str) -> str:
     for s in samples_of(tokens) if not m.b.stacks else [tokens]:
         z = [as_numpy(m.b.logits(s, o)) for o in ({}, overrides_of(plan), as_overrides(done))]
         if not np.isfinite(z[2]).all(): raise Wrong('logits are not finite')
-        off.append([float(np.sqrt(((y-z[0])**2).mean())) for y in z[1:]])
-    minmax, mine = np.mean(off, 0)
+        off.append([np.sqrt(((y-z[0])**2).mean(-1)).ravel() for y in z[1:]])
+    minmax, mine = (np.median(np.concatenate(each)) for each in zip(*off)) # in some tokens a router picks another expert
     if not todo: return 'all is kept as it is stored'
-    return f'logits move by {mine/minmax:.2f} of what min-max moves them by'
+    return f'logits move by {mine/minmax:.2f} of what min-max moves them by, at the median token'
 
 def searched(m): return rounded(m, 'search')
 def compensated(m): return rounded(m, 'gptq')
@@ -521,6 +530,16 @@ def compensated(m): return rounded(m, 'gptq')
 def save(m):
     shutil.rmtree(m.out, ignore_errors=True)
     with contextlib.redirect_stderr(io.StringIO()): convert(m.c, m.plan, m.out, m.sweep)
+    if 'draft' not in m.told: return
+    plan = Plan.load(m.out/'optiq'/'plan.json')
+    kept = plan.solver.get('draft')
+    if kept and not plan.gone: return f'the head that drafts tokens is kept in {kept["file"]} at {kept["format"]}'
+    reader, why = _reader_of(m.folder), 'no loader reads the head that drafts tokens'
+    if reader:
+        try: reader.load(m.folder, lazy=True)
+        except Exception as e: why = f'mlx-vlm does not open the head that drafts tokens ({one_line(e)})'
+        else: raise Wrong('mlx-vlm opens the head that drafts tokens, and it was not kept')
+    return f'{why}; the card says that {", ".join(plan.gone)} is left out'
 
 def reload(m):
     if m.vision: model = open_plain(m.out, True)
@@ -786,7 +805,8 @@ def main():
             if only and family not in only: continue
             for backend in a.backend.split(','):
                 key = loader, family, backend
-                if backend == 'torch' and (loader == 'mlx-vlm' or '_vision' in table[loader].get(family, {})): continue
+                said_here = table[loader].get(family, {})
+                if backend == 'torch' and (loader == 'mlx-vlm' or {'_vision', '_draft'} & {*said_here}): continue
                 if key in known and not (a.again or only or a.last): continue
                 mine[key] = run((loader, family, backend, table, a.long, a.last, a.quick), a.seconds) | dated
                 print(show(mine[key]), flush=True)

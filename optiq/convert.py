@@ -216,7 +216,7 @@ prompt = apply_chat_template(processor, model.config, "Describe this image.", nu
 generate(model, processor, prompt, image=["image.png"])""",
     audio="""from mlx_audio.stt import load
 load("{name}").generate("speech.wav").text""")
-_DRAFTS = '`mlx_vlm.generate --model {name} --draft-model {name}`'
+_DRAFTS = '`mlx_vlm.generate --model {name} --draft-model {draft}`'
 _CHOSEN = """Each tensor's format was chosen by measuring the KL divergence that quantizing it alone causes, then
 minimising the sum under the cap on size. """
 
@@ -230,7 +230,7 @@ def _model_card(name: str, source: str, plan, calibration: str, measured: dict =
     gone = ', '.join(f'{part} ({n:,} parameters)' for part, n in plan.gone.items())
     draft, kept = plan.solver.get('draft'), ''
     if draft: kept = (f'\nThe head that drafts tokens is kept in `{draft["file"]}` at {draft["format"]}, '
-                      f'{draft["nbytes"]/2**20:.1f} MB beside the size above: {_DRAFTS.format(name=name)}.\n')
+                      f'{draft["nbytes"]/2**20:.1f} MB beside the size above: {_DRAFTS.format(name=name, draft=Path(name)/Path(draft["file"]).parent)}.\n')
     if gone: kept += f'\nThe loader leaves out {gone}; this model is without.\n'
     package = LOADERS[model_type].replace('_', '-')
     return _CARD.format(name=name, source=source, counts=counts, plan=plan, calibration=calibration, measured=rows,

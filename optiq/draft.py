@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/01c_draft.ipynb #1555d6ae
 import json
+import shutil
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -33,16 +34,24 @@ def _check_draft(
         f'`draft` has no effect: {source.name} has no head for drafting tokens that mlx-vlm knows; leave it out')
     return parse_format(_DRAFT if fmt is None else fmt)
 
+# %% ../nbs/01c_draft.ipynb #3e0d9d12
+def _quantizable(config: dict) -> set: # of a draft head, as its reader gives it
+    "Paths of the layers that mlx-vlm opens in few bits"
+    from mlx_vlm.utils import get_model_and_args
+    kind, _ = get_model_and_args(config)
+    head = kind.Model(kind.ModelConfig.from_dict(dict(config)))
+    allowed = getattr(head, 'quant_predicate', lambda path, module: True)
+    return {path for path, m in head.named_modules() if hasattr(m, 'to_quantized') and allowed(path, m)}
+
 # %% ../nbs/01c_draft.ipynb #a2c99e99
 def _in_few_bits(reader, config: dict, arrays: dict, fmt: Format) -> tuple: # name ▸ array, path ▸ entry of a config
     "The tensors of a draft head in a format, and the entry of `config.json` for each matrix"
-    said, out, entries = config.get('quantization') or {}, {}, {}
-    def fits(w): return fmt != AS_IS and divides(fmt, w.shape)
+    said, out, entries, takes = config.get('quantization') or {}, {}, {}, _quantizable(config)
     usual = {k: said[k] for k in ('group_size', 'bits', 'mode') if k in said}
     for name, w in arrays.items():
         path, _, part = name.rpartition('.')
         if f'{path}.scales' in arrays: out[name], entries[path] = w, said.get(path) or usual
-        elif part == 'weight' and w.ndim > 1 and reader.should_quantize_key(name) and fits(w):
+        elif fmt != AS_IS and part == 'weight' and path in takes and reader.should_quantize_key(name) and divides(fmt, w.shape):
             out |= {f'{path}.{k}': x for k, x in quantize_minmax(w, fmt).items()}
             entries[path] = config_entry(fmt)
         else: out[name] = w
@@ -59,35 +68,66 @@ def _tell(folder: Path, entries: dict): # path ▸ entry
         config[key] = rest | {f'mtp.{p}': e for p, e in entries.items()}
     write_json(folder/'config.json', config, indent=4)
 
-def _check_head(folder: Path, arrays: dict):
-    "Raise ValueError if mlx-vlm does not open this draft head from the folder with the same tensors"
+def _check_head(head, arrays: dict): # as mlx-vlm opened it
+    "Raise ValueError if a draft head does not hold these tensors"
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    reader = _reader_of(folder)
-    if reader is None: raise ValueError('mlx-vlm does not find it again')
-    found = dict(tree_flatten(reader.load(folder, lazy=True).parameters()))
+    found = dict(tree_flatten(head.parameters()))
     odd = [k for k, w in arrays.items() if k not in found or not mx.array_equal(found[k], w)]
     if odd or len(found) > len(arrays): raise ValueError(f'mlx-vlm reads another {[*odd, *found][0]}')
 
 # %% ../nbs/01c_draft.ipynb #8ab11b07
+def _beside(folder: Path, config: dict, arrays: dict, entries: dict) -> str: # path ▸ entry; ▸ name of the file
+    "Write a draft head as one file beside the model; raises ValueError if mlx-vlm does not find it there"
+    import mlx.core as mx
+    try:
+        mx.save_safetensors(str(folder/_FILE), {f'mtp.{k}': w for k, w in arrays.items()}, {'format': 'mlx'})
+        _tell(folder, entries)
+        reader = _reader_of(folder)
+        if reader is None: raise ValueError('mlx-vlm does not find it again')
+        _check_head(reader.load(folder, lazy=True), arrays)
+    except Exception:
+        (folder/_FILE).unlink(missing_ok=True)
+        _tell(folder, {})
+        raise
+    return _FILE
+
+# %% ../nbs/01c_draft.ipynb #a6af24f1
+def _apart(folder: Path, config: dict, arrays: dict, entries: dict) -> str: # as `_beside`
+    "Write a draft head into a folder of its own"
+    import mlx.core as mx
+    from mlx_vlm.utils import load_model
+    out = folder/'draft'
+    out.mkdir()
+    try:
+        said = {'quantization': dict(group_size=64, bits=8, mode='affine') | entries} if entries else {}
+        plain = {k: v for k, v in config.items() if not k.startswith('quantization')}
+        write_json(out/'config.json', plain | said, indent=4)
+        mx.save_safetensors(str(out/'model.safetensors'), arrays, {'format': 'mlx'})
+        _check_head(load_model(out, lazy=True), arrays)
+    except Exception:
+        shutil.rmtree(out)
+        raise
+    return 'draft/model.safetensors'
+
+# %% ../nbs/01c_draft.ipynb #c9bc45f4
 def _keep_draft(
     source, # a `ModelFolder` of the original
     folder: Path, # of the converted model, with its config.json
     fmt: Format, # of its matrices
-) -> dict: # file, format, bytes; {} if there is none to keep
-    "Write the draft head of a model beside its converted form, if mlx-vlm can open it there; else print why"
-    import mlx.core as mx
-    reader = _reader_of(source.folder)
+) -> dict: # file, format, bytes, parts of the original that it is; {} if there is none to keep
+    "Write the draft head of a model beside its converted form, where mlx-vlm can open it; else print why"
+    reader, left = _reader_of(source.folder), getattr(source, 'left_out', {})
     if reader is None: return {}
     try:
         config, arrays = reader.prepare(source.folder, source_config=source.config)
         arrays, entries = _in_few_bits(reader, config, arrays, fmt)
-        mx.save_safetensors(str(folder/_FILE), {f'mtp.{k}': w for k, w in arrays.items()}, {'format': 'mlx'})
-        _tell(folder, entries)
-        _check_head(folder, arrays)
+        try: file = _beside(folder, config, arrays, entries)
+        except Exception: file = _apart(folder, config, arrays, entries)
     except Exception as e:
-        (folder/_FILE).unlink(missing_ok=True)
-        _tell(folder, {})
         print(f'{source.name}: its head for drafting tokens is left out: {told(e)}', file=sys.stderr)
         return {}
-    return dict(file=_FILE, format=str(fmt), nbytes=sum(w.nbytes for w in arrays.values()))
+    mine = reader.iter_selected(source.folder, reader.read_text_config(source.config))
+    names = [k for _, keys in mine for k in keys]
+    parts = [part for part in left if any(f'{k}.'.startswith(f'{part}.') for k in names)]
+    return dict(file=file, format=str(fmt), nbytes=sum(w.nbytes for w in arrays.values()), parts=parts)

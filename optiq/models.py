@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from .folder import _NOTES, _made_by_others, _weight_files, check_untrusted, find_model, read_header
 from .formats import dequantized
 from .readers import Form, NAME, check, read_json, told, whole
-from .units import _Listing, _stored, _stored_format
+from .units import _Listing, _SECOND, _stored, _stored_format
 
 # %% ../nbs/01_models.ipynb #650f359c
 LOADERS = dict(llm='mlx_lm', vlm='mlx_vlm', audio='mlx_audio') # the package that opens a type of model
@@ -235,7 +235,7 @@ def _plain(m):
     out, (_, dtype) = kind.__new__(kind), _stored(m)
     nn.Module.__init__(out)
     for k, v in m.items():
-        if k not in ('weight', 'scales', 'biases', 'global_scale', 'weight_scale_2', 'weight_global_scale'): out[k] = v
+        if k not in ('weight', 'scales', 'biases', *_SECOND): out[k] = v
     out.weight = dequantized(m, _stored_format(m), getattr(mx, dtype))
     return out
 

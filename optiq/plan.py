@@ -83,7 +83,8 @@ def rounding(self: Plan) -> str | None: # None if nothing was measured
 @patch(as_prop=True)
 def gone(self: Plan) -> dict: # part ▸ its parameters
     "Parts of the model that the loader leaves out and that no file beside the converted model holds"
-    return {k: n for k, n in self.made.get('left_out', {}).items() if k != 'mtp' or 'draft' not in self.solver}
+    kept = self.solver.get('draft', {}).get('parts', ())
+    return {k: n for k, n in self.made.get('left_out', {}).items() if k not in kept}
 
 @patch
 def counts(self: Plan): # Format ▸ number of units

@@ -32,6 +32,7 @@ class Unit:
     fixed: bool = False # no group divides its width, or its loader opens it in no other form
     stored: str | None = None # the format that the checkpoint has it in, such as mxfp4; None: in full precision
     twin: str | None = None # path of the unit whose weight its loader puts here too, so that both have one format
+    beside: int = 0 # bytes of a second scale, of the whole tensor, that its stored form has
 
     @property
     def params(self): return prod(self.shape)
@@ -41,16 +42,17 @@ class Unit:
     def kept(self): return parse_format(self.stored) if self.stored else AS_IS
     def keeps(self, fmt: Format) -> bool: return fmt == AS_IS or self.stored == str(fmt)
     def nbytes(self, fmt: Format) -> int:
-        return nbytes(self.kept if self.keeps(fmt) else fmt, self.shape, self.itemsize)
+        if self.keeps(fmt): return nbytes(self.kept, self.shape, self.itemsize)+self.beside
+        return nbytes(fmt, self.shape, self.itemsize)
     def takes(self, fmt: Format) -> bool: return self.keeps(fmt) or not self.fixed and divides(fmt, self.shape)
     def bits(self, fmt: Format) -> int: return (self.kept if fmt == AS_IS else fmt).bits or 8*self.itemsize
     def row(self) -> dict: # for files
-        return {k: v for k, v in asdict(self).items() if v or k not in ('stored', 'twin')}
+        return {k: v for k, v in asdict(self).items() if v or k not in ('stored', 'twin', 'beside')}
 
 # %% ../nbs/01b_units.ipynb #0c1d21ae
 _UNIT = dict(path=NAME, kind=NAME, shape=[whole(), ]*2, block=maybe(whole(0, 2**20)),
              dtype=one_of('bfloat16', 'float16', 'float32'))
-_UNIT |= {'part?': NAME, 'fixed?': FLAG, 'stored?': maybe(FORMAT), 'twin?': maybe(NAME)}
+_UNIT |= {'part?': NAME, 'fixed?': FLAG, 'stored?': maybe(FORMAT), 'twin?': maybe(NAME), 'beside?': whole(0)}
 
 def read_units(
     rows: list, # of objects, as files hold units
@@ -109,12 +111,13 @@ def find_units(
     for path, m in layers.items():
         (shape, dtype), block = _stored(m), _block_of(path, starts)
         if _routes(path, shape, experts, layers): continue
-        odd = not any(divides(f, shape) for f in ALL_FORMATS) or _scaled(m)
+        odd = not any(divides(f, shape) for f in ALL_FORMATS)
         fixed = odd or allowed(path, m) is not True or _read_bare(modules, path)
         stored = str(_stored_format(m)) if 'scales' in m else None
         other = first.setdefault(id(m.weight), path) if block is None else path
         twin = other if other != path else None
-        found.append(Unit(path, _kind(path, m), shape, block, dtype, _part_of(path, model_type), fixed, stored, twin))
+        found.append(Unit(path, _kind(path, m), shape, block, dtype, _part_of(path, model_type), fixed, stored, twin,
+                          sum(m[k].nbytes for k in _SECOND if k in m)))
     def at(u):
         if u.block is not None: return u.block
         if model_type != 'llm': return _place(u, starts, lists)
@@ -143,7 +146,7 @@ def _with_head(units):
     return rest+[replace(u, kind='lm_head') for u in heads]
 
 # %% ../nbs/01b_units.ipynb #b00ab749
-def _scaled(m): return getattr(m, 'global_scale', None) is not None # a second scale, which is not part of a format
+_SECOND = 'global_scale', 'weight_scale_2', 'weight_global_scale' # a scale of a whole tensor, by whoever stored it
 
 def _stored(m):
     "Shape and type of a layer's weight before it was quantized"
@@ -213,7 +216,7 @@ def _part_of(
 def _census(model, units):
     "(parameters of the model, bytes of all that is no unit's stored weight)"
     from mlx.utils import tree_flatten
-    mine = {f'{p}.{part}' for p in units for part in ('weight', 'scales', 'biases')}
+    mine = {f'{p}.{part}' for p in units for part in ('weight', 'scales', 'biases', *_SECOND)}
     other = [v for k, v in tree_flatten(model.parameters()) if k not in mine]
     return sum(u.params for u in units.values())+sum(v.size for v in other), sum(v.nbytes for v in other)
 

@@ -114,7 +114,8 @@ def test_all_units_are_rounded(kind, route, method):
     plan = dict.fromkeys(b.checkpoint.unit, F4)
     done, simple = (dict(round_model(b, ids, plan, m)) for m in (method, 'minmax'))
     assert {*done} == {*b.checkpoint.unit}
-    def off(found): return np.mean([((b.numpy(b.logits(row[None], as_overrides(found)))-by_hand(route, row[None], ()))**2).mean() for row in ids])
+    def off(found):
+        return np.mean([((b.numpy(b.logits(r[None], as_overrides(found)))-by_hand(route, r[None], ()))**2).mean() for r in ids])
     assert off(done) < off(simple)
 
 @routes

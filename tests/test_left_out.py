@@ -70,13 +70,13 @@ def test_a_draft_head_drafts(tmp_path, drafting):
     assert said[0] == said[1] and head.draft_lens
 
 def test_a_draft_head_that_mlx_vlm_does_not_read_again_is_left_out(tmp_path, drafting, monkeypatch, capsys):
-    from mlx_vlm.speculative.drafters.mtp_split import MTPSplitter
+    import optiq.draft
     c, sweep = drafting
-    def other(self, path, **how): raise ValueError('no head of mine')
-    monkeypatch.setattr(MTPSplitter, 'load', other)
+    def other(head, arrays): raise ValueError('no head of mine')
+    monkeypatch.setattr(optiq.draft, '_check_head', other)
     p = allocate(sweep, target_bpw=6)
     saved = convert(c, p, tmp_path/'out', sweep)
-    assert 'left out: no head of mine' in capsys.readouterr().err and not (saved.folder/'mtp.safetensors').exists()
+    assert 'left out: no head of mine' in capsys.readouterr().err and not {'mtp.safetensors', 'draft'} & {f.name for f in saved.folder.iterdir()}
     assert f"mtp ({c.left_out['mtp']:,} parameters)" in (saved.folder/'README.md').read_text()
     assert not any(k.startswith('mtp') for k in json.loads((saved.folder/'config.json').read_text())['quantization'])
 

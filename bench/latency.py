@@ -85,10 +85,29 @@ def block_times(model, first, runs):
         finally: model.model.layers = blocks
     return dict(seconds=(found[1]['seconds']-found[0]['seconds'])/3, raw=found)
 
-def tokens_alone(models, bandwidth, runs):
-    "Device seconds of one token of each model, sent off while the device is busy with something else: nothing waits for the host"
-    first = _keep_busy(bandwidth, 30) if _on_gpu() else None
-    return {n: _per_step(_token_chain(m), 1, 3, first, 2*runs) for n, m in models.items()}
+def after(model, context):
+    "A chain of tokens that are read after so many others; each goes on where the one before ended"
+    cache, ids = make_prompt_cache(model), mx.zeros((1, 1), mx.int32)
+    for k in range(0, context, 512): mx.eval(model(mx.full((1, min(512, context-k)), 7, mx.int32), cache=cache)[:, -1:])
+    def chain(n):
+        x = ids
+        for _ in range(n): x = mx.argmax(model(x, cache=cache)[:, -1:], -1)
+        return x
+    return chain
+
+def tokens_alone(models, context, bandwidth, runs):
+    """Device seconds of one token of each model: it is sent off while the device is busy with something else for longer than that takes,
+    so nothing waits for the host; the time of the other thing alone is taken off. All models in turn, several times over"""
+    first = _keep_busy(bandwidth, 40) if _on_gpu() else None
+    chains, found = {n: after(m, context) for n, m in models.items()}, {}
+    for k in range(3):
+        for n, chain in chains.items():
+            d = _per_step(chain, 0, 1, first, runs)
+            for few, more in zip(found.setdefault(n, dict(few=0, many=1, raw=[[], []]))['raw'], d['raw']): few.extend(more)
+    for d in found.values():
+        short, long = (np.median([done for _, done in r]) for r in d['raw'])
+        d |= dict(seconds=float(long-short), context=context)
+    return found
 
 class Results(dict):
     "What was found so far, in a file that is written after each part"
@@ -133,7 +152,7 @@ def measure(args):
         for n, v in speeds.items(): print(f'{s} {n}: {v}', flush=True)
         if args.chip is None: blocks[s] = {f'uniform {f}': block_times(models[f'uniform {f}'], first, args.runs) for f in formats}
         out.keep(blocks=blocks)
-        if args.drawn: alone[s] = tokens_alone(models, out['chip']['bandwidth'], args.runs)
+        if args.drawn: alone[s] = tokens_alone(models, args.context, out['chip']['bandwidth'], args.runs)
         out.keep(alone=alone)
         some = {n: m for n, m in models.items() if n in (CALIBRATION, f'uniform {formats[-1]}')}
         for context in contexts:
@@ -168,11 +187,13 @@ def on_device(found, chip, s):
 
 def alone(found, chip, s):
     "Milliseconds of a token on the device alone: measured, and predicted with one calibration point"
-    reads, seconds = reads_of(skeleton(c := config_of(s)), c), found.get('alone', {}).get(s, {})
-    plans, lat, c = plans_of(reads, found['bits'], found.get('drawn', 0)), Latency(chip, reads, 2), CALIBRATION
-    ms = {n: 1e3*d['seconds'] for n, d in seconds.items()}
-    return [dict(name=n, measured=t, predicted=(p := lat.device(plans[n])+ms[c]-lat.device(plans[c])), error=p/t-1, calibration=n == c)
-            for n, t in ms.items()]
+    reads, times = reads_of(skeleton(c := config_of(s)), c), found.get('alone', {}).get(s, {})
+    if not times: return []
+    plans, ms = plans_of(reads, found['bits'], found.get('drawn', 0)), {n: 1e3*d['seconds'] for n, d in times.items()}
+    lat = Latency(replace(chip, host=0., host_constant=0.), reads, times[CALIBRATION]['context']) # nothing waits for the host
+    lat = lat.learn(plans[CALIBRATION], ms[CALIBRATION], name=CALIBRATION)
+    return [dict(name=n, measured=t, spread=float(np.subtract(*np.percentile(times[n]['raw'][1], [75, 25]))*500), predicted=lat.ms(plans[n]),
+                 error=lat.ms(plans[n])/t-1, calibration=n == CALIBRATION) for n, t in ms.items()]
 
 def against(chip, reads, plans, speeds):
     "Prediction with one calibration point, and its table"
@@ -229,7 +250,7 @@ def predict(found):
         for r in blocks: print(f'one block on the device, {r["name"]}: predicted {r["predicted"]:.1f} µs, measured {r["measured"]:.1f} '
                                f'± {r["measured_se"]:.1f} µs, {r["error"]:+.1%}'+' *'*r['calibration'])
         tokens = alone(found, chip, s)
-        for r in tokens: print(f'a token on the device, {r["name"]}: predicted {r["predicted"]:.2f} ms, measured {r["measured"]:.2f}, {r["error"]:+.1%}'
+        for r in tokens: print(f'a token on the device, {r["name"]}: predicted {r["predicted"]:.2f} ms, measured {r["measured"]:.2f} ± {r["spread"]:.2f}, {r["error"]:+.1%}'
                                +' *'*r['calibration'])
         off = [abs(r['error']) for r in tokens if not r['calibration']]
         if off: print(f'a token on the device: mean absolute error of {len(off)} plans {np.mean(off):.2%}, worst {max(off):.2%}')
@@ -248,10 +269,22 @@ def joined(files):
     further = first.get('further', {}) | {', '.join(p['decode']): dict(about=p['about']) for p in parts[1:]}
     return dict(about=first['about'], further=further, bits=first['bits'], drawn=first.get('drawn', 0), chip=first['chip'], raw=first['raw'], decode=decode, blocks=blocks, alone=alone)
 
+def add_alone(args):
+    "Time tokens on the device alone for the plans of an earlier file"
+    found, out = json.loads(Path(args.alone).read_text()), Results(args.o or args.alone)
+    for s in args.shapes.split(','):
+        reads = reads_of(skeleton(c := config_of(s)), c)
+        models = {n: _stand_in(skeleton(config_of(s)), p) for n, p in plans_of(reads, found['bits'], found.get('drawn', 0)).items()}
+        found.setdefault('alone', {})[s] = tokens_alone(models, args.context, found['chip']['bandwidth'], args.runs)
+        found['alone_about'] = dict(machine(), command=vars(args))
+        out.keep(**found)
+    out.keep(**predict(found))
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('-o', help='latency.json by default')
     p.add_argument('--from', dest='source', nargs='+', help='predict from these files, measure nothing')
+    p.add_argument('--alone', help='add tokens on the device alone to this file of an earlier run')
     p.add_argument('--chip', help='take the chip from the file of an earlier run, and measure decoding only')
     p.add_argument('--shapes', default='0.6B,1.7B,8B')
     p.add_argument('--bits', default='3,4,6,8')
@@ -263,6 +296,7 @@ def main():
     p.add_argument('--contexts', default='2048', help='further ones, for two plans of each shape')
     p.add_argument('--tokens', type=int, default=24, help='per round')
     args = p.parse_args()
+    if args.alone: return add_alone(args)
     if args.source:
         found = joined(args.source)
         found |= predict(found)

@@ -123,7 +123,7 @@ def as_on_a_gpu(part):
     from optiq.backends.mlx import MLXBackend
     from optiq.backends.stream import StreamingBackend
     MLXBackend.on_gpu, StreamingBackend.rows, whole = True, StreamingBackend.rows//int(part**.5), grid._in_parts
-    grid._in_parts = lambda w: whole(w, 2**26//part)
+    grid._in_parts = lambda w, n=2**26: whole(w, n//part)
 
 def main(args):
     from optiq import job, pipeline

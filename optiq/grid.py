@@ -9,7 +9,7 @@ __all__ = ['search']
 from dataclasses import dataclass
 from math import prod
 
-from .arrays import _on_gpu, as_type, library, like, pack_codes, to_mlx
+from .arrays import _on_gpu, _settle, as_type, library, like, pack_codes, to_mlx
 from .formats import Format, quantize_dequantize, quantize_minmax
 
 # %% ../nbs/06b_grid.ipynb #50ed958a
@@ -34,9 +34,11 @@ class _Rounded:
     def stored(self) -> dict:
         "The tensors of a quantized MLX layer, by name"
         import mlx.core as mx
-        def packed(codes): return mx.array(pack_codes(as_type(codes, 'uint8'), self.fmt.bits))
-        weight = mx.concatenate([packed(c) for c in _in_parts(self.codes)])
-        return dict(weight=weight, scales=to_mlx(self.scales), biases=to_mlx(self.biases))
+        parts = []
+        for codes in _in_parts(self.codes, 2**24):
+            parts.append(mx.array(pack_codes(as_type(codes, 'uint8'), self.fmt.bits)))
+            mx.eval(parts[-1])
+        return dict(weight=mx.concatenate(parts), scales=to_mlx(self.scales), biases=to_mlx(self.biases))
 
 # %% ../nbs/06b_grid.ipynb #85236c34
 @dataclass
@@ -81,6 +83,7 @@ def _fit_grid(xp, g, a, n, cast, steps=5): # g (rows, group), a (rows or 1, grou
         error = _total(a*(g-s*_nearest(xp, g, s, b, n)-b)**2)
         if best is None: best = s, b, error
         else: best = [xp.where(error < best[2], new, old) for new, old in zip((s, b, error), best)]
+        _settle(*best)
     return best[:2]
 
 # %% ../nbs/06b_grid.ipynb #600a7ab1
@@ -115,7 +118,7 @@ def _find_grid(w, fmt: Format, stats=None): # w (out_dims, in_dims)
     known = stats is not None and stats.count # an expert that no token reached reads nothing
     a = stats.importance().reshape(shape[1:]) if known else xp.ones_like(g[0])
     a = xp.clip(a/xp.clip(xp.mean(a), 1e-30, None), 1e-4, None)
-    rows = max(1, 2**(24 if _on_gpu(w) else 17)//w.shape[1])
+    rows = max(1, 2**(23 if _on_gpu(w) else 17)//w.shape[1])
     parts = [_fit_grid(xp, g[k:k+rows], a[None], n, cast) for k in range(0, len(g), rows)]
     return [xp.concatenate(x)[..., 0] for x in zip(*parts)]
 

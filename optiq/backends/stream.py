@@ -150,7 +150,7 @@ def keep_to(self: StreamingBackend, memory: float | None):
     Backend.keep_to(self, memory)
     if memory is None: return
     self.xp.set_cache_limit(int(memory)//16) # of what MLX keeps of memory that was freed
-    self.xp.set_memory_limit(int(memory)//2) # of what it takes for steps that it sends ahead
+    self.xp.set_memory_limit(int(memory)//3) # of what it takes for steps that it sends ahead
 
 # %% ../../nbs/03e_backends.stream.ipynb #f384efb8
 @patch

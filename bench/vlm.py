@@ -5,6 +5,7 @@
 `sweep`     KL of each unit at each width on diagrams, and each part of the model (vision, projector, language) at 2, 3 and 4 bits
 `compare`   KL and accuracy of full precision, mlx-vlm's default 4 bits (the vision tower at 16), uniform 4, 3 and 2 bits everywhere
             and OptiQ at the bytes of the first three, _rounded plainly and with GPTQ (at 4 bits also with a search)
+`again`     the rows of `compare` that are rounded with GPTQ, measured once more on the same diagrams; the others stay
 `ratios`    KL over that of the plan it competes with, from what `compare` kept of each diagram
 
 Each step is written when it is done. The real shape of Qwen3-VL-2B is in bench/parts.py. On a Linux CPU it is ten times as fast
@@ -25,7 +26,7 @@ from optiq.calibration import fingerprint
 from optiq.evals.ai2d import ai2d
 from optiq.evals.perplexity import evaluate
 from optiq.report import Report, joined, machine, score_row
-from optiq.formats import AS_IS, Format
+from optiq.formats import AS_IS, Format, parse_format
 from optiq.knapsack import allocate
 from optiq.plan import make_plan, uniform
 from optiq.folder import read_header
@@ -110,6 +111,25 @@ def ratio(kl, name, baseline, n=4000) -> dict:
                 typical=float(np.exp(log.mean())), typical_interval=interval(np.exp(log[i].mean(1))),
                 diagrams_better=int((x < y).sum()), diagrams=len(x))
 
+def again(args, b):
+    c, kept = b.checkpoint, json.loads(args.o.read_text())
+    sweep = Sweep(c.units, WIDTHS, {(r['unit'], parse_format(r['format'])): np.array([r['kl']]) for r in kept['sweep']['units']},
+                  dict(model=c.name, params=c.params, other_bytes=c.other_bytes))
+    rows, calibration = kept['compare']['report']['rows'], samples(c, n=args.rounding_n)
+    scored, old = samples(c, n=args.n_evaluation, split='test'), [r for r in rows if r['name'].endswith(', gptq')]
+    for row in old:
+        name = row['name'].removesuffix(', gptq')
+        plan = uniform(c, Format(int(name.split()[1]), 64)) if name.startswith('uniform') else allocate(sweep, max_bytes=uniform(c, Format(int(name.split()[-2]), 64)).nbytes)
+        if plan.nbytes != row['nbytes']: raise RuntimeError(f'{name}: {plan.nbytes:,} bytes, not {row["nbytes"]:,}; measure `compare` once more')
+        variant = as_overrides(dict(round_model(b, calibration, plan, 'gptq')))
+        new = score_row(row['name'], plan, evaluate(b, scored, {row['name']: variant})[row['name']], fingerprint(scored))
+        if args.questions: new = joined(new, ai2d(b, args.questions, 'diagrams', free=False, overrides=variant, name=row['name'], size=plan).rows[0])
+        for k in set(new)-set(row): new.pop(k)
+        row |= new | dict(items=dict(kl=[float(f'{x:.4g}') for x in new['items']['kl']], diagrams=new['items'].get('diagrams')))
+        print(row['name'], f'KL {row["kl"]:.3g} ± {row["kl_se"]:.2g}', row.get('diagrams'), flush=True)
+    report = Report.compare(Report(rows, {k: v for k, v in kept['compare']['report']['about'].items() if k != 'verdicts'}))
+    return dict(report=dict(optiq='report', rows=report.rows, about=report.about), ratios=ratios_of(rows), since=kept['compare']['about'], measured_again=[r['name'] for r in old])
+
 def ratios(args, b):
     found = json.loads(args.o.read_text())['compare']
     return found | dict(ratios=ratios_of(found['report']['rows']))
@@ -128,7 +148,7 @@ def main():
     p.add_argument('--n', type=int, default=32, help='diagrams to calibrate on')
     p.add_argument('--rounding-n', type=int, default=64, help='diagrams that rounding learns from')
     p.add_argument('--parts-n', type=int, default=100, help='held-out diagrams on which whole parts are rounded')
-    p.add_argument('--eval-n', type=int, default=300, help='held-out diagrams for KL')
+    p.add_argument('--n-evaluation', type=int, default=300, help='held-out diagrams for KL')
     p.add_argument('--questions', type=int, default=200, help='held-out questions for accuracy')
     p.add_argument('--work', type=Path, default=Path('bench_output/vlm'), help='folder for the sweep, which is gone on with')
     p.add_argument('-o', type=Path, default=Path('nbs/results/vlm-witness.json'))
@@ -141,7 +161,7 @@ def main():
     about = machine() | {'mlx-vlm': version('mlx-vlm'), 'openblas': 'openblas' in os.environ.get('LD_PRELOAD', '')}
     for name in args.only.split(','):
         start = time.time()
-        made, kept = globals()[name](args, b), 'compare' if name == 'ratios' else name
+        made, kept = globals()[name](args, b), name if name == 'sweep' else 'compare'
         done[kept] = dict(about=about | dict(command='python '+' '.join(sys.argv), seconds=round(time.time()-start))) | made
         args.o.parent.mkdir(parents=True, exist_ok=True)
         args.o.write_text(json.dumps(done, indent=1)+'\n')

@@ -1,7 +1,7 @@
 """A second witness: a Llama of 33 million parameters, trained here, on which tools can be compared as they are on SmolLM2.
 
-    python bench/witness.py texts OUT [--tokens 20]     # text, tokenizer, tokens; all cores
-    python bench/witness.py train OUT [--minutes 4]     # on one GPU: OUT/model is a Hugging Face checkpoint
+    python bench/witness.py texts OUT [--tokens 40]     # text, tokenizer, tokens; all cores
+    python bench/witness.py train OUT [--steps 3000]    # on one GPU: OUT/model is a Hugging Face checkpoint, that of the lowest held-out loss
 
 Heads of 64, two of keys and values for eight of queries, a head of its own (not tied), and widths that K-quants' blocks of 256 divide.
 Nothing is planted. The text is what stands on the machine: docstrings and sources of the installed Python and its packages, generated
@@ -103,7 +103,7 @@ def texts(args):
     print(f'{len(train)/1e6:.2f} M tokens, {len(ids["held"])/1e6:.2f} M held out, {time.time()-start:.0f} s')
 
 def train(args):
-    "Train for so many minutes; the learning rate falls to nothing as they end"
+    "Train for so many steps, with a learning rate that falls to nothing, and keep the weights of the lowest held-out loss"
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     start, device = time.time(), 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -128,20 +128,22 @@ def train(args):
     step_loss(batch()).backward() # compiles
     optimizer.zero_grad(set_to_none=True)
     print(f'{size/1e6:.1f} M parameters, {len(tokens)/1e6:.2f} M tokens, {device}, compiled after {time.time()-start:.0f} s', flush=True)
-    begun, step, log = time.time(), 0, []
-    while (done := (time.time()-begun)/(60*args.minutes)) < 1 and step != args.steps:
-        for g in optimizer.param_groups: g['lr'] = args.rate*min(1, (step+1)/200, 1.02-done)
+    begun, log, best = time.time(), [], (float('inf'), 0, {})
+    for step in range(1, args.steps+1):
+        for g in optimizer.param_groups: g['lr'] = args.rate*min(1, step/200, 1.02-step/args.steps)
         loss = step_loss(batch())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % 100 == 0:
-            log.append((step, round(float(loss), 4))) # waits for the GPU, so that the clock is right
-            if step % 1000 == 0: print(f'{step} steps, {time.time()-begun:.0f} s, loss {log[-1][1]}, held out {held_loss():.4f}', flush=True)
-    found = dict(parameters=size, steps=step, tokens_seen=step*args.batch*length, passes=round(step*args.batch*length/len(tokens), 1), minutes=args.minutes,
-                 batch=args.batch, length=length, rate=args.rate, loss=log[-1][1] if log else None, held_loss=held_loss(), curve=log[::10], torch=torch.__version__,
+        if step % args.every == 0 or step == args.steps:
+            log.append((step, round(float(loss), 4), round(held_loss(), 4)))
+            if log[-1][2] < best[0]: best = log[-1][2], step, {k: v.clone() for k, v in model.state_dict().items()}
+            print(f'{step} steps, {time.time()-begun:.0f} s, loss {log[-1][1]}, held out {log[-1][2]}', flush=True)
+    held_best, step, weights = best
+    model.load_state_dict(weights)
+    found = dict(parameters=size, steps=step, of_steps=args.steps, tokens_seen=step*args.batch*length, passes=round(step*args.batch*length/len(tokens), 1),
+                 batch=args.batch, length=length, rate=args.rate, held_loss=held_best, curve=log, torch=torch.__version__,
                  device=torch.cuda.get_device_name() if device == 'cuda' else 'cpu', command=' '.join(sys.argv), seconds=round(time.time()-start))
     model.to(torch.bfloat16).save_pretrained(args.out/'model')
     config = args.out/'model/config.json'
@@ -153,9 +155,9 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('step', choices=['texts', 'train'])
     p.add_argument('out', type=Path)
-    p.add_argument('--tokens', type=float, default=20, help='millions to train on')
-    p.add_argument('--minutes', type=float, default=4)
-    p.add_argument('--steps', type=int, default=-1, help='at most, to try the road')
+    p.add_argument('--tokens', type=float, default=40, help='millions to train on, if there is so much text')
+    p.add_argument('--steps', type=int, default=3000)
+    p.add_argument('--every', type=int, default=250, help='steps from one look at the held-out text to the next')
     p.add_argument('--batch', type=int, default=128)
     p.add_argument('--length', type=int, default=256)
     p.add_argument('--rate', type=float, default=1.5e-3)

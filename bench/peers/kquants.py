@@ -1,6 +1,6 @@
 """What people pick instead: llama.cpp's K-quants, AutoRound, oMLX's oQ. Same text, same scorer, true bytes, as in `ours.py`.
 
-    python3 -m venv VENV; VENV/bin/pip install -e . gguf==0.19.0 auto-round==0.16.1
+    python3 -m venv VENV; VENV/bin/pip install -e . gguf==0.19.0
     npm pack @node-llama-cpp/linux-x64@3.21.1; tar xzf node-llama-cpp-linux-x64-3.21.1.tgz  # llama.cpp, built: package/bins/linux-x64
     pip download --no-deps flyto-mlx==0.7.0; unzip flyto_mlx-*.whl omlx/oq.py              # oMLX's oq.py, in a package of others
     VENV/bin/python bench/peers/kquants.py --llama package/bins/linux-x64 --oq omlx/oq.py --model MODEL --calibration valid.txt \\
@@ -8,8 +8,8 @@
 
 `kquants`    llama.cpp's own quantizer on a GGUF of the model, which chooses a type for each tensor; with and without importance matrix
 `across`     its encoders, with the types that it chooses for a model whose width fits; see below
-`autoround`  AutoRound's MLX export, tuned on our calibration tokens; it leaves the embedding as it is, so that is rounded at several widths.
-             200 steps on each of 30 blocks want a GPU, which is used if there is one
+`autoround`  AutoRound's MLX export, as autoround.py wrote it with --rounded RECIPE=FOLDER; it leaves the embedding as it is, so that is
+             rounded at several widths
 `oq`         the plan of oMLX's `oq.py` from block errors on our calibration text, rounded by min-max (oQ) or by its importance search (oQe)
 
 K-quants need rows of a multiple of 256 weights. SmolLM2-135M is 576 wide, so llama.cpp falls back to older types with blocks of 32: Q3_K to
@@ -37,7 +37,6 @@ from transformers import AutoModelForCausalLM
 
 from ours import Bench, evaluate, make_plan, overrides_of, timed, uniform
 
-RECIPES = dict(default=dict(iters=200), light=dict(iters=50, lr=5e-3), opt_rtn=dict(iters=0)) # AutoRound's, but for the texts
 KQUANTS = 'Q3_K_S,Q3_K_M,IQ4_XS,Q4_K_S,Q4_K_M,Q5_K_S,Q5_K_M,Q6_K'
 LOW = 'Q2_K,IQ3_XXS' # below 4 bits, with an importance matrix only
 EMBEDDINGS = 'Q3_K_S/Q4_K,Q3_K_M/Q4_K,Q4_K_S/Q4_K,Q4_K_S/Q5_K,Q4_K_M/Q5_K,Q5_K_S/Q5_K' # as llama-quantize's --token-embedding-type
@@ -245,31 +244,11 @@ def part_across(x):
     score(x, rows | {f'across {f}': (lambda f=f: made(f, {})) for f in listed(x.args.plain) if f[0] != 'F'})
 
 def part_autoround(x):
-    "AutoRound's MLX export; the embedding, which it leaves as it is, at several widths by min-max"
-    from auto_round import AutoRound, AutoScheme
-    from torch.utils.data import DataLoader
-    data = DataLoader([dict(input_ids=torch.tensor(ids, dtype=torch.long), attention_mask=torch.ones(len(ids), dtype=torch.long)) for ids in x.tokens], 8)
-    texts = x.source.work/'texts.json' # AutoScheme takes no tokens; two sequences in one text, since fewer tokens than asked for are dropped
-    texts.write_text(json.dumps([x.c.tokenizer.decode(np.concatenate(x.tokens[k:k+2])) for k in range(0, len(x.tokens)-1, 2)]))
-    recipe = x.args.recipe
-    options = dict(RECIPES[recipe], dataset=data, seqlen=x.args.seq_len, nsamples=len(x.tokens), device_map=0 if torch.cuda.is_available() else 'cpu',
-                   **{} if torch.cuda.is_available() else dict(enable_torch_compile=False)) # compiling takes longer than it saves there
-    for spec in listed(x.args.autoround): # W4, W4-asym, or 3.5:W2-W3-W4-W8 for AutoScheme
-        folder = x.source.work/f'autoround-{spec.replace(":", "-")}-{recipe}'
-        def run():
-            bits, _, how = spec.partition('-' if spec[0] == 'W' else ':')
-            if how == 'asym': scheme = dict(bits=int(bits[1:]), group_size=64, sym=False, data_type='int')
-            elif bits[0] == 'W': scheme = f'{bits}A16G64'
-            else: scheme = AutoScheme(float(bits), [f'{w}A16G64' for w in how.split('-')], dataset=str(texts), seqlen=x.args.seq_len)
-            model = AutoModelForCausalLM.from_pretrained(x.args.model, dtype=torch.bfloat16)
-            AutoRound(model, x.c.tokenizer, scheme=scheme, **options | (dict(dataset=str(texts)) if bits[0] != 'W' else {})).quantize_and_save(folder, format='mlx')
-        names = {f'AutoRound {spec} {recipe}, embedding {e}': e for e in listed(x.args.widths)}
-        if not any(x.missing(n) for n in names): continue
-        try: _, s = timed(run)
-        except Exception as e:
-            x.failed(f'AutoRound {spec} {recipe}', e)
-            continue
-        score(x, {n: (lambda e=e: read_mlx(x, folder, e, s)) for n, e in names.items()})
+    "What autoround.py wrote; the embedding, which AutoRound leaves as it is, at several widths by min-max"
+    for recipe, out in (pair.split('=') for pair in listed(x.args.rounded)):
+        for file in sorted(Path(out).glob('*/peer.json')):
+            about, name = json.loads(file.read_text()), file.parent.name.split('-')[0] if file.parent.name[0] != 'W' else file.parent.name
+            score(x, {f'AutoRound {name}, {recipe}, embedding {e}': (lambda e=e: read_mlx(x, file.parent, e, about)) for e in listed(x.args.widths)})
 
 def part_oq(x):
     "oMLX's oQ on our calibration text: its plan, rounded by min-max (oQ) or clipped by importance (oQe)"
@@ -323,7 +302,7 @@ def clipped(w, bits, importance, group=64):
             best = (error, out) if best is None else (torch.minimum(error, best[0]), torch.where(error < best[0], out, best[1]))
     return best[1].reshape(w.shape)
 
-def read_mlx(x, folder, embed, seconds):
+def read_mlx(x, folder, embed, about):
     "Variant of a saved MLX checkpoint, with what it left as it is, the embedding and an own head, in another format"
     import mlx.core as mx
     folder = next(Path(folder).rglob('config.json')).parent
@@ -340,11 +319,9 @@ def read_mlx(x, folder, embed, seconds):
         plan = make_plan(x.c, left)
         found |= overrides_of({p: plan[p] for p in left})
         nbytes += plan.nbytes-make_plan(x.c, {}).nbytes
-    return found, nbytes, dict(counts={b: bits.count(b) for b in sorted(set(bits))}, embed=embed, quantize_seconds=round(seconds, 1), versions=versions('auto-round'))
+    return found, nbytes, dict(counts={b: bits.count(b) for b in sorted(set(bits))}, embed=embed, **about)
 
 def format_of(x, name): return next(iter(uniform(x.c, name).values()))
-
-def versions(*names): return {n: version(n) for n in names}
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -357,9 +334,8 @@ def main():
     p.add_argument('--plain', default=f'F16,Q8_0,{KQUANTS}', help='without')
     p.add_argument('--low', default=LOW, help='across only, with an importance matrix')
     p.add_argument('--embeddings', default=EMBEDDINGS, help='recipe/type of the embedding')
-    p.add_argument('--autoround', default='W4,W3,W5,W4-asym,W3-asym,3.5:W2-W3-W4-W8,4:W2-W3-W4-W8,4.5:W2-W3-W4-W8,5:W4-W5-W6-W8', help='schemes')
-    p.add_argument('--recipe', default='default', help=f"of AutoRound: {', '.join(RECIPES)}")
-    p.add_argument('--widths', default='as it is,6g64,4g64', help="of AutoRound's embedding")
+    p.add_argument('--rounded', default='', help='RECIPE=FOLDER of what autoround.py wrote, comma separated')
+    p.add_argument('--widths', default='6g64,4g64,3g64', help="of AutoRound's embedding; `as it is` leaves it")
     p.add_argument('--oq', help="oMLX's oq.py")
     p.add_argument('--levels', default='3,3.5,4,5,3@4,4@5', help='of oQ; level@bits gives it another target')
     p.add_argument('--ours', default='nbs/results/peers-smollm2.json', help='rows to compare with')

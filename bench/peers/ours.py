@@ -120,10 +120,10 @@ def part_uniform(x):
         left = sum(f == AS_IS for f in plan.values())
         if x.missing(name): x.row(name, of_plan(plan), overrides_of(plan), 0, left_as_is=left)
 
-def part_flat(x, widths=('4g64', '3g64', '5g64', '6g64')):
+def part_flat(x):
     "Uniform widths, rounded as our plans are: what is left of the difference is what the allocation brings"
     for rounding in (r for r in x.args.roundings.split(',') if r != 'minmax'): # min-max is `uniform`
-        todo = [f for f in widths if x.missing(flat_name(f, rounding))]
+        todo = [f for f in x.args.flat.split(',') if x.missing(flat_name(f, rounding))]
         at_once = 1 if rounding == 'gptq' else len(todo) # each call scores the reference too, and gptq takes longer than that
         for some in (todo[k:k+at_once] for k in range(0, len(todo), at_once or 1)):
             plans = {flat_name(f, rounding): uniform(x.c, f) for f in some}
@@ -213,9 +213,14 @@ def part_rates(x):
     for fmt in x.args.rate_formats.split(','):
         names = {f'mlx-lm dwq {fmt}, rate {r:g}': r for r in map(float, x.args.rates.split(','))}
         for name, rate in names.items(): polished(x, name, uniform(x.c, fmt), rate=rate, held=x.tokens[-8:])
-        tried = {n: r for n in names if 'held_kl' in (r := x.results['rows'][n])}
-        for n, r in tried.items(): r['chosen'] = n == min(tried, key=lambda n: tried[n]['held_kl'])
-        x.save()
+    choose(x.results['rows'])
+    x.save()
+
+def choose(rows):
+    "Of the rates that were tried on a format, that with the least KL on held-out calibration text"
+    tried = {n: r for n, r in rows.items() if 'held_kl' in r}
+    for n, r in tried.items():
+        r['chosen'] = r['held_kl'] == min(o['held_kl'] for m, o in tried.items() if m.split(',')[0] == n.split(',')[0])
 
 def part_optiq(x):
     "mlx-optiq in its own environment, on the sequences that our sweeps measure on"
@@ -298,6 +303,7 @@ def merge(out, files):
             for p in parts:
                 for r in p['rows'].values(): r.setdefault(k, p['about'][k])
     rows, seconds = ({k: v for p in parts for k, v in p[part].items()} for part in ('rows', 'seconds'))
+    choose(rows)
     Path(out).write_text(json.dumps(dict(about=about, rows=rows, seconds=seconds), indent=1, ensure_ascii=False)+'\n')
 
 def listed(x): return x if isinstance(x, list) else [x]
@@ -324,6 +330,7 @@ def main():
     p.add_argument('--dynamic', default='4/8/6,4/5/5,4/8/5,3/5/4.5,3/5/4,2/4/3.5,2/4/3', help='dynamic_quant: low/high/target, comma separated')
     p.add_argument('--optiq', help='folder of unpacked wheels: mlx-optiq 0.7.7 and mlx-lm 0.32.0')
     p.add_argument('--optiq-plans', default='5:4,8;4.5:4,6;4.2:4,5;4:3,5;3.5:3,4;3:2,4', help="target:candidate bits, as mlx-optiq's options")
+    p.add_argument('--flat', default='4g64,3g64,5g64,6g64', help='uniform formats that are rounded as our plans are')
     p.add_argument('--saved', default='', help='NAME=FOLDER of checkpoints, comma separated')
     p.add_argument('--note', default='', help='kept with the results')
     p.add_argument('--merge', help='result files to join, comma separated')

@@ -17,8 +17,8 @@ from prose import figures
 
 cfg = get_config()
 ELSEWHERE = r'''@import\s*(?:url\([^)]*https?:[^)]*\)|"https?:[^"]*"|'https?:[^']*')[^;]*;''' # an address may hold semicolons
-FIGURE = r'(<td[^>]*>)([^<>]*\d (?:± |\[)[^<>]*)(?=</td>)' # a cell with an error or an interval, which stays on one line
-WIDE = 92 # characters of a line of output that a page has room for
+FIGURE = r'[-+]?[\d.]+(?:e-?\d+)?%? ± [\d.]+(?:e-?\d+)?%?' # a number and its error, which stay on one line
+WIDE = 86 # characters of a line of output that a page has room for
 quarto = shutil.which('quarto')
 
 def plain_code(match):
@@ -136,7 +136,7 @@ def at_home(site):
         text = re.sub(rf'<a href="[^"]*({hidden})"[^>]*>(.*?)</a>', r'\2', page.read_text(encoding='utf-8'), flags=re.S)
         text = re.sub(r'<span class="math (inline|display)">(.*?)</span>', formula, text, flags=re.S)
         text = re.sub(r'<(?:link|script)[^>]*katex[^>]*>(?:</script>)?\s*', '', text)
-        text = re.sub(FIGURE, r'\1<span class="figure-text">\2</span>', text)
+        text = re.sub(r'<td[^>]*>[^<]* ± [^<]*</td>', lambda m: re.sub(FIGURE, r'<span class="figure-text">\g<0></span>', m[0]), text)
         page.write_text(text, encoding='utf-8')
     for sheet in site.rglob('*.css'):
         text = sheet.read_text(encoding='utf-8')

@@ -30,7 +30,7 @@ from .serve import _find_config, _replaced
 # %% ../nbs/09a_chat.ipynb #7591d1b5
 def chat(
     model: str, # 'demo', a folder, or a Hub id
-    kv_config: 'str | Path | None' = None, # kv_config.json; the one beside the weights by default
+    kv_config: 'str | Path | None' = None, # formats of the KV cache; by default kv_config.json beside the weights
     options: Sequence = (), # of mlx_lm.chat, such as ('--temp', '0.7')
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
 ):
@@ -126,12 +126,12 @@ def _answer_line(r: dict) -> str:
 def side_by_side(
     a: str, # a model, converted or not
     b: str, # another one of the same vocabulary
-    reference: str | None = None, # the model that both were made from; without it, `b` is measured against `a`
-    evaluation: 'str | list' = 'bundled', # text; of a local file, all of it
-    n: int = 16, # sequences
+    reference: str | None = None, # the model that both were made from, to measure KL against; by default the first
+    evaluation: 'str | list' = 'bundled', # text to measure KL on; of a local file, all of it
+    n: int = 16, # evaluation sequences
     seq_len: int = 256, # tokens in each
     prompts: 'Sequence | None' = None, # texts for both to continue; `_PROMPTS` by default
-    new_tokens: int = 64, # of each answer, at most
+    new_tokens: int = 64, # tokens of an answer, at most
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     trust_remote_code: bool = False, # run model code that comes with a checkpoint
 ) -> _Sides:

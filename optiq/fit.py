@@ -221,7 +221,7 @@ def what_fits(
     model: 'str | Path', # 'demo', a folder, or a Hub id, of which only the config and the index are fetched
     memory: float | None = None, # bytes of the machine; by default this one and those of `_MACHINES`
     context: int = 32768, # tokens in the KV cache
-    sweep: 'Sweep | str | Path | None' = None, # of this model, or its file: what quality is expected
+    sweep: 'Sweep | str | Path | None' = None, # a saved sweep of this model, which predicts the quality
     formats: list = (2, 3, 4, 5, 6, 8), # candidates
 ) -> _Fits:
     "The largest plan of a model whose weights, KV cache and working memory a machine holds"

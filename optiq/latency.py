@@ -189,10 +189,10 @@ def _calibrate_plan(lat: Latency, c, plans: dict, folder=None, **options) -> tup
 def predict_speeds(
     model, # 'demo', a folder, a Hub id, or a Checkpoint
     formats: list = ('3', '4', '6', '8'), # of uniform plans to predict
-    chip: str | None = None, # from the table, such as 'M3 Max'; this machine by default
+    chip: str | None = None, # chip of the table to predict for, such as 'M3 Max'; by default this machine, measured
     context: int = 512, # tokens in the cache
-    calibrate_first: bool = False, # measure one plan, learn from it, and store what we learned
-    measure: bool = False, # measure all plans
+    calibrate_first: bool = False, # measure one plan here, and learn the overheads from it for later predictions
+    measure: bool = False, # measure every row of the table here, with random weights
     folder: 'Path | None' = None, # of measurements, instead of the user's cache folder
     **options, # of `measure_decode`
 ) -> Speeds: # a table of plans with predicted, and if you ask for it measured, speeds

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -222,12 +223,12 @@ def optimize(
     weights: Weights | None = Weights(), # how to choose the weights' formats; None leaves the weights as they are
     cache: Cache | None = None, # how to choose the KV cache's formats; None leaves the cache as it is
     texts: Texts | None = None, # the texts to measure and to score on
-    backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
+    backend: Literal['auto', 'torch', 'mlx', 'stream'] = 'auto', # library that computes; stream holds one block at once
     states_memory: float | None = None, # bytes for the states of a sweep; two thirds of what is free by default
-    overwrite: bool = False, # replace `out`, if optiq wrote it
+    overwrite: bool = False, # replace the output, if optiq wrote all of it
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
-    model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; by default what the checkpoint is
-    dtype: str | None = None, # 'float16' or 'bfloat16' for what is not quantized, and for scales; as it is by default
+    model_type: Literal['auto', 'llm', 'vlm', 'audio'] = 'auto', # kind of model: text, vision and language, or speech
+    dtype: Literal['float16', 'bfloat16'] | None = None, # of scales and unquantized tensors; by default as it is
 ) -> dict: # 'report', 'figures', 'plan', 'sweep'; for weights also 'verified', for a cache 'config'
     """Measure sensitivities, choose formats within the caps, write the model or its kv_config.json, score it
 
@@ -363,9 +364,9 @@ def trade_off(
 @_helpful
 def compare(
     model: str, # a model, quantized or not
-    baseline: str | None = None, # what to measure KL and agreement against
-    evaluation: 'str | list' = 'bundled', # text, pictures or speech; of a local file of text, all of it
-    n: int = 50, # sequences
+    baseline: str | None = None, # the model to measure KL and agreement against
+    evaluation: 'str | list' = 'bundled', # text, pictures or speech to score on; of a local file of text, all of it
+    n: int = 50, # evaluation sequences
     seq_len: int = 512, # tokens in each
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     trust_remote_code: bool = False, # run model code that comes with the checkpoint

@@ -249,8 +249,8 @@ def _type_of(sweep: Sweep | None) -> str | None:
 def verify(
     model: str, # a converted model
     reference: str | None = None, # the full-precision model it was made from
-    text: 'str | list' = 'bundled', # calibration text, pictures or speech, or any other to measure KL on; or samples
-    within: float | None = None, # factor allowed between predicted and measured KL; by default the forecast's error
+    text: 'str | list' = 'bundled', # the calibration text, pictures or speech, or others to measure KL on; or samples
+    within: float | None = None, # accepted factor between predicted and measured KL; by default the forecast's error
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; by default what the checkpoint is

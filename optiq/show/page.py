@@ -143,7 +143,7 @@ def _page(
 def save_page(
     folder: 'str | Path', # that `convert` wrote
     out: 'str | Path', # .html file to write
-    overwrite: bool = False, # replace it
+    overwrite: bool = False, # replace the file
 ) -> Path:
     "Write the report on a converted model; raises FileExistsError for a file that is not a report of ours"
     out = own_file(out, 'report', _BEGINS)

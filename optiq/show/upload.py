@@ -133,7 +133,7 @@ class _Upload:
 def upload(
     folder: 'str | Path', # that `convert` wrote
     repo: str, # user/name on the Hub
-    send: bool | None = None, # None: if there is a token; False: list only
+    send: bool | None = None, # send, or list only; by default send if there is a token
     private: bool = False, # only you see it
     show = print, # called with the list before anything is sent
     api = None, # of `huggingface_hub`; one with your token by default

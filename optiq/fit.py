@@ -24,7 +24,7 @@ from .folder import _others, check_untrusted, find_model
 from .models import _read_config, _said_for_mlx
 from .units import _Listing
 from .plan import Plan, make_plan, uniform
-from .readers import known, read_json, told, whole
+from .readers import _html_table, known, read_json, told, whole
 from .report import fit
 from .roofline import _experts_per_token, skeleton
 
@@ -173,10 +173,8 @@ class _Fits:
         return pd.DataFrame(self.rows)
     def __repr__(self): return '\n'.join([fit(_lines(self), 100), *_words(self)])
     def _repr_html_(self):
-        def row(tag, xs): return '<tr>'+''.join(f'<{tag}>{escape(x)}</{tag}>' for x in xs)+'</tr>'
-        (top, *rest), words = _lines(self), ''.join(f'<p>{escape(line)}</p>' for line in _words(self))
-        head, body = row('th', top), ''.join(row('td', r) for r in rest)
-        return f'<table>{head}{body}</table>{words}'
+        head, *rows = _lines(self)
+        return _html_table(head, rows)+''.join(f'<p>{escape(line)}</p>' for line in _words(self))
 
 def _lines(f) -> list: # of lists of texts, the first one the head
     rows = [_shown(r) for r in f.rows]

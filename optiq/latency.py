@@ -8,6 +8,7 @@ __all__ = ['latency', 'calibrate', 'Speeds', 'compare_speeds', 'predict_speeds',
 # %% ../nbs/20b_latency.ipynb #96c61346
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from .budget import candidates
 from .frontier import Frontier
 from .models import Checkpoint
 from .plan import _label, make_plan, uniform
-from .readers import OBJECT, _helpful, read_ours, write_json
+from .readers import OBJECT, _helpful, _html_table, read_ours, write_json
 from .report import machine
 from .roofline import Chip, Latency, Reads, chip_named, reads_of
 
@@ -131,8 +132,7 @@ def __repr__(self: Speeds) -> str:
 def _repr_html_(self: Speeds) -> str:
     "For Jupyter"
     head, *rows = self.cells()
-    tr = lambda tag, xs: '<tr>'+''.join(f'<{tag}>{x}</{tag}>' for x in xs)+'</tr>'
-    return f'<table>{tr("th", head)}{"".join(tr("td", r) for r in rows)}</table><p><small>{_foot(self)}</small></p>'
+    return f'{_html_table(head, rows)}<p><small>{escape(_foot(self))}</small></p>'
 
 # %% ../nbs/20b_latency.ipynb #5b2fc107
 def compare_speeds(

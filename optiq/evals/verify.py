@@ -9,6 +9,7 @@ __all__ = ['verify']
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from html import escape
 from math import isfinite
 
 import numpy as np
@@ -25,7 +26,7 @@ from ..formats import AS_IS, dequantized, nbytes, quantize_minmax
 from ..measure.sweep import Sweep, learned_again, rounding_of
 from ..models import Checkpoint
 from ..plan import Plan
-from ..readers import _helpful
+from ..readers import _helpful, _html_table
 from ..rounding import round_model
 
 # %% ../../nbs/45_evals.verify.ipynb #08312daf
@@ -61,8 +62,8 @@ class _Checks:
         return '\n'.join([self.verdict, *(f'{_MARKS[h]} {n:{width}}  {s}' for n, h, s in self.rows)])
 
     def _repr_html_(self):
-        rows = ''.join(f'<tr><td>{_MARKS[h]}</td><td>{n}</td><td>{s}</td></tr>' for n, h, s in self.rows)
-        return f'<p>{self.verdict}</p><table>{rows}</table>'
+        rows = [(_MARKS[h], n, s) for n, h, s in self.rows]
+        return f'<p>{escape(self.verdict)}</p>{_html_table(("", "check", "seen"), rows)}'
 
 # %% ../../nbs/45_evals.verify.ipynb #8bbbcda3
 @patch

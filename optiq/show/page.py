@@ -14,7 +14,7 @@ from ..files import as_path, own_file, settle
 from ..frontier import plus_minus
 from ..measure.sweep import Sweep
 from ..plan import Plan
-from ..readers import known
+from ..readers import _html_table, known
 from .plots import plan_svg
 
 # %% ../../nbs/64_show.page.ipynb #3b346d19
@@ -51,20 +51,6 @@ def _bar(i: int, row: tuple, left: int, x) -> str: # x: KL ▸ pixels
     a, b = x(max(kl-2*se, kl/10)), x(kl+2*se)
     return f'{name}<line x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}" stroke="#0072B2"/>{mark}'
 
-# %% ../../nbs/64_show.page.ipynb #27e3a1fa
-def _table(head: tuple, rows: list) -> str:
-    "Rows of anything as an HTML table"
-    def line(tag, cells): return '<tr>'+''.join(f'<{tag}>{escape(str(c))}</{tag}>' for c in cells)+'</tr>'
-    body = ''.join(line('td', r) for r in rows)
-    return f'<table><thead>{line("th", head)}</thead><tbody>{body}</tbody></table>'
-
-def _sizes(plan: Plan) -> str:
-    "Bits, bytes, and what each format holds"
-    def share(f): return [u for u in plan.units if plan[u.path] == f]
-    rows = [(f, n, f'{sum(u.params for u in share(f)):,}', f'{sum(u.nbytes(f) for u in share(f))/2**20:.2f}')
-            for f, n in plan.counts().items()]
-    return _table(('format', 'tensors', 'parameters', 'MB'), rows)
-
 # %% ../../nbs/64_show.page.ipynb #7cd77b2d
 def _measured_rows(plan: Plan) -> list: # of (name, predicted KL, measured KL), the best first; as texts
     "Names, predicted and measured KL of the plans that were tried"
@@ -79,13 +65,13 @@ def _measured(plan: Plan) -> str:
     found, rows = plan.solver.get('verified', {}), _measured_rows(plan)
     if not rows: return '<p>Nobody measured this plan as a whole; the prediction is the sum over its tensors.</p>'
     kept = plus_minus(found['joint_kl'], found.get('joint_kl_se'))
-    return f'<p>Measured as a whole: KL {escape(kept)}.</p>'+_table(('plan', 'predicted KL', 'measured KL'), rows)
+    return f'<p>Measured as a whole: KL {escape(kept)}.</p>'+_html_table(('plan', 'predicted KL', 'measured KL'), rows)
 
 def _wished(plan: Plan) -> str:
     "HTML table of wishes, and the KL that each costs"
     rows = [(w['kind'], w['name'], w.get('format') or '', len(w['units']),
              '–' if w.get('cost') is None else f'{w["cost"]:+.4g}') for w in plan.solver.get('wishes', ())]
-    return _table(('wish', 'name', 'format', 'tensors', 'costs KL'), rows) if rows else ''
+    return _html_table(('wish', 'name', 'format', 'tensors', 'costs KL'), rows) if rows else ''
 
 # %% ../../nbs/64_show.page.ipynb #5847125c
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;
@@ -110,8 +96,9 @@ _BEGINS = '<!doctype html><!-- a report of optiq -->' # by which we know a file 
 def _sections(folder: Path, plan: Plan, sweep: Sweep | None) -> dict: # title ▸ HTML
     "The parts of a report"
     rows = _spans(plan, sweep)
-    every = _table(('tensor', 'format', 'KL'), [(p, f, plus_minus(kl, se, '.2e')) for p, f, kl, se in rows])
-    found = {'Formats': plan_svg(plan)+_sizes(plan)}
+    every = _html_table(('tensor', 'format', 'KL'), [(p, f, plus_minus(kl, se, '.2e')) for p, f, kl, se in rows])
+    held = _html_table(('format', 'tensors', 'parameters', 'MB', 'predicted KL'), plan._shares())
+    found = {'Formats': plan_svg(plan)+held}
     if not rows: found['KL by tensor'] = '<p>There is no measurement of the single tensors in these formats.</p>'
     else: found['KL by tensor'] = f'{_bars_svg(rows)}<details><summary>All {len(rows)}</summary>{every}</details>'
     found['Predicted and measured'] = _measured(plan)

@@ -23,7 +23,7 @@ from .frontier import Frontier
 from .models import Checkpoint
 from .plan import _label, make_plan, uniform
 from .readers import OBJECT, _helpful, _html_table, read_ours, write_json
-from .report import machine
+from .report import fit, machine
 from .roofline import Chip, Latency, Reads, chip_named, reads_of
 
 # %% ../nbs/20b_latency.ipynb #ba5b87c2
@@ -120,12 +120,7 @@ def _foot(s):
 
 # %% ../nbs/20b_latency.ipynb #7aeaf90d
 @patch
-def __repr__(self: Speeds) -> str:
-    "For a terminal"
-    width = [max(map(len, column)) for column in zip(*self.cells())]
-    def line(r): return '  '.join([r[0].ljust(width[0]), *map(str.rjust, r[1:], width[1:])]).rstrip()
-    head, *lines = map(line, self.cells())
-    return '\n'.join([head, '─'*(sum(width)+2*len(width)-2), *lines, *filter(None, [_foot(self)])])
+def __repr__(self: Speeds) -> str: return '\n'.join([fit(self.cells(), 120), *filter(None, [_foot(self)])])
 
 # %% ../nbs/20b_latency.ipynb #66dbe5f6
 @patch

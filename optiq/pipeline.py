@@ -360,6 +360,22 @@ def trade_off(
     if out is not None and sweep is None: journal_of(out).unlink(missing_ok=True)
     return dict(frontier=curve, sweep=found, figures=figures)
 
+# %% ../nbs/08_pipeline.ipynb #c9ea4833
+def _scored_together(names: list, evaluation, n: int, seq_len: int, backend: str, trust_remote_code: bool,
+                     model_type: str) -> tuple: # Report, name ▸ Backend, name ▸ Plan
+    "Open models, of which the first is the reference, and score them on the same text"
+    opened = {m: open_backend(Checkpoint(m, trust_remote_code, model_type), backend) for m in names}
+    reference, *others = opened.values()
+    c = reference.checkpoint
+    for b in others: same_words(c, b.checkpoint)
+    if reference.stacks: tokens = text_tokens(c, evaluation, n, seq_len)
+    else: tokens = batch_for(c, evaluation, n, split='test')
+    for b in opened.values(): check_calibration(b.checkpoint, tokens)
+    scores = _scores(reference, tokens, dict(zip(names[1:], others)))
+    plans = {m: make_plan(b.checkpoint, b.checkpoint.formats) for m, b in opened.items()}
+    rows = [score_row(m, plans[m], s, fingerprint(tokens)) for m, s in zip(names, scores.values())]
+    return Report(rows, dict(evaluation=_told(c, evaluation, tokens), **machine())), opened, plans
+
 # %% ../nbs/08_pipeline.ipynb #4dc5078e
 @_helpful
 def compare(
@@ -381,14 +397,5 @@ def compare(
         print(compare('out/demo', baseline='demo', n=16))
     """
     _check_counts(n=n, seq_len=seq_len)
-    first = baseline or model
-    opened = {m: open_backend(Checkpoint(m, trust_remote_code, model_type), backend) for m in (first, model)}
-    reference, c = opened[first], opened[first].checkpoint
-    same_words(c, opened[model].checkpoint)
-    if reference.stacks: tokens = text_tokens(c, evaluation, n, seq_len)
-    else: tokens = batch_for(c, evaluation, n, split='test')
-    for b in opened.values(): check_calibration(b.checkpoint, tokens)
-    scores = _scores(reference, tokens, {model: opened[model]} if first != model else {})
-    plans = {m: make_plan(b.checkpoint, b.checkpoint.formats) for m, b in opened.items()}
-    rows = [score_row(m, plans[m], s, fingerprint(tokens)) for m, s in zip(opened, scores.values())]
-    return Report(rows, dict(evaluation=_told(c, evaluation, tokens), **machine()))
+    names = list(dict.fromkeys([baseline or model, model]))
+    return _scored_together(names, evaluation, n, seq_len, backend, trust_remote_code, model_type)[0]

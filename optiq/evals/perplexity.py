@@ -20,7 +20,7 @@ from ..calibration import unscored
 from ..formats import AS_IS, for_unit, quantize_dequantize
 from ..readers import known
 from ..frontier import plus_minus
-from ..measure.kl import kl_rows, logit_slices
+from ..measure.kl import _inside, kl_rows, logit_slices
 from ..measure.journal import read_log
 from ..measure.log import _bar
 from ..models import Checkpoint
@@ -123,12 +123,12 @@ def evaluate(
     batch, parts = batch or max(1, 4096//tokens.shape[1]), {n: [] for n in everyone}
     n_blocks = max(m.n_blocks for m, _ in everyone.values())
     for ids in (tokens[k:k+batch] for k in range(0, len(tokens), batch)):
-        states = {n: m.embed(ids, _at(m, v, None)) for n, (m, v) in everyone.items()}
+        states = {n: m.embed(ids, _inside(m, v, None)) for n, (m, v) in everyone.items()}
         near = Near(b)
         for i in range(n_blocks):
             for n, (m, v) in everyone.items():
                 with near.kept() if n == 'reference' else near.beside():
-                    if i < m.n_blocks: states[n] = m.run_block(i, states[n], _at(m, v, i))
+                    if i < m.n_blocks: states[n] = m.run_block(i, states[n], _inside(m, v, i))
             tick(len(ids)/len(tokens)/n_blocks)
         for n, rows in _score(ids, states, everyone).items(): parts[n].append(rows)
     skip = unscored(b.checkpoint, tokens)
@@ -140,11 +140,6 @@ def _scores(model, tokens, variants: dict = {}) -> dict: # as `evaluate`
     many = f'{1+len(variants)} models' if variants else '1 model'
     with _bar(f'scoring {many}') as bar: return evaluate(model, tokens, variants, tick=bar.update)
 
-# %% ../../nbs/31_evals.perplexity.ipynb #e9752f3a
-def _at(b, overrides, block):
-    "The overrides of one block, or of what lies outside the blocks"
-    return {p: f for p, f in overrides.items() if b.find(p).block == block}
-
 # %% ../../nbs/31_evals.perplexity.ipynb #36099b32
 def _score(ids, states, everyone):
     "Name ▸ (3, B, T): likelihood, KL and agreement of every token, computed in slices"
@@ -155,7 +150,7 @@ def _score(ids, states, everyone):
         slices, kept = [slice(t, min(t+step, w+wide, T)) for t in range(w, min(w+wide, T), step)], {}
         near = {s.start: Near(b) for s in slices}
         for n, (m, v) in everyone.items():
-            with m.swapped(_at(m, v, None)): # once for all slices: quantizing a vocabulary takes longer than using it
+            with m.swapped(_inside(m, v, None)): # once for all slices: quantizing a vocabulary takes longer than using it
                 for s in slices:
                     one, nexts = near[s.start], ids[:, s.start+1:s.stop+1]
                     with one.kept() if n == 'reference' else one.beside(): z = m.head(states[n][:, s])

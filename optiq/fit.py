@@ -148,6 +148,7 @@ def _largest(
     found = allocate(sweep or _untested(c, formats), max_bytes=min(room, most), formats=formats, method='lagrange')
     return found if sweep else make_plan(c, dict(found), found.name)
 
+# %% ../nbs/21_fit.ipynb #7d9d355b
 def _row_of(c, memory, room: int, cache: int, formats: list, sweep) -> dict: # memory: bytes or a name
     "One row of the table: the largest plan for this much memory, and its expected KL"
     working = _working_bytes(c, c.context)
@@ -176,6 +177,7 @@ class _Fits:
         head, *rows = _lines(self)
         return _html_table(head, rows)+''.join(f'<p>{escape(line)}</p>' for line in _words(self))
 
+# %% ../nbs/21_fit.ipynb #5ec08fe2
 def _lines(f) -> list: # of lists of texts, the first one the head
     rows = [_shown(r) for r in f.rows]
     return [[*rows[0]], *([*r.values()] for r in rows)]
@@ -198,6 +200,7 @@ def _kl_text(r: dict) -> str: # of `_Fits.rows`
     if r['kl'] is None: return 'not known'
     return f'{r["kl"]:.3g}' if r['kl_se'] is None else f'{r["kl"]:.3g} ± {r["kl_se"]:.2g}'
 
+# %% ../nbs/21_fit.ipynb #c985a072
 def _words(f: _Fits) -> list: # of lines
     "Lines below the table: cache, step, where the figures come from, and the command to convert"
     about, found = f.about, []

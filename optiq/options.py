@@ -103,7 +103,8 @@ class _Rounding(click.Option):
 _HELP = dict( # parameter ▸ the help of its option
     calibration='text to measure on: bundled, wikitext2, a .txt, .jsonl or .parquet file, or a mixture such as '
                 'bundled:0.5,mine.jsonl:0.5; pictures or speech by name or folder',
-    rounding='how to choose codes, scales and biases; the sweep uses the same  [default: that of --sweep, or {default}]',
+    rounding='how to choose codes, scales and biases; the sweep uses the same  '
+             '[default: that of --sweep, or {default}]',
     method='how the sweep measures  [default: the most exact that fits --time-budget]',
     time_budget='time that the sweep may take, to choose its method  [default: 10]',
     dtype='type of scales and of tensors that stay; float16 is faster on M1 and M2  [default: as in the checkpoint]',

@@ -166,6 +166,7 @@ _PLAN = dict(name=PROSE, model=PROSE, params=whole(), other_bytes=whole(0), pred
 _PLAN |= {'made?': {'rounding': TEXT, 'learned?': _TOKENS, 'text?': _TOKENS, 'left_out?': OBJECT},
           'units': [dict(format=FORMAT, kl=maybe(number(0, 1e30)))]*2}
 
+# %% ../nbs/05_plan.ipynb #a8ac936f
 @patch(cls_method=True)
 def load(cls: Plan,
     path: 'str | Path', # what `Plan.save` wrote

@@ -48,6 +48,7 @@ class _Metric:
     spec: str = '.1%' # format
     better: int = 1 # 1 if more is better, -1 if less is
 
+# %% ../nbs/30_report.ipynb #94f620f2
 _METRICS = dict(kl=_Metric('KL', '.4f', -1), kl_p99=_Metric('KL p99', '.3f', -1),
                kl_p999=_Metric('KL p99.9', '.3f', -1), flips=_Metric('flips', '.1%', -1),
                perplexity=_Metric('perplexity', '.2f', -1), agreement=_Metric('agreement'),

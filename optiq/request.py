@@ -94,25 +94,29 @@ def _beside(what: str) -> str: # key of COUNTS
     "Words for an error message: where an option has no effect"
     return f'on {what}' if what in ('weights', 'a cache', 'a curve') else 'beside `cache`'
 
+# %% ../nbs/08a_request.ipynb #1f2cfda6
+def _check_pairs(caps: Caps):
+    "Raise ValueError for a cap on weights that needs another, or that no other needs"
+    if isinstance(caps.max_memory, str) and caps.max_memory != 'auto': raise ValueError(
+        f'`max_memory` {caps.max_memory!r} is not a number of bytes; give one, or auto')
+    if caps.max_memory is not None and caps.context is None: raise ValueError('`max_memory` needs `context`')
+    if caps.chip is not None and caps.target_tps is None: raise ValueError(
+        '`chip` says where `target_tps` is to be reached; give both')
+    if caps.context is not None and caps.max_memory is None and caps.target_tps is None: raise ValueError(
+        '`context` counts for `max_memory`, `target_tps` or `cache`; give one of them')
+
+# %% ../nbs/08a_request.ipynb #14722bd0
 def caps_for(caps: Caps | None, what: str) -> Caps: # with a default
     "The caps, with a default if there are none; raises ValueError for a cap without effect on this kind of plan"
     caps = caps or Caps()
     given = [k for k, v in vars(caps).items() if v is not None]
     odd = [k for k in given if k not in _COUNTS[what]]
     if odd: raise ValueError(f'`{odd[0]}` has no effect {_beside(what)} yet; give `max_bytes` instead')
-    if what == 'weights':
-        if isinstance(caps.max_memory, str) and caps.max_memory != 'auto': raise ValueError(
-            f'`max_memory` {caps.max_memory!r} is not a number of bytes; give one, or auto')
-        if caps.max_memory is not None and caps.context is None: raise ValueError('`max_memory` needs `context`')
-        if caps.chip is not None and caps.target_tps is None: raise ValueError(
-            '`chip` says where `target_tps` is to be reached; give both')
-        if caps.context is not None and caps.max_memory is None and caps.target_tps is None: raise ValueError(
-            '`context` counts for `max_memory`, `target_tps` or `cache`; give one of them')
+    if what == 'weights': _check_pairs(caps)
     if what == 'weights and cache together' and caps.max_bytes is None: raise ValueError(
         'a `cache` beside the weights needs `max_bytes`: one cap for both')
     alone = not {*given} - {'chip', 'context'}
     return replace(caps, target_bpw=4.5 if what == 'weights' else 5.) if alone else caps
-
 
 # %% ../nbs/08a_request.ipynb #5c6caa97
 def _check_weights(weights: Weights, what: str, out):
@@ -155,11 +159,13 @@ class Texts:
         _check_counts(n_calibration=self.n_calibration, seq_len=self.seq_len, n_evaluation=self.n_evaluation,
                      eval_len=self.eval_len)
 
+# %% ../nbs/08a_request.ipynb #4ae08147
 def _texts_of(texts: Texts | None, what: str) -> Texts: # with the default where there is none
     "The texts, with defaults for this kind of plan"
     texts = texts or (Texts(n_calibration=5, seq_len=512, n_evaluation=4) if what == 'a cache' else Texts())
     return replace(texts, eval_len=texts.eval_len or (256 if what == 'weights' else texts.seq_len))
 
+# %% ../nbs/08a_request.ipynb #64d958e5
 @dataclass
 class _Batches:
     "The tokens that rounding learns from, those that we measure on, and those that we score on"

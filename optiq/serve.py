@@ -42,6 +42,7 @@ def _context_of(config: dict) -> int: # of a model ▸ tokens that it reads and 
     stretched = (scaling.get('original_max_position_embeddings') or 0)*(scaling.get('factor') or 1)
     return max(config.get('max_position_embeddings') or _MOST, int(stretched))
 
+# %% ../nbs/09_serve.ipynb #94c0727a
 class _Provider(server.ModelProvider):
     "mlx-lm's provider of models, limited to those that you named; the first makes the caches of a config"
     def __init__(self,

@@ -25,6 +25,7 @@ def _spans(plan: Plan, sweep: Sweep | None) -> list: # of (path, format, KL, its
     found = [r for r in rows if r[2] is not None and isfinite(r[2])]
     return sorted(found, key=lambda r: -r[2])
 
+# %% ../../nbs/64_show.page.ipynb #e7186fb1
 def _bars_svg(rows: list, most: int = 40, width: int = 760) -> str:
     "KL by unit, with two standard errors, as an inline figure"
     shown = [r for r in rows if r[2] > 0][:most]
@@ -91,23 +92,25 @@ def _commands(folder: Path, plan: Plan) -> list: # of lines
     return [again, f'optiq verify {folder.name} --reference {plan.model}', f'mlx_lm.generate --model {folder.name}']
 
 # %% ../../nbs/64_show.page.ipynb #31fb6b27
-_BEGINS = '<!doctype html><!-- a report of optiq -->' # by which we know a file that we may replace
+def _by_tensor(rows: list) -> str:
+    "The tensors that suffer most as a figure, and all in a table"
+    if not rows: return '<p>There is no measurement of the single tensors in these formats.</p>'
+    every = _html_table(('tensor', 'format', 'KL'), [(p, f, plus_minus(kl, se, '.2e')) for p, f, kl, se in rows])
+    return f'{_bars_svg(rows)}<details><summary>All {len(rows)}</summary>{every}</details>'
 
 def _sections(folder: Path, plan: Plan, sweep: Sweep | None) -> dict: # title ▸ HTML
-    "The parts of a report"
-    rows = _spans(plan, sweep)
-    every = _html_table(('tensor', 'format', 'KL'), [(p, f, plus_minus(kl, se, '.2e')) for p, f, kl, se in rows])
+    "The parts of a report, without those that are empty"
     held = _html_table(('format', 'tensors', 'parameters', 'MB', 'predicted KL'), plan._shares())
-    found = {'Formats': plan_svg(plan)+held}
-    if not rows: found['KL by tensor'] = '<p>There is no measurement of the single tensors in these formats.</p>'
-    else: found['KL by tensor'] = f'{_bars_svg(rows)}<details><summary>All {len(rows)}</summary>{every}</details>'
-    found['Predicted and measured'] = _measured(plan)
-    wished = _wished(plan)
-    if wished: found['Wishes'] = wished
     kv = folder/'kv_config.json'
-    if kv.is_file(): found['KV cache'] = f'<pre>{escape(kv.read_text(encoding="utf-8")[:20_000])}</pre>'
-    found['Commands'] = f'<pre>{escape(chr(10).join(_commands(folder, plan)))}</pre>'
-    return found
+    cache = f'<pre>{escape(kv.read_text(encoding="utf-8")[:20_000])}</pre>' if kv.is_file() else ''
+    commands = f'<pre>{escape(chr(10).join(_commands(folder, plan)))}</pre>'
+    found = {'Formats': plan_svg(plan)+held, 'KL by tensor': _by_tensor(_spans(plan, sweep)),
+             'Predicted and measured': _measured(plan), 'Wishes': _wished(plan), 'KV cache': cache,
+             'Commands': commands}
+    return {title: html for title, html in found.items() if html}
+
+# %% ../../nbs/64_show.page.ipynb #5aba72d8
+_BEGINS = '<!doctype html><!-- a report of optiq -->' # by which we know a file that we may replace
 
 def _page(
     folder: 'str | Path', # that `convert` wrote

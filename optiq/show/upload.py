@@ -100,6 +100,7 @@ def _tables(plan: Plan) -> str:
     measured = table(('plan', 'predicted KL', 'measured KL'), tried) if tried else ''
     return '\n'.join(t for t in (sizes, formats, measured) if t)
 
+# %% ../../nbs/65_show.upload.ipynb #d64a68fe
 def _card(folder: Path, repo: str, plan: Plan, source: dict, c: Checkpoint) -> str:
     "README.md: what it is, the figure, tables, how to run it, where it comes from"
     old = folder/'README.md'

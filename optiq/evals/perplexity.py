@@ -150,7 +150,7 @@ def _score(ids, states, everyone):
         slices, kept = [slice(t, min(t+step, w+wide, T)) for t in range(w, min(w+wide, T), step)], {}
         near = {s.start: Near(b) for s in slices}
         for n, (m, v) in everyone.items():
-            with m.swapped(_inside(m, v, None)): # once for all slices: it takes longer than using a vocabulary
+            with m.swapped(_inside(m, v, None)): # once for all slices: quantizing a vocabulary is slow
                 for s in slices:
                     one, nexts = near[s.start], ids[:, s.start+1:s.stop+1]
                     with one.kept() if n == 'reference' else one.beside(): z = m.head(states[n][:, s])

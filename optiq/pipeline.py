@@ -197,6 +197,7 @@ def _choose_both(job: _Job) -> dict: # report, config, figures, and what `joint_
                                      partial(_write_beside, found))
     return found
 
+# %% ../nbs/08_pipeline.ipynb #325a7f91
 def _check_length(sweep: Sweep, n: int):
     "Raise ValueError unless a sweep holds this many sequences"
     told = len(next(iter(sweep.values.values())))
@@ -211,6 +212,18 @@ def _write_beside(found: dict, folder: Path) -> dict: # label ▸ text for the m
     mb, context = found['cache'].size_mb, found['config']['context']
     return {'cache': f'{mb:.1f} MB at {context:,} tokens, see kv_config.json'}
 
+
+# %% ../nbs/08_pipeline.ipynb #aa73dac1
+def _place_of(model, out, weights: Weights | None, cache: Cache | None, overwrite: bool) -> Path | None:
+    "The output as it is meant; raises an error for one that is not ours to write"
+    if weights is None: return _kv_output(model, out, overwrite)
+    return own_output(out, overwrite, 'model', model, journal=weights.sweep is None and cache is None)
+
+def _check_kind(c: Checkpoint, what: str):
+    "Raise ValueError for a model that sees or hears if weights and cache share a budget"
+    if what == 'weights and cache together' and c.model_type != 'llm': raise ValueError(
+        f'{c.name} is a {_KINDS[c.model_type]} model, whose weights and cache cannot share a budget yet; '
+        'plan one, and then the other')
 
 # %% ../nbs/08_pipeline.ipynb #be42ac0c
 @_helpful
@@ -242,16 +255,12 @@ def optimize(
     _check_wishes(caps=caps, weights=weights, cache=cache, texts=texts)
     what = subject(weights, cache)
     caps = caps_for(caps, what)
-    if weights is None: place = _kv_output(model, out, overwrite)
-    else:
-        _check_weights(weights, what, out)
-        place = own_output(out, overwrite, 'model', model, journal=weights.sweep is None and cache is None)
+    if weights is not None: _check_weights(weights, what, out)
+    place = _place_of(model, out, weights, cache, overwrite)
     beside = weights is None and out is not None and _is_own_folder(model, out)
     if weights is None and dtype: raise ValueError('`dtype` has no effect on a cache; leave it')
     _check_overflow(c := Checkpoint(model, trust_remote_code, model_type, dtype))
-    if what == 'weights and cache together' and c.model_type != 'llm': raise ValueError(
-        f'{c.name} is a {_KINDS[c.model_type]} model, whose weights and cache cannot share a budget yet; '
-        'plan one, and then the other')
+    _check_kind(c, what)
     _check_states_memory(states_memory, weights, cache)
     if weights is not None: _check_draft(c, weights.draft)
     job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, states_memory, beside)

@@ -229,6 +229,7 @@ def _ids_of(tokenizer, text: str, first: list) -> list[int]: # first: what `befo
         f'the chat template of this model does not take a dialogue that begins {text[:40]!r}: {told(e)}') from e
     return ids[len(first):] if first and ids[:len(first)] == first else ids
 
+# %% ../nbs/02_calibration.ipynb #efe72aec
 def _turns(weights: list, n: int) -> list[int]: # index of a part for each of n sequences
     "Whose turn it is: after every turn each part is as near to its weight as possible"
     taken, turns = np.zeros(len(weights)), []

@@ -15,22 +15,20 @@ from pathlib import Path
 import mlx_lm.chat as library
 
 import optiq.evals.tasks # noqa: F401 (with it, backends write)
-from .backends.open import open_backend
-from .calibration import fingerprint, prompt_ids
+from .calibration import prompt_ids
 from .evals.gsm8k import score_responses
-from .evals.perplexity import _scores
 from .kv.cache import use_kv_config
 from .models import Checkpoint, ModelFolder
-from .plan import by_width, make_plan
+from .pipeline import _scored_together
+from .plan import by_width
 from .readers import records_in
-from .report import Report, score_row
-from .score import same_words, text_tokens
+from .report import Report
 from .serve import _find_config, _replaced
 
 # %% ../nbs/09a_chat.ipynb #7591d1b5
 def chat(
     model: str, # 'demo', a folder, or a Hub id
-    kv_config: 'str | Path | None' = None, # kv_config.json; the one beside the weights by default
+    kv_config: 'str | Path | None' = None, # formats of the KV cache; by default kv_config.json beside the weights
     options: Sequence = (), # of mlx_lm.chat, such as ('--temp', '0.7')
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
 ):
@@ -126,27 +124,22 @@ def _answer_line(r: dict) -> str:
 def side_by_side(
     a: str, # a model, converted or not
     b: str, # another one of the same vocabulary
-    reference: str | None = None, # the model that both were made from; without it, `b` is measured against `a`
-    evaluation: 'str | list' = 'bundled', # text; of a local file, all of it
-    n: int = 16, # sequences
+    reference: str | None = None, # the model that both were made from, to measure KL against; by default the first
+    evaluation: 'str | list' = 'bundled', # text to measure KL on; of a local file, all of it
+    n: int = 16, # evaluation sequences
     seq_len: int = 256, # tokens in each
     prompts: 'Sequence | None' = None, # texts for both to continue; `_PROMPTS` by default
-    new_tokens: int = 64, # of each answer, at most
+    new_tokens: int = 64, # tokens of an answer, at most
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     trust_remote_code: bool = False, # run model code that comes with a checkpoint
 ) -> _Sides:
     "Compare two models: formats, bytes, KL in nats, scores, and where their greedy answers differ"
     names = list(dict.fromkeys([*([reference] if reference else []), a, b]))
-    opened = {m: open_backend(Checkpoint(m, trust_remote_code, 'llm'), backend) for m in names}
-    first, (x, y) = opened[names[0]], (opened[m] for m in (a, b))
-    for o in opened.values(): same_words(first.checkpoint, o.checkpoint)
-    tokens = text_tokens(first.checkpoint, evaluation, n, seq_len)
-    scores = _scores(first, tokens, {m: opened[m] for m in names[1:]})
-    plans = {m: make_plan(o.checkpoint, o.checkpoint.formats) for m, o in opened.items()}
-    rows = [score_row(m, plans[m], s, fingerprint(tokens)) for m, s in zip(names, scores.values())]
+    scored, opened, plans = _scored_together(names, evaluation, n, seq_len, backend, trust_remote_code, 'llm')
     tasks = [found for m in names for found in [_scores_of(opened[m].checkpoint)] if found]
-    report = Report.compare(Report(rows, dict(evaluation=evaluation)), *tasks)
+    report = Report.compare(Report(scored.rows, dict(evaluation=evaluation)), *tasks)
     report.about |= dict(evaluation=evaluation)
     asked = list(_PROMPTS if prompts is None else prompts)
     differ = {p: (plans[a][p], plans[b][p]) for p in plans[a].keys() & plans[b].keys() if plans[a][p] != plans[b][p]}
-    return _Sides(report, [plans[a], plans[b]], dict(sorted(differ.items())), _differences(x, y, asked, new_tokens))
+    return _Sides(report, [plans[a], plans[b]], dict(sorted(differ.items())), 
+                  _differences(opened[a], opened[b], asked, new_tokens))

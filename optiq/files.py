@@ -65,6 +65,7 @@ def _told_full(path: Path):
             raise OSError(f'{path} cannot be written whole: there is no room; make some, or give another output') from e
         raise
 
+# %% ../nbs/71_files.ipynb #8c5de776
 def _part_of(path): return path.with_name(f'.{path.name}.optiq-part')
 
 def _save_text(path: Path, text: str):

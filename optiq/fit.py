@@ -24,7 +24,7 @@ from .folder import _others, check_untrusted, find_model
 from .models import _read_config, _said_for_mlx
 from .units import _Listing
 from .plan import Plan, make_plan, uniform
-from .readers import known, read_json, told, whole
+from .readers import _html_table, known, read_json, told, whole
 from .report import fit
 from .roofline import _experts_per_token, skeleton
 
@@ -148,6 +148,7 @@ def _largest(
     found = allocate(sweep or _untested(c, formats), max_bytes=min(room, most), formats=formats, method='lagrange')
     return found if sweep else make_plan(c, dict(found), found.name)
 
+# %% ../nbs/21_fit.ipynb #7d9d355b
 def _row_of(c, memory, room: int, cache: int, formats: list, sweep) -> dict: # memory: bytes or a name
     "One row of the table: the largest plan for this much memory, and its expected KL"
     working = _working_bytes(c, c.context)
@@ -173,11 +174,10 @@ class _Fits:
         return pd.DataFrame(self.rows)
     def __repr__(self): return '\n'.join([fit(_lines(self), 100), *_words(self)])
     def _repr_html_(self):
-        def row(tag, xs): return '<tr>'+''.join(f'<{tag}>{escape(x)}</{tag}>' for x in xs)+'</tr>'
-        (top, *rest), words = _lines(self), ''.join(f'<p>{escape(line)}</p>' for line in _words(self))
-        head, body = row('th', top), ''.join(row('td', r) for r in rest)
-        return f'<table>{head}{body}</table>{words}'
+        head, *rows = _lines(self)
+        return _html_table(head, rows)+''.join(f'<p>{escape(line)}</p>' for line in _words(self))
 
+# %% ../nbs/21_fit.ipynb #5ec08fe2
 def _lines(f) -> list: # of lists of texts, the first one the head
     rows = [_shown(r) for r in f.rows]
     return [[*rows[0]], *([*r.values()] for r in rows)]
@@ -200,6 +200,7 @@ def _kl_text(r: dict) -> str: # of `_Fits.rows`
     if r['kl'] is None: return 'not known'
     return f'{r["kl"]:.3g}' if r['kl_se'] is None else f'{r["kl"]:.3g} ± {r["kl_se"]:.2g}'
 
+# %% ../nbs/21_fit.ipynb #c985a072
 def _words(f: _Fits) -> list: # of lines
     "Lines below the table: cache, step, where the figures come from, and the command to convert"
     about, found = f.about, []
@@ -221,7 +222,7 @@ def what_fits(
     model: 'str | Path', # 'demo', a folder, or a Hub id, of which only the config and the index are fetched
     memory: float | None = None, # bytes of the machine; by default this one and those of `_MACHINES`
     context: int = 32768, # tokens in the KV cache
-    sweep: 'Sweep | str | Path | None' = None, # of this model, or its file: what quality is expected
+    sweep: 'Sweep | str | Path | None' = None, # a saved sweep of this model, which predicts the quality
     formats: list = (2, 3, 4, 5, 6, 8), # candidates
 ) -> _Fits:
     "The largest plan of a model whose weights, KV cache and working memory a machine holds"

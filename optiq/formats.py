@@ -19,7 +19,7 @@ from operator import mul
 from fastcore.basics import listify
 
 from .arrays import library, like
-from .readers import Form, _helpful
+from .readers import Form, _helpful, _html_table
 
 # %% ../nbs/00_formats.ipynb #4cfbbf7e
 AFFINE_BITS, _AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -222,5 +222,4 @@ def _format_html(fmt: Format) -> str:
     "A format's parts"
     true = 'as in the checkpoint' if fmt.mode == 'as-is' else f'{8*nbytes(fmt, (1, 8192))/8192:.3f}'
     parts = dict(format=fmt, bits=fmt.bits or '', group=fmt.group_size or '', mode=fmt.mode) | {'true bits': true}
-    head, row = (''.join(f'<{t}>{x}</{t}>' for x in xs) for t, xs in (('th', parts), ('td', parts.values())))
-    return f'<table><tr>{head}</tr><tr>{row}</tr></table>'
+    return _html_table(parts, [parts.values()])

@@ -83,6 +83,7 @@ def solve(self: Question, method: str = 'exact') -> Plan:
     if self.wishes: report |= self._prices_of_wishes(kl, method)
     return self.plan(pick, report)
 
+# %% ../nbs/05b_knapsack.ipynb #b62ec84c
 @patch
 def admits(self: Question, plan: Plan) -> bool:
     "Whether another plan of the same model keeps the caps, the wishes and the ties"

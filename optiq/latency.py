@@ -8,6 +8,7 @@ __all__ = ['latency', 'calibrate', 'Speeds', 'compare_speeds', 'predict_speeds',
 # %% ../nbs/20b_latency.ipynb #96c61346
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from .frontier import Frontier
 from .labels import _label, _legend
 from .models import Checkpoint
 from .plan import make_plan, uniform
-from .readers import OBJECT, _helpful, read_ours, write_json
+from .readers import OBJECT, _helpful, _html_table, read_ours, write_json
 from .report import machine
 from .roofline import Chip, Latency, Reads, chip_named, reads_of
 
@@ -121,20 +122,14 @@ def _foot(s):
 
 # %% ../nbs/20b_latency.ipynb #7aeaf90d
 @patch
-def __repr__(self: Speeds) -> str:
-    "For a terminal"
-    width = [max(map(len, column)) for column in zip(*self.cells())]
-    def line(r): return '  '.join([r[0].ljust(width[0]), *map(str.rjust, r[1:], width[1:])]).rstrip()
-    head, *lines = map(line, self.cells())
-    return '\n'.join([head, '─'*(sum(width)+2*len(width)-2), *lines, *filter(None, [_foot(self)])])
+def __repr__(self: Speeds) -> str: return '\n'.join([fit(self.cells(), 120), *filter(None, [_foot(self)])])
 
 # %% ../nbs/20b_latency.ipynb #66dbe5f6
 @patch
 def _repr_html_(self: Speeds) -> str:
     "For Jupyter"
     head, *rows = self.cells()
-    tr = lambda tag, xs: '<tr>'+''.join(f'<{tag}>{x}</{tag}>' for x in xs)+'</tr>'
-    return f'<table>{tr("th", head)}{"".join(tr("td", r) for r in rows)}</table><p><small>{_foot(self)}</small></p>'
+    return f'{_html_table(head, rows)}<p><small>{escape(_foot(self))}</small></p>'
 
 # %% ../nbs/20b_latency.ipynb #5b2fc107
 def compare_speeds(
@@ -191,10 +186,10 @@ def _calibrate_plan(lat: Latency, c, plans: dict, folder=None, **options) -> tup
 def predict_speeds(
     model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
     formats = ('3', '4', '6', '8'), # of uniform plans to predict
-    chip: str | None = None, # from the table, such as 'M3 Max'; this machine by default
+    chip: str | None = None, # chip of the table to predict for, such as 'M3 Max'; by default this machine, measured
     context: int = 512, # tokens in the cache
-    calibrate_first: bool = False, # measure one plan, learn from it, and store what we learned
-    measure: bool = False, # measure all plans
+    calibrate_first: bool = False, # measure one plan here, and learn the overheads from it for later predictions
+    measure: bool = False, # measure every row of the table here, with random weights
     folder: 'Path | None' = None, # of measurements, instead of the user's cache folder
     **options, # of `measure_decode`
 ) -> Speeds: # a table of plans with predicted, and if you ask for it measured, speeds

@@ -8,7 +8,11 @@ __all__ = []
 # %% ../nbs/89a_options.ipynb #bc2e3a24
 import os
 import re
-from functools import partial
+from ast import literal_eval
+from functools import cache, partial
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
 
 import click
 
@@ -22,14 +26,6 @@ def _finish(figures: dict, text: str, as_json: bool):
     "Print one JSON object, or text"
     click.echo(dumps(figures) if as_json else text)
 
-# %% ../nbs/89a_options.ipynb #c4852394
-def _options(*names):
-    "Decorator that adds some of the shared options"
-    def add(f):
-        for n in reversed(names): f = _SHARED[n](f)
-        return f
-    return add
-
 # %% ../nbs/89a_options.ipynb #670b9413
 class _Renamed(click.Option):
     "An option with old names, which still work; the help shows only the first long name"
@@ -40,22 +36,13 @@ class _Renamed(click.Option):
         finally: self.opts = known
 
 # %% ../nbs/89a_options.ipynb #12d6e75f
-def _filled(kind, given: dict): # a dataclass, and options by name ▸ one of it
-    "An object for the pipeline, from the options that have the names of its fields"
-    return kind(**{k: v for k, v in given.items() if k in kind.__dataclass_fields__})
+def _taken(f, given: dict) -> dict: # a function or class ▸ what it takes of the options
+    "The options that have the names of its parameters"
+    return {k: v for k, v in given.items() if k in signature(f).parameters}
 
-# %% ../nbs/89a_options.ipynb #29fcead2
-_SHARED = dict(
-    calibration=click.option('--calibration', default='bundled', show_default=True, metavar='NAME|FILE',
-        help='text to measure on: bundled, wikitext2, a .txt, .jsonl or .parquet file, or a mixture such as '
-             'bundled:0.5,mine.jsonl:0.5; pictures or speech by name or folder'),
-    evaluation=click.option('--evaluation', metavar='NAME|FILE',
-        help='text to score on; default: the test side of the calibration text'),
-    seq_len=click.option('--seq-len', default=128, show_default=True, help='tokens in each calibration sequence'),
-    n_evaluation=click.option('--n-evaluation', '--n-samples', 'n_evaluation', cls=_Renamed, default=16,
-                              show_default=True,
-        help='evaluation sequences of 256 tokens'),
-    sweep=click.option('--sweep', type=click.Path(), help='a saved sweep of MODEL, instead of a new one'))
+def _filled(kind, given: dict): # a class ▸ one of it
+    "An object for the pipeline, from the options that have the names of its fields"
+    return kind(**_taken(kind, given))
 
 # %% ../nbs/89a_options.ipynb #ed1a9c8f
 def _as_formats(formats: str | None, bits: str | None, group_size: int | None, default: str | None = None,
@@ -84,61 +71,6 @@ def _as_names(ctx, param, text: str | None) -> tuple:
     "The names in a comma-separated option"
     return tuple(n.strip() for n in (text or '').split(',') if n.strip())
 
-# %% ../nbs/89a_options.ipynb #da25f907
-class _Rounding(click.Option):
-    "Option whose help names the pipeline's default; we import the pipeline only when somebody reads that help"
-    def get_help_record(self, ctx):
-        from optiq.request import ROUNDING
-        names, said = super().get_help_record(ctx)
-        return names, said.format(default=ROUNDING)
-
-# %% ../nbs/89a_options.ipynb #26a98710
-_SHARED |= dict(
-    formats=click.option('--formats', help='candidates by name, such as 4g32,4g64,mxfp4; instead of widths'),
-    group_size=click.option('--group-size', type=int, help='group of the candidate widths  [default: 64]'),
-    protect=click.option('--protect', metavar='NAMES', callback=_as_names, help='units that get the widest '
-        'candidate: embed, lm_head, first, last, paths or kinds, separated by commas'),
-    tie=click.option('--tie', metavar='NAMES', callback=_as_names,
-        help='units that share a format: qkv, kv, gate_up'),
-    rounding=click.option('--rounding', cls=_Rounding, type=click.Choice(['minmax', 'search', 'gptq']),
-        help='how to choose codes, scales and biases; the sweep uses the same  '
-             '[default: that of --sweep, or {default}]'),
-    rounding_n=click.option('--rounding-samples', 'rounding_n', type=int,
-        help='calibration sequences that search, gptq and dwq learn from  [default: 32]'))
-
-# %% ../nbs/89a_options.ipynb #a3843fb6
-_SHARED |= dict(
-    method=click.option('--method', type=click.Choice(['exact', 'screened', 'gradient']),
-        help='how the sweep measures  [default: the most exact that fits --time-budget]'),
-    time_budget=click.option('--time-budget', type=float, metavar='MINUTES',
-        callback=lambda ctx, param, minutes: None if minutes is None else 60*minutes,
-        help='time that the sweep may take, to choose its method  [default: 10]'))
-
-_SHARED['statistics'] = click.option('--statistics', type=click.Path(), metavar='FILE',
-    help='what search learns from the text, a .safetensors file to read, or to write if it is not there')
-
-# %% ../nbs/89a_options.ipynb #8631f2ce
-_NAMED = {'pin': 'the one format of units, by path or kind', 'ceiling': 'units that get no wider format',
-          'floor': 'units that get no narrower format'}
-_SHARED |= {k: click.option(f'--{k}', metavar='NAME=FORMAT', help=f"{said}, such as 'lm_head=8g64,*.o_proj=6'")
-            for k, said in _NAMED.items()}
-_SHARED['leave'] = click.option('--leave', metavar='NAMES', callback=_as_names,
-                                help='units that stay as they are, separated by commas')
-
-# %% ../nbs/89a_options.ipynb #d23e2f51
-_SHARED['dtype'] = click.option('--dtype', type=click.Choice(['float16', 'bfloat16']), help='type of scales and of '
-                                'tensors that stay; float16 is faster on M1 and M2  [default: as in the checkpoint]')
-
-# %% ../nbs/89a_options.ipynb #4a378e11
-_SHARED |= dict(
-    overwrite=click.option('--overwrite', is_flag=True, help='replace the output, if optiq wrote all of it'),
-    backend=click.option('--backend', type=click.Choice(['auto', 'torch', 'mlx', 'stream']), default='auto',
-        show_default=True, help='the library that computes; stream holds one block in memory'),
-    model_type=click.option('--model-type', type=click.Choice(['auto', 'llm', 'vlm', 'audio']), default='auto',
-        show_default=True, help='kind of model: text, vision and language, or speech'),
-    trust=click.option('--trust-remote-code', is_flag=True, help='run model code that comes with the checkpoint'),
-    json=click.option('--json', 'as_json', is_flag=True, help='print one JSON object on stdout'))
-
 # %% ../nbs/89a_options.ipynb #503bd0e1
 def _as_bytes(unit: int): # ▸ callback of an option
     "A callback that turns a size in other units into bytes"
@@ -160,13 +92,91 @@ class _Size(click.ParamType):
         more = f', or {self.word}' if self.word else ''
         self.fail(f'{value} is not a size, such as 16GB or a number of {self.unit}{more}', param, ctx)
 
-def _memory_for_states(name: str): # ▸ option
-    "The option for the memory of a sweep's states, for a parameter of this name"
-    return click.option('--max-memory', name, type=_Size('GB'), metavar='16GB',
-                        help='memory for states of the sweep, with --backend stream for '
-                             'everything; default: two thirds of what is free')
+# %% ../nbs/89a_options.ipynb #a0784993
+_LINE = re.compile(r" {4}(\w+): '?(.+?)'?(?: \| None'?)?(?: = (.+?))?,? # (.+)")
 
-_SHARED['states_memory'] = _memory_for_states('states_memory')
+@cache
+def _parameters(where: str) -> dict: # 'pipeline.optimize' ▸ name ▸ (type, default, comment), as texts
+    "The parameters of a function, or the fields of a class, as they stand in its source"
+    module, _, name = where.rpartition('.')
+    source = Path(find_spec(f'optiq.{module}').origin).read_text(encoding='utf-8')
+    own = re.search(rf'^(?:def|class) {name}\b.*?(?=^\)|^ *@|^#|\Z)', source, re.M | re.S)[0]
+    return {m[1]: m.groups()[1:] for m in map(_LINE.fullmatch, own.splitlines()) if m}
+
+# %% ../nbs/89a_options.ipynb #5385a563
+_READ = { # type of a parameter ▸ how we read its option
+    'int': dict(type=int), 'float': dict(type=float), 'bool': dict(is_flag=True),
+    'str | tuple | list': dict(metavar='NAME,NAME', callback=_as_names), 'dict | str': dict(metavar='NAME=FORMAT'),
+    'str | Path': dict(type=click.Path(), metavar='FILE'), 'str | Path | list': dict(metavar='NAME|FILE')}
+_READ |= {'str | tuple | list | Callable': _READ['str | tuple | list'], 'Sweep | str | Path': _READ['str | Path'],
+          'str | list': _READ['str | Path | list']}
+
+# %% ../nbs/89a_options.ipynb #804d1bcd
+_OWN = dict( # parameter ▸ what its option does not take from it
+    n_evaluation=dict(names=['--n-evaluation', '--n-samples']), n=dict(names=['--n-evaluation', '--n-samples']),
+    rounding_n=dict(names=['--rounding-samples']), draft=dict(names=['--draft-format'], metavar='FORMAT'),
+    max_bytes=dict(names=['--target-size'], type=float, callback=_as_bytes(_MB), metavar='MB'),
+    max_memory=dict(names=['--target-memory'], type=_Size('MB', 'auto'), metavar='MB|16GB|auto'),
+    states_memory=dict(names=['--max-memory'], type=_Size('GB'), metavar='16GB'),
+    time_budget=dict(metavar='MINUTES', callback=lambda ctx, param, minutes: None if minutes is None else 60*minutes),
+    verify=dict(names=['--verify/--no-verify']),
+    compare=dict(names=['--skip-baselines'], callback=lambda ctx, param, skip: False if skip else None))
+
+# %% ../nbs/89a_options.ipynb #33a3654b
+class _Rounding(click.Option):
+    "Option whose help names the pipeline's default; we import the pipeline only when somebody reads that help"
+    def get_help_record(self, ctx):
+        from optiq.request import ROUNDING
+        names, said = super().get_help_record(ctx)
+        return names, said.format(default=ROUNDING)
+
+# %% ../nbs/89a_options.ipynb #35cc1f30
+_HELP = dict( # parameter ▸ the help of its option
+    calibration='text to measure on: bundled, wikitext2, a .txt, .jsonl or .parquet file, or a mixture such as '
+                'bundled:0.5,mine.jsonl:0.5; pictures or speech by name or folder',
+    rounding='how to choose codes, scales and biases; the sweep uses the same  '
+             '[default: that of --sweep, or {default}]',
+    method='how the sweep measures  [default: the most exact that fits --time-budget]',
+    time_budget='time that the sweep may take, to choose its method  [default: 10]',
+    dtype='type of scales and of tensors that stay; float16 is faster on M1 and M2  [default: as in the checkpoint]',
+    states_memory='memory for states of the sweep, with --backend stream for everything  '
+                  '[default: two thirds of what is free]',
+    compare='do not score the baselines: uniform widths and recipes')
+_OWN['rounding'] = dict(cls=_Rounding)
+
+# %% ../nbs/89a_options.ipynb #7acb3db2
+def _names_of(name: str) -> list: return _OWN.get(name, {}).get('names') or [f'--{name.replace("_", "-")}']
+
+def _as_help(said: str) -> str:
+    "A comment as the help of an option: in backticks stand other options, and at the end the default"
+    said = re.sub(r'`(\w+)`', lambda m: _names_of(m[1])[0], said)
+    return re.sub(r'[,;] by default (.*)$', r'  [default: \1]', said)
+
+def _option(name: str, kind: str, default: str | None, said: str, changed: dict): # ▸ decorator
+    "The option for a parameter of this type, default and comment"
+    value = None if default in (None, '()') else literal_eval(default)
+    own = dict(cls=_Renamed, default=value, show_default=value not in (None, False))
+    own['help'] = _HELP.get(name) or _as_help(said)
+    if kind.startswith('Literal'): own['type'] = click.Choice(literal_eval(kind.removeprefix('Literal')))
+    own |= _READ.get(kind, {}) | _OWN.get(name, {}) | changed
+    return click.option(*own.pop('names', _names_of(name)), name, **own)
+
+def _options(where: str, *names, **changed): # changed: parameter ▸ what its option has of its own here
+    "Decorator that adds an option for each of these parameters"
+    def add(f):
+        for n in reversed(names): f = _option(n, *_parameters(where)[n], changed.get(n, {}))(f)
+        return f
+    return add
+
+# %% ../nbs/89a_options.ipynb #add6c0d3
+def _candidates(said: str, *old): # old: other names of --candidate-bits
+    "Decorator that adds the options by which you name candidates: --candidate-bits, --formats and --group-size"
+    bits = click.option('--candidate-bits', *old, 'bits', cls=_Renamed, help=said)
+    formats = click.option('--formats', help='candidates by name, such as 4g32,4g64,mxfp4; instead of widths')
+    group = click.option('--group-size', type=int, help='group of the candidate widths  [default: 64]')
+    return lambda f: bits(formats(group(f)))
+
+_json = click.option('--json', 'as_json', is_flag=True, help='print one JSON object on stdout')
 
 # %% ../nbs/89a_options.ipynb #dc84791b
 def _check_length(model: str, given: dict):

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from fastcore.basics import listify
@@ -204,6 +205,7 @@ def _choose_both(job: _Job) -> dict: # report, config, figures, and what `joint_
                                      partial(_write_beside, found))
     return found
 
+# %% ../nbs/08_pipeline.ipynb #325a7f91
 def _check_length(sweep: Sweep, n: int):
     "Raise ValueError unless a sweep holds this many sequences"
     told = len(next(iter(sweep.values.values())))
@@ -219,6 +221,18 @@ def _write_beside(found: dict, folder: Path) -> dict: # label ▸ text for the m
     return {'cache': f'{mb:.1f} MB at {context:,} tokens, see kv_config.json'}
 
 
+# %% ../nbs/08_pipeline.ipynb #aa73dac1
+def _place_of(model, out, weights: Weights | None, cache: Cache | None, overwrite: bool) -> Path | None:
+    "The output as it is meant; raises an error for one that is not ours to write"
+    if weights is None: return _kv_output(model, out, overwrite)
+    return own_output(out, overwrite, 'model', model, journal=weights.sweep is None and cache is None)
+
+def _check_kind(c: Checkpoint, what: str):
+    "Raise ValueError for a model that sees or hears if weights and cache share a budget"
+    if what == 'weights and cache together' and c.model_type != 'llm': raise ValueError(
+        f'{c.name} is a {_KINDS[c.model_type]} model, whose weights and cache cannot share a budget yet; '
+        'plan one, and then the other')
+
 # %% ../nbs/08_pipeline.ipynb #be42ac0c
 @_helpful
 @claiming
@@ -230,12 +244,12 @@ def optimize(
     weights: Weights | None = Weights(), # how to choose the weights' formats; None leaves the weights as they are
     cache: Cache | None = None, # how to choose the KV cache's formats; None leaves the cache as it is
     texts: Texts | None = None, # the texts to measure and to score on
-    backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
+    backend: Literal['auto', 'torch', 'mlx', 'stream'] = 'auto', # library that computes; stream holds one block at once
     states_memory: float | None = None, # bytes for the states of a sweep; two thirds of what is free by default
-    overwrite: bool = False, # replace `out`, if optiq wrote it
+    overwrite: bool = False, # replace the output, if optiq wrote all of it
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
-    model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; by default what the checkpoint is
-    dtype: str | None = None, # 'float16' or 'bfloat16' for what is not quantized, and for scales; as it is by default
+    model_type: Literal['auto', 'llm', 'vlm', 'audio'] = 'auto', # kind of model: text, vision and language, or speech
+    dtype: Literal['float16', 'bfloat16'] | None = None, # of scales and unquantized tensors; by default as it is
 ) -> dict: # 'report', 'figures', 'plan', 'sweep'; for weights also 'verified', for a cache 'config'
     """Measure sensitivities, choose formats within the caps, write the model or its kv_config.json, score it
 
@@ -248,16 +262,12 @@ def optimize(
     """
     what = subject(weights, cache)
     caps = caps_for(caps, what)
-    if weights is None: place = _kv_output(model, out, overwrite)
-    else:
-        _check_weights(weights, what, out)
-        place = own_output(out, overwrite, 'model', model, journal=weights.sweep is None and cache is None)
+    if weights is not None: _check_weights(weights, what, out)
+    place = _place_of(model, out, weights, cache, overwrite)
     beside = weights is None and out is not None and _is_own_folder(model, out)
     if weights is None and dtype: raise ValueError('`dtype` has no effect on a cache; leave it')
     _check_overflow(c := Checkpoint(model, trust_remote_code, model_type, dtype))
-    if what == 'weights and cache together' and c.model_type != 'llm': raise ValueError(
-        f'{c.name} is a {_KINDS[c.model_type]} model, whose weights and cache cannot share a budget yet; '
-        'plan one, and then the other')
+    _check_kind(c, what)
     _check_states_memory(states_memory, weights, cache)
     if weights is not None: _check_draft(c, weights.draft)
     job = _Job(c, place, caps, weights, cache, _texts_of(texts, what), backend, overwrite, states_memory, beside)
@@ -371,13 +381,29 @@ def trade_off(
     if out is not None and sweep is None: journal_of(out).unlink(missing_ok=True)
     return dict(frontier=curve, sweep=found, figures=figures)
 
+# %% ../nbs/08_pipeline.ipynb #c9ea4833
+def _scored_together(names: list, evaluation, n: int, seq_len: int, backend: str, trust_remote_code: bool,
+                     model_type: str) -> tuple: # Report, name ▸ Backend, name ▸ Plan
+    "Open models, of which the first is the reference, and score them on the same text"
+    opened = {m: open_backend(Checkpoint(m, trust_remote_code, model_type), backend) for m in names}
+    reference, *others = opened.values()
+    c = reference.checkpoint
+    for b in others: same_words(c, b.checkpoint)
+    if reference.stacks: tokens = text_tokens(c, evaluation, n, seq_len)
+    else: tokens = batch_for(c, evaluation, n, split='test')
+    for b in opened.values(): check_calibration(b.checkpoint, tokens)
+    scores = _scores(reference, tokens, dict(zip(names[1:], others)))
+    plans = {m: make_plan(b.checkpoint, b.checkpoint.formats) for m, b in opened.items()}
+    rows = [score_row(m, plans[m], s, fingerprint(tokens)) for m, s in zip(names, scores.values())]
+    return Report(rows, dict(evaluation=_told(c, evaluation, tokens), **machine())), opened, plans
+
 # %% ../nbs/08_pipeline.ipynb #4dc5078e
 @_helpful
 def compare(
     model: str, # a model, quantized or not
-    baseline: str | None = None, # what to measure KL and agreement against
-    evaluation: 'str | list' = 'bundled', # text, pictures or speech; of a local file of text, all of it
-    n: int = 50, # sequences
+    baseline: str | None = None, # the model to measure KL and agreement against
+    evaluation: 'str | list' = 'bundled', # text, pictures or speech to score on; of a local file of text, all of it
+    n: int = 50, # evaluation sequences
     seq_len: int = 512, # tokens in each
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
@@ -392,14 +418,5 @@ def compare(
         print(compare('out/demo', baseline='demo', n=16))
     """
     _check_counts(n=n, seq_len=seq_len)
-    first = baseline or model
-    opened = {m: open_backend(Checkpoint(m, trust_remote_code, model_type), backend) for m in (first, model)}
-    reference, c = opened[first], opened[first].checkpoint
-    same_words(c, opened[model].checkpoint)
-    if reference.stacks: tokens = text_tokens(c, evaluation, n, seq_len)
-    else: tokens = batch_for(c, evaluation, n, split='test')
-    for b in opened.values(): check_calibration(b.checkpoint, tokens)
-    scores = _scores(reference, tokens, {model: opened[model]} if first != model else {})
-    plans = {m: make_plan(b.checkpoint, b.checkpoint.formats) for m, b in opened.items()}
-    rows = [score_row(m, plans[m], s, fingerprint(tokens)) for m, s in zip(opened, scores.values())]
-    return Report(rows, dict(evaluation=_told(c, evaluation, tokens), **machine()))
+    names = list(dict.fromkeys([baseline or model, model]))
+    return _scored_together(names, evaluation, n, seq_len, backend, trust_remote_code, model_type)[0]

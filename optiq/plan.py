@@ -10,6 +10,7 @@ __all__ = ['RECIPES', 'Plan', 'by_width', 'check_noise', 'smoothed', 'mean_se', 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 from math import isfinite, nan, sqrt
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,8 @@ from fastcore.basics import patch
 
 from .formats import ALL_FORMATS, AS_IS, FORMAT, Format, config_entry, parse_format
 from .units import read_units
-from .readers import NAME, OBJECT, PROSE, TEXT, dumps, known, maybe, number, one_of, read_ours, whole, _helpful
+from .readers import NAME, OBJECT, PROSE, TEXT, _helpful, _html_table, dumps, known, maybe, number, one_of, read_ours
+from .readers import whole
 
 # %% ../nbs/05_plan.ipynb #d51d1bf9
 @_helpful
@@ -124,16 +126,19 @@ def __repr__(self: Plan) -> str:
 
 # %% ../nbs/05_plan.ipynb #5bdd7ec0
 @patch
+def _shares(self: Plan) -> list: # of (format, units, parameters, MB, predicted KL)
+    "What each format holds"
+    def of(f):
+        mine = [u for u in self.units if self[u.path] == f]
+        return sum(u.params for u in mine), sum(u.nbytes(f) for u in mine), sum(self.kl.get(u.path, nan) for u in mine)
+    return [(f, n, f'{params:,}', f'{nbytes/2**20:.2f}', f'{kl:.4g}') for f, n in self.counts().items()
+            for params, nbytes, kl in [of(f)]]
+
+@patch
 def _repr_html_(self: Plan) -> str:
     "The line, and what each format holds"
-    head = ''.join(f'<th>{h}</th>' for h in ('format', 'units', 'parameters', 'MB', 'predicted KL'))
-    rows = ''
-    for f, n in self.counts().items():
-        mine = [u for u in self.units if self[u.path] == f]
-        cells = (f, n, f'{sum(u.params for u in mine):,}', f'{sum(u.nbytes(f) for u in mine)/2**20:.2f}',
-                 f'{sum(self.kl.get(u.path, nan) for u in mine):.4g}')
-        rows += '<tr>'+''.join(f'<td>{c}</td>' for c in cells)+'</tr>'
-    return f'<p>{self}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    head = 'format', 'units', 'parameters', 'MB', 'predicted KL'
+    return f'<p>{escape(str(self))}</p>{_html_table(head, self._shares())}'
 
 # %% ../nbs/05_plan.ipynb #e07a329a
 @patch
@@ -170,6 +175,7 @@ _PLAN = dict(name=PROSE, model=PROSE, params=whole(), other_bytes=whole(0), pred
 _PLAN |= {'made?': {'rounding': TEXT, 'learned?': _TOKENS, 'text?': _TOKENS, 'left_out?': OBJECT},
           'units': [dict(format=FORMAT, kl=maybe(number(0, 1e30)))]*2}
 
+# %% ../nbs/05_plan.ipynb #a8ac936f
 @patch(cls_method=True)
 def load(cls: Plan,
     path: 'str | Path', # what `Plan.save` wrote

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from functools import wraps
+from html import escape
 from inspect import cleandoc, signature
 from math import isfinite
 from numbers import Integral, Real
@@ -218,6 +219,12 @@ def dumps(
 def write_json(path: 'str | Path', x, **how):
     "Write one document, indented by a space"
     Path(path).write_text(dumps(x, **dict(indent=1, ensure_ascii=False)|how)+'\n', encoding='utf-8')
+
+# %% ../nbs/72_readers.ipynb #f139fb3e
+def _html_table(head, rows) -> str:
+    "A table for Jupyter or a page; cells are anything that can be printed"
+    def line(tag, cells): return '<tr>'+''.join(f'<{tag}>{escape(str(c))}</{tag}>' for c in cells)+'</tr>'
+    return f'<table>{line("th", head)}{"".join(line("td", r) for r in rows)}</table>'
 
 # %% ../nbs/72_readers.ipynb #1e99ff2c
 def told(e: BaseException) -> str:

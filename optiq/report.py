@@ -9,6 +9,7 @@ __all__ = ['machine', 'mean_figure', 'share_figure', 'joined', 'test', 'fit', 'R
 import os
 import platform
 from dataclasses import dataclass, field
+from html import escape
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +21,7 @@ from . import __version__
 from .frontier import COLOURS
 from .labels import _legend
 from .plan import make_plan, mean_se
-from .readers import known, OBJECT, PROSE, read_ours, write_json, _helpful
+from .readers import _helpful, _html_table, known, OBJECT, PROSE, read_ours, write_json
 
 # %% ../nbs/30_report.ipynb #4250e0cd
 def machine() -> dict: # cpu, cores, system, versions, date
@@ -48,6 +49,7 @@ class _Metric:
     spec: str = '.1%' # format
     better: int = 1 # 1 if more is better, -1 if less is
 
+# %% ../nbs/30_report.ipynb #94f620f2
 _METRICS = dict(kl=_Metric('KL', '.4f', -1), kl_p99=_Metric('KL p99', '.3f', -1),
                kl_p999=_Metric('KL p99.9', '.3f', -1), flips=_Metric('flips', '.1%', -1),
                perplexity=_Metric('perplexity', '.2f', -1), agreement=_Metric('agreement'),
@@ -162,8 +164,6 @@ def _columns(rows: list) -> list:
     own = [k[:-2] for r in rows for k in r if k.endswith('_n') and k[:-2] not in _COLUMNS and k[:-2] in r]
     return [k for k in dict.fromkeys([*_COLUMNS, *own]) if any(r.get(k) is not None for r in rows)]
 
-def _titles(keys: list) -> list: return [_COLUMNS.get(k) or _metric(k).title for k in keys]
-
 # %% ../nbs/30_report.ipynb #24dadf73
 def _cells(row: dict) -> dict: # column ▸ text
     "A row as text"
@@ -192,17 +192,10 @@ def fit(
     return text if n == len(width) else f'{text}\n\n{fit([[r[0], *r[n:]] for r in table], room)}'
 
 # %% ../nbs/30_report.ipynb #4e580d83
-def _text_table(rows: list) -> str:
-    "A table for a terminal"
+def _table(rows: list) -> list: # of lists of texts, the first one the head
+    "A table without the columns that are empty in all rows"
     lines, keys = [_cells(r) for r in rows], _columns(rows)
-    return fit([_titles(keys), *([r.get(k, '') for k in keys] for r in lines)])
-
-def _html_table(rows: list) -> str:
-    "A table for Jupyter"
-    lines, keys = [_cells(r) for r in rows], _columns(rows)
-    tr = lambda tag, xs: '<tr>'+''.join(f'<{tag}>{x}</{tag}>' for x in xs)+'</tr>'
-    body = ''.join(tr('td', [r.get(k, '') for k in keys]) for r in lines)
-    return f'<table>{tr("th", _titles(keys))}{body}</table>'
+    return [[_COLUMNS.get(k) or _metric(k).title for k in keys], *([r.get(k, '') for k in keys] for r in lines)]
 
 # %% ../nbs/30_report.ipynb #f6fa2c5e
 @_helpful
@@ -224,12 +217,12 @@ class Report:
     def to_frame(self): # ▸ pandas DataFrame
         import pandas as pd
         return pd.DataFrame([{k: v for k, v in r.items() if k not in ('items', 'on')} for r in self.rows])
-    def __repr__(self): return '\n'.join([_text_table(self.rows), *self.said])
+    def __repr__(self): return '\n'.join([fit(_table(self.rows)), *self.said])
 
     def _repr_html_(self):
-        said = ''.join(f'<li>{s}</li>' for s in self.said)
+        (head, *rows), said = _table(self.rows), ''.join(f'<li>{escape(s)}</li>' for s in self.said)
         note = ', '.join(f'{k}: {v}' for k, v in self.about.items() if not isinstance(v, (dict, list)))
-        return f'{_html_table(self.rows)}{said and f"<ul>{said}</ul>"}<p><small>{note}</small></p>'
+        return f'{_html_table(head, rows)}{said and f"<ul>{said}</ul>"}<p><small>{escape(note)}</small></p>'
 
 # %% ../nbs/30_report.ipynb #744f53f0
 @patch

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -26,19 +27,19 @@ _FORMATS, _WIDE = ('4g64', '8g64'), (2, 3, 4, 5, 6, 8) # candidates for a plan, 
 @_helpful
 @dataclass(frozen=True)
 class Caps:
-    """The limits that a plan must keep; give any number of them
+    """The limits that a plan must keep, sizes in bytes; give any number of them
 
     Sizes are in bytes, a speed in tokens per second.
 
         Caps(target_bpw=4.5)
         Caps(max_memory='auto', context=4096)
     """
-    target_bpw: float | None = None # average code width; without any cap 4.5 for weights, 5 for a cache
+    target_bpw: float | None = None # cap on nominal bits per weight; without any cap 4.5, and 5 for a cache
     true_bpw: float | None = None # bytes of everything saved × 8 / parameters
-    max_bytes: float | None = None # bytes of all tensors, of the cache at `context`, or of both together
-    max_memory: 'float | str | None' = None # bytes of all tensors and of an unquantized cache; 'auto': of this machine
-    target_tps: float | None = None # tokens per second, as we predict them
-    chip: str | None = None # the chip to reach them on, such as 'M3 Max'; by default this machine
+    max_bytes: float | None = None # cap on all tensors, on the cache at `context`, or on both together
+    max_memory: 'float | str | None' = None # cap on tensors and KV cache; auto: memory of this machine, see `optiq fit`
+    target_tps: float | None = None # decode at least so many tokens per second, as we predict it
+    chip: str | None = None # chip for `target_tps`, such as 'M3 Max'; by default this machine, measured
     context: int | None = None # tokens in the KV cache; by default 16,384 for its plan, 512 for a speed
 
     def __post_init__(self): _check_types(Caps, vars(self))
@@ -54,20 +55,20 @@ class Weights:
         Weights(formats=[3, 4, 8], rounding='gptq', protect='embed')
     """
     formats: 'list | tuple | str | int | Format | None' = None # candidates; by default those of `sweep`, or 4 and 8 bits
-    protect: 'str | tuple | list | None' = () # units that get the widest one: 'embed', 'lm_head', 'first', 'last', paths
-    pin: 'dict | str | None' = None # name ▸ the one format of these units, or 'lm_head=8g64,*.o_proj=6'
-    ceiling: 'dict | str | None' = None # name ▸ format, likewise: no wider one
-    floor: 'dict | str | None' = None # name ▸ format, likewise: no narrower one
-    leave: 'str | tuple | list | None' = () # names of units that stay as they are
-    tie: 'str | tuple | list | Callable | None' = () # units that share a format: 'qkv', 'kv', 'gate_up'
-    sweep: 'Sweep | str | Path | None' = None # a sweep of this model, or its file
-    rounding: str | None = None # 'minmax', 'search' or 'gptq'; by default that of `sweep`, or 'search'
-    rounding_n: int | None = None # sequences that `search`, `gptq` and `dwq` learn from, 32 by default
-    statistics: 'str | Path | None' = None # file of what `search` learns from the text, written if it is not there
-    method: str | None = None # of the sweep: 'exact', 'screened' or 'gradient'; by default what fits `time_budget`
+    protect: 'str | tuple | list | None' = () # units that get the widest candidate: embed, lm_head, first, last, paths, kinds
+    pin: 'dict | str | None' = None # the one format of units, by path or kind, such as 'lm_head=8g64,*.o_proj=6'
+    ceiling: 'dict | str | None' = None # the widest format of units, such as 'embed=4'
+    floor: 'dict | str | None' = None # the narrowest format of units, such as 'lm_head=6'
+    leave: 'str | tuple | list | None' = () # units that stay as they are
+    tie: 'str | tuple | list | Callable | None' = () # units that share a format: qkv, kv, gate_up
+    sweep: 'Sweep | str | Path | None' = None # a saved sweep of this model, instead of a new one
+    rounding: Literal['minmax', 'search', 'gptq'] | None = None # by default that of `sweep`, or 'search'
+    rounding_n: int | None = None # calibration sequences that search, gptq and dwq learn from; by default 32
+    statistics: 'str | Path | None' = None # what search learns: a .safetensors file to read, or to write if missing
+    method: Literal['exact', 'screened', 'gradient'] | None = None # how to measure; by default what fits `time_budget`
     time_budget: float | None = None # seconds of the sweep, 600 by default, for the choice of its method
-    polish: str | None = None # 'dwq': train scales and biases at the end
-    draft: 'Format | str | int | None' = None # of a head that drafts tokens, which is kept beside the model: '8g64'
+    polish: Literal['dwq'] | None = None # train scales and biases at the end, by mlx-lm's dwq
+    draft: 'Format | str | int | None' = None # of a head that drafts tokens, kept beside the model; by default 8g64
     verify: bool | None = None # measure the plan and its neighbours, keep the best; by default for weights alone
     compare: bool | None = None # score the baselines too; by default for weights alone
 
@@ -107,25 +108,29 @@ def _beside(what: str) -> str: # key of COUNTS
     "Words for an error message: where an option has no effect"
     return f'on {what}' if what in ('weights', 'a cache', 'a curve') else 'beside `cache`'
 
+# %% ../nbs/08a_request.ipynb #1f2cfda6
+def _check_pairs(caps: Caps):
+    "Raise ValueError for a cap on weights that needs another, or that no other needs"
+    if isinstance(caps.max_memory, str) and caps.max_memory != 'auto': raise ValueError(
+        f'`max_memory` {caps.max_memory!r} is not a number of bytes; give one, or auto')
+    if caps.max_memory is not None and caps.context is None: raise ValueError('`max_memory` needs `context`')
+    if caps.chip is not None and caps.target_tps is None: raise ValueError(
+        '`chip` says where `target_tps` is to be reached; give both')
+    if caps.context is not None and caps.max_memory is None and caps.target_tps is None: raise ValueError(
+        '`context` counts for `max_memory`, `target_tps` or `cache`; give one of them')
+
+# %% ../nbs/08a_request.ipynb #14722bd0
 def caps_for(caps: Caps | None, what: str) -> Caps: # with a default
     "The caps, with a default if there are none; raises ValueError for a cap without effect on this kind of plan"
     caps = caps or Caps()
     given = [k for k, v in vars(caps).items() if v is not None]
     odd = [k for k in given if k not in _COUNTS[what]]
     if odd: raise ValueError(f'`{odd[0]}` has no effect {_beside(what)} yet; give `max_bytes` instead')
-    if what == 'weights':
-        if isinstance(caps.max_memory, str) and caps.max_memory != 'auto': raise ValueError(
-            f'`max_memory` {caps.max_memory!r} is not a number of bytes; give one, or auto')
-        if caps.max_memory is not None and caps.context is None: raise ValueError('`max_memory` needs `context`')
-        if caps.chip is not None and caps.target_tps is None: raise ValueError(
-            '`chip` says where `target_tps` is to be reached; give both')
-        if caps.context is not None and caps.max_memory is None and caps.target_tps is None: raise ValueError(
-            '`context` counts for `max_memory`, `target_tps` or `cache`; give one of them')
+    if what == 'weights': _check_pairs(caps)
     if what == 'weights and cache together' and caps.max_bytes is None: raise ValueError(
         'a `cache` beside the weights needs `max_bytes`: one cap for both')
     alone = not {*given} - {'chip', 'context'}
     return replace(caps, target_bpw=4.5 if what == 'weights' else 5.) if alone else caps
-
 
 # %% ../nbs/08a_request.ipynb #5c6caa97
 def _check_weights(weights: Weights, what: str, out):
@@ -163,22 +168,24 @@ class Texts:
         Texts(calibration='my.jsonl', n_calibration=16, evaluation='wikitext2')
     """
     calibration: 'str | Path | list' = 'bundled' # text, pictures or speech to measure on, by name or path; or samples
-    evaluation: 'str | Path | list | None' = None # what to score on; the evaluation side of `calibration` by default
-    n_calibration: int = 8 # sequences to measure on
-    seq_len: int = 128 # tokens in each
-    n_evaluation: int = 16 # evaluation sequences
-    eval_len: int | None = None # tokens in each; 256 by default, with a cache as many as in the others
+    evaluation: 'str | Path | list | None' = None # text to score on, or samples; by default test side of `calibration`
+    n_calibration: int = 8 # calibration sequences
+    seq_len: int = 128 # tokens in each calibration sequence
+    n_evaluation: int = 16 # evaluation sequences, of 256 tokens
+    eval_len: int | None = None # tokens in each of these; with a cache as many as in the others
 
     def __post_init__(self):
         _check_types(Texts, vars(self))
         _check_counts(n_calibration=self.n_calibration, seq_len=self.seq_len, n_evaluation=self.n_evaluation,
                      eval_len=self.eval_len)
 
+# %% ../nbs/08a_request.ipynb #4ae08147
 def _texts_of(texts: Texts | None, what: str) -> Texts: # with the default where there is none
     "The texts, with defaults for this kind of plan"
     texts = texts or (Texts(n_calibration=5, seq_len=512, n_evaluation=4) if what == 'a cache' else Texts())
     return replace(texts, eval_len=texts.eval_len or (256 if what == 'weights' else texts.seq_len))
 
+# %% ../nbs/08a_request.ipynb #64d958e5
 @dataclass
 class _Batches:
     "The tokens that rounding learns from, those that we measure on, and those that we score on"

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from .formats import AS_IS, Format, nbytes
 from .kv.layout import bytes_after, leaf_caches
-from .units import Unit, find_units
+from .units import _census, Unit, find_units
 
 # %% ../nbs/20_roofline.ipynb #b804e379
 _PUBLISHED = {3: 1.08} # a byte of 3-bit codes against one of 4-bit codes, on Apple's GPUs (mlx-optiq 0.0.1)
@@ -135,16 +135,12 @@ def reads_of(
     config: dict, # content of config.json
 ) -> Reads:
     "The `Reads` of a model: its units, and the part of each that decoding a token reads"
-    from mlx.utils import tree_flatten
     units = find_units(model)
     tables = [u for u in units if u.kind == 'embed' and not _TOWERS.search(u.path)]
     tied = not any(u.kind == 'lm_head' for u in units)
     head = max(tables, key=lambda u: (u.shape[0], -u.shape[1])) if tied and tables else None
-    mine = {f'{u.path}.{part}' for u in units for part in ('weight', 'scales', 'biases')}
-    other = [v for k, v in tree_flatten(model.parameters()) if k not in mine]
     return Reads(units, {u.path: _active_shape(u, head, config) for u in units}, len(model.layers),
-                 sum(u.params for u in units)+sum(v.size for v in other), sum(v.nbytes for v in other),
-                 lambda n: _cache_reads(model, n))
+                 *_census(model, {u.path: u for u in units}), lambda n: _cache_reads(model, n))
 
 # %% ../nbs/20_roofline.ipynb #5f3cfe14
 def skeleton(

@@ -8,6 +8,7 @@ __all__ = ['text_tokens', 'same_words', 'run_task', 'as_figures']
 # %% ../nbs/46_score.ipynb #6cf3f530
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,6 @@ def perplexity(
     limit: int | None = None, # tokens in all
     backend: str = 'auto',
     name: str | None = None, # of the row
-    **_, # options of other tasks
 ) -> Report:
     "Perplexity on windows of text, with its interval"
     c = _checkpoint_of(model)
@@ -169,7 +169,6 @@ def kl(
     top_k: int = 256, # words to keep otherwise
     cache = None, # folder of references
     protocol: str | None = None, # 'kld' for the record that published comparisons use
-    **_, # options of other tasks
 ) -> Report: # two rows, the baseline first
     "KL to a baseline: mean, 99th percentile, flips, and perplexity beside them"
     from optiq.evals.kl import reference, score_against
@@ -219,7 +218,7 @@ def _cache_maker(
 def _named(c, make): return c.name if make is None else f'{c.name}, cache {make.label}'
 
 # %% ../nbs/46_score.ipynb #1d39705e
-def recall(model, n=200, seed=42, **_) -> Report:
+def recall(model, n=200, seed=42) -> Report:
     "The demo model's recall task: the share of codes that it finds in texts of 128 to 1,024 tokens"
     from optiq.evals.tasks import answers, task_rows
     from optiq.material.problems import correct
@@ -230,7 +229,7 @@ def recall(model, n=200, seed=42, **_) -> Report:
     return Report([own_size(c) | share_figure('recall', right, f'recall {n} {seed}')], machine())
 
 # %% ../nbs/46_score.ipynb #76a7dcf2
-def _needle(model, n=200, lengths=(128, 256, 512, 1024), depths=(0., .25, .5, .75, 1.), kv=None, **_):
+def _needle(model, n=200, lengths=(128, 256, 512, 1024), depths=(0., .25, .5, .75, 1.), kv=None):
     from optiq.evals.needle import needle
     cells = len(lengths)*len(depths)
     if n % cells: raise ValueError(
@@ -238,7 +237,7 @@ def _needle(model, n=200, lengths=(128, 256, 512, 1024), depths=(0., .25, .5, .7
     make = _cache_maker(kv)
     return needle(model, lengths, depths, n//cells, make_cache=make, name=_named(model, make))
 
-def _gsm8k(model, n=200, questions='gsm8k', shots=None, out=None, kv=None, **_):
+def _gsm8k(model, n=200, questions='gsm8k', shots=None, out=None, kv=None):
     from optiq.evals.gsm8k import gsm8k, questions as find
     own, make = questions == 'word-problems', _cache_maker(kv)
     if shots is None: shots = 0 if own else 3
@@ -262,19 +261,17 @@ def run_task(
     "Score a model on a task, and compare it with a baseline if you give one; raises ValueError for an unknown task"
     if n < 1: raise ValueError(f'`n` must be at least 1 sample, not {n}')
     f, options = _find_task(task), {k: v for k, v in options.items() if v is not None} # a task has defaults of its own
-    if options.get('kv') and task not in ('gsm8k', 'needle'): raise ValueError(
-        f'kv, a configuration of the cache, is tested by gsm8k and needle, not by {task}')
-    out = options.get('out')
-    if out and task not in ('gsm8k', 'ai2d', 'wer'): raise ValueError(
-        f'answers are written by gsm8k, ai2d and wer, not by {task}: leave the output')
+    taken, out = [k for k in signature(f).parameters if k != 'model'], options.get('out')
+    odd = [k for k in options if k not in taken]
+    if odd: raise ValueError(f'`{odd[0]}` has no effect on {task}, which takes {", ".join(taken)}')
     for file in [out, f'{out}.baseline'][:2 if baseline else 1] if out else (): own_file(file, 'responses')
     if _is_gguf(model) and (task != 'kl' or not baseline): raise ValueError(
         f'{model} is a GGUF file: it is scored by kl, against the model that it was made of as the baseline')
     how = trust_remote_code, model_type
     model, baseline = (m and (m if _is_gguf(m) else Checkpoint(m, *how)) for m in (model, baseline))
     if task == 'kl': return f(model, baseline=baseline, n=n, **options)
-    own = dict(kv=None, out=f'{out}.baseline' if out else None) # it keeps its own cache
-    reports = [f(m, n=n, **options | part) for m, part in ((baseline, own), (model, {})) if m]
+    own = {k: f'{v}.baseline' if k == 'out' else v for k, v in options.items() if k != 'kv'} # it keeps its own cache
+    reports = [f(m, n=n, **part) for m, part in ((baseline, own), (model, options)) if m]
     return Report.compare(*reports) if baseline else reports[0]
 
 # %% ../nbs/46_score.ipynb #1b26aa57
@@ -282,7 +279,7 @@ def _find_task(task: str):
     "The function of a task; raises ValueError with the names there are"
     if task.startswith('harness:'):
         from optiq.evals.harness import harness
-        return lambda model, n, **_: harness(model, task[8:], n)
+        return lambda model, n: harness(model, task[8:], n)
     if task not in _TASKS:
         raise ValueError(f'no task {task!r}; there are {", ".join(_TASKS)} and harness:<task of lm-eval>')
     f = _TASKS[task]

@@ -42,6 +42,7 @@ def _context_of(config: dict) -> int: # of a model ▸ tokens that it reads and 
     stretched = (scaling.get('original_max_position_embeddings') or 0)*(scaling.get('factor') or 1)
     return max(config.get('max_position_embeddings') or _MOST, int(stretched))
 
+# %% ../nbs/09_serve.ipynb #94c0727a
 class _Provider(server.ModelProvider):
     "mlx-lm's provider of models, limited to those that you named; the first makes the caches of a config"
     def __init__(self,
@@ -286,7 +287,7 @@ def _names_of(models: Sequence, trust_remote_code: bool = False) -> dict:
 # %% ../nbs/09_serve.ipynb #47d3bbad
 def serve(
     model: str, # 'demo', a folder, or a Hub id
-    kv_config: 'str | Path | None' = None, # kv_config.json; the one beside the weights by default
+    kv_config: 'str | Path | None' = None, # formats of the KV cache; by default kv_config.json beside the weights
     options: Sequence = (), # of mlx_lm.server, such as ('--port', '8080')
     also: Sequence = (), # other models that may be asked for
     trust_remote_code: bool = False, # run model code that comes with a checkpoint

@@ -16,7 +16,7 @@ from math import prod
 import numpy as np
 
 from .formats import ALL_FORMATS, AS_IS, FORMAT, Format, divides, nbytes, parse_format
-from .readers import FLAG, NAME, check, maybe, one_of, whole, _helpful
+from .readers import FLAG, NAME, _helpful, _html_table, check, maybe, one_of, whole
 
 # %% ../nbs/01b_units.ipynb #ae813a21
 @_helpful
@@ -256,7 +256,6 @@ def _unit_html(u: Unit) -> str:
     fmts = [AS_IS, *(Format(b) for b in (8, 4, 3) if u.shape[-1] % 64 == 0)]
     parts = dict(path=u.path, kind=u.kind, block='' if u.block is None else u.block, shape=u.shape)
     parts |= {f'{f}': f'{u.nbytes(f):,} bytes' for f in fmts}
-    head, row = (''.join(f'<{t}>{x}</{t}>' for x in xs) for t, xs in (('th', parts), ('td', parts.values())))
-    return f'<table><tr>{head}</tr><tr>{row}</tr></table>'
+    return _html_table(parts, [parts.values()])
 
 Unit._repr_html_ = _unit_html

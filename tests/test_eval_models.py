@@ -360,3 +360,8 @@ def test_exit_status_and_json_of_the_commands(saved, tmp_path):
     assert figures['metric'] == 'perplexity' and figures['n'] == figures['baseline']['n'] == 3
     r = optiq('eval', saved, '--task', 'kl')
     assert r.exit_code == 1 and r.stderr.startswith('error: KL is a distance between two models') and not r.stdout
+
+@pytest.mark.parametrize('task, option', [('perplexity', dict(exact=True)), ('perplexity', dict(out='a.jsonl')), ('recall', dict(kv='4')),
+    ('needle', dict(seq_len=32)), ('wer', dict(questions='x')), ('ai2d', dict(protocol='kld')), ('harness:arc', dict(kv='4'))])
+def test_a_task_refuses_an_option_without_effect(task, option):
+    with pytest.raises(ValueError, match=f'`{next(iter(option))}` has no effect on {task}'): run_task(task, 'demo', **option)

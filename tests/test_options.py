@@ -3,9 +3,12 @@
 A command is run twice, with an option and without. What arrives at the seams of the road is written down by spies, and
 nothing is measured. If both runs are the same, nobody took notice of the option.
 """
+import ast
 import functools
+import inspect
 import re
 from dataclasses import asdict
+from importlib import import_module
 from types import SimpleNamespace
 
 import click
@@ -14,7 +17,8 @@ import pytest
 from click.testing import CliRunner
 
 import optiq.cli as cli
-from optiq.commands import look
+from optiq import options
+from optiq.commands import look, make
 import optiq.command as command_of
 from optiq import latency, models, pipeline, score, sensitivity, serve
 from optiq.evals import throughput, verify
@@ -232,3 +236,18 @@ def test_an_error_that_names_nothing_tells_what_was_given():
     assert command_of._named(ValueError('demo is damaged'), command, given) == 'demo is damaged'
     assert command_of._named(ValueError('`targets` are none, target_bpw 3 is low'), command, given) == '--targets are none, --targets 3 is low'
     assert command_of._named(OSError('x.json is no file'), command, given) == 'x.json is no file'
+
+def told_of() -> list: # of (function or class, parameter)
+    source = ''.join(inspect.getsource(m) for m in (look, make))
+    found = re.findall(r"@_options\('([\w.]+)', ((?:'\w+'(?:,\s+)?)+)", source)
+    return sorted({(where, n) for where, names in found for n in re.findall(r'\w+', names)})
+
+@pytest.mark.parametrize('where, name', told_of())
+def test_an_option_says_what_python_says(where, name):
+    "What we read from the source is what Python finds when it imports it"
+    module, _, what = where.rpartition('.')
+    p = inspect.signature(getattr(import_module(f'optiq.{module}'), what)).parameters[name]
+    kind, default, said = options._parameters(where)[name]
+    assert said and (inspect.Parameter.empty if default is None else ast.literal_eval(default)) == p.default
+    given = p.annotation if isinstance(p.annotation, str) else inspect.formatannotation(p.annotation).replace('typing.', '')
+    assert kind == re.sub(r'^Optional\[(.*)\]$', r'\1', given).removesuffix(' | None')

@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from optiq.cli import main
 from optiq.show.demo import _published
 from optiq.show.demos import audio, find_demo, names, vlm
-from optiq.report import Report, fit, _text_table
+from optiq.report import Report, fit, _table
 from optiq.formats import AS_IS, Format
 from optiq.knapsack import allocate
 from optiq.frontier import Frontier
@@ -43,7 +43,7 @@ def test_plots_draw_on_the_axes_they_are_given(sweep):
         assert noun.plot(ax) is ax and ax.has_data()
 
 def test_wide_tables_fit_a_terminal(sweep):
-    text = _text_table(rows())
+    text = fit(_table(rows()))
     assert max(map(len, text.splitlines())) <= 80 and text.count('optiq 4.5 (4,8) 2') > 1
     assert all(x in text for x in ('perplexity', 'agreement', 'GSM8K', 'needle'))
     flat = [uniform(sweep, f) for f in sweep.formats]

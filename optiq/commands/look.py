@@ -15,7 +15,8 @@ from inspect import signature
 import click
 
 from ..command import check_idle, given_options
-from ..options import _command, _Renamed, _Size, _as_formats, _check_group, _finish, _options
+from ..options import _candidates, _command, _finish, _json, _options, _Renamed, _Size
+from ..options import _as_formats, _check_group
 
 # %% ../../nbs/89c_commands.look.ipynb #dd71ae1f
 _TASKS = ['perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer', 'harness:NAME']
@@ -44,7 +45,8 @@ _TASKS = ['perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer', 'harne
 @click.option('--protocol', type=click.Choice(['kld']),
               help='for kl: the figures of published comparisons, on 512 × 512 tokens or all that the text has')
 @click.option('--exact', is_flag=True, help='for kl: keep the logits of all words of the reference')
-@_options('backend', 'model_type', 'trust', 'json')
+@_options('pipeline.optimize', 'backend', 'model_type', 'trust_remote_code')
+@_json
 def _eval_(model, task, responses, as_json, **given):
     """Score a model, with an interval; with a baseline, compare the two item by item.
 
@@ -69,6 +71,7 @@ def _scored(model: str | None, task: str, n: int | None, **given): # ▸ Report
                f'{task} does not use it')
     if given.get('protocol'): check_idle(['n', 'limit', 'seq_len'], 'the protocol says how much is scored')
     if n is None: n = 50 if task in ('perplexity', 'kl') else 200
+    given = {k: v for k, v in given.items() if k in taken or k in ('baseline', 'trust_remote_code')}
     return run_task(task, model, n=n, **given)
 
 # %% ../../nbs/89c_commands.look.ipynb #ed75d091
@@ -82,17 +85,11 @@ def _answered(responses: str, task: str, baseline: str | None): # ▸ Report
 # %% ../../nbs/89c_commands.look.ipynb #254be786
 @_command(short_help='Quality and speed of a model, by itself or against another.')
 @click.argument('model')
-@click.option('--baseline', help='the model to measure KL and agreement against')
-@click.option('--n-evaluation', '--n-samples', 'n', cls=_Renamed, default=50, show_default=True,
-              help='evaluation sequences')
-@click.option('--seq-len', default=512, show_default=True, help='tokens in each')
-@click.option('--evaluation', default='bundled', show_default=True, metavar='NAME|FILE',
-              help='text; of a file, all of it')
-@click.option('--prompt-tokens', default=512, show_default=True, help='tokens to read when speed is measured')
-@click.option('--new-tokens', default=128, show_default=True, help='tokens to write')
-@click.option('--repeats', default=5, show_default=True, help='runs after the one that warms up')
+@_options('pipeline.compare', 'baseline', 'n', 'seq_len', 'evaluation')
+@_options('evals.throughput.throughput', 'prompt_tokens', 'new_tokens', 'repeats')
 @click.option('--speed/--no-speed', default=None, help='measure tokens per second; default: where MLX has a GPU')
-@_options('backend', 'model_type', 'trust', 'json')
+@_options('pipeline.optimize', 'backend', 'model_type', 'trust_remote_code')
+@_json
 def benchmark(model, baseline, prompt_tokens, new_tokens, repeats, speed, as_json, **given):
     """Perplexity and tokens per second of a model; with a baseline, KL, agreement, and a verdict on each difference.
 
@@ -127,12 +124,10 @@ def _has_gpu() -> bool:
 # %% ../../nbs/89c_commands.look.ipynb #bd1c172d
 @_command(short_help='Check a converted model against its plan and its reference.')
 @click.argument('model')
-@click.option('--reference', help='the full-precision model it was made from')
-@click.option('--calibration', '--text', 'text', cls=_Renamed, default='bundled', show_default=True,
-              metavar='NAME|FILE', help='the calibration text, or another to measure KL on')
-@click.option('--within', type=float, metavar='FACTOR',
-              help="accepted factor between predicted and measured KL; default: by the error of the forecast")
-@_options('backend', 'model_type', 'trust', 'json')
+@_options('evals.verify.verify', 'reference', 'text', 'within',
+          text=dict(names=['--calibration', '--text']))
+@_options('pipeline.optimize', 'backend', 'model_type', 'trust_remote_code')
+@_json
 def verify(model, as_json, **given):
     """Open a converted model again: files, formats, bytes, tokenizer, finite logits, KL.
 
@@ -159,7 +154,8 @@ def verify(model, as_json, **given):
 @click.option('--questions', metavar='FILE', help='for llm: a .jsonl file instead of GSM8K')
 @click.option('-o', '--output', type=click.Path(), metavar='DIR',
               help='folder for tables and figures; default: optiq_output/demo-<name>')
-@_options('overwrite', 'json')
+@_options('pipeline.optimize', 'overwrite')
+@_json
 def demo(name, output, overwrite, as_json, **given):
     """llm, vlm, audio, pareto, hardware, kv-cache or combined; without a name, what there is.
 
@@ -190,10 +186,9 @@ def _with_options(run: Callable, name: str, given: dict) -> Callable:
 # %% ../../nbs/89c_commands.look.ipynb #c1a0e002
 @_command(short_help="Serve a model over OpenAI's protocol.", context_settings=dict(ignore_unknown_options=True))
 @click.argument('model')
-@click.option('--kv-config', type=click.Path(), metavar='FILE',
-              help='formats of the KV cache; default: kv_config.json beside the weights')
+@_options('serve.serve', 'kv_config')
 @click.option('--also', metavar='MODEL', multiple=True, help='another model that clients may use; can be given again')
-@_options('trust')
+@_options('pipeline.optimize', 'trust_remote_code')
 @click.argument('options', nargs=-1, type=click.UNPROCESSED, metavar='[OPTIONS OF mlx_lm.server]')
 def serve(model, options, **given):
     """mlx-lm's server with mixed-precision caches; --port, --host, --temp and all its other options can follow.
@@ -209,7 +204,7 @@ def serve(model, options, **given):
 # %% ../../nbs/89c_commands.look.ipynb #c1a0e004
 @_command(short_help='Look at this machine: what is there, what is missing, what to do.')
 @click.option('--timeout', default=3., show_default=True, metavar='SECONDS', help='how long to wait for the Hub')
-@_options('json')
+@_json
 def doctor(timeout, as_json):
     """Versions, backend, chip, BLAS, free memory and the Hub, each with what to do about it.
 
@@ -229,9 +224,9 @@ def doctor(timeout, as_json):
 @_command('fit', short_help='The largest plan of a model that fits a machine, from its config alone.')
 @click.argument('model')
 @click.option('--memory', type=_Size('GB'), metavar='16GB', help='of the machine; default: this one, and common Macs')
-@click.option('--context', default=32768, show_default=True, help='tokens in the KV cache')
-@click.option('--candidate-bits', 'bits', help='widths to choose from  [default: 2,3,4,5,6,8]')
-@_options('formats', 'group_size', 'sweep', 'json')
+@_candidates('widths to choose from  [default: 2,3,4,5,6,8]')
+@_options('fit.what_fits', 'context', 'sweep')
+@_json
 def _fit(model, memory, context, bits, formats, group_size, sweep, as_json):
     """The largest plan whose weights, KV cache and working memory leave the system what it needs.
 
@@ -250,9 +245,8 @@ def _fit(model, memory, context, bits, formats, group_size, sweep, as_json):
 @_command('chat', short_help="mlx-lm's chat, with mixed-precision caches.",
               context_settings=dict(ignore_unknown_options=True))
 @click.argument('model')
-@click.option('--kv-config', type=click.Path(), metavar='FILE',
-              help='formats of the KV cache; default: kv_config.json beside the weights')
-@_options('trust')
+@_options('chat.chat', 'kv_config')
+@_options('pipeline.optimize', 'trust_remote_code')
 @click.argument('options', nargs=-1, type=click.UNPROCESSED, metavar='[OPTIONS OF mlx_lm.chat]')
 def _chat(model, options, **given):
     """Chat in the terminal; --temp, --max-tokens, --system-prompt and all other options of mlx_lm.chat can follow.
@@ -268,14 +262,10 @@ def _chat(model, options, **given):
 @_command('compare', short_help='Compare two models, and where their answers differ.')
 @click.argument('first')
 @click.argument('second')
-@click.option('--reference', help='the model that both were made from, to measure KL against; default: the first')
 @click.option('--prompt', 'prompts', multiple=True, metavar='TEXT', help='a prompt for both models; can be given again')
-@click.option('--new-tokens', default=64, show_default=True, help='tokens of an answer, at most')
-@click.option('--evaluation', default='bundled', show_default=True, metavar='NAME|FILE', help='text to measure KL on')
-@click.option('--n-evaluation', '--n-samples', 'n', cls=_Renamed, default=16, show_default=True,
-              help='evaluation sequences')
-@click.option('--seq-len', default=256, show_default=True, help='tokens in each')
-@_options('backend', 'trust', 'json')
+@_options('chat.side_by_side', 'reference', 'new_tokens', 'evaluation', 'n', 'seq_len')
+@_options('pipeline.optimize', 'backend', 'trust_remote_code')
+@_json
 def _compare(first, second, prompts, as_json, **given):
     """Plans, bytes, KL and scores of two models, and the first token at which their answers differ.
 
@@ -291,8 +281,7 @@ def _compare(first, second, prompts, as_json, **given):
 # %% ../../nbs/89c_commands.look.ipynb #54522be3
 @_command('report', short_help='Write one HTML file about a converted model.')
 @click.argument('folder', type=click.Path())
-@click.option('-o', '--output', 'out', type=click.Path(), required=True, metavar='FILE', help='.html file to write')
-@click.option('--overwrite', is_flag=True, help='replace the file')
+@_options('show.page.save_page', 'out', 'overwrite', out=dict(names=['-o', '--output'], required=True))
 def _report(folder, out, overwrite):
     """Write the plan's heat map, KL by tensor with errors, predicted and measured KL, tables and commands to one file.
 
@@ -306,9 +295,9 @@ def _report(folder, out, overwrite):
 @_command('upload', short_help='Publish a converted model on the Hugging Face Hub, with a model card.')
 @click.argument('folder', type=click.Path())
 @click.argument('repo', metavar='USER/NAME')
-@click.option('--send/--dry-run', default=None, help='send, or list only; default: --send if there is a token')
-@click.option('--private', is_flag=True, help='only you see it')
-@_options('trust', 'json')
+@_options('show.upload.upload', 'send', 'private', send=dict(names=['--send/--dry-run']))
+@_options('pipeline.optimize', 'trust_remote_code')
+@_json
 def _upload(folder, repo, as_json, **given):
     """List every file, then send it, with a model card that has the plan, its figure, licence and base model.
 

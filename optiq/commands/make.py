@@ -12,8 +12,8 @@ from shlex import quote
 import click
 
 from ..command import Number, check_idle
-from ..options import _MB, _SHARED, _memory_for_states, _Renamed, _Size, _as_bytes, _as_formats, _as_names, _as_targets
-from ..options import _command, _check_group, _check_length, _filled, _finish, _options
+from ..options import _MB, _as_formats, _as_names, _as_targets, _candidates, _command, _check_group
+from ..options import _check_length, _filled, _finish, _json, _options, _taken
 from ..readers import known
 
 # %% ../../nbs/89b_commands.make.ipynb #e4357a34
@@ -32,55 +32,23 @@ def _default_output(model: str, ending: str) -> str:
     name = os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model.rsplit('/', 1)[-1]
     return os.path.join('optiq_output', f'{name}-{ending}')
 
-# %% ../../nbs/89b_commands.make.ipynb #80d3edd0
-_SHARED |= dict(
-    target_bpw=click.option('--target-bpw', 'target_bpw', type=float, help='cap on nominal bits per weight'),
-    max_bytes=click.option('--target-size', 'max_bytes', type=float, callback=_as_bytes(_MB), metavar='MB',
-        help='cap on the size of all tensors'),
-    max_memory=click.option('--target-memory', 'max_memory', type=_Size('MB', 'auto'), metavar='MB|16GB|auto',
-        help='cap on tensors and KV cache; auto: the memory of this machine, see `optiq fit`'),
-    target_tps=click.option('--target-tps', type=float, metavar='N',
-        help='decode at least N tokens per second, as we predict it'),
-    chip=click.option('--chip', metavar='NAME',
-        help='chip for --target-tps, such as "M3 Max"; default: this machine, measured'),
-    cap_context=click.option('--context', type=int, metavar='N',
-        help='tokens in the KV cache, for --target-memory, --target-tps and --kv'))
-
-# %% ../../nbs/89b_commands.make.ipynb #68dcca1a
-_SHARED |= dict(
-    polish=click.option('--polish', type=click.Choice(['dwq']),
-        help="train scales and biases at the end, by mlx-lm's dwq"),
-    draft=click.option('--draft-format', 'draft', metavar='FORMAT',
-        help='of a head that drafts tokens, kept beside the model  [default: 8g64]'),
-    kv=click.option('--kv', is_flag=True, help='one allocation over weights and KV cache under --target-size'),
-    kv_bits=click.option('--kv-candidate-bits', 'kv_bits',
-        help='widths of keys and values, or formats such as tq3, for --kv  [default: 4,8]'),
-    verify=click.option('--verify/--no-verify', default=None,
-        help='measure the plan and its neighbours, keep the best  [default: --verify, unless --kv]'),
-    compare=click.option('--skip-baselines', 'compare', is_flag=True,
-        callback=lambda ctx, param, skip: False if skip else None,
-        help='do not score the baselines: uniform widths and recipes'))
-
-# %% ../../nbs/89b_commands.make.ipynb #ee168e5f
-_OPENED = 'backend', 'overwrite', 'trust_remote_code', 'model_type' # what the pipeline takes as it is said
-
 # %% ../../nbs/89b_commands.make.ipynb #dbccc511
 @_command(short_help='Quantize a model under a cap on its size or speed.')
 @click.argument('model')
 @click.option('--target', type=click.Choice(['mlx']), default='mlx', show_default=True, help='what to write')
-@_options('model_type')
-@_options('target_bpw', 'max_bytes', 'max_memory', 'target_tps', 'chip', 'cap_context')
-@click.option('--candidate-bits', 'bits', help='widths to choose from  [default: all of --sweep, or 4,8]')
-@_options('formats', 'group_size', 'protect', 'pin', 'ceiling', 'floor', 'leave', 'tie', 'rounding', 'rounding_n')
-@_options('statistics', 'dtype')
-@_options('polish', 'draft', 'kv', 'kv_bits')
+@_options('request.Caps', 'target_bpw', 'max_bytes', 'max_memory', 'target_tps', 'chip', 'context')
+@_candidates('widths to choose from  [default: all of --sweep, or 4,8]')
+@_options('request.Weights', 'protect', 'pin', 'ceiling', 'floor', 'leave', 'tie', 'rounding', 'rounding_n')
+@_options('request.Weights', 'statistics', 'polish', 'draft')
+@click.option('--kv', is_flag=True, help='one allocation over weights and KV cache under --target-size')
+@click.option('--kv-candidate-bits', 'kv_bits',
+              help='widths of keys and values, or formats such as tq3, for --kv  [default: 4,8]')
 @click.option('-o', '--output', type=click.Path(), help='folder to write; default: optiq_output/<model>-<target>')
-@click.option('--n-calibration', 'n_calibration', default=8, show_default=True, help='calibration sequences')
-@_options('seq_len', 'calibration', 'evaluation', 'n_evaluation', 'sweep', 'method', 'time_budget')
-@_options('states_memory')
-@_options('verify', 'compare')
+@_options('request.Texts', 'n_calibration', 'seq_len', 'calibration', 'evaluation', 'n_evaluation')
+@_options('request.Weights', 'sweep', 'method', 'time_budget', 'verify', 'compare')
 @click.option('--dry-run', is_flag=True, help='measure and plan, write nothing')
-@_options('overwrite', 'backend', 'trust', 'json')
+@_options('pipeline.optimize', 'states_memory', 'dtype', 'overwrite', 'backend', 'model_type', 'trust_remote_code')
+@_json
 def convert(model, target, bits, formats, group_size, kv, kv_bits, output, dry_run, as_json, **given):
     """Measure how much each tensor suffers, choose formats under the cap, write an MLX model, score it.
 
@@ -106,7 +74,7 @@ def convert(model, target, bits, formats, group_size, kv, kv_bits, output, dry_r
     out = output or _default_output(model, _ending_of(vars(caps), kv))
     if dry_run and output: own_output(out, given['overwrite'], 'model', model, given['sweep'] is None and not kv)
     r = optimize(model, None if dry_run else out, caps, weights=weights, cache=cache, texts=_filled(Texts, given),
-                 **{k: given[k] for k in _OPENED}, states_memory=given['states_memory'], dtype=given['dtype'])
+                 **_taken(optimize, given))
     said = _with_cache(r) if kv else f'{_weights_alone(r)}\n\n{_in_words(r["report"], dry_run)}'
     end = 'dry run: nothing was written' if dry_run else _next_steps(out, given)
     _finish(r['figures'], f'{said}\n\n{end}', as_json)
@@ -158,19 +126,17 @@ def _next_steps(out: str, given: dict) -> str: # of the options that say how a m
 @_command(short_help='Measure the sensitivity of every tensor.')
 @click.argument('model')
 @click.option('-o', '--output', 'out', type=click.Path(), required=True, help='file to write, and to resume from')
-@click.option('--candidate-bits', '--bits', 'bits', cls=_Renamed, help='widths to try  [default: 4,8]')
-@_options('formats', 'group_size', 'rounding', 'rounding_n', 'statistics')
-@_options('method', 'time_budget')
+@_candidates('widths to try  [default: 4,8]', '--bits')
+@_options('request.Weights', 'rounding', 'rounding_n', 'statistics', 'method', 'time_budget')
 @click.option('--targets', help='nominal bits of the plans for screened and --until-stable  [default: 4.5]')
 @click.option('--until-stable', 'until', flag_value='stable',
               help='stop when the plans at the targets no longer change')
-@click.option('--n-calibration', '--samples', 'n', cls=_Renamed, default=8, show_default=True,
-              help='calibration sequences')
-@_options('seq_len', 'calibration', 'backend')
-@_memory_for_states('max_memory')
+@_options('sensitivity.kl_sweep', 'n', n=dict(names=['--n-calibration', '--samples']))
+@_options('request.Texts', 'seq_len', 'calibration')
 @click.option('--resume/--no-resume', default=True, show_default=True,
               help='resume from the file, or stop if it is there')
-@_options('dtype', 'model_type', 'trust', 'json')
+@_options('pipeline.optimize', 'states_memory', 'dtype', 'backend', 'model_type', 'trust_remote_code')
+@_json
 def sweep(model, out, bits, formats, group_size, targets, resume, as_json, **given):
     """Measure the KL divergence that quantizing each tensor alone causes, once, for any number of targets.
 
@@ -193,7 +159,7 @@ def _check_unused_in_sweep(given: dict):
     method = given['method']
     if method or given['until']: check_idle(['time_budget'], f'the method is {method or "exact"}')
     if method not in (None, 'exact'): check_idle(
-        ['until', 'max_memory'], f'it belongs to --method exact, not {method}')
+        ['until', 'states_memory'], f'it belongs to --method exact, not {method}')
     if method not in (None, 'screened') and not given['until']: check_idle(
         ['targets'], 'it belongs to --method screened and --until-stable')
     if given['rounding_n'] and given['rounding_n'] < given['n']: raise ValueError(
@@ -203,12 +169,12 @@ def _check_unused_in_sweep(given: dict):
 
 
 # %% ../../nbs/89b_commands.make.ipynb #7d9f5ab1
-def _measured(model, model_type, trust_remote_code, dtype, **given):
+def _measured(model, model_type, trust_remote_code, dtype, states_memory, **given):
     "Open a model as the options say, and run `kl_sweep`"
     from optiq.models import Checkpoint, _check_overflow
     from optiq.sensitivity import kl_sweep
     _check_overflow(c := Checkpoint(model, trust_remote_code, model_type, dtype))
-    return kl_sweep(c, **given)
+    return kl_sweep(c, max_memory=states_memory, **given)
 
 # %% ../../nbs/89b_commands.make.ipynb #369af0d3
 def _told_of(sweep, out: str) -> tuple: # figures, text
@@ -235,18 +201,17 @@ _MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'statisti
               help='of compact, quality and all; default: those that the formats allow')
 @click.option('--targets', help='nominal bits, from:to:step or a list  [default: those of 3.0:8.0:0.25 that the '
                                 'formats reach]')
-@click.option('--candidate-bits', '--bits', 'bits', cls=_Renamed,
-              help='widths to choose from, and to sweep  [default: all of --sweep, or 2,3,4,5,6,8]')
-@_options('formats', 'group_size', 'protect', 'pin', 'ceiling', 'floor', 'leave', 'tie', 'rounding', 'rounding_n')
-@_options('statistics', 'dtype', 'states_memory')
+@_candidates('widths to choose from, and to sweep  [default: all of --sweep, or 2,3,4,5,6,8]', '--bits')
+@_options('request.Weights', 'protect', 'pin', 'ceiling', 'floor', 'leave', 'tie', 'rounding', 'rounding_n')
 @click.option('--verify', type=Number(click.INT, 1000, none=True), default=0, show_default=True, metavar='N',
               help='points of each curve to measure on evaluation text, with all baselines')
 @click.option('-o', '--output', 'out', type=click.Path(), metavar='DIR',
               help='folder for table, figure, sweep and plans')
-@click.option('--n-calibration', '--samples', 'n_calibration', cls=_Renamed, default=8, show_default=True,
-              help='calibration sequences')
-@_options('sweep', 'method', 'time_budget', 'seq_len', 'calibration', 'evaluation', 'n_evaluation')
-@_options('overwrite', 'backend', 'model_type', 'trust', 'json')
+@_options('request.Weights', 'statistics', 'sweep', 'method', 'time_budget')
+@_options('request.Texts', 'n_calibration', 'seq_len', 'calibration', 'evaluation', 'n_evaluation',
+          n_calibration=dict(names=['--n-calibration', '--samples']))
+@_options('pipeline.optimize', 'states_memory', 'dtype', 'overwrite', 'backend', 'model_type', 'trust_remote_code')
+@_json
 def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, **given):
     """Plans for every target from one sweep, beside uniform widths and mlx-lm's recipes.
 
@@ -266,8 +231,7 @@ def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, *
     weights = _filled(Weights, given | dict(formats=_as_formats(formats, bits, group_size, default), verify=None))
     found = trade_off(source, targets and _as_targets(targets), profiles or None, weights=weights, out=out,
                       texts=_filled(Texts, given) if given['verify'] or not saved else None,
-                      verify=given['verify'], states_memory=given['states_memory'], dtype=given['dtype'],
-                      **{k: given[k] for k in _OPENED})
+                      **_taken(trade_off, given))
     text = f'{found["frontier"]!r}\nwritten to {out}' if out else repr(found['frontier'])
     _finish(found['figures'], text, as_json)
 
@@ -289,22 +253,19 @@ def _use_of(model: str, out: str, r: dict) -> str: # r: what `optimize` gave
 @click.argument('model')
 @click.option('--target-bits', '--target-bpw', 'target_bpw', cls=_Renamed, type=float,
               help='cap on the average bits of a key or value  [default: 5.0]')
-@click.option('--target-size', 'max_bytes', type=float, callback=_as_bytes(_MB), metavar='MB',
-              help='cap on the size of the cache at --context tokens')
+@_options('request.Caps', 'max_bytes', max_bytes=dict(help='cap on the size of the cache at --context tokens'))
 @click.option('--context', default=16384, show_default=True, help='tokens for which bytes are counted')
-@click.option('--candidate-bits', 'bits', help='widths to choose from  [default: 4,8]')
-@_options('formats', 'group_size')
+@_candidates('widths to choose from  [default: 4,8]')
 @click.option('--split-kv/--tie-kv', 'tie', default=True, show_default=True,
               callback=lambda ctx, param, split: not split,
               help='keys and values of a layer apart, or in one format')
 @click.option('-o', '--output', type=click.Path(), help='folder to write, or MODEL itself, to which files are added; '
               'default: optiq_output/<model>-kv')
-@click.option('--n-calibration', '--n-samples', 'n_calibration', cls=_Renamed, default=5, show_default=True,
-              help='calibration sequences')
-@click.option('--seq-len', default=512, show_default=True, help='tokens in each')
-@click.option('--n-evaluation', '--eval-samples', 'n_evaluation', cls=_Renamed, default=4, show_default=True,
-              help='evaluation sequences')
-@_options('states_memory', 'calibration', 'evaluation', 'overwrite', 'backend', 'model_type', 'trust', 'json')
+@_options('request.Texts', 'n_calibration', 'seq_len', 'calibration', 'evaluation', 'n_evaluation',
+          n_calibration=dict(default=5, names=['--n-calibration', '--n-samples']), seq_len=dict(default=512),
+          n_evaluation=dict(default=4, names=['--n-evaluation', '--eval-samples'], help='evaluation sequences'))
+@_options('pipeline.optimize', 'states_memory', 'overwrite', 'backend', 'model_type', 'trust_remote_code')
+@_json
 def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
     """Measure how much each layer's keys and values suffer, choose a format for each, write kv_config.json.
 
@@ -320,25 +281,19 @@ def kv_cache(model, bits, formats, group_size, tie, output, as_json, **given):
     cache = Cache(_as_formats(formats, bits, group_size, '4,8', cache=True), tie)
     out = output or _default_output(model, 'kv')
     r = optimize(model, out, _filled(Caps, given), weights=None, cache=cache, texts=_filled(Texts, given),
-                 states_memory=given['states_memory'],
-                      **{k: given[k] for k in _OPENED})
+                 **_taken(optimize, given))
     parts = layer_table(r['config']), memory_lines(r['figures']['memory']), str(r['report']), repr(r['plan'])
     _finish(r['figures'], '\n\n'.join(parts)+f'\nwritten to {out}; to use it:\n    {_use_of(model, out, r)}', as_json)
 
 # %% ../../nbs/89b_commands.make.ipynb #314b1dd1
 @_command(short_help='Predict how fast a model decodes.')
 @click.argument('model')
-@click.option('--calibrate', is_flag=True,
-              help='measure one plan here, and learn the overheads from it for later predictions')
-@click.option('--measure', is_flag=True, help='measure every row of the table here, with random weights')
-@click.option('--context', default=512, show_default=True, help='tokens in the cache')
-@click.option('--chip', metavar='NAME',
-              help='predict for a chip of the table, such as "M3 Max"; default: this machine, measured')
-@click.option('--candidate-bits', '--bits', 'bits', cls=_Renamed,
-              help='widths of uniform plans to predict  [default: 3,4,6,8]')
-@_options('formats', 'group_size', 'model_type', 'trust', 'json')
-def latency(model, calibrate, measure, context, chip, bits, formats, group_size, as_json, trust_remote_code,
-            model_type):
+@_options('latency.predict_speeds', 'calibrate_first', 'measure', 'context', 'chip',
+          calibrate_first=dict(names=['--calibrate']))
+@_candidates('widths of uniform plans to predict  [default: 3,4,6,8]', '--bits')
+@_options('pipeline.optimize', 'model_type', 'trust_remote_code')
+@_json
+def latency(model, bits, formats, group_size, trust_remote_code, model_type, as_json, **given):
     """Predict tokens per second of a model, and of its uniform widths, from bytes and bandwidth.
 
     \b
@@ -349,6 +304,6 @@ def latency(model, calibrate, measure, context, chip, bits, formats, group_size,
     from optiq.models import Checkpoint
     _check_group(group_size, (formats, bits, '3,4,6,8'))
     c, candidates = Checkpoint(model, trust_remote_code, model_type), _as_formats(formats, bits, group_size, '3,4,6,8')
-    s = predict_speeds(c, candidates, chip, context, calibrate, measure)
+    s = predict_speeds(c, candidates, **given)
     figures = dict(rows=s.rows, mean_error=s.mean_error, about=s.about)
     _finish(figures, '{chip}, {source}, context {context}; {point}\n'.format(**s.about)+str(s), as_json)

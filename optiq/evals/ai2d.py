@@ -180,7 +180,6 @@ def ai2d(
     overrides: dict = {}, # of a plan
     name: str | None = None, # of the row
     size = None, # Plan that the overrides stand for
-    **_, # options of other tasks
 ) -> Report: # one row; about['responses'] holds the answers
     "Accuracy on questions about diagrams, by likelihood and by what the model writes"
     rows = questions if isinstance(questions, list) else questions_of(questions or 'ai2d', n)

@@ -103,6 +103,7 @@ def _told(text):
     found = _numbers(text.rsplit('=', 1)[-1]) or _numbers(text)
     return found[0] if found else None
 
+# %% ../../nbs/34_evals.gsm8k.ipynb #f5716895
 def _extract(response: str): # ▸ Fraction, or None if there is no number
     "The answer that a response gives"
     text, found, end = first_answer(response), None, 0

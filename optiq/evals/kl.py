@@ -16,9 +16,9 @@ from ..arrays import put, take, top
 from ..backends.open import open_backend
 from ..backends.replay import Backend
 from ..calibration import fingerprint, unscored
-from .perplexity import Score, _at, _nll
+from .perplexity import Score, _nll
 from ..files import whole_folder
-from ..measure.kl import kl_rows, logit_slices
+from ..measure.kl import _inside, kl_rows, logit_slices
 from ..measure.log import _bar
 from ..models import Checkpoint
 from ..readers import read_ours, write_json
@@ -45,11 +45,11 @@ def _logits_of(
     batch = batch or max(1, 4096//T)
     for k in _bar(f'{n} sequences', of=range(0, n, batch)):
         ids = tokens[k:k+batch]
-        states = b.embed(ids, _at(b, overrides, None))
-        for i in range(b.n_blocks): states = b.run_block(i, states, _at(b, overrides, i))
+        states = b.embed(ids, _inside(b, overrides, None))
+        for i in range(b.n_blocks): states = b.run_block(i, states, _inside(b, overrides, i))
         step = min(T, logit_slices(b, len(ids), T)[0])
         for t in range(0, T, step):
-            with b.swapped(_at(b, overrides, None)): z = b.head(states[:, t:t+step])
+            with b.swapped(_inside(b, overrides, None)): z = b.head(states[:, t:t+step])
             yield slice(k, k+len(ids)), slice(t, min(T, t+step)), z
 
 # %% ../../nbs/32_evals.kl.ipynb #ca2d0f34

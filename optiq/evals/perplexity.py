@@ -20,7 +20,7 @@ from ..calibration import unscored
 from ..formats import AS_IS, for_unit, quantize_dequantize
 from ..readers import known
 from ..frontier import plus_minus
-from ..measure.kl import kl_rows, logit_slices
+from ..measure.kl import _inside, kl_rows, logit_slices
 from ..measure.journal import read_log
 from ..measure.log import _bar
 from ..models import Checkpoint
@@ -118,12 +118,12 @@ class _Batch:
         near, todo = Near(self.b), {n: x for n, x in self.everyone.items() if n not in self.rows}
         for n, (m, v) in todo.items():
             if i is None:
-                self.states[n] = m.embed(self.ids, _at(m, v, None))
+                self.states[n] = m.embed(self.ids, _inside(m, v, None))
                 self.calls[m] = vars(m).get('calls'), vars(m).get('batch_size')
             elif i < m.n_blocks:
                 m.calls, m.batch_size = self.calls[m]
                 with near.kept() if n == 'reference' else near.beside():
-                    self.states[n] = m.run_block(i, self.states[n], _at(m, v, i))
+                    self.states[n] = m.run_block(i, self.states[n], _inside(m, v, i))
 
     def score(self):
         "Score those that have arrived, and keep the states of the reference alone"
@@ -199,11 +199,6 @@ def _scores(model, tokens, variants: dict = {}, begun: _Text | None = None) -> d
         begun.run(bar.update)
         return begun.scores()
 
-# %% ../../nbs/31_evals.perplexity.ipynb #e9752f3a
-def _at(b, overrides, block):
-    "The overrides of one block, or of what lies outside the blocks"
-    return {p: f for p, f in overrides.items() if b.find(p).block == block}
-
 # %% ../../nbs/31_evals.perplexity.ipynb #36099b32
 def _score(ids, states, everyone):
     "Name ▸ (3, B, T): likelihood, KL and agreement of every token, computed in slices"
@@ -214,7 +209,7 @@ def _score(ids, states, everyone):
         slices, kept = [slice(t, min(t+step, w+wide, T)) for t in range(w, min(w+wide, T), step)], {}
         near = {s.start: Near(b) for s in slices}
         for n, (m, v) in everyone.items():
-            with m.swapped(_at(m, v, None)): # once for all slices: quantizing a vocabulary takes longer than using it
+            with m.swapped(_inside(m, v, None)): # once for all slices: quantizing a vocabulary is slow
                 for s in slices:
                     one, nexts = near[s.start], ids[:, s.start+1:s.stop+1]
                     with one.kept() if n == 'reference' else one.beside(): z = m.head(states[n][:, s])

@@ -35,9 +35,9 @@ def _one_run(
 # %% ../../nbs/38_evals.throughput.ipynb #365ed592
 def throughput(
     model: 'str | Checkpoint',
-    prompt_tokens: int = 512, # random ones: the text does not matter for speed
-    new_tokens: int = 128, # written whatever the model says, end token or not
-    repeats: int = 5, # after one run that warms up
+    prompt_tokens: int = 512, # tokens to read when speed is measured: random ones, the text does not matter
+    new_tokens: int = 128, # tokens to write, whatever the model says
+    repeats: int = 5, # runs after the one that warms up
     make_cache = None, # mlx-lm model ▸ caches
     name: str | None = None, # of the row
     trust_remote_code: bool = False,

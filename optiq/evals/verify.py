@@ -9,6 +9,7 @@ __all__ = ['verify']
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from html import escape
 from math import isfinite
 
 import numpy as np
@@ -25,7 +26,7 @@ from ..formats import AS_IS, dequantized, nbytes, quantize_minmax
 from ..measure.sweep import Sweep, learned_again, rounding_of
 from ..models import Checkpoint
 from ..plan import Plan
-from ..readers import _helpful
+from ..readers import _helpful, _html_table
 from ..rounding import round_model
 
 # %% ../../nbs/45_evals.verify.ipynb #08312daf
@@ -61,8 +62,8 @@ class _Checks:
         return '\n'.join([self.verdict, *(f'{_MARKS[h]} {n:{width}}  {s}' for n, h, s in self.rows)])
 
     def _repr_html_(self):
-        rows = ''.join(f'<tr><td>{_MARKS[h]}</td><td>{n}</td><td>{s}</td></tr>' for n, h, s in self.rows)
-        return f'<p>{self.verdict}</p><table>{rows}</table>'
+        rows = [(_MARKS[h], n, s) for n, h, s in self.rows]
+        return f'<p>{escape(self.verdict)}</p>{_html_table(("", "check", "seen"), rows)}'
 
 # %% ../../nbs/45_evals.verify.ipynb #8bbbcda3
 @patch
@@ -249,8 +250,8 @@ def _type_of(sweep: Sweep | None) -> str | None:
 def verify(
     model: str, # a converted model
     reference: str | None = None, # the full-precision model it was made from
-    text: 'str | list' = 'bundled', # calibration text, pictures or speech, or any other to measure KL on; or samples
-    within: float | None = None, # factor allowed between predicted and measured KL; by default the forecast's error
+    text: 'str | list' = 'bundled', # the calibration text, pictures or speech, or others to measure KL on; or samples
+    within: float | None = None, # accepted factor between predicted and measured KL; by default the forecast's error
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; by default what the checkpoint is

@@ -63,7 +63,6 @@ def wer(
     out: 'str | Path | None' = None, # .jsonl file of transcripts to write, and to resume from
     name: str | None = None, # of the row
     new_tokens: int = 224, # written for a clip at most
-    **_, # options of other tasks
 ) -> Report: # one row; about['responses'] holds every file's words and errors
     "The word error rate of a speech model, from greedy transcripts"
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)

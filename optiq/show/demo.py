@@ -22,7 +22,7 @@ from ..calibration import passages, token_batch
 from ..evals.perplexity import evaluate, overrides_of
 from ..files import added_files, as_path, can_draw, whole_folder
 from ..plan import make_plan
-from ..readers import OBJECT, PROSE, dumps, read_json
+from ..readers import OBJECT, PROSE, _html_table, dumps, read_json
 from ..report import Report, fit, machine, score_row
 
 # %% ../../nbs/62_show.demo.ipynb #07489cd6
@@ -43,10 +43,8 @@ class Table:
         return pd.DataFrame(self.rows, columns=self.columns)
     def __repr__(self): return '\n'.join([self.title, fit(self.text), *([f'({self.note})'] if self.note else [])])
     def _repr_html_(self):
-        tr = lambda tag, xs: '<tr>'+''.join(f'<{tag}>{escape(x)}</{tag}>' for x in xs)+'</tr>'
         (head, *rows), said = self.text, f' <em>({escape(self.note)})</em>' if self.note else ''
-        body = ''.join(tr('td', r) for r in rows)
-        return f'<table><caption>{escape(self.title)}{said}</caption>{tr("th", head)}{body}</table>'
+        return _html_table(head, rows).replace('>', f'><caption>{escape(self.title)}{said}</caption>', 1)
 
 # %% ../../nbs/62_show.demo.ipynb #eef919b6
 def _published(

@@ -259,14 +259,19 @@ def _rounded(b, plans: dict) -> dict: # name ▸ overrides
     return {n: as_overrides(dict(round_model(b, None, p, 'minmax'))) for n, p in plans.items()}
 
 # %% ../../nbs/62a_show.demos.ipynb #0dd32c29
-def seen(b, scored: list, questions: list, plans: dict, variants: dict) -> list: # of rows for a Report
-    "KL and right letters of plans, those without a variant being the model itself"
+def _judged(b, scored: list, plans: dict, variants: dict, ask) -> list: # ask: name, Plan ▸ row ▸ rows for a Report
+    "KL of plans, those without a variant being the model itself, and what they answer"
     scores, drop = evaluate(b, scored, variants), ('perplexity', 'agreement')
     def row(name, plan):
         kl = score_row(name, plan, scores[name if name in variants else 'reference'], fingerprint(scored))
-        asked = ai2d(b, questions=questions, free=False, overrides=variants.get(name, {}), name=name, size=plan)
-        return joined({k: v for k, v in kl.items() if k.split('_')[0] not in drop}, asked.rows[0])
+        return joined({k: v for k, v in kl.items() if k.split('_')[0] not in drop}, ask(name, plan))
     return [row(n, p) for n, p in plans.items()]
+
+def seen(b, scored: list, questions: list, plans: dict, variants: dict) -> list: # of rows for a Report
+    "KL and right letters of plans"
+    def ask(name, plan): return ai2d(b, questions=questions, free=False, overrides=variants.get(name, {}), name=name,
+                                     size=plan).rows[0]
+    return _judged(b, scored, plans, variants, ask)
 
 # %% ../../nbs/62a_show.demos.ipynb #3ce7eba1
 def _plans_at_bytes(c: Checkpoint, sweep) -> dict: # name ▸ Plan
@@ -303,15 +308,11 @@ def vlm(
 # %% ../../nbs/62a_show.demos.ipynb #5b7c0a13
 def _heard_rows(b, heard: list[Clip], plans: dict, new_tokens: int = 224) -> list: # name ▸ Plan ▸ rows of a Report
     "KL on the transcripts and word error rate of plans, the first being the model itself"
-    scored, drop = speech_samples(b.model, heard), ('perplexity', 'agreement')
     variants = {n: overrides_of(p) for n, p in list(plans.items())[1:]}
-    scores = evaluate(b, scored, variants)
-    def row(name, plan):
-        kl = score_row(name, plan, scores[name if name in variants else 'reference'], fingerprint(scored))
+    def ask(name, plan):
         with b.swapped(variants.get(name, {})):
-            wrote = write_down(lambda c: transcribe(b.model, c.audio, new_tokens), heard)
-        return joined({k: v for k, v in kl.items() if k.split('_')[0] not in drop}, wer_report({}, wrote).rows[0])
-    return [row(n, p) for n, p in plans.items()]
+            return wer_report({}, write_down(lambda c: transcribe(b.model, c.audio, new_tokens), heard)).rows[0]
+    return _judged(b, speech_samples(b.model, heard), plans, variants, ask)
 
 # %% ../../nbs/62a_show.demos.ipynb #7df849dd
 def _small_asr() -> Path: # folder

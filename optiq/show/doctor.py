@@ -19,6 +19,7 @@ from textwrap import fill
 from threading import Thread
 
 from .. import __version__
+from ..readers import _html_table
 
 # %% ../../nbs/63_show.doctor.ipynb #2e04aa11
 @dataclass(frozen=True)
@@ -155,9 +156,7 @@ class _Diagnosis(list):
     def figures(self): return dict(ok=self.ok, findings=[asdict(f) for f in self])
     def __repr__(self): return '\n'.join(map(repr, self))
     def _repr_html_(self):
-        def line(f): return f'<tr><td>{f.mark}</td><td>{f.name}</td><td>{f.value}</td><td>{f.remedy}</td></tr>'
-        rows = ''.join(map(line, self))
-        return f'<table><tr><th></th><th>what</th><th>found</th><th>what to do</th></tr>{rows}</table>'
+        return _html_table(('', 'what', 'found', 'what to do'), [(f.mark, f.name, f.value, f.remedy) for f in self])
 
 # %% ../../nbs/63_show.doctor.ipynb #9abb0799
 def doctor(timeout: float = 3) -> _Diagnosis: # seconds for the Hub

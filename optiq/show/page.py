@@ -14,7 +14,7 @@ from ..files import as_path, own_file, settle
 from ..frontier import plus_minus
 from ..measure.sweep import Sweep
 from ..plan import Plan
-from ..readers import known
+from ..readers import _html_table, known
 from .plots import plan_svg
 
 # %% ../../nbs/64_show.page.ipynb #3b346d19
@@ -25,6 +25,7 @@ def _spans(plan: Plan, sweep: Sweep | None) -> list: # of (path, format, KL, its
     found = [r for r in rows if r[2] is not None and isfinite(r[2])]
     return sorted(found, key=lambda r: -r[2])
 
+# %% ../../nbs/64_show.page.ipynb #e7186fb1
 def _bars_svg(rows: list, most: int = 40, width: int = 760) -> str:
     "KL by unit, with two standard errors, as an inline figure"
     shown = [r for r in rows if r[2] > 0][:most]
@@ -51,20 +52,6 @@ def _bar(i: int, row: tuple, left: int, x) -> str: # x: KL ▸ pixels
     a, b = x(max(kl-2*se, kl/10)), x(kl+2*se)
     return f'{name}<line x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}" stroke="#0072B2"/>{mark}'
 
-# %% ../../nbs/64_show.page.ipynb #27e3a1fa
-def _table(head: tuple, rows: list) -> str:
-    "Rows of anything as an HTML table"
-    def line(tag, cells): return '<tr>'+''.join(f'<{tag}>{escape(str(c))}</{tag}>' for c in cells)+'</tr>'
-    body = ''.join(line('td', r) for r in rows)
-    return f'<table><thead>{line("th", head)}</thead><tbody>{body}</tbody></table>'
-
-def _sizes(plan: Plan) -> str:
-    "Bits, bytes, and what each format holds"
-    def share(f): return [u for u in plan.units if plan[u.path] == f]
-    rows = [(f, n, f'{sum(u.params for u in share(f)):,}', f'{sum(u.nbytes(f) for u in share(f))/2**20:.2f}')
-            for f, n in plan.counts().items()]
-    return _table(('format', 'tensors', 'parameters', 'MB'), rows)
-
 # %% ../../nbs/64_show.page.ipynb #7cd77b2d
 def _measured_rows(plan: Plan) -> list: # of (name, predicted KL, measured KL), the best first; as texts
     "Names, predicted and measured KL of the plans that were tried"
@@ -79,13 +66,13 @@ def _measured(plan: Plan) -> str:
     found, rows = plan.solver.get('verified', {}), _measured_rows(plan)
     if not rows: return '<p>Nobody measured this plan as a whole; the prediction is the sum over its tensors.</p>'
     kept = plus_minus(found['joint_kl'], found.get('joint_kl_se'))
-    return f'<p>Measured as a whole: KL {escape(kept)}.</p>'+_table(('plan', 'predicted KL', 'measured KL'), rows)
+    return f'<p>Measured as a whole: KL {escape(kept)}.</p>'+_html_table(('plan', 'predicted KL', 'measured KL'), rows)
 
 def _wished(plan: Plan) -> str:
     "HTML table of wishes, and the KL that each costs"
     rows = [(w['kind'], w['name'], w.get('format') or '', len(w['units']),
              '–' if w.get('cost') is None else f'{w["cost"]:+.4g}') for w in plan.solver.get('wishes', ())]
-    return _table(('wish', 'name', 'format', 'tensors', 'costs KL'), rows) if rows else ''
+    return _html_table(('wish', 'name', 'format', 'tensors', 'costs KL'), rows) if rows else ''
 
 # %% ../../nbs/64_show.page.ipynb #5847125c
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;
@@ -105,22 +92,25 @@ def _commands(folder: Path, plan: Plan) -> list: # of lines
     return [again, f'optiq verify {folder.name} --reference {plan.model}', f'mlx_lm.generate --model {folder.name}']
 
 # %% ../../nbs/64_show.page.ipynb #31fb6b27
-_BEGINS = '<!doctype html><!-- a report of optiq -->' # by which we know a file that we may replace
+def _by_tensor(rows: list) -> str:
+    "The tensors that suffer most as a figure, and all in a table"
+    if not rows: return '<p>There is no measurement of the single tensors in these formats.</p>'
+    every = _html_table(('tensor', 'format', 'KL'), [(p, f, plus_minus(kl, se, '.2e')) for p, f, kl, se in rows])
+    return f'{_bars_svg(rows)}<details><summary>All {len(rows)}</summary>{every}</details>'
 
 def _sections(folder: Path, plan: Plan, sweep: Sweep | None) -> dict: # title ▸ HTML
-    "The parts of a report"
-    rows = _spans(plan, sweep)
-    every = _table(('tensor', 'format', 'KL'), [(p, f, plus_minus(kl, se, '.2e')) for p, f, kl, se in rows])
-    found = {'Formats': plan_svg(plan)+_sizes(plan)}
-    if not rows: found['KL by tensor'] = '<p>There is no measurement of the single tensors in these formats.</p>'
-    else: found['KL by tensor'] = f'{_bars_svg(rows)}<details><summary>All {len(rows)}</summary>{every}</details>'
-    found['Predicted and measured'] = _measured(plan)
-    wished = _wished(plan)
-    if wished: found['Wishes'] = wished
+    "The parts of a report, without those that are empty"
+    held = _html_table(('format', 'tensors', 'parameters', 'MB', 'predicted KL'), plan._shares())
     kv = folder/'kv_config.json'
-    if kv.is_file(): found['KV cache'] = f'<pre>{escape(kv.read_text(encoding="utf-8")[:20_000])}</pre>'
-    found['Commands'] = f'<pre>{escape(chr(10).join(_commands(folder, plan)))}</pre>'
-    return found
+    cache = f'<pre>{escape(kv.read_text(encoding="utf-8")[:20_000])}</pre>' if kv.is_file() else ''
+    commands = f'<pre>{escape(chr(10).join(_commands(folder, plan)))}</pre>'
+    found = {'Formats': plan_svg(plan)+held, 'KL by tensor': _by_tensor(_spans(plan, sweep)),
+             'Predicted and measured': _measured(plan), 'Wishes': _wished(plan), 'KV cache': cache,
+             'Commands': commands}
+    return {title: html for title, html in found.items() if html}
+
+# %% ../../nbs/64_show.page.ipynb #5aba72d8
+_BEGINS = '<!doctype html><!-- a report of optiq -->' # by which we know a file that we may replace
 
 def _page(
     folder: 'str | Path', # that `convert` wrote
@@ -143,7 +133,7 @@ def _page(
 def save_page(
     folder: 'str | Path', # that `convert` wrote
     out: 'str | Path', # .html file to write
-    overwrite: bool = False, # replace it
+    overwrite: bool = False, # replace the file
 ) -> Path:
     "Write the report on a converted model; raises FileExistsError for a file that is not a report of ours"
     out = own_file(out, 'report', _BEGINS)

@@ -100,6 +100,7 @@ def _tables(plan: Plan) -> str:
     measured = table(('plan', 'predicted KL', 'measured KL'), tried) if tried else ''
     return '\n'.join(t for t in (sizes, formats, measured) if t)
 
+# %% ../../nbs/65_show.upload.ipynb #d64a68fe
 def _card(folder: Path, repo: str, plan: Plan, source: dict, c: Checkpoint) -> str:
     "README.md: what it is, the figure, tables, how to run it, where it comes from"
     old = folder/'README.md'
@@ -129,11 +130,27 @@ class _Upload:
         total = f'{sum(self.files.values()):>15,}  bytes in {len(self.files)} files to {self.repo}, licence: {licence}'
         return '\n'.join([*rows, total, f'sent: {self.sent}' if self.sent else f'nothing was sent: {self.why}'])
 
+# %% ../../nbs/65_show.upload.ipynb #85592a79
+def _listed(folder: Path, repo: str, plan: Plan, c: Checkpoint, source: dict) -> tuple: # Upload, path ▸ bytes
+    "What will be sent, and of it what we make in memory"
+    made = {'README.md': _card(folder, repo, plan, source, c).encode(), 'optiq/plan.svg': plan_svg(plan).encode()}
+    files = _files_to_send(folder)
+    made |= {k: t.encode() for k, t in _private(folder, files, plan, source).items()}
+    sizes = files | {k: len(v) for k, v in made.items()}
+    return _Upload(repo, sizes, made['README.md'].decode(), source), made
+
+def _send(u: _Upload, folder: Path, made: dict, api, private: bool, message: str) -> str: # address
+    "Send everything in one commit"
+    from huggingface_hub import CommitOperationAdd
+    api.create_repo(u.repo, private=private, exist_ok=True)
+    parts = [CommitOperationAdd(k, made.get(k, str(folder/k))) for k in [*made, *(k for k in u.files if k not in made)]]
+    return str(api.create_commit(u.repo, parts, commit_message=message).commit_url)
+
 # %% ../../nbs/65_show.upload.ipynb #0a9e59b6
 def upload(
     folder: 'str | Path', # that `convert` wrote
     repo: str, # user/name on the Hub
-    send: bool | None = None, # None: if there is a token; False: list only
+    send: bool | None = None, # send, or list only; by default send if there is a token
     private: bool = False, # only you see it
     show = print, # called with the list before anything is sent
     api = None, # of `huggingface_hub`; one with your token by default
@@ -146,24 +163,17 @@ def upload(
 
         print(upload('out/demo', 'me/demo-4.5bpw', send=False))
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import HfApi, get_token
     if not _HUB_ID.fullmatch(repo): raise ValueError(f'{repo!r} is not a name on the Hub; give user/name')
     folder, api = as_path(folder), api or HfApi(token=get_token())
     if not (folder/'optiq'/'plan.json').is_file(): raise FileNotFoundError(
         f'{folder} has no optiq/plan.json; give a folder that was converted')
     plan, c = Plan.load(folder/'optiq'/'plan.json'), Checkpoint(folder, trust_remote_code)
-    source = _source_of(plan, api)
-    made = {'README.md': _card(folder, repo, plan, source, c).encode(), 'optiq/plan.svg': plan_svg(plan).encode()}
-    files = _files_to_send(folder)
-    made |= {k: t.encode() for k, t in _private(folder, files, plan, source).items()}
-    u = _Upload(repo, files | {k: len(v) for k, v in made.items()}, made['README.md'].decode(), source)
+    u, made = _listed(folder, repo, plan, c, _source_of(plan, api))
     if send and not api.token: raise ValueError('sending needs a token; log in with: hf auth login')
     if send is False or not api.token:
         u.why = 'you asked for a dry run' if send is False else 'there is no token; log in with: hf auth login'
         return u
     show('\n'.join(repr(u).splitlines()[:-1]))
-    api.create_repo(repo, private=private, exist_ok=True)
-    parts = [CommitOperationAdd(k, v) for k, v in made.items()]
-    parts += [CommitOperationAdd(k, str(folder/k)) for k in files if k not in made]
-    u.sent = str(api.create_commit(repo, parts, commit_message=f'{plan.nominal_bpw:.2f} nominal bits').commit_url)
+    u.sent = _send(u, folder, made, api, private, f'{plan.nominal_bpw:.2f} nominal bits')
     return u

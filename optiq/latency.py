@@ -24,7 +24,7 @@ from .labels import _label, _legend
 from .models import Checkpoint
 from .plan import make_plan, uniform
 from .readers import OBJECT, _helpful, _html_table, read_ours, write_json
-from .report import machine
+from .report import fit, machine
 from .roofline import Chip, Latency, Reads, chip_named, reads_of
 
 # %% ../nbs/20b_latency.ipynb #ba5b87c2

@@ -13,7 +13,7 @@ import click
 
 from ..command import Number, check_idle
 from ..options import _MB, _as_formats, _as_names, _as_targets, _candidates, _command, _check_group
-from ..options import _check_length, _filled, _finish, _json, _options, _taken
+from ..options import _check_length, _filled, _finish, _json, _options, _Renamed, _taken
 from ..readers import known
 
 # %% ../../nbs/89b_commands.make.ipynb #e4357a34

@@ -71,7 +71,7 @@ def _scored(model: str | None, task: str, n: int | None, **given): # ▸ Report
                f'{task} does not use it')
     if given.get('protocol'): check_idle(['n', 'limit', 'seq_len'], 'the protocol says how much is scored')
     if n is None: n = 50 if task in ('perplexity', 'kl') else 200
-    given = {k: v for k, v in given.items() if k in taken or k in ('baseline', 'trust_remote_code')}
+    given = {k: v for k, v in given.items() if k in taken or k in ('baseline', 'model_type', 'trust_remote_code')}
     return run_task(task, model, n=n, **given)
 
 # %% ../../nbs/89c_commands.look.ipynb #ed75d091

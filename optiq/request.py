@@ -50,8 +50,8 @@ class Weights:
 
         Weights(formats=[3, 4, 8], rounding='gptq', protect='embed')
     """
-    formats: 'list | tuple | str | int | Format | None' = None # candidates; by default those of `sweep`, or 4 and 8 bits
-    protect: 'str | tuple | list | None' = () # units that get the widest one: 'embed', 'lm_head', 'first', 'last', paths
+    formats: 'list | tuple | str | int | Format | None' = None # candidates; by default those of `sweep`, or 4 and 8
+    protect: 'str | tuple | list | None' = () # units that get the widest: 'embed', 'lm_head', 'first', 'last', paths
     pin: 'dict | str | None' = None # name ▸ the one format of these units, or 'lm_head=8g64,*.o_proj=6'
     ceiling: 'dict | str | None' = None # name ▸ format, likewise: no wider one
     floor: 'dict | str | None' = None # name ▸ format, likewise: no narrower one

@@ -267,8 +267,8 @@ def convert(
     out: 'str | Path', # folder to write
     sweep = None, # that the plan was made from: it says how to round, and is saved beside the plan
     overwrite: bool = False, # replace `out`, if it is ours
-    quantizer: 'Callable | Mapping | None' = None, # instead of what the sweep was rounded with; or a mapping of paths, as `round_to_files` makes it
-    polish: 'Callable | None' = None, # called on the checked folder, to train its scales and biases; see `optiq.rounding.dwq`
+    quantizer: 'Callable | Mapping | None' = None, # instead of the sweep's; or one for each path, see `round_to_files`
+    polish: 'Callable | None' = None, # called on the checked folder, to train it; see `optiq.rounding.dwq`
     calibration: str = 'the calibration text', # what to call it in the model card
     measured: 'Callable | None' = None, # called on the finished folder; label ▸ text for the model card
     draft: 'Format | str | int | None' = None, # of a head that drafts tokens, where mlx-vlm knows it: by default '8g64'
@@ -281,7 +281,8 @@ def convert(
         sweep = kl_sweep('demo', formats=[4, 8])
         convert('demo', allocate(sweep, target_bpw=4.5), 'out/demo', sweep)
     """
-    if not hasattr(plan, 'nbytes'): raise ValueError(f'{_quoted(plan)} is not a plan; make one with allocate or uniform')
+    if not hasattr(plan, 'nbytes'): raise ValueError(
+        f'{_quoted(plan)} is not a plan; make one with allocate or uniform')
     if sweep is not None and not hasattr(sweep, 'header'): raise ValueError(
         f'`sweep` is {_quoted(sweep)}, and should be a Sweep; load a file of one with load_sweep')
     c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)

@@ -146,12 +146,12 @@ def allocate(
     costs_ms: Callable | None = None, # (unit, format) ▸ milliseconds, for `max_ms`
     budgets: 'list[Budget] | tuple[Budget, ...]' = (), # further Budgets
     formats = None, # candidates; all of the sweep by default
-    protect: 'str | tuple | list | None' = (), # units that get their widest candidate: 'embed', 'lm_head', 'first', 'last', paths, kinds
-    pin: 'dict | str | None' = None, # name ▸ the one format that these units get, or a text such as 'lm_head=8g64,*.o_proj=6'
+    protect: 'str | tuple | list | None' = (), # units that get the widest: 'embed', 'lm_head', 'first', 'last', paths
+    pin: 'dict | str | None' = None, # name ▸ the one format of these units, or 'lm_head=8g64,*.o_proj=6'
     ceiling: 'dict | str | None' = None, # name ▸ format, likewise: these get no wider one
     floor: 'dict | str | None' = None, # name ▸ format, likewise: these get no narrower one
     leave: 'str | tuple | list | None' = (), # names of units that stay as they are
-    tie: 'str | tuple | list | Callable | None' = None, # 'qkv', 'kv', 'gate_up', several of them, or a function from a unit to a key
+    tie: 'str | tuple | list | Callable | None' = None, # 'qkv', 'kv', 'gate_up', or unit ▸ key
     method: str = 'exact', # 'exact', 'lagrange' or 'greedy'
 ) -> Plan:
     """Choose a format for each unit: the plan with the least KL that keeps all caps

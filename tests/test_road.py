@@ -115,7 +115,7 @@ MISUSE = dict(
     budget=(lambda s: optiq.kl_sweep('demo', time_budget=float('nan')), '`time_budget` is nan, and should be a number above 0: seconds'),
     nan=(lambda s: optiq.kl_sweep('demo', targets=[float('nan')]), '`targets` holds nan, and should be a list, each a number above 0'),
     file=(lambda s: optiq.load_sweep(None), '`path` is None, and should be text: what `optiq sweep -o` or'),
-    protect=(lambda s: optiq.allocate(s, target_bpw=4, protect=5), "`protect` is 5, and should be text or a list: units that get their widest"),
+    protect=(lambda s: optiq.allocate(s, target_bpw=4, protect=5), "`protect` is 5, and should be text or a list: units that get the widest"),
     pin=(lambda s: optiq.allocate(s, target_bpw=4, pin=5), '`pin` is 5, and should be a dict or text: name ▸ the one format'),
     leave=(lambda s: optiq.allocate(s, target_bpw=4, leave=5), '`leave` is 5, and should be text or a list: names of units'),
     tie=(lambda s: optiq.allocate(s, target_bpw=4, tie=5), "`tie` is 5, and should be text, a list or a function: 'qkv'"),

@@ -522,7 +522,8 @@ def rounded(m, method: str) -> str:
         off.append([np.sqrt(((y-z[0])**2).mean(-1)).ravel() for y in z[1:]])
     minmax, mine = (np.median(np.concatenate(each)) for each in zip(*off)) # in some tokens a router picks another expert
     if not todo: return 'all is kept as it is stored'
-    return f'logits move by {mine/minmax:.2f} of what min-max moves them by, at the median token'
+    few = ', one unit of each kind' if 'quick' in m.told and method == 'gptq' else ''
+    return f'logits move by {mine/minmax:.2f} of what min-max moves them by, at the median token{few}'
 
 def searched(m): return rounded(m, 'search')
 def compensated(m): return rounded(m, 'gptq')

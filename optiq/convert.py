@@ -293,6 +293,7 @@ def convert(
         if quantizer is None: quantizer = _as_planned(plan, sweep, source if isinstance(source, Backend) else c,
                                                       rounded)
         _write(c, plan, part, quantizer)
+        if c.left_out: plan = replace(plan, made=plan.made | dict(left_out=c.left_out)) # a plan of no sweep does not know
         if kept := _keep_draft(c, part, head): plan = replace(plan, solver=plan.solver | dict(draft=kept))
         check_saved(part, plan, c, quantizer, c.trust_remote_code)
         if polish:

@@ -80,7 +80,7 @@ def predicted_kl(self: Plan):
 @patch(as_prop=True)
 def rounding(self: Plan) -> str | None: # None if nothing was measured
     "The rounding that its sweep measured with: 'minmax', 'search' or 'gptq'"
-    return self.made['rounding'].split(',')[0] if self.made else None
+    return self.made['rounding'].split(',')[0] if 'rounding' in self.made else None
 
 @patch(as_prop=True)
 def gone(self: Plan) -> dict: # part ▸ its parameters
@@ -172,7 +172,7 @@ _SOLVER = {'method?': maybe(TEXT), 'rounding?': maybe(TEXT), 'caps?': OBJECT, 'w
 _TOKENS = {'source?': maybe(PROSE), 'shape': [whole(1, 2**31)]*3, 'fingerprint': TEXT} # of a text
 _PLAN = dict(name=PROSE, model=PROSE, params=whole(), other_bytes=whole(0), predicted_kl_se=maybe(number(0)),
              solver=_SOLVER)
-_PLAN |= {'made?': {'rounding': TEXT, 'learned?': _TOKENS, 'text?': _TOKENS, 'left_out?': OBJECT},
+_PLAN |= {'made?': {'rounding?': TEXT, 'learned?': _TOKENS, 'text?': _TOKENS, 'left_out?': OBJECT},
           'units': [dict(format=FORMAT, kl=maybe(number(0, 1e30)))]*2}
 
 # %% ../nbs/05_plan.ipynb #a8ac936f

@@ -55,7 +55,7 @@ class Weights:
         Weights(formats=[3, 4, 8], rounding='gptq', protect='embed')
     """
     formats: 'list | tuple | str | int | Format | None' = None # candidates; by default those of `sweep`, or 4 and 8
-    protect: 'str | tuple | list | None' = () # units with the widest candidate: embed, lm_head, first, last, paths, kinds
+    protect: 'str | tuple | list | None' = () # units that get the widest one: embed, lm_head, first, last, paths, kinds
     pin: 'dict | str | None' = None # the one format of units, by path or kind, such as 'lm_head=8g64,*.o_proj=6'
     ceiling: 'dict | str | None' = None # the widest format of units, such as 'embed=4'
     floor: 'dict | str | None' = None # the narrowest format of units, such as 'lm_head=6'

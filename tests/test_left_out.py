@@ -105,3 +105,24 @@ def test_routers_are_told_by_what_they_do(name):
     layers = {here+n: None for n in (*ROUTERS, 'mlp.shared_expert.up_proj', 'mlp.switch_mlp.up_proj')}
     experts = {here+'mlp.switch_mlp.up_proj': 8, 'model.layers.4.mlp.switch_mlp.up_proj': 8}
     assert _routes(here+name, (16 if name == 'mlp.wide' else 8, 64), experts, layers) == ROUTERS[name]
+
+@pytest.mark.parametrize('family, form, file, part', [('GLM 5 with a draft head', 'mlx', 'draft/model.safetensors', 'model.layers.2'),
+    ('Qwen3-Next with a draft head', 'hub', 'mtp.safetensors', 'mtp'), ('DeepSeek V3 with a draft head', 'mlx', None, 'model.layers.61')])
+def test_draft_heads_of_other_families(tmp_path, monkeypatch, family, form, file, part):
+    "Kept where mlx-vlm opens them, under whatever names; said to be left out where no loader reads them"
+    from pathlib import Path
+    from mlx_vlm.speculative.drafters import load_drafter
+    monkeypatch.syspath_prepend(Path(__file__).parents[1]/'bench')
+    import families
+    config, told = families.config_of('special', family, families.read_table())
+    families.write_checkpoint(tmp_path/'m', config, told, form, False)
+    c = Checkpoint(tmp_path/'m', model_type='llm')
+    assert [*c.left_out] == [part]
+    saved = convert(c, uniform(c, '8g32'), tmp_path/'out')
+    plan, card = Plan.load(saved.folder/'optiq'/'plan.json'), (saved.folder/'README.md').read_text()
+    if file is None:
+        assert [*plan.gone] == [part] and 'draft' not in plan.solver and f'leaves out {part}' in card
+        return
+    assert not plan.gone and plan.solver['draft']['file'] == file and (saved.folder/file).exists() and f'`{file}` at 8g64' in card
+    head, kind = load_drafter(str((saved.folder/file).parent))
+    assert kind == 'mtp' and {8} == {m.bits for m in head.modules() if hasattr(m, 'bits')}

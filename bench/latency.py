@@ -192,7 +192,7 @@ def alone(found, chip, s):
     plans, ms = plans_of(reads, found['bits'], found.get('drawn', 0)), {n: 1e3*d['seconds'] for n, d in times.items()}
     lat = Latency(replace(chip, host=0., host_constant=0.), reads, times[CALIBRATION]['context']) # nothing waits for the host
     lat = lat.learn(plans[CALIBRATION], ms[CALIBRATION], name=CALIBRATION)
-    return [dict(name=n, measured=t, spread=float(np.subtract(*np.percentile(times[n]['raw'][1], [75, 25]))*500), predicted=lat.ms(plans[n]),
+    return [dict(name=n, measured=t, spread=500*float(np.subtract(*np.percentile([done for _, done in times[n]['raw'][1]], [75, 25]))), predicted=lat.ms(plans[n]),
                  error=lat.ms(plans[n])/t-1, calibration=n == CALIBRATION) for n, t in ms.items()]
 
 def against(chip, reads, plans, speeds):

@@ -15,6 +15,8 @@ compiles kernels; on a Mac name the shapes that fit: `python bench/latency.py -o
 import argparse
 import gc
 import json
+import shlex
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -141,7 +143,7 @@ def measure(args):
     shapes, bits, out = args.shapes.split(','), sorted(map(int, args.bits.split(','))), Results(args.o)
     formats = [Format(b, 64) for b in bits]
     reads = {s: reads_of(skeleton(c := config_of(s)), c) for s in shapes}
-    out.keep(about=dict(machine(), device=str(mx.device_info()), command=vars(args)), shapes=shapes, bits=bits, drawn=args.drawn)
+    out.keep(about=dict(machine(), device=str(mx.device_info()), command=shlex.join(['python', *sys.argv])), shapes=shapes, bits=bits, drawn=args.drawn)
     first = measure_machine(args, out, reads, formats)
     decode, blocks, alone, contexts = {}, {}, {}, [int(c) for c in args.contexts.split(',') if c]
     for s in shapes:
@@ -192,7 +194,7 @@ def alone(found, chip, s):
     plans, ms = plans_of(reads, found['bits'], found.get('drawn', 0)), {n: 1e3*d['seconds'] for n, d in times.items()}
     lat = Latency(replace(chip, host=0., host_constant=0.), reads, times[CALIBRATION]['context']) # nothing waits for the host
     lat = lat.learn(plans[CALIBRATION], ms[CALIBRATION], name=CALIBRATION)
-    return [dict(name=n, measured=t, spread=float(np.subtract(*np.percentile(times[n]['raw'][1], [75, 25]))*500), predicted=lat.ms(plans[n]),
+    return [dict(name=n, measured=t, spread=500*float(np.subtract(*np.percentile([done for _, done in times[n]['raw'][1]], [75, 25]))), predicted=lat.ms(plans[n]),
                  error=lat.ms(plans[n])/t-1, calibration=n == CALIBRATION) for n, t in ms.items()]
 
 def against(chip, reads, plans, speeds):
@@ -276,7 +278,7 @@ def add_alone(args):
         reads = reads_of(skeleton(c := config_of(s)), c)
         models = {n: _stand_in(skeleton(config_of(s)), p) for n, p in plans_of(reads, found['bits'], found.get('drawn', 0)).items()}
         found.setdefault('alone', {})[s] = tokens_alone(models, args.context, found['chip']['bandwidth'], args.runs)
-        found['alone_about'] = dict(machine(), command=vars(args))
+        found['alone_about'] = dict(machine(), command=shlex.join(['python', *sys.argv]))
         out.keep(**found)
     out.keep(**predict(found))
 

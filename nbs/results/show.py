@@ -109,6 +109,7 @@ def smollm2_rows() -> dict: # name ▸ row
 def smollm2_series() -> dict: # label ▸ dict of colour, marker, line, points (true bits, KL, standard error, name)
     "SmolLM2-135M by size: what other tools give, and what OptiQ gives"
     left, out = smollm2_rows(), {}
+    left = {n: r for n, r in left.items() if not beaten(n, left)}
     def those(label, test, **look):
         mine = [n for n in left if test(n)]
         out[label] = look | dict(points=sorted((r['true_bpw'], r['kl'], r['kl_se'], n) for n, r in ((n, left.pop(n)) for n in mine)))

@@ -116,19 +116,23 @@ def again(args, b):
     sweep = Sweep(c.units, WIDTHS, {(r['unit'], parse_format(r['format'])): np.array([r['kl']]) for r in kept['sweep']['units']},
                   dict(model=c.name, params=c.params, other_bytes=c.other_bytes))
     rows, calibration = kept['compare']['report']['rows'], samples(c, n=args.rounding_n)
-    scored, old = samples(c, n=args.n_evaluation, split='test'), [r for r in rows if r['name'].endswith(', gptq')]
-    for row in old:
+    scored, before, done = samples(c, n=args.n_evaluation, split='test'), kept['compare'].get('since', kept['compare']['about']), []
+    of = {k: v for k, v in kept['compare']['report']['about'].items() if k != 'verdicts'}
+    for row in sorted((r for r in rows if r['name'].endswith(', gptq')), key=lambda r: '4 bits' not in r['name']):
         name = row['name'].removesuffix(', gptq')
-        plan = uniform(c, Format(int(name.split()[1]), 64)) if name.startswith('uniform') else allocate(sweep, max_bytes=uniform(c, Format(int(name.split()[-2]), 64)).nbytes)
+        flat = uniform(c, Format(int(name.split()[-2]), 64))
+        plan = flat if name.startswith('uniform') else allocate(sweep, max_bytes=flat.nbytes)
         if plan.nbytes != row['nbytes']: raise RuntimeError(f'{name}: {plan.nbytes:,} bytes, not {row["nbytes"]:,}; measure `compare` once more')
         variant = as_overrides(dict(round_model(b, calibration, plan, 'gptq')))
         new = score_row(row['name'], plan, evaluate(b, scored, {row['name']: variant})[row['name']], fingerprint(scored))
         if args.questions: new = joined(new, ai2d(b, args.questions, 'diagrams', free=False, overrides=variant, name=row['name'], size=plan).rows[0])
-        for k in set(new)-set(row): new.pop(k)
-        row |= new | dict(items=dict(kl=[float(f'{x:.4g}') for x in new['items']['kl']], diagrams=new['items'].get('diagrams')))
+        row |= {k: v for k, v in new.items() if k in row} | dict(items=dict(kl=[float(f'{x:.4g}') for x in new['items']['kl']], diagrams=new['items'].get('diagrams')))
+        done.append(row['name'])
         print(row['name'], f'KL {row["kl"]:.3g} ± {row["kl_se"]:.2g}', row.get('diagrams'), flush=True)
-    report = Report.compare(Report(rows, {k: v for k, v in kept['compare']['report']['about'].items() if k != 'verdicts'}))
-    return dict(report=dict(optiq='report', rows=report.rows, about=report.about), ratios=ratios_of(rows), since=kept['compare']['about'], measured_again=[r['name'] for r in old])
+        report = Report.compare(Report(rows, of))
+        found = dict(report=dict(optiq='report', rows=report.rows, about=report.about), ratios=ratios_of(rows), since=before, measured_again=done)
+        args.o.write_text(json.dumps(kept | dict(compare=dict(about=kept['compare']['about']) | found), indent=1)+'\n')
+    return found
 
 def ratios(args, b):
     found = json.loads(args.o.read_text())['compare']

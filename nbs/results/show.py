@@ -1,5 +1,5 @@
 "Tables and figures from the result files beside this one; every page of results uses these"
-import html, json
+import html, json, re
 from pathlib import Path
 from IPython.display import HTML, Markdown
 from optiq.labels import _label, _legend
@@ -110,6 +110,7 @@ def smollm2_rows() -> dict: # name ▸ row
 def smollm2_series() -> dict: # label ▸ dict of colour, marker, line, points (true bits, KL, standard error, name)
     "SmolLM2-135M by size: what other tools give, and what OptiQ gives"
     left, out = smollm2_rows(), {}
+    left = {n: r for n, r in left.items() if not beaten(n, left)}
     def those(label, test, **look):
         mine = [n for n in left if test(n)]
         out[label] = look | dict(points=sorted((r['true_bpw'], r['kl'], r['kl_se'], n) for n, r in ((n, left.pop(n)) for n in mine)))
@@ -120,7 +121,7 @@ def smollm2_series() -> dict: # label ▸ dict of colour, marker, line, points (
     those('AutoRound', has('AutoRound'), color=ORANGE, marker='v')
     those('K-quants with importance matrix', lambda n: n.startswith('across') and 'imatrix' in n, color=ORANGE, marker='D')
     those('K-quants without', has('across'), color=ORANGE, marker='D', hollow=True)
-    those('other MLX tools', lambda n: n.startswith(('mlx-', 'oMLX')), color=YELLOW, marker='x')
+    those('other MLX tools', lambda n: n.startswith(('mlx-', 'oMLX', 'jang')), color=YELLOW, marker='x')
     those('OptiQ, min-max rounding', has('ours', 'minmax'), color=SKY, marker='o', line=True)
     those('OptiQ (search, the default)', has('ours', 'search'), color=BLUE, marker='o', line=True)
     those('OptiQ, GPTQ rounding', has('ours', 'gptq'), color=GREEN, marker='o', line=True)
@@ -161,17 +162,37 @@ def against(r: dict, rounding: str, name: str = 'peers-smollm2') -> tuple | None
     verdict = 'no difference shown' if not sure else 'OptiQ lower' if d.mean() > 0 else 'OptiQ higher'
     return bits, float(mine.mean()), float(mine.mean()/np.mean(r['kl_each'])), verdict
 
-def beside_kquants() -> Markdown:
-    "Each row of llama.cpp, AutoRound and oMLX, and what OptiQ has at its bytes"
-    rows = {n: r for n, r in result('kquants-smollm2')['rows'].items() if r.get('kl') and r['true_bpw'] < 6.7}
+def beaten(name: str, rows: dict) -> bool:
+    "Whether another setting of AutoRound gives a lower KL in no more bytes"
+    return name.startswith('AutoRound') and any(o['kl'] < rows[name]['kl'] and o['true_bpw'] <= rows[name]['true_bpw']
+                                                for n, o in rows.items() if n.startswith('AutoRound'))
+
+def beside(rows: dict, ours: str = 'peers-smollm2') -> Markdown:
+    "Each row of another tool, and what OptiQ has at its bytes"
     def cells(r):
         for rounding in ('search', 'gptq'):
-            bits, kl, ratio, verdict = against(r, rounding)
+            bits, kl, ratio, verdict = against(r, rounding, ours)
             yield f'{kl:.4f}'+('' if bits == r['true_bpw'] else f' at {bits:.2f}')
             yield f'{ratio:.2f}, {verdict}'
-    found = sorted(rows.items(), key=lambda c: -c[1]['true_bpw'])
+    found = sorted(((n, r) for n, r in rows.items() if against(r, 'gptq', ours) and not beaten(n, rows)), key=lambda c: -c[1]['true_bpw'])
     return table(['its row', 'true bits', 'its KL', 'OptiQ (search)', 'ratio', 'OptiQ, GPTQ', 'ratio'],
                  [[n.removeprefix('across '), f'{r["true_bpw"]:.2f}', pm(r['kl'], r['kl_se'], '.4f'), *cells(r)] for n, r in found])
+
+def measured(name: str, test=lambda n: True) -> dict:
+    "Rows with a KL, up to 6.7 bits"
+    return {n: r for n, r in result(name)['rows'].items() if r.get('kl') and r['true_bpw'] < 6.7 and r.get('chosen', True) and test(n)}
+
+def beside_kquants() -> Markdown:
+    "llama.cpp, AutoRound and oMLX"
+    return beside(measured('kquants-smollm2'))
+
+def autoround_tried() -> Markdown:
+    "Every setting of AutoRound, by size"
+    rows = measured('kquants-smollm2', lambda n: n.startswith('AutoRound'))
+    return table(['AutoRound', 'tuned on', 'true bits', 'KL', 'OptiQ, GPTQ', 'ratio'],
+                 [[n.removeprefix('AutoRound '), f'{r["tuned_on"]} × {r["seq_len"]:,} tokens', f'{r["true_bpw"]:.2f}', pm(r['kl'], r['kl_se'], '.4f'),
+                   *(f'{x:.4f}' if k == 0 else f'{x:.2f}' for k, x in enumerate(against(r, 'gptq')[1:3]))]
+                  for n, r in sorted(rows.items(), key=lambda c: c[1]['true_bpw'])])
 
 def from_where() -> Markdown:
     "What the rounding brings and what the allocation brings: uniform widths and OptiQ at their bytes, each under the same rounding"
@@ -184,24 +205,30 @@ def from_where() -> Markdown:
     return table(['width', 'true bits', *head], [[readable(n), f'{rows[n]["true_bpw"]:.2f}', *sum((both(n, w) for w in ways.values()), [])]
                                                  for n in sorted(widths, key=lambda n: -rows[n]['true_bpw'])])
 
-def wins() -> Markdown:
-    "How often OptiQ lies below, in one sentence for each rounding"
-    k = [r for n, r in result('kquants-smollm2')['rows'].items() if n.startswith('across') and 'imatrix' in n and r['true_bpw'] <= 6]
-    lines = []
+def lower_in(kind: str, rows: dict, ours: str = 'peers-smollm2') -> str:
+    "How often OptiQ lies below these rows, in one sentence for each rounding"
+    k, lines = [r for n, r in rows.items() if r['true_bpw'] <= 6 and not beaten(n, rows)], []
     for rounding, name in (('gptq', 'GPTQ rounding'), ('search', 'search, the default rounding,')):
-        verdicts = [against(r, rounding) for r in k]
+        verdicts = [against(r, rounding, ours) for r in k]
         ratios = [v[2] for v in verdicts]
         low, high = (sum(v[3] == f'OptiQ {w}' for v in verdicts) for w in ('lower', 'higher'))
-        lines.append(f'With {name} OptiQ has {min(ratios):.2f} to {max(ratios):.2f} times the KL of K-quants with importance matrix at the same '
+        lines.append(f'With {name} OptiQ has {min(ratios):.2f} to {max(ratios):.2f} times the KL of {kind} at the same '
                      f'bytes: it is lower in {low} of {len(k)} comparisons and higher in {high}.')
-    return Markdown(' '.join(lines)+' K-quants do not fit the widths of this model, so we ran their encoders on blocks that continue into the next row '
-                    '(`bench/peers/kquants.py` says how). What llama.cpp itself writes is larger.')
+    return ' '.join(lines)
+
+def wins() -> Markdown:
+    "How often OptiQ lies below K-quants and AutoRound"
+    tools = {'K-quants with importance matrix': lambda n: n.startswith('across') and 'imatrix' in n, 'AutoRound at its best settings': lambda n: n.startswith('AutoRound')}
+    lines = [lower_in(kind, measured('kquants-smollm2', test)) for kind, test in tools.items()]
+    lines[0] += (' K-quants do not fit the widths of this model, so we ran their encoders on blocks that continue into the next row '
+                 '(`bench/peers/kquants.py` says how). What llama.cpp itself writes is larger.')
+    return Markdown('\n\n'.join(lines))
 
 def first_sixteen() -> Markdown:
     "Rows with fewer sequences are compared on those; how much do they differ from all?"
     rows = [r for n, r in result('peers-smollm2')['rows'].items() if n.startswith('ours') and r.get('kl_first16')]
-    ratio = [r['kl_first16']/r['kl'] for r in rows]
-    return Markdown('We scored K-quants, AutoRound and oMLX on the first 16 of the 64 sequences, except for two rows. On these 16, '
+    ratio, few = [r['kl_first16']/r['kl'] for r in rows], [r for r in measured('kquants-smollm2').values() if r.get('sequences') == 16]
+    return Markdown(f'{len(few)} of the {len(measured("kquants-smollm2"))} rows of these tools are scored on the first 16 of the 64 sequences. On these 16, '
                     f'OptiQ\'s rows have {min(ratio):.2f} to {max(ratio):.2f} of their KL on all 64. So you can compare the two kinds of marks in the '
                     'figure to within a few percent. The table compares on the same sequences.')
 
@@ -209,14 +236,14 @@ PER_BIT = 134_515_008/8/2**20 # MB of SmolLM2-135M for each bit per weight
 
 def readable(name: str) -> str:
     "uniform 4g32 ▸ 4 bits, g32"
-    bits, _, group = name.removeprefix('uniform ').partition('g')
-    return f'{bits} bits'+('' if group == '64' else f', g{group}') if group else bits
+    return re.sub(r'\b(\d)g(\d+)\b', lambda m: f'{m[1]} bits'+(f', g{m[2]}' if m[2] != '64' else ''), name.removeprefix('uniform '))
 
 # ---- other models, other texts
 
 def settings_tried(name: str) -> Markdown:
     "Rows of a tool whose settings were tried, with the KL that chose among them"
     found = {n: r for n, r in result(name)['rows'].items() if 'held_kl' in r}
+    assert all(sum(r['chosen'] for n, r in found.items() if r['true_bpw'] == bits) == 1 for bits in {r['true_bpw'] for r in found.values()})
     rows = dict(sorted(found.items(), key=lambda c: (c[1]['true_bpw'], c[1]['learning_rate'])))
     return table(['setting', 'true bits', 'KL on held-out calibration text', 'KL on the test text', 'chosen', 'seconds'],
                  [[n, f'{r["true_bpw"]:.2f}', pm(r['held_kl'], spec='.4f'), pm(r['kl'], r['kl_se'], '.4f'), 'yes' if r['chosen'] else '', f'{r["seconds"]:.0f}']
@@ -234,3 +261,31 @@ def text_matrix(name: str) -> Markdown:
     kl, means = {(r['calibration'], r['text']): r for r in result(name)['rows']}, over_own(name)
     scored = list(dict.fromkeys(t for _, t in kl))
     return table(['calibrated on', *scored, 'over own text'], [[c, *(pm(kl[c, t]['kl'], kl[c, t]['kl_se']) for t in scored), f'{m:.2f}'] for c, m in means.items()])
+
+METHODS = {'uniform 4 bits, min-max': 'uniform 4g64', 'uniform nvfp4': 'uniform nvfp4', 'uniform 4 bits, DWQ at its best rate': None,
+           'uniform 4 bits, search': 'uniform 4g64 search', 'uniform 4 bits, GPTQ': 'uniform 4g64 gptq',
+           'OptiQ, min-max': 'ours 4.5 minmax', 'OptiQ, search': 'ours 4.5 search', 'OptiQ, GPTQ': 'ours 4.5 gptq'}
+
+def by_method(name: str) -> dict: # method ▸ row at 4.5 bits
+    rows = result(name)['rows']
+    best = next(r for n, r in rows.items() if n.startswith('mlx-lm dwq 4g64') and r.get('chosen'))
+    return {m: rows[n] if n else best for m, n in METHODS.items()}
+
+def order_of_methods(models: dict) -> Markdown:
+    "What each way of making a model of 4.5 bits gives on several models, over uniform min-max"
+    import numpy as np
+    columns = {says: by_method(n) for n, says in models.items()}
+    def cell(rows, m):
+        a, b = (np.array(r['kl_each']) for r in (rows[m], rows['uniform 4 bits, min-max']))
+        x = a.mean()/b.mean()
+        return f'{a.mean():.4f}', f'{x:.2f} ± {(a-x*b).std(ddof=1)/len(a)**.5/b.mean():.2f}'
+    return table(['4.5 true bits', *(h for says in columns for h in (says, 'ratio'))],
+                 [[m, *sum((list(cell(rows, m)) for rows in columns.values()), [])] for m in METHODS])
+
+def rounding_order(name: str) -> tuple: # sizes where gptq < search < minmax, outside twice the error, of how many
+    import numpy as np
+    rows, held = result(name)['rows'], []
+    for bits in (6, 5, 4.5, 4, 3.5, 3):
+        kl = [np.array(rows[f'ours {bits:g} {w}']['kl_each']) for w in ('gptq', 'search', 'minmax')]
+        held.append(all((d := b-a).mean() > 2*d.std(ddof=1)/len(d)**.5 for a, b in zip(kl, kl[1:])))
+    return sum(held), len(held)

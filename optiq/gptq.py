@@ -34,12 +34,12 @@ def _compensated(xp, w, s, b, top, r): # w, s, b (in_dims, rows), top (rows,), r
 # %% ../nbs/06c_gptq.ipynb #82aa67e6
 def _first_look(xp, w, moved, s, top, r): # w, moved, s (BLOCK, rows), r (BLOCK, BLOCK)
     "Codes and errors of a few columns, rounded one after another; each makes up for the errors before it"
-    codes, errors, zero = xp.zeros_like(w), xp.zeros_like(w), xp.zeros_like(top)
-    for k in range(len(w)):
-        z = moved[k]+r[:k, k] @ errors[:k] if k else moved[k]
-        codes[k] = xp.clip(xp.round(z/s[k]), zero, top)
-        errors[k] = w[k]-s[k]*codes[k]
-    return codes, errors
+    codes, errors, zero = [], xp.zeros_like(w), xp.zeros_like(top)
+    for k, (w_k, z, s_k, r_k) in enumerate(zip(w, moved, s, r.T)):
+        if k: z = z+r_k[:k] @ errors[:k]
+        codes.append(xp.clip(xp.round(z/s_k), zero, top))
+        errors[k] = w_k-s_k*codes[k]
+    return xp.stack(codes), errors
 
 # %% ../nbs/06c_gptq.ipynb #523b2fa2
 def _second_look(xp, w, codes, s, b, top, h): # (in_dims, rows) each, top (rows,), h (in_dims, in_dims)
@@ -56,13 +56,12 @@ def _second_look(xp, w, codes, s, b, top, h): # (in_dims, rows) each, top (rows,
 # %% ../nbs/06c_gptq.ipynb #5b8029f0
 def _look_again(xp, gradient, codes, s, top, h): # gradient, codes, s (BLOCK, rows), h (BLOCK, BLOCK)
     "New codes of a few columns, and how far each weight moves"
-    new, moves, zero = xp.zeros_like(codes), xp.zeros_like(codes), xp.zeros_like(top)
-    per_code = 1/(s*xp.diagonal(h)[:, None])
-    for k in range(len(codes)):
-        g = gradient[k]-h[k, :k] @ moves[:k] if k else gradient[k]
-        new[k] = xp.clip(xp.round(codes[k]+g*per_code[k]), zero, top)
-        moves[k] = s[k]*(new[k]-codes[k])
-    return new, moves
+    new, moves, zero = [], xp.zeros_like(codes), xp.zeros_like(top)
+    for k, (g, q, s_k, h_k) in enumerate(zip(gradient, codes, s, h)):
+        if k: g = g-h_k[:k] @ moves[:k]
+        new.append(xp.clip(xp.round(q+g/(s_k*h_k[k])), zero, top))
+        moves[k] = s_k*(new[k]-q)
+    return xp.stack(new), moves
 
 # %% ../nbs/06c_gptq.ipynb #a7c1d0e2
 def _replayed(xp, f, *arrays):

@@ -98,13 +98,14 @@ class _Passage:
     states: list # of each batch, before the next block
     clean: list # the same in the full-precision model
     wanted: list = field(default_factory=list) # and there, of each batch, what each unit is multiplied with
-    behind: list = field(default_factory=list) # of each batch, the last unit's input, and the states if it stays
+    behind: list = field(default_factory=list) # of each batch, the last unit's input, and what comes out
 
     def hear_clean(self, i: int | None, units: dict): # block, path â–¸ Unit
         "Take the full-precision model through a block, and keep what its units are multiplied with"
         self.wanted, ahead = [], []
         for k, states in enumerate(self.clean):
-            ahead.append(self.chunks.one(k, i, states, kept := _Kept(units)))
+            kept = _Kept(units)
+            ahead.append(self.chunks.one(k, i, states, kept))
             self.wanted.append(kept.inputs)
         if i is not None: self.clean = ahead
 
@@ -118,7 +119,7 @@ class _Passage:
             yield now
 
 # %% ../nbs/06_rounding.ipynb #ead44d0d
-def _is_added(p: _Passage, i: int | None, path: str, x, behind) -> bool: # block, its last unit, its input, what came out
+def _is_added(p: _Passage, i: int | None, path: str, x, behind) -> bool: # block, last unit, its input, states behind
     "Whether a block adds the output of its last unit to the states, as it is"
     w, states = p.b.unit_weight(path), p.states[0]
     if i is None or not hasattr(states, 'ndim') or w.ndim > 2 or len(w) != states.shape[-1]: return False
@@ -143,25 +144,23 @@ def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path â
     return heard.stats, gap
 
 # %% ../nbs/06_rounding.ipynb #ebf29b49
-def _states_behind(p: _Passage, i: int, path: str) -> list: # block, the unit rounded last
+def _states_behind(p: _Passage, i: int) -> list:
     "What comes out of a block that is rounded"
-    if len(p.behind) < len(p.states): return p.chunks.run(i, p.states, None, as_overrides(p.done))
+    if not p.done or len(p.behind) < len(p.states): return p.chunks.run(i, p.states, None, as_overrides(p.done))
+    *_, (path, last) = p.done.items()
     f32 = library(p.behind[0][0])[1]
-    change = f32(p.done[path].dequantize())-f32(p.b.unit_weight(path))
+    change = f32(last.dequantize())-f32(p.b.unit_weight(path))
     return [like(f32(y)+f32(x) @ change.T, y) for x, y in p.behind]
 
 def _round_block(p: _Passage, i: int): # yields [(path, Rounded or MinMax)]
     "The units of one block, first those that read its input, then those that read their results"
     p.done, p.behind, left = {}, [], {path: u for path, u in p.todo.items() if u.block == i}
     p.hear_clean(i, {path: u for path, u in left.items() if len(u.shape) == 2})
-    path = None
     while left:
         heard, gap = _hear_next(p, i, left)
-        for now in p.round(heard or dict.fromkeys(left), gap):
-            path = now[-1][0]
-            yield now
+        yield from p.round(heard or dict.fromkeys(left), gap)
         left = {path: u for path, u in left.items() if path not in p.done}
-    p.states = _states_behind(p, i, path)
+    p.states = _states_behind(p, i)
 
 # %% ../nbs/06_rounding.ipynb #aa2718b4
 def _outside_before(todo: dict, block: int | None) -> list: # of paths
@@ -322,7 +321,7 @@ def _rounding_seconds(
     learned = tokens if method == 'gptq' or kept else _enough(tokens)
     part = learned if kept else learned[:-(-len(learned)//8)]
     walk, one = _seconds_of_one(b, part, first, plan[first.path], method)
-    passes = (10 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
+    passes = (5 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
     return passes*walk+one*sum(u.params for u in todo)/first.params
 
 # %% ../nbs/06_rounding.ipynb #ddd42764

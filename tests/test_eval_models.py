@@ -2,7 +2,6 @@
 import json
 import shutil
 from functools import partial
-
 from types import SimpleNamespace
 
 import numpy as np

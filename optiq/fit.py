@@ -20,7 +20,7 @@ from .kv.layout import bytes_after, leaf_caches
 from .measure.kl import probes
 from .measure.sweep import Sweep
 from .measure.journal import check_other
-from .folder import _others, check_untrusted, find_model
+from .folder import _of_text, _others, check_untrusted, find_model
 from .models import _read_config, _said_for_mlx
 from .units import _Listing
 from .plan import Plan, make_plan, uniform
@@ -98,8 +98,8 @@ class _Outline(_Listing):
 _STEP, _PROGRAM, _FUSED = 2048, _GB//2, (64, 80, 128) # tokens; bytes; widths of heads with a fused kernel
 
 def _heads_of(config: dict) -> tuple: # heads, width of one
-    "Number of attention heads and the width of one, from the config or its part for text"
-    c = config if 'num_attention_heads' in config else config.get('text_config') or {}
+    "Number of attention heads and the width of one, from the config"
+    c = _of_text(config)
     n = c.get('num_attention_heads') or 1
     return n, c.get('head_dim') or c.get('hidden_size', n)//n
 

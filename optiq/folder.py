@@ -181,6 +181,11 @@ def _no_weights(folder):
             "convert them where you trust them: transformers' from_pretrained(…, weights_only=True), "
             'then save_pretrained(…)')
 
+# %% ../nbs/01a_folder.ipynb #0844544f
+def _of_text(config: dict) -> dict: # of config.json
+    "What a config says of the language model, in its own part or at the top"
+    return config | (config.get('text_config') or {})
+
 # %% ../nbs/01a_folder.ipynb #db7b7e1b
 def _others(config):
     "The entry of another library's quantization in a config, at the top or in one of its parts; None if there is none"

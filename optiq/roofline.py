@@ -16,6 +16,7 @@ from fastcore.basics import patch
 
 from .formats import AS_IS, Format, nbytes
 from .kv.layout import bytes_after, leaf_caches
+from .folder import _of_text
 from .units import _census, Unit, find_units
 
 # %% ../nbs/20_roofline.ipynb #b804e379
@@ -89,9 +90,8 @@ _TOP_K = ('num_experts_per_tok', 'num_experts_per_token', 'top_k_experts', 'moe_
 
 def _experts_per_token(config: dict) -> int:
     "How many experts a token visits; raises ValueError if the config does not say"
-    for c in (config, config.get('text_config') or {}):
-        for key in _TOP_K:
-            if isinstance(c.get(key), int): return c[key]
+    for key in _TOP_K:
+        if isinstance(_of_text(config).get(key), int): return _of_text(config)[key]
     raise ValueError(f'config.json of this {config.get("model_type")} model does not say how many experts a token '
                      f'visits; looked for {", ".join(_TOP_K)}')
 

@@ -33,11 +33,12 @@ from .guard import _MOST, _PATHS, _Refused, _check_names, _check_origin, _check_
 from .guard import _read_body, _read_request
 from .kv.cache import use_kv_config
 from .kv.config import read_kv_config
+from .folder import _of_text
 from .models import Checkpoint, ModelFolder
 
 # %% ../nbs/09_serve.ipynb #01a87fb8
 def _context_of(config: dict) -> int: # of a model ▸ tokens that it reads and writes
-    config = config | (config.get('text_config') or {})
+    config = _of_text(config)
     scaling = config.get('rope_scaling') or config.get('rope_parameters') or {}
     stretched = (scaling.get('original_max_position_embeddings') or 0)*(scaling.get('factor') or 1)
     return max(config.get('max_position_embeddings') or _MOST, int(stretched))

@@ -2,6 +2,7 @@
 import json
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -365,3 +366,9 @@ def test_exit_status_and_json_of_the_commands(saved, tmp_path):
     ('needle', dict(seq_len=32)), ('wer', dict(questions='x')), ('ai2d', dict(protocol='kld')), ('harness:arc', dict(kv='4'))])
 def test_a_task_refuses_an_option_without_effect(task, option):
     with pytest.raises(ValueError, match=f'`{next(iter(option))}` has no effect on {task}'): run_task(task, 'demo', **option)
+
+def test_the_context_of_a_model_that_sees_stands_in_its_part_for_text():
+    from optiq.evals.needle import _check_long
+    sees = SimpleNamespace(name='it', config=dict(model_type='gemma3', text_config=dict(max_position_embeddings=64)))
+    with pytest.raises(ValueError, match='it reads 64 tokens at most, and a length is 65'): _check_long(sees, 65)
+    _check_long(sees, 64)

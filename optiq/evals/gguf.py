@@ -9,6 +9,7 @@ __all__ = ['gguf_weights']
 from pathlib import Path
 
 from ..arrays import beside, library
+from ..folder import _of_text
 from ..models import Checkpoint
 from ..units import Unit
 from ..readers import told
@@ -60,7 +61,7 @@ def _matched(file: Path, c: Checkpoint) -> tuple: # path of each unit ▸ its te
 # %% ../../nbs/32a_evals.gguf.ipynb #58c5d674
 def _heads_of(c: Checkpoint, u: Unit) -> int:
     "Number of query or key heads of a unit; 0 for other units"
-    config = c.config.get('text_config') or c.config
+    config = _of_text(c.config)
     names = dict(q_proj=['num_attention_heads'], k_proj=['num_key_value_heads', 'num_attention_heads']).get(u.kind, ())
     return next((config[n] for n in names if config.get(n)), 0)
 

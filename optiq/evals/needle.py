@@ -14,6 +14,7 @@ from ..backends.open import open_backend
 from ..backends.replay import Backend
 from ..calibration import encode, prompt_ids
 from .gsm8k import label_of
+from ..folder import _of_text
 from ..readers import known
 from ..material.mixture import recall_one
 from ..measure.log import _bar
@@ -124,7 +125,7 @@ def needle(
 # %% ../../nbs/37_evals.needle.ipynb #480d38be
 def _check_long(c, length: int):
     "Raise ValueError for a text that is longer than the context of the model"
-    limit = c.config.get('max_position_embeddings') or length
+    limit = _of_text(c.config).get('max_position_embeddings') or length
     if length > limit: raise ValueError(
         f'{c.name} reads {limit} tokens at most, and a length is {length}; give `lengths` up to it')
 

@@ -34,7 +34,7 @@ class _Rounded:
     def stored(self) -> dict:
         "The tensors of a quantized MLX layer, by name"
         import mlx.core as mx
-        def packed(codes): return mx.array(pack_codes(as_type(codes, 'uint8'), self.fmt.bits))
+        def packed(codes): return to_mlx(pack_codes(as_type(codes, 'uint8'), self.fmt.bits))
         weight = mx.concatenate([packed(c) for c in _in_parts(self.codes)])
         return dict(weight=weight, scales=to_mlx(self.scales), biases=to_mlx(self.biases))
 

@@ -12,9 +12,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from .mlx import MLXBackend
-from .replay import _Streams, _check_ids, check_logits
+from .replay import _Streams, check_logits
 from .trees import _forgetful, _leaves
-from ..calibration import positions, samples_of, token_ids
+from ..calibration import _check_ids, positions, samples_of, token_ids
 
 # %% ../../nbs/03d_backends.parts.ipynb #03add7cc
 def _narrow(x):
@@ -47,6 +47,7 @@ def _answer(model, sample: dict): # name ▸ array ▸ (1, S, V) logits
 class ReplayBackend(MLXBackend):
     "Replays a model of several parts, such as one that sees or hears, one sample at a time"
     stacks = False
+    def order(self): return list(range(self.n_blocks)) # of its calls, which may depend on the sample
 
     def forward(self, sample): # ▸ (1, S, V), the logits of the positions that are scored
         mx, ids = self.xp, token_ids(_as_sample(sample))

@@ -81,7 +81,7 @@ class _Listener:
         self.block = i
         return self.blocks[i](*args, **kwargs)
 
-    def attended(self, k, v):
+    def attended(self, q, k, v):
         self.arrived.update(i for i, found in self.calls.items() for *_, (a, b) in found if k is a and v is b)
         return k, v
 

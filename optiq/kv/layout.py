@@ -81,7 +81,7 @@ class _Listener:
         self.block = i
         return self.blocks[i](*args, **kwargs)
 
-    def attended(self, q, k, v):
+    def attended(self, k, v):
         self.arrived.update(i for i, found in self.calls.items() for *_, (a, b) in found if k is a and v is b)
         return k, v
 
@@ -123,7 +123,7 @@ def kv_layers(
         for part in getattr(c, 'caches', [c]):
             if hasattr(part, 'update_and_fetch'): listener.listen(i, part)
     blocks = mlx_blocks(model, block_lists(model), listener.enter)
-    with _LOOK, _forgetful(model), mlx_attention(listener.attended), blocks:
+    with _LOOK, _forgetful(model), mlx_attention(lambda q, k, v: listener.attended(k, v)), blocks:
         model(mx.zeros((1, 2), mx.int32), cache=caches)
     return [_layer(i, c, listener.calls.get(i, ()), listener.arrived[i]) for i, c in enumerate(caches)]
 

@@ -52,8 +52,8 @@ def to_mlx(x):
     "The same array in MLX, bit for bit"
     import mlx.core as mx
     if isinstance(x, mx.array): return x
-    whole = x.detach().cpu()
-    return mx.array((whole.float() if whole.is_floating_point() else whole).numpy()).astype(getattr(mx, str(x.dtype).split('.')[-1]))
+    found = x.detach().float() if x.is_floating_point() else x # NumPy knows no bfloat16
+    return mx.array(found.cpu().numpy()).astype(getattr(mx, str(x.dtype).split('.')[-1]))
 
 # %% ../nbs/70_arrays.ipynb #c0fe7c3f
 def take(z, ids): # (…, V), (…, k) whole numbers ▸ (…, k)

@@ -71,7 +71,8 @@ def at(self: _Streams, block: int | None):
     return replace(self, answers=self.answers[:n])
 
 @patch
-def ask(self: ReplayBackend, states: _Streams, i: int, overrides: dict, args, kwargs): # ▸ it, what it wrote, i, what it got
+def ask(self: ReplayBackend, states: _Streams, i: int, overrides: dict, args, kwargs):
+    "What a block answers, what it wrote, its number, and what it got"
     given, before = [self.fresh(x) for x in _leaves((args, kwargs))], states.before.get(i)
     def same(x, y): return x.shape == y.shape and bool((x == y).all())
     known = before and not overrides and len(given) == len(before[3]) and all(map(same, given, before[3]))

@@ -6,15 +6,53 @@
 __all__ = ['ReplayBackend']
 
 # %% ../../nbs/03d_backends.parts.ipynb #b3a5b17b
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from fastcore.basics import patch
 
 from .mlx import MLXBackend
-from .replay import _Streams, check_logits
-from .trees import _forgetful, _leaves
+from .replay import _Recorded, check_logits
+from .trees import _grown, _write, _written, _forgetful
 from ..calibration import _check_ids, positions, samples_of, token_ids
+
+# %% ../../nbs/03d_backends.parts.ipynb #10efef2e
+@dataclass
+class _Passed:
+    "How far a sample has come: the arguments of the blocks that it passed, and what they returned"
+    sample: dict = field(repr=False) # name ▸ array, what the model's forward pass takes
+    answers: dict = field(default_factory=dict, repr=False) # block ▸ its whole answer
+    given: dict = field(default_factory=dict, repr=False) # block ▸ the arrays among its arguments
+    upto: int = 0 # blocks whose result we return without comparing arguments
+    outside: dict = field(default_factory=dict, repr=False) # overrides of what lies outside the blocks
+
+    def __len__(self): return 1
+
+    def at(self, block: int | None):
+        "The same sample before this block; for None before everything, where blocks compare their arguments"
+        if block is None: return replace(self, upto=0)
+        passed = {i: a for i, a in self.answers.items() if i < block}
+        return replace(self, upto=block, answers=passed, given={})
+
+# %% ../../nbs/03d_backends.parts.ipynb #12f9a042
+def _fresh(x):
+    "The same values under another handle, which nobody else can change in place"
+    import mlx.core as mx
+    return mx.array(x)
+
+# %% ../../nbs/03d_backends.parts.ipynb #7e9c6320
+def _arrays_in(*tree) -> list:
+    "The arrays in a tree of arguments"
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    return [_fresh(x) for _, x in tree_flatten(tree) if isinstance(x, mx.array)]
+
+# %% ../../nbs/03d_backends.parts.ipynb #0f15d6a2
+def _alike(xs: list, ys: list) -> bool:
+    "Whether two lists of arrays hold the same values"
+    import mlx.core as mx
+    def equal(x, y): return x.shape == y.shape and mx.array_equal(x, y).item()
+    return len(xs) == len(ys) and all(map(equal, xs, ys))
 
 # %% ../../nbs/03d_backends.parts.ipynb #03add7cc
 def _narrow(x):
@@ -57,10 +95,42 @@ class ReplayBackend(MLXBackend):
         if 'scored' in sample: z = z[:, mx.array(positions(sample)-ids.shape[-1])] # from the end
         return check_logits(self, z)
 
-    def embed(self, batch, overrides: dict = {}): return _Streams(self, _as_sample(batch), overrides)
+    def embed(self, batch, overrides: dict = {}): return _Passed(_as_sample(batch), outside=overrides)
+    def run_block(self, i: int, states, overrides: dict = {}): return self.replay(states, overrides, i)[0]
+    def head(self, states, overrides: dict = {}): return self.replay(states, overrides)[1]
     def logits(self, batch, overrides: dict = {}): return self.head(self.embed(batch), overrides)
-    def change(self, states, overrides: dict): return replace(states, carried=states.carried | overrides)
-    def record(self, batch, overrides: dict = {}): return self.embed(batch).on(None, overrides)
+    def change(self, states, overrides: dict): return replace(states, outside=states.outside | overrides)
+    def record(self, batch, overrides: dict = {}): return self.replay(self.embed(batch), overrides)
+
+# %% ../../nbs/03d_backends.parts.ipynb #a0c90487
+def _recall(states: _Passed, i: int, changed: bool, args, kwargs) -> tuple:
+    "The arguments of block `i`, and what it returns, or None if we do not know that"
+    if i < states.upto and i in states.answers: return states.given.get(i, []), states.answers[i]
+    given = _arrays_in(args, kwargs)
+    known = not changed and i in states.given and _alike(given, states.given[i])
+    return given, states.answers[i] if known else None
+
+# %% ../../nbs/03d_backends.parts.ipynb #4cdc1753
+@patch
+def replay(self: ReplayBackend, states: _Passed, overrides: dict = {},
+           stop: int | None = None) -> tuple: # states, logits
+    "Continue from `states`, to the end of block `stop` or to the logits"
+    mine, passed = {}, replace(states, answers={}, given={})
+    for p, f in (states.outside | overrides).items():
+        mine.setdefault(self.find(p).block, {})[p] = f
+    def answer(i, *args, **kwargs):
+        if stop is not None and i > stop: raise _Recorded # this sample does not pass block `stop`
+        passed.given[i], known = _recall(states, i, i in mine, args, kwargs)
+        passed.answers[i] = known or self.whole_answer(i, mine.get(i, {}), args, kwargs)
+        if i == stop: raise _Recorded
+        out, wrote = _grown(_fresh, passed.answers[i])
+        for k, x in _written(args, kwargs).items(): _write(x, wrote[k])
+        return out
+    with self.swapped(mine.get(None, {})), self.stand_ins(answer):
+        try: logits = self.forward(states.sample)
+        except _Recorded: logits = None
+    upto = self.n_blocks if stop is None else stop+1
+    return replace(passed, upto=upto, outside=mine.get(None, {})), logits
 
 # %% ../../nbs/03d_backends.parts.ipynb #a19c9f44
 @patch

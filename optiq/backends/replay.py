@@ -154,14 +154,12 @@ def _any_nan(xp, tree) -> bool:
 class _Streams:
     "How far a batch has come in a model that is not a chain: what its blocks have returned so far"
     b: Backend = field(repr=False)
-    ids: np.ndarray # (k·B, T), or a sample
+    ids: np.ndarray # (k·B, T)
     carried: dict = field(default_factory=dict, repr=False) # overrides that still matter
     answers: tuple = field(default=(), repr=False) # of each call, (answer, what it wrote); None: not needed any more
     spans: tuple = field(default=(), repr=False) # of each call, the last one that needs its answer
-    calls: tuple = field(default=(), repr=False) # of each call of a sample, (block, the arrays that it got)
-    before: dict = field(default_factory=dict, repr=False) # block ▸ (what it got, its answer) in an earlier run
 
-    def __len__(self): return len(self.ids) if self.b.stacks else 1
+    def __len__(self): return len(self.ids)
     @property
     def shape(self): return self.ids.shape
 
@@ -265,26 +263,11 @@ def order(self: Backend) -> list:
         states.on(None, tell=self._order.append)
     return self._order
 
-# %% ../../nbs/03_backends.replay.ipynb #5860dd35
-@patch
-def at(self: _Streams, block: int | None):
-    "A sample before this block; for None at its start, where each block compares what it gets with what it got"
-    if block is None:
-        met = {i: (given, a) for (i, given), a in zip(self.calls, self.answers)}
-        return replace(self, answers=(), calls=(), before=met)
-    n = next((k for k, (i, _) in enumerate(self.calls) if i >= block), len(self.calls))
-    return replace(self, answers=self.answers[:n], calls=self.calls[:n])
-
-def _recall(met: tuple | None, given: list):
-    "The answer of a block that got the same before, or None"
-    def same(x, y): return x.shape == y.shape and bool((x == y).all())
-    return met[1] if met and len(met[0]) == len(given) and all(map(same, met[0], given)) else None
-
 # %% ../../nbs/03_backends.replay.ipynb #ef814918
 @patch
 def on(self: _Streams, upto: 'int | None', overrides: dict = {}, tell=lambda i: None): # ▸ _Streams, logits or None
     "Continue until the model calls a block behind `upto`, or to the logits; returns the new streams and the logits"
-    b, carried, answers, calls, n = self.b, self.carried | overrides, [*self.answers], [*self.calls], 0
+    b, carried, answers, n = self.b, self.carried | overrides, [*self.answers], 0
     def mine(i): return {p: f for p, f in carried.items() if b.find(p).block == i and p not in b.swapping}
     def answer(i, *args, **kwargs):
         nonlocal n
@@ -292,9 +275,7 @@ def on(self: _Streams, upto: 'int | None', overrides: dict = {}, tell=lambda i: 
         if n > len(answers):
             if upto is not None and i > upto: raise _Recorded
             tell(i)
-            calls.append((i, () if b.stacks else [b.fresh(x) for x in _leaves((args, kwargs))]))
-            known = None if mine(i) else _recall(self.before.get(i), calls[-1][1])
-            answers.append(known or b.whole_answer(i, mine(i), args, kwargs))
+            answers.append(b.whole_answer(i, mine(i), args, kwargs))
         known = answers[n-1]
         out, wrote = _hollow(b, n-1, *self.shape) if known is None else _grown(b.fresh, known)
         for k, x in _written(args, kwargs).items(): _write(x, wrote[k])
@@ -304,10 +285,10 @@ def on(self: _Streams, upto: 'int | None', overrides: dict = {}, tell=lambda i: 
     with b.swapped(apart), _forgetful(b.model), b.stand_ins(answer):
         try: z = b.forward(self.ids)
         except _Recorded: z = None
-    later = {None, *never, *(b.order()[len(answers) if b.stacks else 0:] if carried else ())}
+    later = {None, *never, *(b.order()[len(answers):] if carried else ())}
     kept = {p: f for p, f in carried.items() if b.find(p).block in later}
     needed = (a if k >= len(self.spans) or self.spans[k] >= len(answers) else None for k, a in enumerate(answers))
-    return replace(self, answers=tuple(needed), calls=tuple(calls), carried=kept), z
+    return replace(self, answers=tuple(needed), carried=kept), z
 
 # %% ../../nbs/03_backends.replay.ipynb #37cdad1f
 @patch

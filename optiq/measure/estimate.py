@@ -161,7 +161,7 @@ def _timing_of_sample(b, sample):
     u = _largest(b, None)
     weight = _time(lambda: b.numpy(quantize_dequantize(b.unit_weight(u.path), Format(4, WORD))[:1, :1]))
     passed, _ = b.record(sample)
-    kept = _leaves([passed.calls, passed.answers])
+    kept = [x for xs in passed.given.values() for x in xs]+_leaves([*passed.answers.values()])
     block = _time(lambda: b.numpy(b.logits(sample)))/b.n_blocks
     return _Timing(block, block, 0, weight/u.params, sum(x.nbytes for x in kept))
 

@@ -79,7 +79,7 @@ def shortcuts(args, c, tokens):
     exact_s, exact = seconds(b, lambda: kl_sweep(b, tokens, [4, 8], progress=False, rounding='minmax'))
     one_s, one = seconds(b, lambda: kl_sweep(b, tokens, [4], progress=False, rounding='minmax'))
     fast_s, fast = seconds(b, lambda: gradient_sweep(b, tokens, [4]))
-    screened_s, screened = seconds(b, lambda: screened_sweep(b, tokens, [4, 8], [4.5], progress=False))
+    screened_s, screened = seconds(b, lambda: screened_sweep(b, tokens, [4, 8], [4.5]))
     plans = {n: allocate(s, target_bpw=4.5) for n, s in dict(exact=exact, screened=screened).items()}
     joint = evaluate(b, tokens, {n: overrides_of(p) for n, p in plans.items()})
     kl = {n: float(joint[n].kl.mean()) for n in plans}

@@ -52,7 +52,8 @@ def to_mlx(x):
     "The same array in MLX, bit for bit"
     import mlx.core as mx
     if isinstance(x, mx.array): return x
-    return mx.array(x.detach().float().cpu().numpy()).astype(getattr(mx, str(x.dtype).split('.')[-1]))
+    found = x.detach().float() if x.is_floating_point() else x # NumPy knows no bfloat16
+    return mx.array(found.cpu().numpy()).astype(getattr(mx, str(x.dtype).split('.')[-1]))
 
 # %% ../nbs/70_arrays.ipynb #c0fe7c3f
 def take(z, ids): # (…, V), (…, k) whole numbers ▸ (…, k)
@@ -100,12 +101,11 @@ def _count_below(
 
 # %% ../nbs/70_arrays.ipynb #78a63926
 def pack_codes(
-    codes, # (…, in_dims) whole numbers below 2**bits; packed where they lie
-    bits: int, # code width
-): # (…, in_dims·bits/32) uint32, an MLX array if the codes are one, else NumPy
+    codes, # (…, in_dims) whole numbers below 2**bits, of any of the three libraries; 32 divides in_dims
+    bits: int, # code width, 1 to 8
+): # (…, in_dims·bits/32) uint32, of the same library
     "Codes as MLX stores them: a little-endian stream of bits"
-    eight = codes.reshape(*codes.shape[:-1], -1, 8) # that fill as many bytes as a code has bits
-    words = sum(as_type(eight[..., i], 'int64') << bits*i for i in range(8))
-    stream = words[..., None].view(library(words)[0].uint8)[..., :bits].reshape(*codes.shape[:-1], -1)
-    if hasattr(stream, 'cpu'): stream = stream.cpu().numpy()
-    return np.ascontiguousarray(stream).view('<u4') if isinstance(stream, np.ndarray) else stream.view(library(stream)[0].uint32)
+    xp, steps = library(codes)[0], beside(codes)(np.arange(8)*bits)
+    eight = as_type(codes, 'int64').reshape(*codes.shape[:-1], -1, 8) << steps
+    octets = eight.sum(-1, keepdims=True).view(xp.uint8)[..., :bits]+0 # a copy in one piece
+    return octets.reshape(*codes.shape[:-1], -1).view(xp.uint32)

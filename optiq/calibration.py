@@ -290,6 +290,17 @@ def text_of(c, tokens): # ▸ (n, T) without those positions, or the samples
     "The tokens without the special ones at the start of every sequence; samples unchanged"
     return tokens if isinstance(tokens, list) else tokens[:, unscored(c, tokens):]
 
+# %% ../nbs/02_calibration.ipynb #69add0a7
+def _check_ids(checkpoint, ids: np.ndarray): # Checkpoint, token ids
+    "Raise ValueError for token ids beyond the model's vocabulary"
+    if not ids.size or 0 <= ids.min() <= ids.max() < checkpoint.vocabulary: return
+    if all(u.kind != 'embed' for u in checkpoint.units): return # a table of bare arrays may be longer than the head
+    known = {v for k, v in checkpoint.config.items() if k.endswith(('token_id', 'token_index')) and isinstance(v, int)}
+    odd = [i for i in np.unique(ids).tolist() if not 0 <= i < checkpoint.vocabulary and i not in known]
+    if odd: raise ValueError(
+        f'{checkpoint.name} has {checkpoint.vocabulary:,} tokens, and id {odd[-1]} is not one of them: '
+        'these ids come from the tokenizer of another model')
+
 # %% ../nbs/02_calibration.ipynb #93aaacb6
 def samples_of(tokens) -> list: # of dicts
     "Samples as they are, and rows of text as samples"

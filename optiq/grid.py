@@ -36,7 +36,7 @@ class _Rounded:
         import mlx.core as mx
         parts = []
         for codes in _in_parts(self.codes, 2**24):
-            parts.append(mx.array(pack_codes(as_type(codes, 'uint8'), self.fmt.bits)))
+            parts.append(to_mlx(pack_codes(as_type(codes, 'uint8'), self.fmt.bits)))
             mx.eval(parts[-1])
         return dict(weight=mx.concatenate(parts), scales=to_mlx(self.scales), biases=to_mlx(self.biases))
 

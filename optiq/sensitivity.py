@@ -22,7 +22,7 @@ from .formats import Format, check_storable, parse_formats, quantize_dequantize
 from .measure.estimate import _duration, _measure_halved, estimate
 from .measure.kl import measure, probes
 from .measure.sweep import Sweep, about_texts
-from .measure.journal import read_log
+from .measure.journal import read_log, same_sweep
 from .measure.log import SweepLog, _log_files, _ranks_here, _progress_bar
 from .measure.sweep import texts_for, to_sweep, warn_of_idle
 from .models import Checkpoint
@@ -46,14 +46,19 @@ def sweep_quantizer(
     return quantize, quantize.name
 
 # %% ../nbs/04_sensitivity.ipynb #09b628a2
-def _shortcut_sweep(b, tokens, formats, method, targets, progress, **how) -> Sweep:
+def _shortcut_sweep(b, tokens, formats, method, targets, quantize, name, out, about) -> Sweep:
     "A sweep by gradients, or a screened one, which measures exactly only where that can change a plan"
-    from optiq.measure.gradient import gradient_sweep, screened_sweep
+    from optiq.measure.gradient import _header_of, gradient_sweep, screened_sweep
+    if method not in ('gradient', 'screened'): raise ValueError(f'no method {method!r}; there are exact, gradient and '
+                                                                'screened')
     if not b.stacks: raise ValueError(f'method {method!r} knows text models only; '
                                       f'a {b.checkpoint.model_type} model takes method exact')
-    if method == 'gradient': return gradient_sweep(b, tokens, formats, **how)
-    if method == 'screened': return screened_sweep(b, tokens, formats, targets, progress=progress, **how)
-    raise ValueError(f'no method {method!r}; there are exact, gradient and screened')
+    how = dict(quantize=quantize, header=_header_of(b, tokens, formats, f'{name}, {method}', about))
+    if out is not None: same_sweep(own_file(out, 'sweep'), how['header']) # or an error, if it holds another
+    sweep = gradient_sweep(b, tokens, formats, **how) if method == 'gradient' else screened_sweep(
+        b, tokens, formats, targets, **how)
+    if out is not None: sweep.save(out)
+    return sweep
 
 # %% ../nbs/04_sensitivity.ipynb #142a11a1
 _TIME_BUDGET = 600. # seconds that a sweep may take
@@ -225,8 +230,8 @@ def kl_sweep(
     less = 'a smaller `states_memory`' if journal else 'a smaller `max_memory`'
     if method is None: method = _choose_method(b, tokens, formats, targets, until, of, out, max_memory, time_budget,
                                                progress)
-    if method != 'exact': sweep = _shortcut_sweep(b, tokens, formats, method, targets, progress, quantize=quantize,
-                                                 name=name, out=None if journal else out, about=about)
+    if method != 'exact': sweep = _shortcut_sweep(b, tokens, formats, method, targets, quantize, name,
+                                                 None if journal else out, about)
     else:
         log = SweepLog(b, tokens, formats, out, max_memory, of, name, mark, about)
         sweep = _complete(log, tokens, quantize, progress, targets if until == 'stable' else None,

@@ -40,6 +40,11 @@ def served(request, tmp_path_factory):
     ids = np.random.default_rng(1).integers(20, 500, 96)
     return model, config, [ids[:n].tolist() for n in (40, 23, 5)], mx.array(ids)[None]
 
+def unpacked(words, bits): # numpy (…, d·bits/32) uint32 ▸ (…, d)
+    "The codes in a stream of bits, one bit at a time"
+    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder='little')
+    return stream.reshape(*words.shape[:-1], -1, bits) @ 2**np.arange(bits)
+
 def run(model, prompt, caches, n=10):
     return [int(t) for t, _ in generate_step(mx.array(prompt), model, max_tokens=n, prompt_cache=caches)]
 

@@ -45,7 +45,7 @@ def test_gradient_ranks_and_screening_saves(b, tokens):
     tokens = tokens[:, :32]
     exact = kl_sweep(b, tokens, [4, 8], progress=False, rounding='minmax')
     assert agreement(gradient_sweep(b, tokens, [4, 8]), exact, Format(4))['spearman'] > .85
-    screened = screened_sweep(b, tokens, [4, 8], [4.5], progress=False)
+    screened = screened_sweep(b, tokens, [4, 8], [4.5])
     assert len(screened.header['exact']) < len(exact.units)
     k = (screened.header['exact'][0], Format(4))
     np.testing.assert_allclose(screened.values[k], exact.values[k], rtol=1e-3)

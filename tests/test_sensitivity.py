@@ -15,7 +15,7 @@ import pytest
 import optiq.measure.log as S
 from optiq.backends.mlx import MLXBackend
 from optiq.backends.stream import StreamingBackend
-from optiq.backends.taps import _torch_attending, torch_attention
+from optiq.backends.taps import torch_attention
 from optiq.backends.torch import TorchBackend
 from optiq.calibration import fingerprint, passages, token_batch
 from optiq.convert import convert
@@ -81,8 +81,8 @@ def test_bent_attention_on_both_backends(gemma2):
     np.testing.assert_allclose(t.numpy(t.logits(tokens)), m.numpy(m.logits(tokens)), atol=1e-4)
     np.testing.assert_allclose(measure(t, tokens, todo), measure(m, tokens, todo), rtol=2e-2, atol=1e-8)
     heard = []
-    with _torch_attending(t.model, lambda attention, module, *a, **k: heard.append(module.layer_idx) or attention(module, *a, **k)):
-        with torch_attention(t.model, {0: {'keys': lambda k: 0*k}}): z = t.logits(tokens)
+    with torch_attention(t.model, lambda i, q, k, v: heard.append(i) or (k, v)):
+        with t.attention({0: {'keys': lambda k: 0*k}}): z = t.logits(tokens)
     assert heard == list(range(t.n_blocks)) and 'eager' not in table and abs(t.numpy(z-t.logits(tokens))).max() > 1e-3
 
 @pytest.mark.parametrize('shape', [dict(hidden_size=144), dict(intermediate_size=304)], ids=str)

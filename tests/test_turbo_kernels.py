@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import optiq.kv.kernels as tk
+from kv_models import unpacked
 from optiq.kv.attention import _attend
 from optiq.kv.precondition import KeyPrecondition, turned
 from optiq.kv.rotated import TurboQuantKVCache
-from optiq.turboquant import _unpack_words
 
 CPU = r'''
 #include <barrier>
@@ -171,7 +171,7 @@ def test_kernels_do_what_the_composed_form_does(B, D, G, N, kb, vb, T, dtype, on
     assert [n.split('_')[1] for n in on_cpu] == ['encode', 'tensor' if tensor else 'partial', 'merge']
     assert abs(x-y).max() < (1e-4 if dtype == 'float32' else 1e-3)*max(1, abs(y).max().item())
     for p, o, bits in ((a.keys, b.keys, kb), (a.values, b.values, vb)):
-        assert (_unpack_words(np.array(p[0][:, :, T-1]), bits) == _unpack_words(np.array(o[0][:, :, T-1]), bits)).mean() > .98
+        assert (unpacked(np.array(p[0][:, :, T-1]), bits) == unpacked(np.array(o[0][:, :, T-1]), bits)).mean() > .98
         assert abs(np.array(p[1])/np.maximum(np.array(o[1]), 1e-6)-1)[:, :, T-1].max() < .01
 
 def test_a_prompt_is_stored_as_its_tokens_are(on_cpu, monkeypatch):
@@ -180,7 +180,7 @@ def test_a_prompt_is_stored_as_its_tokens_are(on_cpu, monkeypatch):
         monkeypatch.setattr(tk, '_FUSED', fused)
         c = TurboQuantKVCache.of(*(turned(f'tq{n}', 42, statistics(np.random.default_rng(n), 2, 64)) for n in (4, 3)))
         c.update_and_fetch(k, v)
-        return [_unpack_words(np.array(arrays[0][:, :, :5]), n) for arrays, n in ((c.keys, 4), (c.values, 3))]
+        return [unpacked(np.array(arrays[0][:, :, :5]), n) for arrays, n in ((c.keys, 4), (c.values, 3))]
     for x, y in zip(stored(True), stored(False)): assert (x == y).mean() > .98
     assert [n.split('_')[1] for n in on_cpu] == ['encode']
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
+from kv_models import unpacked
+from optiq.arrays import pack_codes
 from optiq.formats import Format, nbytes, parse_format, quantize_dequantize
 from optiq.rotation import Rotation, _cell_moments, codebook, _density, _distortion, _mass, _moment, rotation_matrix
 from optiq.turboquant import _PANTER_DITE, STEPS, TurboQuantMSE, TurboQuantProd, TurboQuantSplit, _round_trip
-from optiq.turboquant import encode_rotated, _nearest_codes, pack_words, padded, _rotate, _unpack_words
+from optiq.turboquant import encode_rotated, _nearest_codes, padded, _rotate
 
 D_MSE = {64: [.358387, .114526, .033391, .009132, .002399, .000616, .000156, .000039],
          96: [.360056, .115508, .033773, .009253, .002434, .000625, .000159, .000040],
@@ -201,18 +203,18 @@ def test_reported_size_is_the_stored_size(bits):
     x = unit(10, 128)
     q = TurboQuantMSE(128, bits)
     codes, scales = q.quantize(x)
-    assert 8*(pack_words(codes, bits).nbytes+scales.nbytes)/x.size == q.bits_per_coordinate == bits+16/128
+    assert 8*(pack_codes(codes, bits).nbytes+scales.nbytes)/x.size == q.bits_per_coordinate == bits+16/128
     if bits < 2: return
     q = TurboQuantProd(128, bits)
     codes, scales, signs, lengths = q.quantize(x)
-    stored = pack_words(codes, bits-1).nbytes+pack_words(signs, 1).nbytes+scales.nbytes+lengths.nbytes
+    stored = pack_codes(codes, bits-1).nbytes+pack_codes(signs, 1).nbytes+scales.nbytes+lengths.nbytes
     assert 8*stored/x.size == q.bits_per_coordinate == bits+32/128
 
 def test_half_bits():
     x = unit(200, 128)
     for q, bits in ((TurboQuantSplit(128, 2.5), 2.5), (TurboQuantSplit(128, 3.5), 3.5), (TurboQuantSplit(128, 2.5, paper_ratio=True), 2.25)):
         a, s, c, t = q.quantize(x)
-        assert 8*(pack_words(a, q.high.bits).nbytes+pack_words(c, q.low.bits).nbytes)/x.size == q.code_bits == bits
+        assert 8*(pack_codes(a, q.high.bits).nbytes+pack_codes(c, q.low.bits).nbytes)/x.size == q.code_bits == bits
         assert 8*(s.nbytes+t.nbytes)/x.size+bits == q.bits_per_coordinate
     order = np.random.default_rng(0).permutation(128)
     q = TurboQuantSplit(128, 2.5, channels=order)
@@ -254,16 +256,16 @@ def test_codes_are_those_of_the_nearest_point(bits):
 def test_packing_is_that_of_mlx(bits):
     import mlx.core as mx
     codes = np.random.default_rng(0).integers(0, 2**bits, (3, 5, 128)).astype(np.uint8)
-    words = pack_words(mx.array(codes), bits)
+    words = pack_codes(mx.array(codes), bits)
     one = mx.ones((3, 5, 1))
     assert (np.array(mx.dequantize(words, one, one*0, group_size=128, bits=bits)) == codes).all()
-    assert (np.array(words) == pack_words(codes, bits)).all()
+    assert (np.array(words) == pack_codes(codes, bits)).all()
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 8), st.integers(1, 4), st.integers(0, 2**32-1))
 def test_packing_round_trip(bits, words, seed):
     codes = np.random.default_rng(seed).integers(0, 2**bits, (2, 32*words)).astype(np.uint8)
-    assert pack_words(codes, bits).shape == (2, words*bits) and (_unpack_words(pack_words(codes, bits), bits) == codes).all()
+    assert pack_codes(codes, bits).shape == (2, words*bits) and (unpacked(pack_codes(codes, bits), bits) == codes).all()
 
 # every library, every width
 
@@ -320,7 +322,7 @@ def test_a_step_for_each_vector(bits, gain):
 def test_bytes_of_the_format(d, bits):
     import mlx.core as mx
     codes, scales = encode_rotated(_rotate(mx.array(unit(7, d)), 42), bits)
-    assert pack_words(codes, bits).nbytes+scales.nbytes == nbytes(Format(bits, None, 'tq'), (7, d))
+    assert pack_codes(codes, bits).nbytes+scales.nbytes == nbytes(Format(bits, None, 'tq'), (7, d))
     if d % 32 == 0: assert nbytes(Format(bits, None, 'tq'), (1, d)) == bits*d//8+2
 
 @pytest.mark.parametrize('name', ['tq1', 'tq7', 'tq4g64', 'tq'])

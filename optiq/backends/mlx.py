@@ -7,14 +7,15 @@ __all__ = ['MLXBackend']
 
 # %% ../../nbs/03c_backends.mlx.ipynb #d7fad8d7
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 from fastcore.basics import patch
 
 from .replay import Backend, available_memory, check_all, check_logits
 from .trees import _forgetful
-from .taps import _block, _descend, _standing_in, mlx_attention, mlx_blocks, mlx_listening
-from .taps import mlx_products, mlx_watching, same
+from .taps import _block, _blocks, _descend, _standing_in, mlx_attention, mlx_blocks, mlx_listening
+from .taps import mlx_products
 from ..models import Checkpoint
 
 # %% ../../nbs/03c_backends.mlx.ipynb #e3ba4f24
@@ -73,13 +74,12 @@ class MLXBackend(Backend):
     def block(self, i: int): return _block(self.model, self.checkpoint.blocks, i)
     def stand_ins(self, stand_in): return mlx_blocks(self.model, self.checkpoint.blocks, stand_in)
 
-    def watching(self, see): return mlx_watching(self.model, see, self.checkpoint.blocks)
-    def attention(self, changes: dict): # block ▸ {'keys': function, 'values': function}
-        blocks = {i: self.block(i) for i in changes}
-        def attend(i, *args, **kwargs):
-            keys, values = (changes[i].get(k, same) for k in ('keys', 'values'))
-            with mlx_attention(lambda k, v: (keys(k), values(v))): return blocks[i](*args, **kwargs)
-        return _standing_in(blocks, attend, '__call__')
+    def attending(self, change, which=None): # blocks; all by default
+        blocks = dict(enumerate(_blocks(self.model, self.checkpoint.blocks))) if which is None else {
+            i: self.block(i) for i in which}
+        def run(i, *args, **kwargs):
+            with mlx_attention(partial(change, i)): return blocks[i](*args, **kwargs)
+        return _standing_in(blocks, run, '__call__')
 
 # %% ../../nbs/03c_backends.mlx.ipynb #9ae1ec40
 @patch(as_prop=True)

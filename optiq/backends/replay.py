@@ -7,14 +7,16 @@ __all__ = ['Backend', 'available_memory', 'check_finite', 'check_all', 'check_lo
 
 # %% ../../nbs/03_backends.replay.ipynb #0864eba9
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 from fastcore.basics import patch
 
+from .taps import same
 from .trees import _forgetful, _grown, _leaves, _write, _written
+from ..calibration import _check_ids
 from ..folder import read_header
 from ..models import Checkpoint
 from ..units import Unit
@@ -24,17 +26,6 @@ os.environ.setdefault('MLX_ENABLE_TF32', '0') # float32 means float32
 
 # %% ../../nbs/03_backends.replay.ipynb #57493ff7
 class _Recorded(Exception): "Ends a forward pass when we know the last block's arguments"
-
-# %% ../../nbs/03_backends.replay.ipynb #d7d10002
-def _check_ids(checkpoint: Checkpoint, ids: np.ndarray):
-    "Raise ValueError for token ids beyond the model's vocabulary"
-    if not ids.size or 0 <= ids.min() <= ids.max() < checkpoint.vocabulary: return
-    if all(u.kind != 'embed' for u in checkpoint.units): return # a table of bare arrays may be longer than the head
-    known = {v for k, v in checkpoint.config.items() if k.endswith(('token_id', 'token_index')) and isinstance(v, int)}
-    odd = [i for i in np.unique(ids).tolist() if not 0 <= i < checkpoint.vocabulary and i not in known]
-    if odd: raise ValueError(
-        f'{checkpoint.name} has {checkpoint.vocabulary:,} tokens, and id {odd[-1]} is not one of them: '
-        'these ids come from the tokenizer of another model')
 
 # %% ../../nbs/03_backends.replay.ipynb #85a67ce8
 class Backend:
@@ -334,6 +325,13 @@ def as_cached(self: Backend, unit: Unit, f, x): # (B, heads, T, head_dim) on the
     stored = self.typed(x, unit.dtype)
     changed = f(stored)
     return x if changed is stored else self.cast(changed)
+
+# %% ../../nbs/03_backends.replay.ipynb #dfa30582
+@patch
+def attention(self: Backend, changes: dict): # block ▸ {'keys': function, 'values': function}
+    "While this lasts, attention in these blocks reads changed keys and values"
+    def change(i, q, *kv): return [changes.get(i, {}).get(kind, same)(x) for kind, x in zip(('keys', 'values'), kv)]
+    return self.attending(change, changes) if changes else nullcontext()
 
 # %% ../../nbs/03_backends.replay.ipynb #06b681a4
 class _Heard(Exception): "Raised by a listener to end a run when it has all it needs"

@@ -14,8 +14,9 @@ from fastcore.basics import patch
 
 from .mlx import MLXBackend
 from .parts import ReplayBackend
-from .replay import Backend, available_memory, check_all, check_finite, _check_ids
+from .replay import Backend, available_memory, check_all, check_finite
 from .taps import _block, _descend, same
+from ..calibration import _check_ids
 from ..folder import read_header
 from ..models import Checkpoint
 from ..units import Unit

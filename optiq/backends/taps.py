@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['same', 'torch_attention', 'torch_listening', 'torch_products', 'mlx_blocks', 'mlx_attention', 'mlx_listening',
-           'mlx_products', 'torch_watching', 'mlx_watching']
+           'mlx_products']
 
 # %% ../../nbs/03a_backends.taps.ipynb #26b6031d
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 
 import mlx.core as mx
-
-from ..units import block_lists
 
 # %% ../../nbs/03a_backends.taps.ipynb #4c85e56a
 def same(x): return x # an override that changes nothing
@@ -65,27 +63,20 @@ def _for_themselves():
 
 # %% ../../nbs/03a_backends.taps.ipynb #bd493aec
 @contextmanager
-def _torch_attending(model, attend): # called with (attention, module, query, key, value, …) in the place of attention
-    "While this lasts, a transformers model calls `attend` in the place of its attention"
+def torch_attention(model, change): # called with (layer, queries, keys, values), returns keys and values
+    "While this lasts, attention in a transformers model reads what `change` returns"
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
     name = model.config.get_text_config()._attn_implementation
     before = table.get(name)
-    def instead(module, *args, **kwargs):
-        return attend(before or sys.modules[type(module).__module__].eager_attention_forward, module, *args, **kwargs)
+    def instead(module, query, key, value, *args, **kwargs):
+        attention = before or sys.modules[type(module).__module__].eager_attention_forward
+        found = change(getattr(module, 'layer_idx', None), query, key, value)
+        return attention(module, query, *found, *args, **kwargs)
     table[name] = instead
     try: yield
     finally:
         del table[name]
         if table.get(name) is not before: table[name] = before
-
-# %% ../../nbs/03a_backends.taps.ipynb #6e0c51c1
-def torch_attention(model, changes: dict): # block ▸ {'keys': function, 'values': function}
-    "While this lasts, attention in these blocks sees changed keys and values"
-    def attend(attention, module, query, key, value, *args, **kwargs):
-        change = changes.get(getattr(module, 'layer_idx', None), {})
-        key, value = change.get('keys', same)(key), change.get('values', same)(value)
-        return attention(module, query, key, value, *args, **kwargs)
-    return _torch_attending(model, attend) if changes else nullcontext()
 
 # %% ../../nbs/03a_backends.taps.ipynb #0a697287
 def torch_listening(hear, names: dict): # (id of a parameter, whether it lies transposed) ▸ paths of its units
@@ -153,16 +144,13 @@ def mlx_blocks(model, paths, answer, which=None): # paths of the lists of blocks
 
 # %% ../../nbs/03a_backends.taps.ipynb #4e6ce71f
 @contextmanager
-def _mlx_attending(attend): # called with (attention, q, k, v, …) in the place of attention
-    "While this lasts, MLX models call `attend` in the place of `mx.fast.scaled_dot_product_attention`"
+def mlx_attention(change): # called with (queries, keys, values), returns keys and values
+    "While this lasts, attention in MLX models reads what `change` returns"
     before = mx.fast.scaled_dot_product_attention
-    mx.fast.scaled_dot_product_attention = lambda *args, **options: attend(before, *args, **options)
+    def instead(q, k, v, **options): return before(q, *change(q, k, v), **options)
+    mx.fast.scaled_dot_product_attention = instead
     try: yield
     finally: mx.fast.scaled_dot_product_attention = before
-
-def mlx_attention(change): # function from (keys, values) to (keys, values)
-    "While this lasts, attention in MLX models sees changed keys and values"
-    return _mlx_attending(lambda attention, q, k, v, **options: attention(q, *change(k, v), **options))
 
 # %% ../../nbs/03a_backends.taps.ipynb #4f14b725
 def _mlx_listener(kind: type, path: str, hear) -> type:
@@ -210,26 +198,3 @@ def mlx_products(layers: list, answer): # plain ones and embeddings; called with
     finally:
         for m, kind in zip(layers, kinds): m.__class__ = kind
         _PRODUCTS.pop()
-
-# %% ../../nbs/03a_backends.taps.ipynb #a29386c3
-def torch_watching(model, see): # called with (layer, queries, keys, values)
-    "While this lasts, `see` gets the queries, keys and values of every attention"
-    def attend(attention, module, query, key, value, *args, **kwargs):
-        see(module.layer_idx, query, key, value)
-        return attention(module, query, key, value, *args, **kwargs)
-    return _torch_attending(model, attend)
-
-# %% ../../nbs/03a_backends.taps.ipynb #71d2b7e9
-@contextmanager
-def mlx_watching(model, see, lists=None): # see(block, queries, keys, values); lists: as `mlx_blocks` takes them
-    "While this lasts, `see` gets the queries, keys and values of every attention"
-    lists, now = lists or block_lists(model), None
-    blocks = _blocks(model, lists)
-    def enter(i, *args, **kwargs):
-        nonlocal now
-        now = i
-        return blocks[i](*args, **kwargs)
-    def attend(attention, q, k, v, **options):
-        see(now, q, k, v)
-        return attention(q, k, v, **options)
-    with _mlx_attending(attend), mlx_blocks(model, lists, enter): yield

@@ -17,7 +17,6 @@ from .mlx import _of_type
 from .replay import Backend, available_memory, check_all, check_logits
 from .stream import _fitting
 from .taps import _eager_experts, _standing_in, torch_attention, torch_listening, torch_products
-from .taps import torch_watching
 from ..models import Checkpoint, cannot_open
 from ..readers import told
 from ..units import Unit
@@ -219,8 +218,7 @@ class TorchBackend(Backend):
     def by_loader(self, checkpoint: Checkpoint): return _fitting(checkpoint, None)
     def block(self, i: int): return self.blocks[i]
     def stand_ins(self, stand_in): return _standing_in(dict(enumerate(self.blocks)), stand_in, 'forward')
-    def attention(self, changes: dict): return torch_attention(self.model, changes)
-    def watching(self, see): return torch_watching(self.model, see)
+    def attending(self, change, which=None): return torch_attention(self.model, change)
     def products(self, answer): return torch_products(answer)
 
     def fresh(self, x): return x.clone()

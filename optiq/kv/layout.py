@@ -123,7 +123,7 @@ def kv_layers(
         for part in getattr(c, 'caches', [c]):
             if hasattr(part, 'update_and_fetch'): listener.listen(i, part)
     blocks = mlx_blocks(model, block_lists(model), listener.enter)
-    with _LOOK, _forgetful(model), mlx_attention(listener.attended), blocks:
+    with _LOOK, _forgetful(model), mlx_attention(lambda q, k, v: listener.attended(k, v)), blocks:
         model(mx.zeros((1, 2), mx.int32), cache=caches)
     return [_layer(i, c, listener.calls.get(i, ()), listener.arrived[i]) for i, c in enumerate(caches)]
 

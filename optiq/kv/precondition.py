@@ -79,6 +79,11 @@ def of_values(cls: KeyPrecondition, values): # (n, heads, D) numpy, of one layer
     return cls(0*p.mean, p.scale)
 
 # %% ../../nbs/11a_kv.precondition.ipynb #b87e3d76
+@patch
+def watching(self: Backend, see): # called with (block, queries, keys, values)
+    "While this lasts, `see` gets what every attention reads"
+    return self.attending(lambda i, q, k, v: see(i, q, k, v) or (k, v))
+
 def key_statistics(
     b: Backend,
     tokens: 'np.ndarray | list', # (n, T) calibration tokens, or samples

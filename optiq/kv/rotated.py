@@ -14,6 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 from mlx_lm.models.cache import ArraysCache
 
+from ..arrays import pack_codes
 from ..formats import FAMILIES, Format
 from . import attention, kernels as turbo_kernels
 from .attention import Codec, codec_of, _summable
@@ -22,7 +23,7 @@ from .config import read_kv_config
 from .layout import kv_layers, own_caches
 from .precondition import KeyPrecondition, Turned, in_mlx, load_preconditions, turned
 from ..rotation import codebook, rotation_matrix
-from ..turboquant import STEPS, Rotated, encode_rotated, on_grid, pack_words, padded, scale_of
+from ..turboquant import STEPS, Rotated, encode_rotated, on_grid, padded, scale_of
 
 # %% ../../nbs/11d_kv.rotated.ipynb #93f4d90b
 @mx.compile
@@ -33,7 +34,7 @@ def _encode_one(y, bits: int): # (B, heads, 1, D) float32 ▸ words (B, heads, 1
     near, *found = on_grid(y[..., None, :], length[..., None]*steps, n)
     best = mx.argmax(near, -2, keepdims=True)
     codes, square = (mx.take_along_axis(a, best, -2)[..., 0, :] for a in found)
-    return pack_words(codes+(n-1)/2, bits), scale_of(length, square, n)
+    return pack_codes(codes+(n-1)/2, bits), scale_of(length, square, n)
 
 # %% ../../nbs/11d_kv.rotated.ipynb #c6270c3e
 @lru_cache(256)
@@ -58,7 +59,7 @@ class _RotatedCodec(Codec):
         y = x.astype(mx.float32) @ _rotation(x.shape[-1], self.seed, mx.float32)
         if x.shape[2] == 1: return list(_encode_one(y, self.bits))
         codes, scales = encode_rotated(y, self.bits)
-        return [pack_words(codes, self.bits), scales]
+        return [pack_codes(codes, self.bits), scales]
 
     def encode(self, x): return self.rotated(self.centred(x))
 

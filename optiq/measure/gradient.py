@@ -6,19 +6,15 @@
 __all__ = ['gradient_sweep', 'agreement', 'screened_sweep']
 
 # %% ../../nbs/04d_measure.gradient.ipynb #e2a4b24b
-from pathlib import Path
-
 import numpy as np
 
 from ..backends.open import open_backend
 from ..backends.replay import Backend
 from ..calibration import unscored
-from ..files import own_file
 from ..formats import Format, for_unit, parse_format, quantize_dequantize
 from .estimate import _measure_halved
 from .kl import probes
 from .sweep import Sweep, fingerprint_of
-from .journal import same_sweep
 from .log import SweepLog
 from ..units import Unit
 
@@ -39,12 +35,9 @@ def _second_order(
     return [float(((g[u.path]*step(u, f))**2).sum())/2/batch[:, skip:].size for u, f in todo]
 
 # %% ../../nbs/04d_measure.gradient.ipynb #7b1345ba
-def _sweep_to_write(b: Backend, tokens, formats: list[Format], name: str, out, about: dict = {}) -> dict: # its header
-    "What a sweep by another method begins with; raises an error if `out` is there and is not that sweep"
-    header = SweepLog(b, tokens, formats, about=about).header | dict(fingerprint=fingerprint_of(b, tokens, formats,
-                                                                                                name))
-    if out is not None: same_sweep(own_file(out, 'sweep'), header)
-    return header
+def _header_of(b: Backend, tokens, formats: list[Format], name: str, about: dict = {}) -> dict: # name of the quantizer
+    "What a sweep by another method begins with"
+    return SweepLog(b, tokens, formats, about=about).header | dict(fingerprint=fingerprint_of(b, tokens, formats, name))
 
 # %% ../../nbs/04d_measure.gradient.ipynb #2f7bbe31
 def gradient_sweep(
@@ -55,18 +48,14 @@ def gradient_sweep(
     groups: int = 2, # backward passes, each on its share of the sequences
     seed: int = 42, # of the labels
     quantize = quantize_dequantize, # as for `second_order`
-    name: str = 'minmax', # what to call it in the file
-    out: 'str | Path | None' = None, # file to write
-    about: dict = {}, # what else to say of it in the file
+    header: dict | None = None, # of the sweep; that of min-max rounding by default
 ) -> Sweep: # values per group instead of per sequence
     "A sweep by gradients: ½ Σ g²·Δ², the second-order estimate of the KL, in nats, of every unit in every format"
     b, formats = open_backend(model), [parse_format(f) for f in formats]
-    header = _sweep_to_write(b, tokens, formats, f'{name}, gradient', out, about)
     todo, batches = probes(b.checkpoint.units, formats), np.array_split(tokens, min(groups, len(tokens)))
     found = np.array([_second_order(b, batch, todo, quantize, seed+k) for k, batch in enumerate(batches)])
-    sweep = Sweep(b.checkpoint.units, formats, {(u.path, f): v for (u, f), v in zip(todo, found.T)}, header)
-    if out is not None: sweep.save(out)
-    return sweep
+    header = header or _header_of(b, tokens, formats, 'minmax, gradient')
+    return Sweep(b.checkpoint.units, formats, {(u.path, f): v for (u, f), v in zip(todo, found.T)}, header)
 
 # %% ../../nbs/04d_measure.gradient.ipynb #d874ee0f
 def agreement(
@@ -148,16 +137,13 @@ def screened_sweep(
     first: int = 16, # units measured to learn how far estimates are off
     sigmas: float = 1., # doubt, in standard deviations of the log ratio
     quantize = quantize_dequantize, # as for `second_order`
-    name: str = 'minmax', # what to call it in the file
-    out: 'str | Path | None' = None, # file to write
-    about: dict = {}, # what else to say of it in the file
-    progress: bool = True, # no effect yet
+    header: dict | None = None, # of the sweep; that of min-max rounding by default
 ) -> Sweep: # header['exact']: paths that were measured exactly
     "A sweep: exact where that can change a plan at one of the targets, a calibrated estimate elsewhere"
     if not targets: raise ValueError('screening needs the targets that matter; give some, for example 4.5')
     b, formats = open_backend(model), [parse_format(f) for f in formats]
-    header = _sweep_to_write(b, tokens, formats, f'{name}, screened', out, about)
-    estimate, exact = gradient_sweep(b, tokens, formats, quantize=quantize, name=name, about=about), {}
+    header = header or _header_of(b, tokens, formats, 'minmax, screened')
+    estimate, exact = gradient_sweep(b, tokens, formats, quantize=quantize, header=header), {}
     wanted = _spread(estimate, first)
     while wanted:
         todo = [p for p in probes(b.checkpoint.units, formats) if p[0].path in wanted]
@@ -165,5 +151,4 @@ def screened_sweep(
         best, spread = _calibrated(estimate, exact)
         wanted = _in_doubt(best, exact, spread, targets, sigmas)
     best.header = header | dict(exact=sorted({p for p, _ in exact}), spread=spread)
-    if out is not None: best.save(out)
     return best

@@ -85,7 +85,6 @@ def _answer(model, sample: dict): # name ▸ array ▸ (1, S, V) logits
 class ReplayBackend(MLXBackend):
     "Replays a model of several parts, such as one that sees or hears, one sample at a time"
     stacks = False
-    def order(self): return list(range(self.n_blocks)) # of its calls, which may depend on the sample
 
     def raw(self, sample): # ▸ (1, S, V), the logits of the positions that are scored
         mx, ids = self.xp, token_ids(_as_sample(sample))
@@ -146,19 +145,3 @@ def replay(self: ReplayBackend, states: _Passed, overrides: dict = {},
     later = {None, *(states.route[len(calls):] if stop is not None else ())}
     kept = {p: f for p, f in lasting.items() if self.find(p).block in later}
     return replace(states, calls=calls, upto=len(calls), lasting=kept), logits
-
-# %% ../../nbs/03d_backends.parts.ipynb #a19c9f44
-@patch
-def at(self: _Streams, block: int | None):
-    "A sample before this block; for None at its start, where each block compares what it gets with what it got"
-    if block is None: return replace(self, answers=(), before={a[2]: a for a in self.answers})
-    n = next((k for k, a in enumerate(self.answers) if a[2] >= block), len(self.answers))
-    return replace(self, answers=self.answers[:n])
-
-@patch
-def ask(self: ReplayBackend, states: _Streams, i: int, overrides: dict, args, kwargs):
-    "What a block answers, what it wrote, its number, and what it got"
-    given, before = [self.fresh(x) for x in _leaves((args, kwargs))], states.before.get(i)
-    def same(x, y): return x.shape == y.shape and bool((x == y).all())
-    known = before and not overrides and len(given) == len(before[3]) and all(map(same, given, before[3]))
-    return before if known else (*self.whole_answer(i, overrides, args, kwargs), i, given)

@@ -229,8 +229,10 @@ def _model_card(name: str, source: str, plan, calibration: str, measured: dict =
     rows = ''.join(f'| {k} | {v} |\n' for k, v in measured.items())
     gone = ', '.join(f'{part} ({n:,} parameters)' for part, n in plan.gone.items())
     draft, kept = plan.solver.get('draft'), ''
-    if draft: kept = (f'\nThe head that drafts tokens is kept in `{draft["file"]}` at {draft["format"]}, '
-                      f'{draft["nbytes"]/2**20:.1f} MB beside the size above: {_DRAFTS.format(name=name, draft=Path(name)/Path(draft["file"]).parent)}.\n')
+    if draft:
+        use = _DRAFTS.format(name=name, draft=Path(name)/Path(draft['file']).parent)
+        kept = (f'\nThe head that drafts tokens is kept in `{draft["file"]}` at {draft["format"]}, '
+                f'{draft["nbytes"]/2**20:.1f} MB beside the size above: {use}.\n')
     if gone: kept += f'\nThe loader leaves out {gone}; this model is without.\n'
     package = LOADERS[model_type].replace('_', '-')
     return _CARD.format(name=name, source=source, counts=counts, plan=plan, calibration=calibration, measured=rows,
@@ -293,7 +295,7 @@ def convert(
         if quantizer is None: quantizer = _as_planned(plan, sweep, source if isinstance(source, Backend) else c,
                                                       rounded)
         _write(c, plan, part, quantizer)
-        if c.left_out: plan = replace(plan, made=plan.made | dict(left_out=c.left_out)) # a plan of no sweep does not know
+        if c.left_out: plan = replace(plan, made=plan.made | dict(left_out=c.left_out)) # without a sweep
         if kept := _keep_draft(c, part, head): plan = replace(plan, solver=plan.solver | dict(draft=kept))
         check_saved(part, plan, c, quantizer, c.trust_remote_code)
         if polish:

@@ -50,8 +50,9 @@ def _in_few_bits(reader, config: dict, arrays: dict, fmt: Format) -> tuple: # na
     usual = {k: said[k] for k in ('group_size', 'bits', 'mode') if k in said}
     for name, w in arrays.items():
         path, _, part = name.rpartition('.')
+        mine = part == 'weight' and path in takes and reader.should_quantize_key(name)
         if f'{path}.scales' in arrays: out[name], entries[path] = w, said.get(path) or usual
-        elif fmt != AS_IS and part == 'weight' and path in takes and reader.should_quantize_key(name) and divides(fmt, w.shape):
+        elif mine and fmt != AS_IS and divides(fmt, w.shape):
             out |= {f'{path}.{k}': x for k, x in quantize_minmax(w, fmt).items()}
             entries[path] = config_entry(fmt)
         else: out[name] = w

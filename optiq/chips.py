@@ -196,11 +196,17 @@ class Speed:
     context: float # tokens in the cache halfway through
 
     @property
-    def tps(self): return float(np.median(self.runs))
+    def tps(self):
+        "Median tokens per second"
+        return float(np.median(self.runs))
     @property
-    def ms(self): return 1e3/self.tps
+    def ms(self):
+        "Milliseconds for one token"
+        return 1e3/self.tps
     @property
-    def spread(self): return float(np.subtract(*np.percentile(self.runs, [75, 25]))/2)
+    def spread(self):
+        "Half of the interquartile range, in tokens per second"
+        return float(np.subtract(*np.percentile(self.runs, [75, 25]))/2)
     def __repr__(self): return f'{self.tps:.1f} ± {self.spread:.1f} tok/s at context {self.context:.0f}'
 
 # %% ../nbs/20a_chips.ipynb #6b0db320

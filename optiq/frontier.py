@@ -24,8 +24,11 @@ class Frontier(list):
         self.rivals = dict(rivals) # name of a baseline ▸ Plan with no more bytes
         self.scores = dict(scores) # name of a plan ▸ (n,) KL per sequence
 
-    def everyone(self): return [*self, *self.rivals.values(), *self.baselines]
+    def everyone(self):
+        "All plans: those on the curve, the rivals of the baselines, the baselines"
+        return [*self, *self.rivals.values(), *self.baselines]
     def to_frame(self):
+        "The points of all plans as a pandas DataFrame"
         import pandas as pd
         return pd.DataFrame(self.points())
     def _repr_html_(self):

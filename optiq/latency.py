@@ -86,14 +86,20 @@ class Speeds:
     rows: list # of dicts: name, size_mb, true_bpw, predicted, and if measured: measured, spread, calibration
     about: dict = field(default_factory=dict)
 
-    def errors(self): return {r['name']: r['predicted']/r['measured']-1 for r in self.rows if r.get('measured')}
+    def errors(self):
+        "Name ▸ error of the prediction as a share of the measured speed; only of measured plans"
+        return {r['name']: r['predicted']/r['measured']-1 for r in self.rows if r.get('measured')}
     def to_frame(self):
+        "The rows as a pandas DataFrame, with the errors"
         import pandas as pd
         return pd.DataFrame([r|dict(error=self.errors().get(r['name'])) for r in self.rows])
-    def save(self, path): write_json(path, dict(optiq='speeds')|asdict(self))
+    def save(self, path):
+        "Write the rows to a JSON file"
+        write_json(path, dict(optiq='speeds')|asdict(self))
     @classmethod
-    def load(cls, path): return cls(*map(read_ours(path, 'speeds', dict(rows=[OBJECT], about=OBJECT)).get,
-                                         ('rows', 'about')))
+    def load(cls, path):
+        "Read such a file; raises ValueError for another one"
+        return cls(*map(read_ours(path, 'speeds', dict(rows=[OBJECT], about=OBJECT)).get, ('rows', 'about')))
 
 # %% ../nbs/20b_latency.ipynb #62d04d50
 @patch(as_prop=True)

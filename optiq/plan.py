@@ -52,10 +52,14 @@ class Plan(Mapping):
         return self.other_bytes+sum(u.nbytes(self.formats[u.path]) for u in self.units)
 
     @property
-    def true_bpw(self): return 8*self.nbytes/self.params
+    def true_bpw(self):
+        "Bits per weight of the whole model, with scales, biases and unquantized tensors"
+        return 8*self.nbytes/self.params
 
     @property
-    def size_mb(self): return self.nbytes/2**20
+    def size_mb(self):
+        "Size of everything that is saved, in MB of 2**20 bytes"
+        return self.nbytes/2**20
     def __post_init__(self): self.formats = {u.path: self._stored_as(u) for u in self.units}
     def _stored_as(self, u):
         f = self.formats.get(u.path, AS_IS)

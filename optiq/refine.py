@@ -149,6 +149,7 @@ class Verified:
     baselines: tuple = () # names of those that needed no measurement
 
     def to_frame(self):
+        "The plans that we measured as a pandas DataFrame, one in each row"
         import pandas as pd
         return pd.DataFrame(self.rows)
     def _repr_html_(self):

@@ -206,15 +206,22 @@ class Report:
     about: dict = field(default_factory=dict) # text, tokens, machine, command …; verdicts of a comparison
 
     @property
-    def metrics(self): return [k for k in _columns(self.rows) if k not in _SIZES and k != 'name']
+    def metrics(self):
+        "Names of the columns that are neither a size nor the name"
+        return [k for k in _columns(self.rows) if k not in _SIZES and k != 'name']
 
     @property
-    def verdicts(self): return self.about.get('verdicts', {})
+    def verdicts(self):
+        "Metric ▸ result of its paired test, as a dict; empty without a comparison"
+        return self.about.get('verdicts', {})
 
     @property
-    def said(self): return [f'{_metric(k).title}: {v["text"]}' for k, v in self.verdicts.items()]
+    def said(self):
+        "One sentence for each verdict"
+        return [f'{_metric(k).title}: {v["text"]}' for k, v in self.verdicts.items()]
 
     def to_frame(self): # ▸ pandas DataFrame
+        "The rows as a pandas DataFrame, without the items of each model"
         import pandas as pd
         return pd.DataFrame([{k: v for k, v in r.items() if k not in ('items', 'on')} for r in self.rows])
     def __repr__(self): return '\n'.join([fit(_table(self.rows)), *self.said])

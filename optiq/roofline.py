@@ -120,10 +120,15 @@ class Reads:
     other_bytes: int # of all other weights: norms, routers, convolutions
     cache: Callable # context ▸ bytes
 
-    def nbytes(self, u: Unit, fmt: Format) -> int: return nbytes(fmt, self.active[u.path], u.itemsize)
+    def nbytes(self, u: Unit, fmt: Format) -> int:
+        "Bytes that one token reads of a unit in a format"
+        return nbytes(fmt, self.active[u.path], u.itemsize)
     def total(self, formats: dict) -> int:
+        "Bytes of weights that one token reads with these formats, unit path ▸ Format"
         return self.other_bytes+sum(self.nbytes(u, formats[u.path]) for u in self.units)
-    def shapes(self) -> list: return sorted({s for s in self.active.values() if s[0] > 1}, key=prod)
+    def shapes(self) -> list:
+        "The different (rows, width) that are read, the smallest first; single rows left out"
+        return sorted({s for s in self.active.values() if s[0] > 1}, key=prod)
     def __repr__(self):
         whole, grows = self.total({u.path: AS_IS for u in self.units}), (self.cache(1024)-self.cache(0))/1024
         return (f'{self.layers} layers, {len(self.units)} units, {whole/2**20:.2f} MB per token as is, '
@@ -170,26 +175,44 @@ class Latency:
         return self.reads.nbytes(u, fmt)*self.chip.factor(fmt, self.reads.active[u.path])/self.chip.bandwidth/1e6
 
     @property
-    def cache(self): return self.reads.cache(self.context)*self.chip.factor('kv')/self.chip.bandwidth/1e6
+    def cache(self):
+        "Milliseconds to read keys and values of the context"
+        return self.reads.cache(self.context)*self.chip.factor('kv')/self.chip.bandwidth/1e6
 
     @property
-    def overhead(self): return (self.reads.layers*self.chip.dispatch+self.chip.constant)/1e3
+    def overhead(self):
+        "Milliseconds of the device beside reading: its dispatches in every layer, and a constant"
+        return (self.reads.layers*self.chip.dispatch+self.chip.constant)/1e3
 
     @property
-    def host(self): return (self.reads.layers*self.chip.host+self.chip.host_constant)/1e3
+    def host(self):
+        "Milliseconds that the CPU needs to send one token's work"
+        return (self.reads.layers*self.chip.host+self.chip.host_constant)/1e3
 
     @property
-    def fixed(self): return self.reads.other_bytes/self.chip.bandwidth/1e6+self.cache+self.overhead
-    def weights(self, plan): return sum(self(u, plan[u.path]) for u in self.reads.units)
-    def device(self, plan): return self.weights(plan)+self.fixed
-    def ms(self, plan): return max(self.device(plan), self.host)
-    def tps(self, plan): return 1e3/self.ms(plan)
+    def fixed(self):
+        "Milliseconds of the device that no plan changes"
+        return self.reads.other_bytes/self.chip.bandwidth/1e6+self.cache+self.overhead
+    def weights(self, plan):
+        "Milliseconds to read the units in the formats of a plan"
+        return sum(self(u, plan[u.path]) for u in self.reads.units)
+    def device(self, plan):
+        "Milliseconds of the device for one token"
+        return self.weights(plan)+self.fixed
+    def ms(self, plan):
+        "Milliseconds for one token: the slower of device and CPU"
+        return max(self.device(plan), self.host)
+    def tps(self, plan):
+        "Tokens per second"
+        return 1e3/self.ms(plan)
 
     def terms(self, plan):
+        "Milliseconds of each part, as a dict"
         return dict(weights=self.weights(plan), cache=self.cache, overhead=self.overhead, host=self.host)
 
     @property
     def how(self):
+        "What it was calibrated with, in words"
         return f'calibrated with {self.point["name"]}' if self.point else 'not calibrated: an upper bound of the speed'
 
     def __repr__(self):

@@ -35,18 +35,32 @@ class Unit:
     beside: int = 0 # bytes of a second scale, of the whole tensor, that its stored form has
 
     @property
-    def params(self): return prod(self.shape)
+    def params(self):
+        "Number of weights"
+        return prod(self.shape)
     @property
-    def itemsize(self): return 4 if self.dtype == 'float32' else 2
+    def itemsize(self):
+        "Bytes of an unquantized weight"
+        return 4 if self.dtype == 'float32' else 2
     @property
-    def kept(self): return parse_format(self.stored) if self.stored else AS_IS
-    def keeps(self, fmt: Format) -> bool: return fmt == AS_IS or self.stored == str(fmt)
+    def kept(self):
+        "The format that the checkpoint has it in"
+        return parse_format(self.stored) if self.stored else AS_IS
+    def keeps(self, fmt: Format) -> bool:
+        "Whether it stays as it is stored in this format"
+        return fmt == AS_IS or self.stored == str(fmt)
     def nbytes(self, fmt: Format) -> int:
+        "Bytes in a format, with scales and biases"
         if self.keeps(fmt): return nbytes(self.kept, self.shape, self.itemsize)+self.beside
         return nbytes(fmt, self.shape, self.itemsize)
-    def takes(self, fmt: Format) -> bool: return self.keeps(fmt) or not self.fixed and divides(fmt, self.shape)
-    def bits(self, fmt: Format) -> int: return (self.kept if fmt == AS_IS else fmt).bits or 8*self.itemsize
+    def takes(self, fmt: Format) -> bool:
+        "Whether it can have this format"
+        return self.keeps(fmt) or not self.fixed and divides(fmt, self.shape)
+    def bits(self, fmt: Format) -> int:
+        "Bits of a code in a format; of an unquantized weight 16 or 32"
+        return (self.kept if fmt == AS_IS else fmt).bits or 8*self.itemsize
     def row(self) -> dict: # for files
+        "The unit as a dict, as files hold it"
         return {k: v for k, v in asdict(self).items() if v or k not in ('stored', 'twin', 'beside')}
 
 # %% ../nbs/01b_units.ipynb #0c1d21ae

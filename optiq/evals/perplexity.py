@@ -70,10 +70,12 @@ class Score:
 
     @classmethod
     def of(cls, tokens: np.ndarray): # (3, n, T); the last token's likelihood is not known
+        "A score from negative log-likelihood, KL and agreement of every token"
         return cls(tokens[0, :, :-1].mean(1), tokens[1].mean(1), tokens[2].mean(1), tokens)
 
     @classmethod
     def of_samples(cls, rows: list): # of (3, T) with a T of their own; NaN where nothing is known
+        "The same for samples of different lengths, padded with NaN"
         with np.errstate(all='ignore'): means = np.array([[r[k][~np.isnan(r[k])].mean() for r in rows]
                                                           for k in range(3)])
         wide = max(r.shape[1] for r in rows)
@@ -81,16 +83,24 @@ class Score:
                                     1))
 
     @property
-    def flips(self): return 1-self.agree # (n,) share of tokens whose best token changed
+    def flips(self):
+        "(n,) share of tokens whose best token changed"
+        return 1-self.agree
 
     @property
-    def kl_p99(self): return float(np.nanquantile(self.tokens[1], .99)) # of single tokens: the rare bad ones
+    def kl_p99(self):
+        "99th percentile of the KL of single tokens, in nats"
+        return float(np.nanquantile(self.tokens[1], .99))
 
     @property
-    def perplexity(self): return float(np.exp(self.nll.mean()))
+    def perplexity(self):
+        "exp of the mean negative log-likelihood"
+        return float(np.exp(self.nll.mean()))
 
     @property
-    def perplexity_se(self): return self.perplexity*_se(self.nll) # first-order error of exp
+    def perplexity_se(self):
+        "Standard error of the perplexity over sequences, to first order"
+        return self.perplexity*_se(self.nll)
 
     def __repr__(self):
         figures = (('perplexity', self.perplexity, self.perplexity_se, '.2f'),

@@ -140,24 +140,35 @@ class KVLayout:
 
     @property
     def units(self):
+        "Keys and values of every layer that can be quantized, as units of (tokens, heads, width)"
         return [Unit(f'cache.{l.index}.{kind}', kind, (l.held(self.context), l.heads, dim), l.block, l.dtype)
                 for l in self.layers if not l.left
                 for kind, dim in (('keys', l.key_dim), ('values', l.value_dim))]
 
     @property
-    def other_bytes(self): return sum(l.nbytes(self.context) for l in self.layers if l.left)
+    def other_bytes(self):
+        "Bytes of the layers that stay as they are"
+        return sum(l.nbytes(self.context) for l in self.layers if l.left)
 
     @property
-    def nbytes(self): return sum(l.nbytes(self.context) for l in self.layers)
+    def nbytes(self):
+        "Bytes of the whole cache, unquantized"
+        return sum(l.nbytes(self.context) for l in self.layers)
 
     @property
-    def params(self): return sum(u.params for u in self.units)+self.other_bytes//2
+    def params(self):
+        "Number of values in the cache; layers that stay as they are count as 16-bit values"
+        return sum(u.params for u in self.units)+self.other_bytes//2
 
     @property
-    def left(self): return {l.index: l.left for l in self.layers if l.left}
+    def left(self):
+        "Index of a layer that stays as it is ▸ why"
+        return {l.index: l.left for l in self.layers if l.left}
 
     @property
-    def header(self): return dict(layers=[asdict(l) for l in self.layers], context=self.context)
+    def header(self):
+        "Layers and context as a dict, as the file of a sweep holds them"
+        return dict(layers=[asdict(l) for l in self.layers], context=self.context)
 
 # %% ../../nbs/11_kv.layout.ipynb #be2fe5cc
 def _hashed(text: str) -> str: return hashlib.sha256(text.encode()).hexdigest()[:12]

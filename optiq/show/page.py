@@ -90,8 +90,10 @@ def _wished(plan: Plan) -> str:
 # %% ../../nbs/64_show.page.ipynb #5847125c
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;
 background:#fff}table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.15rem .7rem;text-align:left;
-border-bottom:1px solid #ddd}pre{background:#f4f4f4;padding:.7rem;overflow-x:auto}svg{max-width:100%;height:auto}
-@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}pre{background:#242424}td,th{border-color:#444}}"""
+border-bottom:1px solid #ddd}pre{background:#f4f4f4;padding:.7rem;overflow-x:auto}
+.wide{overflow-x:auto}
+@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}pre{background:#242424}td,th{border-color:#444}
+circle{fill:#56b4e9}line{stroke:#56b4e9}rect:not([stroke]){stroke:#999;stroke-width:.5}}"""
 _SAFE = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def _commands(folder: Path, plan: Plan) -> list: # of lines
@@ -107,13 +109,17 @@ def _commands(folder: Path, plan: Plan) -> list: # of lines
 # %% ../../nbs/64_show.page.ipynb #31fb6b27
 _BEGINS = '<!doctype html><!-- a report of optiq -->' # by which we know a file that we may replace
 
+def _wide(figure: str) -> str: # HTML
+    "A figure at its own size, so that its text can be read on a phone, where you move it sideways"
+    return f'<div class="wide">{figure.replace("max-width:100%;height:auto", "")}</div>'
+
 def _sections(folder: Path, plan: Plan, sweep: Sweep | None) -> dict: # title ▸ HTML
     "The parts of a report"
     rows = _spans(plan, sweep)
     every = _table(('tensor', 'format', 'KL'), [(p, f, plus_minus(kl, se, '.2e')) for p, f, kl, se in rows])
-    found = {'Formats': plan_svg(plan)+_sizes(plan)}
+    found = {'Formats': _wide(plan_svg(plan))+_sizes(plan)}
     if not rows: found['KL by tensor'] = '<p>There is no measurement of the single tensors in these formats.</p>'
-    else: found['KL by tensor'] = f'{_bars_svg(rows)}<details><summary>All {len(rows)}</summary>{every}</details>'
+    else: found['KL by tensor'] = f'{_wide(_bars_svg(rows))}<details><summary>All {len(rows)}</summary>{every}</details>'
     found['Predicted and measured'] = _measured(plan)
     wished = _wished(plan)
     if wished: found['Wishes'] = wished

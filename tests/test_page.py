@@ -76,3 +76,18 @@ def test_only_a_report_is_replaced(tmp_path):
         with pytest.raises(FileExistsError, match='stays as it is'): save_page('nowhere', tmp_path/'thesis.html', overwrite=True)
         assert 'my thesis' in mine.read_text()
         mine.unlink()
+
+def luminance(colour):
+    def part(x): return x/12.92 if x <= .03928 else ((x+.055)/1.055)**2.4
+    return sum(k*part(int(colour[i:i+2], 16)/255) for k, i in ((.2126, 1), (.7152, 3), (.0722, 5)))
+
+def test_figures_can_be_seen_in_the_dark_and_read_on_a_phone(folder):
+    html = _page(folder)
+    dark = html.split('prefers-color-scheme:dark')[1].split('</style>')[0]
+    drawn = {name: re.search(rf'{name}[^{{}}]*{{[^}}]*?(#[0-9a-f]+)', dark)[1] for name in ('circle', 'line', 'rect')}
+    full = {k: v if len(v) == 7 else '#'+''.join(2*c for c in v[1:]) for k, v in drawn.items()}
+    paper = luminance('#181818')
+    assert '#181818' in dark and all((luminance(c)+.05)/(paper+.05) > 3 for c in full.values()), full
+    figures = re.findall('(<div class="wide">)?<svg([^>]*)>', html)
+    assert len(figures) == 2 and all(w and 'width="760"' in attrs and 'max-width' not in attrs for w, attrs in figures)
+    assert '.wide{overflow-x:auto}' in html and 'svg{' not in html.split('</style>')[0]

@@ -77,8 +77,10 @@ def _wished(plan: Plan) -> str:
 # %% ../../nbs/64_show.page.ipynb #5847125c
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;
 background:#fff}table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.15rem .7rem;text-align:left;
-border-bottom:1px solid #ddd}pre{background:#f4f4f4;padding:.7rem;overflow-x:auto}svg{max-width:100%;height:auto}
-@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}pre{background:#242424}td,th{border-color:#444}}"""
+border-bottom:1px solid #ddd}pre{background:#f4f4f4;padding:.7rem;overflow-x:auto}
+.wide{overflow-x:auto}
+@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}pre{background:#242424}td,th{border-color:#444}
+circle{fill:#56b4e9}line{stroke:#56b4e9}rect:not([stroke]){stroke:#999;stroke-width:.5}}"""
 _SAFE = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def _commands(folder: Path, plan: Plan) -> list: # of lines
@@ -92,11 +94,15 @@ def _commands(folder: Path, plan: Plan) -> list: # of lines
     return [again, f'optiq verify {folder.name} --reference {plan.model}', f'mlx_lm.generate --model {folder.name}']
 
 # %% ../../nbs/64_show.page.ipynb #31fb6b27
+def _wide(figure: str) -> str: # HTML
+    "A figure at its own size, so that its text can be read on a phone, where you move it sideways"
+    return f'<div class="wide">{figure.replace("max-width:100%;height:auto", "")}</div>'
+
 def _by_tensor(rows: list) -> str:
     "The tensors that suffer most as a figure, and all in a table"
     if not rows: return '<p>There is no measurement of the single tensors in these formats.</p>'
     every = _html_table(('tensor', 'format', 'KL'), [(p, f, plus_minus(kl, se, '.2e')) for p, f, kl, se in rows])
-    return f'{_bars_svg(rows)}<details><summary>All {len(rows)}</summary>{every}</details>'
+    return f'{_wide(_bars_svg(rows))}<details><summary>All {len(rows)}</summary>{every}</details>'
 
 def _sections(folder: Path, plan: Plan, sweep: Sweep | None) -> dict: # title â–¸ HTML
     "The parts of a report, without those that are empty"
@@ -104,7 +110,7 @@ def _sections(folder: Path, plan: Plan, sweep: Sweep | None) -> dict: # title â–
     kv = folder/'kv_config.json'
     cache = f'<pre>{escape(kv.read_text(encoding="utf-8")[:20_000])}</pre>' if kv.is_file() else ''
     commands = f'<pre>{escape(chr(10).join(_commands(folder, plan)))}</pre>'
-    found = {'Formats': plan_svg(plan)+held, 'KL by tensor': _by_tensor(_spans(plan, sweep)),
+    found = {'Formats': _wide(plan_svg(plan))+held, 'KL by tensor': _by_tensor(_spans(plan, sweep)),
              'Predicted and measured': _measured(plan), 'Wishes': _wished(plan), 'KV cache': cache,
              'Commands': commands}
     return {title: html for title, html in found.items() if html}

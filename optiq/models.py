@@ -181,6 +181,14 @@ def _first_number(name: str) -> int | None:
     "The block of a tensor, by its name: that of model.layers.3.mlp.experts.17.up_proj.weight is 3"
     return next((int(p) for p in name.split('.') if p.isdigit()), None)
 
+_DIGESTS = {} # (file, when it was written, tensor) ▸ digest: of what this process has read already
+
+def _tensor_digest(file: Path, name: str, at: list) -> bytes: # at: where it begins and ends
+    "The digest of a tensor in a file"
+    key = str(file), file.stat().st_mtime_ns, name
+    if key not in _DIGESTS: _DIGESTS[key] = _digest(file, *at)
+    return _DIGESTS[key]
+
 # %% ../nbs/01_models.ipynb #a319a8e4
 _TOKENIZER = 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'
 _BESIDE = ('generation_config.json', 'hf_quant_config.json', 'preprocessor_config.json', 'processor_config.json',
@@ -297,17 +305,17 @@ class ModelFolder:
         for file in self.files:
             table = sorted(read_header(file).items(), key=lambda x: x[1]['data_offsets'])
             h.update(_digest(file, 0, table[0][1]['data_offsets'][0] if table else file.stat().st_size))
-            for name, t in table: h.update(self.digests.get((file, name)) or _digest(file, *t['data_offsets']))
+            for name, t in table: h.update(_tensor_digest(file, name, t['data_offsets']))
         return h.hexdigest()[:16]+as_type
 
     @cached_property
-    def digests(self) -> dict: return {} # (file, tensor) ▸ what is known before the fingerprint is asked for
+    def places(self) -> dict: # tensor ▸ (file, its name there, where it begins and ends)
+        return {k: (f, k, t['data_offsets']) for f in self.files for k, t in read_header(f).items()}
 
     def digest(self, block: int):
         "Digest the tensors of a block now, since they have just been read"
-        for file, (name, t) in ((f, x) for f in self.files for x in read_header(f).items()):
-            if _first_number(name) != block or (file, name) in self.digests: continue
-            self.digests[file, name] = _digest(file, *t['data_offsets'])
+        for name, place in self.places.items():
+            if _first_number(name) == block: _tensor_digest(*place)
 
 # %% ../nbs/01_models.ipynb #c74238b0
 _NO_WEIGHTS = r'inv_freq$|rotary|position_ids|lm_head\.weight$' # of a tied head; `check_two_heads` looks at that

@@ -6,6 +6,7 @@
 __all__ = ['ROUNDING', 'QUANTIZERS', 'as_overrides', 'round_model', 'RoundTrips', 'round_to_files', 'dwq']
 
 # %% ../nbs/06_rounding.ipynb #180ca31b
+import hashlib
 import sys
 import time
 from collections.abc import Mapping
@@ -236,7 +237,7 @@ class RoundTrips(Mapping):
         if method not in QUANTIZERS: raise ValueError(f'no rounding {method!r}; there are {", ".join(QUANTIZERS)}')
         self.b, self.formats, self.method = open_backend(model), list(formats), method
         self.stats, self.held = _listened(self.b, tokens, method), _Held(self.b.checkpoint.unit, blocks)
-        self.keep, self.kept = keep, {} # (path, Format) ▸ file
+        self.keep, self.kept = keep, {} # (path, Format) ▸ what is in a file
         self.name = f'{method}, {" × ".join(map(str, shape_of(tokens)))} tokens {fingerprint(tokens)}'
 
     def __getitem__(self, path): return partial(self.round_trip, path)
@@ -258,13 +259,21 @@ class RoundTrips(Mapping):
         return held[fmt]
 
 # %% ../nbs/06_rounding.ipynb #71f253b3
+class _Kept:
+    "A rounded tensor in a file: a quantizer for `convert`, of one unit in one format"
+    def __init__(self, file: 'str | Path', r): # Rounded or MinMax
+        import mlx.core as mx
+        self.file, self.fmt, stored = str(file), r.fmt, r.stored()
+        mx.save_safetensors(self.file, stored)
+        self.digests = {k: hashlib.sha256(np.array(a.reshape(-1).view(mx.uint8))).digest() for k, a in stored.items()}
+
+    def __call__(self, w, fmt):
+        import mlx.core as mx
+        if fmt != self.fmt: raise ValueError(f'{self.file} was rounded for {self.fmt}, not {fmt}')
+        return mx.load(self.file)
+
 @patch
-def stored(self: RoundTrips, path: str, r) -> Path: # Rounded or MinMax ▸ its file
-    "Save what was rounded"
-    import mlx.core as mx
-    file = self.keep/f'{path} {r.fmt}.safetensors'
-    mx.save_safetensors(str(file), r.stored())
-    return file
+def stored(self: RoundTrips, path: str, r) -> _Kept: return _Kept(self.keep/f'{path} {r.fmt}.safetensors', r)
 
 @patch
 def keep_ends(self: RoundTrips, plan: Mapping): # unit path ▸ Format
@@ -340,26 +349,17 @@ def round_to_files(
     method: str, # 'minmax', 'search' or 'gptq'
     folder: 'str | Path', # where the stored tensors lie until the conversion has read them
     progress: bool = True, # announce the time, show a bar with what is left
-    kept: dict = {}, # (unit path, Format) ▸ file, of what was rounded before
+    kept: dict = {}, # (unit path, Format) ▸ what was rounded before, as `RoundTrips` keeps it
 ) -> dict: # unit path ▸ (weight, format) ▸ stored tensors: a quantizer for `convert`
     "Round a whole plan, a file for each unit, so that no more than a block is in memory"
-    import mlx.core as mx
     b, known = open_backend(model), {p: f for p, f in plan.items() if (p, f) in kept}
-    found = {p: partial(_read, file=str(kept[p, f]), planned=f) for p, f in known.items()}
+    found = {p: kept[p, f] for p, f in known.items()}
     plan = {**plan, **dict.fromkeys(known, AS_IS)} # what is left to do
     if progress and method != 'minmax': _announce_rounding(b, tokens, plan, method)
     with tqdm(total=len(plan)-len(known), desc=method, unit=' tensors', leave=False, disable=not progress) as bar:
         for path, r in round_model(b, tokens, plan, method, bar.update):
-            file = str(Path(folder)/f'{len(found)}.safetensors')
-            mx.save_safetensors(file, r.stored())
-            found[path] = partial(_read, file=file, planned=plan[path])
+            found[path] = _Kept(Path(folder)/f'{len(found)}.safetensors', r)
     return found
-
-# %% ../nbs/06_rounding.ipynb #a7710bf6
-def _read(w, fmt, file, planned):
-    import mlx.core as mx
-    if fmt != planned: raise ValueError(f'{file} was rounded for {planned}, not {fmt}')
-    return mx.load(file)
 
 # %% ../nbs/06_rounding.ipynb #775cff8a
 def _check_dwq(source, tokens, valid: int, batch_size: int):

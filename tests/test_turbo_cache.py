@@ -255,7 +255,7 @@ MADE = dict(affine=lambda: MixedKVCache('4g64', '3g32'), floats=lambda: MixedKVC
             turbo_pair=lambda: _cache_of(*map(parse_format, ('tq3', '8g64'))),
             turbo_prompt=lambda: TurboQuantKVCache(64, 3, precondition='prompt'),
             window=lambda: MixedKVCache('4g64', '3g32', RotatingKVCache(8)),
-            window_rotated=lambda: _cache_of(turned('tq4', 7, precondition()), parse_format('8g64'), RotatingKVCache(8)),
+            window_rotated=lambda: _cache_of(turned('tq4', 7, precondition()), parse_format('8g64'), 8),
             state=lambda: _TurboQuantStateCache(bits=4), state_seeded=lambda: _TurboQuantStateCache(bits=6, seed=7))
 
 def step(c, seed, tokens=1):
@@ -283,6 +283,12 @@ def test_a_round_trip_changes_nothing(kind, road, full, tmp_path):
     step(fresh, 9, 5)
     both = fresh.merge([fresh, c]) # the two meet in a server's batch
     assert abs(step(both.extract(1), 5)-step(c, 5)).max() < 1e-6
+
+def test_the_cache_of_one_text_is_no_batch():
+    "mlx-vlm looks for these methods to tell which of the two it has"
+    for make in (lambda: MixedKVCache('4g64', '3g32'), lambda: TurboQuantKVCache(64, 3), lambda: MixedKVCache(like=RotatingKVCache(8))):
+        one = make()
+        for name in ('filter', 'extend', 'extract', 'prepare', 'finalize'): assert not hasattr(one, name) and hasattr(one.merge([one]), name)
 
 def test_what_cannot_be_one_batch(model):
     a, b = TurboQuantKVCache(64, seed=1), TurboQuantKVCache(64, seed=2)

@@ -154,24 +154,33 @@ def merge(cls: MixedKVCache, caches: list): # each of one text
     if keep: raise ValueError(f'a window that keeps its first {keep} tokens cannot be part of a batch; serve it alone')
     return _alike(caches).holding(CacheList.merge(caches).caches)
 
-@patch
-def extend(self: MixedKVCache, other): # batches
+def _extend(self, other): # batches
     like = _alike([self, other])
     CacheList.extend(self, other)
     self.dims, self.dtype = like.dims, like.dtype
 
-@patch
-def extract(self: MixedKVCache, idx: int):
-    "The cache of one text"
+def _extract(self, idx: int): # ▸ the cache of one text
     size = getattr(self.caches[0], 'max_size', None)
     if self.empty(): return self.holding([RotatingKVCache(size) if size else KVCache()])
     return self.holding([c.extract(idx) for c in self.caches])
 
+# %% ../../nbs/11c_kv.cache.ipynb #48f1ce82
+class _OfBatches:
+    "A method that the cache of one text lacks"
+    def __init__(self, f): self.f = f
+    def __get__(self, cache, kind):
+        if cache is None: return self.f
+        if not hasattr(cache.caches[0], 'left_padding'): raise AttributeError('this is the cache of one text, no batch')
+        return partial(self.f, cache)
+
+MixedKVCache.extend, MixedKVCache.extract = _OfBatches(_extend), _OfBatches(_extract)
+for name in ('filter', 'prepare', 'finalize'): setattr(MixedKVCache, name, _OfBatches(getattr(CacheList, name)))
+
 # %% ../../nbs/11c_kv.cache.ipynb #d5318cbd
-def _cache_of(keys: Format, values: Format, like = None): # ▸ the cache of one layer
-    "A mixed cache that holds tokens as another, or the one that a family of formats brings"
+def _cache_of(keys: Format, values: Format, window: int | None = None, keep: int = 0): # ▸ the cache of one layer
+    "A mixed cache, of a window if there is one, or the one that a family of formats brings"
     own = [FAMILIES[f.mode].cache for f in (keys, values) if hasattr(FAMILIES.get(f.mode), 'cache')]
-    return (own or [MixedKVCache])[0](keys, values, like)
+    return (own or [MixedKVCache])[0](keys, values, window and RotatingKVCache(window, keep))
 
 # %% ../../nbs/11c_kv.cache.ipynb #5f2582fe
 def mixed_caches(
@@ -179,7 +188,8 @@ def mixed_caches(
     formats: dict, # cache index ▸ (format of keys, format of values), as `read_kv_config` returns it
 ) -> list:
     "A list of caches for one text: mixed ones where `formats` names a layer, else the model's own"
-    return [_cache_of(*formats[i], c) if i in formats else c for i, c in enumerate(own_caches(model))]
+    def like(c, pair): return _cache_of(*pair, getattr(c, 'max_size', None), getattr(c, 'keep', 0))
+    return [like(c, formats[i]) if i in formats else c for i, c in enumerate(own_caches(model))]
 
 # %% ../../nbs/11c_kv.cache.ipynb #02cac0e7
 def use_kv_config(
@@ -221,8 +231,7 @@ def _mixed_bytes(
     "Bytes of all layers after `context` tokens: those of real, filled caches; as they are where no format is given"
     def held(l):
         if l.index not in formats: return l.nbytes(context)
-        cache = _cache_of(*formats[l.index], l.window and RotatingKVCache(l.window))
-        tokens, dtype = l.held(context), getattr(mx, l.dtype)
+        cache, tokens, dtype = _cache_of(*formats[l.index], l.window), l.held(context), getattr(mx, l.dtype)
         cache.update_and_fetch(*(mx.zeros((1, l.heads, tokens, d), dtype) for d in (l.key_dim, l.value_dim)))
         return cache.nbytes
     return sum(map(held, layout.layers))

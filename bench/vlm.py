@@ -116,7 +116,7 @@ def again(args, b):
     sweep = Sweep(c.units, WIDTHS, {(r['unit'], parse_format(r['format'])): np.array([r['kl']]) for r in kept['sweep']['units']},
                   dict(model=c.name, params=c.params, other_bytes=c.other_bytes))
     rows, calibration = kept['compare']['report']['rows'], samples(c, n=args.rounding_n)
-    scored, before, done = samples(c, n=args.n_evaluation, split='test'), kept['compare'].get('since', kept['compare']['about']), []
+    scored, before, done = samples(c, n=args.n_evaluation, split='test'), kept['compare'].get('since', kept['compare'])['about'], []
     of = {k: v for k, v in kept['compare']['report']['about'].items() if k != 'verdicts'}
     for row in sorted((r for r in rows if r['name'].endswith(', gptq')), key=lambda r: '4 bits' not in r['name']):
         name = row['name'].removesuffix(', gptq')
@@ -130,7 +130,7 @@ def again(args, b):
         done.append(row['name'])
         print(row['name'], f'KL {row["kl"]:.3g} ± {row["kl_se"]:.2g}', row.get('diagrams'), flush=True)
         report = Report.compare(Report(rows, of))
-        found = dict(report=dict(optiq='report', rows=report.rows, about=report.about), ratios=ratios_of(rows), since=before, measured_again=done)
+        found = dict(report=dict(optiq='report', rows=report.rows, about=report.about), ratios=ratios_of(rows), since=dict(about=before), measured_again=done)
         args.o.write_text(json.dumps(kept | dict(compare=dict(about=kept['compare']['about']) | found), indent=1)+'\n')
     return found
 

@@ -3,7 +3,8 @@
     python3 -m pip install auto-round==0.16.1
     python3 bench/peers/autoround.py MODEL TOKENS.json OUT [--seq-len 2048] [--iters 200] W4 3.5:W2-W3-W4-W8 …
 
-TOKENS.json is a list of sequences of --seq-len tokens. W4 is one width for all matrices of the blocks, W4-asym the same with a zero point,
+TOKENS.json is a list of sequences of --seq-len tokens, such as `token_batch(passages('valid.txt', 'all'), tokenizer, 128, 2048).tolist()`
+of optiq.calibration. W4 is one width for all matrices of the blocks, W4-asym the same with a zero point,
 and 3.5:W2-W3-W4-W8 an AutoScheme of so many true bits from these widths, all in groups of 64. AutoRound counts a scale of 16 bits and a zero
 point of the width for each group where MLX stores two numbers of 16, so we ask it for the same model in its own bits. Everything else that
 is not said here is AutoRound's default: 128 sequences, 8 at once, 200 steps, their rate. OUT/SPEC is an MLX checkpoint whose embedding is left

@@ -119,7 +119,8 @@ def _sections(folder: Path, plan: Plan, sweep: Sweep | None) -> dict: # title â–
     every = _table(('tensor', 'format', 'KL'), [(p, f, plus_minus(kl, se, '.2e')) for p, f, kl, se in rows])
     found = {'Formats': _wide(plan_svg(plan))+_sizes(plan)}
     if not rows: found['KL by tensor'] = '<p>There is no measurement of the single tensors in these formats.</p>'
-    else: found['KL by tensor'] = f'{_wide(_bars_svg(rows))}<details><summary>All {len(rows)}</summary>{every}</details>'
+    else: found['KL by tensor'] = (f'{_wide(_bars_svg(rows))}<details><summary>All {len(rows)}</summary>{every}'
+                                  '</details>')
     found['Predicted and measured'] = _measured(plan)
     wished = _wished(plan)
     if wished: found['Wishes'] = wished

@@ -28,7 +28,8 @@ def _finish(figures: dict, text: str, as_json: bool):
 
 # %% ../nbs/89a_options.ipynb #670b9413
 class _Renamed(click.Option):
-    "An option with old names, which still work; the help shows only the first long name"
+    "An option with old names, which still work; help and errors show only the first long name"
+    def get_error_hint(self, ctx): return f"'{next(o for o in self.opts if o.startswith('--'))}'"
     def get_help_record(self, ctx):
         known, first = self.opts, next(o for o in self.opts if o.startswith('--'))
         self.opts = [o for o in known if not o.startswith('--')]+[first]

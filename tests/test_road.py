@@ -261,6 +261,14 @@ def test_one_thing_has_one_name(name, old):
         new = '--n-calibration' if word == '--samples' else one[p.name]
         assert p.opts[0] == new and re.search(rf'^ +{new} ', said, re.M) and not re.search(rf'^ +{word}\b|, {word}\b', said, re.M)
 
+@pytest.mark.parametrize('words', [['kv-cache', 'demo', '--target-bpw', '0'], ['eval', 'demo', '--task', 'kl', '--n-samples', '0'],
+                                   ['compare', 'demo', 'demo', '--n-samples', 'x']])
+def test_an_error_shows_the_name_that_the_help_shows(words):
+    from click.testing import CliRunner
+    from optiq.cli import main
+    r = CliRunner().invoke(main, words)
+    assert r.exit_code == 2 and re.search(r"Invalid value for '--(target-bits|n-evaluation)': ", r.output) and words[-2] not in r.output
+
 TOGETHER = {'--n-calibration': '--calibration --seq-len', '--n-evaluation': '--evaluation --seq-len',
             '--candidate-bits': '--formats --group-size',
             '--rounding': '--rounding-samples --statistics --dtype --method --time-budget',

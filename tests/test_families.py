@@ -62,3 +62,18 @@ def test_indexers_wake_beyond_what_they_pick(tmp_path, monkeypatch):
     ids = np.random.default_rng(0).integers(11, 500, (1, 4096)).astype(np.int32)
     plain, changed = b.numpy(b.logits(ids))[0], b.numpy(b.logits(ids, change))[0]
     assert change and (plain[:2048] == changed[:2048]).all() and (plain[2048:] != changed[2048:]).any()
+
+def test_experts_in_one_tensor_hear_their_own_tokens(tmp_path, monkeypatch):
+    "DBRX: transformers keeps all experts as the rows of one matrix, mlx-lm each by itself; both hear the same tokens"
+    monkeypatch.syspath_prepend(root/'bench')
+    import families
+    from optiq.backends.open import open_backend
+    from optiq.models import Checkpoint
+    from optiq.statistics import Statistics
+    config, told = families.config_of('mlx-lm', 'dbrx', families.read_table())
+    families.write_checkpoint(tmp_path/'m', config, told, 'hub', False)
+    ids = np.random.default_rng(0).integers(11, 500, (2, 24)).astype(np.int32)
+    here = Checkpoint(tmp_path/'m')
+    torch, mlx = ({p: s and s.count for p, s in Statistics(open_backend(here, b), ids, False).items()} for b in ('torch', 'mlx'))
+    experts = [p for p in here.unit if 'experts' in p]
+    assert torch == mlx and len({torch[p] for p in experts}) > 1 and all(torch[p] < ids.size for p in experts)

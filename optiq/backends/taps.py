@@ -79,7 +79,7 @@ def torch_attention(model, change): # called with (layer, queries, keys, values)
         if table.get(name) is not before: table[name] = before
 
 # %% ../../nbs/03a_backends.taps.ipynb #0a697287
-def torch_listening(hear, names: dict): # (id of a parameter, whether it lies transposed) ▸ paths of its units
+def torch_listening(hear, names: dict): # (id of a parameter, whether it lies transposed) ▸ (path, first number) of its units
     "A context that calls `hear(path, x, expert)` for every product of states `x` with one of these parameters"
     import torch
     from torch.overrides import TorchFunctionMode
@@ -93,7 +93,10 @@ def torch_listening(hear, names: dict): # (id of a parameter, whether it lies tr
             if along or f in across:
                 x, w = (args[k] for k in ((0, 1) if along else across[f]))
                 whole = w if id(w) in known else w._base
-                for path in names.get((id(whole), not along), ()): hear(path, x, expert_of(w, whole))
+                turned = whole is not None and w.stride()[-1] != whole.stride()[-1]
+                for path, first in names.get((id(whole), along == turned), ()):
+                    if w is whole or first is None: hear(path, x, expert_of(w, whole))
+                    elif 0 <= first-w.storage_offset()+whole.storage_offset() < w.numel(): hear(path, x, None)
             return f(*args, **(kwargs or {}))
     return Listener()
 

@@ -256,7 +256,8 @@ def listening(self: TorchBackend, hear, block: int | None):
         unit, step = self.checkpoint.unit[path], param.stride()[-1:] if place is None else place[1][-1:]
         if unit.block != block or len(unit.shape) != param.ndim: continue # of other heads, its inputs are others
         across = step != param.stride()[-1:] # it lies transposed, and is multiplied so
-        names.setdefault((id(param), across), []).append(path)
+        first = place[2] if place and len(unit.shape) < 3 else None # of a part of the parameter
+        names.setdefault((id(param), across), []).append((path, first))
     with _eager_experts(self.model), torch_listening(hear, names): yield
 
 # %% ../../nbs/03b_backends.torch.ipynb #573b52e4

@@ -103,4 +103,5 @@ def pack_codes(
     words = sum(as_type(eight[..., i], 'int64') << bits*i for i in range(8))
     stream = words[..., None].view(library(words)[0].uint8)[..., :bits].reshape(*codes.shape[:-1], -1)
     if hasattr(stream, 'cpu'): stream = stream.cpu().numpy()
-    return np.ascontiguousarray(stream).view('<u4') if isinstance(stream, np.ndarray) else stream.view(library(stream)[0].uint32)
+    if isinstance(stream, np.ndarray): return np.ascontiguousarray(stream).view('<u4')
+    return stream.view(library(stream)[0].uint32)

@@ -139,7 +139,8 @@ def _counts_of(b: Backend) -> dict: # path ▸ (experts,) zeros
     first = {u.block: u for u in reversed(b.checkpoint.units) if u.kind.startswith('experts')}
     return {first[i].path: np.zeros(first[i].shape[0], int) for i in sorted(first)}
 
-def _by_block(b: Backend, counts: dict) -> dict: return {b.checkpoint.unit[p].block: n.tolist() for p, n in counts.items()}
+def _by_block(b: Backend, counts: dict) -> dict: # path ▸ (experts,) ▸ block ▸ list
+    return {b.checkpoint.unit[p].block: n.tolist() for p, n in counts.items()}
 
 def _counting(counts, before: int = 1): # path ▸ (experts,) counts, which it adds to; 0: which it replaces
     "A listener that counts the tokens of each expert"
@@ -171,7 +172,8 @@ def _sweep_header(
     gone = {'left_out': c.left_out} if getattr(c, 'left_out', None) else {}
     return dict(optiq='sweep', model=c.name, params=c.params, other_bytes=c.other_bytes,
                 shape=list(shape_of(tokens)), units=[u.row() for u in c.units], **getattr(c, 'header', {}), **gone,
-                experts={} if late else _tokens_per_expert(b, tokens), blocks=block_hashes(text_of(b.checkpoint, tokens)))
+                experts={} if late else _tokens_per_expert(b, tokens),
+                blocks=block_hashes(text_of(b.checkpoint, tokens)))
 
 # %% ../../nbs/04c_measure.sweep.ipynb #e15b234f
 def fingerprint_of(

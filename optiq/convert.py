@@ -309,9 +309,9 @@ def convert(
         if polish:
             check_saved(part, plan, c, quantizer, c.trust_remote_code)
             polish(part)
+        _save_beside(part, plan, sweep)
         figures = measured(part) if measured else {} # which may read every byte: what it has digested is known below
         check_saved(part, plan, None if polish else c, quantizer, c.trust_remote_code)
-        _save_beside(part, plan, sweep)
         card = _model_card(out.name, c.name, plan, calibration, figures, c.model_type, sweep is not None)
         (part/'README.md').write_text(card, encoding='utf-8')
     return Checkpoint(out, c.trust_remote_code, c.model_type)

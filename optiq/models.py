@@ -177,10 +177,6 @@ def _digest(file: Path, start: int, stop: int) -> bytes:
             start += len(chunk)
     return h.digest()
 
-def _first_number(name: str) -> int | None:
-    "The block of a tensor, by its name: that of model.layers.3.mlp.experts.17.up_proj.weight is 3"
-    return next((int(p) for p in name.split('.') if p.isdigit()), None)
-
 _DIGESTS = {} # (file, when it was written, tensor) ▸ digest: of what this process has read already
 
 def _tensor_digest(file: Path, name: str, at: list) -> bytes: # at: where it begins and ends
@@ -314,8 +310,8 @@ class ModelFolder:
 
     def digest(self, block: int):
         "Digest the tensors of a block now, since they have just been read"
-        for name, place in self.places.items():
-            if _first_number(name) == block: _tensor_digest(*place)
+        for name, place in self.places.items(): # the block in model.layers.3.mlp.experts.17.up_proj.weight is 3
+            if block == next((int(p) for p in name.split('.') if p.isdigit()), None): _tensor_digest(*place)
 
 # %% ../nbs/01_models.ipynb #c74238b0
 _NO_WEIGHTS = r'inv_freq$|rotary|position_ids|lm_head\.weight$' # of a tied head; `check_two_heads` looks at that

@@ -25,7 +25,7 @@ from .evals.perplexity import check_calibration, overrides_of, _scores, _Text
 from .families.samples import batch_for
 from .files import added_files, can_draw, claiming, journal_of, own_output, scratch, whole_folder
 from .fit import _untested
-from .formats import AS_IS, parse_format, quantize_minmax
+from .formats import AS_IS, Format, parse_format, quantize_minmax
 from .job import _announce_road, _baselines, _BESIDE, _check_other_rounding, _check_output, _check_sweep
 from .job import _conditions, _expected, _feasible, _find_sweep, _is_own_folder, _Job, _judge_road, _kv_output
 from .job import _room_for, _told
@@ -120,9 +120,11 @@ def _codes_kept(b, out, rounding: str, room: float): # ▸ folder, or None
     if out is None or b.holds or rounding != 'search': return nullcontext()
     return scratch(out, room)
 
-def _score_beside(b, t: _Batches, plans: dict): # name ▸ Plan
+def _score_beside(b, t: _Batches, w: Weights, likely, lowest: Format):
     "Have the baselines of a streamed model scored while its plans are verified: it is read once for both"
-    if not b.holds and b.stacks: t.begun = _Text(b, t.scored, {n: overrides_of(p) for n, p in plans.items()})
+    if w.verify is False or b.holds or not b.stacks: return
+    plans = _baselines(b.checkpoint, likely, lowest) if w.compare is not False else {}
+    t.begun = _Text(b, t.scored, {n: overrides_of(p) for n, p in plans.items()})
 
 # %% ../nbs/08_pipeline.ipynb #50bd03d3
 def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
@@ -139,7 +141,7 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=method, targets=targets,
                         max_memory=job.states_memory)
     lowest = min(f for f in job.formats if f != AS_IS)
-    if w.verify is not False: _score_beside(b, t, _baselines(c, likely, lowest) if w.compare is not False else {})
+    _score_beside(b, t, w, likely, lowest)
     with _codes_kept(b, out, rounding, len(job.formats)*likely.nbytes) as keep:
         plan, v = _choose(b, t, found, rounding, w.verify is not False, job.only, job.measured, keep, **options)
         if w.polish: plan.solver['rounding'] = f'dwq after {rounding}' # what is saved is not what the sweep measured

@@ -21,12 +21,13 @@ class Gap:
     count: int = 0 # tokens seen
     of_output: bool = False # d is what the output lacks, not what the input does
 
-    def add(self, x, lack): # (…, in_dims), (…, in_dims or out_dims)
+    def add(self, x, lack, part=.5): # (…, in_dims), (…, in_dims or out_dims); how much of them is of the first half
         f32 = library(x)[1]
         x, lack = (f32(a).reshape(-1, a.shape[-1]) for a in (x, lack))
-        half = len(x)//2
-        self.first = self.first+x[:half].T @ x[:half]
-        self.lacks = [s+lack[part].T @ x[part] for s, part in zip(self.lacks, (slice(half), slice(half, None)))]
+        half = int(len(x)*min(1, max(0, part)))
+        if half: self.first = self.first+x[:half].T @ x[:half]
+        for k, of in enumerate((slice(half), slice(half, None))):
+            if len(x[of]): self.lacks[k] = self.lacks[k]+lack[of].T @ x[of]
         self.count += len(x)
 
 # %% ../nbs/06d_aim.ipynb #ffa03858

@@ -140,7 +140,8 @@ def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path â
         if not isinstance(stats, Inputs): continue # nothing was heard, or experts
         if gap is None: gap = Gap(of_output=last and _is_added(p, i, *left, x, behind))
         wanted = p.clean[k] if gap.of_output else p.wanted[k].get(next(iter(heard.stats)))
-        if wanted is not None: gap.add(x, wanted-(behind if gap.of_output else x)) # else it is not reached again
+        if wanted is not None: # else it is not reached again
+            gap.add(x, wanted-(behind if gap.of_output else x), len(p.states)/2-k)
         if gap.of_output: p.behind.append((x, behind))
     return heard.stats, gap
 

@@ -79,7 +79,7 @@ def torch_attention(model, change): # called with (layer, queries, keys, values)
         if table.get(name) is not before: table[name] = before
 
 # %% ../../nbs/03a_backends.taps.ipynb #0a697287
-def torch_listening(hear, names: dict): # (id of a parameter, whether it lies transposed) ▸ (path, first number) of its units
+def torch_listening(hear, names: dict): # (id of a parameter, lies transposed?) ▸ (path, first number) of its units
     "A context that calls `hear(path, x, expert)` for every product of states `x` with one of these parameters"
     import torch
     from torch.overrides import TorchFunctionMode

@@ -73,10 +73,6 @@ def _as_names(ctx, param, text: str | None) -> tuple:
     return tuple(n.strip() for n in (text or '').split(',') if n.strip())
 
 # %% ../nbs/89a_options.ipynb #503bd0e1
-def _as_bytes(unit: int): # ▸ callback of an option
-    "A callback that turns a size in other units into bytes"
-    return lambda ctx, param, x: None if x is None else int(x*unit)
-
 _MB = 2**20
 
 # %% ../nbs/89a_options.ipynb #ceed7fcd
@@ -116,7 +112,7 @@ _READ |= {'str | tuple | list | Callable': _READ['str | tuple | list'], 'Sweep |
 _OWN = dict( # parameter ▸ what its option does not take from it
     n_evaluation=dict(names=['--n-evaluation', '--n-samples']), n=dict(names=['--n-evaluation', '--n-samples']),
     rounding_n=dict(names=['--rounding-samples']), draft=dict(names=['--draft-format'], metavar='FORMAT'),
-    max_bytes=dict(names=['--target-size'], type=float, callback=_as_bytes(_MB), metavar='MB'),
+    max_bytes=dict(names=['--target-size'], type=float, callback=lambda ctx, param, x: x and int(x*_MB), metavar='MB'),
     max_memory=dict(names=['--target-memory'], type=_Size('MB', 'auto'), metavar='MB|16GB|auto'),
     states_memory=dict(names=['--max-memory'], type=_Size('GB'), metavar='16GB'),
     time_budget=dict(metavar='MINUTES', callback=lambda ctx, param, minutes: None if minutes is None else 60*minutes),

@@ -43,7 +43,7 @@ class _NextListener(Listener):
         known = path not in self.stats or self.stats.keys() == self.units.keys()
         if experts is None and known and not self.to_end: raise _Heard
 
-class _Kept:
+class _KeptInputs:
     "Keeps what each matrix is multiplied with; outside the blocks it ends the run when it has all"
     def __init__(self, units): self.units, self.inputs = units, {}
     def __call__(self, path, x, experts=None):
@@ -105,7 +105,7 @@ class _Passage:
         "Take the full-precision model through a block, and keep what its units are multiplied with"
         self.wanted, ahead = [], []
         for k, states in enumerate(self.clean):
-            kept = _Kept(units)
+            kept = _KeptInputs(units)
             ahead.append(self.chunks.one(k, i, states, kept))
             self.wanted.append(kept.inputs)
         if i is not None: self.clean = ahead

@@ -6,6 +6,7 @@
 __all__ = ['ROUNDING', 'QUANTIZERS', 'as_overrides', 'round_model', 'RoundTrips', 'round_to_files', 'dwq']
 
 # %% ../nbs/06_rounding.ipynb #180ca31b
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -116,7 +117,8 @@ def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path â
         heard.last = clean.last = None, None
         p.chunks.one(k, i, states, heard, done)
         x, stats = heard.last
-        if not isinstance(stats, Inputs): continue # nothing was heard, or experts
+        routed = any(re.search(r'experts\.\d', path) for path in heard.stats) # to which other tokens may come
+        if not isinstance(stats, Inputs) or routed: continue # nothing was heard, or experts
         if gap is None: gap = Gap(of_output=len(left) == 1 and _is_added(p, i, *left, x))
         if gap.of_output:
             p.ahead.append(p.chunks.one(k, i, wanted))

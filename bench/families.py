@@ -554,10 +554,10 @@ def reload(m):
         if m.vision: theirs = theirs[:, from_end(s)]
         if getattr(m, 'apart', 0) > CLOSE: return (
             f'transformers and mlx-lm differ in full precision already, by {m.apart:.2g} of the spread')
-        if 'coarse' in m.told: # the loader decodes to bfloat16, and an expert may flip at a rounded sum
+        if 'coarse' in m.told: # says why: an expert may flip at a rounded sum
             off = apart(theirs.reshape(-1, theirs.shape[-1]), ours.reshape(-1, ours.shape[-1]))
             if off > APART: raise Wrong(f'reloaded against ours: off by {off:.2g} at the median token')
-            return f'off by {off:.1g} at the median token, since the loader decodes to bfloat16'
+            return f'off by {off:.1g} at the median token, since the loader {m.told["coarse"]}'
         offs.append(near(theirs, ours, 'reloaded against ours', max(CLOSE, 3*getattr(m, 'apart', 0))))
     return f'off by {max(offs):.1g}'
 

@@ -7,6 +7,7 @@ __all__ = ['ROUNDING', 'QUANTIZERS', 'as_overrides', 'round_model', 'RoundTrips'
 
 # %% ../nbs/06_rounding.ipynb #180ca31b
 import hashlib
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -137,7 +138,8 @@ def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path â
         heard.last = None, None
         behind = p.chunks.one(k, i, states, heard, done)
         x, stats = heard.last
-        if not isinstance(stats, Inputs): continue # nothing was heard, or experts
+        routed = any(re.search(r'experts\.\d', path) for path in heard.stats) # to which other tokens may come
+        if not isinstance(stats, Inputs) or routed: continue # nothing was heard, or experts
         if gap is None: gap = Gap(of_output=last and _is_added(p, i, *left, x, behind))
         wanted = p.clean[k] if gap.of_output else p.wanted[k].get(next(iter(heard.stats)))
         if wanted is not None: # else it is not reached again

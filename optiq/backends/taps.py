@@ -92,6 +92,7 @@ def torch_listening(hear, names: dict): # (id of a parameter, lies transposed?) 
             along = f is torch.nn.functional.linear
             if along or f in across:
                 x, w = (args[k] for k in ((0, 1) if along else across[f]))
+                if id(x) in known: x, w, along = w.mT, x, True # the matrix stands first, as in Mamba
                 whole = w if id(w) in known else w._base
                 turned = whole is not None and w.stride()[-1] != whole.stride()[-1]
                 for path, first in names.get((id(whole), along == turned), ()):

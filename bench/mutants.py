@@ -121,13 +121,13 @@ CHANGES = [
     # rounding
     Change('search ignores how large inputs are', 'known = stats is not None and stats.count', 'known = False', 'test_search_minds'),
     Change('importance without its square', 'else (x*x).sum(0)', 'else abs(x).sum(0)', 'test_importance_is'),
-    Change("the sign of GPTQ's update of what is left", 'w[i+_BLOCK:] -= u[now', 'w[i+_BLOCK:] += u[now', 'test_gptq_is_the_textbooks'),
-    Change("the sign of GPTQ's update within a block", 'z = w[k]-u[:k, k] @ errors[:k]', 'z = w[k]+u[:k, k] @ errors[:k]', 'test_gptq_is_the_textbooks'),
-    Change('the sign of the second look', 'gradient -= h[:, now] @ moves', 'gradient += h[:, now] @ moves', 'test_gptq_is_the_textbooks'),
-    Change('the sign of the second look within a block', 'g = gradient[k]-h[k, :k] @', 'g = gradient[k]+h[k, :k] @', 'test_gptq_is_the_textbooks'),
+    Change("the sign of GPTQ's update of what is left", 'moved = w[now]+r[:i, now].T @ errors[:i]', 'moved = w[now]-r[:i, now].T @ errors[:i]', 'test_gptq_is_the_textbooks'),
+    Change("the sign of GPTQ's update within a block", 'z = z+r_k[:k] @ errors[:k]', 'z = z-r_k[:k] @ errors[:k]', 'test_gptq_is_the_textbooks'),
+    Change('the sign of the second look', 'errors[now] -= moves', 'errors[now] += moves', 'test_gptq_is_the_textbooks'),
+    Change('the sign of the second look within a block', 'g = g-h_k[:k] @', 'g = g+h_k[:k] @', 'test_gptq_is_the_textbooks'),
     Change('a negative rate in DWQ', 'Adam(learning_rate,', 'Adam(-learning_rate,', 'test_dwq_goes_downhill'),
     # conversion
-    Change('saved weights are compared by shape', 'if not mx.array_equal(w.astype(original.dtype), want, equal_nan=False):', 'if w.shape != want.shape:',
+    Change('saved weights are compared by shape', 'if not mx.array_equal(w.astype(dtype), want, equal_nan=False):', 'if w.shape != want.shape:',
            'test_a_wrong_tensor_is_found'),
     Change('fewer bytes than planned are accepted', 'if stored_bytes(saved) != plan.nbytes', 'if stored_bytes(saved) > plan.nbytes', 'test_a_saved_model_is_neither'),
     # speed

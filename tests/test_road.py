@@ -7,7 +7,7 @@ import pytest
 import optiq
 from optiq.formats import Format, parse_formats
 from optiq.measure.sweep import Sweep
-from optiq.readers import _helpful, _hints
+from optiq.readers import _check_types, _helpful, _hints
 from optiq.show.explore import explore, explore_kv
 from sweeps import block_units, make_sweep
 
@@ -16,6 +16,16 @@ ROAD = ['kl_sweep', 'load_sweep', 'allocate', 'pareto', 'convert', 'optimize', '
 def function(name):
     found = getattr(optiq, name)
     return found.convert if inspect.ismodule(found) else found
+
+def test_what_numpy_and_samples_give_is_no_other_type():
+    sample = dict(input_ids=np.zeros((1, 4), int))
+    for name, given in [('kl_sweep', dict(rounding_tokens=[sample], tokens=[sample], progress=np.bool_(True), n=np.int64(4))),
+                        ('kl_sweep', dict(rounding_tokens={}, max_memory=np.float32(1e9))), # statistics stand for their tokens
+                        ('allocate', dict(target_bpw=np.float64(4.5), max_bytes=np.int64(5), protect=None)),
+                        ('convert', dict(source=Path('x'), out=Path('y'), overwrite=np.bool_(False), quantizer={})),
+                        ('verify', dict(model=Path('x'), text=[sample], within=np.float64(2)))]: _check_types(function(name), given)
+    assert optiq.Weights(verify=np.bool_(True)).verify and optiq.Caps(context=np.int64(1)).context == 1
+    with pytest.raises(ValueError, match='`verify` is .*array'): optiq.Weights(verify=np.array([True]))
 
 def test_import_is_quick_and_leads_to_the_road():
     code = 'import time; t = time.perf_counter(); import optiq; print(time.perf_counter()-t); assert {*%r} <= {*dir(optiq)}' % ROAD

@@ -246,7 +246,8 @@ def _check_counts(**given):
             f'`{name}` is {shown(x)}, and should be a whole number of at least 1')
 
 # %% ../nbs/72_readers.ipynb #b435b6c1
-_IS = {bool: lambda x: isinstance(x, bool), str: lambda x: isinstance(x, (str, Path)), NoneType: lambda x: x is None,
+_IS = {bool: lambda x: isinstance(x, bool) or getattr(x, 'dtype', None) == 'bool' and not x.shape, # NumPy's, too
+       str: lambda x: isinstance(x, (str, Path)), NoneType: lambda x: x is None,
        float: lambda x: isinstance(x, Real) and not isinstance(x, bool) and x > 0,
        int: lambda x: isinstance(x, Integral) and not isinstance(x, bool) and x >= 0,
        list: lambda x: isinstance(x, (list, tuple))}

@@ -9,6 +9,7 @@ __all__ = ['sweep_quantizer', 'kl_sweep']
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -192,7 +193,7 @@ def kl_sweep(
     time_budget: float | None = None, # seconds, 600 by default, for the choice of the method
     rounding: str | None = None, # 'minmax', 'search' or 'gptq', as `convert` will round; 'search' by default
     rounding_n: int = 32, # sequences that `search` and `gptq` learn from, the first `n` among them
-    rounding_tokens: np.ndarray | None = None, # tokens to learn from instead; `tokens` by default, if you give them
+    rounding_tokens: 'np.ndarray | list | Mapping | None' = None, # to learn from instead; `tokens`, if you give them
     statistics: 'str | Path | None' = None, # file of what `search` learns, written if it is not there
     targets: 'list[float] | tuple[float, ...]' = (), # nominal bits of the plans that `screened` and `until` look at
     until: str | None = None, # 'stable': stop when the plans at `targets` no longer change

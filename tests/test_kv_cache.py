@@ -100,6 +100,13 @@ def test_files_copies_and_trimming(served, tmp_path):
     assert run(model, prompts[0][-1:], caches) == want
     assert caches[0].trim(10**6) > 0 and caches[0].offset == 0
 
+@pytest.mark.parametrize('state', [(40, '4g64', '3g32'), [[mx.zeros(3)], '4g64', '3g32', 2], ('No', [], ['4g64'], ['3g32'], None, None), [40]])
+def test_a_file_of_another_version_is_refused_in_one_line(tmp_path, state):
+    class Older(MixedKVCache): state = property(lambda self: given)
+    given, Older.__name__, file = state, 'MixedKVCache', str(tmp_path/'o.safetensors')
+    save_prompt_cache(file, [Older('4g64', '3g32')])
+    with pytest.raises(ValueError, match='^this cache was saved by another version.*make it again$'): load_prompt_cache(file)
+
 def test_room_grows_past_a_step(served):
     model, _, _, ids = served
     long = mx.concatenate([ids]*6, 1)

@@ -7,7 +7,7 @@ import pytest
 import optiq
 from optiq.formats import Format, parse_formats
 from optiq.measure.sweep import Sweep
-from optiq.readers import _helpful, _hints
+from optiq.readers import _check_types, _helpful, _hints
 from optiq.show.explore import explore, explore_kv
 from sweeps import block_units, make_sweep
 
@@ -16,6 +16,16 @@ ROAD = ['kl_sweep', 'load_sweep', 'allocate', 'pareto', 'convert', 'optimize', '
 def function(name):
     found = getattr(optiq, name)
     return found.convert if inspect.ismodule(found) else found
+
+def test_what_numpy_and_samples_give_is_no_other_type():
+    sample = dict(input_ids=np.zeros((1, 4), int))
+    for name, given in [('kl_sweep', dict(rounding_tokens=[sample], tokens=[sample], progress=np.bool_(True), n=np.int64(4))),
+                        ('kl_sweep', dict(rounding_tokens={}, max_memory=np.float32(1e9))), # statistics stand for their tokens
+                        ('allocate', dict(target_bpw=np.float64(4.5), max_bytes=np.int64(5), protect=None)),
+                        ('convert', dict(source=Path('x'), out=Path('y'), overwrite=np.bool_(False), quantizer={})),
+                        ('verify', dict(model=Path('x'), text=[sample], within=np.float64(2)))]: _check_types(function(name), given)
+    assert optiq.Weights(verify=np.bool_(True)).verify and optiq.Caps(context=np.int64(1)).context == 1
+    with pytest.raises(ValueError, match='`verify` is .*array'): optiq.Weights(verify=np.array([True]))
 
 def test_import_is_quick_and_leads_to_the_road():
     code = 'import time; t = time.perf_counter(); import optiq; print(time.perf_counter()-t); assert {*%r} <= {*dir(optiq)}' % ROAD
@@ -128,8 +138,8 @@ MISUSE = dict(
     nothing=(lambda s: optiq.convert('demo', None, 'o'), 'None is not a plan; make one with'),
     rounded=(lambda s: optiq.convert('demo', optiq.allocate(s, target_bpw=4), 'o', quantizer='gptq'),
              "`quantizer` is 'gptq', and should be a function"),
-    caps_text=(lambda s: optiq.Caps(target_tps='fast'), "`target_tps` is 'fast', and should be a number above 0: tokens per second"),
-    caps_chip=(lambda s: optiq.Caps(chip=5), '`chip` is 5, and should be text: the chip to reach them on'),
+    caps_text=(lambda s: optiq.Caps(target_tps='fast'), "`target_tps` is 'fast', and should be a number above 0: decode at least so many tokens per second"),
+    caps_chip=(lambda s: optiq.Caps(chip=5), '`chip` is 5, and should be text: chip for `target_tps`'),
     context=(lambda s: optiq.Caps(context='4k'), "`context` is '4k', and should be a whole number: tokens in the KV cache"),
     way=(lambda s: optiq.optimize('demo', weights=optiq.Weights(method='fast')), "no method 'fast'; there are exact, screened and gradient"),
     nowhere=(lambda s: optiq.optimize('demo', weights=optiq.Weights(formats=[])), 'no formats to try; give some'),
@@ -142,9 +152,9 @@ MISUSE = dict(
     profile=(lambda s: optiq.trade_off('demo', 4, 'fast'), "no profile 'fast'; there are compact, quality, all"),
     points=(lambda s: optiq.trade_off('demo', 4, verify=-1), '`verify` is -1, and should be a whole number: points of each curve'),
     compared=(lambda s: optiq.compare(None), "`model` is None, and should be text"),
-    within=(lambda s: optiq.verify('demo', 'demo', within='x'), "`within` is 'x', and should be a number above 0: factor"),
+    within=(lambda s: optiq.verify('demo', 'demo', within='x'), "`within` is 'x', and should be a number above 0: accepted factor"),
     no_widths=(lambda s: optiq.predict_speeds('demo', []), 'no formats to predict; give some'),
-    no_chip=(lambda s: optiq.predict_speeds('demo', chip=5), "`chip` is 5, and should be text: from the table"),
+    no_chip=(lambda s: optiq.predict_speeds('demo', chip=5), "`chip` is 5, and should be text: chip of the table"),
     explored=(lambda s: explore('demo'), "`sweep` is 'demo', and should be a Sweep: Sweep of a model's weights"),
     explored_none=(lambda s: explore_kv(None), '`sweep` is None, and should be a Sweep: Sweep of keys and values'),
     dragged=(lambda s: explore(s).drag('x'), "`value` is 'x', and should be a number above 0: of the cap"),
@@ -275,7 +285,6 @@ TOGETHER = {'--n-calibration': '--calibration --seq-len', '--n-evaluation': '--e
             '--backend': '--trust-remote-code --json',
             '--pin': '--ceiling --floor --leave --protect --tie', '--model-type': '--trust-remote-code'}
 APART = dict(target_bpw={'--target-bpw', '--target-bits'}, # bits of weights, and of keys and values
-             max_memory={'--target-memory', '--max-memory'}, # of the model that is made, and of making it
              n={'--n-evaluation', '--n-calibration'}, tie={'--tie', '--split-kv'})
 
 def test_what_one_command_calls_so_every_command_does():

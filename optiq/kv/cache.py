@@ -77,8 +77,11 @@ class MixedKVCache(CacheList):
         return type(self.caches[0]).__name__, [dict(vars(c)) for c in self.caches], *formats, self.dims, self.dtype
     @state.setter
     def state(self, v):
-        way, held, *formats, dims, self.dtype = v
-        self.formats = tuple(_in_full(parse_format(name), *parameters) for name, *parameters in formats)
+        try: way, held, keys, values, dims, self.dtype = v
+        except (TypeError, ValueError): way = None
+        if way not in _WAYS: raise ValueError(
+            'this cache was saved by another version, which kept its state in another form; make it again')
+        self.formats = tuple(_in_full(parse_format(name), *parameters) for name, *parameters in (keys, values))
         self.dims, self.caches = dims and tuple(dims), [_WAYS[way].__new__(_WAYS[way]) for _ in held]
         for c, x in zip(self.caches, held): vars(c).update(x)
         _hook()

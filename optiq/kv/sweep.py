@@ -202,7 +202,7 @@ def joint_plan(
     progress: bool = True,
     *,
     rounding: str | None = None, # of the weights: 'minmax', 'search' or 'gptq'; `ROUNDING` by default
-    rounding_tokens: np.ndarray | None = None, # what it learns from; `tokens` by default
+    rounding_tokens: 'np.ndarray | list | None' = None, # what it learns from; `tokens` by default
     calibration: str | None = None, # where these come from
     candidates: list | None = None, # of weights and cache together; all that is measured by default
     max_memory: float | None = None, # bytes for states

@@ -131,11 +131,13 @@ def side_by_side(
     prompts: 'Sequence | None' = None, # texts for both to continue; `_PROMPTS` by default
     new_tokens: int = 64, # tokens of an answer, at most
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
+    max_memory: float | None = None, # bytes for scoring, with `backend` stream; answers take the whole model
     trust_remote_code: bool = False, # run model code that comes with a checkpoint
 ) -> _Sides:
     "Compare two models: formats, bytes, KL in nats, scores, and where their greedy answers differ"
     names = list(dict.fromkeys([*([reference] if reference else []), a, b]))
-    scored, opened, plans = _scored_together(names, evaluation, n, seq_len, backend, trust_remote_code, 'llm')
+    scored, opened, plans = _scored_together(names, evaluation, n, seq_len, backend, trust_remote_code, 'llm',
+                                             max_memory)
     tasks = [found for m in names for found in [_scores_of(opened[m].checkpoint)] if found]
     report = Report.compare(Report(scored.rows, dict(evaluation=evaluation)), *tasks)
     report.about |= dict(evaluation=evaluation)

@@ -175,6 +175,10 @@ def _candidates(said: str, *old): # old: other names of --candidate-bits
 
 _json = click.option('--json', 'as_json', is_flag=True, help='print one JSON object on stdout')
 
+# %% ../nbs/89a_options.ipynb #b8cc36d6
+_memory = click.option('--max-memory', 'max_memory', type=_Size('GB'), metavar='16GB',
+                       help='memory for scoring text, with --backend stream')
+
 # %% ../nbs/89a_options.ipynb #dc84791b
 def _check_length(model: str, given: dict):
     "Raise ValueError for a length of sequences if the model takes pictures or speech, which have their own length"

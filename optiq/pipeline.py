@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from fastcore.basics import listify
 
-from .backends.open import open_backend
+from .backends.open import _within, open_backend
 from .calibration import fingerprint
 from .convert import as_saved, convert
 from .draft import _check_draft
@@ -385,9 +385,10 @@ def trade_off(
 
 # %% ../nbs/08_pipeline.ipynb #c9ea4833
 def _scored_together(names: list, evaluation, n: int, seq_len: int, backend: str, trust_remote_code: bool,
-                     model_type: str) -> tuple: # Report, name ▸ Backend, name ▸ Plan
+                     model_type: str, max_memory: float | None = None) -> tuple: # Report, name ▸ Backend, name ▸ Plan
     "Open models, of which the first is the reference, and score them on the same text"
     opened = {m: open_backend(Checkpoint(m, trust_remote_code, model_type), backend) for m in names}
+    for b in opened.values(): _within(b, max_memory)
     reference, *others = opened.values()
     c = reference.checkpoint
     for b in others: same_words(c, b.checkpoint)
@@ -408,6 +409,7 @@ def compare(
     n: int = 50, # evaluation sequences
     seq_len: int = 512, # tokens in each
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
+    max_memory: float | None = None, # bytes for scoring, with `backend` stream
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; by default what the checkpoint is
 ) -> Report: # one row, or two with the baseline first
@@ -421,4 +423,5 @@ def compare(
     """
     _check_counts(n=n, seq_len=seq_len)
     names = list(dict.fromkeys([baseline or model, model]))
-    return _scored_together(names, evaluation, n, seq_len, backend, trust_remote_code, model_type)[0]
+    return _scored_together(names, evaluation, n, seq_len, backend, trust_remote_code, model_type,
+                            max_memory)[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .backends.open import open_backend
+from .backends.open import _within, open_backend
 from .calibration import before, fingerprint, passages, token_batch
 from .evals.gguf import gguf_weights
 from .evals.perplexity import check_calibration, Score, _scores
@@ -67,13 +67,14 @@ def perplexity(
     seq_len: int = 512, # tokens in each sequence
     limit: int | None = None, # tokens in all
     backend: str = 'auto',
+    max_memory: float | None = None, # bytes for scoring, with `backend` stream
     name: str | None = None, # of the row
 ) -> Report:
     "Perplexity on windows of text, with its interval"
     c = _checkpoint_of(model)
     tokens = text_tokens(c, source, n, seq_len, limit)
     check_calibration(c, tokens)
-    nll = _scores(open_backend(c, backend), tokens)['reference'].nll
+    nll = _scores(_within(open_backend(c, backend), max_memory), tokens)['reference'].nll
     return Report([own_size(c, name) | _perplexity_figure(nll, fingerprint(tokens))], _text_about(source, tokens))
 
 # %% ../nbs/46_score.ipynb #e93320fd
@@ -147,14 +148,15 @@ def _under_test(
     a: Checkpoint, # the baseline
     tokens: np.ndarray, # (n, T)
     backend: str,
+    max_memory: float | None, # bytes for scoring
 ) -> tuple: # Backend, overrides, columns of its size
     "The backend, overrides and size of the model to score against the baseline"
     if _is_gguf(model):
         weights, nbytes = gguf_weights(model, a)
         size = dict(name=Path(model).name, true_bpw=8*nbytes/a.params, size_mb=nbytes/2**20)
-        return open_backend(a, backend), weights, size
+        return _within(open_backend(a, backend), max_memory), weights, size
     check_calibration(model, tokens)
-    return open_backend(model, backend), {}, own_size(model)
+    return _within(open_backend(model, backend), max_memory), {}, own_size(model)
 
 # %% ../nbs/46_score.ipynb #644caac2
 def kl(
@@ -165,6 +167,7 @@ def kl(
     seq_len: int = 512, # tokens in each sequence
     limit: int | None = None, # tokens in all
     backend: str = 'auto',
+    max_memory: float | None = None, # bytes for scoring, with `backend` stream
     exact: bool = False, # keep every word of the reference
     top_k: int = 256, # words to keep otherwise
     cache = None, # folder of references
@@ -180,8 +183,9 @@ def kl(
         same_words(a, model) # before any text is read
     tokens = text_tokens(a, source, **_size_of_text(protocol, n, seq_len, limit))
     check_calibration(a, tokens)
-    b, overrides, size = _under_test(model, a, tokens, backend)
-    stored = reference(a, tokens, None if exact else min(top_k, a.vocabulary//2), cache)
+    b, overrides, size = _under_test(model, a, tokens, backend, max_memory)
+    kept = None if exact else min(top_k, a.vocabulary//2)
+    stored = reference(a, tokens, kept, cache, backend, max_memory)
     s, on, show = score_against(stored, b, tokens, overrides), fingerprint(tokens), _SHOWN[protocol]
     itself = Score(stored.scored.mean(1), 0*s.kl, 1+0*s.agree, 0*s.tokens)
     rows = [joined(own_size(a), show(itself, on))]

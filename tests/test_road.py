@@ -282,7 +282,7 @@ def test_an_error_shows_the_name_that_the_help_shows(words):
 TOGETHER = {'--n-calibration': '--calibration --seq-len', '--n-evaluation': '--evaluation --seq-len',
             '--candidate-bits': '--formats --group-size',
             '--rounding': '--rounding-samples --statistics --dtype --method --time-budget',
-            '--backend': '--trust-remote-code --json',
+            '--backend': '--trust-remote-code --max-memory --json',
             '--pin': '--ceiling --floor --leave --protect --tie', '--model-type': '--trust-remote-code'}
 APART = dict(target_bpw={'--target-bpw', '--target-bits'}, # bits of weights, and of keys and values
              n={'--n-evaluation', '--n-calibration'}, tie={'--tie', '--split-kv'})

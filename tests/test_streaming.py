@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 
 from optiq.backends.mlx import MLXBackend
-from optiq.backends.open import open_backend
+from optiq.backends.open import _within, open_backend
 from optiq.backends.stream import StreamedModel, StreamingBackend
+from optiq.chat import side_by_side
 from optiq.convert import convert
+from optiq.evals.perplexity import _Text, _together, evaluate
+from optiq.evals.verify import verify
 from optiq.material.tiny import tiny
 from optiq.models import Checkpoint
+from optiq.pipeline import compare
 from optiq.plan import uniform
+from optiq.score import run_task
 from optiq.sensitivity import kl_sweep
 
 TOKENS = np.random.default_rng(0).integers(11, 500, (2, 12)).astype(np.int32)
@@ -94,3 +99,47 @@ def test_what_hands_other_states_along_is_no_chain(models, monkeypatch):
         return self.norm(h)
     monkeypatch.setattr(kind, '__call__', forward)
     assert not b.chain
+
+@pytest.fixture
+def unlimited():
+    "MLX's limits, which hold for the whole process, are as before when a test ends"
+    had = mx.set_cache_limit(2**30), mx.set_memory_limit(2**40)
+    mx.set_cache_limit(had[0])
+    mx.set_memory_limit(had[1])
+    yield
+    mx.set_cache_limit(had[0])
+    mx.set_memory_limit(had[1])
+
+SCORED = dict( # how a model is scored, within some memory or none
+    perplexity=lambda cache, **k: run_task('perplexity', 'demo', n=2, seq_len=64, **k),
+    kl=lambda cache, **k: run_task('kl', 'demo', 'demo', n=2, seq_len=64, cache=cache, **k),
+    compare=lambda cache, **k: compare('demo', n=2, seq_len=64, **k),
+    side_by_side=lambda cache, **k: side_by_side('demo', 'demo', n=2, seq_len=64, prompts=[], **k).report)
+
+@pytest.mark.parametrize('how', SCORED)
+def test_less_memory_gives_the_same_scores(how, tmp_path, unlimited):
+    score = SCORED[how]
+    want, mine = (score(tmp_path/name, backend='stream', **k).rows[-1]
+                  for name, k in (('all', {}), ('less', dict(max_memory=2**20))))
+    figures = [k for k in ('perplexity', 'kl', 'agreement') if k in want]
+    assert 'perplexity' in figures
+    for k in figures: assert np.isclose(mine[k], want[k], rtol=1e-5, atol=1e-7), k
+
+def test_less_memory_means_fewer_sequences_at_a_time(unlimited):
+    b, tokens = open_backend('demo', 'stream'), np.random.default_rng(0).integers(11, 500, (8, 32)).astype(np.int32)
+    batches = _Text(b, tokens, batch=2).batches
+    whole, want = _together(b, batches), evaluate(b, tokens, batch=2)['reference']
+    parts, mine = _together(_within(b, 2**20), batches), evaluate(b, tokens, batch=2)['reference']
+    assert len(whole) == 1 < len(parts) and np.allclose(mine.nll, want.nll, rtol=1e-5)
+
+@pytest.mark.parametrize('how', SCORED)
+def test_a_cap_on_a_model_that_is_held_is_refused(how, tmp_path):
+    with pytest.raises(ValueError, match='`max_memory` has no effect on demo.*`backend` stream$'):
+        SCORED[how](tmp_path, backend='mlx', max_memory=2**30)
+
+def test_verify_keeps_to_a_cap_and_refuses_one_without_effect(tmp_path, unlimited):
+    c = Checkpoint('demo')
+    convert(c, uniform(c, '4g64'), tmp_path/'4')
+    assert verify(str(tmp_path/'4'), 'demo', backend='stream', max_memory=2**20).ok
+    with pytest.raises(ValueError, match='`max_memory` has no effect on demo'):
+        verify(str(tmp_path/'4'), 'demo', backend='mlx', max_memory=2**30)

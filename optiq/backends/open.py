@@ -138,3 +138,15 @@ def open_backend(
     if backend == 'auto': backend = _choose(checkpoint)
     if backend not in kinds: raise ValueError(f'no backend {backend!r}; there are auto, {", ".join(kinds)}')
     return _check_other_model(kinds[backend](checkpoint))
+
+# %% ../../nbs/03f_backends.open.ipynb #0efb2705
+def _within(
+    b: Backend,
+    max_memory: float | None, # bytes for scoring a text
+) -> Backend: # the same
+    "Keep a streamed model to a cap; raises ValueError for one whose weights are all in memory"
+    if max_memory is not None and b.holds: raise ValueError(
+        f'`max_memory` has no effect on {b.checkpoint.name}, whose weights are all in memory; for a text model give '
+        '`backend` stream')
+    b.keep_to(max_memory)
+    return b

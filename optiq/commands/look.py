@@ -15,7 +15,7 @@ from inspect import signature
 import click
 
 from ..command import check_idle, given_options
-from ..options import _candidates, _command, _finish, _json, _options, _Renamed, _Size
+from ..options import _candidates, _command, _finish, _json, _memory, _options, _Renamed, _Size
 from ..options import _as_formats, _check_group
 
 # %% ../../nbs/89c_commands.look.ipynb #dd71ae1f
@@ -45,6 +45,7 @@ _TASKS = ['perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer', 'harne
 @click.option('--protocol', type=click.Choice(['kld']),
               help='for kl: the figures of published comparisons, on 512 × 512 tokens or all that the text has')
 @click.option('--exact', is_flag=True, help='for kl: keep the logits of all words of the reference')
+@_memory
 @_options('pipeline.optimize', 'backend', 'model_type', 'trust_remote_code')
 @_json
 def _eval_(model, task, responses, as_json, **given):
@@ -67,8 +68,8 @@ def _scored(model: str | None, task: str, n: int | None, **given): # ▸ Report
     from optiq.score import _find_task, run_task
     if model is None: raise click.UsageError('give a MODEL, or --responses with answers to score')
     taken = signature(_find_task(task)).parameters
-    check_idle({'limit', 'seq_len', 'source', 'questions', 'exact', 'kv', 'out', 'protocol', 'backend'}-taken.keys(),
-               f'{task} does not use it')
+    some = {'limit', 'seq_len', 'source', 'questions', 'exact', 'kv', 'out', 'protocol', 'backend', 'max_memory'}
+    check_idle(some-taken.keys(), f'{task} does not use it')
     if given.get('protocol'): check_idle(['n', 'limit', 'seq_len'], 'the protocol says how much is scored')
     if n is None: n = 50 if task in ('perplexity', 'kl') else 200
     given = {k: v for k, v in given.items() if k in taken or k in ('baseline', 'model_type', 'trust_remote_code')}
@@ -88,6 +89,7 @@ def _answered(responses: str, task: str, baseline: str | None): # ▸ Report
 @_options('pipeline.compare', 'baseline', 'n', 'seq_len', 'evaluation')
 @_options('evals.throughput.throughput', 'prompt_tokens', 'new_tokens', 'repeats')
 @click.option('--speed/--no-speed', default=None, help='measure tokens per second; default: where MLX has a GPU')
+@_memory
 @_options('pipeline.optimize', 'backend', 'model_type', 'trust_remote_code')
 @_json
 def benchmark(model, baseline, prompt_tokens, new_tokens, repeats, speed, as_json, **given):
@@ -126,6 +128,7 @@ def _has_gpu() -> bool:
 @click.argument('model')
 @_options('evals.verify.verify', 'reference', 'text', 'within',
           text=dict(names=['--calibration', '--text']))
+@_memory
 @_options('pipeline.optimize', 'backend', 'model_type', 'trust_remote_code')
 @_json
 def verify(model, as_json, **given):
@@ -137,7 +140,8 @@ def verify(model, as_json, **given):
     optiq verify optiq_output/demo-4.5bpw --reference demo
     """
     from optiq.evals.verify import verify as run
-    if given['reference'] is None: check_idle(['within', 'backend'], 'it belongs to --reference; give both')
+    if given['reference'] is None: check_idle(['within', 'backend', 'max_memory'],
+                                              'it belongs to --reference; give both')
     checks = run(model, **given)
     _finish(checks.figures(), str(checks), as_json)
     if not checks.ok: sys.exit(1)
@@ -264,6 +268,7 @@ def _chat(model, options, **given):
 @click.argument('second')
 @click.option('--prompt', 'prompts', multiple=True, metavar='TEXT', help='a prompt for both models; can be given again')
 @_options('chat.side_by_side', 'reference', 'new_tokens', 'evaluation', 'n', 'seq_len')
+@_memory
 @_options('pipeline.optimize', 'backend', 'trust_remote_code')
 @_json
 def _compare(first, second, prompts, as_json, **given):

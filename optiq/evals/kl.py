@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..arrays import put, take, top
-from ..backends.open import open_backend
+from ..backends.open import _within, open_backend
 from ..backends.replay import Backend
 from ..calibration import fingerprint, unscored
 from .perplexity import Score, _nll
@@ -80,6 +80,8 @@ def reference(
     tokens: np.ndarray, # (n, T)
     top_k: int | None = 256, # words kept for each token; None keeps all
     cache: 'str | Path | None' = None, # folder of references; see `cache_folder`
+    backend: str = 'auto', # to compute them with: 'auto', 'torch', 'mlx' or 'stream'
+    max_memory: float | None = None, # bytes for that, with `backend` stream
 ) -> _Reference:
     "The stored predictions of a model for these tokens; computes and stores them if there are none"
     c = model.checkpoint if isinstance(model, Backend) else model if isinstance(model,
@@ -89,7 +91,7 @@ def reference(
     key = f'{c.fingerprint}-{fingerprint(tokens)}-{top_k or "all"}'
     folder = Path(cache or os.environ.get('OPTIQ_CACHE') or Path.home()/'.cache'/'optiq')/'reference'/key
     if not folder.exists():
-        try: _compute(open_backend(model), tokens, top_k, folder)
+        try: _compute(_within(open_backend(model, backend), max_memory), tokens, top_k, folder)
         except FileExistsError: pass # another process was quicker
     return _Reference.load(folder)
 

@@ -16,7 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..arrays import to_mlx
-from ..backends.open import open_backend
+from ..backends.open import _within, open_backend
 from ..backends.replay import Backend
 from ..calibration import fingerprint, token_batch
 from ..convert import as_saved, check_saved, dequantized_units, stored_bytes
@@ -253,6 +253,7 @@ def verify(
     text: 'str | list' = 'bundled', # the calibration text, pictures or speech, or others to measure KL on; or samples
     within: float | None = None, # accepted factor between predicted and measured KL; by default the forecast's error
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
+    max_memory: float | None = None, # bytes for scoring the reference, with `backend` stream
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; by default what the checkpoint is
 ) -> _Checks:
@@ -276,6 +277,7 @@ def verify(
     finite = reads and checks.run('finite', _check_finite, c, text)
     if not finite and ref: return checks
     b = checks.opened(ref, backend) if ref else None
+    if b: _within(b, max_memory)
     if b or not ref: # without a reference both say that there is none
         checks.run('reference', _check_reference, c, plan, sweep, b)
         checks.run('KL', _check_kl, c, plan, sweep, b, text, within)

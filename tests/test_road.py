@@ -138,7 +138,7 @@ MISUSE = dict(
     nothing=(lambda s: optiq.convert('demo', None, 'o'), 'None is not a plan; make one with'),
     rounded=(lambda s: optiq.convert('demo', optiq.allocate(s, target_bpw=4), 'o', quantizer='gptq'),
              "`quantizer` is 'gptq', and should be a function"),
-    caps_text=(lambda s: optiq.Caps(target_tps='fast'), "`target_tps` is 'fast', and should be a number above 0: decode at least so many tokens per second"),
+    caps_text=(lambda s: optiq.Caps(target_tps='fast'), "`target_tps` is 'fast', and should be a number above 0: decode"),
     caps_chip=(lambda s: optiq.Caps(chip=5), '`chip` is 5, and should be text: chip for `target_tps`'),
     context=(lambda s: optiq.Caps(context='4k'), "`context` is '4k', and should be a whole number: tokens in the KV cache"),
     way=(lambda s: optiq.optimize('demo', weights=optiq.Weights(method='fast')), "no method 'fast'; there are exact, screened and gradient"),

@@ -285,6 +285,7 @@ TOGETHER = {'--n-calibration': '--calibration --seq-len', '--n-evaluation': '--e
             '--backend': '--trust-remote-code --max-memory --json',
             '--pin': '--ceiling --floor --leave --protect --tie', '--model-type': '--trust-remote-code'}
 APART = dict(target_bpw={'--target-bpw', '--target-bits'}, # bits of weights, and of keys and values
+             max_memory={'--target-memory', '--max-memory'}, # of the model that is made, and of scoring it
              n={'--n-evaluation', '--n-calibration'}, tie={'--tie', '--split-kv'})
 
 def test_what_one_command_calls_so_every_command_does():

@@ -279,7 +279,7 @@ def convert(
     sweep = None, # that the plan was made from: it says how to round, and is saved beside the plan
     overwrite: bool = False, # replace `out`, if it is ours
     quantizer: 'Callable | Mapping | None' = None, # instead of the sweep's; or one for each path, see `round_to_files`
-    polish: 'Callable | None' = None, # called on the checked folder, to train it; see `optiq.rounding.dwq`
+    polish: 'Callable | None' = None, # called on the checked folder, to train it; see `optiq.polish.dwq`
     calibration: str = 'the calibration text', # what to call it in the model card
     measured: 'Callable | None' = None, # called on the finished folder; label ▸ text for the model card
     draft: 'Format | str | int | None' = None, # of a head that drafts tokens, where mlx-vlm knows it: by default '8g64'

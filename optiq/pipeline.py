@@ -42,7 +42,8 @@ from .report import machine, Report, score_row
 from .request import _Batches, Cache, _candidates_for, Caps, caps_for, _check_weights, _KINDS
 from .request import _check_states_memory
 from .request import _load_sweep, _narrowed, _rounding_for, subject, Texts, _texts_of, Weights, _WIDE
-from .rounding import as_overrides, dwq, round_model, round_to_files
+from .polish import dwq
+from .rounding import as_overrides, round_model, round_to_files
 from .score import same_words, text_tokens
 from .sensitivity import _choose_method, sweep_quantizer
 

@@ -19,7 +19,8 @@ from optiq.models import Checkpoint
 from optiq.pipeline import optimize, trade_off
 from optiq.request import Caps, Texts, Weights
 from optiq.arrays import pack_codes, to_mlx
-from optiq.rounding import RoundTrips, dwq, round_model, round_to_files
+from optiq.polish import dwq
+from optiq.rounding import RoundTrips, round_model, round_to_files
 from optiq.aim import aimed, Gap
 from optiq.gptq import _compensated, gptq, _gptq_all, _prepared
 from optiq.grid import _MinMax

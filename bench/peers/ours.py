@@ -39,7 +39,8 @@ from optiq.formats import AS_IS, quantize_minmax
 from optiq.knapsack import allocate
 from optiq.plan import make_plan, recipe, uniform
 from optiq.models import Checkpoint
-from optiq.rounding import as_overrides, dwq, round_model, round_to_files
+from optiq.polish import dwq
+from optiq.rounding import as_overrides, round_model, round_to_files
 from optiq.measure.sweep import Sweep
 from optiq.sensitivity import kl_sweep
 

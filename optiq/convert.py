@@ -25,8 +25,8 @@ from .backends.replay import Backend
 from .draft import _check_draft, _keep_draft
 from .files import as_path, scratch, whole_folder
 from .formats import Format, config_entry, dequantized, for_unit, quantize_minmax
-from .folder import TEXT_FILES, read_header
-from .models import Checkpoint, LOADERS, _tensor_digest, check_two_heads
+from .folder import TEXT_FILES, _tensor_digest, read_header
+from .models import Checkpoint, LOADERS, check_two_heads
 from .readers import _helpful, _quoted
 
 # %% ../nbs/07_convert.ipynb #1ecc6842

@@ -6,6 +6,7 @@
 __all__ = ['TEXT_FILES', 'find_model', 'check_untrusted', 'read_header']
 
 # %% ../nbs/01a_folder.ipynb #911dc67e
+import hashlib
 import json
 import os
 import re
@@ -209,3 +210,22 @@ def _made_by_others(name: str, folder: Path, config: dict, types: set) -> str | 
     if codes and by in _READ_BY_LOADERS and not alone: return f'{by}: {where}'
     raise ValueError(f'{name} was quantized by another library ({by}: {where}), whose codes are not read here; '
                      'take the full-precision model that it was made from')
+
+# %% ../nbs/01a_folder.ipynb #8e860818
+def _digest(file: Path, start: int, stop: int) -> bytes:
+    "A digest of the bytes of a file from `start` up to `stop`"
+    h = hashlib.sha256()
+    with open(file, 'rb') as f:
+        f.seek(start)
+        while chunk := f.read(min(2**24, stop-start)):
+            h.update(chunk)
+            start += len(chunk)
+    return h.digest()
+
+_DIGESTS = {} # (file, when it was written, tensor) ▸ digest: of what this process has read already
+
+def _tensor_digest(file: Path, name: str, at: list) -> bytes: # at: where it begins and ends
+    "The digest of a tensor in a file"
+    key = str(file), file.stat().st_mtime_ns, name
+    if key not in _DIGESTS: _DIGESTS[key] = _digest(file, *at)
+    return _DIGESTS[key]

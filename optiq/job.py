@@ -8,9 +8,11 @@ __all__ = []
 # %% ../nbs/08b_job.ipynb #a2dcd4da
 import sys
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
-from fastcore.basics import patch
+import numpy as np
+from fastcore.basics import listify, patch
 
 from .backends.open import open_backend
 from .calibration import block_hashes, fingerprint, overlap, shape_of, text_of
@@ -18,8 +20,8 @@ from .evals.perplexity import check_overlap, evaluation_tokens
 from .families.samples import batch_for
 from .files import as_path, check_full, journal_of, own_file, own_folder, own_place
 from .fit import _memory_here, _untested
-from .formats import AS_IS, check_storable, Format, parse_formats
-from .knapsack import allocate
+from .formats import AS_IS, check_storable, Format, parse_format, parse_formats
+from .knapsack import allocate, PROFILES
 from .kv.layout import cache_bytes, KVLayout
 from .kv.sweep import _combine, parts
 from .latency import latency
@@ -29,7 +31,8 @@ from .measure.kl import probes
 from .measure.sweep import about_texts, learned_again, rounding_of, Sweep, texts_for
 from .models import Checkpoint
 from .plan import baseline_plans, uniform
-from .report import machine
+from .readers import known, _quoted
+from .report import machine, Report
 from .request import _Batches, Cache, _candidates_for, Caps, _load_sweep, _rounding_for, Texts, Weights
 from .rounding import _rounding_seconds
 from .sensitivity import _statistics_for, kl_sweep, _SHARE
@@ -252,3 +255,47 @@ def _judge_road(expected: dict, seconds: float):
     total = sum(expected.values())
     print(f'took {_duration(seconds)}, {seconds/max(total, 1e-9):.2g} times the {_duration(total)} that we announced',
           file=sys.stderr, flush=True)
+
+# %% ../nbs/08b_job.ipynb #0f3351f3
+def _summary(report: Report, plan, joint, v, out, seconds: float) -> dict:
+    "The figures of a conversion, as `optiq convert --json` prints them"
+    rows = {r['name']: r for r in report.rows}
+    mine, reference = rows.pop('optiq'), rows.pop('reference')
+    few = 'name', 'nominal_bpw', 'true_bpw', 'size_mb', 'kl', 'kl_se', 'perplexity'
+    return dict(output=None if out is None else str(out), nominal_bpw=plan.nominal_bpw, true_bpw=plan.true_bpw,
+                size_mb=plan.size_mb, predicted_kl=known(plan.predicted_kl),
+                predicted_kl_se=known(plan.predicted_kl_se),
+                calibration_kl=float(joint.mean()), kl=mine['kl'], kl_se=mine['kl_se'],
+                perplexity=mine['perplexity'], perplexity_se=mine['perplexity_se'],
+                reference_perplexity=reference['perplexity'], seconds=seconds,
+                wishes=plan.solver.get('wishes', []), wishes_cost=plan.solver.get('wishes_cost'),
+                verified=dict(kept=v.kept, tried=v.rows, rounds=v.rounds) if v else None,
+                baselines=[{k: r[k] for k in few} for r in rows.values()], about=report.about)
+
+# %% ../nbs/08b_job.ipynb #325a7f91
+def _check_length(sweep: Sweep, n: int):
+    "Raise ValueError unless a sweep holds this many sequences"
+    told = len(next(iter(sweep.values.values())))
+    if told != n:
+        raise ValueError(f'`sweep` holds {told} sequences, and the cache is to be measured on {n}; give `n` {told}')
+
+# %% ../nbs/08b_job.ipynb #49dc029b
+def _check_targets(targets, profiles):
+    "Raise ValueError for targets that are not numbers above 0, and for unknown profiles"
+    given = np.atleast_1d([] if targets is None else targets).tolist()
+    odd = [t for t in given if not isinstance(t, Real) or not t > 0]
+    if odd: raise ValueError(f'`targets` holds {_quoted(odd[0])}, and should hold numbers above 0')
+    if targets is not None and not given: raise ValueError('`targets` is empty; name some bits, or leave it out')
+    odd = [p for p in listify(profiles) if p not in PROFILES]
+    if odd: raise ValueError(f'no profile {odd[0]!r}; there are {", ".join(PROFILES)}')
+
+def _check_unread(texts, weights: Weights, dtype: str | None):
+    "Raise ValueError for an option about texts if we only read a saved sweep"
+    given = dict(texts=texts, rounding_n=weights.rounding_n, statistics=weights.statistics, dtype=dtype)
+    idle = [k for k, v in given.items() if v is not None]
+    if idle: raise ValueError(f'`{idle[0]}` has no effect: nothing is measured; give `verify`')
+
+def _profiles_of(sweep: Sweep) -> list: # names of PROFILES
+    "The profiles whose widths a sweep holds"
+    def has(bits): return all(parse_format(b) in sweep.formats for b in bits or ())
+    return [name for name, (bits, *_) in PROFILES.items() if has(bits)]

@@ -18,7 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .folder import _NOTES, _made_by_others, _weight_files, check_untrusted, find_model, read_header
+from .folder import _digest, _NOTES, _made_by_others, _tensor_digest, _weight_files, check_untrusted, find_model
+from .folder import read_header
 from .formats import dequantized
 from .readers import Form, NAME, check, read_json, told, whole
 from .units import _Listing, _SECOND, _stored, _stored_format
@@ -165,25 +166,6 @@ def cannot_open(folder: Path, config: dict, library: str, e: Exception) -> Value
     why = f'config.json lacks {lacking[1]}' if lacking else told(e)[:300]
     return ValueError(f'{folder}: {library} cannot open this model of type {config.get("model_type", "unknown")!r} '
                       f'by its config.json: {why}')
-
-# %% ../nbs/01_models.ipynb #8e860818
-def _digest(file: Path, start: int, stop: int) -> bytes:
-    "A digest of the bytes of a file from `start` up to `stop`"
-    h = hashlib.sha256()
-    with open(file, 'rb') as f:
-        f.seek(start)
-        while chunk := f.read(min(2**24, stop-start)):
-            h.update(chunk)
-            start += len(chunk)
-    return h.digest()
-
-_DIGESTS = {} # (file, when it was written, tensor) ▸ digest: of what this process has read already
-
-def _tensor_digest(file: Path, name: str, at: list) -> bytes: # at: where it begins and ends
-    "The digest of a tensor in a file"
-    key = str(file), file.stat().st_mtime_ns, name
-    if key not in _DIGESTS: _DIGESTS[key] = _digest(file, *at)
-    return _DIGESTS[key]
 
 # %% ../nbs/01_models.ipynb #a319a8e4
 _TOKENIZER = 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'

@@ -10,12 +10,10 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from fastcore.basics import listify
 
 from .backends.open import _within, open_backend
 from .calibration import fingerprint
@@ -25,18 +23,18 @@ from .evals.perplexity import check_calibration, overrides_of, _scores, _Text
 from .families.samples import batch_for
 from .files import added_files, can_draw, claiming, journal_of, own_output, scratch, whole_folder
 from .fit import _untested
-from .formats import AS_IS, Format, parse_format, quantize_minmax
+from .formats import AS_IS, Format, quantize_minmax
 from .job import _announce_road, _baselines, _BESIDE, _check_other_rounding, _check_output, _check_sweep
 from .job import _conditions, _expected, _feasible, _find_sweep, _is_own_folder, _Job, _judge_road, _kv_output
-from .job import _room_for, _told
-from .knapsack import allocate, _least_bits, pareto, PROFILES
+from .job import _check_length, _check_targets, _check_unread, _profiles_of, _room_for, _summary, _told
+from .knapsack import allocate, _least_bits, pareto
 from .kv.config import save_kv_config, STATISTICS
 from .kv.layout import kv_layout
 from .kv.sweep import layer_table, memory_lines, planned_cache, planned_together, plot_kv
 from .measure.sweep import Sweep
 from .models import _check_overflow, Checkpoint
 from .plan import make_plan
-from .readers import _check_counts, _helpful, known, _quoted, write_json
+from .readers import _check_counts, _helpful, write_json
 from .refine import measured, verified
 from .report import machine, Report, score_row
 from .request import _Batches, Cache, _candidates_for, Caps, caps_for, _check_weights, _KINDS
@@ -98,22 +96,6 @@ def _write_model(b, plan, t: _Batches, out, sweep, overwrite, rounding, polish, 
                                                                                               kept=t.kept)
         finish = partial(dwq, source=c, tokens=t.learned) if polish else None
         convert(c, plan, out, sweep, overwrite, quantizer, finish, calibration, measured, draft)
-
-# %% ../nbs/08_pipeline.ipynb #0f3351f3
-def _summary(report: Report, plan, joint, v, out, seconds: float) -> dict:
-    "The figures of a conversion, as `optiq convert --json` prints them"
-    rows = {r['name']: r for r in report.rows}
-    mine, reference = rows.pop('optiq'), rows.pop('reference')
-    few = 'name', 'nominal_bpw', 'true_bpw', 'size_mb', 'kl', 'kl_se', 'perplexity'
-    return dict(output=None if out is None else str(out), nominal_bpw=plan.nominal_bpw, true_bpw=plan.true_bpw,
-                size_mb=plan.size_mb, predicted_kl=known(plan.predicted_kl),
-                predicted_kl_se=known(plan.predicted_kl_se),
-                calibration_kl=float(joint.mean()), kl=mine['kl'], kl_se=mine['kl_se'],
-                perplexity=mine['perplexity'], perplexity_se=mine['perplexity_se'],
-                reference_perplexity=reference['perplexity'], seconds=seconds,
-                wishes=plan.solver.get('wishes', []), wishes_cost=plan.solver.get('wishes_cost'),
-                verified=dict(kept=v.kept, tried=v.rows, rounds=v.rounds) if v else None,
-                baselines=[{k: r[k] for k in few} for r in rows.values()], about=report.about)
 
 # %% ../nbs/08_pipeline.ipynb #9d44463d
 def _codes_kept(b, out, rounding: str, room: float): # ▸ folder, or None
@@ -208,13 +190,6 @@ def _choose_both(job: _Job) -> dict: # report, config, figures, and what `joint_
                                      partial(_write_beside, found))
     return found
 
-# %% ../nbs/08_pipeline.ipynb #325a7f91
-def _check_length(sweep: Sweep, n: int):
-    "Raise ValueError unless a sweep holds this many sequences"
-    told = len(next(iter(sweep.values.values())))
-    if told != n:
-        raise ValueError(f'`sweep` holds {told} sequences, and the cache is to be measured on {n}; give `n` {told}')
-
 # %% ../nbs/08_pipeline.ipynb #77ca70d3
 def _write_beside(found: dict, folder: Path) -> dict: # label ▸ text for the model card
     "Write what `planned_together` found of the cache beside its weights"
@@ -292,27 +267,6 @@ def _save_curve(curve, sweep, figures: dict, out, overwrite: bool = False):
         sweep.save(part/'sweep.json')
         (part/'plans').mkdir()
         for p in [*curve, *curve.rivals.values()]: p.save(part/'plans'/f'{p.name.replace(" ", "-")}.json')
-
-# %% ../nbs/08_pipeline.ipynb #49dc029b
-def _check_targets(targets, profiles):
-    "Raise ValueError for targets that are not numbers above 0, and for unknown profiles"
-    given = np.atleast_1d([] if targets is None else targets).tolist()
-    odd = [t for t in given if not isinstance(t, Real) or not t > 0]
-    if odd: raise ValueError(f'`targets` holds {_quoted(odd[0])}, and should hold numbers above 0')
-    if targets is not None and not given: raise ValueError('`targets` is empty; name some bits, or leave it out')
-    odd = [p for p in listify(profiles) if p not in PROFILES]
-    if odd: raise ValueError(f'no profile {odd[0]!r}; there are {", ".join(PROFILES)}')
-
-def _check_unread(texts, weights: Weights, dtype: str | None):
-    "Raise ValueError for an option about texts if we only read a saved sweep"
-    given = dict(texts=texts, rounding_n=weights.rounding_n, statistics=weights.statistics, dtype=dtype)
-    idle = [k for k, v in given.items() if v is not None]
-    if idle: raise ValueError(f'`{idle[0]}` has no effect: nothing is measured; give `verify`')
-
-def _profiles_of(sweep: Sweep) -> list: # names of PROFILES
-    "The profiles whose widths a sweep holds"
-    def has(bits): return all(parse_format(b) in sweep.formats for b in bits or ())
-    return [name for name, (bits, *_) in PROFILES.items() if has(bits)]
 
 # %% ../nbs/08_pipeline.ipynb #5a9951df
 def _read_for_curve(sweep, c: Checkpoint | None, rounding: str) -> Sweep: # c: None if only a sweep was named

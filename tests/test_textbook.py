@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from optiq import chips, rounding
+from optiq import chips, polish
 from optiq.backends.mlx import MLXBackend
 from optiq.backends.stream import _read_rows
 from optiq.backends.torch import TorchBackend
@@ -117,7 +117,7 @@ def test_dwq_goes_downhill(monkeypatch):
     monkeypatch.setattr(mlx_lm.utils, 'save_model', lambda *a, **k: None)
     monkeypatch.setattr(mlx_lm.quant.dwq, 'dwq_quantize', lambda *a, **k: given.extend(a))
     source = Some(model_type='llm', name='m', trust_remote_code=False, load=lambda: None, units=[Some(dtype='bfloat16')])
-    rounding.dwq('nowhere', source, np.zeros((6, 4), int), valid=2, batch_size=2, learning_rate=.1)
+    polish.dwq('nowhere', source, np.zeros((6, 4), int), valid=2, batch_size=2, learning_rate=.1)
     x = mx.array(1.)
     for _ in range(3): x = given[2].apply_gradients(dict(x=2*x), dict(x=x))['x'] # of x², whose least is at 0
     assert 0 < float(x) < .9

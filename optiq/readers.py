@@ -12,7 +12,7 @@ import gzip
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from functools import wraps
@@ -263,7 +263,7 @@ def _fits(x, hint) -> bool:
 
 # %% ../nbs/72_readers.ipynb #5c724522
 _IN_WORDS = {bool: 'True or False', str: 'text', int: 'a whole number', float: 'a number above 0', list: 'a list',
-             tuple: 'a list', dict: 'a dict', Path: 'text', Callable: 'a function'}
+             tuple: 'a list', dict: 'a dict', Mapping: 'a dict', Path: 'text', Callable: 'a function'}
 
 def _kinds(hint) -> list: # of str
     "What an annotation allows, in words"
@@ -271,6 +271,7 @@ def _kinds(hint) -> list: # of str
     if kind in (Union, UnionType): return list(dict.fromkeys(w for h in get_args(hint) for w in _kinds(h)))
     if kind is NoneType: return []
     if kind in (list, tuple) and get_args(hint): return [f'a list, each {_in_words(get_args(hint)[0])}']
+    if getattr(kind, '_is_protocol', False): return [kind.__doc__]
     shows = is_dataclass(kind) and re.search(rf'^ *({kind.__name__}\(.*\))$', kind.__doc__, re.M)
     return [_IN_WORDS.get(kind) or (f'such as {shows[1]}' if shows else f'a {kind.__name__}')]
 

@@ -19,12 +19,11 @@ from .knapsack import allocate
 from .kv.layout import bytes_after, leaf_caches
 from .measure.kl import probes
 from .measure.sweep import Sweep
-from .measure.journal import check_other
 from .folder import _of_text, _others, check_untrusted, find_model
 from .models import _read_config, _said_for_mlx
 from .units import _Listing
 from .plan import Plan, make_plan, uniform
-from .readers import _html_table, known, read_json, told, whole, _checked
+from .readers import check_other, _html_table, known, read_json, told, whole, _checked
 from .report import fit
 from .roofline import _experts_per_token, skeleton
 

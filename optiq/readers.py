@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TEXT', 'PROSE', 'NAME', 'FLAG', 'FILE', 'INSIDE', 'ANYTHING', 'OBJECT', 'LIST', 'check_file', 'read_bytes',
            'read_text', 'split_lines', 'parse', 'Form', 'whole', 'number', 'maybe', 'one_of', 'shown', 'check',
-           'read_json', 'read_ours', 'check_kind', 'records_in', 'read_records', 'known', 'dumps', 'write_json', 'told']
+           'read_json', 'read_ours', 'check_kind', 'check_other', 'records_in', 'read_records', 'known', 'dumps',
+           'write_json', 'told']
 
 # %% ../nbs/72_readers.ipynb #6e54bf45
 import gzip
@@ -186,6 +187,19 @@ def check_kind(d: dict, where: str, kind: str, form: dict = {}, made_by: str = '
         other = f'a {d["optiq"]}' if TEXT.holds(d.get('optiq')) else 'some other JSON'
         raise ValueError(f'{where} is not a {kind}, but {other}; {made_by} writes one')
     return check(d, form, where)
+
+# %% ../nbs/72_readers.ipynb #c0b012b7
+def check_other(
+    what: 'str | Path', # the file
+    theirs: dict, # the fingerprint in the file
+    ours: dict, # the one that it should have
+    of: str = 'was measured on something else',
+    remedy: str = 'give another file, or remove it and measure again',
+):
+    "Raise ValueError, naming the fields that differ, unless two fingerprints agree"
+    odd = {k: f'{k} ({theirs.get(k)} there, {ours.get(k)} here)' for k in ours | theirs if theirs.get(k) != ours.get(k)}
+    if 'model' in odd: remedy = 'the weights are others, or another version of optiq took the fingerprint; '+remedy
+    if odd: raise ValueError(f'{what} {of}: {", ".join(odd.values())}; {remedy}')
 
 # %% ../nbs/72_readers.ipynb #efdf0a15
 def records_in(

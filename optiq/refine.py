@@ -109,7 +109,7 @@ def _solve_again(
     values: dict, # of `around`; the other units keep their format
 ) -> tuple: # Plan, its forecast KL
     "The best plan in which only the units measured again may change, and its forecast KL"
-    p, (table, _) = q.problem, smoothed(SimpleNamespace(values=values))
+    p, (table, _) = q.problem, smoothed(SimpleNamespace(header={}, units=[], values=values))
     kl = np.full(p.kl.shape, np.inf)
     for i, (row, options) in enumerate(zip(p.rows, p.options)):
         for j, f in enumerate(options):

@@ -120,7 +120,7 @@ MISUSE = dict(
     curve_targets=(lambda s: optiq.trade_off('demo', '3,4'), "`targets` holds '3,4', and should hold numbers"),
     caps=(lambda s: optiq.optimize('demo', None, 4.5), r'`caps` is 4.5, and should be such as Caps\(target_bpw=4.5\)'),
     weights=(lambda s: optiq.optimize('demo', weights='4,8'), r"`weights` is '4,8', and should be such as Weights\("),
-    no_plan=(lambda s: optiq.convert('demo', 4, 'out'), '`plan` is 4, and should be a Plan: for the units of this model, made by allocate or uniform'),
+    no_plan=(lambda s: optiq.convert('demo', 4, 'out'), '`plan` is 4, and should be a Plan: for .*, made by allocate or uniform'),
     sweep_as_plan=(lambda s: optiq.convert('demo', s, 'out'), '`plan` is Sweep of .*, and should be a Plan: '),
     bits=(lambda s: Format('4', 64), "no MLX format has bits='4', group_size=64"),
     drawn=(lambda s: s.plot(fmt='5g64'), '5g64 was not measured; the sweep has 4g64, 8g64'),

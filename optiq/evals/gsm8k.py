@@ -17,10 +17,9 @@ from ..backends.replay import Backend
 from .tasks import answers, compose
 from ..files import append, as_path, claiming, own_file, settle
 from ..material.problems import PROMPT, word_problems
-from ..measure.journal import check_other
 from ..measure.log import _bar
 from ..models import Checkpoint
-from ..readers import OBJECT, PROSE, check, check_kind, dumps, read_records, records_in, shown, _checked
+from ..readers import check_other, OBJECT, PROSE, check, check_kind, dumps, read_records, records_in, shown, _checked
 from ..report import Report, machine, own_size, share_figure
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #cd294d53

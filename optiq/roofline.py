@@ -7,7 +7,7 @@ __all__ = ['CHIPS', 'Chip', 'chip_named', 'Reads', 'reads_of', 'skeleton', 'Late
 
 # %% ../nbs/20_roofline.ipynb #81f80a16
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import log, prod
 
@@ -18,6 +18,7 @@ from .formats import AS_IS, Format, nbytes
 from .kv.layout import bytes_after, leaf_caches
 from .folder import _of_text
 from .units import _census, Unit, find_units
+from .readers import _checked
 
 # %% ../nbs/20_roofline.ipynb #b804e379
 _PUBLISHED = {3: 1.08} # a byte of 3-bit codes against one of 4-bit codes, on Apple's GPUs (mlx-optiq 0.0.1)
@@ -199,14 +200,17 @@ class Latency:
     def device(self, plan):
         "Milliseconds of the device for one token"
         return self.weights(plan)+self.fixed
-    def ms(self, plan):
+    @_checked
+    def ms(self, plan: Mapping):
         "Milliseconds for one token: the slower of device and CPU"
         return max(self.device(plan), self.host)
-    def tps(self, plan):
+    @_checked
+    def tps(self, plan: Mapping):
         "Tokens per second"
         return 1e3/self.ms(plan)
 
-    def terms(self, plan):
+    @_checked
+    def terms(self, plan: Mapping):
         "Milliseconds of each part, as a dict"
         return dict(weights=self.weights(plan), cache=self.cache, overhead=self.overhead, host=self.host)
 

@@ -22,7 +22,7 @@ from ..calibration import passages, token_batch
 from ..evals.perplexity import evaluate, overrides_of
 from ..files import added_files, as_path, can_draw, whole_folder
 from ..plan import make_plan
-from ..readers import OBJECT, PROSE, _html_table, dumps, read_json
+from ..readers import OBJECT, PROSE, _html_table, dumps, read_json, _checked
 from ..report import Report, fit, machine, score_row
 
 # %% ../../nbs/62_show.demo.ipynb #07489cd6
@@ -86,6 +86,7 @@ class Demo:
 
 # %% ../../nbs/62_show.demo.ipynb #bfb630b2
 @patch
+@_checked
 def save(
     self: Demo,
     folder: 'str | Path', # one that is there, say with models, is added to
@@ -136,6 +137,7 @@ class Ground:
 _once_read = lru_cache(passages) # the bundled text takes some seconds to make
 
 # %% ../../nbs/62_show.demo.ipynb #23e3ded4
+@_checked
 def ground(
     model: str, # 'demo', a folder, or a Hub id
     sizes: Sizes,

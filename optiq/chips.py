@@ -214,7 +214,7 @@ def measure_decode(
     model, # mlx-lm model
     context: int = 32, # tokens of the prompt
     tokens: int = 64, # that are timed, per run
-    runs: int = 5,
+    runs: int = 5, # repetitions; their median counts
     warmup: int = 8, # tokens before the clock starts, in every run
 ) -> Speed:
     "Tokens per second of mlx-lm's own decoding loop"
@@ -362,7 +362,7 @@ def load_chip(file: Path) -> tuple[Chip, list]: # chip, calibration points
 # %% ../nbs/20a_chips.ipynb #1d74ae92
 def this_machine(
     shapes: list, # of (rows, width)
-    formats: list,
+    formats: list, # to measure
     folder: 'Path | None' = None, # instead of the user's cache folder
 ) -> tuple[Chip, list]: # chip, calibration points
     "The chip that MLX computes on, from its file; measures what the file lacks"

@@ -139,7 +139,7 @@ def _repr_html_(self: Speeds) -> str:
 
 # %% ../nbs/20b_latency.ipynb #5b2fc107
 def compare_speeds(
-    lat: Latency,
+    lat: Latency, # of the model on a chip
     plans: dict, # name ▸ Plan
     measured: dict = {}, # name ▸ Speed
     about: dict = {}, # of the table

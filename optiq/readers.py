@@ -161,7 +161,7 @@ def check(
 
 # %% ../nbs/72_readers.ipynb #e592e28c
 def read_json(
-    path: 'str | Path',
+    path: 'str | Path', # of the file
     form: 'dict | list | Form' = OBJECT, # what it should hold
     constants: bool = False, # allow NaN and Infinity
 ):
@@ -169,7 +169,7 @@ def read_json(
     return check(parse(read_bytes(path), str(path), constants), form, str(path))
 
 def read_ours(
-    path: 'str | Path',
+    path: 'str | Path', # of the file
     kind: str, # what its field `optiq` says: plan, report, chip …
     form: dict = {}, # what else it should hold
     made_by: str = 'optiq', # what writes such files

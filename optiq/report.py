@@ -257,7 +257,7 @@ def own_size(c, name: str | None = None, plan=None) -> dict: # Checkpoint ▸ co
 
 # %% ../nbs/30_report.ipynb #dcb02cf0
 def score_row(
-    name: str,
+    name: str, # of the model, for the table
     size, # Plan, which knows bits and bytes
     score, # optiq.evals.perplexity.Score
     on: str = '', # fingerprint of the tokens

@@ -75,7 +75,8 @@ class Weights:
     def __post_init__(self): _check_types(Weights, vars(self))
 
     @property
-    def wishes(self) -> dict: # of `allocate`
+    def wishes(self) -> dict:
+        "The wishes, as options of `allocate`"
         return {k: getattr(self, k) for k in ('protect', 'pin', 'ceiling', 'floor', 'leave', 'tie')}
 
 @_helpful
@@ -99,7 +100,7 @@ _COUNTS = {'weights': [*Caps.__annotations__], 'a cache': ['target_bpw', 'true_b
 _KINDS = dict(vlm='vision-language', audio='speech')
 
 def subject(weights: Weights | None, cache: Cache | None) -> str: # key of COUNTS
-    "The subject of a plan: weights, a cache, or both; raises ValueError for neither"
+    "The subject of a plan: `weights`, a `cache`, or both; raises ValueError for neither"
     if weights is None and cache is None: raise ValueError('there is nothing to choose; give weights, a cache, or both')
     if weights is None: return 'a cache'
     return 'weights' if cache is None else 'weights and cache together'
@@ -121,7 +122,7 @@ def _check_pairs(caps: Caps):
 
 # %% ../nbs/08a_request.ipynb #14722bd0
 def caps_for(caps: Caps | None, what: str) -> Caps: # with a default
-    "The caps, with a default if there are none; raises ValueError for a cap without effect on this kind of plan"
+    "The `caps`, with a default if there are none; raises ValueError for a cap without effect on a plan of `what`"
     caps = caps or Caps()
     given = [k for k, v in vars(caps).items() if v is not None]
     odd = [k for k in given if k not in _COUNTS[what]]
@@ -147,7 +148,7 @@ def _check_weights(weights: Weights, what: str, out):
         '`time_budget` has no effect: `method` is named; leave one of the two')
     if weights.draft is not None and (out is None or what == 'a curve'): raise ValueError(
         '`draft` has no effect: no model is written; leave it out')
-    if weights.draft is not None: parse_format(weights.draft) # raises for what is none
+    if weights.draft is not None: parse_format(weights.draft) # raises ValueError if it is not a format
     if weights.compare is False and what != 'weights': raise ValueError(
         f'`compare` has no effect {_beside(what)} yet; leave one of the two')
     _check_rounding_name(rounding := _rounding_for(weights.rounding, weights.sweep), weights.polish, out)

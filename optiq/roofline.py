@@ -150,7 +150,7 @@ def reads_of(
 # %% ../nbs/20_roofline.ipynb #5f3cfe14
 def skeleton(
     config: dict, # content of config.json; a `quantization` in it is ignored
-    dtype: str = 'bfloat16',
+    dtype: str = 'bfloat16', # of the weights
 ): # ▸ mlx-lm model
     "The model of a config, its weights lazy and random"
     import mlx.core as mx

@@ -303,7 +303,7 @@ def _one_figure(name, task, row, base=None) -> dict:
 # %% ../nbs/46_score.ipynb #2a24af6a
 def as_figures(
     report: Report, # of one model, or a baseline and a model
-    task: str,
+    task: str, # whose score it is
 ) -> dict: # task, metric, value, low, high, n, baseline, p_value; all metrics under `metrics`
     "What `optiq eval --json` prints"
     base, row = (report.rows if len(report.rows) == 2 else [None, report.rows[-1]])

@@ -25,7 +25,7 @@ def harness(
     task: str, # as lm-eval names it, such as mmlu or arc_easy
     limit: int | None = None, # items of each subtask; None takes all
     shots: int | None = None, # worked examples; the task's own number by default
-    batch: int = 8,
+    batch: int = 8, # requests that the model computes together
     name: str | None = None, # of the row
     **options, # for lm_eval.simple_evaluate, such as task_manager
 ) -> Report: # one row, a metric `harness:<task>`

@@ -28,7 +28,7 @@ from ..models import Checkpoint
 # %% ../../nbs/31_evals.perplexity.ipynb #ea90def3
 def evaluation_tokens(
     source: str, # 'bundled', 'wikitext2', or a local file
-    tokenizer,
+    tokenizer, # of the model
     n: int = 16, # sequences
     seq_len: int = 256, # tokens in each
     split: str = 'test', # 'all' for a file that you only evaluate on

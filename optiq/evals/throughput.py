@@ -40,7 +40,7 @@ def throughput(
     repeats: int = 5, # runs after the one that warms up
     make_cache = None, # mlx-lm model ▸ caches
     name: str | None = None, # of the row
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, # run model code that comes with the checkpoint
 ) -> Report: # medians; _low and _high are the smallest and the largest run
     "Prompt and decode tokens per second and peak memory of a model as it is stored"
     import mlx.core as mx

@@ -62,7 +62,7 @@ def _question_text(c: Checkpoint, processor, question: str) -> str:
 
 # %% ../../nbs/50_families.vision.ipynb #f1e0231a
 def sample(
-    c: Checkpoint,
+    c: Checkpoint, # the model
     processor, # of the model, see `load_processor`
     image, # PIL image or file
     question: str,
@@ -153,11 +153,11 @@ def read_samples(path, fields: tuple) -> list:
 
 # %% ../../nbs/50_families.vision.ipynb #f467e797
 def samples(
-    c: Checkpoint,
+    c: Checkpoint, # the model
     source: 'str | Path' = 'diagrams', # 'diagrams', 'coco', or a folder of pictures
     n: int = 8, # samples
     split: str = 'train', # 'train' to calibrate on, 'test' to evaluate on, 'all' for a whole folder
-    seed: int = 42,
+    seed: int = 42, # of the shuffle
     fewer: bool = False, # take what there is if there are fewer
 ) -> list: # of dicts, see `sample`
     "Samples to measure a vision model on: pictures with questions, as the model takes them"

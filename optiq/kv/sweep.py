@@ -129,7 +129,7 @@ def planned_cache(
     b, # Backend
     tokens: np.ndarray, # (n, T) calibration tokens
     scored: np.ndarray, # (n, T) evaluation tokens
-    layout: KVLayout,
+    layout: KVLayout, # of the model's cache
     formats: list, # candidates
     conditions: dict, # of `allocate`
     about: dict = {}, # of the texts, for the report
@@ -199,7 +199,7 @@ def joint_plan(
     formats: list = ('4g64', '8g64'), # candidates of the weights
     kv_formats: list = ('4g64', '8g64'), # candidates of the cache
     weight_sweep: Sweep | None = None, # if it was measured before
-    progress: bool = True,
+    progress: bool = True, # print how far the sweeps are
     *,
     rounding: str | None = None, # of the weights: 'minmax', 'search' or 'gptq'; `ROUNDING` by default
     rounding_tokens: 'np.ndarray | list | None' = None, # what it learns from; `tokens` by default
@@ -241,7 +241,7 @@ def configurations(
     scored: np.ndarray, # (n, T) evaluation tokens
     joint: dict, # of `joint_plan`
     kv_formats: list, # uniform caches to compare with
-    about: dict = {},
+    about: dict = {}, # entries for the report's notes
 ) -> tuple[Report, list]: # every pair; cache units that differ between the two kinds of weights
     "Quality and memory of every pair of weights and cache"
     pairs, both = _every_pair(joint, kv_formats), _combine(joint['weight_sweep'], joint['cache_sweep'])
@@ -262,7 +262,7 @@ def planned_together(
     b, # Backend
     tokens: np.ndarray, # (n, T) calibration tokens
     scored: np.ndarray, # (n, T) evaluation tokens
-    layout: KVLayout,
+    layout: KVLayout, # of the model's cache
     max_bytes: float, # weights and cache
     formats: list, # candidates of the weights
     kv_formats: list, # candidates of the cache

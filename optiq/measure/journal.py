@@ -26,7 +26,7 @@ _HEADER |= {'fingerprint': dict(model=TEXT, tokens=TEXT, quantizer=TEXT, formats
 _RECORD = dict(unit=NAME, format=FORMAT, start=whole(0), kl=[number(-1, 1e30)]*2)
 
 def read_log(
-    path: Path,
+    path: Path, # of a sweep file
 ) -> tuple[dict, dict, int]: # header, (path, format, start) ▸ values, bytes that are whole
     "Header and records of a sweep file, without a last line cut short; raises ValueError naming a damaged line"
     data = read_bytes(path)
@@ -64,7 +64,7 @@ def _journal(data, path): # ▸ header, (place, record) of all, bytes that are w
 
 # %% ../../nbs/04e_measure.journal.ipynb #70edad05
 def check_other(
-    path: 'str | Path',
+    path: 'str | Path', # of the file, for the error
     theirs: dict, # the fingerprint in the file
     ours: dict, # the one that it should have
 ):
@@ -118,6 +118,6 @@ class _Journal:
         return ''.join(dumps(line)+'\n' for line in lines)
 
     def add(self, p: Pass, kl: np.ndarray): # (len(p.todo), sequences)
-        "Keep the KL of a finished pass and append it to the file; raises FileNotFoundError if somebody deleted that"
+        "Keep the KL of the finished pass `p` and append it to the file; raises FileNotFoundError if that was deleted"
         self.records |= {k: _shortest(values) for k, values in zip(p.keys, np.float32(kl))}
         if self.path: append(self.path, self.lines(p.keys))

@@ -138,7 +138,7 @@ _once_read = lru_cache(passages) # the bundled text takes some seconds to make
 # %% ../../nbs/62_show.demo.ipynb #23e3ded4
 def ground(
     model: str, # 'demo', a folder, or a Hub id
-    sizes: Sizes,
+    sizes: Sizes, # how much of each text
     text: str = 'bundled', # 'bundled', 'wikitext2', or a file
 ) -> Ground:
     "An open model with its texts, as every demo starts"

@@ -86,7 +86,7 @@ def _svg_legend(formats, colours, left, y):
 # %% ../../nbs/60_show.plots.ipynb #8bf524a2
 def describe(
     plan: Plan,
-    other: Plan | None = None,
+    other: Plan | None = None, # to compare it with
 ) -> str:
     "A plan, or two, in one sentence"
     counts = ', '.join(f'{n} in {f}' for f, n in plan.counts().items())

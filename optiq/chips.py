@@ -236,7 +236,7 @@ def _decode_once(model, context: int, tokens: int, warmup: int) -> float:
 
 # %% ../nbs/20a_chips.ipynb #c7b18a9c
 def hollow(model, plan):
-    "A model with the architecture of a checkpoint and the formats of a plan, with random weights"
+    "A model with the architecture of the checkpoint `model` and the formats of `plan`, with random weights"
     return _stand_in(skeleton(model.config, model.units[-1].dtype), plan)
 
 # %% ../nbs/20a_chips.ipynb #9d1c169e
@@ -343,7 +343,7 @@ def save_chip(
     points: list, # calibration points, the newest last
     file: Path,
 ):
-    "Write a measured chip and its calibration points; the file appears only when it is complete"
+    "Write a measured `chip` and its calibration points to `file`, which appears only when it is complete"
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f'{file.name}.{os.getpid()}')
     write_json(part, dict(optiq='chip', chip=asdict(chip), points=points))

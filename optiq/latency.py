@@ -84,7 +84,7 @@ def calibrate(
 class Speeds:
     "Predicted and measured decode speed of plans, side by side"
     rows: list # of dicts: name, size_mb, true_bpw, predicted, and if measured: measured, spread, calibration
-    about: dict = field(default_factory=dict)
+    about: dict = field(default_factory=dict) # chip, context and how it was calibrated
 
     def errors(self):
         "Name ▸ error of the prediction as a share of the measured speed; only of measured plans"
@@ -94,11 +94,11 @@ class Speeds:
         import pandas as pd
         return pd.DataFrame([r|dict(error=self.errors().get(r['name'])) for r in self.rows])
     def save(self, path):
-        "Write the rows to a JSON file"
+        "Write the rows to a JSON file at `path`"
         write_json(path, dict(optiq='speeds')|asdict(self))
     @classmethod
     def load(cls, path):
-        "Read such a file; raises ValueError for another one"
+        "Read the file at `path` that `save` wrote; raises ValueError for another one"
         return cls(*map(read_ours(path, 'speeds', dict(rows=[OBJECT], about=OBJECT)).get, ('rows', 'about')))
 
 # %% ../nbs/20b_latency.ipynb #62d04d50
@@ -267,7 +267,7 @@ def plot_frontier(
     lat: Latency, # of the same model
     ax = None, # matplotlib axes
 ):
-    "Predicted KL against speed"
+    "Predicted KL against decode speed, of allocated plans and of uniform ones"
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(7, 4))[1]
     for plans, style, label in ((frontier, dict(marker='.', color='#0072B2'), 'allocated'),

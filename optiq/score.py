@@ -79,7 +79,7 @@ def perplexity(
 
 # %% ../nbs/46_score.ipynb #e93320fd
 def same_words(a: Checkpoint, b: Checkpoint):
-    "Raise ValueError, saying why, unless two models read the same tokens"
+    "Raise ValueError, saying why, unless the models `a` and `b` read the same tokens"
     if a.vocabulary != b.vocabulary: raise ValueError(
         f'{a.name} has {a.vocabulary:,} words and {b.name} {b.vocabulary:,}: they have different tokenizers, so no KL '
         f'between '

@@ -21,7 +21,7 @@ def _adapter():
 
 # %% ../../nbs/39_evals.harness.ipynb #60f9921b
 def harness(
-    model: 'str | Checkpoint',
+    model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
     task: str, # as lm-eval names it, such as mmlu or arc_easy
     limit: int | None = None, # items of each subtask; None takes all
     shots: int | None = None, # worked examples; the task's own number by default

@@ -51,7 +51,7 @@ def check_calibration(
 
 # %% ../../nbs/31_evals.perplexity.ipynb #8a050593
 def check_overlap(share: float, whose: str = '', most: float = .1):
-    "Raise ValueError if more than this share of a text is calibration text"
+    "Raise ValueError if the `share` of calibration text in a text is above `most`; `whose` says of which model"
     if share > most: raise ValueError(
         f'{share:.0%} of the evaluation text is calibration text{whose}, which makes a score look better '
         'than it is; give another `evaluation` text')

@@ -165,7 +165,7 @@ class _Share:
 
 # %% ../../nbs/33_evals.tasks.ipynb #dd4e61a7
 def score_rows(model, rows: list, overrides: dict = {}) -> _Share:
-    "How many of the rows a model gets right"
+    "How many of these `rows` a `model` gets right, with `overrides` of its weights"
     return _Share(sum(correct(r, text) for r, text in zip(rows, answers(model, rows, overrides))), len(rows))
 
 # %% ../../nbs/33_evals.tasks.ipynb #7279444c

@@ -34,7 +34,7 @@ def _one_run(
 
 # %% ../../nbs/38_evals.throughput.ipynb #365ed592
 def throughput(
-    model: 'str | Checkpoint',
+    model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
     prompt_tokens: int = 512, # tokens to read when speed is measured: random ones, the text does not matter
     new_tokens: int = 128, # tokens to write, whatever the model says
     repeats: int = 5, # runs after the one that warms up

@@ -161,7 +161,7 @@ def layer_table(config: dict) -> str:
 
 # %% ../../nbs/11f_kv.sweep.ipynb #f406a38e
 def memory_lines(memory: list) -> str:
-    "Rows of `memory_table`, as text"
+    "The rows of a `memory_table`, given as `memory`, as lines of text"
     return '\n'.join(f'{r["context"]:6} tokens  as it is {r["fp16_bytes"]/2**20:9.2f} MB  '
                      f'mixed {r["bytes"]/2**20:9.2f} MB  ({r["ratio"]:.2f} ×)' for r in memory)
 
@@ -241,7 +241,7 @@ def configurations(
     scored: np.ndarray, # (n, T) evaluation tokens
     joint: dict, # of `joint_plan`
     kv_formats: list, # uniform caches to compare with
-    about: dict = {}, # entries for the report's notes
+    about: dict = {}, # of the texts, for the report
 ) -> tuple[Report, list]: # every pair; cache units that differ between the two kinds of weights
     "Quality and memory of every pair of weights and cache"
     pairs, both = _every_pair(joint, kv_formats), _combine(joint['weight_sweep'], joint['cache_sweep'])

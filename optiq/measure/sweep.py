@@ -265,7 +265,7 @@ def texts_for(c: Checkpoint, source: str, n: int, seq_len: int, more: int,
     return learned[:n], learned
 
 def about_texts(source: str | None, learned, rounding: str) -> dict:
-    "Entries of a sweep's header: source, shape and fingerprint of `learned`, the tokens that its `rounding` learned from"
+    "Entries of a sweep's header: source, shape and fingerprint of the tokens that its `rounding` `learned` from"
     about = {} if source is None else dict(calibration=str(source))
     if rounding == 'minmax': return about
     return about | dict(learned=dict(source=about.get('calibration'), shape=list(shape_of(learned)),

@@ -38,7 +38,9 @@ class Plan(Mapping):
     model: str = '' # for which model
     solver: dict = field(default_factory=dict) # method, bound, gap, prices, caps …
     made: dict = field(default_factory=dict) # how the sweep was measured: rounding, what that learned from, text
-    method, bound, gap = (property(lambda self, k=k: self.solver.get(k)) for k in ('method', 'bound', 'gap'))
+    method, bound, gap = (property(lambda self, k=k: self.solver.get(k), doc=text) for k, text in dict(
+        method='How the solver found it, such as exact; None without a solver', gap='KL above the bound, at most',
+        bound='A lower bound on the predicted KL of every plan within the caps').items())
 
     @property
     def nominal_bpw(self):

@@ -49,18 +49,18 @@ class Backend:
     swapping = frozenset() # paths whose weights, keys or values are replaced at the moment
     model = None # the library's, if it has modules
 
-    def forward(self, batch): "Logits of token ids, checked: (B, T) ▸ (B, T, V)"; raise NotImplementedError
+    def forward(self, batch): "Logits of the ids `batch`, checked: (B, T) ▸ (B, T, V)"; raise NotImplementedError
     def block(self, i: int): "The module of block `i`"; raise NotImplementedError
     def stand_ins(self, stand_in): "While this lasts, block `i` becomes `stand_in(i, …)`"; raise NotImplementedError
-    def reweighted(self, overrides: dict): "While this lasts, units have other weights"; raise NotImplementedError
+    def reweighted(self, overrides: dict): "While this lasts, `overrides` change weights"; raise NotImplementedError
     def attending(self, change, which=None): # blocks, all by default
         "While this lasts, attention of block `i` reads the keys and values that `change(i, q, k, v)` returns"
         raise NotImplementedError
     def listening(self, hear, block: 'int | None'): # None: the units outside the blocks
         "While this lasts, `hear(path, x, experts)` gets the inputs of the block's units"; raise NotImplementedError
-    def unit_weight(self, path: str): "A weight, in the checkpoint's type"; raise NotImplementedError
+    def unit_weight(self, path: str): "The weight at `path`, in the checkpoint's type"; raise NotImplementedError
     def cast(self, x): "An array `x` in the type that the backend computes in"; raise NotImplementedError
-    def typed(self, x, dtype: str): "An array `x` in the type of this name"; raise NotImplementedError
+    def typed(self, x, dtype: str): "An array `x` in the type named `dtype`"; raise NotImplementedError
     def numpy(self, x): "An array `x` as one of NumPy"; raise NotImplementedError
     def done(self, x): "An array `x` whose computation has begun"; raise NotImplementedError
 
@@ -146,7 +146,7 @@ def _is_chain(b) -> bool:
 
 @patch
 def raw(self: Backend, batch):
-    "The logits of token ids as `forward` gives them, but not checked for NaN: (B, T) ▸ (B, T, V)"
+    "The logits of the ids `batch` as `forward` gives them, but not checked for NaN: (B, T) ▸ (B, T, V)"
     return self.forward(batch)
 
 # %% ../../nbs/03_backends.replay.ipynb #41cc2188

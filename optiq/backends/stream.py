@@ -167,7 +167,7 @@ def rows_of(self: StreamingBackend, unit: Unit, rows): # a slice, or an array of
 # %% ../../nbs/03e_backends.stream.ipynb #4b5adfac
 @patch
 def vocabulary(self: StreamingBackend, unit: Unit, rows): # a slice, or an array of indices
-    "Rows of an embedding or head, with its override if it has one"
+    "Rows of the embedding or head `unit`, with its override if it has one"
     w = self.rows_of(unit, rows)
     new, n = self.overrides.get(unit.path, same)(w), len(w)
     if len(new) != n: # it gave the whole tensor

@@ -151,7 +151,7 @@ def planned_cache(
 
 # %% ../../nbs/11f_kv.sweep.ipynb #f132ee88
 def layer_table(config: dict) -> str:
-    "A kv_config as a text table: a row per layer, with the formats of its keys and values"
+    "A kv_config (`config`) as a text table: a row per layer, with the formats of its keys and values"
     def more(r):
         if 'left' in r: return f'{r["left"]}, {r.get("nbytes", 0)/2**20:.2f} MB'
         return f'window of {r["window"]:,} tokens' if 'window' in r else ''

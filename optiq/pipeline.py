@@ -363,7 +363,7 @@ def compare(
     baseline: str | None = None, # the model to measure KL and agreement against
     evaluation: 'str | list' = 'bundled', # text, pictures or speech to score on; of a local file of text, all of it
     n: int = 50, # evaluation sequences
-    seq_len: int = 512, # tokens in each
+    seq_len: int = 512, # tokens in each sequence
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     max_memory: float | None = None, # bytes for scoring, with `backend` stream
     trust_remote_code: bool = False, # run model code that comes with the checkpoint

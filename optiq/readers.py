@@ -181,7 +181,7 @@ def read_ours(
 
 # %% ../nbs/72_readers.ipynb #8826365d
 def check_kind(d: dict, where: str, kind: str, form: dict = {}, made_by: str = 'optiq') -> dict:
-    "`d`, if it is of this `kind` and `form`; raises ValueError naming the place, `where`, and what writes one, `made_by`"
+    "`d`, if it is of this `kind` and `form`; raises ValueError naming the place (`where`) and its maker (`made_by`)"
     if d.get('optiq') != kind:
         other = f'a {d["optiq"]}' if TEXT.holds(d.get('optiq')) else 'some other JSON'
         raise ValueError(f'{where} is not a {kind}, but {other}; {made_by} writes one')

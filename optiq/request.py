@@ -68,7 +68,7 @@ class Weights:
     method: Literal['exact', 'screened', 'gradient'] | None = None # how to measure; by default what fits `time_budget`
     time_budget: float | None = None # seconds of the sweep, 600 by default, for the choice of its method
     polish: Literal['dwq'] | None = None # train scales and biases at the end, by mlx-lm's dwq
-    draft: 'Format | str | int | None' = None # of a head that drafts tokens, kept beside the model; by default 8g64
+    draft: 'Format | str | int | None' = None # format of a head that drafts tokens, beside the model; by default 8g64
     verify: bool | None = None # measure the plan and its neighbours, keep the best; by default for weights alone
     compare: bool | None = None # score the baselines too; by default for weights alone
 
@@ -164,12 +164,13 @@ def _check_weights(weights: Weights, what: str, out):
 class Texts:
     """The texts to measure and to score on, how many sequences of them, and how long
 
-    A model that sees or hears takes pictures or speech in the same places.
+    We measure on `calibration` and score on `evaluation`. A model that sees or hears takes pictures or speech in the
+    same places. Each is a name, a path or a list of samples.
 
         Texts(calibration='my.jsonl', n_calibration=16, evaluation='wikitext2')
     """
     calibration: 'str | Path | list' = 'bundled' # text, pictures or speech to measure on, by name or path; or samples
-    evaluation: 'str | Path | list | None' = None # text to score on, or samples; by default test side of `calibration`
+    evaluation: 'str | Path | list | None' = None # text, pictures or speech; by default test side of `calibration`
     n_calibration: int = 8 # calibration sequences
     seq_len: int = 128 # tokens in each calibration sequence
     n_evaluation: int = 16 # evaluation sequences, of 256 tokens

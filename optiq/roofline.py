@@ -196,22 +196,6 @@ class Latency:
     def fixed(self):
         "Milliseconds of the device that no plan changes"
         return self.reads.other_bytes/self.chip.bandwidth/1e6+self.cache+self.overhead
-    def weights(self, plan):
-        "Milliseconds to read the units in the formats of a plan"
-        return sum(self(u, plan[u.path]) for u in self.reads.units)
-    def device(self, plan):
-        "Milliseconds of the device for one token of a `plan`"
-        return self.weights(plan)+self.fixed
-    def ms(self, plan):
-        "Milliseconds for one token of a `plan`: the slower of device and CPU"
-        return max(self.device(plan), self.host)
-    def tps(self, plan):
-        "Tokens per second that a `plan` decodes, as predicted"
-        return 1e3/self.ms(plan)
-
-    def terms(self, plan):
-        "Milliseconds of each part for one token of a `plan`, as a dict"
-        return dict(weights=self.weights(plan), cache=self.cache, overhead=self.overhead, host=self.host)
 
     @property
     def how(self):
@@ -220,6 +204,32 @@ class Latency:
 
     def __repr__(self):
         return f'Latency on {self.chip.name}, {self.chip.bandwidth:,.0f} GB/s, context {self.context}; {self.how}'
+
+# %% ../nbs/20_roofline.ipynb #ffc9861b
+@patch
+def weights(self: Latency, plan):
+    "Milliseconds to read the units in the formats of a plan"
+    return sum(self(u, plan[u.path]) for u in self.reads.units)
+
+@patch
+def device(self: Latency, plan):
+    "Milliseconds of the device for one token of a `plan`"
+    return self.weights(plan)+self.fixed
+
+@patch
+def ms(self: Latency, plan):
+    "Milliseconds for one token of a `plan`: the slower of device and CPU"
+    return max(self.device(plan), self.host)
+
+@patch
+def tps(self: Latency, plan):
+    "Tokens per second that a `plan` decodes, as predicted"
+    return 1e3/self.ms(plan)
+
+@patch
+def terms(self: Latency, plan):
+    "Milliseconds of each part for one token of a `plan`, as a dict"
+    return dict(weights=self.weights(plan), cache=self.cache, overhead=self.overhead, host=self.host)
 
 # %% ../nbs/20_roofline.ipynb #1fa949b8
 @patch

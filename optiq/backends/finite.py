@@ -16,7 +16,7 @@ def check_finite(xp, weight, path: str):
         f'{path} holds NaN or infinity: the checkpoint is damaged; fetch or make it again')
 
 def check_all(checkpoint: Checkpoint, xp, weights):
-    "`check_finite` for `weights`, pairs of path and array of library `xp`; the error names the file of the `checkpoint`"
+    "`check_finite` for `weights`, pairs of path and array of library `xp`; an error names the file of `checkpoint`"
     for path, w in weights:
         try: check_finite(xp, w, path)
         except ValueError as e: raise ValueError(f'{_file_of(checkpoint, path)}: {e}') from None

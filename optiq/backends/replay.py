@@ -23,9 +23,6 @@ from ..units import Unit
 # %% ../../nbs/03_backends.replay.ipynb #b684d45f
 os.environ.setdefault('MLX_ENABLE_TF32', '0') # float32 means float32
 
-# %% ../../nbs/03_backends.replay.ipynb #57493ff7
-class _Recorded(Exception): "Ends a forward pass when we know the last block's arguments"
-
 # %% ../../nbs/03_backends.replay.ipynb #85a67ce8
 class Backend:
     """A model that runs block by block, whatever its library
@@ -64,25 +61,31 @@ class Backend:
     def numpy(self, x): "An array `x` as one of NumPy"; raise NotImplementedError
     def done(self, x): "An array `x` whose computation has begun"; raise NotImplementedError
 
-    def embed(self,
-        batch: np.ndarray, # (B, T) token ids
-        overrides: dict = {}, # path ▸ function from a weight, keys or values to those to use
-    ): # (B, T, D) states that enter the first block
-        "States before the first block; records all blocks' arguments; raises ValueError for ids beyond the vocabulary"
-        _check_ids(self.checkpoint, np.asarray(batch))
-        if not self.chain:
-            self.order() # now, since later somebody may listen to the blocks
-            return _Streams(self, np.asarray(batch), overrides, spans=self.ways and self._spans)
-        self.calls, self.batch_size, states = [], len(batch), []
-        def stand_in(i, x, *args, **kwargs):
-            if i == 0: states.append(x)
-            self.calls.append((args, kwargs))
-            if i == self.n_blocks-1: raise _Recorded
-            return x
-        with self.swapped(overrides), self.stand_ins(stand_in):
-            try: self.forward(batch)
-            except _Recorded: pass
-        return self.cast(states[0])
+# %% ../../nbs/03_backends.replay.ipynb #57493ff7
+class _Recorded(Exception): "Ends a forward pass when we know the last block's arguments"
+
+# %% ../../nbs/03_backends.replay.ipynb #1c54d68e
+@patch
+def embed(
+    self: Backend,
+    batch: np.ndarray, # (B, T) token ids
+    overrides: dict = {}, # path ▸ function from a weight, keys or values to those to use
+): # (B, T, D) states that enter the first block
+    "States before the first block; records all blocks' arguments; raises ValueError for ids beyond the vocabulary"
+    _check_ids(self.checkpoint, np.asarray(batch))
+    if not self.chain:
+        self.order() # now, since later somebody may listen to the blocks
+        return _Streams(self, np.asarray(batch), overrides, spans=self.ways and self._spans)
+    self.calls, self.batch_size, states = [], len(batch), []
+    def stand_in(i, x, *args, **kwargs):
+        if i == 0: states.append(x)
+        self.calls.append((args, kwargs))
+        if i == self.n_blocks-1: raise _Recorded
+        return x
+    with self.swapped(overrides), self.stand_ins(stand_in):
+        try: self.forward(batch)
+        except _Recorded: pass
+    return self.cast(states[0])
 
 # %% ../../nbs/03_backends.replay.ipynb #dd6502bb
 def _repeated(tree, batch, k, xp):

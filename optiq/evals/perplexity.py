@@ -82,31 +82,32 @@ class Score:
         return cls(*means, np.stack([np.pad(r, ((0, 0), (0, wide-r.shape[1])), constant_values=np.nan) for r in rows],
                                     1))
 
-    @property
-    def flips(self):
-        "(n,) share of tokens whose best token changed"
-        return 1-self.agree
-
-    @property
-    def kl_p99(self):
-        "99th percentile of the KL of single tokens, in nats"
-        return float(np.nanquantile(self.tokens[1], .99))
-
-    @property
-    def perplexity(self):
-        "exp of the mean negative log-likelihood"
-        return float(np.exp(self.nll.mean()))
-
-    @property
-    def perplexity_se(self):
-        "Standard error of the perplexity over sequences, to first order"
-        return self.perplexity*_se(self.nll)
-
     def __repr__(self):
         figures = (('perplexity', self.perplexity, self.perplexity_se, '.2f'),
                    ('KL', self.kl.mean(), _se(self.kl), '.4f'),
                    ('agreement', self.agree.mean(), _se(self.agree), '.1%'))
         return ', '.join(f'{name} {plus_minus(known(x), known(se), spec)}' for name, x, se, spec in figures)
+
+# %% ../../nbs/31_evals.perplexity.ipynb #37c5a9fc
+@patch(as_prop=True)
+def flips(self: Score):
+    "(n,) share of tokens whose best token changed"
+    return 1-self.agree
+
+@patch(as_prop=True)
+def kl_p99(self: Score):
+    "99th percentile of the KL of single tokens, in nats"
+    return float(np.nanquantile(self.tokens[1], .99))
+
+@patch(as_prop=True)
+def perplexity(self: Score):
+    "exp of the mean negative log-likelihood"
+    return float(np.exp(self.nll.mean()))
+
+@patch(as_prop=True)
+def perplexity_se(self: Score):
+    "Standard error of the perplexity over sequences, to first order"
+    return self.perplexity*_se(self.nll)
 
 # %% ../../nbs/31_evals.perplexity.ipynb #badfa037
 @patch

@@ -36,7 +36,7 @@ def _one_run(
 def throughput(
     model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
     prompt_tokens: int = 512, # tokens to read when speed is measured: random ones, the text does not matter
-    new_tokens: int = 128, # tokens to write, whatever the model says
+    new_tokens: int = 128, # tokens to write, even after the model ends its text
     repeats: int = 5, # runs after the one that warms up
     make_cache = None, # mlx-lm model ▸ caches
     name: str | None = None, # of the row

@@ -250,7 +250,7 @@ def _type_of(sweep: Sweep | None) -> str | None:
 def verify(
     model: str, # a converted model
     reference: str | None = None, # the full-precision model it was made from
-    text: 'str | list' = 'bundled', # the calibration text, pictures or speech, or others to measure KL on; or samples
+    text: 'str | list' = 'bundled', # text, pictures or speech to measure KL on, best those of the calibration
     within: float | None = None, # accepted factor between predicted and measured KL; by default the forecast's error
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     max_memory: float | None = None, # bytes for scoring the reference, with `backend` stream

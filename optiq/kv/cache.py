@@ -72,18 +72,6 @@ class MixedKVCache(CacheList):
         "The mask of attention, as mlx-lm's cache makes it; it takes `args` and `options`"
         return self.caches[0].make_mask(*args, **options)
 
-    def stored(self, side): # 'keys' or 'values'
-        "The arrays of one `side`, with their whole room"
-        return [a for c in self.caches for a in [getattr(c, side)] if a is not None and a.shape[3]]
-    @property
-    def keys(self):
-        "What it stores of keys: codes, scales, biases"
-        return self.stored('keys')
-    @property
-    def values(self):
-        "What it stores of values: codes, scales, biases"
-        return self.stored('values')
-
     @property
     def state(self):
         "All that a prompt file holds of it; raises ValueError for the state of another version"
@@ -121,6 +109,22 @@ def _pairs(keys, values): # lists of arrays (B, heads, T, …) ▸ pairs of one 
     for k, v in zip_longest(keys, values):
         if k is not None and v is not None and k.dtype == v.dtype: yield k, v
         else: yield from ((a, a[..., :0]) if a is k else (a[..., :0], a) for a in (k, v) if a is not None)
+
+# %% ../../nbs/11c_kv.cache.ipynb #a7788fcf
+@patch
+def stored(self: MixedKVCache, side): # 'keys' or 'values'
+    "The arrays of one `side`, with their whole room"
+    return [a for c in self.caches for a in [getattr(c, side)] if a is not None and a.shape[3]]
+
+@patch(as_prop=True)
+def keys(self: MixedKVCache):
+    "What it stores of keys: codes, scales, biases"
+    return self.stored('keys')
+
+@patch(as_prop=True)
+def values(self: MixedKVCache):
+    "What it stores of values: codes, scales, biases"
+    return self.stored('values')
 
 # %% ../../nbs/11c_kv.cache.ipynb #188b81d9
 @patch

@@ -254,7 +254,7 @@ _IS = {bool: lambda x: isinstance(x, bool) or getattr(x, 'dtype', None) == 'bool
 _IS |= {Path: _IS[str], tuple: _IS[list]}
 
 def _fits(x, hint) -> bool:
-    "Whether a value is what an annotation says; an annotation that is no type allows everything"
+    "Whether a value is what an annotation says; an annotation that is not a type allows everything"
     kind, parts = get_origin(hint) or hint, [a for a in get_args(hint) if a is not ...]
     if kind in (Union, UnionType): return any(_fits(x, h) for h in parts)
     if not isinstance(kind, type): return True

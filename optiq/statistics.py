@@ -126,7 +126,7 @@ def _batches(b: Backend, tokens) -> list:
 # %% ../nbs/06a_statistics.ipynb #49ff3589
 @contextmanager
 def _calls_kept(b: Backend):
-    "What the backend's blocks are called with is as it was before, and nobody stands in for them meanwhile"
+    "While this lasts, blocks run themselves; at the end the backend has its old arguments of them again"
     before = getattr(b, 'calls', None), getattr(b, 'batch_size', None)
     try:
         with _for_themselves(): yield
@@ -264,7 +264,7 @@ def _as_stored(b: Backend, unit, heard) -> tuple: # ▸ sums of squares (…, in
     return sums.reshape(shape), counts
 
 def _save_learned(b: Backend, learned, about: dict, file: Path):
-    "Hear a whole model, and keep what `search` needs"
+    "Listen to a whole model, and keep what `search` needs in a file"
     from safetensors.numpy import save_file
     stats, found = Statistics(b, learned, whole=False), {}
     for path, u in b.checkpoint.unit.items():

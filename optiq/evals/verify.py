@@ -129,7 +129,7 @@ def _check_tokenizer(c: Checkpoint, reference: Checkpoint | None) -> str:
     return f'{len(t):,} tokens{same}'+('' if t.decode(ids) == _SAMPLE else '; some characters do not come back')
 
 # %% ../../nbs/45_evals.verify.ipynb #262a8142
-def _check_finite(c: Checkpoint, text) -> str: # text: a passage to hear, for a model that hears
+def _check_finite(c: Checkpoint, text) -> str: # text: what to listen to, for a model that hears
     "Check that no weight and no logit is NaN or infinite"
     import mlx.core as mx
     from mlx.utils import tree_flatten

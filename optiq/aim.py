@@ -21,7 +21,8 @@ class Gap:
     count: int = 0 # tokens seen
     of_output: bool = False # d is what the output lacks, not what the input does
 
-    def add(self, x, lack, part=.5): # (…, in_dims), (…, in_dims or out_dims); how much of them is of the first half
+    def add(self, x, lack, part=.5): # (…, in_dims), (…, in_dims or out_dims)
+        "Add inputs `x` with errors and what each of them lacks (`lack`); `part` of the tokens belong to the first half"
         f32 = library(x)[1]
         x, lack = (f32(a).reshape(-1, a.shape[-1]) for a in (x, lack))
         half = int(len(x)*min(1, max(0, part)))
@@ -47,7 +48,7 @@ def _share(changes, halves, lacks) -> float:
 # %% ../nbs/06d_aim.ipynb #83c9bbe6
 def aimed(
     weights: list, # (out_dims, in_dims) each; all read the same inputs
-    gap: Gap,
+    gap: Gap, # what it has summed over the calibration text
     stats: Inputs, # of these inputs
 ) -> list: # of weights, in the same type
     "Weights that make up for the errors before them, as far as each half of the text confirms the other"

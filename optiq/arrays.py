@@ -10,7 +10,7 @@ import numpy as np
 
 # %% ../nbs/70_arrays.ipynb #d1182d98
 def library(w):
-    "The module of an array (numpy, torch, mlx.core), a function to float32, and one that rounds float32 to its type"
+    "The module of array `w` (numpy, torch, mlx.core), a function to float32, and one that rounds float32 to its type"
     if isinstance(w, np.ndarray):
         return np, lambda x: x.astype(np.float32), lambda x: x.astype(w.dtype).astype(np.float32)
     if type(w).__module__.startswith('mlx'):
@@ -49,7 +49,7 @@ def _settle(*arrays):
 
 # %% ../nbs/70_arrays.ipynb #76ace6e2
 def to_mlx(x):
-    "The same array in MLX, bit for bit"
+    "The array `x` in MLX, bit for bit"
     import mlx.core as mx
     if isinstance(x, mx.array): return x
     found = x.detach().float() if x.is_floating_point() else x # NumPy knows no bfloat16
@@ -57,7 +57,7 @@ def to_mlx(x):
 
 # %% ../nbs/70_arrays.ipynb #c0fe7c3f
 def take(z, ids): # (…, V), (…, k) whole numbers ▸ (…, k)
-    "The entries at `ids`, along the last axis"
+    "The entries of `z` at `ids`, along the last axis"
     xp = library(z)[0]
     return z.gather(-1, ids) if xp.__name__ == 'torch' else xp.take_along_axis(z, ids, axis=-1)
 
@@ -67,7 +67,7 @@ def put(z, ids, value: float): # (…, V), (…, k) ▸ (…, V)
     return z.scatter(-1, ids, value) if xp.__name__ == 'torch' else xp.put_along_axis(z, ids, xp.array(value), axis=-1)
 
 def top(z, k: int): # (…, V) ▸ (…, k)
-    "Indices of the k largest entries along the last axis, the largest first"
+    "Indices of the `k` largest entries of `z` along the last axis, the largest first"
     xp = library(z)[0]
     if xp.__name__ == 'torch': return z.topk(k).indices
     ids = xp.argpartition(-z, k-1, axis=-1)[..., :k]

@@ -27,17 +27,22 @@ class Budget:
     "A linear constraint: (sum of costs + fixed) / per ≤ limit"
     name: str # as messages call it
     cost: Callable | None # (unit, format) ▸ number; None if there is no such cap
-    limit: float | None # in the unit that people use; None if there is no such cap
+    limit: float | None # in the unit that you use, such as bits; None if there is no such cap
     fixed: float = 0 # cost of everything that is not chosen
     per: float = 1 # what turns a cost into that unit
     unit: str = '' # 'bits', 'bytes' or 'ms'
     target: bool = False # to be approached, so a limit beyond the largest possible is a mistake
 
     @property
-    def cap(self): return self.limit*self.per*(1+1e-12)-self.fixed # room for rounding, far under a byte
-    def figure(self, total): return (total+self.fixed)/self.per
+    def cap(self):
+        "The largest sum of costs within the limit"
+        return self.limit*self.per*(1+1e-12)-self.fixed # room for rounding, far under a byte
+    def figure(self, total):
+        "A `total` of costs in the unit of the limit"
+        return (total+self.fixed)/self.per
     @property
     def label(self):
+        "The limit as text, such as 4.5 bits"
         return f'{self.limit/2**20:.4g} MB' if self.unit == 'bytes' else f'{self.limit:g} {self.unit or self.name}'
 
 # %% ../nbs/05e_budget.ipynb #55872f1a
@@ -160,8 +165,8 @@ def _numbers_of(
 def make_problem(
     sweep, # Sweep
     table: dict, # (path, Format) ▸ (n,)
-    fmts: list[Format],
-    budgets: list[Budget],
+    fmts: list[Format], # candidates for each unit
+    budgets: list[Budget], # a cost of each option, and its cap
     wishes: list = (), # Wishes
     key: Callable = lambda u: u.path, # units with the same key share a format
 ) -> Problem:

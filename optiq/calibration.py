@@ -186,7 +186,7 @@ def _pieces(text: str) -> list:
 
 # %% ../nbs/02_calibration.ipynb #c632c989
 def encode(tokenizer, text: str) -> list[int]:
-    "Token ids without special tokens"
+    "Token ids of `text` by `tokenizer`, without special tokens"
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 # %% ../nbs/02_calibration.ipynb #6e0c51f2
@@ -198,12 +198,12 @@ def _around(tokenizer) -> tuple[list[int], list[int]]:
     return ([], []) if at is None else (whole[:at], whole[at+len(plain):])
 
 def before(tokenizer) -> list[int]:
-    "Special tokens that a tokenizer puts before every text"
+    "Special tokens that `tokenizer` puts before every text"
     return _around(tokenizer)[0]
 
 # %% ../nbs/02_calibration.ipynb #688d6ddc
 def prompt_part(
-    tokenizer,
+    tokenizer, # of the model
     ids: list[int], # of a prompt, with special tokens
 ) -> slice: # of them
     "The part of a prompt's tokens that the model gets: special tokens before it once, none behind it"
@@ -213,7 +213,7 @@ def prompt_part(
     return slice(len(first)*twice, len(ids)-len(last)*ended)
 
 def prompt_ids(tokenizer, text: str) -> list[int]:
-    "The tokens of a prompt: what the tokenizer puts before a text, but nothing behind it"
+    "The tokens of a prompt `text`: with what `tokenizer` puts before a text, but nothing behind it"
     ids = list(tokenizer.encode(text))
     return ids[prompt_part(tokenizer, ids)]
 
@@ -287,7 +287,7 @@ def unscored(
     return len(first) if (tokens[:, :len(first)] == first).all() else 0
 
 def text_of(c, tokens): # ▸ (n, T) without those positions, or the samples
-    "The tokens without the special ones at the start of every sequence; samples unchanged"
+    "The `tokens` without the special ones that model `c` puts at the start of each sequence; samples unchanged"
     return tokens if isinstance(tokens, list) else tokens[:, unscored(c, tokens):]
 
 # %% ../nbs/02_calibration.ipynb #69add0a7
@@ -303,12 +303,12 @@ def _check_ids(checkpoint, ids: np.ndarray): # Checkpoint, token ids
 
 # %% ../nbs/02_calibration.ipynb #93aaacb6
 def samples_of(tokens) -> list: # of dicts
-    "Samples as they are, and rows of text as samples"
+    "`tokens` as a list of samples: samples stay as they are, and each row of text becomes one"
     return tokens if isinstance(tokens, list) else [dict(input_ids=np.asarray(row)[None]) for row in tokens]
 
 # %% ../nbs/02_calibration.ipynb #e85af359
 def token_ids(sample: dict) -> np.ndarray: # (1, T)
-    "The tokens of a sample, whatever its model calls them"
+    "The tokens of `sample`, whatever its model calls them; raises ValueError if there are none"
     for name in ('decoder_input_ids', 'input_ids', 'tokens'):
         if name in sample: return np.asarray(sample[name])
     raise ValueError('a sample needs input_ids, tokens or decoder_input_ids; '
@@ -316,13 +316,13 @@ def token_ids(sample: dict) -> np.ndarray: # (1, T)
 
 # %% ../nbs/02_calibration.ipynb #2ceb4437
 def positions(sample: dict) -> np.ndarray:
-    "Indices of the positions that are scored"
+    "Indices of the positions of `sample` that we score: those where its `scored` is set, or all"
     if 'scored' in sample: return np.flatnonzero(sample['scored'])
     return np.arange(token_ids(sample).shape[-1])
 
 # %% ../nbs/02_calibration.ipynb #447ae168
 def shape_of(tokens) -> tuple: # (n, T)
-    "How many sequences or samples, and how many positions of the longest are scored"
+    "How many sequences or samples `tokens` holds, and how many positions of the longest we score"
     if not isinstance(tokens, list): return tokens.shape
     return len(tokens), max((len(positions(s)) for s in tokens), default=0)
 
@@ -361,7 +361,7 @@ def block_hashes(
 
 # %% ../nbs/02_calibration.ipynb #d3181e25
 def _senses(sample):
-    "What a sample shows or lets hear; its tokens, if it does neither"
+    "The image or sound of a sample; its tokens, if it has neither"
     arrays = [np.ascontiguousarray(sample[k]) for k in sorted(sample) if k != 'scored']
     return [a for a in arrays if a.dtype.kind == 'f'] or arrays
 

@@ -129,7 +129,7 @@ def side_by_side(
     reference: str | None = None, # the model that both were made from, to measure KL against; by default the first
     evaluation: 'str | list' = 'bundled', # text to measure KL on; of a local file, all of it
     n: int = 16, # evaluation sequences
-    seq_len: int = 256, # tokens in each
+    seq_len: int = 256, # tokens in each sequence
     prompts: 'Sequence | None' = None, # texts for both to continue; `_PROMPTS` by default
     new_tokens: int = 64, # tokens of an answer, at most
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'

@@ -214,7 +214,7 @@ def measure_decode(
     model, # mlx-lm model
     context: int = 32, # tokens of the prompt
     tokens: int = 64, # that are timed, per run
-    runs: int = 5,
+    runs: int = 5, # repetitions; their median counts
     warmup: int = 8, # tokens before the clock starts, in every run
 ) -> Speed:
     "Tokens per second of mlx-lm's own decoding loop"
@@ -236,7 +236,7 @@ def _decode_once(model, context: int, tokens: int, warmup: int) -> float:
 
 # %% ../nbs/20a_chips.ipynb #c7b18a9c
 def hollow(model, plan):
-    "A model with the architecture of a checkpoint and the formats of a plan, with random weights"
+    "A model with the architecture of the checkpoint `model` and the formats of `plan`, with random weights"
     return _stand_in(skeleton(model.config, model.units[-1].dtype), plan)
 
 # %% ../nbs/20a_chips.ipynb #9d1c169e
@@ -343,7 +343,7 @@ def save_chip(
     points: list, # calibration points, the newest last
     file: Path,
 ):
-    "Write a measured chip and its calibration points; the file appears only when it is complete"
+    "Write a measured `chip` and its calibration points to `file`, which appears only when it is complete"
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f'{file.name}.{os.getpid()}')
     write_json(part, dict(optiq='chip', chip=asdict(chip), points=points))
@@ -362,7 +362,7 @@ def load_chip(file: Path) -> tuple[Chip, list]: # chip, calibration points
 # %% ../nbs/20a_chips.ipynb #1d74ae92
 def this_machine(
     shapes: list, # of (rows, width)
-    formats: list,
+    formats: list, # to measure
     folder: 'Path | None' = None, # instead of the user's cache folder
 ) -> tuple[Chip, list]: # chip, calibration points
     "The chip that MLX computes on, from its file; measures what the file lacks"

@@ -34,14 +34,14 @@ def _stoppable():
 def _advice(ctx) -> str:
     "What to do after an interruption, as text"
     p = ctx.params
-    if p.get('resume') is False: return 'run the same command with --resume in place of --no-resume to go on'
+    if p.get('resume') is False: return 'to resume, run the same command with --resume in place of --no-resume'
     keeps = dict(sweep=p.get('method') in (None, 'exact'), pareto=p.get('out'), eval=p.get('out'),
                  convert=not p.get('kv') and not p.get('dry_run')) | {'kv-cache': True}
-    return f'run the same command again{" to go on where it stopped" if keeps.get(ctx.command.name) else ""}'
+    return f'run the same command again{" to resume where it stopped" if keeps.get(ctx.command.name) else ""}'
 
 # %% ../nbs/89_command.ipynb #f475d627
 class Number(click.ParamType):
-    "The number of an option: finite and positive"
+    "The number of an option, of click's type `kind`: finite, positive and at most `most`"
     def __init__(self, kind: click.ParamType, most: float, none: bool = False): # whether 0 is possible too
         self.kind, self.most, self.none, self.name = kind, most, none, kind.name
 
@@ -108,11 +108,13 @@ class Command(click.Command):
             p.type = _Filled(p.type) if filled else _NUMBERS.get(p.type, p.type)
 
     def parse_args(self, ctx, args):
+        "Parse as click does, and keep the options that stand on the command line"
         given = self.make_parser(ctx).parse_args(list(args))[0]
         ctx.meta['optiq.given'] = {k: v for k, v in given.items() if isinstance(v, (str, bool, list, tuple))}
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx):
+        "Run the command; an error or an interruption ends it with one line and an exit status"
         try:
             with _stoppable(): return super().invoke(ctx)
         except (click.exceptions.ClickException, click.exceptions.Exit, click.Abort): raise
@@ -126,6 +128,6 @@ class Command(click.Command):
 
 # %% ../nbs/89_command.ipynb #35aacb88
 def check_idle(names, why: str):
-    "Raise ValueError for an option that was given although it has no effect; `names` are parameters"
+    "Raise ValueError, with the reason `why`, for an option that you gave without effect; `names` are parameters"
     for name in names:
         if given_options().get(name) is not None: raise ValueError(f'`{name}` has no effect: {why}')

@@ -98,7 +98,7 @@ def _write(checkpoint: Checkpoint, plan, folder: Path, quantizer=quantize_minmax
 
 # %% ../nbs/07_convert.ipynb #1322b586
 def stored_bytes(c: Checkpoint) -> int:
-    "Bytes of all tensors in a checkpoint's files, without their tables of contents"
+    "Bytes of all tensors in the files of a checkpoint `c`, without their tables of contents"
     return sum(t['data_offsets'][1]-t['data_offsets'][0] for f in c.files for t in read_header(f).values())
 
 # %% ../nbs/07_convert.ipynb #d4a0c150
@@ -113,7 +113,7 @@ def _check_sizes(saved: Checkpoint, plan):
 
 # %% ../nbs/07_convert.ipynb #19fcdfc5
 def dequantized_units(saved: Checkpoint):
-    "Each unit's weight as the loader will compute it, one after another"
+    "The weight of each unit of the model `saved`, as its loader computes it, one after another"
     model = saved.load(plain=True)
     for u in saved.units: yield _module(model, u.path).pop('weight')
 
@@ -126,7 +126,7 @@ def _as_kept(saved: Checkpoint, path: str, rule) -> bool:
 def _check_weights(saved: Checkpoint, plan, source: Checkpoint, quantizer=quantize_minmax):
     "Raise ValueError at the first weight that is not, bit for bit, what the quantizer makes of the source's"
     import mlx.core as mx
-    model = source.load(plain=True) # lazy: a weight is read when it is compared, and let go
+    model = source.load(plain=True) # lazy: we read a weight when we compare it, and free it
     for u, w in zip(source.units, dequantized_units(saved)):
         path, f, want = u.path, plan[u.path], _module(model, u.path).pop('weight')
         dtype = want.dtype
@@ -244,7 +244,7 @@ def _model_card(name: str, source: str, plan, calibration: str, measured: dict =
         use = _DRAFTS.format(name=name, draft=Path(name)/Path(draft['file']).parent)
         kept = (f'\nThe head that drafts tokens is kept in `{draft["file"]}` at {draft["format"]}, '
                 f'{draft["nbytes"]/2**20:.1f} MB beside the size above: {use}.\n')
-    if gone: kept += f'\nThe loader leaves out {gone}; this model is without.\n'
+    if gone: kept += f'\nThe loader leaves out {gone}, so this model lacks it.\n'
     package = LOADERS[model_type].replace('_', '-')
     return _CARD.format(name=name, source=source, counts=counts, plan=plan, calibration=calibration, measured=rows,
                        left_out=kept, chosen=_CHOSEN if forecast else '',
@@ -308,7 +308,7 @@ def convert(
             check_saved(part, plan, c, quantizer, c.trust_remote_code)
             polish(part)
         _save_beside(part, plan, sweep)
-        figures = measured(part) if measured else {} # which may read every byte: what it has digested is known below
+        figures = measured(part) if measured else {} # may read every byte; below we know what it has digested
         check_saved(part, plan, None if polish else c, quantizer, c.trust_remote_code)
         card = _model_card(out.name, c.name, plan, calibration, figures, c.model_type, sweep is not None)
         (part/'README.md').write_text(card, encoding='utf-8')

@@ -23,8 +23,8 @@ from .readers import Form, _helpful, _html_table
 
 # %% ../nbs/00_formats.ipynb #4cfbbf7e
 AFFINE_BITS, _AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
-FAMILIES = {} # mode ▸ what another module says of its formats: takes(bits, group), divides, nbytes, quantize_dequantize
-_ELSEWHERE = {'tq': 'optiq.kv.rotated'} # mode ▸ the module that adds it to FAMILIES, imported when it is named
+FAMILIES = {} # mode ▸ family of another module: an object with takes(bits, group), divides, nbytes, quantize_dequantize
+_ELSEWHERE = {'tq': 'optiq.kv.rotated'} # mode ▸ the module that adds it to FAMILIES, imported when you name the mode
 _FLOAT_MODES = {'mxfp4': (4, 32), 'nvfp4': (4, 16), 'mxfp8': (8, 32)} # mode: (bits, group size)
 
 # %% ../nbs/00_formats.ipynb #1a43683f
@@ -91,7 +91,7 @@ FORMAT = Form('a format, such as 4g64, mxfp4 or as-is', _names_one) # in a file
 
 # %% ../nbs/00_formats.ipynb #b8b12c8a
 def check_storable(formats: list[Format]) -> list[Format]: # the same
-    "Raise ValueError for a format of the KV cache, in which MLX cannot store weights"
+    "These `formats`; raises ValueError for one of the KV cache, in which MLX cannot store weights"
     odd = [f for f in formats if hasattr(FAMILIES.get(f.mode), 'codec')]
     if odd: raise ValueError(
         f'{odd[0]} is a format of the KV cache; MLX stores no weights in it: give widths, or {", ".join(_FLOAT_MODES)}')
@@ -132,7 +132,7 @@ def _affine(xp, g, bits, cast): # g (…, groups, group_size) in float32
     lo, hi = xp.amin(g, axis=-1, keepdims=True), xp.amax(g, axis=-1, keepdims=True)
     low_edge = abs(lo) > abs(hi)
     scale = xp.clip((hi-lo)/xp.full_like(hi, n), 1e-7,
-                    None) # by an array: CUDA divides by a number as times its inverse
+                    None) # an array: instead of dividing by a number, CUDA multiplies by its inverse
     scale = xp.where(low_edge, scale, -scale)
     edge = xp.where(low_edge, lo, hi)
     steps = xp.round(edge/scale)
@@ -188,7 +188,7 @@ ALL_FORMATS = tuple(Format(b, g) for b in AFFINE_BITS for g in _AFFINE_GROUPS) +
 # %% ../nbs/00_formats.ipynb #f3ed1661
 def quantize_minmax(
     w, # (…, in_dims), MLX array
-    fmt: Format,
+    fmt: Format, # to store it in
 ) -> dict:
     "MLX's own rounding: the tensors that a quantized layer stores, by name"
     import mlx.core as mx
@@ -196,17 +196,17 @@ def quantize_minmax(
     return dict(zip(names, mx.quantize(w, fmt.group_size, fmt.bits, fmt.mode)))
 
 def for_unit(quantizer, path: str):
-    "The quantizer of one unit: what a mapping of paths holds for it, or the one that serves all"
+    "The quantizer of the unit at `path`: `quantizer[path]` if this is a mapping, else `quantizer` itself"
     return quantizer[path] if isinstance(quantizer, Mapping) else quantizer
 
 def config_entry(fmt: Format):
-    "What `config.json` says of a tensor in this format: a dict for MLX's loaders, or False for as is"
+    "The entry of `config.json` for a tensor in format `fmt`: a dict for MLX's loaders, or False for as is"
     return False if fmt.mode == 'as-is' else dict(group_size=fmt.group_size, bits=fmt.bits, mode=fmt.mode)
 
 # %% ../nbs/00_formats.ipynb #331feff2
 def dequantized(
     stored, # tensors of a quantized layer by name, or the layer itself
-    fmt: Format,
+    fmt: Format, # of these tensors
     dtype, # of MLX
 ): # (…, in_dims)
     "What a loader computes from the tensors of a quantized layer"

@@ -17,7 +17,7 @@ from .readers import known, _checked
 
 # %% ../nbs/05f_frontier.ipynb #abd46442
 class Frontier(list):
-    "Plans, the baselines, the best plan in the bytes of each baseline, and measured KL where we have it"
+    "`plans`, `baselines`, `rivals` (the best plan in the bytes of each), and `scores` (KL where we measured it)"
     def __init__(self, plans=(), baselines=(), rivals=(), scores=()):
         super().__init__(plans)
         self.baselines = list(baselines) # Plans
@@ -68,7 +68,7 @@ def versus(self: Frontier) -> list: # of dicts
 
 # %% ../nbs/05f_frontier.ipynb #12646e7c
 def plus_minus(x, se, spec: str = '.4f') -> str:
-    "A figure with its standard error, as text; empty if there is no figure"
+    "A figure `x` with its standard error `se`, as text in the form `spec`; empty if there is no figure"
     if x is None: return ''
     return f'{x:{spec}}' if se is None else f'{x:{spec}} ± {se:{spec.lstrip("+")}}'
 

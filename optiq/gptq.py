@@ -17,7 +17,7 @@ from .grid import _find_grid, _finished, _MinMax, _per_expert, _Rounded, search,
 from .statistics import Inputs
 
 # %% ../nbs/06c_gptq.ipynb #c09f63e6
-_BLOCK = 64 # columns that we round one by one, after all before them have been made up for at once
+_BLOCK = 64 # columns that we round one by one, after we have made up for all before them at once
 
 def _compensated(xp, w, s, b, top, r): # w, s, b (in_dims, rows), top (rows,), r (in_dims, in_dims)
     "GPTQ: codes (in_dims, rows) on a fixed grid, columns first to last"
@@ -96,10 +96,14 @@ def _prepared(xp, stats: Inputs, damping: float = .01):
 # %% ../nbs/06c_gptq.ipynb #f56262c0
 def gptq(
     w, # (…, out_dims, in_dims), a PyTorch tensor or MLX array
-    fmt: Format,
+    fmt: Format, # to round to
     stats: 'Inputs | list', # what `w` is multiplied with; a list for experts
 ) -> '_Rounded | _MinMax':
-    "Round by GPTQ (Frantar et al., 2022, arXiv 2210.17323) with a second pass, on the grid that `search` finds"
+    """Round by GPTQ (Frantar et al., 2022, arXiv 2210.17323) with a second pass, on the grid that `search` finds
+
+    You get an object with `dequantize()` and `stored()`. If `fmt` is not affine, or `stats` has too few tokens, the
+    result is that of min-max or of `search`.
+    """
     return _gptq_all([w], [fmt], stats)[0]
 
 # %% ../nbs/06c_gptq.ipynb #dd1380a9

@@ -101,7 +101,7 @@ def search(
                                                        for k in ('codes', 'scales', 'biases')), fmt)
 
 def _searched(xp, f32, w, fmt: Format, stats): # (rows, in_dims) ▸ Rounded, computed
-    "Some rows"
+    "Some rows, rounded by `search`"
     scales, biases = _find_grid(w, fmt, stats)
     groups = f32(w).reshape(*scales.shape, -1)
     codes = _nearest(xp, groups, scales[..., None], biases[..., None], 2**fmt.bits-1)

@@ -33,10 +33,10 @@ class Question:
     table: dict # what `smoothed` made of it
     noise: float # the largest rise that was pooled
     fmts: list # candidates
-    budgets: list
+    budgets: list # Budgets, one for each cap
     key: Callable # unit ▸ what it shares with those that are tied to it
     wishes: list # Wishes
-    problem: Problem
+    problem: Problem # with the wishes
     free: Problem # the same without wishes
     quiet: list = () # Wishes for units that moved nothing
 
@@ -50,7 +50,7 @@ class Question:
                     **{k: v for k, v in more.items() if v})
 
     def plan(self, pick, report: dict, name: str | None = None) -> Plan:
-        "A Plan from the choice of a solver"
+        "The Plan called `name` for a solver's choice: `pick`, the index of each row's option, and its `report`"
         name = ', '.join(b.label for b in self.budgets) if name is None else name
         return make_plan(self.sweep, self.problem.formats_of(pick), name, self.table, report)
 
@@ -71,7 +71,7 @@ def _prices_of_wishes(self: Question, kl: float, method: str) -> dict: # wishes,
 # %% ../nbs/05b_knapsack.ipynb #43081c0d
 @patch
 def solve(self: Question, method: str = 'exact') -> Plan:
-    "The plan with the least predicted KL within the caps"
+    "The plan with the least predicted KL within the caps, by `method`: 'exact', 'lagrange' or 'greedy'"
     try: pick, bound, prices = self.problem.solve(method)
     except ValueError as e:
         if str(e) == 'contradiction': raise _contradiction(self.problem, self.budgets) from None
@@ -111,7 +111,7 @@ def pose(
     budgets: tuple = (), # further Budgets
     *,
     protect = (), pin = None, ceiling = None, floor = None, leave = (), # wishes, as for `allocate`
-    **caps, # of `budgets_of`
+    **caps, # limits, as for `budgets_of`
 ) -> Question:
     "Check a request and turn it into arrays for a solver; raises ValueError for a wish or a cap that no plan can keep"
     (table, noise), fmts, key = smoothed(sweep), candidates(sweep, formats), _tie_key(tie)

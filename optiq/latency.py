@@ -87,7 +87,7 @@ def calibrate(
 class Speeds:
     "Predicted and measured decode speed of plans, side by side"
     rows: list # of dicts: name, size_mb, true_bpw, predicted, and if measured: measured, spread, calibration
-    about: dict = field(default_factory=dict)
+    about: dict = field(default_factory=dict) # chip, context and how it was calibrated
 
     def errors(self):
         "Name ▸ error of the prediction as a share of the measured speed; only of measured plans"
@@ -97,11 +97,11 @@ class Speeds:
         import pandas as pd
         return pd.DataFrame([r|dict(error=self.errors().get(r['name'])) for r in self.rows])
     def save(self, path):
-        "Write the rows to a JSON file"
+        "Write the rows to a JSON file at `path`"
         write_json(path, dict(optiq='speeds')|asdict(self))
     @classmethod
     def load(cls, path):
-        "Read such a file; raises ValueError for another one"
+        "Read the file at `path` that `save` wrote; raises ValueError for another one"
         return cls(*map(read_ours(path, 'speeds', dict(rows=[OBJECT], about=OBJECT)).get, ('rows', 'about')))
 
 # %% ../nbs/20b_latency.ipynb #62d04d50
@@ -143,7 +143,7 @@ def _repr_html_(self: Speeds) -> str:
 # %% ../nbs/20b_latency.ipynb #5b2fc107
 @_checked
 def compare_speeds(
-    lat: Latency,
+    lat: Latency, # of the model on a chip
     plans: dict, # name ▸ Plan
     measured: dict = {}, # name ▸ Speed
     about: dict = {}, # of the table
@@ -274,7 +274,7 @@ def plot_frontier(
     lat: Latency, # of the same model
     ax: 'Axes | None' = None, # to draw on; new ones by default
 ):
-    "Predicted KL against speed"
+    "Predicted KL against decode speed, of allocated plans and of uniform ones"
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(7, 4))[1]
     for plans, style, label in ((frontier, dict(marker='.', color='#0072B2'), 'allocated'),

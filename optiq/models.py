@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from fastcore.basics import patch
 
 from .folder import _digest, _NOTES, _made_by_others, _tensor_digest, _weight_files, check_untrusted, find_model
-from .folder import read_header
+from .folder import _same_bytes, read_header
 from .formats import dequantized
 from .readers import Form, NAME, check, read_json, told, whole
 from .units import _Listing, _SECOND, _stored, _stored_format
@@ -163,7 +163,7 @@ def _load_lazy(
     except Exception as e: raise cannot_open(folder, config, LOADERS[model_type].replace('_', '-'), e) from e
 
 def cannot_open(folder: Path, config: dict, library: str, e: Exception) -> ValueError:
-    "A ValueError of one line that names the files, the library and the cause of a loader's error"
+    "A ValueError of one line for a loader's error `e`: it names `folder`, `library` and the cause, by `config`"
     lacking = re.search(r"missing \d+ required .*arguments?: (.*)", str(e))
     why = f'config.json lacks {lacking[1]}' if lacking else told(e)[:300]
     return ValueError(f'{folder}: {library} cannot open this model of type {config.get("model_type", "unknown")!r} '
@@ -198,7 +198,7 @@ def _check_stray(folder: Path, files: list, model_type: str):
                          'it as one; take it out of the folder')
 
 # %% ../nbs/01_models.ipynb #77d4e31b
-_LARGEST = dict(float16=65504., bfloat16=3.3895314e38) # the types that a model can be had in
+_LARGEST = dict(float16=65504., bfloat16=3.3895314e38) # the types in which you can open a model
 
 def _as_type(model, dtype: str | None): # ▸ the model
     "A lazy model in another type, except for arrays that its architecture keeps; with None the model as it is"
@@ -335,8 +335,8 @@ class Checkpoint(ModelFolder, _Listing):
     def __init__(self,
         name: 'str | Path', # 'demo', a folder, or a Hub id
         trust_remote_code: bool = False, # run model code that comes with the checkpoint
-        model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; told by config.json and the tensors by default
-        dtype: str | None = None, # 'float16' or 'bfloat16', in which it is opened; as it is by default
+        model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; by default from config.json and the tensors
+        dtype: str | None = None, # 'float16' or 'bfloat16', to open it in; that of its files by default
     ):
         ModelFolder.__init__(self, name, trust_remote_code, model_type, dtype)
         _Listing.__init__(self, self.load(), self.model_type)
@@ -365,7 +365,7 @@ def _check_overflow(c: ModelFolder):
     import mlx.core as mx
     for file in c.files:
         arrays = mx.load(str(file))
-        for name in [*arrays]: # let go of, one after another
+        for name in [*arrays]: # we free each before we read the next
             a = arrays.pop(name)
             if not mx.issubdtype(a.dtype, mx.floating) or not a.size: continue
             largest = float(mx.abs(a).max().astype(mx.float32))
@@ -375,7 +375,7 @@ def _check_overflow(c: ModelFolder):
 
 # %% ../nbs/01_models.ipynb #d7a20002
 def check_two_heads(c: Checkpoint):
-    "Raise ValueError if a head is stored that MLX does not use, and it is not the embedding once more"
+    "Raise ValueError if the files of `c` hold a head that MLX does not use and that differs from the embedding"
     stored = {k: (f, t) for f in c.files for k, t in read_header(f).items()}
     head = next((k for k in stored if k.endswith('lm_head.weight')), None)
     if not c.tied or head is None: return
@@ -387,15 +387,3 @@ def check_two_heads(c: Checkpoint):
         f'{c.name}: {head} is stored and differs from the embedding, which MLX takes for the head '
         '(tie_word_embeddings), so two libraries would compute two models; say in config.json '
         '"tie_word_embeddings": false to use the head, or remove the head from the weights')
-
-# %% ../nbs/01_models.ipynb #d7a20003
-def _same_bytes(a, b): # (file, entry of its header) each
-    "Whether two tensors hold the same bytes; read in parts, up to the first difference"
-    (a, (at, stop)), (b, (start, end)) = ((f, t['data_offsets']) for f, t in (a, b))
-    if stop-at != end-start: return False
-    with a.open('rb') as f, b.open('rb') as g:
-        f.seek(at), g.seek(start)
-        for n in range(0, stop-at, 2**24):
-            size = min(2**24, stop-at-n)
-            if f.read(size) != g.read(size): return False
-    return True

@@ -21,7 +21,7 @@ from .convert import as_saved, convert
 from .draft import _check_draft
 from .evals.perplexity import check_calibration, overrides_of, _scores, _Text
 from .families.samples import batch_for
-from .files import added_files, can_draw, claiming, journal_of, own_output, scratch, whole_folder
+from .files import added_files, claiming, journal_of, own_output, scratch, whole_folder
 from .fit import _untested
 from .formats import AS_IS, Format, quantize_minmax
 from .job import _announce_road, _baselines, _BESIDE, _check_other_rounding, _check_output, _check_sweep
@@ -31,6 +31,7 @@ from .knapsack import allocate, _least_bits, pareto
 from .kv.config import save_kv_config, STATISTICS
 from .kv.layout import kv_layout
 from .kv.sweep import layer_table, memory_lines, planned_cache, planned_together, plot_kv
+from .labels import can_draw
 from .measure.sweep import Sweep
 from .models import _check_overflow, Checkpoint
 from .plan import make_plan
@@ -362,7 +363,7 @@ def compare(
     baseline: str | None = None, # the model to measure KL and agreement against
     evaluation: 'str | list' = 'bundled', # text, pictures or speech to score on; of a local file of text, all of it
     n: int = 50, # evaluation sequences
-    seq_len: int = 512, # tokens in each
+    seq_len: int = 512, # tokens in each sequence
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     max_memory: float | None = None, # bytes for scoring, with `backend` stream
     trust_remote_code: bool = False, # run model code that comes with the checkpoint

@@ -40,7 +40,9 @@ class Plan(Mapping):
     model: str = '' # for which model
     solver: dict = field(default_factory=dict) # method, bound, gap, prices, caps …
     made: dict = field(default_factory=dict) # how the sweep was measured: rounding, what that learned from, text
-    method, bound, gap = (property(lambda self, k=k: self.solver.get(k)) for k in ('method', 'bound', 'gap'))
+    method, bound, gap = (property(lambda self, k=k: self.solver.get(k), doc=text) for k, text in dict(
+        method='How the solver found it, such as exact; None without a solver', gap='KL above the bound, at most',
+        bound='A lower bound on the predicted KL of every plan within the caps').items())
 
     @property
     def nominal_bpw(self):
@@ -73,7 +75,7 @@ class Plan(Mapping):
 
 # %% ../nbs/05_plan.ipynb #7df3c1a3
 def by_width(f):
-    "A key to sort formats by, the narrowest first and what stays as it is last"
+    "A key by which to sort formats `f`: the narrowest first, and as-is last"
     return f.bits or 99, -(f.group_size or 0), f.mode
 
 # %% ../nbs/05_plan.ipynb #2ada983d
@@ -124,7 +126,7 @@ def __repr__(self: Plan) -> str:
     if 'verified' in self.solver: kl += f', measured {self.solver["verified"]["joint_kl"]:.4g}'
     name = f' {self.name!r}' if self.name else ''
     cost, asked = self.solver.get('wishes_cost'), {p for w in self.solver.get('wishes', ()) for p in w['units']}
-    price = f'; what was wished for {len(asked)} of them costs {cost:.2g} of it' if cost is not None else ''
+    price = f'; your wishes for {len(asked)} of them cost {cost:.2g} of it' if cost is not None else ''
     quiet = self.solver.get('silent', ())
     if quiet: price += f'; {len(quiet)} that moved nothing have the widest candidate'
     gone, draft = self.gone, self.solver.get('draft')
@@ -152,7 +154,7 @@ def _repr_html_(self: Plan) -> str:
 # %% ../nbs/05_plan.ipynb #e07a329a
 @patch
 def to_frame(self: Plan): # ▸ pandas DataFrame
-    "One row per unit"
+    "One row per unit: its path, kind, block, format, number of weights and predicted KL in nats"
     import pandas as pd
     return pd.DataFrame([dict(unit=u.path, kind=u.kind, block=u.block, format=str(self[u.path]),
                               params=u.params, kl=self.kl.get(u.path, nan)) for u in self.units]
@@ -218,7 +220,7 @@ def _isotonic(
 # %% ../nbs/05_plan.ipynb #d7e10004
 @_checked
 def check_noise(sweep: SweepLike):
-    "Raise ValueError for a sweep whose null measurement is as large as what it measured"
+    "Raise ValueError if the null measurement of `sweep` is as large as what it measured"
     noise, signal = getattr(sweep, 'header', {}).get('noise'), float(np.mean([np.mean(v)
                                                                               for v in sweep.values.values()]))
     if noise is not None and noise > 1e-6 and not noise < signal/10: raise ValueError(
@@ -280,17 +282,17 @@ def _predicted(
 
 # %% ../nbs/05_plan.ipynb #092901aa
 def mean_se(x): # (n,) numpy ▸ mean, standard error
-    "Mean and standard error; the error of a single number is NaN"
+    "Mean of `x`, and its standard error, which is NaN for a single number"
     return float(x.mean()), float(x.std(ddof=1)/sqrt(len(x))) if len(x) > 1 else nan
 
 # %% ../nbs/05_plan.ipynb #c281a0c1
 @_checked
 def make_plan(
-    source: 'HasUnits | list[Unit]', # whose units get formats; optiq.models.Checkpoint('demo') opens a model
+    source: 'HasUnits | list[Unit]', # Sweep, Checkpoint, or a list of units
     formats: Mapping, # unit path ▸ Format
-    name: str = '',
+    name: str = '', # of the plan, for tables
     table: dict | None = None, # what `smoothed` made of the sweep
-    solver: dict | None = None,
+    solver: dict | None = None, # how the solver found it
 ) -> Plan:
     "A plan with sizes from `source` and, if that is a sweep, its predicted KL"
     units, header = getattr(source, 'units', source), getattr(source, 'header', {})
@@ -334,7 +336,7 @@ RECIPES = 'mixed_2_6', 'mixed_3_4', 'mixed_3_6', 'mixed_4_6'
 def recipe(
     source: 'HasUnits | list[Unit]', # whose units get formats; optiq.models.Checkpoint('demo') opens a model
     name: str, # one of RECIPES
-    group_size: int = 64,
+    group_size: int = 64, # of all its formats
 ) -> Plan:
     "The plan that one of mlx-lm's mixed recipes makes"
     from mlx_lm.convert import mixed_quant_predicate_builder

@@ -30,10 +30,10 @@ def dwq(
     tokens: np.ndarray, # (n, T) to train on
     *,
     valid: int = 8, # sequences, the last, that are kept for validation
-    epochs: int = 1,
-    learning_rate: float = 1e-5,
-    batch_size: int = 4,
-    seed: int = 123,
+    epochs: int = 1, # passes over the tokens
+    learning_rate: float = 1e-5, # of Adam
+    batch_size: int = 4, # sequences of a step
+    seed: int = 123, # of the order of the sequences
 ):
     "Train scales and biases of a saved model to the predictions of the full-precision one, by mlx-lm's `dwq_quantize`"
     import mlx.core as mx

@@ -40,7 +40,7 @@ def check_file(
                             f'{"the target of this link is gone" if path.is_symlink() else "there is no such file"}')
 
 def read_bytes(path: 'str | Path') -> bytes:
-    "The bytes of a file; raises OSError if it is not a file or cannot be read"
+    "The bytes of the file at `path`; raises OSError if it is not a file or cannot be read"
     try: return check_file(path).read_bytes()
     except PermissionError: raise PermissionError(f'{path} cannot be read: permission denied') from None
 
@@ -66,7 +66,7 @@ def read_text(
 
 # %% ../nbs/72_readers.ipynb #c303cc4d
 def split_lines(text: str) -> list[str]:
-    "Lines as files have them: each ends at a line feed, and nothing else ends one"
+    "The lines of `text` as files have them: each ends at a line feed, and nothing else ends one"
     lines = text.split('\n')
     return [line.removesuffix('\r') for line in (lines if lines[-1] else lines[:-1])]
 
@@ -94,16 +94,16 @@ def parse(
 @dataclass(frozen=True)
 class Form:
     "What a value should be, in words and as a test"
-    words: str
-    holds: Callable
+    words: str # what an error says it should be
+    holds: Callable # value ▸ whether it is that
 
 def whole(low: int = 1, high: int = 2**53) -> Form:
-    "Whole numbers from `low` to `high`"
+    "A form for whole numbers from `low` to `high`"
     return Form(f'a whole number of at least {low}' if high == 2**53 else f'a whole number from {low} to {high}',
                 lambda x: type(x) is int and low <= x <= high)
 
 def number(low: float = float('-inf'), high: float = float('inf')) -> Form:
-    "Finite numbers from `low` to `high`"
+    "A form for finite numbers from `low` to `high`"
     ends = [f'at least {low:g}']*isfinite(low)+[f'at most {high:g}']*isfinite(high)
     def holds(x): return type(x) in (int, float) and abs(x) < 1e308 and low <= x <= high
     return Form(' '.join(['a finite number', 'of'*bool(ends), ' and '.join(ends)]).strip(), holds)
@@ -111,10 +111,10 @@ def number(low: float = float('-inf'), high: float = float('inf')) -> Form:
 _NUMBERS = Form('a list of finite numbers', lambda x: isinstance(x, list) and all(number().holds(v) for v in x))
 
 def maybe(form: Form) -> Form:
-    "What has this form, or null"
+    "A form for what has the given `form`, or is null"
     return Form(f'{form.words}, or null', lambda x: x is None or form.holds(x))
 def one_of(*values) -> Form:
-    "One of some texts"
+    "A form for one of the texts `values`"
     return Form(f'one of {", ".join(map(str, values))}', lambda x: isinstance(x, str) and x in values)
 
 
@@ -130,7 +130,7 @@ ANYTHING = Form('anything', lambda x: True)
 OBJECT, LIST = Form('an object', lambda x: isinstance(x, dict)), Form('a list', lambda x: isinstance(x, list))
 
 def shown(x) -> str:
-    "A value in the short form in which an error quotes it"
+    "The value `x` in the short form in which an error quotes it"
     what = {dict: 'an object', list: 'a list', type(None): 'null'}.get(type(x))
     text = repr(x[:60] if isinstance(x, str) else x)
     return what or (text if len(text) < 60 else f'{text[:40]}…')
@@ -162,7 +162,7 @@ def check(
 
 # %% ../nbs/72_readers.ipynb #e592e28c
 def read_json(
-    path: 'str | Path',
+    path: 'str | Path', # of the file
     form: 'dict | list | Form' = OBJECT, # what it should hold
     constants: bool = False, # allow NaN and Infinity
 ):
@@ -170,7 +170,7 @@ def read_json(
     return check(parse(read_bytes(path), str(path), constants), form, str(path))
 
 def read_ours(
-    path: 'str | Path',
+    path: 'str | Path', # of the file
     kind: str, # what its field `optiq` says: plan, report, chip …
     form: dict = {}, # what else it should hold
     made_by: str = 'optiq', # what writes such files
@@ -182,7 +182,7 @@ def read_ours(
 
 # %% ../nbs/72_readers.ipynb #8826365d
 def check_kind(d: dict, where: str, kind: str, form: dict = {}, made_by: str = 'optiq') -> dict:
-    "`d`, if it says that it is of this kind and has this form; see `read_ours`"
+    "`d`, if it is of this `kind` and `form`; raises ValueError naming the place (`where`) and its maker (`made_by`)"
     if d.get('optiq') != kind:
         other = f'a {d["optiq"]}' if TEXT.holds(d.get('optiq')) else 'some other JSON'
         raise ValueError(f'{where} is not a {kind}, but {other}; {made_by} writes one')
@@ -212,12 +212,12 @@ def records_in(
     return [(i, check(parse(line, where), form, where)) for i, where, line in places]
 
 def read_records(path: 'str | Path', form: 'dict | list | Form' = OBJECT) -> list: # of (number of the line, record)
-    "The records of a file of JSON lines"
+    "The records of the JSON lines at `path`, each of this `form`; raises ValueError naming the file and the line"
     return records_in(read_bytes(path).removeprefix(_UTF8).split(b'\n'), path, form)
 
 # %% ../nbs/72_readers.ipynb #48c6c24a
 def known(x):
-    "The same tree, every number that is not finite replaced by None"
+    "The tree `x`, every number that is not finite replaced by None"
     if isinstance(x, dict): return {k: known(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)): return [known(v) for v in x]
     return None if isinstance(x, float) and not isfinite(x) else x
@@ -226,12 +226,12 @@ def dumps(
     x, # what to write
     **how, # of `json.dumps`
 ) -> str:
-    "A value as JSON text; NaN and infinity become null"
+    "The value `x` as JSON text; NaN and infinity become null"
     try: return json.dumps(x, allow_nan=False, **how) # nearly always
     except ValueError: return json.dumps(known(x), allow_nan=False, **how)
 
 def write_json(path: 'str | Path', x, **how):
-    "Write one document, indented by a space"
+    "Write `x` to the file at `path` as one JSON document, indented by a space; `how` as in `json.dumps`"
     Path(path).write_text(dumps(x, **dict(indent=1, ensure_ascii=False)|how)+'\n', encoding='utf-8')
 
 # %% ../nbs/72_readers.ipynb #f139fb3e
@@ -242,7 +242,7 @@ def _html_table(head, rows) -> str:
 
 # %% ../nbs/72_readers.ipynb #1e99ff2c
 def told(e: BaseException) -> str:
-    "The message of a library's error, on one line; for one that it did not raise on purpose, the place where it arose"
+    "The message of a library's error `e`, on one line; the place where it arose, if it was not raised on purpose"
     text, frames = ' '.join(str(e).split()), e.__traceback__
     if text and not isinstance(e, (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
                                    AssertionError)):
@@ -268,7 +268,7 @@ _IS = {bool: lambda x: isinstance(x, bool) or getattr(x, 'dtype', None) == 'bool
 _IS |= {Path: _IS[str], tuple: _IS[list]}
 
 def _fits(x, hint) -> bool:
-    "Whether a value is what an annotation says; an annotation that is no type allows everything"
+    "Whether a value is what an annotation says; an annotation that is not a type allows everything"
     kind, parts = get_origin(hint) or hint, [a for a in get_args(hint) if a is not ...]
     if kind in (Union, UnionType): return any(_fits(x, h) for h in parts)
     if not isinstance(kind, type): return True

@@ -123,7 +123,11 @@ def _solve_again(
 
 # %% ../nbs/05c_refine.ipynb #e073374b
 def improve(b, tokens, q, tried, kl, best, tolerance, rounds, quantize):
-    "Measure again around the best plan, for some rounds; adds to `tried` and `kl`, returns best name and rounds"
+    """Measure units again around the best plan, while its forecast is off by more than `tolerance` (relative)
+
+    `b` is the model, `tokens` what we measure on, `q` the Question, `quantize` the rounding. It adds to `tried` (name ▸
+    Plan) and `kl` (name ▸ (n,)), and returns the name of the `best` and a list of at most `rounds` rounds.
+    """
     forecast, history, near = tried[best].predicted_kl, [], list(tried.values())
     options = {p: o for row, o in zip(q.problem.rows, q.problem.options) for p in row}
     while True:
@@ -161,7 +165,7 @@ class Verified:
 # %% ../nbs/05c_refine.ipynb #98b0395b
 @patch
 def row(self: Verified, name: str) -> dict:
-    "The figures of one plan; `difference` is its KL minus that of the plan kept, sequence by sequence"
+    "The figures of the plan `name`; `difference` is its KL minus that of the plan kept, sequence by sequence"
     (kl, se), (diff, diff_se) = mean_se(self.kl[name]), mean_se(self.kl[name]-self.kl[self.kept])
     return dict(name=name, size_mb=self.tried[name].size_mb, predicted_kl=known(self.tried[name].predicted_kl), kl=kl,
                 kl_se=known(se), difference=diff, difference_se=known(diff_se))
@@ -181,7 +185,7 @@ def _row_text(r: dict) -> str: # of `Verified.row`
 # %% ../nbs/05c_refine.ipynb #72265bc4
 @_checked
 def verdict(v: Verified) -> str:
-    "One line: which plan is kept, and how good its forecast was"
+    "One line about `v`: which plan we keep, and how good its forecast was"
     last, again = v.rounds[-1], sum(r['units'] for r in v.rounds)
     won = v.kept in v.baselines
     what = f'{v.kept} measured better than every plan that was allocated, so it is kept' if won else f'kept: {v.kept}'
@@ -221,7 +225,7 @@ def verified(
     n: int = 6, # near-optimal alternatives
     tolerance: float = .15, # relative; measure again if forecast and measurement are further apart
     rounds: int = 2, # how often units are measured again; never if the model is streamed
-    seed: int = 0,
+    seed: int = 0, # of the plans tried beside
     progress: bool = True, # say on stderr what is measured
     beside: list | tuple = (), # texts to be scored in the same walk, as of `evaluate`
     **options, # of `allocate`

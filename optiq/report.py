@@ -100,7 +100,7 @@ def _figure(name, value, se, low, high, items, on):
             'on': {name: on}}
 
 def joined(*parts: dict) -> dict:
-    "Join several rows of one model: sizes and figures side by side"
+    "Join `parts`, several rows of one model: sizes and figures side by side"
     row = {k: v for p in parts for k, v in p.items()}
     for k in ('items', 'on'): row[k] = {m: v for p in parts for m, v in p.get(k, {}).items()}
     return row
@@ -144,7 +144,7 @@ def _verdict(
 
 # %% ../nbs/30_report.ipynb #101820c7
 def test(a: dict, b: dict, name: str) -> dict | None:
-    "The paired test of two rows; None unless both hold the items of the metric, from the same data"
+    "The paired test of the metric `name` in rows `a` and `b`; None unless both hold its items, from the same data"
     x, y = (r.get('items', {}).get(name) for r in (a, b))
     same = x is not None and y is not None and len(x) == len(y) and a['on'][name] == b['on'][name] != ''
     return _paired(x, y) if same else None
@@ -237,12 +237,12 @@ class Report:
 @patch
 @_checked
 def save(self: Report, path: 'str | Path'):
-    "Write a report as JSON"
+    "Write a report as JSON to the file at `path`"
     write_json(path, dict(optiq='report', rows=self.rows, about=self.about))
 
 @patch(cls_method=True)
 def load(cls: Report, path): # ▸ Report
-    "A report from its file; raises ValueError, naming the place, for another file"
+    "A report from the file at `path`; raises ValueError, naming the place, for another file"
     d = read_ours(path, 'report', dict(rows=[dict(name=PROSE)], about=OBJECT), '`Report.save`')
     return cls(d['rows'], d['about'])
 
@@ -256,12 +256,12 @@ def _size_of(
 
 @_checked
 def own_size(c: Checkpoint, name: str | None = None, plan: PlanLike | None = None) -> dict: # columns of a row
-    "The size of a model as it is stored, or in a plan that stands for it"
+    "The size of model `c`, called `name`, as it is stored, or in a `plan` that stands for it"
     return _size_of(name or c.name, plan or make_plan(c, c.formats))
 
 # %% ../nbs/30_report.ipynb #dcb02cf0
 def score_row(
-    name: str,
+    name: str, # of the model, for the table
     size, # Plan, which knows bits and bytes
     score, # optiq.evals.perplexity.Score
     on: str = '', # fingerprint of the tokens
@@ -280,7 +280,7 @@ def score_row(
 @patch
 @_checked
 def plot(self: Report, ax: 'Axes | None' = None, metric: str = 'kl'):
-    "Quality against true bits per weight, with two standard errors"
+    "Quality by one `metric` against true bits per weight, with two standard errors; draws on `ax` if you give one"
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(6, 3.5))[1]
     for i, r in enumerate(r for r in self.rows if r.get(metric)):

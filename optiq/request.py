@@ -68,14 +68,15 @@ class Weights:
     method: Literal['exact', 'screened', 'gradient'] | None = None # how to measure; by default what fits `time_budget`
     time_budget: float | None = None # seconds of the sweep, 600 by default, for the choice of its method
     polish: Literal['dwq'] | None = None # train scales and biases at the end, by mlx-lm's dwq
-    draft: 'Format | str | int | None' = None # of a head that drafts tokens, kept beside the model; by default 8g64
+    draft: 'Format | str | int | None' = None # format of a head that drafts tokens, beside the model; by default 8g64
     verify: bool | None = None # measure the plan and its neighbours, keep the best; by default for weights alone
     compare: bool | None = None # score the baselines too; by default for weights alone
 
     def __post_init__(self): _check_types(Weights, vars(self))
 
     @property
-    def wishes(self) -> dict: # of `allocate`
+    def wishes(self) -> dict:
+        "The wishes, as options of `allocate`"
         return {k: getattr(self, k) for k in ('protect', 'pin', 'ceiling', 'floor', 'leave', 'tie')}
 
 @_helpful
@@ -99,7 +100,7 @@ _COUNTS = {'weights': [*Caps.__annotations__], 'a cache': ['target_bpw', 'true_b
 _KINDS = dict(vlm='vision-language', audio='speech')
 
 def subject(weights: Weights | None, cache: Cache | None) -> str: # key of COUNTS
-    "The subject of a plan: weights, a cache, or both; raises ValueError for neither"
+    "The subject of a plan: `weights`, a `cache`, or both; raises ValueError for neither"
     if weights is None and cache is None: raise ValueError('there is nothing to choose; give weights, a cache, or both')
     if weights is None: return 'a cache'
     return 'weights' if cache is None else 'weights and cache together'
@@ -121,7 +122,7 @@ def _check_pairs(caps: Caps):
 
 # %% ../nbs/08a_request.ipynb #14722bd0
 def caps_for(caps: Caps | None, what: str) -> Caps: # with a default
-    "The caps, with a default if there are none; raises ValueError for a cap without effect on this kind of plan"
+    "The `caps`, with a default if there are none; raises ValueError for a cap without effect on a plan of `what`"
     caps = caps or Caps()
     given = [k for k, v in vars(caps).items() if v is not None]
     odd = [k for k in given if k not in _COUNTS[what]]
@@ -147,7 +148,7 @@ def _check_weights(weights: Weights, what: str, out):
         '`time_budget` has no effect: `method` is named; leave one of the two')
     if weights.draft is not None and (out is None or what == 'a curve'): raise ValueError(
         '`draft` has no effect: no model is written; leave it out')
-    if weights.draft is not None: parse_format(weights.draft) # raises for what is none
+    if weights.draft is not None: parse_format(weights.draft) # raises ValueError if it is not a format
     if weights.compare is False and what != 'weights': raise ValueError(
         f'`compare` has no effect {_beside(what)} yet; leave one of the two')
     _check_rounding_name(rounding := _rounding_for(weights.rounding, weights.sweep), weights.polish, out)
@@ -163,12 +164,13 @@ def _check_weights(weights: Weights, what: str, out):
 class Texts:
     """The texts to measure and to score on, how many sequences of them, and how long
 
-    A model that sees or hears takes pictures or speech in the same places.
+    We measure on `calibration` and score on `evaluation`. A model that sees or hears takes pictures or speech in the
+    same places. Each is a name, a path or a list of samples.
 
         Texts(calibration='my.jsonl', n_calibration=16, evaluation='wikitext2')
     """
     calibration: 'str | Path | list' = 'bundled' # text, pictures or speech to measure on, by name or path; or samples
-    evaluation: 'str | Path | list | None' = None # text to score on, or samples; by default test side of `calibration`
+    evaluation: 'str | Path | list | None' = None # text, pictures or speech; by default test side of `calibration`
     n_calibration: int = 8 # calibration sequences
     seq_len: int = 128 # tokens in each calibration sequence
     n_evaluation: int = 16 # evaluation sequences, of 256 tokens

@@ -27,7 +27,7 @@ _PUBLISHED = {3: 1.08} # a byte of 3-bit codes against one of 4-bit codes, on Ap
 @dataclass(frozen=True)
 class Chip:
     "A chip: its bandwidth in GB/s, and the time that it spends on all but reading, in µs a layer or token"
-    name: str
+    name: str # such as 'M3 Max'
     bandwidth: float # GB/s
     dispatch: float = 5. # µs per layer that the device spends on anything but weights
     constant: float = 0. # µs per token, likewise
@@ -35,14 +35,17 @@ class Chip:
     host_constant: float = 0. # µs per token, likewise
     launch: float = 0. # µs of a product whose matrix weighs nothing; a part of `dispatch`
     factors: dict = field(default_factory=dict, repr=False) # format or 'kv' ▸ factor, or list of [rows, width, factor]
-    source: str = 'published bandwidth'
+    source: str = 'published bandwidth' # of these figures
     measured: bool = False # then a format without a factor is refused
 
     def factor(self, fmt: 'Format | str', shape: tuple = ()) -> float:
-        "Time of a byte in this format, in units of 1/bandwidth; raises ValueError if a measured chip lacks it"
+        """Time of a byte in format `fmt` for a product of this `shape`, in units of 1/bandwidth
+
+        Raises ValueError if a measured chip lacks the format.
+        """
         found = self.factors.get(str(fmt))
         if found is None and self.measured: raise ValueError(
-            f'{fmt} was not measured on {self.name}, which has {", ".join(self.factors)}; see `extend`')
+            f'{fmt} was not measured on {self.name}, which has {", ".join(self.factors)}; `this_machine` measures it')
         if found is None: return _PUBLISHED.get(getattr(fmt, 'bits', None), 1.)
         return _interpolate(found, shape) if isinstance(found, list) else found
 
@@ -116,13 +119,13 @@ class Reads:
     "What a model reads to decode one token: the part of each unit, and the bytes of the rest"
     units: list # all units of the model
     active: dict # unit path ▸ (rows, width) of the part that is read
-    layers: int
+    layers: int # blocks
     params: int # of the whole model
     other_bytes: int # of all other weights: norms, routers, convolutions
     cache: Callable # context ▸ bytes
 
     def nbytes(self, u: Unit, fmt: Format) -> int:
-        "Bytes that one token reads of a unit in a format"
+        "Bytes that one token reads of the unit `u` in format `fmt`"
         return nbytes(fmt, self.active[u.path], u.itemsize)
     def total(self, formats: dict) -> int:
         "Bytes of weights that one token reads with these formats, unit path ▸ Format"
@@ -151,7 +154,7 @@ def reads_of(
 # %% ../nbs/20_roofline.ipynb #5f3cfe14
 def skeleton(
     config: dict, # content of config.json; a `quantization` in it is ignored
-    dtype: str = 'bfloat16',
+    dtype: str = 'bfloat16', # of the weights
 ): # ▸ mlx-lm model
     "The model of a config, its weights lazy and random"
     import mlx.core as mx
@@ -167,7 +170,7 @@ def skeleton(
 class Latency:
     "Predicts how long a chip needs for a token of a model's plans: `ms(plan)`, and `tps(plan)` in tokens per second"
     chip: Chip
-    reads: Reads
+    reads: Reads # of the model
     context: int = 0 # tokens in the cache
     point: dict = field(default_factory=dict) # what it was calibrated with
 
@@ -194,25 +197,6 @@ class Latency:
     def fixed(self):
         "Milliseconds of the device that no plan changes"
         return self.reads.other_bytes/self.chip.bandwidth/1e6+self.cache+self.overhead
-    def weights(self, plan):
-        "Milliseconds to read the units in the formats of a plan"
-        return sum(self(u, plan[u.path]) for u in self.reads.units)
-    def device(self, plan):
-        "Milliseconds of the device for one token"
-        return self.weights(plan)+self.fixed
-    @_checked
-    def ms(self, plan: Mapping):
-        "Milliseconds for one token: the slower of device and CPU"
-        return max(self.device(plan), self.host)
-    @_checked
-    def tps(self, plan: Mapping):
-        "Tokens per second"
-        return 1e3/self.ms(plan)
-
-    @_checked
-    def terms(self, plan: Mapping):
-        "Milliseconds of each part, as a dict"
-        return dict(weights=self.weights(plan), cache=self.cache, overhead=self.overhead, host=self.host)
 
     @property
     def how(self):
@@ -221,6 +205,35 @@ class Latency:
 
     def __repr__(self):
         return f'Latency on {self.chip.name}, {self.chip.bandwidth:,.0f} GB/s, context {self.context}; {self.how}'
+
+# %% ../nbs/20_roofline.ipynb #ffc9861b
+@patch
+def weights(self: Latency, plan):
+    "Milliseconds to read the units in the formats of a plan"
+    return sum(self(u, plan[u.path]) for u in self.reads.units)
+
+@patch
+def device(self: Latency, plan):
+    "Milliseconds of the device for one token of a `plan`"
+    return self.weights(plan)+self.fixed
+
+@patch
+@_checked
+def ms(self: Latency, plan: Mapping):
+    "Milliseconds for one token of a `plan`: the slower of device and CPU"
+    return max(self.device(plan), self.host)
+
+@patch
+@_checked
+def tps(self: Latency, plan: Mapping):
+    "Tokens per second that a `plan` decodes, as predicted"
+    return 1e3/self.ms(plan)
+
+@patch
+@_checked
+def terms(self: Latency, plan: Mapping):
+    "Milliseconds of each part for one token of a `plan`, as a dict"
+    return dict(weights=self.weights(plan), cache=self.cache, overhead=self.overhead, host=self.host)
 
 # %% ../nbs/20_roofline.ipynb #1fa949b8
 @patch

@@ -125,7 +125,7 @@ def _hadamard(
 # %% ../nbs/10a_rotation.ipynb #81abbc72
 @lru_cache(None)
 def rotation_matrix(d: int, seed: int, kind: str) -> np.ndarray: # (d, d) float32
-    "The matrix of a random rotation, the same in every process; raises ValueError for an unknown kind or width"
+    "A random rotation in `d` dimensions as a matrix, the same in every process; raises ValueError for an unknown kind"
     rng = np.random.default_rng([seed, d])
     if kind == 'haar':
         q, r = np.linalg.qr(rng.standard_normal((d, d)))
@@ -143,11 +143,13 @@ class Rotation:
     "A random rotation of the last axis, which keeps lengths and inner products: `y = r(x)`, back by `r.inverse(y)`"
     def __init__(self,
         d: int, # width of the vectors
-        seed: int = 42,
+        seed: int = 42, # of the random matrix
         kind: str = 'hadamard', # 'hadamard', 'hadamard2' (two rounds) or 'haar'
     ):
         self.d, self.seed, self.kind, self.matrix = d, seed, kind, rotation_matrix(d, seed, kind)
 
     def __call__(self, x): return x @ beside(x)(self.matrix) # (…, d), float32
-    def inverse(self, y): return y @ beside(y)(self.matrix.T)
+    def inverse(self, y): # (…, d) float32 ▸ the same
+        "Turn `y` back"
+        return y @ beside(y)(self.matrix.T)
     def __repr__(self): return f'Rotation({self.d}, seed={self.seed}, kind={self.kind!r})'

@@ -21,35 +21,13 @@ from tqdm.auto import tqdm
 
 from .arrays import library, like
 from .backends.open import open_backend
-from .backends.replay import Backend, _Heard
+from .backends.replay import Backend
 from .calibration import fingerprint, shape_of
 from .formats import AS_IS, divides, quantize_dequantize
 from .aim import aimed, Gap
 from .gptq import gptq, _gptq_all
 from .grid import _MinMax, search
-from .statistics import Chunks, Inputs, Listener, Statistics, _Learned
-
-# %% ../nbs/06_rounding.ipynb #6707cf03
-class _NextListener(Listener):
-    "Listens to the matrices that read the first input that still needs rounding, and ends the run after them"
-    def __init__(self, units, to_end=False): # to_end: run on, for what comes out
-        super().__init__(units)
-        self.first, self.open, self.to_end = None, True, to_end
-    def __call__(self, path, x, experts=None):
-        if path not in self.units: return
-        if self.first is None: self.first = x
-        self.open = self.open and (x is self.first or path in self.stats)
-        if path in self.stats or self.open: super().__call__(path, x, experts)
-        known = path not in self.stats or self.stats.keys() == self.units.keys()
-        if experts is None and known and not self.to_end: raise _Heard
-
-class _KeptInputs:
-    "Keeps what each matrix is multiplied with; outside the blocks it ends the run when it has all"
-    def __init__(self, units): self.units, self.inputs = units, {}
-    def __call__(self, path, x, experts=None):
-        if path not in self.units or experts is not None: return
-        self.inputs[path] = x
-        if self.units[path].block is None and self.inputs.keys() == self.units.keys(): raise _Heard
+from .statistics import Chunks, Inputs, Statistics, _KeptInputs, _Learned, _NextListener
 
 # %% ../nbs/06_rounding.ipynb #a7c1d0e5
 def _enough(tokens, n: int = 1024) -> np.ndarray: # the first sequences, of `n` tokens or a little more
@@ -66,7 +44,7 @@ def _listened(b: Backend, tokens, method: str): # ▸ Statistics, or those that 
 
 # %% ../nbs/06_rounding.ipynb #a7c1d0e3
 def as_overrides(done: dict) -> dict:
-    "Overrides that put the rounded weights in the place of the old ones: path ▸ function of a weight"
+    "Overrides that put the rounded weights `done` in the place of the old ones: path ▸ function of a weight"
     return {path: (lambda w, x=r.dequantize(): x) for path, r in done.items()}
 
 # %% ../nbs/06_rounding.ipynb #9bc7d867
@@ -98,7 +76,7 @@ class _Passage:
     done: dict # path ▸ Rounded or MinMax: what the next block is run with
     states: list # of each batch, before the next block
     clean: list # the same in the full-precision model
-    wanted: list = field(default_factory=list) # and there, of each batch, what each unit is multiplied with
+    wanted: list = field(default_factory=list) # of each batch, what each unit is multiplied with in that model
     behind: list = field(default_factory=list) # of each batch, the last unit's input, and what comes out
 
     def hear_clean(self, i: int | None, units: dict): # block, path ▸ Unit
@@ -199,11 +177,11 @@ def _one_after_another(b, tokens, todo, plan): # yields [(path, Rounded or MinMa
 
 # %% ../nbs/06_rounding.ipynb #8c5a80da
 def round_model(
-    b: Backend,
+    b: Backend, # the model
     tokens: np.ndarray, # (n, T) calibration tokens
     plan: Mapping, # unit path ▸ Format
     method: str = 'gptq', # 'minmax', 'search' or 'gptq'
-    tick = lambda n: None, # told how many units are done
+    tick = lambda n: None, # called with the number of units that are done
 ): # yields (path, Rounded or MinMax)
     "Every unit of a plan, rounded; with `gptq` each on states that carry the errors of those before it"
     todo = {u.path: u for u in b.checkpoint.units if not u.keeps(plan[u.path])}
@@ -247,6 +225,7 @@ class RoundTrips(Mapping):
     def __len__(self): return len(self.b.checkpoint.units)
 
     def round_trip(self, path, w, fmt):
+        "The weight `w` of the unit at `path`, or some rows of it, after the round trip through `fmt`"
         if self.b.checkpoint.unit[path].keeps(fmt): return w
         if self.method == 'minmax': return quantize_dequantize(w, fmt)
         held, shape = self.held.of(path), self.b.checkpoint.unit[path].shape
@@ -275,7 +254,9 @@ class _Kept:
         return mx.load(self.file)
 
 @patch
-def stored(self: RoundTrips, path: str, r) -> _Kept: return _Kept(self.keep/f'{path} {r.fmt}.safetensors', r)
+def stored(self: RoundTrips, path: str, r) -> _Kept:
+    "Write the rounded tensor `r` of the unit at `path` to a file of its own, and give the quantizer that reads it"
+    return _Kept(self.keep/f'{path} {r.fmt}.safetensors', r)
 
 @patch
 def keep_ends(self: RoundTrips, plan: Mapping): # unit path ▸ Format

@@ -82,7 +82,7 @@ def perplexity(
 # %% ../nbs/46_score.ipynb #e93320fd
 @_checked
 def same_words(a: Checkpoint, b: Checkpoint):
-    "Raise ValueError, saying why, unless two models read the same tokens"
+    "Raise ValueError, saying why, unless the models `a` and `b` read the same tokens"
     if a.vocabulary != b.vocabulary: raise ValueError(
         f'{a.name} has {a.vocabulary:,} words and {b.name} {b.vocabulary:,}: they have different tokenizers, so no KL '
         f'between '
@@ -309,7 +309,7 @@ def _one_figure(name, task, row, base=None) -> dict:
 @_checked
 def as_figures(
     report: Report, # of one model, or a baseline and a model
-    task: str,
+    task: str, # whose score it is
 ) -> dict: # task, metric, value, low, high, n, baseline, p_value; all metrics under `metrics`
     "What `optiq eval --json` prints"
     base, row = (report.rows if len(report.rows) == 2 else [None, report.rows[-1]])

@@ -34,9 +34,9 @@ from .statistics import _learned_from
 
 # %% ../nbs/04_sensitivity.ipynb #db25ed85
 def sweep_quantizer(
-    b: Backend,
+    b: Backend, # the model
     tokens: 'np.ndarray | list', # what `search` and `gptq` learn from
-    formats: list[Format],
+    formats: list[Format], # candidates
     rounding: str, # 'minmax', 'search' or 'gptq'
     blocks: bool = False, # learn a block as a whole
     keep: 'Path | None' = None, # folder for what is rounded, see `RoundTrips`

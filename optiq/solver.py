@@ -20,7 +20,11 @@ from fastcore.basics import patch
 # %% ../nbs/05a_solver.ipynb #40d18dc8
 @dataclass
 class Problem:
-    "Rows of options: a row is a unit, or several units that share a format"
+    """A multiple-choice knapsack problem: each row takes one option, and each cap limits the sum of one cost
+
+    A row is a unit, or several units that share a format; its options are formats. A `pick` is the index of each
+    row's option; `solve` finds the one with the least KL within all caps.
+    """
     rows: list # tuples of unit paths
     options: list # per row, its formats, fewest bytes first
     samples: np.ndarray # (rows, options, n) KL per sequence
@@ -29,11 +33,20 @@ class Problem:
     kl: np.ndarray # (rows, options), infinite where there is no such option or another is better
 
     @property
-    def at(self): return np.arange(len(self.rows))
-    def total(self, pick): return self.costs[:, self.at, pick].sum(1)
-    def kl_of(self, pick): return self.kl[self.at, pick].sum()
-    def fits(self, pick): return bool((self.total(pick) <= self.caps).all())
-    def formats_of(self, pick):
+    def at(self):
+        "The index of each row"
+        return np.arange(len(self.rows))
+    def total(self, pick): # ▸ (budgets,)
+        "The costs of a `pick`, summed over the rows"
+        return self.costs[:, self.at, pick].sum(1)
+    def kl_of(self, pick):
+        "The predicted KL of a `pick`, in nats"
+        return self.kl[self.at, pick].sum()
+    def fits(self, pick):
+        "Whether a `pick` is within all caps"
+        return bool((self.total(pick) <= self.caps).all())
+    def formats_of(self, pick): # ▸ unit path ▸ Format
+        "The format that a `pick` gives each unit"
         return {path: self.options[i][j] for i, j in enumerate(pick) for path in self.rows[i]}
 
 # %% ../nbs/05a_solver.ipynb #4ad1b68a
@@ -50,7 +63,7 @@ def undominated(
 
 # %% ../nbs/05a_solver.ipynb #00284048
 def at_prices(
-    p: Problem,
+    p: Problem, # rows of options
     prices: np.ndarray, # (budgets,) KL per unit of cost
 ) -> np.ndarray: # the index of each row's option
     "The option that each row buys at these prices: the one with the least KL + price · cost"
@@ -114,7 +127,7 @@ def _fill_up(
 
 # %% ../nbs/05a_solver.ipynb #b2f86444
 def solve_lagrange(p: Problem) -> tuple: # pick or None, bound, prices
-    "Solve by prices: buy at the lowest price that fits, then spend what is left; `pick` is None if nothing fits"
+    "Solve `p` by prices: buy at the lowest price that fits, then spend what is left; `pick` is None if nothing fits"
     prices = bisect(p) if len(p.caps) == 1 else _shadow_prices(p)
     for step in 1.05**np.arange(200): # prices of the relaxation may miss by a unit or two
         pick = at_prices(p, prices*step)
@@ -169,7 +182,7 @@ def _branch_and_bound(p: Problem, keep, scale: float, seconds: float) -> tuple: 
 
 # %% ../nbs/05a_solver.ipynb #288bd6e7
 def solve_exact(
-    p: Problem,
+    p: Problem, # rows of options and caps
     seconds: float = 20, # give up proving after this long; the gap is reported
 ) -> tuple: # pick, bound, prices
     """The best pick, by branch and bound (HiGHS) on the options that the Lagrangian bound leaves open

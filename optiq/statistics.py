@@ -34,6 +34,7 @@ class Inputs:
     factor: object = None # of the moments, once `gptq` has needed it
 
     def add(self, x): # (…, in_dims)
+        "Add the products of the states `x`, a token in each row"
         xp, f32, _ = library(x)
         x = f32(x).reshape(-1, x.shape[-1])
         self.moments, self.count = self.moments+(x.T @ x if self.whole else (x*x).sum(0)), self.count+len(x)
@@ -88,9 +89,32 @@ class Listener:
         last = unit.kind in ('lm_head', 'embed') or len(self.units) == 1
         if unit.block is None and last: raise _Heard # nothing more is wanted
 
-    def shared(self, unit, x): # layers that read the same states
+    def shared(self, unit, x): # ▸ Inputs, or a list of them for experts
+        "The statistics of the last unit if `unit` reads the same states `x`; else None"
         last, stats = self.last
         return stats if x is last and isinstance(stats, list) == (len(unit.shape) > 2) else None
+
+# %% ../nbs/06a_statistics.ipynb #7ef83e95
+class _NextListener(Listener):
+    "Listens to the matrices that read the first input that still needs rounding, and ends the run after them"
+    def __init__(self, units, to_end=False): # to_end: run on, for what comes out
+        super().__init__(units)
+        self.first, self.open, self.to_end = None, True, to_end
+    def __call__(self, path, x, experts=None):
+        if path not in self.units: return
+        if self.first is None: self.first = x
+        self.open = self.open and (x is self.first or path in self.stats)
+        if path in self.stats or self.open: super().__call__(path, x, experts)
+        known = path not in self.stats or self.stats.keys() == self.units.keys()
+        if experts is None and known and not self.to_end: raise _Heard
+
+class _KeptInputs:
+    "Keeps what each matrix is multiplied with; outside the blocks it ends the run when it has all"
+    def __init__(self, units): self.units, self.inputs = units, {}
+    def __call__(self, path, x, experts=None):
+        if path not in self.units or experts is not None: return
+        self.inputs[path] = x
+        if self.units[path].block is None and self.inputs.keys() == self.units.keys(): raise _Heard
 
 # %% ../nbs/06a_statistics.ipynb #0857b92d
 def _batches(b: Backend, tokens) -> list:
@@ -102,7 +126,7 @@ def _batches(b: Backend, tokens) -> list:
 # %% ../nbs/06a_statistics.ipynb #49ff3589
 @contextmanager
 def _calls_kept(b: Backend):
-    "What the backend's blocks are called with is as it was before, and nobody stands in for them meanwhile"
+    "While this lasts, blocks run themselves; at the end the backend has its old arguments of them again"
     before = getattr(b, 'calls', None), getattr(b, 'batch_size', None)
     try:
         with _for_themselves(): yield
@@ -110,11 +134,11 @@ def _calls_kept(b: Backend):
 
 # %% ../nbs/06a_statistics.ipynb #ac482f44
 class Chunks:
-    "Calibration tokens in batches that fit, each with what its blocks are called with"
+    "Calibration `tokens` for backend `b` in batches that fit, each with the arguments of its blocks"
     def __init__(self, b: Backend, tokens): self.b, self.tokens, self.calls = b, _batches(b, tokens), []
 
     def embed(self, overrides={}):
-        "States of each batch before the first block"
+        "States of each batch before the first block, with `overrides` of weights"
         states, self.calls = [], []
         with _calls_kept(self.b):
             for batch in self.tokens:
@@ -123,35 +147,39 @@ class Chunks:
         return states
 
     def one(self, k, i, x, hear=None, overrides={}): # batch; block, or None for the head
-        "States of one batch after the block; `hear` gets the inputs of its matrices"
+        "States of batch `k` behind block `i`, from states `x` before it; `hear` gets the inputs of its matrices"
         run = partial(self.b.inputs, hear=hear) if hear else self.b.run_block
         with _calls_kept(self.b):
             self.b.calls, self.b.batch_size = self.calls[k]
             return run(i, x, overrides=overrides)
 
     def run(self, i, states, hear=None, overrides={}):
-        "States of every batch after the block"
+        "The `states` of every batch behind block `i`; `hear` and `overrides` as in `one`"
         return [self.one(k, i, x, hear, overrides) for k, x in enumerate(states)]
 
 # %% ../nbs/06a_statistics.ipynb #34a3a89b
 class Statistics(Mapping):
     "Unit path ▸ `Inputs` (for experts a list) on unperturbed states, from block to block"
     def __init__(self,
-        b: Backend,
+        b: Backend, # the model
         tokens: np.ndarray, # (n, T) calibration tokens
         whole: bool = True, # second moments, not only their diagonal
     ):
         self.b, self.chunks, self.whole, self.mark = b, Chunks(b, tokens), whole, (fingerprint(tokens), whole)
         outside = [u.path for u in b.checkpoint.units if u.block is None and not (b.stacks and b.chain)]
         self.outside = {p: lambda _, w=b.unit_weight(p): w
-                        for p in outside} # what is no chain holds them changed while a plan runs
+                        for p in outside} # a model that is not a chain holds them changed while a plan runs
         self.restart()
-    def unperturbed(self): return self.b.swapped(self.outside)
+    def unperturbed(self):
+        "While this lasts, the units outside the blocks have their own weights"
+        return self.b.swapped(self.outside)
 
     def restart(self):
+        "Go back to the states before the first block"
         with self.unperturbed(): self.i, self.states, self.held = 0, self.chunks.embed(), {}
 
     def listener(self, block):
+        "A listener for the units of a `block`; for None those outside the blocks"
         return Listener({u.path: u for u in self.b.checkpoint.units if u.block == block}, self.whole)
 
     def advance(self):
@@ -236,7 +264,7 @@ def _as_stored(b: Backend, unit, heard) -> tuple: # ▸ sums of squares (…, in
     return sums.reshape(shape), counts
 
 def _save_learned(b: Backend, learned, about: dict, file: Path):
-    "Hear a whole model, and keep what `search` needs"
+    "Listen to a whole model, and keep what `search` needs in a file"
     from safetensors.numpy import save_file
     stats, found = Statistics(b, learned, whole=False), {}
     for path, u in b.checkpoint.unit.items():

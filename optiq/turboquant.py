@@ -47,7 +47,9 @@ class _Coordinates:
     "What a quantizer of single coordinates knows"
     def _points(self, codes): return beside(codes)(self.points.astype(np.float32))[as_type(codes, 'int32')]
     @property
-    def bits_per_coordinate(self): return self.bits+16/self.d
+    def bits_per_coordinate(self):
+        "True bits of a coordinate: its code, and its part of the vector's scale"
+        return self.bits+16/self.d
     def __repr__(self):
         return f'{type(self).__name__}({self.d}, {self.bits}): {self.bits_per_coordinate:.3f} bits a coordinate'
 
@@ -79,7 +81,7 @@ class TurboQuantMSE(_Coordinates):
         return codes, as_type(_vector_scale(y, self._points(codes), self.scale), 'float16')
 
     def dequantize(self, codes, scales): # ▸ (…, d) float32
-        "Codes and scales ▸ the vectors that they stand for"
+        "`codes` and `scales` ▸ the vectors that they stand for"
         return self.rotation.inverse(self._points(codes)*as_type(scales, 'float32'))
 
 # %% ../nbs/10_turboquant.ipynb #d5a5ac7c
@@ -140,22 +142,27 @@ class TurboQuantProd(_Coordinates):
         return *codes, self.sketch.signs(r), as_type(_vector_scale(r, None, 'norm'), 'float16')
 
     def dequantize(self, codes, scales, signs, lengths): # ▸ (…, d) float32
-        "The vectors that stand for the originals in inner products"
+        "`codes`, `scales`, `signs`, `lengths` ▸ vectors that stand for the originals in inner products"
         return self._first(codes, scales)+self.sketch.estimate(signs, lengths)
 
     def _first(self, codes, scales):
         return self.mse.dequantize(codes, scales) if self.mse else as_type(codes*0, 'float32')
 
     @property
-    def bits_per_coordinate(self): return self.bits+(32 if self.mse else 16)/self.d
+    def bits_per_coordinate(self):
+        "True bits of a coordinate: code, sign, and its part of the vector's scale and residual length"
+        return self.bits+(32 if self.mse else 16)/self.d
 
 # %% ../nbs/10_turboquant.ipynb #0f2cf24b
 class TurboQuantSplit:
-    "Two independent quantizers on two groups of channels, for half bits such as 2.5"
+    """Half bits such as 2.5: two groups of channels, each with a `TurboQuantMSE` of its own, one a bit wider
+
+    The split of arXiv 2504.19874, where a quarter of the channels is wider; by default half is, so that 2.5 means 2.5.
+    """
     def __init__(self,
         d: int, # width of the vectors
         bits: float, # 1.5, 2.5 … 7.5
-        seed: int = 42,
+        seed: int = 42, # of the first rotation; the second has the next
         channels = None, # indices of all channels, those for the higher width first; in their order by default
         paper_ratio: bool = False, # a quarter of the channels at the higher width, as published, instead of half
         **kwargs, # of `TurboQuantMSE`
@@ -167,31 +174,44 @@ class TurboQuantSplit:
         self.high = TurboQuantMSE(n, int(bits+.5), seed, **kwargs)
         self.low = TurboQuantMSE(d-n, int(bits), seed+1, **kwargs)
 
-    def quantize(self, x): # ▸ codes, scales of the first group; codes, scales of the second
+    def quantize(self, x): # (…, d) ▸ codes, scales of the wider group; codes, scales of the other
+        "Vectors ▸ codes and scales of both groups; raises ValueError for vectors of another width"
         _check_width(x, self.d)
         x = x[..., beside(x)(self.order)]
         return *self.high.quantize(x[..., :self.high.d]), *self.low.quantize(x[..., self.high.d:])
 
     def dequantize(self, *stored): # ▸ (…, d) float32
+        "What `quantize` gave ▸ the vectors that it stands for"
         parts = [q.dequantize(*s) for q, s in ((self.high, stored[:2]), (self.low, stored[2:]))]
         xp, constant = library(parts[0])[0], beside(parts[0])
         return xp.concatenate(parts, -1)[..., constant(np.argsort(self.order))]
 
     @property
-    def code_bits(self): return (self.high.bits*self.high.d+self.low.bits*self.low.d)/self.d
+    def code_bits(self):
+        "Average bits of a code, such as 2.5"
+        return (self.high.bits*self.high.d+self.low.bits*self.low.d)/self.d
     @property
-    def bits_per_coordinate(self): return self.code_bits+32/self.d
+    def bits_per_coordinate(self):
+        "True bits of a coordinate: its code, and its part of the two scales"
+        return self.code_bits+32/self.d
     def __repr__(self):
         return f'TurboQuantSplit({self.d}, {self.code_bits}): {self.bits_per_coordinate:.3f} bits a coordinate'
 
 # %% ../nbs/10_turboquant.ipynb #86885fd7
 class Rotated:
     "The family of rotated formats, `tq2` to `tq8`, as `optiq.formats.FAMILIES` needs it"
-    def takes(bits, group_size): return bits in AFFINE_BITS and group_size is None
-    def divides(fmt: Format, shape: tuple): return shape[-1] > 2
+    def takes(bits, group_size):
+        "Whether there is a rotated format with these `bits` and this `group_size`, which must be None"
+        return bits in AFFINE_BITS and group_size is None
+    def divides(fmt: Format, shape: tuple):
+        "Whether `fmt` fits vectors along the last axis of `shape`: from 3 coordinates on"
+        return shape[-1] > 2
     def nbytes(fmt: Format, shape: tuple, itemsize: int = 2):
+        "Bytes of an array of this `shape` in format `fmt`: codes and a float16 scale, whatever its `itemsize` was"
         return math.prod(shape[:-1])*(padded(shape[-1])*fmt.bits//8+2)
-    def quantize_dequantize(x, fmt: Format): return _round_trip(x, fmt.bits)
+    def quantize_dequantize(x, fmt: Format):
+        "The vectors `x` after a round trip through `fmt`, in the same library, shape and type"
+        return _round_trip(x, fmt.bits)
 
 # %% ../nbs/10_turboquant.ipynb #44fb558e
 @lru_cache(None)
@@ -208,25 +228,25 @@ def _rotate(y, seed: int): # (…, D) float32 ▸ (…, padded(D))
     return y @ beside(y)(rotation_matrix(padded(y.shape[-1]), seed, 'hadamard')[:y.shape[-1]])
 
 # %% ../nbs/10_turboquant.ipynb #5e1fd0aa
-STEPS = (1, .8, .9, 1.1, 1.2) # times the step that is best on average; what a vector keeps is the best for itself
+STEPS = (1, .8, .9, 1.1, 1.2) # times the step that is best on average; each vector keeps the best for itself
 
 def on_grid(y, step, n: int): # (…, D), (…, 1), number of codes ▸ (…, 1), (…, D), (…, 1)
-    "Codes on a grid of equal steps: length of `y` × cosine of the angle to them, the codes, their squared length"
+    "Codes of `y` on a grid with this `step`: length of `y` × cosine of the angle to them, codes, their squared length"
     xp, total = library(y)[0], lambda a: a.sum(-1, keepdims=True)
     c = xp.clip(xp.floor(y/(step+1e-30)), -n/2, n/2-1)+.5
     square = total(c*c)
     return total(y*c)/xp.sqrt(square), c, square # the length of `y` times the cosine of the angle between
 
 # %% ../nbs/10_turboquant.ipynb #d0c51e68
-def scale_of(length, square, n: int): # of a vector, of its codes around zero
-    "The scale that makes codes, counted as within ±1, as long as the vector"
+def scale_of(length, square, n: int): # n: number of codes
+    "The scale that makes codes within ±1, whose squared length on the grid is `square`, as long as a vector (`length`)"
     return as_type(length/library(length)[0].sqrt(square)*(n/2), 'float16')
 
 # %% ../nbs/10_turboquant.ipynb #c9aea974
 def encode_rotated(
     y, # (…, D) rotated, float32
-    bits: int,
-    steps: tuple = STEPS,
+    bits: int, # of a code
+    steps: tuple = STEPS, # of the grid, times the one that is best on average
 ) -> tuple: # codes (…, D) float32, scales (…, 1) float16
     "Codes on a uniform grid, and the scale that keeps each vector's length (`norm_match`)"
     xp, n, best = library(y)[0], 2**bits, None

@@ -37,7 +37,7 @@ class Unit:
 
     @property
     def params(self):
-        "Number of weights"
+        "Number of weights in the tensor"
         return prod(self.shape)
     @property
     def itemsize(self):
@@ -48,17 +48,17 @@ class Unit:
         "The format that the checkpoint has it in"
         return parse_format(self.stored) if self.stored else AS_IS
     def keeps(self, fmt: Format) -> bool:
-        "Whether it stays as it is stored in this format"
+        "Whether the unit keeps its stored form if a plan gives it format `fmt`"
         return fmt == AS_IS or self.stored == str(fmt)
     def nbytes(self, fmt: Format) -> int:
-        "Bytes in a format, with scales and biases"
+        "Bytes of the unit in format `fmt`, with scales and biases"
         if self.keeps(fmt): return nbytes(self.kept, self.shape, self.itemsize)+self.beside
         return nbytes(fmt, self.shape, self.itemsize)
     def takes(self, fmt: Format) -> bool:
-        "Whether it can have this format"
+        "Whether the unit can have format `fmt`"
         return self.keeps(fmt) or not self.fixed and divides(fmt, self.shape)
     def bits(self, fmt: Format) -> int:
-        "Bits of a code in a format; of an unquantized weight 16 or 32"
+        "Bits of a code in format `fmt`; of an unquantized weight 16 or 32"
         return (self.kept if fmt == AS_IS else fmt).bits or 8*self.itemsize
     def row(self) -> dict: # for files
         "The unit as a dict, as files hold it"

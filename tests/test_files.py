@@ -270,7 +270,7 @@ def test_advice_after_an_interruption(home, monkeypatch):
         r = optiq(*args)
         assert r.exit_code == 130
         return r.stderr
-    assert 'go on where it stopped' in said(*FILES['sweep'], '-o', 's') and 'go on where it stopped' in said(*FOLDERS['convert'], '-o', 'o')
+    assert 'resume where it stopped' in said(*FILES['sweep'], '-o', 's') and 'resume where it stopped' in said(*FOLDERS['convert'], '-o', 'o')
     assert '--resume in place of --no-resume' in said(*FILES['sweep'], '-o', 's', '--no-resume')
     assert 'go on' not in said(*FILES['gradient'], '-o', 's') and 'go on' not in said(*FOLDERS['pareto'])
 

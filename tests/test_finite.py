@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from optiq.backends.open import open_backend
-from optiq.backends.replay import check_logits
+from optiq.backends.finite import check_logits
 from optiq.cli import main
 from optiq.evals.kl import reference, score_against
 from optiq.report import Report, mean_figure, _paired

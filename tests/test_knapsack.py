@@ -266,7 +266,7 @@ def test_only_the_guilty_caps_are_named():
 
 def test_the_cost_of_protection_is_printed():
     plan = allocate(random_sweep(0), target_bpw=7, protect='embed')
-    assert f'what was wished for 1 of them costs {plan.solver["wishes_cost"]:.2g}' in repr(plan)
+    assert f'your wishes for 1 of them cost {plan.solver["wishes_cost"]:.2g}' in repr(plan)
 
 def test_imports_nothing_heavy():
     code = ("import sys, optiq.knapsack; print([m for m in ('torch', 'matplotlib', 'pandas', 'transformers', 'mlx_lm', "

@@ -57,7 +57,7 @@ def test_a_plan_that_was_not_measured(tmp_path):
     (tmp_path/'optiq').mkdir()
     uniform(random_sweep(1), 5).save(tmp_path/'optiq'/'plan.json')
     html = _page(tmp_path)
-    assert 'no measurement of the single tensors' in html and 'Nobody measured this plan as a whole' in html
+    assert 'no measurement of the single tensors' in html and 'This plan was not measured as a whole' in html
 
 def test_the_file_is_not_replaced_unasked(folder, tmp_path):
     out = tmp_path/'r.html'

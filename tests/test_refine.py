@@ -214,7 +214,7 @@ def test_protection_ties_and_memory_on_the_road(sweep, tmp_path):
     plain = Weights([3, 4, 8], sweep=tmp_path/'s.json', compare=False)
     f = optimize('demo', caps=Caps(target_bpw=5.5), weights=replace(plain, protect=('embed',), tie=('qkv',)), **options)
     assert f['plan']['model.embed_tokens'] == Format(8) and f['figures']['wishes_cost'] >= 0
-    assert f['figures']['wishes'][0]['units'] == ['model.embed_tokens'] and 'wished for 1 of them costs' in repr(f['plan'])
+    assert f['figures']['wishes'][0]['units'] == ['model.embed_tokens'] and 'wishes for 1 of them cost' in repr(f['plan'])
     m = optimize('demo', caps=Caps(max_memory=10*2**20, context=512), weights=plain, **options)['plan']
     cache = 10*2*2*128*2*512
     assert m.nbytes+cache <= 10*2**20 < m.nbytes+cache+300_000 and m.solver["caps"] == {"max_memory": 10*2**20}

@@ -12,7 +12,8 @@ from functools import partial
 import numpy as np
 from fastcore.basics import patch
 
-from .replay import Backend, available_memory, check_all, check_logits
+from .finite import check_all, check_logits
+from .replay import Backend, available_memory
 from .trees import _forgetful
 from .taps import _block, _blocks, _descend, _standing_in, mlx_attention, mlx_blocks, mlx_listening
 from .taps import mlx_products
@@ -45,7 +46,7 @@ def _mlx_weights(b, overrides: dict): # unit path ▸ function from its weight t
 
 # %% ../../nbs/03c_backends.mlx.ipynb #8ee4b5e6
 class MLXBackend(Backend):
-    "Replays an mlx-lm model block by block, in float32, on the GPU if there is one"
+    "Replays the mlx-lm model of `checkpoint` block by block, in the type `dtype`, on the GPU if there is one"
     name = 'mlx'
     takes_caches = True
     def cast(self, x): return x.astype(self.dtype)
@@ -62,11 +63,14 @@ class MLXBackend(Backend):
         self.check()
 
     def start(self, checkpoint, dtype):
+        "Set `checkpoint`, library and `dtype`, and open the model"
         import mlx.core as mx
         self.xp, self.dtype = mx, getattr(mx, dtype)
         self.checkpoint, self.n_blocks = checkpoint, checkpoint.n_blocks
         self.model = self.open()
-    def open(self): return _of_type(self.checkpoint, self.dtype)
+    def open(self):
+        "The model, dequantized, its arrays lazy"
+        return _of_type(self.checkpoint, self.dtype)
 
     def fresh(self, x): return self.xp.array(x)
     def raw(self, batch): return self.model(self.xp.array(np.asarray(batch)))
@@ -104,10 +108,13 @@ def free_memory(self: MLXBackend) -> int:
 
 # %% ../../nbs/03c_backends.mlx.ipynb #52592133
 @patch
-def module(self: MLXBackend, path: str): return _descend(self.model, path)
+def module(self: MLXBackend, path: str):
+    "The layer at a dotted `path` of the model"
+    return _descend(self.model, path)
 
 @patch
 def check(self: MLXBackend, prefix: str = ''): # of the paths to look at
+    "Raise ValueError, naming file and tensor, for NaN or infinity in the weights"
     from mlx.utils import tree_flatten
     mine = ((k, a) for k, a in tree_flatten(self.model.parameters()) if k.startswith(prefix))
     check_all(self.checkpoint, self.xp, ((k, a) for k, a in mine if self.xp.issubdtype(a.dtype, self.xp.floating)))
@@ -128,7 +135,7 @@ def listening(self: MLXBackend, hear, block: int | None):
 # %% ../../nbs/03c_backends.mlx.ipynb #dc982ba9
 @patch
 def gradients(self: MLXBackend, batch, seed: int, skip=0):
-    "path ▸ gradient of Σ log p(y) over the batch"
+    "path ▸ gradient of Σ log p(y) over the batch; the model draws y with `seed`, and `skip` positions do not count"
     import mlx.core as mx
     weights = {p: self.module(p).weight for p in self.checkpoint.unit}
     ids = mx.array(batch)

@@ -14,11 +14,16 @@ from .replay import Backend
 
 # %% ../../nbs/03h_backends.near.ipynb #36d30901
 Backend.narrow = None # name of the type for products of differences; None: products are computed as they are
-Backend.products = lambda self, answer: nullcontext() # while it lasts, `answer(key, x, w, multiply)` multiplies
+
+@patch
+@contextmanager
+def products(self: Backend, answer): # called with (key of the matrix, x, w, multiply)
+    "While this lasts, `answer` computes every product of states with a weight; a backend may leave it out"
+    yield
 
 # %% ../../nbs/03h_backends.near.ipynb #be616756
 class Near:
-    "Keeps the products of a reference, so that a variant near it only multiplies what differs"
+    "Keeps the products of a reference of backend `b`, so that a variant near it only multiplies what differs"
     def __init__(self, b: Backend): self.b, self.known, self.last = b, {}, (None, None)
 
     @contextmanager

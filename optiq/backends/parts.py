@@ -97,8 +97,12 @@ class ReplayBackend(MLXBackend):
     def run_block(self, i: int, states, overrides: dict = {}): return self.replay(states, overrides, i)[0]
     def head(self, states, overrides: dict = {}): return self.replay(states, overrides)[1]
     def logits(self, batch, overrides: dict = {}): return self.head(self.embed(batch), overrides)
-    def change(self, states, overrides: dict): return replace(states, lasting=states.lasting | overrides)
-    def record(self, batch, overrides: dict = {}): return self.replay(self.embed(batch), overrides)
+    def change(self, states, overrides: dict):
+        "The sample `states` with more `overrides`, which last from now on"
+        return replace(states, lasting=states.lasting | overrides)
+    def record(self, batch, overrides: dict = {}):
+        "States behind the last block, and logits, of a whole pass of the sample `batch` with `overrides`"
+        return self.replay(self.embed(batch), overrides)
 
 # %% ../../nbs/03d_backends.parts.ipynb #a0c90487
 def _recall(states: _Passed, n: int, i: int, changed: bool, args, kwargs) -> tuple:
@@ -111,7 +115,7 @@ def _recall(states: _Passed, n: int, i: int, changed: bool, args, kwargs) -> tup
 # %% ../../nbs/03d_backends.parts.ipynb #a43c2ae7
 @patch
 def way(self: ReplayBackend, states: _Passed) -> list:
-    "The block of each call that the whole pass of a sample makes"
+    "The block of each call that the whole pass of the sample `states` makes"
     if not states.route: states.route.extend(i for i, *_ in self.record(states.sample)[0].calls)
     return states.route
 
@@ -128,7 +132,7 @@ def inputs(self: ReplayBackend, i: int | None, states, hear, overrides: dict = {
 @patch
 def replay(self: ReplayBackend, states: _Passed, overrides: dict = {},
            stop: int | None = None, least: int = 0) -> tuple: # states, logits
-    "Continue from `states`, to the end of block `stop` and `least` calls, or to the logits"
+    "Continue from `states` with `overrides`, to the end of block `stop` and `least` calls, or to the logits"
     lasting, mine, calls = states.lasting | overrides, {}, []
     for p, f in lasting.items(): mine.setdefault(self.find(p).block, {})[p] = f
     if stop is not None and {*mine}-{None}: self.way(states) # what is called later?

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 import numpy as np
 from fastcore.basics import patch
 
+from .finite import check_all, check_finite
 from .mlx import MLXBackend
 from .parts import ReplayBackend
-from .replay import Backend, available_memory, check_all, check_finite
+from .replay import Backend, available_memory
 from .taps import _block, _descend, same
 from ..calibration import _check_ids
 from ..folder import read_header
@@ -113,7 +114,7 @@ def _place(checkpoint, unit):
 
 # %% ../../nbs/03e_backends.stream.ipynb #38d647f6
 class StreamingBackend(_Eager, MLXBackend):
-    "Replays an mlx-lm model with one block, and some rows of the vocabulary, in memory"
+    "Replays the mlx-lm model of `checkpoint` in `dtype`, with one block and some rows of the vocabulary in memory"
     holds = False
     rows = 8192 # of the vocabulary in memory at once
 
@@ -156,7 +157,7 @@ def keep_to(self: StreamingBackend, memory: float | None):
 # %% ../../nbs/03e_backends.stream.ipynb #f384efb8
 @patch
 def rows_of(self: StreamingBackend, unit: Unit, rows): # a slice, or an array of indices
-    "Some rows of a table, from memory if we have read them since the last block"
+    "Some rows of the table `unit`, from memory if we have read them since the last block"
     if not isinstance(rows, slice) or unit.params*unit.itemsize > (self.memory or available_memory())/8:
         return _read_rows(self.checkpoint, unit, rows)
     at = unit.path, rows.start, rows.stop
@@ -165,7 +166,8 @@ def rows_of(self: StreamingBackend, unit: Unit, rows): # a slice, or an array of
 
 # %% ../../nbs/03e_backends.stream.ipynb #4b5adfac
 @patch
-def vocabulary(self: StreamingBackend, unit: Unit, rows): # rows of an embedding or head, perturbed if it is to be
+def vocabulary(self: StreamingBackend, unit: Unit, rows): # a slice, or an array of indices
+    "Rows of the embedding or head `unit`, with its override if it has one"
     w = self.rows_of(unit, rows)
     new, n = self.overrides.get(unit.path, same)(w), len(w)
     if len(new) != n: # it gave the whole tensor

@@ -14,7 +14,9 @@ from functools import cache
 import mlx.core as mx
 
 # %% ../../nbs/03a_backends.taps.ipynb #4c85e56a
-def same(x): return x # an override that changes nothing
+def same(x):
+    "The same `x`: an override that changes nothing"
+    return x
 
 # %% ../../nbs/03a_backends.taps.ipynb #53b61dca
 _ANSWERS = {} # id of a block ▸ (number, who answers for it), the latest last
@@ -64,7 +66,7 @@ def _for_themselves():
 # %% ../../nbs/03a_backends.taps.ipynb #bd493aec
 @contextmanager
 def torch_attention(model, change): # called with (layer, queries, keys, values), returns keys and values
-    "While this lasts, attention in a transformers model reads what `change` returns"
+    "While this lasts, attention in a transformers `model` reads what `change` returns"
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
     name = model.config.get_text_config()._attn_implementation
     before = table.get(name)
@@ -79,8 +81,8 @@ def torch_attention(model, change): # called with (layer, queries, keys, values)
         if table.get(name) is not before: table[name] = before
 
 # %% ../../nbs/03a_backends.taps.ipynb #0a697287
-def torch_listening(hear, names: dict): # (id of a parameter, lies transposed?) ▸ (path, first number) of its units
-    "A context that calls `hear(path, x, expert)` for every product of states `x` with one of these parameters"
+def torch_listening(hear, names: dict): # (id of a parameter, is it transposed?) ▸ (path, first number) of its units
+    "While this lasts, `hear(path, x, expert)` gets the states `x` of every product with a parameter in `names`"
     import torch
     from torch.overrides import TorchFunctionMode
     known = {i for i, _ in names}
@@ -118,7 +120,7 @@ def torch_products(answer): # called with (key of the matrix, x, weight, multipl
 # %% ../../nbs/03a_backends.taps.ipynb #e1a96cc8
 @contextmanager
 def _eager_experts(model):
-    "Experts are multiplied one at a time, by `linear`"
+    "While this lasts, the model multiplies its experts one at a time, by `linear`"
     found = [getattr(m, 'config', None) for m in model.modules()]
     configs = {id(c): c for c in found if getattr(c, '_experts_implementation', None)}
     before = {i: c._experts_implementation for i, c in configs.items()}
@@ -141,8 +143,8 @@ def _blocks(model, lists) -> list: # paths of the lists of blocks, or one
 def _block(model, lists, i): return _blocks(model, lists)[i]
 
 # %% ../../nbs/03a_backends.taps.ipynb #a01040eb
-def mlx_blocks(model, paths, answer, which=None): # paths of the lists of blocks, which are numbered through
-    "While this lasts, `answer(i, …)` takes the place of each block, or of those in `which`"
+def mlx_blocks(model, paths, answer, which=None):
+    "While this lasts, `answer(i, …)` is called for each block of `model` in the lists at `paths`, or those in `which`"
     found = enumerate(_blocks(model, paths))
     return _standing_in({i: b for i, b in found if which is None or i in which}, answer, '__call__')
 
@@ -173,7 +175,7 @@ def _mlx_listener(kind: type, path: str, hear) -> type:
 # %% ../../nbs/03a_backends.taps.ipynb #931a1417
 @contextmanager
 def mlx_listening(modules: dict, hear): # unit path ▸ layer
-    "While this lasts, each layer calls `hear(path, x, experts)` with its input before it multiplies"
+    "While this lasts, each layer of `modules` calls `hear(path, x, experts)` with its input before it multiplies"
     kinds = {path: type(m) for path, m in modules.items()}
     for path, m in modules.items(): m.__class__ = _mlx_listener(type(m), path, hear)
     try: yield
@@ -194,7 +196,7 @@ _PRODUCTS = [] # who answers, the latest last
 
 @contextmanager
 def mlx_products(layers: list, answer): # plain ones and embeddings; called with (key, x, weight, multiply)
-    "While this lasts, `answer` computes the product of each layer with its states"
+    "While this lasts, `answer` computes the product of each of these `layers` with its states"
     kinds = [type(m) for m in layers]
     _PRODUCTS.append(answer)
     for m, kind in zip(layers, kinds): m.__class__ = _mlx_answering(kind)

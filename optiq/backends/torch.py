@@ -13,8 +13,9 @@ from contextlib import contextmanager
 import numpy as np
 from fastcore.basics import patch
 
+from .finite import check_all, check_logits
 from .mlx import _of_type
-from .replay import Backend, available_memory, check_all, check_logits
+from .replay import Backend, available_memory
 from .stream import _fitting
 from .taps import _eager_experts, _standing_in, torch_attention, torch_listening, torch_products
 from ..models import Checkpoint, cannot_open
@@ -194,7 +195,10 @@ def _load_codes(checkpoint, options):
 
 # %% ../../nbs/03b_backends.torch.ipynb #40739489
 class TorchBackend(Backend):
-    "Replays a transformers model block by block, in float32, on the GPU if there is one"
+    """Replays the transformers model of `checkpoint` block by block
+
+    `device` is the GPU by default, if there is one. `dtype` names the type that it computes in.
+    """
     name, stands_in = 'torch', True
     def cast(self, x): return x.to(self.dtype)
     def typed(self, x, dtype: str): return x.to(getattr(self.xp, dtype))
@@ -263,7 +267,10 @@ def listening(self: TorchBackend, hear, block: int | None):
 # %% ../../nbs/03b_backends.torch.ipynb #573b52e4
 @patch
 def gradients(self: TorchBackend, batch, seed: int, skip=0):
-    "path ▸ gradient of Σ log p(y) over the batch, in the unit's shape"
+    """path ▸ gradient of Σ log p(y) over the batch, in the unit's shape
+
+    The model draws the labels y itself, with `seed`; `skip` positions at the start do not count.
+    """
     import torch
     generator = torch.Generator(self.device).manual_seed(seed)
     params = {id(p): p for p, _ in self.slots.values()}.values()

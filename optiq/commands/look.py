@@ -93,7 +93,7 @@ def _answered(responses: str, task: str, baseline: str | None): # ▸ Report
 @_options('pipeline.optimize', 'backend', 'model_type', 'trust_remote_code')
 @_json
 def benchmark(model, baseline, prompt_tokens, new_tokens, repeats, speed, as_json, **given):
-    """Perplexity and tokens per second of a model; with a baseline, KL, agreement, and a verdict on each difference.
+    """Measure perplexity and tokens per second; with a baseline also KL, agreement, and a verdict on each difference.
 
     \b
     optiq benchmark optiq_output/demo-4.5bpw --baseline demo
@@ -152,7 +152,7 @@ def verify(model, as_json, **given):
 @click.option('--model', default=None, help='a folder or a Hub id; default: the small model that the demo brings')
 @click.option('--fast', is_flag=True, default=None, help='small sizes, for a first look; the numbers mean little')
 @click.option('--calibration', '--text', 'text', cls=_Renamed, metavar='NAME|FILE',
-              help='text to measure on; its other side is scored on')
+              help='text to measure on; the demo scores on its other side')
 @click.option('--chip', metavar='NAME', help='for hardware: predict for a chip of the table, and measure no speed')
 @click.option('--context', type=int, metavar='N', help='for hardware, kv-cache and combined: tokens in the cache')
 @click.option('--questions', metavar='FILE', help='for llm: a .jsonl file instead of GSM8K')
@@ -161,7 +161,7 @@ def verify(model, as_json, **given):
 @_options('pipeline.optimize', 'overwrite')
 @_json
 def demo(name, output, overwrite, as_json, **given):
-    """llm, vlm, audio, pareto, hardware, kv-cache or combined; without a name, what there is.
+    """Run one of llm, vlm, audio, pareto, hardware, kv-cache and combined; without a name, list them.
 
     \b
     optiq demo llm
@@ -195,7 +195,7 @@ def _with_options(run: Callable, name: str, given: dict) -> Callable:
 @_options('pipeline.optimize', 'trust_remote_code')
 @click.argument('options', nargs=-1, type=click.UNPROCESSED, metavar='[OPTIONS OF mlx_lm.server]')
 def serve(model, options, **given):
-    """mlx-lm's server with mixed-precision caches; --port, --host, --temp and all its other options can follow.
+    """Start mlx-lm's server with mixed-precision caches; --port, --host, --temp and all its other options can follow.
 
     \b
     optiq serve optiq_output/demo-20mb-kv --port 8080
@@ -210,7 +210,7 @@ def serve(model, options, **given):
 @click.option('--timeout', default=3., show_default=True, metavar='SECONDS', help='how long to wait for the Hub')
 @_json
 def doctor(timeout, as_json):
-    """Versions, backend, chip, BLAS, free memory and the Hub, each with what to do about it.
+    """Check versions, backend, chip, BLAS, free memory and the Hub, and say what to do about each.
 
     Exit status 1 if something that everything needs is missing.
 
@@ -227,12 +227,13 @@ def doctor(timeout, as_json):
 # %% ../../nbs/89c_commands.look.ipynb #6d1ae6ee
 @_command('fit', short_help='The largest plan of a model that fits a machine, from its config alone.')
 @click.argument('model')
-@click.option('--memory', type=_Size('GB'), metavar='16GB', help='of the machine; default: this one, and common Macs')
+@click.option('--memory', type=_Size('GB'), metavar='16GB',
+              help='memory of the machine; default: this one, and common Macs')
 @_candidates('widths to choose from  [default: 2,3,4,5,6,8]')
 @_options('fit.what_fits', 'context', 'sweep')
 @_json
 def _fit(model, memory, context, bits, formats, group_size, sweep, as_json):
-    """The largest plan whose weights, KV cache and working memory leave the system what it needs.
+    """Find the largest plan whose weights, KV cache and working memory leave the system what it needs.
 
     For a model on the Hub we fetch only config.json and the index. A sweep predicts the quality.
 
@@ -272,7 +273,7 @@ def _chat(model, options, **given):
 @_options('pipeline.optimize', 'backend', 'trust_remote_code')
 @_json
 def _compare(first, second, prompts, as_json, **given):
-    """Plans, bytes, KL and scores of two models, and the first token at which their answers differ.
+    """Compare plans, bytes, KL and scores of two models, and the first token at which their answers differ.
 
     Scores are those of answers that `optiq eval -o` wrote into a model's folder or beside it.
 

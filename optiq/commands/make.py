@@ -127,7 +127,9 @@ def _next_steps(out: str, given: dict) -> str: # of the options that say how a m
 @click.argument('model')
 @click.option('-o', '--output', 'out', type=click.Path(), required=True, help='file to write, and to resume from')
 @_candidates('widths to try  [default: 4,8]', '--bits')
-@_options('request.Weights', 'rounding', 'rounding_n', 'statistics', 'method', 'time_budget')
+@_options('request.Weights', 'rounding', 'rounding_n', 'statistics', 'method', 'time_budget',
+          rounding=dict(help='how to choose codes, scales and biases, as convert will  [default: {default}]'),
+          rounding_n=dict(help='calibration sequences that search and gptq learn from  [default: 32]'))
 @click.option('--targets', help='nominal bits of the plans for screened and --until-stable  [default: 4.5]')
 @click.option('--until-stable', 'until', flag_value='stable',
               help='stop when the plans at the targets no longer change')
@@ -198,7 +200,7 @@ _MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'statisti
 @_command(short_help='Size against quality: the whole curve from one sweep.')
 @click.argument('source', metavar='MODEL|SWEEP')
 @click.option('--profiles', callback=_as_names,
-              help='of compact, quality and all; default: those that the formats allow')
+              help='curves to plan, of compact, quality and all; default: those that the formats allow')
 @click.option('--targets', help='nominal bits, from:to:step or a list  [default: those of 3.0:8.0:0.25 that the '
                                 'formats reach]')
 @_candidates('widths to choose from, and to sweep  [default: all of --sweep, or 2,3,4,5,6,8]', '--bits')
@@ -213,7 +215,7 @@ _MEASURING = ['calibration', 'n_calibration', 'seq_len', 'rounding_n', 'statisti
 @_options('pipeline.optimize', 'states_memory', 'dtype', 'overwrite', 'backend', 'model_type', 'trust_remote_code')
 @_json
 def pareto(source, profiles, targets, bits, formats, group_size, out, as_json, **given):
-    """Plans for every target from one sweep, beside uniform widths and mlx-lm's recipes.
+    """Make plans for every target from one sweep, beside uniform widths and mlx-lm's recipes.
 
     \b
     optiq pareto demo --verify 4 -o curve

@@ -58,7 +58,7 @@ _SCALE = re.compile(r'[\s*]*(thousand|million|billion|trillion)\b', re.I)
 _WORDS = dict(thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 
 def first_answer(text: str) -> str:
-    "The response, cut off where the model begins another question"
+    "A response (`text`), cut off where the model begins another question"
     text = text.strip()
     return next((text[:m.start()] for m in _NEXT.finditer(text) if text[:m.start()].strip()), text)
 
@@ -197,6 +197,7 @@ class Answers(list):
         self.out = None if out is None else as_path(out)
 
     def add(self, records: list):
+        "Append answered `records`, and write them to the file if there is one"
         self.extend(records)
         if self.out is not None: append(self.out, ''.join(dumps(r, ensure_ascii=False)+'\n' for r in records))
 
@@ -207,12 +208,12 @@ _STOP = '\nQuestion:', '\n\nQuestion', '\nQ:', '\n\n\n'
 @claiming
 @_checked
 def gsm8k(
-    model: 'str | Checkpoint | Backend',
+    model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     rows: list | None = None, # questions; see `questions`
     shots: int = 3, # worked examples; the demo model was trained without any
     new_tokens: int = 320, # at most
     batch: int = 16, # questions at a time
-    out: 'str | Path | None' = None, # .jsonl file to write, and to go on with
+    out: 'str | Path | None' = None, # .jsonl file to write, and to resume from
     make_cache = None, # mlx-lm model ▸ caches; its `label` goes into the file
     overrides: dict = {}, # of a plan
     name: str | None = None, # of the row
@@ -231,7 +232,7 @@ def gsm8k(
         else: texts = compose(b, [r['prompt'] for r in part], new_tokens, _STOP, make_cache, overrides)
         return [_judged(r | dict(response=text)) for r, text in zip(part, texts)]
     with _bar(f'{len(rows)} questions') as bar:
-        for k in range(0, len(rows), batch): # what is padded with what must not depend on an interruption
+        for k in range(0, len(rows), batch): # the same batches after an interruption, since padding moves numbers
             part = rows[k:k+batch]
             if len(done) < k+len(part): done.add(ask(part)[len(done)-k:])
             bar.update(len(part)/len(rows))
@@ -239,7 +240,7 @@ def gsm8k(
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #6ceb27d1
 def label_of(make_cache) -> str:
-    "The name of a KV configuration, for reports"
+    "The name of a KV configuration (`make_cache`), for reports"
     if make_cache is None: return 'default'
     return getattr(make_cache, 'label', getattr(make_cache, '__name__', type(make_cache).__name__))
 
@@ -250,7 +251,7 @@ def _judged(r: dict) -> dict: # with question, answer and response
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #20eaa725
 def questions_fingerprint(rows: list) -> str: # of dicts with question and answer
-    "Eight hex digits that stand for exactly these questions, in this order"
+    "Eight hex digits that stand for exactly these questions (`rows`), in this order"
     return f'{crc32(dumps([[r["question"], r["answer"]] for r in rows]).encode()):08x}'
 
 def _report(done: list, figure: str, size: dict, about: dict) -> Report:

@@ -23,11 +23,11 @@ def _adapter():
 # %% ../../nbs/39_evals.harness.ipynb #60f9921b
 @_checked
 def harness(
-    model: 'str | Checkpoint',
+    model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
     task: str, # as lm-eval names it, such as mmlu or arc_easy
     limit: int | None = None, # items of each subtask; None takes all
     shots: int | None = None, # worked examples; the task's own number by default
-    batch: int = 8,
+    batch: int = 8, # requests that the model computes together
     name: str | None = None, # of the row
     **options, # for lm_eval.simple_evaluate, such as task_manager
 ) -> Report: # one row, a metric `harness:<task>`

@@ -104,7 +104,7 @@ def needle(
     depths: tuple = (0., .25, .5, .75, 1.),
     trials: int = 40, # of each length and depth
     keys: int | None = None, # codes in a text
-    seed: int = 42,
+    seed: int = 42, # of the texts
     make_cache = None, # mlx-lm model ▸ caches
     overrides: dict = {}, # of a plan
     name: str | None = None, # of the row

@@ -30,7 +30,7 @@ from ..models import Checkpoint
 @_checked
 def evaluation_tokens(
     source: str, # 'bundled', 'wikitext2', or a local file
-    tokenizer,
+    tokenizer, # of the model
     n: int = 16, # sequences
     seq_len: int = 256, # tokens in each
     split: str = 'test', # 'all' for a file that you only evaluate on
@@ -54,7 +54,7 @@ def check_calibration(
 
 # %% ../../nbs/31_evals.perplexity.ipynb #8a050593
 def check_overlap(share: float, whose: str = '', most: float = .1):
-    "Raise ValueError if more than this share of a text is calibration text"
+    "Raise ValueError if the `share` of calibration text in a text is above `most`; `whose` says of which model"
     if share > most: raise ValueError(
         f'{share:.0%} of the evaluation text is calibration text{whose}, which makes a score look better '
         'than it is; give another `evaluation` text')
@@ -85,31 +85,32 @@ class Score:
         return cls(*means, np.stack([np.pad(r, ((0, 0), (0, wide-r.shape[1])), constant_values=np.nan) for r in rows],
                                     1))
 
-    @property
-    def flips(self):
-        "(n,) share of tokens whose best token changed"
-        return 1-self.agree
-
-    @property
-    def kl_p99(self):
-        "99th percentile of the KL of single tokens, in nats"
-        return float(np.nanquantile(self.tokens[1], .99))
-
-    @property
-    def perplexity(self):
-        "exp of the mean negative log-likelihood"
-        return float(np.exp(self.nll.mean()))
-
-    @property
-    def perplexity_se(self):
-        "Standard error of the perplexity over sequences, to first order"
-        return self.perplexity*_se(self.nll)
-
     def __repr__(self):
         figures = (('perplexity', self.perplexity, self.perplexity_se, '.2f'),
                    ('KL', self.kl.mean(), _se(self.kl), '.4f'),
                    ('agreement', self.agree.mean(), _se(self.agree), '.1%'))
         return ', '.join(f'{name} {plus_minus(known(x), known(se), spec)}' for name, x, se, spec in figures)
+
+# %% ../../nbs/31_evals.perplexity.ipynb #37c5a9fc
+@patch(as_prop=True)
+def flips(self: Score):
+    "(n,) share of tokens whose best token changed"
+    return 1-self.agree
+
+@patch(as_prop=True)
+def kl_p99(self: Score):
+    "99th percentile of the KL of single tokens, in nats"
+    return float(np.nanquantile(self.tokens[1], .99))
+
+@patch(as_prop=True)
+def perplexity(self: Score):
+    "exp of the mean negative log-likelihood"
+    return float(np.exp(self.nll.mean()))
+
+@patch(as_prop=True)
+def perplexity_se(self: Score):
+    "Standard error of the perplexity over sequences, to first order"
+    return self.perplexity*_se(self.nll)
 
 # %% ../../nbs/31_evals.perplexity.ipynb #badfa037
 @patch

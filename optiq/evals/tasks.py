@@ -97,7 +97,7 @@ def write(self: TorchBackend, prompts, new_tokens: int, end: int, stop=(), make_
 
 # %% ../../nbs/33_evals.tasks.ipynb #42ff2f40
 def compose(
-    b: Backend,
+    b: Backend, # the model
     prompts: list, # texts
     new_tokens: int = 320, # at most
     stop: tuple = (), # strings that end a text, and are not part of it
@@ -169,14 +169,14 @@ class _Share:
 # %% ../../nbs/33_evals.tasks.ipynb #dd4e61a7
 @_checked
 def score_rows(model: 'str | Checkpoint | Backend', rows: list, overrides: dict = {}) -> _Share:
-    "How many of the rows a model gets right"
+    "How many of these `rows` a `model` gets right, with `overrides` of its weights"
     return _Share(sum(correct(r, text) for r, text in zip(rows, answers(model, rows, overrides))), len(rows))
 
 # %% ../../nbs/33_evals.tasks.ipynb #7279444c
 def task_rows(
     n: int = 100, # of each task
     lengths: tuple = (128, 256, 512, 1024), # tokens of the recall texts
-    seed: int = 42,
+    seed: int = 42, # of the rows
 ) -> dict: # task ▸ rows
     "The test splits of the demo model's tasks; recall takes its share of each length"
     return dict(word_problems=word_problems(n, 'test', seed),

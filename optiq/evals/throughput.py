@@ -36,13 +36,13 @@ def _one_run(
 # %% ../../nbs/38_evals.throughput.ipynb #365ed592
 @_checked
 def throughput(
-    model: 'str | Checkpoint',
+    model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
     prompt_tokens: int = 512, # tokens to read when speed is measured: random ones, the text does not matter
-    new_tokens: int = 128, # tokens to write, whatever the model says
+    new_tokens: int = 128, # tokens to write, even after the model ends its text
     repeats: int = 5, # runs after the one that warms up
     make_cache = None, # mlx-lm model ▸ caches
     name: str | None = None, # of the row
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, # run model code that comes with the checkpoint
 ) -> Report: # medians; _low and _high are the smallest and the largest run
     "Prompt and decode tokens per second and peak memory of a model as it is stored"
     import mlx.core as mx

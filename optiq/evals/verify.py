@@ -129,7 +129,7 @@ def _check_tokenizer(c: Checkpoint, reference: Checkpoint | None) -> str:
     return f'{len(t):,} tokens{same}'+('' if t.decode(ids) == _SAMPLE else '; some characters do not come back')
 
 # %% ../../nbs/45_evals.verify.ipynb #262a8142
-def _check_finite(c: Checkpoint, text) -> str: # text: a passage to hear, for a model that hears
+def _check_finite(c: Checkpoint, text) -> str: # text: what to listen to, for a model that hears
     "Check that no weight and no logit is NaN or infinite"
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -250,7 +250,7 @@ def _type_of(sweep: Sweep | None) -> str | None:
 def verify(
     model: str, # a converted model
     reference: str | None = None, # the full-precision model it was made from
-    text: 'str | list' = 'bundled', # the calibration text, pictures or speech, or others to measure KL on; or samples
+    text: 'str | list' = 'bundled', # text, pictures or speech to measure KL on, best those of the calibration
     within: float | None = None, # accepted factor between predicted and measured KL; by default the forecast's error
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     max_memory: float | None = None, # bytes for scoring the reference, with `backend` stream

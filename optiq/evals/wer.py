@@ -93,7 +93,7 @@ def write_down(
 
 # %% ../../nbs/36_evals.wer.ipynb #612ed3f7
 def wer_report(size: dict, done: list, about: dict = {}) -> Report: # size: columns of a row
-    "The report of a set of transcripts"
+    "The report of transcripts that are `done`, with the `size` of the model and notes `about` the run"
     counts = {k: sum(r[k] for r in done) for k in ('words', 'substitutions', 'insertions', 'deletions')}
     return Report([size | _wer_figure(done, questions_fingerprint(done))],
                   about | counts | dict(**machine(), responses=done))

@@ -18,7 +18,7 @@ from ..readers import ANYTHING, LIST, PROSE, check, read_records
 
 # %% ../../nbs/50_families.vision.ipynb #990253aa
 def load_processor(c: Checkpoint):
-    "The processor that comes with a model; raises ValueError if there is none"
+    "The processor that comes with the model `c`; raises ValueError if there is none"
     from mlx_vlm.utils import load_processor
     lacking = [n for n in ('preprocessor_config.json', 'tokenizer_config.json') if not (c.folder/n).is_file()]
     if lacking and not (c.folder/'processor_config.json').is_file(): raise ValueError(
@@ -62,7 +62,7 @@ def _question_text(c: Checkpoint, processor, question: str) -> str:
 
 # %% ../../nbs/50_families.vision.ipynb #f1e0231a
 def sample(
-    c: Checkpoint,
+    c: Checkpoint, # the model
     processor, # of the model, see `load_processor`
     image, # PIL image or file
     question: str,
@@ -146,18 +146,18 @@ def _from_folder(folder, n: int, split: str, seed: int) -> list:
 
 # %% ../../nbs/50_families.vision.ipynb #af10b3c9
 def read_samples(path, fields: tuple) -> list:
-    "The records of a .jsonl file, each with these fields"
+    "The records of the .jsonl file at `path`; raises ValueError for one without these `fields`"
     form = {f: LIST if f == 'options' else PROSE for f in fields if f != 'answer'} | {f: ANYTHING for f in fields
                                                                                       if f == 'answer'}
     return [check(r, form, f'{path}, line {i}') for i, r in read_records(path)]
 
 # %% ../../nbs/50_families.vision.ipynb #f467e797
 def samples(
-    c: Checkpoint,
+    c: Checkpoint, # the model
     source: 'str | Path' = 'diagrams', # 'diagrams', 'coco', or a folder of pictures
     n: int = 8, # samples
     split: str = 'train', # 'train' to calibrate on, 'test' to evaluate on, 'all' for a whole folder
-    seed: int = 42,
+    seed: int = 42, # of the shuffle
     fewer: bool = False, # take what there is if there are fewer
 ) -> list: # of dicts, see `sample`
     "Samples to measure a vision model on: pictures with questions, as the model takes them"

@@ -23,7 +23,7 @@ GROUPS = 2 if mx.cuda.is_available() else 1 # in a vector, at least, for a produ
 
 # %% ../../nbs/11ca_kv.attention.ipynb #d1bfc04f
 class Codec:
-    "Stores keys or values in one of MLX's quantized formats, and multiplies with what it stored"
+    "Stores keys or values in `fmt`, one of MLX's quantized formats, and multiplies with what it stored"
     def __init__(self, fmt: Format):
         self.fmt, self.how = fmt, dict(group_size=fmt.group_size, bits=fmt.bits, mode=fmt.mode)
 
@@ -31,22 +31,28 @@ class Codec:
         "Keys or values ▸ the arrays that the cache stores, tokens along axis 2"
         return list(mx.quantize(x, **self.how))
 
-    def encode_both(self, other, keys, values): # `other` is the codec of the values
-        "Keys and values ▸ the arrays that the cache stores of each"
+    def encode_both(self, other, keys, values): # ▸ arrays of keys, arrays of values
+        "Encode `keys` with this codec and `values` with `other`"
         return self.encode(keys), other.encode(values)
 
     def product(self, a, arrays, transpose: bool): # (B, heads, rows, D or T) ▸ (B, heads, rows, T or D)
-        "`a` times what is stored: queries × keys with `transpose`, weights × values without"
+        "`a` times what `arrays` store: queries × keys with `transpose`, weights × values without"
         if transpose and arrays[-1].shape[-1] < GROUPS: return a @ self.dense(arrays, a.dtype).swapaxes(-1, -2)
         return mx.quantized_matmul(_summable(a), *arrays, transpose=transpose, **self.how).astype(a.dtype)
 
     def dense(self, arrays, dtype): # ▸ (B, heads, T, D)
-        "The stored keys or values, dequantized"
+        "The keys or values that `arrays` store, dequantized to `dtype`"
         return mx.dequantize(*arrays, dtype=dtype, **self.how)
 
-    def turn(self, x): return x # queries into the space of stored keys
-    def back(self, x): return x # outputs out of the space of stored values
-    def attend_token(self, q, keys, values, scale): return None # a codec may have a kernel for one query
+    def turn(self, x):
+        "Queries `x` in the space of stored keys; the same unless the format rotates"
+        return x
+    def back(self, x):
+        "Outputs `x` taken back from the space of stored values; the same unless the format rotates"
+        return x
+    def attend_token(self, q, keys, values, scale): # ▸ output, or None
+        "Attention of a single query `q` over stored `keys` and `values` by a kernel, if the codec has one"
+        return None
 
 # %% ../../nbs/11ca_kv.attention.ipynb #5f237784
 class _Dense(Codec):

@@ -50,12 +50,15 @@ _WAYS = {c.__name__: c for c in (KVCache, RotatingKVCache, BatchKVCache, BatchRo
 
 @_findable
 class MixedKVCache(CacheList):
-    "The cache of one layer, keys and values each in a format of their own: caches of mlx-lm's for what is stored"
+    """The cache of one layer, with one format for keys and one for values; mlx-lm uses it as it uses its own
+
+    It is a list of mlx-lm's caches, one for each array that the formats store: codes, scales, biases.
+    """
     dims = dtype = None # widths of a head's key and value, and their type
 
     def __init__(self,
-        keys: 'Format | str' = '8g64',
-        values: 'Format | str' = '8g64',
+        keys: 'Format | str' = '8g64', # format of keys
+        values: 'Format | str' = '8g64', # format of values
         like = None, # empty cache of mlx-lm's that holds tokens as this one should; `KVCache()` by default
     ):
         super().__init__(like or KVCache())
@@ -63,17 +66,16 @@ class MixedKVCache(CacheList):
         _hook()
 
     @property
-    def offset(self): return self.caches[0].offset
-    def make_mask(self, *args, **options): return self.caches[0].make_mask(*args, **options)
-
-    def stored(self, side): return [a for c in self.caches for a in [getattr(c, side)] if a is not None and a.shape[3]]
-    @property
-    def keys(self): return self.stored('keys')
-    @property
-    def values(self): return self.stored('values')
+    def offset(self):
+        "Tokens that it has read; in a batch an array, one number for each text"
+        return self.caches[0].offset
+    def make_mask(self, *args, **options):
+        "The mask of attention, as mlx-lm's cache makes it; it takes `args` and `options`"
+        return self.caches[0].make_mask(*args, **options)
 
     @property
     def state(self):
+        "All that a prompt file holds of it; raises ValueError for the state of another version"
         formats = ([str(f), *getattr(f, 'parameters', ())] for f in self.formats)
         return type(self.caches[0]).__name__, [dict(vars(c)) for c in self.caches], *formats, self.dims, self.dtype
     @state.setter
@@ -94,7 +96,7 @@ class MixedKVCache(CacheList):
 # %% ../../nbs/11c_kv.cache.ipynb #583d2190
 @patch
 def settle(self: MixedKVCache, keys, values): # (B, heads, T, D) each
-    "Note widths and type of the first keys and values, and give a format that waits for keys these"
+    "Note widths and type of the first `keys` and `values`; a format that waits for keys takes its statistics from them"
     if self.dims and self.dims[0] != keys.shape[3]: raise ValueError(
         f'this cache was made with head_dim={self.dims[0]}, the keys are {keys.shape[3]} wide')
     family = FAMILIES.get(self.formats[0].mode)
@@ -109,14 +111,31 @@ def _pairs(keys, values): # lists of arrays (B, heads, T, …) ▸ pairs of one 
         if k is not None and v is not None and k.dtype == v.dtype: yield k, v
         else: yield from ((a, a[..., :0]) if a is k else (a[..., :0], a) for a in (k, v) if a is not None)
 
+# %% ../../nbs/11c_kv.cache.ipynb #a7788fcf
+@patch
+def stored(self: MixedKVCache, side): # 'keys' or 'values'
+    "The arrays of one `side`, with their whole room"
+    return [a for c in self.caches for a in [getattr(c, side)] if a is not None and a.shape[3]]
+
+@patch(as_prop=True)
+def keys(self: MixedKVCache):
+    "What it stores of keys: codes, scales, biases"
+    return self.stored('keys')
+
+@patch(as_prop=True)
+def values(self: MixedKVCache):
+    "What it stores of values: codes, scales, biases"
+    return self.stored('values')
+
 # %% ../../nbs/11c_kv.cache.ipynb #188b81d9
 @patch
 def spread(self: MixedKVCache, n: int):
-    "Be `n` caches, if this is still a single empty one"
+    "Hold `n` caches, if this is still a single empty one"
     self.caches = [*self.caches, *(deepcopy(self.caches[0]) for _ in range(n-len(self.caches)))]
 
 @patch
 def update_and_fetch(self: MixedKVCache, keys, values): # (B, heads, T, D) each
+    "Store more `keys` and `values`, and give all of them as attention takes them"
     self.settle(keys, values)
     first, second = map(codec_of, self.formats)
     pairs = list(_pairs(*first.encode_both(second, keys, values)))
@@ -127,12 +146,14 @@ def update_and_fetch(self: MixedKVCache, keys, values): # (B, heads, T, D) each
 
 @patch
 def read(self: MixedKVCache, tokens: int): # that count, of the room
-    "Keys and values as attention takes them"
+    "The first `tokens` keys and values, as attention takes them"
     def side(fmt, arrays, dim): return _Stored(codec_of(fmt), arrays, tokens, dim, getattr(mx, self.dtype))
     return tuple(map(side, self.formats, (self.keys, self.values), self.dims))
 
 @patch
-def keys_and_values(self: MixedKVCache): return self.read(self.caches[0].keys_and_values()[0].shape[2])
+def keys_and_values(self: MixedKVCache):
+    "All keys and values that it holds, as attention takes them"
+    return self.read(self.caches[0].keys_and_values()[0].shape[2])
 
 # %% ../../nbs/11c_kv.cache.ipynb #0930aaaf
 def _alike(caches: list): # ▸ the first that holds something, or the first
@@ -145,7 +166,7 @@ def _alike(caches: list): # ▸ the first that holds something, or the first
 
 @patch
 def holding(self: MixedKVCache, caches: list):
-    "A cache of the same formats that holds something else"
+    "A cache of the same formats that holds these `caches` of mlx-lm's"
     c = copy(self)
     c.caches = caches
     return c
@@ -153,17 +174,19 @@ def holding(self: MixedKVCache, caches: list):
 # %% ../../nbs/11c_kv.cache.ipynb #c1af2eed
 @patch(cls_method=True)
 def merge(cls: MixedKVCache, caches: list): # each of one text
-    "One batch of several caches"
+    "One batch of several `caches`; raises ValueError if formats differ, or for a window that keeps its first tokens"
     keep = max(getattr(c.caches[0], 'keep', 0) for c in caches)
     if keep: raise ValueError(f'a window that keeps its first {keep} tokens cannot be part of a batch; serve it alone')
     return _alike(caches).holding(CacheList.merge(caches).caches)
 
-def _extend(self, other): # batches
+def _extend(self, other): # a batch
+    "Add the texts of the batch `other` to this one; raises ValueError if their formats differ"
     like = _alike([self, other])
     CacheList.extend(self, other)
     self.dims, self.dtype = like.dims, like.dtype
 
-def _extract(self, idx: int): # ▸ the cache of one text
+def _extract(self, idx: int): # ▸ MixedKVCache
+    "The cache of one text of the batch, by its index `idx`"
     size = getattr(self.caches[0], 'max_size', None)
     if self.empty(): return self.holding([RotatingKVCache(size) if size else KVCache()])
     return self.holding([c.extract(idx) for c in self.caches])
@@ -174,11 +197,21 @@ class _OfBatches:
     def __init__(self, f): self.f = f
     def __get__(self, cache, kind):
         if cache is None: return self.f
-        if not hasattr(cache.caches[0], 'left_padding'): raise AttributeError('this is the cache of one text, no batch')
+        if not hasattr(cache.caches[0], 'left_padding'):
+            raise AttributeError('this is the cache of one text, not a batch')
         return partial(self.f, cache)
 
+def _prepare(self, **options): # of mlx-lm's batches, such as `right_padding`
+    "Announce a prompt that is padded on the right"
+    CacheList.prepare(self, **options)
+
+def _finalize(self):
+    "Roll a prompt that was padded on the right to the left"
+    CacheList.finalize(self)
+
 MixedKVCache.extend, MixedKVCache.extract = _OfBatches(_extend), _OfBatches(_extract)
-for name in ('filter', 'prepare', 'finalize'): setattr(MixedKVCache, name, _OfBatches(getattr(CacheList, name)))
+MixedKVCache.prepare, MixedKVCache.finalize = _OfBatches(_prepare), _OfBatches(_finalize)
+MixedKVCache.filter = _OfBatches(CacheList.filter)
 
 # %% ../../nbs/11c_kv.cache.ipynb #d5318cbd
 def _cache_of(keys: Format, values: Format, window: int | None = None, keep: int = 0): # ▸ the cache of one layer
@@ -208,7 +241,7 @@ def use_kv_config(
 # %% ../../nbs/11c_kv.cache.ipynb #98805861
 def generate_with_mixed_kv(
     model, # mlx-lm model
-    tokenizer,
+    tokenizer, # of the model
     prompt: 'str | list', # text or token ids
     *,
     kv_config: 'str | Path | dict', # kv_config.json, or what it holds
@@ -243,7 +276,7 @@ def _mixed_bytes(
 # %% ../../nbs/11c_kv.cache.ipynb #6aedfe84
 @_checked
 def memory_table(
-    layout: KVLayout,
+    layout: KVLayout, # of the model's cache
     formats: dict, # cache index ▸ (format of keys, format of values)
     contexts: tuple = (1024, 4096, 16384, 32768), # tokens
 ) -> list[dict]: # context, fp16_bytes, bytes, ratio

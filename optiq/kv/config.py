@@ -22,8 +22,8 @@ STATISTICS = 'key_statistics.safetensors' # beside it, where rotated formats hav
 # %% ../../nbs/11b_kv.config.ipynb #dc9ed0de
 def kv_config(
     plan: Plan, # of a cache; in a combined one, weights are passed over
-    layout: KVLayout,
-    statistics: Mapping = {}, # unit path ▸ preconditioner, of which rotated formats are given theirs
+    layout: KVLayout, # of the model's cache
+    statistics: Mapping = {}, # unit path ▸ preconditioner; each rotated format takes its own
 ) -> dict:
     "A plan of a cache as a dict for JSON, layer by layer"
     def layer(l):
@@ -40,7 +40,7 @@ def kv_config(
 # %% ../../nbs/11b_kv.config.ipynb #a7b90bc9
 def save_kv_config(
     config: dict,
-    path: 'str | Path',
+    path: 'str | Path', # of the JSON file
     statistics: str = STATISTICS, # file for preconditioners, if there are any, from where `path` is
 ):
     "Write a config as JSON, one line per layer, and its statistics beside it"

@@ -23,12 +23,12 @@ _FUSED = _CUDA_HERE # whether the kernels are used where they fit
 _ON_TENSOR_CORES = True # whether queries of 16 bits are multiplied there
 
 def use_kernels(on: bool = True):
-    "Use the kernels where they fit, on Metal too, or nowhere"
+    "Use the kernels where they fit, on Metal too; with `on=False` nowhere"
     global _FUSED
     _FUSED = on
 
 def kernels_fit(D: int, heads: int, q_heads: int) -> bool:
-    "Whether the kernels are made for heads of this width and number, here and now"
+    "Whether the kernels serve heads of width `D`, so many of keys (`heads`) and of queries (`q_heads`), on this device"
     n = q_heads//heads
     return _FUSED and D in (64, 128, 256) and n <= 8 and n*D <= 1024 and mx.default_device() == mx.gpu
 
@@ -135,7 +135,7 @@ def attend_token(
     scale: float, # of the scores
     bits: tuple, # of keys, of values
 ): # (B, query heads, 1, D)
-    "Attention of one query over rotated codes"
+    "Attention of one query over rotated codes: `keys` and `values` with their room, turned by `turn` and `back`"
     B, G, room = keys[0].shape[:3]
     tensor = _CUDA_HERE and _ON_TENSOR_CORES and q.dtype != mx.float32
     C = _stretch(room, B*G, tensor)

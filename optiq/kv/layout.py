@@ -32,25 +32,27 @@ class KVLayer:
     "One entry of a model's list of caches: its heads, widths and window, and why it stays as it is"
     index: int # in the list of caches
     block: int | None # the block that writes to it
-    heads: int = 0
+    heads: int = 0 # of keys and of values
     key_dim: int = 0 # width of a head's key
     value_dim: int = 0 # width of a head's value
-    dtype: str = 'bfloat16'
+    dtype: str = 'bfloat16' # of what it holds, unquantized
     window: int | None = None # tokens that it holds at most
     constant: int = 0 # bytes that do not depend on the context
     left: str = '' # why it stays as it is
 
-    def held(self, context: int) -> int: return min(context, self.window or context) # tokens
+    def held(self, context: int) -> int:
+        "Tokens that it holds at `context` tokens: at most its window"
+        return min(context, self.window or context)
 
     def nbytes(self, context: int) -> int:
-        "Bytes that it holds at a context, unquantized"
+        "Bytes that it holds at `context` tokens, unquantized"
         size = 4 if self.dtype == 'float32' else 2
         return self.constant+self.held(context)*self.heads*(self.key_dim+self.value_dim)*size
 
 # %% ../../nbs/11_kv.layout.ipynb #4d45b30e
 def language(model):
     "The part of a model that writes text, and so has a cache: in mlx-vlm a part, in mlx-lm the model itself"
-    model = vars(model).get('_model', model) # Qwen3-ASR stands in a shell
+    model = vars(model).get('_model', model) # Qwen3-ASR comes in a wrapper
     sees = hasattr(model, 'get_input_embeddings') and hasattr(model, 'language_model')
     return model.language_model if sees else model
 
@@ -227,7 +229,7 @@ def leaf_caches(model) -> list:
 
 # %% ../../nbs/11_kv.layout.ipynb #e08125eb
 def bytes_after(c, tokens) -> int:
-    "Bytes of a cache that holds so many tokens; a state that does not grow keeps its bytes"
+    "Bytes of the cache `c` of a layer once it holds so many `tokens`; a state that does not grow keeps its bytes"
     if getattr(c, 'keys', None) is None: return c.nbytes
     return (c.keys.nbytes+c.values.nbytes)//c.keys.shape[2]*tokens
 

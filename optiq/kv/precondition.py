@@ -27,25 +27,31 @@ from ..turboquant import Rotated
 
 # %% ../../nbs/11a_kv.precondition.ipynb #ac5130fd
 def rotates(fmt: Format) -> bool:
-    "Whether a format rotates its vectors, as `tq2` to `tq8` do"
+    "Whether the format `fmt` rotates its vectors, as `tq2` to `tq8` do"
     return fmt.mode == 'tq'
 
 # %% ../../nbs/11a_kv.precondition.ipynb #0ee05dfc
 @dataclass(frozen=True, eq=False, repr=False)
 class KeyPrecondition:
-    "Keys of one layer are stored as (k − mean) / scale, queries come as q · scale"
+    "A mean and a scale for each channel of a layer's keys: we store (k − mean) / scale, and multiply queries by scale"
     mean: object # (heads, 1, D) float32, numpy
     scale: object # (heads, 1, D) float32, numpy
 
-    def keys(self, k): return (k-self.beside(k, 'mean'))/self.beside(k, 'scale') # (B, heads, T, D), any library
-    def undo(self, k): return k*self.beside(k, 'scale')+self.beside(k, 'mean')
+    def keys(self, k): # (B, heads, T, D), any library
+        "Keys `k` as we store them: (k − mean) / scale"
+        return (k-self.beside(k, 'mean'))/self.beside(k, 'scale')
+    def undo(self, k): # the same shape
+        "The keys that stored ones stand for: k · scale + mean"
+        return k*self.beside(k, 'scale')+self.beside(k, 'mean')
 
     def beside(self, k, part: str):
-        "Mean or scale in the library of `k`"
+        "The mean or the scale, as `part` says, in the library of `k`"
         return in_mlx(self, part) if library(k)[0] is mx else beside(k)(getattr(self, part))
 
     @cached_property
-    def digest(self): return self.mean.shape, hashlib.sha256(self.mean.tobytes()+self.scale.tobytes()).hexdigest()
+    def digest(self):
+        "Shape and SHA-256 of mean and scale; equal ones are equal preconditioners"
+        return self.mean.shape, hashlib.sha256(self.mean.tobytes()+self.scale.tobytes()).hexdigest()
     def __eq__(self, other): return isinstance(other, KeyPrecondition) and self.digest == other.digest
     def __hash__(self): return hash(self.digest)
     def __deepcopy__(self, memo): return self
@@ -53,7 +59,7 @@ class KeyPrecondition:
 # %% ../../nbs/11a_kv.precondition.ipynb #a1eb5a70
 @lru_cache(1024)
 def in_mlx(p: KeyPrecondition, part: str): # 'mean' or 'scale'
-    "Mean or scale as a computed MLX array: other threads cannot use a lazy one"
+    "Mean or scale (`part`) of `p` as a computed MLX array: other threads cannot use a lazy one"
     a = mx.array(getattr(p, part)).astype(mx.float32)
     mx.eval(a)
     return a
@@ -85,7 +91,7 @@ def watching(self: Backend, see): # called with (block, queries, keys, values)
     return self.attending(lambda i, q, k, v: see(i, q, k, v) or (k, v))
 
 def key_statistics(
-    b: Backend,
+    b: Backend, # the model
     tokens: 'np.ndarray | list', # (n, T) calibration tokens, or samples
 ) -> dict: # 'cache.3.keys', 'cache.3.values' … ▸ KeyPrecondition
     """A preconditioner for every layer's keys and values, from what attention reads on these tokens
@@ -106,12 +112,12 @@ def key_statistics(
 
 # %% ../../nbs/11a_kv.precondition.ipynb #b841a2f5
 def save_preconditions(statistics: dict, path: 'str | Path'):
-    "Write statistics to a safetensors file, such as one beside a kv_config.json"
+    "Write `statistics`, unit path ▸ KeyPrecondition, to the safetensors file at `path`"
     parts = [(k, p, part) for k, p in statistics.items() for part in ('mean', 'scale')]
     mx.save_safetensors(str(path), {f'{k}.{part}': mx.array(getattr(p, part)) for k, p, part in parts})
 
 def load_preconditions(path: 'str | Path') -> dict: # 'cache.3.keys' ▸ KeyPrecondition
-    "Read statistics; raises ValueError if the file holds something else, NaN or infinity"
+    "Read statistics from the file at `path`; raises ValueError if it holds something else, NaN or infinity"
     read_header(Path(path))
     arrays = mx.load(str(path))
     names = sorted({k.rpartition('.')[0] for k in arrays})
@@ -124,7 +130,7 @@ def load_preconditions(path: 'str | Path') -> dict: # 'cache.3.keys' ▸ KeyPrec
 # %% ../../nbs/11a_kv.precondition.ipynb #1efd3510
 @contextmanager
 def preconditioned(
-    b: Backend,
+    b: Backend, # the model
     statistics: dict, # 'cache.3.keys' ▸ KeyPrecondition
 ):
     "While this lasts, the backend simulates rotated formats of keys and values with their preconditioners"
@@ -147,7 +153,8 @@ class Turned(Format):
     __str__ = __repr__ = Format.__str__
 
     @property
-    def parameters(self): # as arrays that a prompt file holds
+    def parameters(self): # seed; [mean, scale], 'prompt' or None
+        "Seed and preconditioner in the form in which a prompt file holds them"
         p = self.precondition
         return self.seed, [in_mlx(p, 'mean'), in_mlx(p, 'scale')] if isinstance(p, KeyPrecondition) else p
 

@@ -175,7 +175,7 @@ def _by_heads(x, m): # (B, query heads, L, D), (D, E) or (heads, D, E) ▸ (B, q
 
 # %% ../../nbs/11d_kv.rotated.ipynb #bfa971c3
 def _settled(fmt: Format, keys): # (B, heads, T, D) ▸ Format
-    "A format with the statistics of the first keys, if it waits for them"
+    "The format `fmt` with the statistics of the first `keys`, if it waits for them"
     if getattr(fmt, 'precondition', None) != 'prompt': return fmt
     first = np.array(keys.astype(mx.float32).swapaxes(1, 2)).reshape(-1, keys.shape[1], keys.shape[3])
     return turned(fmt, precondition=KeyPrecondition.of(first))
@@ -184,15 +184,20 @@ def _settled(fmt: Format, keys): # (B, heads, T, D) ▸ Format
 # %% ../../nbs/11d_kv.rotated.ipynb #82e3c8fb
 @_findable
 class TurboQuantKVCache(MixedKVCache):
-    "The rotated cache of one layer; usable wherever mlx-lm takes a cache"
+    """The rotated cache of one layer (TurboQuant, arXiv 2504.19874); mlx-lm uses it as it uses its own
+
+    A token costs (key_bits + value_bits) · head_dim / 8 bytes and two scales of 2 bytes, for each head.
+    """
     @classmethod
     def of(cls, keys: Format, values: Format, like = None): # either may be a format that does not rotate
-        "A cache of two formats"
+        "A cache with the formats `keys` and `values`, on mlx-lm's cache `like`"
         c = cls.__new__(cls)
         MixedKVCache.__init__(c, keys, values, like)
         return c
 
-    def waits(self): return getattr(self.formats[0], 'precondition', None) == 'prompt'
+    def waits(self):
+        "Whether it still waits for the first keys, to take its statistics from them"
+        return getattr(self.formats[0], 'precondition', None) == 'prompt'
 
     def __init__(self,
         head_dim: int, # width of a head
@@ -210,6 +215,7 @@ class TurboQuantKVCache(MixedKVCache):
 
     @property
     def merge(self):
+        "The function that makes one batch of several caches; AttributeError if this cache waits for its first keys"
         if self.waits(): raise AttributeError("with precondition='prompt' each text is served alone")
         return super().merge
 
@@ -232,8 +238,8 @@ def turbo_cache(
     return _make_turbo(model, bits, key_bits, value_bits, kv_config=kv_config, precondition=precondition, seed=seed)()
 
 # %% ../../nbs/11d_kv.rotated.ipynb #713e235b
-def use_turbo_cache(model, bits: int = 4, *args, **options): # as for `turbo_cache`
-    "Let a model make rotated caches from now on; returns it"
+def use_turbo_cache(model, bits: int = 4, *args, **options):
+    "Let `model` make rotated caches from now on; returns it; takes `bits` and other options as `turbo_cache` does"
     make = _make_turbo(model, bits, *args, **options)
     make.original = partial(own_caches, model) if not hasattr(model, 'make_cache') else getattr(
         model.make_cache, 'original', model.make_cache)

@@ -134,7 +134,7 @@ def planned_cache(
     b, # Backend
     tokens: np.ndarray, # (n, T) calibration tokens
     scored: np.ndarray, # (n, T) evaluation tokens
-    layout: KVLayout,
+    layout: KVLayout, # of the model's cache
     formats: list, # candidates
     conditions: dict, # of `allocate`
     about: dict = {}, # of the texts, for the report
@@ -156,7 +156,7 @@ def planned_cache(
 
 # %% ../../nbs/11f_kv.sweep.ipynb #f132ee88
 def layer_table(config: dict) -> str:
-    "A kv_config as a text table: a row per layer, with the formats of its keys and values"
+    "A kv_config (`config`) as a text table: a row per layer, with the formats of its keys and values"
     def more(r):
         if 'left' in r: return f'{r["left"]}, {r.get("nbytes", 0)/2**20:.2f} MB'
         return f'window of {r["window"]:,} tokens' if 'window' in r else ''
@@ -166,7 +166,7 @@ def layer_table(config: dict) -> str:
 
 # %% ../../nbs/11f_kv.sweep.ipynb #f406a38e
 def memory_lines(memory: list) -> str:
-    "Rows of `memory_table`, as text"
+    "The rows of a `memory_table`, given as `memory`, as lines of text"
     return '\n'.join(f'{r["context"]:6} tokens  as it is {r["fp16_bytes"]/2**20:9.2f} MB  '
                      f'mixed {r["bytes"]/2**20:9.2f} MB  ({r["ratio"]:.2f} ×)' for r in memory)
 
@@ -206,7 +206,7 @@ def joint_plan(
     formats = ('4g64', '8g64'), # candidates of the weights
     kv_formats = ('4g64', '8g64'), # candidates of the cache
     weight_sweep: Sweep | None = None, # if it was measured before
-    progress: bool = True,
+    progress: bool = True, # print how far the sweeps are
     *,
     rounding: str | None = None, # of the weights: 'minmax', 'search' or 'gptq'; `ROUNDING` by default
     rounding_tokens: 'np.ndarray | list | None' = None, # what it learns from; `tokens` by default
@@ -249,7 +249,7 @@ def configurations(
     scored: np.ndarray, # (n, T) evaluation tokens
     joint: dict, # of `joint_plan`
     kv_formats: list, # uniform caches to compare with
-    about: dict = {},
+    about: dict = {}, # of the texts, for the report
 ) -> tuple[Report, list]: # every pair; cache units that differ between the two kinds of weights
     "Quality and memory of every pair of weights and cache"
     pairs, both = _every_pair(joint, kv_formats), _combine(joint['weight_sweep'], joint['cache_sweep'])
@@ -270,7 +270,7 @@ def planned_together(
     b, # Backend
     tokens: np.ndarray, # (n, T) calibration tokens
     scored: np.ndarray, # (n, T) evaluation tokens
-    layout: KVLayout,
+    layout: KVLayout, # of the model's cache
     max_bytes: float, # weights and cache
     formats: list, # candidates of the weights
     kv_formats: list, # candidates of the cache

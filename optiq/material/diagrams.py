@@ -251,7 +251,7 @@ def prompt(
 def diagrams(
     n: int = 200, # how many
     split: str = 'test', # 'train' or 'test': no diagram is in both
-    seed: int = 42,
+    seed: int = 42, # of the diagrams
 ) -> list: # of (Diagram, question)
     "Pairs of a diagram and a question about it, all ten kinds equally often; the splits share no diagram"
     r, out = random.Random(f'diagrams {split} {seed}'), []

@@ -113,7 +113,7 @@ def recall(
     n: int, # how many
     length: int = 512, # tokens of prompt and answer together, at most
     split: str = 'train', # 'train' or 'test': the keys differ
-    seed: int = 42,
+    seed: int = 42, # of the texts
     keys: int | None = None, # how many codes the text holds; None takes one for 32 tokens, at least 4
     count = None, # tokens of a text; None estimates
 ) -> list:
@@ -137,7 +137,7 @@ def _list_one(
 def lists(
     n: int, # how many
     split: str = 'train', # 'train' or 'test'
-    seed: int = 42,
+    seed: int = 42, # of the lists
 ) -> list:
     "Short lists to sort or to copy: dicts with `prompt` and `answer`"
     r = random.Random(f'lists {split} {seed}')
@@ -223,7 +223,7 @@ def _document(
 
 # %% ../../nbs/80a_material.mixture.ipynb #748ae879
 def mixture(
-    seed: int = 42,
+    seed: int = 42, # of the documents
     split: str = 'train', # 'train' or 'test'
     longest: int = 512, # tokens of the longest recall text
     shares: dict = _SHARES, # how likely each task is

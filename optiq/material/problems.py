@@ -291,7 +291,7 @@ def _word_problem(
 def word_problems(
     n: int, # how many
     split: str = 'train', # 'test': numbers and names unseen; 'unseen': templates unseen as well
-    seed: int = 42,
+    seed: int = 42, # of the problems
 ) -> list:
     "Word problems in GSM8K's form: dicts with `question`, `answer`, `prompt` and `template`"
     r = random.Random(f'word problems {split} {seed}')

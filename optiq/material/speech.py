@@ -24,12 +24,14 @@ RATE = 16000 # samples per second of every model here
 @dataclass(frozen=True)
 class Clip:
     "A sound, one channel of float32 at 16,000 samples a second, and its transcript"
-    name: str
+    name: str # of the file, or in its source
     text: str # the transcript
     audio: np.ndarray = field(repr=False, compare=False) # (samples,) float32, one channel at `RATE`
 
     @property
-    def seconds(self): return len(self.audio)/RATE
+    def seconds(self):
+        "The length of the sound"
+        return len(self.audio)/RATE
     @property
     def key(self):
         "Fingerprint of sound and words, 12 hex digits"

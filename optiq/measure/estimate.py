@@ -31,14 +31,15 @@ class Pass:
     todo: tuple # probes
 
     @property
-    def keys(self): # under which its values are kept
+    def keys(self):
+        "The (path, format, start) of each probe, under which we keep its values"
         return [(u.path, str(f), self.start) for u, f in self.todo]
 
 # %% ../../nbs/04b_measure.estimate.ipynb #4a44c860
 _FEW = 64 # probes that make it worth while to run the model itself beside them
 
 def plan_passes(
-    b: Backend,
+    b: Backend, # the model
     todo: list, # all probes
     shape: tuple, # (n, T) of the calibration tokens
     max_memory: float | None = None, # bytes for states; two thirds of what is free by default
@@ -168,7 +169,7 @@ def _timing_of_sample(b, sample):
 
 # %% ../../nbs/04b_measure.estimate.ipynb #afa77dd2
 def cost(
-    b: Backend,
+    b: Backend, # the model
     passes: list[Pass],
     T: int, # tokens of a sequence
     sample: dict | None = None, # like those that are measured, for a model that takes samples
@@ -188,7 +189,7 @@ def cost(
 @_checked
 def estimate(
     model: 'str | Checkpoint | Backend', # name, Checkpoint or Backend
-    formats = ('4g64', '8g64'),
+    formats = ('4g64', '8g64'), # candidates
     tokens: 'np.ndarray | list | tuple' = (8, 128), # calibration tokens, samples, or the shape of tokens
     max_memory: float | None = None, # bytes
 ) -> dict: # seconds, bytes of states, probes, passes, seconds of one sequence and of all weights

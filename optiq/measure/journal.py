@@ -26,7 +26,7 @@ _HEADER |= {'fingerprint': dict(model=TEXT, tokens=TEXT, quantizer=TEXT, formats
 _RECORD = dict(unit=NAME, format=FORMAT, start=whole(0), kl=[number(-1, 1e30)]*2)
 
 def read_log(
-    path: Path,
+    path: Path, # of a sweep file
 ) -> tuple[dict, dict, int]: # header, (path, format, start) ▸ values, bytes that are whole
     "Header and records of a sweep file, without a last line cut short; raises ValueError naming a damaged line"
     data = read_bytes(path)
@@ -106,6 +106,6 @@ class _Journal:
         return ''.join(dumps(line)+'\n' for line in lines)
 
     def add(self, p: Pass, kl: np.ndarray): # (len(p.todo), sequences)
-        "Keep the KL of a finished pass and append it to the file; raises FileNotFoundError if somebody deleted that"
+        "Keep the KL of the finished pass `p` and append it to the file; raises FileNotFoundError if that was deleted"
         self.records |= {k: _shortest(values) for k, values in zip(p.keys, np.float32(kl))}
         if self.path: append(self.path, self.lines(p.keys))

@@ -43,8 +43,8 @@ def _fused(xp):
 
 # %% ../../nbs/04a_measure.kl.ipynb #a358ee66
 def probes(
-    units: list[Unit],
-    formats: list[Format],
+    units: list[Unit], # of a model
+    formats: list[Format], # candidates
 ) -> list[tuple[Unit, Format]]:
     "Every unit with every format it can take but the one it is stored in; raises ValueError for too large a group"
     found = []
@@ -64,7 +64,7 @@ def probes(
 
 # %% ../../nbs/04a_measure.kl.ipynb #6217875f
 def perturb(probe: tuple[Unit, Format], quantize=quantize_dequantize) -> dict:
-    "The override that a probe stands for"
+    "The override that `probe` stands for: its weight after `quantize`, by its path"
     unit, fmt = probe
     if unit.keeps(fmt): fmt = AS_IS
     return {unit.path: partial(for_unit(quantize, unit.path), fmt=fmt)}
@@ -80,9 +80,9 @@ def _walk(
     batch: np.ndarray, # (B, T) token ids
     todo: list[tuple[Unit, Format]], # probes, in the order of the model
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
-    tick = lambda passes, rounded: None, # told how often a block was run, and how many weights were rounded
+    tick = lambda passes, rounded: None, # called with how often a block ran and how many weights we rounded
     base: dict = {}, # overrides of the model that is perturbed; none for the model as it is
-    hear = None, # told what each unit of the reference is multiplied with, see `Backend.inputs`
+    hear = None, # called with the inputs of each unit of the reference, see `Backend.inputs`
 ): # reference states (B, T, D); list of (k·B, T, D) states of the probes, in their order
     "States after the last block, for the reference and for every probe before the head"
     outside = _inside(b, base, None)
@@ -95,7 +95,7 @@ def _walk(
         with b.swapped(here), near.kept(), listening: after = b.run_block(i, reference)
         with near.beside():
             own = [b.run_block(i, reference, here | perturb(p, quantize)) for p in todo if p[0].block == i]
-            waiting, streams = _stack(b, streams), [] # those that have passed are let go of
+            waiting, streams = _stack(b, streams), [] # we free those that have passed
             with b.swapped(here):
                 while waiting: streams.append(b.run_block(i, waiting.pop(0)))
         tick(len(own)+1+sum(map(len, streams))//len(batch), len(own)+early)
@@ -116,7 +116,7 @@ def _stack(b, streams):
 
 # %% ../../nbs/04a_measure.kl.ipynb #b2a4220c
 def kl_of_streams(
-    b: Backend,
+    b: Backend, # the model
     reference, # (B, T, D) states
     groups: list, # of (overrides of the head, list of (k·B, T, D) states)
     skip: int = 0, # positions at the start that are not scored
@@ -138,14 +138,14 @@ def kl_of_streams(
 
 # %% ../../nbs/04a_measure.kl.ipynb #98181876
 def logit_slices(b, B, T):
-    "(tokens, streams) whose logits are in memory at once"
+    "(tokens, streams) whose logits backend `b` holds in memory at once, for `B` sequences of `T` tokens"
     room = (b.at_most(2**28, 80) if b.on_gpu else 2**22)//(B*b.checkpoint.vocabulary)
     step = min(T, max(1, room))
     return step, max(1, room//step)
 
 # %% ../../nbs/04a_measure.kl.ipynb #64f077a1
 def kl_rows(b, z_p, z_q, p=None): # p: softmax of z_p, if it is known
-    "KL of k stacked copies of the reference's rows; on a CPU in pieces that stay in its cache"
+    "KL of rows `z_q`, k stacked copies of the reference's `z_p`, on backend `b`; a CPU gets pieces that fit its cache"
     V = z_p.shape[-1]
     z_p, z_q = z_p.reshape(-1, V), z_q.reshape(-1, V)
     p = (b.xp.softmax(z_p, axis=-1) if p is None else p).reshape(-1, V)
@@ -184,11 +184,11 @@ def _finite(b: Backend, kl: np.ndarray, todo) -> np.ndarray: # (len(todo), n), t
 
 # %% ../../nbs/04a_measure.kl.ipynb #0b4f09e4
 def measure(
-    b: Backend,
+    b: Backend, # the model
     batch: 'np.ndarray | list', # (B, T) token ids, or B samples
     todo: list | tuple, # probes, in the order of the model
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
-    tick = lambda passes, rounded: None, # told what was done, as in `_walk`
+    tick = lambda passes, rounded: None, # called as in `_walk`
     base: dict = {}, # overrides of the model that is perturbed
     hear = None, # as of `_walk`, for models whose sequences run together
 ) -> np.ndarray: # (len(todo), B)

@@ -83,10 +83,10 @@ def _log_files(out: Path) -> list[Path]:
 
 # %% ../../nbs/04f_measure.log.ipynb #e67e6418
 def _agreed(ranks, begun, passes):
-    "The passes of the first rank that goes on with a file, or else of the first"
+    "The passes of the first rank that resumes a file, or else of the first"
     a = np.zeros((ranks.size, 1+len(passes)), np.float32)
     a[ranks.rank] = begun, *passes
-    a = ranks.sum(a) # and nobody goes on to write before all have read
+    a = ranks.sum(a) # and no rank writes before all have read
     return [int(x) for x in a[a[:, 0].argmax(), 1:]]
 
 # %% ../../nbs/04f_measure.log.ipynb #f8d1364a
@@ -101,7 +101,7 @@ def _read_logs(
     found = [_go_on(own_file(f, 'sweep', **mark), header) for f in files]
     there = next((h for h, _ in found if h is not header), header)
     if 'passes' not in there:
-        raise ValueError(f'{out} holds no passes to go on with: it is the result of another method, or was changed')
+        raise ValueError(f'{out} holds no passes to resume: it is the result of another method, or was changed')
     passes = _agreed(ranks, there is not header, there['passes'])
     records = {k: v for h, r in found if [*h['passes']] == passes for k, v in r.items()}
     return there | dict(passes=passes), records
@@ -116,7 +116,7 @@ def _whole_passes(records: dict, passes: list[Pass]) -> dict:
 class SweepLog(_Journal):
     "The passes of a sweep, the values measured so far, and the passes that are missing"
     def __init__(self,
-        b: Backend,
+        b: Backend, # the model
         tokens: 'np.ndarray | list', # (n, T) calibration tokens, or samples
         formats: list, # candidates
         out: 'str | Path | None' = None, # file to write as it goes, and to resume from
@@ -147,10 +147,13 @@ class SweepLog(_Journal):
         super().add(p, kl)
 
     @property
-    def hear(self): # for `measure`: counts what the experts see, in the first pass over all sequences
+    def hear(self):
+        "A listener for `measure` that counts each expert's tokens in the first pass; None if there is nothing to count"
         return _counting(self.experts, 0) if self.late and self.experts else None
 
-    def has(self, p: Pass) -> bool: return self.records.keys() >= {*p.keys}
+    def has(self, p: Pass) -> bool:
+        "Whether all values of the pass `p` are there"
+        return self.records.keys() >= {*p.keys}
     def held(self) -> np.ndarray: # (ranks, passes) 0 or 1
         "Which rank has which pass"
         a = np.zeros((self.ranks.size, len(self.passes)), np.float32)

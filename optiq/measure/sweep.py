@@ -41,20 +41,20 @@ class Sweep:
     learned: object = field(default=None, repr=False) # what its rounding learned from, while it is at hand
 
     def kl(self, path: str, fmt: Format) -> float:
-        "Mean over the sequences, in nats; 0 for what is left as stored; raises ValueError for what was not measured"
+        "Mean KL, in nats, of the unit at `path` in format `fmt`; 0 as stored; raises ValueError if it was not measured"
         fmt = parse_format(fmt)
         if (path, fmt) in self.values: return float(self.values[path, fmt].mean())
         if any(u.path == path and u.keeps(fmt) for u in self.units): return 0.
         raise ValueError(f'{path} was not measured in {self.format(fmt)}')
 
     def format(self, fmt: 'Format | str | int | None' = None) -> Format:
-        "The format that this names, by default the smallest; raises ValueError for one that was not measured"
+        "The format that `fmt` names, by default the smallest; raises ValueError for one that was not measured"
         fmt = min(self.formats, key=lambda f: f.bits) if fmt is None else parse_format(fmt)
         if fmt == AS_IS or fmt in self.formats: return fmt
         raise ValueError(f'{fmt} was not measured; the sweep has {", ".join(map(str, self.formats))}')
 
     def se(self, path: str, fmt: Format) -> float:
-        "Standard error over the sequences, in nats; NaN for a single one; raises ValueError as `kl` does"
+        "Standard error of `kl(path, fmt)` over the sequences, in nats; NaN for a single one; raises ValueError as `kl`"
         fmt = parse_format(fmt)
         if (path, fmt) not in self.values: return self.kl(path, fmt)
         v = self.values[path, fmt]
@@ -101,7 +101,7 @@ def plot(self: Sweep,
     ax: 'Axes | None' = None, # to draw on; new ones by default
     fmt: 'Format | str | None' = None, # which format; the smallest by default
 ):
-    "Heat map of KL"
+    "Heat map of KL in one format, kinds of tensors × blocks"
     import matplotlib.pyplot as plt
     import seaborn as sns
     fmt = self.format(fmt)
@@ -182,7 +182,7 @@ def _sweep_header(
 
 # %% ../../nbs/04c_measure.sweep.ipynb #e15b234f
 def fingerprint_of(
-    b: Backend,
+    b: Backend, # the model
     tokens: 'np.ndarray | list', # (n, T) calibration tokens, or samples
     formats: list[Format],
     quantizer: str = 'minmax', # its name
@@ -193,7 +193,7 @@ def fingerprint_of(
 
 # %% ../../nbs/04c_measure.sweep.ipynb #88cb4898
 def to_sweep(
-    header: dict,
+    header: dict, # of the sweep file
     records: dict, # (unit, format, start) ▸ KL of each sequence
 ) -> Sweep:
     "A sweep from its records; raises ValueError if some are missing"
@@ -227,7 +227,7 @@ def load(cls: Sweep,
     header, records, _ = read_log(Path(path))
     try: return to_sweep(header, records)
     except ValueError as e: raise ValueError(
-        f'{path} is not finished; run the same command again to go on with it ({e})') from None
+        f'{path} is not finished; run the same command again to resume it ({e})') from None
 
 # %% ../../nbs/04c_measure.sweep.ipynb #ab1d31bf
 @patch
@@ -261,7 +261,10 @@ def _long_enough(c: Checkpoint, seq_len: int) -> int: # tokens in a sequence
 @_checked
 def texts_for(c: Checkpoint, source: 'str | list', n: int, seq_len: int, more: int,
               split: str = 'train') -> tuple: # tokens to measure on, to learn from
-    "Calibration tokens or samples: the first `n` to measure on, and up to `more` for the rounding to learn from"
+    """Calibration tokens or samples for model `c`, from one side (`split`) of a text (`source`)
+
+    The first `n` sequences of `seq_len` tokens to measure on, and up to `more` for the rounding to learn from.
+    """
     if c.text_only and not isinstance(source, list): seq_len = _long_enough(c, seq_len)
     learned = batch_for(c, source, max(n, more), seq_len, split, fewer=True)
     if len(learned) < n: learned = batch_for(c, source, n, seq_len, split) # its error says what is missing
@@ -269,7 +272,7 @@ def texts_for(c: Checkpoint, source: 'str | list', n: int, seq_len: int, more: i
 
 @_checked
 def about_texts(source: 'str | list | None', learned, rounding: str) -> dict:
-    "The entries of a sweep's header about its texts: their source, shape and fingerprint"
+    "Entries of a sweep's header: source, shape and fingerprint of the tokens that its `rounding` `learned` from"
     about = {} if source is None else dict(calibration=str(source))
     if rounding == 'minmax': return about
     return about | dict(learned=dict(source=about.get('calibration'), shape=list(shape_of(learned)),

@@ -20,7 +20,8 @@ from ..backends.open import open_backend
 from ..backends.replay import Backend
 from ..calibration import passages, token_batch
 from ..evals.perplexity import evaluate, overrides_of
-from ..files import added_files, as_path, can_draw, whole_folder
+from ..files import added_files, as_path, whole_folder
+from ..labels import can_draw
 from ..plan import make_plan
 from ..readers import OBJECT, PROSE, _html_table, dumps, read_json, _checked
 from ..report import Report, fit, machine, score_row
@@ -29,16 +30,18 @@ from ..report import Report, fit, machine, score_row
 @dataclass(repr=False)
 class Table:
     "A table of a demo: a title, columns and rows; prints as text, shows as HTML"
-    title: str
-    columns: list
+    title: str # above the table
+    columns: list # their names
     rows: list # of lists
     note: str = '' # where the numbers are from, if not from here
 
     @property
     def text(self): # rows of texts, the first one the head
+        "The table as text, cell by cell"
         show = lambda x: f'{x:,.4g}' if isinstance(x, float) else str(x)
         return [list(map(show, r)) for r in (self.columns, *self.rows)]
     def to_frame(self): # ▸ pandas DataFrame
+        "The rows as a pandas DataFrame"
         import pandas as pd
         return pd.DataFrame(self.rows, columns=self.columns)
     def __repr__(self): return '\n'.join([self.title, fit(self.text), *([f'({self.note})'] if self.note else [])])
@@ -70,16 +73,21 @@ class Demo:
     found: dict = field(default_factory=dict) # sweep, plans …
 
     @property
-    def published(self): return _published(self.name)
+    def published(self):
+        "Tables that others published for the same demo on a real model"
+        return _published(self.name)
     @property
-    def note(self): return _PLANTED if self.about.get('model') == 'demo' else '' # what not to read into the figures
+    def note(self):
+        "What you should not read into the figures, as text"
+        return _PLANTED if self.about.get('model') == 'demo' else ''
     def __repr__(self):
         return '\n\n'.join([*map(repr, self.tables), *filter(None, [self.note]), *map(repr, self.published)])
     def _repr_html_(self):
         said = f'<p>{escape(self.note)}</p>' if self.note else ''
         return ''.join([*(t._repr_html_() for t in self.tables), said, *(t._repr_html_() for t in self.published)])
 
-    def results(self): # for JSON
+    def results(self):
+        "Tables and settings as a dict for JSON"
         def titled(t): return dict(title=t.title, columns=t.columns) if isinstance(t, Table) else {}
         tables = [dict(rows=t.rows) | titled(t) for t in self.tables]
         return dict(demo=self.name, about=self.about, tables=tables, published=[vars(t) for t in self.published])
@@ -103,6 +111,7 @@ def save(
 
 @patch
 def draw(self: Demo, folder: Path):
+    "Draw all figures into a `folder`, each as PNG"
     import matplotlib.pyplot as plt
     for name, draw in self.figures.items():
         figure = np.ravel(draw())[0].figure
@@ -117,7 +126,7 @@ class Sizes:
     seq_len: int = 128 # tokens in each
     n_evaluation: int = 8 # evaluation sequences
     eval_len: int = 128 # tokens in each
-    problems: int = 40
+    problems: int = 40 # word problems to solve
 
     @classmethod
     def of(cls, fast: bool | None = None):
@@ -129,10 +138,10 @@ class Sizes:
 @dataclass
 class Ground:
     "An open model and its texts"
-    b: Backend
+    b: Backend # the model
     tokens: np.ndarray # (n, seq_len) to measure on
     scored: np.ndarray # (n_evaluation, eval_len) to report on, from other text
-    about: dict
+    about: dict # model, texts and machine, for reports
 
 _once_read = lru_cache(passages) # the bundled text takes some seconds to make
 
@@ -140,7 +149,7 @@ _once_read = lru_cache(passages) # the bundled text takes some seconds to make
 @_checked
 def ground(
     model: str, # 'demo', a folder, or a Hub id
-    sizes: Sizes,
+    sizes: Sizes, # how much of each text
     text: str = 'bundled', # 'bundled', 'wikitext2', or a file
 ) -> Ground:
     "An open model with its texts, as every demo starts"

@@ -161,5 +161,5 @@ class _Diagnosis(list):
 # %% ../../nbs/63_show.doctor.ipynb #9abb0799
 @_checked
 def doctor(timeout: float = 3) -> _Diagnosis: # seconds for the Hub
-    "Look at versions, backend, chip, BLAS, memory and Hub"
+    "Look at versions, backend, chip, BLAS and memory, and wait at most `timeout` seconds for the Hub"
     return _Diagnosis([*_versions(), _backend(), _chip(), *_blas(), *_memory(), _hub(timeout)])

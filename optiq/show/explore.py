@@ -147,6 +147,7 @@ class Explorer:
         self.drag(sum(self.planner.ends)/2 if value is None else value, exact=True)
 
     def ask(self, formats, by):
+        "Plan with other candidates `formats`, under another kind of cap `by`; raises ValueError for an unknown one"
         if by not in self.targets: raise ValueError(f'no cap {by!r}; there are {", ".join(self.targets)}')
         self.formats, self.by, self.planner = formats, by, _Planner(self.sweep, formats, self.targets[by])
 
@@ -155,14 +156,14 @@ class Explorer:
         value: float, # of the cap
         exact: bool = False, # by the exact solver, which takes longer
     ):
-        "Move the cap"
+        "Move the cap to `value`, and make a new plan; returns the explorer"
         self.value, self.exact, self.plan = value, exact, self.planner.plan(value, exact)
         return self
 
 # %% ../../nbs/61_show.explore.ipynb #28869d1a
 @patch
 def choose(self: Explorer, formats):
-    "Other candidates; an empty choice changes nothing"
+    "Choose other candidates, `formats`; an empty choice changes nothing. Returns the explorer"
     if not formats: return self
     self.ask(candidates(self.sweep, formats), self.by)
     low, high = self.planner.ends
@@ -171,14 +172,14 @@ def choose(self: Explorer, formats):
 @patch
 @_checked
 def measure_by(self: Explorer, by: str):
-    "Another kind of cap, at the value that the plan has"
+    "Take another kind of cap, `by`, at the value that the plan has; returns the explorer"
     self.ask(self.formats, by)
     return self.drag(self.targets[by].read(self.plan), exact=True)
 
 @patch
 @_checked
 def keep(self: Explorer, on: bool = True):
-    "Keep the current plan to compare with, or stop comparing"
+    "Keep the current plan to compare with (`on`), or stop comparing; returns the explorer"
     self.kept = self.plan if on else None
     return self
 
@@ -192,7 +193,7 @@ def _is_live() -> bool:
 # %% ../../nbs/61_show.explore.ipynb #5fafdc4b
 @patch
 def html(self: Explorer) -> str:
-    "The explorer as HTML"
+    "The plan, its figures and its heat map as HTML, without controls"
     colours = format_colours(self.sweep.formats)
     if self.kept is not None: return _Comparison(self.plan, self.kept, ('now', 'kept'), self.lat, colours)._repr_html_()
     how = 'exact' if self.exact else f'while dragging, within {self.plan.gap:.2%} of the optimum'
@@ -204,7 +205,9 @@ def html(self: Explorer) -> str:
 def __repr__(self: Explorer): return f'{type(self).__name__} of {self.sweep.header["model"]}: {self.plan}'
 
 @patch
-def widget(self: Explorer): return _controls(self)
+def widget(self: Explorer): # ▸ ipywidgets.VBox
+    "The explorer with its controls, for a notebook with a kernel"
+    return _controls(self)
 
 @patch
 def _repr_mimebundle_(self: Explorer, **_):
@@ -302,7 +305,7 @@ def explore(
     context: int = 512, # tokens in the cache, for the speed
     **options, # of Explorer: formats, by, value
 ) -> Explorer:
-    "Drag the size or the speed of a model"
+    "An explorer of a model's weights: drag its size or its speed, and see the best plan"
     return Explorer(sweep, _speed_of(sweep, chip, context), **options)
 
 # %% ../../nbs/61_show.explore.ipynb #b1fc78f0
@@ -311,7 +314,7 @@ _CONTEXTS = tuple(2**k for k in range(10, 18))
 @patch
 @_checked
 def at(self: Explorer, context: int):
-    "A cache at another context length; the average width stays. Raises ValueError for a sweep of weights"
+    "Explore a cache at another `context` length; its average width stays. Raises ValueError for a sweep of weights"
     if 'layers' not in self.sweep.header: raise ValueError(
         'this is not a sweep of keys and values; kv_sweep measures one, and explore takes weights')
     by, bits = self.by, self.plan.nominal_bpw
@@ -328,7 +331,7 @@ def explore_kv(
     contexts: tuple = _CONTEXTS, # to choose from
     **options, # of Explorer: formats, by, value
 ) -> Explorer:
-    "Drag the width of a cache, and the context length; raises ValueError for a sweep of weights"
+    "An explorer of a cache: drag its width and the context length; raises ValueError for a sweep of weights"
     x = Explorer(sweep, **options)
     x.contexts = tuple(sorted({*contexts, context}))
     return x.at(context)

@@ -64,7 +64,7 @@ def _measured_rows(plan: Plan) -> list: # of (name, predicted KL, measured KL), 
 def _measured(plan: Plan) -> str:
     "HTML table of predicted and measured KL"
     found, rows = plan.solver.get('verified', {}), _measured_rows(plan)
-    if not rows: return '<p>Nobody measured this plan as a whole; the prediction is the sum over its tensors.</p>'
+    if not rows: return '<p>This plan was not measured as a whole; its prediction is the sum over its tensors.</p>'
     kept = plus_minus(found['joint_kl'], found.get('joint_kl_se'))
     return f'<p>Measured as a whole: KL {escape(kept)}.</p>'+_html_table(('plan', 'predicted KL', 'measured KL'), rows)
 

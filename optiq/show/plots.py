@@ -89,7 +89,7 @@ def _svg_legend(formats, colours, left, y):
 @_checked
 def describe(
     plan: Plan,
-    other: Plan | None = None,
+    other: Plan | None = None, # to compare it with
 ) -> str:
     "A plan, or two, in one sentence"
     counts = ', '.join(f'{n} in {f}' for f, n in plan.counts().items())

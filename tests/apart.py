@@ -11,7 +11,7 @@ from tempfile import mkdtemp
 from types import SimpleNamespace
 
 forked = multiprocessing.get_context('forkserver')
-forked.set_forkserver_preload(['torch', 'transformers.models.llama.modeling_llama', 'mlx_lm.models.llama', 'scipy.optimize'])
+forked.set_forkserver_preload(['fast', 'torch', 'transformers.models.llama.modeling_llama', 'mlx_lm.models.llama', 'scipy.optimize'])
 
 def _become(what: list, cwd: str, env: dict, out: int, err: int): # in the child
     for name in {*os.environ}-{*env}: del os.environ[name]

@@ -44,7 +44,7 @@ def run(command: str, folder: Path) -> dict:
     return dict(code=r.exit_code, seconds=round(time.time()-start, 1), output=r.output[-1500:])
 
 if __name__ == '__main__':
-    sys.path.append(str(root/'tools'))
+    import fast # noqa: F401, before MLX
     from remember import remember_grids, remember_probes
     from beartype import BeartypeConf
     from beartype.claw import beartype_package

@@ -2,6 +2,7 @@
 import os
 from pathlib import Path
 import pytest
+import fast # noqa: F401, before MLX
 
 os.environ.setdefault('MLX_DISABLE_COMPILE', '1') # on a CPU every compiled function costs seconds of a C++ compiler
 os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', HF_DATASETS_OFFLINE='1')

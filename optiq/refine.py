@@ -64,7 +64,7 @@ def _alternatives(
     "Different plans that are near-optimal on paper, the best first"
     rng, p, found = np.random.default_rng(seed), q.problem, {}
     if len(p.caps) == 1: found[tuple(p.solve('greedy')[0])] = 'greedy'
-    for _ in range(4*n): found.setdefault(_redrawn(p, rng, spread), 'redrawn')
+    for _ in range(4*n): found.setdefault(_redrawn(p, rng, spread), 'alternative')
     mean = p.samples.mean(2)
     order = sorted(found, key=lambda pick: mean[p.at, list(pick)].sum())
     plans = [q.plan(list(pick), dict(method=found[pick], **q.conditions())) for pick in order]
@@ -119,7 +119,7 @@ def _solve_again(
     pick = replace(p, kl=undominated(kl, p.costs)).solve()[0]
     joint = next(table[path, plan[path]].mean() for path, _ in table)
     changed = (kl[p.at, pick]-kl[p.at, here]).sum()
-    return q.plan(pick, dict(method='measured again', **q.conditions())), float(joint+changed)
+    return q.plan(pick, dict(method='solved again', **q.conditions())), float(joint+changed)
 
 # %% ../nbs/05c_refine.ipynb #e073374b
 def improve(b, tokens, q, tried, kl, best, tolerance, rounds, quantize):
@@ -137,7 +137,7 @@ def improve(b, tokens, q, tried, kl, best, tolerance, rounds, quantize):
         plan, guess = _solve_again(q, tried[best], _around(b, tokens, tried[best], paths, options, quantize))
         history[-1]['units'] = len(paths)
         if plan in tried.values(): return best, history # nothing new
-        tried[name := f'measured again {len(history)}'] = plan
+        tried[name := f'solved again {len(history)}'] = plan
         kl |= _joint_kl(b, tokens, {name: plan}, quantize)
         if kl[name].mean() >= joint: return best, history
         best, forecast = name, guess
@@ -186,9 +186,10 @@ def _row_text(r: dict) -> str: # of `Verified.row`
 @_checked
 def verdict(v: Verified) -> str:
     "One line about `v`: which plan we keep, and how good its forecast was"
-    last, again = v.rounds[-1], sum(r['units'] for r in v.rounds)
-    won = v.kept in v.baselines
-    what = f'{v.kept} measured better than every plan that was allocated, so it is kept' if won else f'kept: {v.kept}'
+    last, again, ours = v.rounds[-1], sum(r['units'] for r in v.rounds), v.tried.keys()-{*v.baselines}
+    what = f'{v.kept} measured better than every plan that was allocated, so it is kept'
+    if v.kept in ours: what = f'of {len(ours)} plans with nearly the same forecast, {v.kept} measured best and is kept'
+    if ours == {v.kept}: what = 'the one plan that was allocated is kept'
     rivals = [n for n in v.baselines if v.kl[n].mean() < v.kl[v.kept].mean()]
     if rivals:
         best = min(rivals, key=lambda n: v.kl[n].mean())

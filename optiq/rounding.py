@@ -216,7 +216,7 @@ class RoundTrips(Mapping):
     ):
         if method not in QUANTIZERS: raise ValueError(f'no rounding {method!r}; there are {", ".join(QUANTIZERS)}')
         self.b, self.formats, self.method = open_backend(model), list(formats), method
-        self.stats, self.held = _listened(self.b, tokens, method), _Held(self.b.checkpoint.unit, blocks)
+        self.learned, self.stats, self.held = tokens, _listened(self.b, tokens, method), _Held(self.b.checkpoint.unit, blocks)
         self.keep, self.kept = keep, {} # (path, Format) ▸ what is in a file
         self.name = f'{method}, {" × ".join(map(str, shape_of(tokens)))} tokens {fingerprint(tokens)}'
 
@@ -315,6 +315,13 @@ def _rounding_seconds(
     walk, one = _seconds_of_one(b, part, first, plan[first.path], method)
     passes = (5 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
     return passes*walk+one*sum(u.params for u in todo)/first.params
+
+# %% ../nbs/06_rounding.ipynb #fad06c03
+@patch
+def seconds(self: RoundTrips) -> float:
+    "About how long it takes to round all weights in all formats, from a measurement here and now"
+    plans = ({u.path: f if u.takes(f) else AS_IS for u in self.b.checkpoint.units} for f in self.formats)
+    return sum(_rounding_seconds(self.b, self.learned, plan, self.method) for plan in plans)
 
 # %% ../nbs/06_rounding.ipynb #ddd42764
 def _announce_rounding(b, tokens, plan, method):

@@ -133,7 +133,7 @@ def _complete(
     if log.missing() and log.b.holds: # a model whose logits are no numbers is refused before anything is rounded
         measure(log.b, tokens[:1], [])
     many = None # probes that fit at a time, once that is known
-    with _progress_bar(log, progress) as tick:
+    with _progress_bar(log, progress, getattr(quantize, 'seconds', lambda: 0.)) as tick:
         for p in log.missing():
             if targets is not None and _settled(log, targets): break # also where an earlier run was
             kl, many = _measure_halved(log.b, tokens[p.start:p.stop], p.todo, quantize, tick, many=many, remedy=remedy,

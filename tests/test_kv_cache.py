@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mlx_lm.generate import speculative_generate_step
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import LRUPromptCache, load_prompt_cache, save_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import KVCache, LRUPromptCache, load_prompt_cache, save_prompt_cache, trim_prompt_cache
 
 import optiq.kv.attention as kv
 from kv_models import caches_of, run, run_together
@@ -99,6 +99,12 @@ def test_files_copies_and_trimming(served, tmp_path):
     assert trim_prompt_cache(caches, len(prompts[1])) == len(prompts[1])
     assert run(model, prompts[0][-1:], caches) == want
     assert caches[0].trim(10**6) > 0 and caches[0].offset == 0
+
+@pytest.mark.parametrize('name', ['RotatingMixedKVCache', 'BatchTurboQuantKVCache', 'TurboQuantStateCache'])
+def test_a_class_of_another_version_is_refused_in_one_line(tmp_path, name):
+    MixedKVCache('4g64', '3g32') # mlx-lm knows our names from the first cache on
+    save_prompt_cache(file := str(tmp_path/'f.safetensors'), [type(name, (KVCache,), dict(state=[mx.zeros(3)]))()])
+    with pytest.raises(ValueError, match='^this cache was saved by another version.*make it again$'): load_prompt_cache(file)
 
 @pytest.mark.parametrize('state', [(40, '4g64', '3g32'), [[mx.zeros(3)], '4g64', '3g32', 2], ('No', [], ['4g64'], ['3g32'], None, None), [40]])
 def test_a_file_of_another_version_is_refused_in_one_line(tmp_path, state):

@@ -23,15 +23,23 @@ from ..readers import _checked
 
 # %% ../../nbs/11c_kv.cache.ipynb #28ee57c7
 _CACHES = []
+_FORMER = 'RotatingMixedKVCache BatchRotatingMixedKVCache BatchMixedKVCache BatchTurboQuantKVCache TurboQuantStateCache'
+_OTHER = 'this cache was saved by another version, which kept its state in another form; make it again'
 
 def _findable(cls):
     "Class decorator of a cache that mlx-lm has to find by its name when it opens a prompt file"
     _CACHES.append(cls)
     return cls
 
+class _Former:
+    "Stands for a cache that earlier versions saved: mlx-lm finds it by its name, and it says why we cannot open it"
+    @classmethod
+    def from_state(cls, state): raise ValueError(_OTHER)
+
 def _name_caches():
     "Tell mlx-lm the names of our caches"
     import mlx_lm.models.cache as known
+    for name in _FORMER.split(): setattr(known, name, _Former)
     for cls in _CACHES: setattr(known, cls.__name__, cls)
 
 def _hook():
@@ -82,8 +90,7 @@ class MixedKVCache(CacheList):
     def state(self, v):
         try: way, held, keys, values, dims, self.dtype = v
         except (TypeError, ValueError): way = None
-        if way not in _WAYS: raise ValueError(
-            'this cache was saved by another version, which kept its state in another form; make it again')
+        if way not in _WAYS: raise ValueError(_OTHER)
         self.formats = tuple(_in_full(parse_format(name), *parameters) for name, *parameters in (keys, values))
         self.dims, self.caches = dims and tuple(dims), [_WAYS[way].__new__(_WAYS[way]) for _ in held]
         for c, x in zip(self.caches, held): vars(c).update(x)

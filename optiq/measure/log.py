@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -222,10 +223,11 @@ def finish(self: SweepLog) -> Sweep:
     return sweep
 
 # %% ../../nbs/04f_measure.log.ipynb #bc30f7b7
-def _announce(c, shape, ranks):
-    "Print the expected time and memory of a sweep to stderr"
-    print(f'{c["probes"]} measurements, each of one tensor in one format, on {shape[0]} × {shape[1]} tokens: '
-          f'about {_duration(c["seconds"]/ranks)}, {c["bytes"]/2**30:.1f} GB for states', file=sys.stderr, flush=True)
+def _announce(c: dict, log: SweepLog, rounding: float):
+    "Print to stderr what a sweep measures, its memory, and its time; a conversion has announced that for the whole road"
+    seconds = '' if 'journal' in log.mark else f'about {_duration((c["seconds"]+rounding)/log.ranks.size)}, '
+    print(f'{c["probes"]} measurements, each of one tensor in one format, on {log.shape[0]} × {log.shape[1]} tokens: '
+          f'{seconds}{c["bytes"]/2**30:.1f} GB for states', file=sys.stderr, flush=True)
 
 # %% ../../nbs/04f_measure.log.ipynb #31ddbbf5
 def _bar(what: str = '', show: bool = True, of=None): # ▸ tqdm over `of`; without it, a bar for shares of the work
@@ -250,10 +252,15 @@ class _Share:
 
 # %% ../../nbs/04f_measure.log.ipynb #972fbf17
 @contextmanager
-def _progress_bar(log: SweepLog, show: bool = True): # ▸ `tick` of `measure`
+def _progress_bar(
+    log: SweepLog,
+    show: bool = True,
+    rounding: Callable = lambda: 0., # ▸ seconds in which all weights are rounded in all formats, as each walk does
+): # ▸ `tick` of `measure`
     "A line with the expected time and memory, then a progress bar"
     todo = log.missing()
-    if show and todo: _announce(cost(log.b, todo, log.shape[1], log.sample), log.shape, log.ranks.size)
+    if show and todo:
+        _announce(cost(log.b, todo, log.shape[1], log.sample), log, len({p.start for p in todo})*rounding())
     runs = sum(_block_passes(p.todo, log.b.n_blocks) for p in todo)
     rounded = sum(u.kind != 'lm_head' for p in todo for u, _ in p.todo)
     with _bar(show=show and bool(todo)) as bar:

@@ -21,11 +21,12 @@ from .kv.cache import use_kv_config
 from .models import Checkpoint, ModelFolder
 from .pipeline import _scored_together
 from .plan import by_width
-from .readers import records_in
+from .readers import records_in, _checked
 from .report import Report
 from .serve import _find_config, _replaced
 
 # %% ../nbs/09a_chat.ipynb #7591d1b5
+@_checked
 def chat(
     model: str, # 'demo', a folder, or a Hub id
     kv_config: 'str | Path | None' = None, # formats of the KV cache; by default kv_config.json beside the weights
@@ -121,6 +122,7 @@ def _answer_line(r: dict) -> str:
     return f'{r["prompt"]!r}: part at token {r["parts_at"]+1}, after {r["shared"][-40:]!r}: {r["a"]!r} or {r["b"]!r}'
 
 # %% ../nbs/09a_chat.ipynb #81c0f301
+@_checked
 def side_by_side(
     a: str, # a model, converted or not
     b: str, # another one of the same vocabulary

@@ -27,7 +27,8 @@ from .files import as_path, scratch, whole_folder
 from .formats import Format, config_entry, dequantized, for_unit, quantize_minmax
 from .folder import TEXT_FILES, _tensor_digest, read_header
 from .models import Checkpoint, LOADERS, check_two_heads
-from .readers import _helpful, _quoted
+from .readers import _checked, _helpful
+from .units import PlanLike, SweepLike
 
 # %% ../nbs/07_convert.ipynb #1ecc6842
 def _check_misfit(units: list, plan):
@@ -137,9 +138,10 @@ def _check_weights(saved: Checkpoint, plan, source: Checkpoint, quantizer=quanti
             raise ValueError(f'{saved.folder}: the weights of {path} are not those that were measured')
 
 # %% ../nbs/07_convert.ipynb #8d12dab9
+@_checked
 def check_saved(
     folder: 'str | Path', # the saved model
-    plan, # what it should be
+    plan: PlanLike, # what it should be
     source: Checkpoint | None = None, # the full-precision model, to compare weights with
     quantizer = quantize_minmax, # what they were made by
     trust_remote_code: bool = False, # run model code that comes with it
@@ -274,9 +276,9 @@ def _as_planned(plan, sweep, source, folder): # ▸ a quantizer
 @_helpful
 def convert(
     source: 'str | Checkpoint | Backend', # 'demo', a folder, or a Hub id
-    plan, # a Plan, for the units of this model
+    plan: PlanLike, # for the units of this model, made by allocate or uniform
     out: 'str | Path', # folder to write
-    sweep = None, # that the plan was made from: it says how to round, and is saved beside the plan
+    sweep: SweepLike | None = None, # that the plan was made from (load_sweep): it says how to round
     overwrite: bool = False, # replace `out`, if it is ours
     quantizer: 'Callable | Mapping | None' = None, # instead of the sweep's; or one for each path, see `round_to_files`
     polish: 'Callable | None' = None, # called on the checked folder, to train it; see `optiq.polish.dwq`
@@ -292,10 +294,6 @@ def convert(
         sweep = kl_sweep('demo', formats=[4, 8])
         convert('demo', allocate(sweep, target_bpw=4.5), 'out/demo', sweep)
     """
-    if not hasattr(plan, 'nbytes'): raise ValueError(
-        f'{_quoted(plan)} is not a plan; make one with allocate or uniform')
-    if sweep is not None and not hasattr(sweep, 'header'): raise ValueError(
-        f'`sweep` is {_quoted(sweep)}, and should be a Sweep; load a file of one with load_sweep')
     c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)
     odd, out, head = set(plan) ^ set(c.unit), as_path(out), _check_draft(c, draft)
     if odd: raise ValueError(

@@ -14,17 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .formats import AS_IS, check_storable, parse_format
+from .formats import AS_IS, check_storable, parse_formats
 from .knapsack import allocate
 from .kv.layout import bytes_after, leaf_caches
 from .measure.kl import probes
 from .measure.sweep import Sweep
-from .measure.journal import check_other
 from .folder import _of_text, _others, check_untrusted, find_model
 from .models import _read_config, _said_for_mlx
 from .units import _Listing
 from .plan import Plan, make_plan, uniform
-from .readers import _html_table, known, read_json, told, whole
+from .readers import check_other, _html_table, known, read_json, told, whole, _checked
 from .report import fit
 from .roofline import _experts_per_token, skeleton
 
@@ -218,15 +217,16 @@ def _words(f: _Fits) -> list: # of lines
     return found
 
 # %% ../nbs/21_fit.ipynb #0388ffdf
+@_checked
 def what_fits(
     model: 'str | Path', # 'demo', a folder, or a Hub id, of which only the config and the index are fetched
     memory: float | None = None, # bytes of the machine; by default this one and those of `_MACHINES`
     context: int = 32768, # tokens in the KV cache
     sweep: 'Sweep | str | Path | None' = None, # a saved sweep of this model, which predicts the quality
-    formats: list = (2, 3, 4, 5, 6, 8), # candidates
+    formats = (2, 3, 4, 5, 6, 8), # candidates
 ) -> _Fits:
     "The largest plan of a model whose weights, KV cache and working memory a machine holds"
-    c, formats = _Outline(model), check_storable([parse_format(f) for f in formats])
+    c, formats = _Outline(model), check_storable(parse_formats(formats))
     c.context, cache = context, _cache_bytes(c, context)
     name = None if sweep is None else sweep if isinstance(sweep, (str, Path)) else 'the sweep'
     if isinstance(sweep, (str, Path)): sweep = Sweep.load(sweep)

@@ -11,9 +11,9 @@ from math import isfinite, nan
 import numpy as np
 from fastcore.basics import patch
 
-from .labels import _label, _legend
+from .labels import _label, _legend, Axes
 from .plan import mean_se
-from .readers import known
+from .readers import known, _checked
 
 # %% ../nbs/05f_frontier.ipynb #abd46442
 class Frontier(list):
@@ -99,8 +99,9 @@ def _marks(self: Frontier, plans, predicted): # ▸ (3, n) true bits, KL, its st
 
 # %% ../nbs/05f_frontier.ipynb #e9fdbd48
 @patch
+@_checked
 def plot(self: Frontier,
-    ax = None, # matplotlib axes
+    ax: 'Axes | None' = None, # to draw on; new ones by default
 ):
     "KL against true bits: lines are predicted; markers, with two standard errors, are measured if anything was"
     import matplotlib.pyplot as plt

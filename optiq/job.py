@@ -26,12 +26,11 @@ from .kv.layout import cache_bytes, KVLayout
 from .kv.sweep import _combine, parts
 from .latency import latency
 from .measure.estimate import _duration, estimate, plan_passes
-from .measure.journal import check_other
 from .measure.kl import probes
 from .measure.sweep import about_texts, learned_again, rounding_of, Sweep, texts_for
 from .models import Checkpoint
 from .plan import baseline_plans, uniform
-from .readers import known, _quoted
+from .readers import check_other, known, _quoted
 from .report import machine, Report
 from .request import _Batches, Cache, _candidates_for, Caps, _load_sweep, _rounding_for, Texts, Weights
 from .rounding import _rounding_seconds

@@ -18,9 +18,9 @@ from .budget import Budget, budgets_of, candidates, _check_caps, _contradiction,
 from .budget import _tie_key
 from .formats import AS_IS, Format
 from .frontier import Frontier
-from .units import Unit
+from .units import SweepLike, Unit
 from .plan import baseline_plans, by_width, make_plan, Plan, _silent, smoothed
-from .readers import _helpful, shown
+from .readers import _helpful, shown, _checked
 from .solver import bisect, METHODS, Problem, undominated
 from .why import _in_bytes, _options_of, _Reason
 from .wishes import _recorded, _unmoved, _Wish, _wishes_for
@@ -85,6 +85,7 @@ def solve(self: Question, method: str = 'exact') -> Plan:
 
 # %% ../nbs/05b_knapsack.ipynb #b62ec84c
 @patch
+@_checked
 def admits(self: Question, plan: Plan) -> bool:
     "Whether another plan of the same model keeps the caps, the wishes and the ties"
     total = [sum(b.cost(u, plan[u.path]) for u in self.sweep.units) for b in self.budgets]
@@ -101,15 +102,10 @@ def _wished(sweep, given: dict) -> list[_Wish]:
     candidates(sweep, [*sweep.formats, *(w.fmt for w in found if w.kind == 'pin')])
     return found
 
-# %% ../nbs/05b_knapsack.ipynb #32bbfe86
-def _check_sweep(sweep):
-    "Raise ValueError unless this is a Sweep"
-    if not all(hasattr(sweep, name) for name in ('units', 'formats', 'values', 'header')): raise ValueError(
-        f'a plan is made from a Sweep, not from {shown(sweep)}; measure one with kl_sweep, or load its file')
-
 # %% ../nbs/05b_knapsack.ipynb #5a59c48a
+@_checked
 def pose(
-    sweep, # Sweep
+    sweep: SweepLike, # measured by kl_sweep, or read by load_sweep
     formats = None, # candidates; all of the sweep by default
     tie = None, # what shares a format
     budgets: tuple = (), # further Budgets
@@ -118,7 +114,6 @@ def pose(
     **caps, # limits, as for `budgets_of`
 ) -> Question:
     "Check a request and turn it into arrays for a solver; raises ValueError for a wish or a cap that no plan can keep"
-    _check_sweep(sweep)
     (table, noise), fmts, key = smoothed(sweep), candidates(sweep, formats), _tie_key(tie)
     wished = _wished(sweep, dict(protect=protect, pin=pin, ceiling=ceiling, floor=floor, leave=leave))
     budgets = budgets_of(sweep, **caps)+list(budgets)
@@ -135,7 +130,7 @@ def pose(
 # %% ../nbs/05b_knapsack.ipynb #7c710055
 @_helpful
 def allocate(
-    sweep, # Sweep
+    sweep: SweepLike, # measured by kl_sweep, or read by load_sweep
     *,
     target_bpw: float | None = None, # cap on nominal bits
     true_bpw: float | None = None, # cap on true bits per weight
@@ -171,9 +166,10 @@ def allocate(
 
 # %% ../nbs/05b_knapsack.ipynb #c7e99b4f
 @patch
+@_checked
 def why(self: Plan,
     unit: 'str | Unit', # or its path
-    sweep, # Sweep of the same model
+    sweep: SweepLike, # Sweep of the same model
 ) -> _Reason:
     "What we measured for a unit, the KL that a byte is worth, and the sizes at which its format would change"
     path = getattr(unit, 'path', unit)
@@ -246,7 +242,7 @@ def _rivals_of(
 # %% ../nbs/05b_knapsack.ipynb #f7ecb250
 @_helpful
 def pareto(
-    sweep, # Sweep
+    sweep: SweepLike, # measured by kl_sweep, or read by load_sweep
     targets = None, # nominal bits; by default 3, 3.25 … 8, as far as the formats reach
     profiles = ('all',), # 'compact', 'quality' or 'all', each on the targets in its range
     **options, # of `allocate`
@@ -260,7 +256,6 @@ def pareto(
         curve = pareto(sweep, targets=[3.5, 4, 4.5])
         curve.to_frame(), curve.plot()
     """
-    _check_sweep(sweep)
     targets = None if targets is None else np.atleast_1d(targets).tolist()
     profiles = listify(profiles)
     plans = [p for name in profiles for p in _plans_of(sweep, name, targets, **options)]

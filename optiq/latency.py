@@ -6,6 +6,7 @@
 __all__ = ['latency', 'calibrate', 'Speeds', 'compare_speeds', 'predict_speeds', 'speed_frontier', 'plot_frontier']
 
 # %% ../nbs/20b_latency.ipynb #96c61346
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from html import escape
@@ -20,12 +21,13 @@ from .formats import AS_IS, divides, parse_formats
 from .knapsack import allocate
 from .budget import candidates
 from .frontier import Frontier
-from .labels import _label, _legend
+from .labels import _label, _legend, Axes
 from .models import Checkpoint
 from .plan import make_plan, uniform
-from .readers import OBJECT, _helpful, _html_table, read_ours, write_json
+from .readers import OBJECT, _helpful, _html_table, read_ours, write_json, _checked
 from .report import fit, machine
 from .roofline import Chip, Latency, Reads, chip_named, reads_of
+from .measure.sweep import Sweep
 
 # %% ../nbs/20b_latency.ipynb #ba5b87c2
 def _signature(reads: Reads) -> str:
@@ -33,16 +35,16 @@ def _signature(reads: Reads) -> str:
     return f'{reads.layers} layers, {len(reads.units)} units, {reads.params} parameters'
 
 # %% ../nbs/20b_latency.ipynb #c7a922e9
+@_checked
 def latency(
-    model, # 'demo', a folder, a Hub id, or a Checkpoint
+    model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
     chip: 'str | Chip | None' = None, # from the table by name; this machine, measured, by default
     context: int = 0, # tokens in the cache
-    formats: list = (), # to predict, besides those of the model itself
+    formats = (), # to predict, besides those of the model itself
     folder: 'Path | None' = None, # of measurements, instead of the user's cache folder
 ) -> Latency:
     "A Latency that predicts the decode speed of a model's plans; raises ValueError for an unknown chip"
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
-    if context < 0: raise ValueError(f'context {context} is negative; give the number of tokens in the cache')
     reads = reads_of(c.load(), c.config)
     if chip is not None: return Latency(chip if isinstance(chip, Chip) else chip_named(chip), reads, context)
     wanted = dict.fromkeys([*parse_formats(formats), *(f for p, f in c.formats.items() if reads.active[p][0])])
@@ -61,10 +63,11 @@ def _point_of(taught: Latency, speed: Speed, name: str) -> dict:
                 learned={k: getattr(taught.chip, k) for k in _LEARNED})
 
 # %% ../nbs/20b_latency.ipynb #1cda1bb8
+@_checked
 def calibrate(
     lat: Latency, # of this machine
-    model, # mlx-lm model to measure
-    plan, # its formats
+    model: object, # mlx-lm model to measure
+    plan: Mapping, # its formats
     name: str, # how tables call it
     folder: 'Path | None' = None, # of measurements
     **options, # of `measure_decode`
@@ -138,6 +141,7 @@ def _repr_html_(self: Speeds) -> str:
     return f'{_html_table(head, rows)}<p><small>{escape(_foot(self))}</small></p>'
 
 # %% ../nbs/20b_latency.ipynb #5b2fc107
+@_checked
 def compare_speeds(
     lat: Latency, # of the model on a chip
     plans: dict, # name ▸ Plan
@@ -155,8 +159,9 @@ def compare_speeds(
 
 # %% ../nbs/20b_latency.ipynb #f699d437
 @patch
+@_checked
 def plot(self: Speeds,
-    ax = None, # matplotlib axes
+    ax: 'Axes | None' = None, # to draw on; new ones by default
 ):
     "Measured against predicted speed; on the diagonal they agree"
     import matplotlib.pyplot as plt
@@ -230,12 +235,12 @@ def _speed_range(
 
 # %% ../nbs/20b_latency.ipynb #fd0afff0
 @patch
+@_checked
 def budget(self: Latency,
     tps: float, # tokens per second to reach
-    formats: list, # candidates
+    formats, # candidates
 ) -> dict: # options of `allocate`
     "A speed as a cap for `allocate`; raises ValueError, naming the range, if no plan or every plan reaches it"
-    if not tps > 0: raise ValueError(f'{tps} tokens per second is not a positive number')
     fmts = parse_formats(formats)
     low, high = _speed_range(self, fmts)
     fast, slow = 1e3/max(low, self.host), 1e3/max(high, self.host)
@@ -247,8 +252,9 @@ def budget(self: Latency,
     return dict(max_ms=min(1e3/tps, high)*(1+1e-12), costs_ms=self)
 
 # %% ../nbs/20b_latency.ipynb #32d9bb03
+@_checked
 def speed_frontier(
-    sweep, # Sweep
+    sweep: Sweep, # measured by kl_sweep, or read by load_sweep
     lat: Latency, # of the same model
     n: int = 16, # plans
     formats = None, # candidates; all of the sweep by default
@@ -262,10 +268,11 @@ def speed_frontier(
     return Frontier(plans, [uniform(sweep, f) for f in fmts])
 
 # %% ../nbs/20b_latency.ipynb #ccff585a
+@_checked
 def plot_frontier(
     frontier: Frontier, # what `speed_frontier` gave
     lat: Latency, # of the same model
-    ax = None, # matplotlib axes
+    ax: 'Axes | None' = None, # to draw on; new ones by default
 ):
     "Predicted KL against decode speed, of allocated plans and of uniform ones"
     import matplotlib.pyplot as plt

@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from fastcore.basics import patch
+
 from .folder import _digest, _NOTES, _made_by_others, _tensor_digest, _weight_files, check_untrusted, find_model
 from .folder import _same_bytes, read_header
 from .formats import dequantized
@@ -255,19 +257,6 @@ class ModelFolder:
         if self.model_type != 'llm': _check_stray(self.folder, self.files, self.model_type)
         self.text_only = self.model_type == 'llm' or self.model_type == 'vlm' and not _sees(self.config, names)
 
-    def load(self, plain: bool = False): # plain: what is stored in few bits is given in full precision
-        "A fresh model with lazy arrays"
-        try: model = _load_lazy(self.folder, self.config, self.trust_remote_code, self.model_type)
-        except ValueError as e:
-            if 'unexpected keyword' in str(e.__cause__) and self.config != self.stored:
-                self.config = self.stored # its class takes what the file says and nothing else
-                return self.load(plain)
-            if self.others is None: raise
-            raise ValueError(f'{e}; it was quantized by another library ({self.others}): take the full-precision '
-                             'model that it was made from, or dequantize it with that library and save it') from e
-        model = _as_type(model, self.dtype)
-        return _unpacked(model) if plain else model
-
     @property
     def quantized(self): return self.others is not None or 'quantization' in self.config # by whomever
 
@@ -290,10 +279,27 @@ class ModelFolder:
     def places(self) -> dict: # tensor ▸ (file, its name there, where it begins and ends)
         return {k: (f, k, t['data_offsets']) for f in self.files for k, t in read_header(f).items()}
 
-    def digest(self, block: int):
-        "Digest the tensors of a block now, since they have just been read"
-        for name, place in self.places.items(): # the block in model.layers.3.mlp.experts.17.up_proj.weight is 3
-            if block == next((int(p) for p in name.split('.') if p.isdigit()), None): _tensor_digest(*place)
+# %% ../nbs/01_models.ipynb #26d60767
+@patch
+def load(self: ModelFolder, plain: bool = False): # plain: what is stored in few bits is given in full precision
+    "A fresh model with lazy arrays"
+    try: model = _load_lazy(self.folder, self.config, self.trust_remote_code, self.model_type)
+    except ValueError as e:
+        if 'unexpected keyword' in str(e.__cause__) and self.config != self.stored:
+            self.config = self.stored # its class takes what the file says and nothing else
+            return self.load(plain)
+        if self.others is None: raise
+        raise ValueError(f'{e}; it was quantized by another library ({self.others}): take the full-precision '
+                         'model that it was made from, or dequantize it with that library and save it') from e
+    model = _as_type(model, self.dtype)
+    return _unpacked(model) if plain else model
+
+# %% ../nbs/01_models.ipynb #a61106c2
+@patch
+def digest(self: ModelFolder, block: int):
+    "Digest the tensors of a block now, since they have just been read"
+    for name, place in self.places.items(): # the block in model.layers.3.mlp.experts.17.up_proj.weight is 3
+        if block == next((int(p) for p in name.split('.') if p.isdigit()), None): _tensor_digest(*place)
 
 # %% ../nbs/01_models.ipynb #c74238b0
 _NO_WEIGHTS = r'inv_freq$|rotary|position_ids|lm_head\.weight$' # of a tied head; `check_two_heads` looks at that

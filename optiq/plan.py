@@ -19,9 +19,11 @@ import numpy as np
 from fastcore.basics import patch
 
 from .formats import ALL_FORMATS, AS_IS, FORMAT, Format, config_entry, parse_format
-from .units import read_units
+from .units import HasUnits, SweepLike, Unit, read_units
 from .readers import NAME, OBJECT, PROSE, TEXT, _helpful, _html_table, dumps, known, maybe, number, one_of, read_ours
 from .readers import whole
+from .readers import _checked
+from .labels import Axes
 
 # %% ../nbs/05_plan.ipynb #d51d1bf9
 @_helpful
@@ -100,7 +102,10 @@ def counts(self: Plan): # Format ▸ number of units
     return dict(sorted(Counter(self.values()).items(), key=lambda c: by_width(c[0])))
 
 @patch
-def diff(self: Plan, other): # unit path ▸ (its format here, its format there)
+@_checked
+def diff(self: Plan,
+    other: Plan, # of the same model
+): # unit path ▸ (its format here, its format there)
     "The units in which another plan of the same model differs"
     return {p: (f, other.get(p)) for p, f in self.items() if other.get(p) != f}
 
@@ -157,6 +162,7 @@ def to_frame(self: Plan): # ▸ pandas DataFrame
 
 # %% ../nbs/05_plan.ipynb #4b0602a6
 @patch
+@_checked
 def save(self: Plan,
     path: 'str | Path', # a .json file
 ):
@@ -212,7 +218,8 @@ def _isotonic(
     return np.concatenate([np.tile(row, (k, 1)) for row, k in pools])
 
 # %% ../nbs/05_plan.ipynb #d7e10004
-def check_noise(sweep):
+@_checked
+def check_noise(sweep: SweepLike):
     "Raise ValueError if the null measurement of `sweep` is as large as what it measured"
     noise, signal = getattr(sweep, 'header', {}).get('noise'), float(np.mean([np.mean(v)
                                                                               for v in sweep.values.values()]))
@@ -243,8 +250,9 @@ def _check_values(sweep):
     check_noise(sweep)
 
 # %% ../nbs/05_plan.ipynb #dda6b2a9
+@_checked
 def smoothed(
-    sweep, # Sweep
+    sweep: SweepLike, # measured by kl_sweep, or read by load_sweep
 ) -> tuple[dict, float]: # (path, Format) ▸ (n,), largest rise that was pooled
     "The KLs of a sweep, checked, so that no wider code is worse than a narrower one; 0 for formats that are stored so"
     _check_values(sweep)
@@ -278,9 +286,10 @@ def mean_se(x): # (n,) numpy ▸ mean, standard error
     return float(x.mean()), float(x.std(ddof=1)/sqrt(len(x))) if len(x) > 1 else nan
 
 # %% ../nbs/05_plan.ipynb #c281a0c1
+@_checked
 def make_plan(
-    source, # Sweep, Checkpoint, or a list of units
-    formats: dict, # unit path ▸ Format
+    source: 'HasUnits | list[Unit]', # Sweep, Checkpoint, or a list of units
+    formats: Mapping, # unit path ▸ Format
     name: str = '', # of the plan, for tables
     table: dict | None = None, # what `smoothed` made of the sweep
     solver: dict | None = None, # how the solver found it
@@ -309,8 +318,9 @@ def _made_from(
     return said
 
 # %% ../nbs/05_plan.ipynb #940cdf46
+@_checked
 def uniform(
-    source, # Sweep, Checkpoint, or a list of units
+    source: 'HasUnits | list[Unit]', # whose units get formats; optiq.models.Checkpoint('demo') opens a model
     fmt: 'Format | str | int', # for all units whose width its groups divide
 ) -> Plan:
     "A plan with one format for all units that can have it; the others stay as they are"
@@ -322,8 +332,9 @@ def uniform(
 RECIPES = 'mixed_2_6', 'mixed_3_4', 'mixed_3_6', 'mixed_4_6'
 
 # %% ../nbs/05_plan.ipynb #b95f1c57
+@_checked
 def recipe(
-    source, # Sweep, Checkpoint, or a list of units
+    source: 'HasUnits | list[Unit]', # whose units get formats; optiq.models.Checkpoint('demo') opens a model
     name: str, # one of RECIPES
     group_size: int = 64, # of all its formats
 ) -> Plan:
@@ -337,8 +348,9 @@ def recipe(
     return make_plan(source, {u.path: fmt(u) for u in units}, name)
 
 # %% ../nbs/05_plan.ipynb #c5e9de5e
+@_checked
 def default_of_vlm(
-    source, # Sweep, Checkpoint, or a list of units
+    source: 'HasUnits | list[Unit]', # whose units get formats; optiq.models.Checkpoint('demo') opens a model
     fmt: 'Format | str | int' = '4g64', # of the language model
 ) -> Plan:
     "The plan of mlx-vlm's default: one format for the language model, and the vision tower left at 16 bits"
@@ -348,8 +360,9 @@ def default_of_vlm(
     return make_plan(source, {u.path: chosen(u) for u in getattr(source, 'units', source)}, f'mlx-vlm default {fmt}')
 
 # %% ../nbs/05_plan.ipynb #ce7b35f6
+@_checked
 def baseline_plans(
-    source, # Sweep, Checkpoint, or a list of units
+    source: 'HasUnits | list[Unit]', # whose units get formats; optiq.models.Checkpoint('demo') opens a model
     formats = ALL_FORMATS, # for the uniform ones
 ) -> list[Plan]:
     "Plans that need no measurement, the smallest first: uniform formats, mlx-lm's recipes, mlx-vlm's default"
@@ -376,8 +389,9 @@ def grid(self: Plan) -> tuple: # kinds, formats, (kinds, blocks+2) index of a fo
 
 # %% ../nbs/05_plan.ipynb #bad4ef8c
 @patch
+@_checked
 def plot(self: Plan,
-    ax = None, # matplotlib axes
+    ax: 'Axes | None' = None, # to draw on; new ones by default
 ):
     "Heat map of formats, kinds × blocks; units outside the blocks stand at the edges"
     import matplotlib.pyplot as plt

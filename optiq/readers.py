@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['TEXT', 'PROSE', 'NAME', 'FLAG', 'FILE', 'INSIDE', 'ANYTHING', 'OBJECT', 'LIST', 'check_file', 'read_bytes',
            'read_text', 'split_lines', 'parse', 'Form', 'whole', 'number', 'maybe', 'one_of', 'shown', 'check',
-           'read_json', 'read_ours', 'check_kind', 'records_in', 'read_records', 'known', 'dumps', 'write_json', 'told']
+           'read_json', 'read_ours', 'check_kind', 'check_other', 'records_in', 'read_records', 'known', 'dumps',
+           'write_json', 'told']
 
 # %% ../nbs/72_readers.ipynb #6e54bf45
 import gzip
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from functools import wraps
@@ -187,6 +188,19 @@ def check_kind(d: dict, where: str, kind: str, form: dict = {}, made_by: str = '
         raise ValueError(f'{where} is not a {kind}, but {other}; {made_by} writes one')
     return check(d, form, where)
 
+# %% ../nbs/72_readers.ipynb #c0b012b7
+def check_other(
+    what: 'str | Path', # the file
+    theirs: dict, # the fingerprint in the file
+    ours: dict, # the one that it should have
+    of: str = 'was measured on something else',
+    remedy: str = 'give another file, or remove it and measure again',
+):
+    "Raise ValueError, naming the fields that differ, unless two fingerprints agree"
+    odd = {k: f'{k} ({theirs.get(k)} there, {ours.get(k)} here)' for k in ours | theirs if theirs.get(k) != ours.get(k)}
+    if 'model' in odd: remedy = 'the weights are others, or another version of optiq took the fingerprint; '+remedy
+    if odd: raise ValueError(f'{what} {of}: {", ".join(odd.values())}; {remedy}')
+
 # %% ../nbs/72_readers.ipynb #efdf0a15
 def records_in(
     lines: list, # of texts
@@ -263,7 +277,7 @@ def _fits(x, hint) -> bool:
 
 # %% ../nbs/72_readers.ipynb #5c724522
 _IN_WORDS = {bool: 'True or False', str: 'text', int: 'a whole number', float: 'a number above 0', list: 'a list',
-             tuple: 'a list', dict: 'a dict', Path: 'text', Callable: 'a function'}
+             tuple: 'a list', dict: 'a dict', Mapping: 'a dict', Path: 'text', Callable: 'a function'}
 
 def _kinds(hint) -> list: # of str
     "What an annotation allows, in words"
@@ -271,6 +285,7 @@ def _kinds(hint) -> list: # of str
     if kind in (Union, UnionType): return list(dict.fromkeys(w for h in get_args(hint) for w in _kinds(h)))
     if kind is NoneType: return []
     if kind in (list, tuple) and get_args(hint): return [f'a list, each {_in_words(get_args(hint)[0])}']
+    if getattr(kind, '_is_protocol', False): return [kind.__doc__]
     shows = is_dataclass(kind) and re.search(rf'^ *({kind.__name__}\(.*\))$', kind.__doc__, re.M)
     return [_IN_WORDS.get(kind) or (f'such as {shows[1]}' if shows else f'a {kind.__name__}')]
 

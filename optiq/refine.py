@@ -24,8 +24,10 @@ from .frontier import Frontier, plus_minus
 from .measure.estimate import _measure_halved, passes_of, plan_passes
 from .measure.log import _bar
 from .plan import Plan, baseline_plans, mean_se, smoothed
-from .readers import known, _helpful
+from .readers import known, _helpful, _checked
 from .solver import Problem, undominated
+from .models import Checkpoint
+from .units import SweepLike
 
 # %% ../nbs/05c_refine.ipynb #39d89eb7
 def _joint_kl(
@@ -107,7 +109,7 @@ def _solve_again(
     values: dict, # of `around`; the other units keep their format
 ) -> tuple: # Plan, its forecast KL
     "The best plan in which only the units measured again may change, and its forecast KL"
-    p, (table, _) = q.problem, smoothed(SimpleNamespace(values=values))
+    p, (table, _) = q.problem, smoothed(SimpleNamespace(header={}, units=[], values=values))
     kl = np.full(p.kl.shape, np.inf)
     for i, (row, options) in enumerate(zip(p.rows, p.options)):
         for j, f in enumerate(options):
@@ -181,6 +183,7 @@ def _row_text(r: dict) -> str: # of `Verified.row`
     return f'{r["name"]:16} {r["size_mb"]:8.2f} MB  predicted {said:6}  measured {kl}  {off}'
 
 # %% ../nbs/05c_refine.ipynb #72265bc4
+@_checked
 def verdict(v: Verified) -> str:
     "One line about `v`: which plan we keep, and how good its forecast was"
     last, again = v.rounds[-1], sum(r['units'] for r in v.rounds)
@@ -211,10 +214,11 @@ def _made_of(plan: Plan, only: 'list | None') -> bool:
     return only is None or all(u.keeps(plan[u.path]) or plan[u.path] in named for u in plan.units)
 
 # %% ../nbs/05c_refine.ipynb #0859a65d
+@_checked
 def verified(
-    model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
+    model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: np.ndarray, # (n, T) calibration tokens
-    sweep, # Sweep of the same model
+    sweep: SweepLike, # Sweep of the same model
     *,
     quantize = quantize_dequantize, # what will save it: (weight, format) ▸ weight, or a mapping of paths to such
     only: 'list | None' = None, # formats that the plan that we keep may have; any by default
@@ -255,9 +259,10 @@ def _spread_over(frontier: Frontier, each: int) -> list: # of Plans
     return [plans[i] for plans in frontier.curves().values() for i in at(plans)]
 
 # %% ../nbs/05c_refine.ipynb #c73b15cc
+@_checked
 def measured(
     frontier: Frontier,
-    model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
+    model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: np.ndarray, # (n, T) evaluation tokens
     each: int = 4, # points of each curve, evenly spread; 0 for the baselines and their rivals alone
     quantize = quantize_dequantize, # as for `verified`; baselines are rounded likewise

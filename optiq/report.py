@@ -19,9 +19,11 @@ from fastcore.basics import patch
 
 from . import __version__
 from .frontier import COLOURS
-from .labels import _legend
+from .labels import _legend, Axes
 from .plan import make_plan, mean_se
-from .readers import _helpful, _html_table, known, OBJECT, PROSE, read_ours, write_json
+from .readers import _helpful, _html_table, known, OBJECT, PROSE, read_ours, write_json, _checked
+from .models import Checkpoint
+from .units import PlanLike
 
 # %% ../nbs/30_report.ipynb #4250e0cd
 def machine() -> dict: # cpu, cores, system, versions, date
@@ -233,7 +235,8 @@ class Report:
 
 # %% ../nbs/30_report.ipynb #744f53f0
 @patch
-def save(self: Report, path):
+@_checked
+def save(self: Report, path: 'str | Path'):
     "Write a report as JSON to the file at `path`"
     write_json(path, dict(optiq='report', rows=self.rows, about=self.about))
 
@@ -251,7 +254,8 @@ def _size_of(
     "The size of a model, as columns of a row"
     return dict(name=name, nominal_bpw=size.nominal_bpw, true_bpw=size.true_bpw, size_mb=size.size_mb)
 
-def own_size(c, name: str | None = None, plan=None) -> dict: # Checkpoint ▸ columns of a row
+@_checked
+def own_size(c: Checkpoint, name: str | None = None, plan: PlanLike | None = None) -> dict: # columns of a row
     "The size of model `c`, called `name`, as it is stored, or in a `plan` that stands for it"
     return _size_of(name or c.name, plan or make_plan(c, c.formats))
 
@@ -274,7 +278,8 @@ def score_row(
 
 # %% ../nbs/30_report.ipynb #6de94263
 @patch
-def plot(self: Report, ax=None, metric: str = 'kl'):
+@_checked
+def plot(self: Report, ax: 'Axes | None' = None, metric: str = 'kl'):
     "Quality by one `metric` against true bits per weight, with two standard errors; draws on `ax` if you give one"
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(6, 3.5))[1]

@@ -7,7 +7,7 @@ __all__ = ['CHIPS', 'Chip', 'chip_named', 'Reads', 'reads_of', 'skeleton', 'Late
 
 # %% ../nbs/20_roofline.ipynb #81f80a16
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import log, prod
 
@@ -18,6 +18,7 @@ from .formats import AS_IS, Format, nbytes
 from .kv.layout import bytes_after, leaf_caches
 from .folder import _of_text
 from .units import _census, Unit, find_units
+from .readers import _checked
 
 # %% ../nbs/20_roofline.ipynb #b804e379
 _PUBLISHED = {3: 1.08} # a byte of 3-bit codes against one of 4-bit codes, on Apple's GPUs (mlx-optiq 0.0.1)
@@ -217,17 +218,20 @@ def device(self: Latency, plan):
     return self.weights(plan)+self.fixed
 
 @patch
-def ms(self: Latency, plan):
+@_checked
+def ms(self: Latency, plan: Mapping):
     "Milliseconds for one token of a `plan`: the slower of device and CPU"
     return max(self.device(plan), self.host)
 
 @patch
-def tps(self: Latency, plan):
+@_checked
+def tps(self: Latency, plan: Mapping):
     "Tokens per second that a `plan` decodes, as predicted"
     return 1e3/self.ms(plan)
 
 @patch
-def terms(self: Latency, plan):
+@_checked
+def terms(self: Latency, plan: Mapping):
     "Milliseconds of each part for one token of a `plan`, as a dict"
     return dict(weights=self.weights(plan), cache=self.cache, overhead=self.overhead, host=self.host)
 

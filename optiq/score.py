@@ -21,10 +21,11 @@ from .files import own_file
 from .formats import parse_format
 from .measure.log import _bar
 from .models import Checkpoint
-from .readers import known
+from .readers import known, _checked
 from .report import Report, joined, machine, mean_figure, own_size, share_figure, test
 
 # %% ../nbs/46_score.ipynb #00293847
+@_checked
 def text_tokens(
     c: Checkpoint, # whose tokenizer to use
     source: str = 'bundled', # 'bundled', 'wikitext2' or a file, of which all is used
@@ -60,8 +61,9 @@ def _text_about(source, tokens: np.ndarray) -> dict:
     return dict(text=f'{source}, {len(tokens)} × {tokens.shape[1]} tokens', tokens=fingerprint(tokens), **machine())
 
 # %% ../nbs/46_score.ipynb #fa625572
+@_checked
 def perplexity(
-    model, # name or Checkpoint
+    model: 'str | Checkpoint', # name or Checkpoint
     n: int = 50, # sequences
     source: str = 'bundled', # text
     seq_len: int = 512, # tokens in each sequence
@@ -78,6 +80,7 @@ def perplexity(
     return Report([own_size(c, name) | _perplexity_figure(nll, fingerprint(tokens))], _text_about(source, tokens))
 
 # %% ../nbs/46_score.ipynb #e93320fd
+@_checked
 def same_words(a: Checkpoint, b: Checkpoint):
     "Raise ValueError, saying why, unless the models `a` and `b` read the same tokens"
     if a.vocabulary != b.vocabulary: raise ValueError(
@@ -159,8 +162,9 @@ def _under_test(
     return _within(open_backend(model, backend), max_memory), {}, own_size(model)
 
 # %% ../nbs/46_score.ipynb #644caac2
+@_checked
 def kl(
-    model, # name, Checkpoint, or a GGUF file of the baseline
+    model: 'str | Checkpoint', # name, Checkpoint, or a GGUF file of the baseline
     baseline = None, # the reference
     n: int = 50, # sequences
     source: str = 'bundled', # text
@@ -253,6 +257,7 @@ _TASKS = dict(perplexity=perplexity, kl=kl, gsm8k=_gsm8k, needle=_needle, recall
              ai2d='optiq.evals.ai2d', wer='optiq.evals.wer')
 
 # %% ../nbs/46_score.ipynb #a897101c
+@_checked
 def run_task(
     task: str, # 'perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer' or 'harness:<name>'
     model: str,
@@ -301,6 +306,7 @@ def _one_figure(name, task, row, base=None) -> dict:
     return get(row) | dict(baseline=get(base) if base else None, p_value=t['p_value'] if t else None)
 
 # %% ../nbs/46_score.ipynb #2a24af6a
+@_checked
 def as_figures(
     report: Report, # of one model, or a baseline and a model
     task: str, # whose score it is

@@ -22,7 +22,7 @@ from .backends.replay import Backend, _Heard
 from .backends.taps import _for_themselves
 from .calibration import fingerprint, samples_of, shape_of
 from .files import _check_place, _check_source, _clear_stale, as_path, scratch
-from .readers import TEXT, check_kind, maybe, parse, whole as _whole
+from .readers import TEXT, check_kind, check_other, maybe, parse, whole as _whole
 
 # %% ../nbs/06a_statistics.ipynb #da9cc579
 @dataclass
@@ -291,17 +291,15 @@ def _learned_from(
     if not file.exists():
         _check_place(file)
         _clear_stale(file)
-        _check_of('this text is not what the sweep learned from', here, wanted, 'give the text that it names')
+        check_other('this text', _told(here), _told(wanted), 'is not what the sweep learned from',
+                    'give the text that it names')
         _save_learned(b, heard, here | dict(source=source), file)
     found = _Learned(b, file)
-    _check_of(f'{file} holds statistics of something else', found.about, wanted,
-              'give `statistics` a file that is not there yet')
+    check_other(file, _told(found.about), _told(wanted), 'holds statistics of something else',
+                'give `statistics` a file that is not there yet')
     found.check()
     return found
 
-def _check_of(what: str, there: dict, here: dict, remedy: str):
-    "Raise ValueError, naming what differs, unless model, length and text are the same"
-    names = dict(model='model', length='shape', text='fingerprint')
-    odd = [f'{name} ({there[k]} there, {here[k]} here)' for name, k in names.items() if there[k] != here[k]]
-    if odd: raise ValueError(f'{what}: {", ".join(odd)}; {remedy}')
-
+def _told(about: dict) -> dict:
+    "What an error calls that statistics are of"
+    return dict(model=about['model'], length=about['shape'], text=about['fingerprint'])

@@ -1,5 +1,6 @@
 "Names, legends and ticks in every figure that a function draws, measured in what matplotlib's renderer draws"
 import sys
+from inspect import unwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,7 +145,7 @@ def fronts(seed):
     s = random_sweep(seed, blocks=3)
     plans = [allocate(s, target_bpw=b) for b in np.linspace(3.1, 7.9, 14)]
     lat = SimpleNamespace(tps=lambda p: 900-90*p.true_bpw, chip=SimpleNamespace(name='a chip'), context=512)
-    return plot_frontier(Frontier(plans, [uniform(s, f) for f in s.formats]), lat)
+    return unwrap(plot_frontier)(Frontier(plans, [uniform(s, f) for f in s.formats]), lat)
 
 def analysis(seed):
     s = of_cache(seed=seed)

@@ -2,13 +2,16 @@
 import inspect, pydoc, re, subprocess, sys
 from importlib import import_module
 from pathlib import Path
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import optiq
 from optiq.formats import Format, parse_formats
 from optiq.measure.sweep import Sweep
-from optiq.readers import _check_types, _helpful, _hints
+from optiq.plan import baseline_plans, uniform
+from optiq.readers import _check_types, _fits, _helpful, _hints
 from optiq.show.explore import explore, explore_kv
+from optiq.show.plots import plan_svg
 from sweeps import block_units, make_sweep
 
 ROAD = ['kl_sweep', 'load_sweep', 'allocate', 'pareto', 'convert', 'optimize', 'trade_off', 'compare', 'verify', 'predict_speeds']
@@ -101,17 +104,24 @@ MISUSE = dict(
     until=(lambda s: optiq.kl_sweep('demo', until='done'), "`until` is 'done', and should be 'stable' or None"),
     samples=(lambda s: optiq.compare('demo', n=0), '`n` is 0, and should be a whole'),
     texts=(lambda s: optiq.Texts(n_calibration=0), '`n_calibration` is 0, and should be a whole'),
-    no_sweep=(lambda s: optiq.allocate('demo', target_bpw=4), "made from a Sweep, not from 'demo'; measure one with kl_sweep"),
-    plan=(lambda s: optiq.allocate(optiq.allocate(s, target_bpw=4), target_bpw=4), "made from a Sweep, not from Plan '4 bits'"),
-    curve=(lambda s: optiq.pareto('demo'), "made from a Sweep, not from 'demo'"),
+    no_sweep=(lambda s: optiq.allocate('demo', target_bpw=4), "`sweep` is 'demo', and should be a Sweep: measured by kl_sweep"),
+    plan=(lambda s: optiq.allocate(optiq.allocate(s, target_bpw=4), target_bpw=4), "`sweep` is Plan '4 bits'.*, and should be a Sweep"),
+    curve=(lambda s: optiq.pareto('demo'), "`sweep` is 'demo', and should be a Sweep"),
+    source=(lambda s: uniform('demo', 4), r"`source` is 'demo', .* a Sweep, a Checkpoint or a list, .*Checkpoint\('demo'\)"),
+    baselines=(lambda s: baseline_plans(s.units[0].path), '`source` is .*, and should be a Sweep, a Checkpoint'),
+    axes=(lambda s: uniform(s, 4).plot(ax=5), '`ax` is 5, and should be matplotlib axes: to draw on; new ones by default'),
+    figure=(lambda s: s.plot(ax=plt.figure()), '`ax` is <Figure.*, and should be matplotlib axes'),
+    drawn_plan=(lambda s: plan_svg('demo'), "`plan` is 'demo', and should be a Plan"),
+    differs=(lambda s: uniform(s, 4).diff('4g64'), "`other` is '4g64', and should be a Plan: of the same model"),
+    explained=(lambda s: uniform(s, 4).why(s.units[0].path, 'demo'), "`sweep` is 'demo', and should be a Sweep"),
     cap=(lambda s: optiq.allocate(s, target_bpw='4.5'), "`target_bpw` is '4.5', and should be a number"),
     no_cap=(lambda s: optiq.allocate(s), 'no cap; give target_bpw, '),
     targets=(lambda s: optiq.pareto(s, '3,4'), "`targets` holds '3,4', and should hold numbers"),
     curve_targets=(lambda s: optiq.trade_off('demo', '3,4'), "`targets` holds '3,4', and should hold numbers"),
     caps=(lambda s: optiq.optimize('demo', None, 4.5), r'`caps` is 4.5, and should be such as Caps\(target_bpw=4.5\)'),
     weights=(lambda s: optiq.optimize('demo', weights='4,8'), r"`weights` is '4,8', and should be such as Weights\("),
-    no_plan=(lambda s: optiq.convert('demo', 4, 'out'), '4 is not a plan; make one with allocate or uniform'),
-    sweep_as_plan=(lambda s: optiq.convert('demo', s, 'out'), 'is not a plan; make one with allocate or uniform'),
+    no_plan=(lambda s: optiq.convert('demo', 4, 'out'), '`plan` is 4, and should be a Plan: for .*, made by allocate or uniform'),
+    sweep_as_plan=(lambda s: optiq.convert('demo', s, 'out'), '`plan` is Sweep of .*, and should be a Plan: '),
     bits=(lambda s: Format('4', 64), "no MLX format has bits='4', group_size=64"),
     drawn=(lambda s: s.plot(fmt='5g64'), '5g64 was not measured; the sweep has 4g64, 8g64'),
     format=(lambda s: s.kl(s.units[0].path, 5), '5g64 was not measured; the sweep has 4g64, 8g64'),
@@ -134,8 +144,8 @@ MISUSE = dict(
     negative=(lambda s: optiq.allocate(s, target_bpw=-4), '`target_bpw` is -4, and should be a number above 0: cap on nominal bits'),
     place=(lambda s: optiq.convert('demo', optiq.allocate(s, target_bpw=4), None), '`out` is None, and should be text: folder to write'),
     from_file=(lambda s: optiq.convert('demo', optiq.allocate(s, target_bpw=4), 'o', 's.json'),
-               "`sweep` is 's.json', and should be a Sweep; load"),
-    nothing=(lambda s: optiq.convert('demo', None, 'o'), 'None is not a plan; make one with'),
+               "`sweep` is 's.json', and should be a Sweep: .*load_sweep"),
+    nothing=(lambda s: optiq.convert('demo', None, 'o'), '`plan` is None, and should be a Plan'),
     rounded=(lambda s: optiq.convert('demo', optiq.allocate(s, target_bpw=4), 'o', quantizer='gptq'),
              "`quantizer` is 'gptq', and should be a function"),
     caps_text=(lambda s: optiq.Caps(target_tps='fast'), "`target_tps` is 'fast', and should be a number above 0: decode"),
@@ -173,6 +183,27 @@ def test_misuse_is_told_in_the_words_of_the_caller(case, sweep):
 def test_a_call_that_does_not_go_together_says_where_to_look(wrong, says, sweep):
     with pytest.raises(TypeError) as e: wrong(sweep)
     assert str(e.value).startswith(says) and '\n' not in str(e.value)
+
+OPEN = ['plan', 'knapsack', 'frontier', 'refine', 'latency', 'report', 'measure.sweep', 'measure.estimate', 'sensitivity', 'pipeline', 'fit',
+        'chat', 'score', 'convert', 'evals.verify', 'kv.sweep', 'show.plots', 'show.explore', 'show.demos', 'show.page', 'show.upload']
+
+def functions_of(module):
+    "Public functions and methods by name"
+    m = import_module(f'optiq.{module}')
+    found = {n: getattr(m, n) for n in m.__all__}
+    methods = {f'{n}.{k}': f for n, c in found.items() if inspect.isclass(c) for k, f in vars(c).items() if not k.startswith('_')}
+    return {k: f for k, f in {**found, **methods}.items() if inspect.isfunction(f)}
+
+@pytest.mark.parametrize('module', OPEN)
+def test_an_object_of_another_class_is_told_at_the_door(module):
+    "What takes one of our objects looks at it, and an error in one line names the parameter"
+    for name, f in functions_of(module).items():
+        inside, given = inspect.unwrap(f), {'ax', 'sweep', 'source', 'plan', 'other', 'frontier', 'model'} & {*inspect.signature(f).parameters}
+        assert not given or inside is not f and given <= {*inside.__annotations__}, name
+        for k, hint in _hints(inside).items() if inside is not f else ():
+            if _fits(wrong := object(), hint): continue # it says nothing about what it takes
+            with pytest.raises(ValueError, match=f'^`{k}` is <object.* and should be [a-zT]') as e: _check_types(inside, {k: wrong})
+            assert '\n' not in str(e.value), name
 
 @pytest.mark.parametrize('name', ROAD)
 def test_every_annotation_of_the_road_can_be_read(name):

@@ -18,6 +18,7 @@ from .replay import Backend, available_memory
 from .stream import StreamedModel, StreamedReplay, StreamingBackend
 from .torch import TorchBackend
 from ..models import Checkpoint, check_two_heads
+from ..readers import _checked
 
 # %% ../../nbs/03f_backends.open.ipynb #bd91567e
 _SMALL = 2**26 # parameters of a model that is quick in any library
@@ -123,6 +124,7 @@ def _streamed(checkpoint): # ▸ a Backend
 _KINDS = dict(text=dict(torch=TorchBackend, mlx=MLXBackend, stream=_streamed),
              parts=dict(mlx=ReplayBackend, stream=StreamedReplay))
 
+@_checked
 def open_backend(
     model: 'str | Checkpoint | Backend', # name, folder, or something opened before
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'

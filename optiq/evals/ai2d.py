@@ -21,6 +21,8 @@ from ..material.diagrams import diagrams, prompt
 from ..measure.log import _bar
 from ..models import Checkpoint
 from ..report import Report, joined, machine, own_size, share_figure
+from ..readers import _checked
+from ..backends.replay import Backend
 
 # %% ../../nbs/35_evals.ai2d.ipynb #37dc6259
 _LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
@@ -169,8 +171,9 @@ def _judged(row: dict, response: str | None, logprobs) -> dict:
 
 # %% ../../nbs/35_evals.ai2d.ipynb #e4a09631
 @claiming
+@_checked
 def ai2d(
-    model, # name, Checkpoint or backend
+    model: 'str | Checkpoint | Backend', # name, Checkpoint or backend
     n: int | None = None, # questions; None takes all
     questions: 'str | Path | list | None' = None, # a source, see `questions_of`, or its rows; AI2D by default
     free: bool = True, # also score what the model writes

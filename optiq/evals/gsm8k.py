@@ -17,10 +17,9 @@ from ..backends.replay import Backend
 from .tasks import answers, compose
 from ..files import append, as_path, claiming, own_file, settle
 from ..material.problems import PROMPT, word_problems
-from ..measure.journal import check_other
 from ..measure.log import _bar
 from ..models import Checkpoint
-from ..readers import OBJECT, PROSE, check, check_kind, dumps, read_records, records_in, shown
+from ..readers import check_other, OBJECT, PROSE, check, check_kind, dumps, read_records, records_in, shown, _checked
 from ..report import Report, machine, own_size, share_figure
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #cd294d53
@@ -207,6 +206,7 @@ _STOP = '\nQuestion:', '\n\nQuestion', '\nQ:', '\n\n\n'
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #7abd7205
 @claiming
+@_checked
 def gsm8k(
     model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     rows: list | None = None, # questions; see `questions`
@@ -259,6 +259,7 @@ def _report(done: list, figure: str, size: dict, about: dict) -> Report:
     return Report([row], about | dict(questions=len(done), **machine(), responses=done))
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #b1057bc7
+@_checked
 def score_responses(
     path: 'str | Path', # .jsonl with question, answer and response
     name: str | None = None, # of the row; the file's by default

@@ -8,6 +8,7 @@ __all__ = ['harness']
 # %% ../../nbs/39_evals.harness.ipynb #adb57be8
 from ..models import Checkpoint
 from ..report import Report, machine, mean_figure, own_size, share_figure
+from ..readers import _checked
 
 # %% ../../nbs/39_evals.harness.ipynb #15ae7104
 def _adapter():
@@ -20,6 +21,7 @@ def _adapter():
     return lm_eval, MLXLM
 
 # %% ../../nbs/39_evals.harness.ipynb #60f9921b
+@_checked
 def harness(
     model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
     task: str, # as lm-eval names it, such as mmlu or arc_easy

@@ -21,7 +21,7 @@ from ..files import whole_folder
 from ..measure.kl import _inside, kl_rows, logit_slices
 from ..measure.log import _bar
 from ..models import Checkpoint
-from ..readers import read_ours, write_json
+from ..readers import read_ours, write_json, _checked
 
 # %% ../../nbs/32_evals.kl.ipynb #7517f973
 def _merged(
@@ -75,6 +75,7 @@ class _Reference:
                    load('best'))
 
 # %% ../../nbs/32_evals.kl.ipynb #45d840b9
+@_checked
 def reference(
     model: 'str | Checkpoint | Backend', # of which only the name is needed if it was computed before
     tokens: np.ndarray, # (n, T)
@@ -130,6 +131,7 @@ def _check_foreign(stored: _Reference, c: Checkpoint, tokens: np.ndarray):
         f'{c.name} and {stored.about["model"]} have vocabularies of different size, so no KL between them exists')
 
 # %% ../../nbs/32_evals.kl.ipynb #ed6aeb86
+@_checked
 def score_against(
     stored: _Reference,
     model: 'str | Backend', # name, Checkpoint or Backend

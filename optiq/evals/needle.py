@@ -15,11 +15,12 @@ from ..backends.replay import Backend
 from ..calibration import encode, prompt_ids
 from .gsm8k import label_of
 from ..folder import _of_text
-from ..readers import known
+from ..readers import known, _checked
 from ..material.mixture import recall_one
 from ..measure.log import _bar
 from ..plan import mean_se
 from ..report import Report, joined, machine, mean_figure, own_size, share_figure
+from ..models import Checkpoint
 
 # %% ../../nbs/37_evals.needle.ipynb #c652d373
 def _needle_trials(
@@ -96,8 +97,9 @@ def _through_cache(b, prompt, answer, cache, step=2048):
     return _smallest_margin(b.numpy(b.model(b.xp.array([prompt[-1:]+answer[:-1]]), cache=cache))[0], answer)
 
 # %% ../../nbs/37_evals.needle.ipynb #60099a92
+@_checked
 def needle(
-    model, # name, Checkpoint or Backend
+    model: 'str | Checkpoint | Backend', # name, Checkpoint or Backend
     lengths: tuple = (128, 256, 512, 1024), # tokens
     depths: tuple = (0., .25, .5, .75, 1.),
     trials: int = 40, # of each length and depth

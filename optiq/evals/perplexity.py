@@ -6,6 +6,7 @@
 __all__ = ['evaluation_tokens', 'check_calibration', 'check_overlap', 'Score', 'evaluate', 'overrides_of']
 
 # %% ../../nbs/31_evals.perplexity.ipynb #cb53e965
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,7 +19,7 @@ from ..backends.replay import Backend, available_memory
 from ..calibration import fingerprint, overlap, passages, positions, samples_of, token_batch, token_ids
 from ..calibration import unscored
 from ..formats import AS_IS, for_unit, quantize_dequantize
-from ..readers import known
+from ..readers import known, _checked
 from ..frontier import plus_minus
 from ..measure.kl import _inside, kl_rows, logit_slices
 from ..measure.journal import read_log
@@ -26,6 +27,7 @@ from ..measure.log import _bar
 from ..models import Checkpoint
 
 # %% ../../nbs/31_evals.perplexity.ipynb #ea90def3
+@_checked
 def evaluation_tokens(
     source: str, # 'bundled', 'wikitext2', or a local file
     tokenizer, # of the model
@@ -37,6 +39,7 @@ def evaluation_tokens(
     return token_batch(passages(source, split, min_chars=-1), tokenizer, n, seq_len, seed=None)
 
 # %% ../../nbs/31_evals.perplexity.ipynb #ea4dc112
+@_checked
 def check_calibration(
     checkpoint: Checkpoint, # a converted model, or any other
     tokens: np.ndarray, # (n, T) to evaluate on
@@ -183,6 +186,7 @@ def scores(self: _Text) -> dict: # name ▸ Score, with 'reference' first
     return {n: Score.of(np.concatenate([x.rows[n] for x in self.batches], 1)[:, :, self.skip:]) for n in names}
 
 # %% ../../nbs/31_evals.perplexity.ipynb #ecc2e078
+@_checked
 def evaluate(
     model: 'str | Checkpoint | Backend', # the reference
     tokens: 'np.ndarray | list', # (n, T), or samples
@@ -261,8 +265,9 @@ def _nll_of_sample(b, z, sample):
     return out
 
 # %% ../../nbs/31_evals.perplexity.ipynb #dd82e44c
+@_checked
 def overrides_of(
-    plan, # unit path ▸ Format, a Plan or a dict
+    plan: Mapping, # unit path ▸ Format, a Plan or a dict
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
 ) -> dict:
     "The overrides that simulate a plan: unit path ▸ function of its weight"

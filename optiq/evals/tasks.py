@@ -19,6 +19,8 @@ from ..backends.torch import TorchBackend
 from ..calibration import encode, prompt_ids
 from ..material.mixture import lists, recall
 from ..material.problems import correct, word_problems
+from ..readers import _checked
+from ..models import Checkpoint
 
 # %% ../../nbs/33_evals.tasks.ipynb #903884f7
 def _writes_exactly(
@@ -121,8 +123,9 @@ def _parts(which, lengths: list, room: int): # of indices
     if part: yield part
 
 # %% ../../nbs/33_evals.tasks.ipynb #3f4251e5
+@_checked
 def answers(
-    model, # name, Checkpoint or Backend
+    model: 'str | Checkpoint | Backend', # name, Checkpoint or Backend
     rows: list, # of dicts with `prompt` and `answer`
     overrides: dict = {}, # of a plan, see `optiq.evals.perplexity.overrides_of`
     new_tokens: int = 200, # at most
@@ -164,7 +167,8 @@ class _Share:
     def __repr__(self): return f'{self.value:.1%} [{self.interval[0]:.1%}, {self.interval[1]:.1%}] of {self.n}'
 
 # %% ../../nbs/33_evals.tasks.ipynb #dd4e61a7
-def score_rows(model, rows: list, overrides: dict = {}) -> _Share:
+@_checked
+def score_rows(model: 'str | Checkpoint | Backend', rows: list, overrides: dict = {}) -> _Share:
     "How many of these `rows` a `model` gets right, with `overrides` of its weights"
     return _Share(sum(correct(r, text) for r, text in zip(rows, answers(model, rows, overrides))), len(rows))
 

@@ -13,6 +13,7 @@ import numpy as np
 from .gsm8k import label_of
 from ..models import Checkpoint
 from ..report import Report, machine, own_size
+from ..readers import _checked
 
 # %% ../../nbs/38_evals.throughput.ipynb #f646444c
 def _one_run(
@@ -33,6 +34,7 @@ def _one_run(
                 peak_mb=mx.get_peak_memory()/2**20)
 
 # %% ../../nbs/38_evals.throughput.ipynb #365ed592
+@_checked
 def throughput(
     model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
     prompt_tokens: int = 512, # tokens to read when speed is measured: random ones, the text does not matter

@@ -26,7 +26,7 @@ from ..formats import AS_IS, dequantized, nbytes, quantize_minmax
 from ..measure.sweep import Sweep, learned_again, rounding_of
 from ..models import Checkpoint
 from ..plan import Plan
-from ..readers import _helpful, _html_table
+from ..readers import _helpful, _html_table, check_other
 from ..rounding import round_model
 
 # %% ../../nbs/45_evals.verify.ipynb #08312daf
@@ -152,8 +152,8 @@ def _check_reference(c: Checkpoint, plan: Plan | None, sweep: Sweep | None, b: B
     for k in ('params', 'other_bytes'):
         if sweep.header[k] != getattr(reference, k): raise ValueError(
             f'sweep.json says {k} {sweep.header[k]:,}, and {reference.name} has {getattr(reference, k):,}')
-    if sweep.header['fingerprint']['model'] != reference.fingerprint: raise ValueError(
-        f'the sweep was measured on another model than {reference.name}')
+    check_other('sweep.json', dict(model=sweep.header['fingerprint']['model']), dict(model=reference.fingerprint),
+                remedy=f'give the reference that it was made from, or convert {reference.name} again')
     polished = plan.solver.get('rounding')
     if polished: raise _Unknown(
         f'it was rounded by {polished}, which we cannot repeat from what is stored')

@@ -18,6 +18,7 @@ from ..material.speech import clips
 from ..measure.log import _bar
 from ..models import Checkpoint
 from ..report import Report, _figure, machine, own_size
+from ..readers import _checked
 
 # %% ../../nbs/36_evals.wer.ipynb #1d9a006a
 @cache
@@ -56,6 +57,7 @@ def _wer_figure(
 
 # %% ../../nbs/36_evals.wer.ipynb #90311635
 @claiming
+@_checked
 def wer(
     model: 'str | Checkpoint', # a speech model that mlx-audio opens
     n: int = 200, # clips at most

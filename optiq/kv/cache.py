@@ -19,6 +19,7 @@ from ..formats import FAMILIES, Format, parse_format
 from .attention import _Stored, _teach_attention, codec_of
 from .config import read_kv_config
 from .layout import KVLayout, language, own_caches
+from ..readers import _checked
 
 # %% ../../nbs/11c_kv.cache.ipynb #28ee57c7
 _CACHES = []
@@ -273,6 +274,7 @@ def _mixed_bytes(
     return sum(map(held, layout.layers))
 
 # %% ../../nbs/11c_kv.cache.ipynb #6aedfe84
+@_checked
 def memory_table(
     layout: KVLayout, # of the model's cache
     formats: dict, # cache index ▸ (format of keys, format of values)

@@ -17,18 +17,20 @@ from ..evals.perplexity import overrides_of, _scores
 from ..files import journal_of
 from ..formats import Format, parse_formats
 from ..knapsack import allocate
-from ..readers import known
+from ..readers import known, _checked
 from .cache import memory_table
 from .config import kv_config, read_kv_config
 from .layout import KVLayer, KVLayout, kv_layout
 from .precondition import rotates
-from ..labels import _legend
+from ..labels import _legend, Axes
 from ..measure.kl import probes
 from ..measure.sweep import Sweep, learned_again, rounding_of
 from ..plan import Plan, make_plan, uniform
 from ..report import Report, score_row
 from ..rounding import as_overrides, round_model
 from ..sensitivity import kl_sweep
+from ..models import Checkpoint
+from ..backends.replay import Backend
 
 # %% ../../nbs/11f_kv.sweep.ipynb #eedf25f5
 def _check_candidates(b, layout: KVLayout, formats: list):
@@ -47,12 +49,13 @@ def _check_heard(sweep: Sweep, b):
         f'the {b.name} backend; use the other one')
 
 # %% ../../nbs/11f_kv.sweep.ipynb #d864fc27
+@_checked
 def kv_sweep(
-    model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend; quantized or not
+    model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend; quantized or not
     tokens: np.ndarray | None = None, # (n, T) calibration tokens
-    formats: list = ('3g64', '4g64', '6g64', '8g64'), # candidates
+    formats = ('3g64', '4g64', '6g64', '8g64'), # candidates
     *,
-    weights = None, # Plan of the weights that the cache will serve
+    weights: 'Plan | None' = None, # Plan of the weights that the cache will serve
     rounded: dict | None = None, # what these weights are, as overrides; by MLX's own rule by default
     context: int = 1, # tokens, for the sizes; see `at_context`
     backend: str = 'auto', # 'auto', 'torch' or 'mlx'
@@ -73,6 +76,7 @@ def kv_sweep(
     return sweep
 
 # %% ../../nbs/11f_kv.sweep.ipynb #7ce2a6ed
+@_checked
 def at_context(
     sweep: Sweep, # of keys and values
     context: int, # tokens
@@ -83,9 +87,10 @@ def at_context(
     return Sweep(layout.units, sweep.formats, sweep.values, header)
 
 # %% ../../nbs/11f_kv.sweep.ipynb #4516471b
+@_checked
 def plot_kv(
     sweep: Sweep, # of keys and values
-    ax = None, # matplotlib axes
+    ax: 'Axes | None' = None, # to draw on; new ones by default
     fmt: 'Format | str | None' = None, # the smallest by default
 ):
     "KL by layer with two standard errors, keys and values"
@@ -179,6 +184,7 @@ def _combine(
     return Sweep(weights.units+cache.units, formats, weights.values | cache.values, header)
 
 # %% ../../nbs/11f_kv.sweep.ipynb #6cb828bd
+@_checked
 def parts(plan: Plan, weights: Sweep, cache: Sweep) -> tuple[Plan, Plan]:
     "Split a plan of weights and cache into one of the weights and one of the cache"
     return tuple(make_plan(s, {u.path: plan[u.path] for u in s.units}) for s in (weights, cache))
@@ -191,13 +197,14 @@ def _as_rounded(b, plan: Plan, sweep: Sweep) -> dict: # overrides
     return as_overrides(dict(round_model(b, learned_again(sweep, b.checkpoint), plan, rounding)))
 
 # %% ../../nbs/11f_kv.sweep.ipynb #1046c8f7
+@_checked
 def joint_plan(
-    b, # Backend
+    b: Backend, # Backend
     tokens: np.ndarray, # (n, T) calibration tokens
     max_bytes: float, # weights and cache
     context: int, # tokens
-    formats: list = ('4g64', '8g64'), # candidates of the weights
-    kv_formats: list = ('4g64', '8g64'), # candidates of the cache
+    formats = ('4g64', '8g64'), # candidates of the weights
+    kv_formats = ('4g64', '8g64'), # candidates of the cache
     weight_sweep: Sweep | None = None, # if it was measured before
     progress: bool = True, # print how far the sweeps are
     *,
@@ -236,8 +243,9 @@ def _every_pair(
     return pairs | {'weights and cache together': (joint['weights'], joint['cache'])}
 
 # %% ../../nbs/11f_kv.sweep.ipynb #04092a3b
+@_checked
 def configurations(
-    b, # Backend
+    b: Backend, # Backend
     scored: np.ndarray, # (n, T) evaluation tokens
     joint: dict, # of `joint_plan`
     kv_formats: list, # uniform caches to compare with

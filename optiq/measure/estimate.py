@@ -17,8 +17,10 @@ from ..backends.open import open_backend
 from ..backends.replay import Backend
 from ..backends.trees import _leaves
 from ..calibration import samples_of, shape_of
-from ..formats import Format, WORD, divides, parse_format, quantize_dequantize
+from ..formats import Format, WORD, divides, parse_formats, quantize_dequantize
 from .kl import _stack, kl_of_streams, measure, perturb, probes
+from ..readers import _checked
+from ..models import Checkpoint
 
 # %% ../../nbs/04b_measure.estimate.ipynb #b517665c
 @dataclass(frozen=True)
@@ -184,16 +186,17 @@ def cost(
                 minmax=t.weight*sum(u.params for u in b.checkpoint.units))
 
 # %% ../../nbs/04b_measure.estimate.ipynb #efb54501
+@_checked
 def estimate(
-    model, # name, Checkpoint or Backend
-    formats: list = ('4g64', '8g64'), # candidates
+    model: 'str | Checkpoint | Backend', # name, Checkpoint or Backend
+    formats = ('4g64', '8g64'), # candidates
     tokens: 'np.ndarray | list | tuple' = (8, 128), # calibration tokens, samples, or the shape of tokens
     max_memory: float | None = None, # bytes
 ) -> dict: # seconds, bytes of states, probes, passes, seconds of one sequence and of all weights
     "Expected time and memory of a sweep, from a second of measurements on this machine; see `cost` for the fields"
     b = open_backend(model)
     shape, sample = (tokens, None) if isinstance(tokens, tuple) else (shape_of(tokens), samples_of(tokens)[0])
-    todo = probes(b.checkpoint.units, [parse_format(f) for f in formats])
+    todo = probes(b.checkpoint.units, parse_formats(formats))
     return cost(b, passes_of(todo, shape[0], *plan_passes(b, todo, shape, max_memory)), shape[1], sample)
 
 # %% ../../nbs/04b_measure.estimate.ipynb #056488b9

@@ -17,6 +17,8 @@ from .kl import probes
 from .sweep import Sweep, fingerprint_of
 from .log import SweepLog
 from ..units import Unit
+from ..readers import _checked
+from ..models import Checkpoint
 
 # %% ../../nbs/04d_measure.gradient.ipynb #86fe0e48
 def _second_order(
@@ -58,6 +60,7 @@ def gradient_sweep(
     return Sweep(b.checkpoint.units, formats, {(u.path, f): v for (u, f), v in zip(todo, found.T)}, header)
 
 # %% ../../nbs/04d_measure.gradient.ipynb #d874ee0f
+@_checked
 def agreement(
     estimate: Sweep,
     exact: Sweep, # of the same units and tokens
@@ -128,8 +131,9 @@ def _measured(b, tokens, todo, quantize):
     return {(u.path, f): v for (u, f), v in zip(todo, kl)}
 
 # %% ../../nbs/04d_measure.gradient.ipynb #3ec6198a
+@_checked
 def screened_sweep(
-    model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
+    model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: np.ndarray, # (n, T) calibration tokens
     formats: list, # candidates
     targets: list, # nominal bits of the plans that matter

@@ -6,6 +6,7 @@
 __all__ = ['Sweep', 'warn_of_idle', 'fingerprint_of', 'to_sweep', 'texts_for', 'about_texts', 'rounding_of', 'learned_again']
 
 # %% ../../nbs/04c_measure.sweep.ipynb #b51c0f32
+from collections.abc import Mapping
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -24,8 +25,9 @@ from .journal import read_log
 from .kl import probes
 from ..models import Checkpoint
 from ..units import Unit
-from ..readers import dumps, _helpful
+from ..readers import dumps, _helpful, _checked
 from ..rounding import round_to_files
+from ..labels import Axes
 
 # %% ../../nbs/04c_measure.sweep.ipynb #270612e9
 @_helpful
@@ -66,6 +68,7 @@ class Sweep:
 
 # %% ../../nbs/04c_measure.sweep.ipynb #71b324cf
 @patch
+@_checked
 def to_frame(self: Sweep,
     sequences: bool = False, # a column for each sequence, too
 ): # ▸ pandas DataFrame
@@ -93,8 +96,9 @@ def _heat_table(
 
 # %% ../../nbs/04c_measure.sweep.ipynb #8e659053
 @patch
+@_checked
 def plot(self: Sweep,
-    ax = None, # matplotlib axes
+    ax: 'Axes | None' = None, # to draw on; new ones by default
     fmt: 'Format | str | None' = None, # which format; the smallest by default
 ):
     "Heat map of KL in one format, kinds of tensors × blocks"
@@ -227,6 +231,7 @@ def load(cls: Sweep,
 
 # %% ../../nbs/04c_measure.sweep.ipynb #ab1d31bf
 @patch
+@_checked
 def save(self: Sweep,
     path: 'str | Path', # one that ends in .jsonl gets JSON lines
 ):
@@ -253,7 +258,8 @@ def _long_enough(c: Checkpoint, seq_len: int) -> int: # tokens in a sequence
     return longer
 
 # %% ../../nbs/04c_measure.sweep.ipynb #d7f10002
-def texts_for(c: Checkpoint, source: str, n: int, seq_len: int, more: int,
+@_checked
+def texts_for(c: Checkpoint, source: 'str | list', n: int, seq_len: int, more: int,
               split: str = 'train') -> tuple: # tokens to measure on, to learn from
     """Calibration tokens or samples for model `c`, from one side (`split`) of a text (`source`)
 
@@ -264,7 +270,8 @@ def texts_for(c: Checkpoint, source: str, n: int, seq_len: int, more: int,
     if len(learned) < n: learned = batch_for(c, source, n, seq_len, split) # its error says what is missing
     return learned[:n], learned
 
-def about_texts(source: str | None, learned, rounding: str) -> dict:
+@_checked
+def about_texts(source: 'str | list | None', learned, rounding: str) -> dict:
     "Entries of a sweep's header: source, shape and fingerprint of the tokens that its `rounding` `learned` from"
     about = {} if source is None else dict(calibration=str(source))
     if rounding == 'minmax': return about
@@ -272,10 +279,12 @@ def about_texts(source: str | None, learned, rounding: str) -> dict:
                                      fingerprint=fingerprint(learned)))
 
 # %% ../../nbs/04c_measure.sweep.ipynb #d7f10004
+@_checked
 def rounding_of(sweep: Sweep) -> str: # 'minmax', 'search', 'gptq', or another of `QUANTIZERS`
     "The rounding with which a sweep was measured"
     return sweep.header.get('fingerprint', {}).get('quantizer', 'minmax').split(',')[0]
 
+@_checked
 def learned_again(sweep: Sweep, c: Checkpoint): # ▸ tokens, or samples
     "The tokens that the rounding of a sweep learned from; raises ValueError if we cannot read the same text again"
     if sweep.learned is not None: return sweep.learned
@@ -290,9 +299,10 @@ def learned_again(sweep: Sweep, c: Checkpoint): # ▸ tokens, or samples
 
 # %% ../../nbs/04c_measure.sweep.ipynb #d7f10005
 @patch
+@_checked
 def quantizer(self: Sweep,
-    source, # 'demo', a folder, a Hub id, a Checkpoint or a Backend: the model that it was measured on
-    plan, # unit path ▸ Format
+    source: 'str | Checkpoint | Backend', # the model that it was measured on, or its name
+    plan: Mapping, # unit path ▸ Format
     folder: 'str | Path', # where rounded tensors lie until the conversion has read them
 ): # ▸ (weight, format) ▸ stored tensors, or a mapping of paths to such: a quantizer for `convert`
     "A quantizer that rounds a plan as the sweep did; raises ValueError if it cannot learn from the same text"

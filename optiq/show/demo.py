@@ -23,7 +23,7 @@ from ..evals.perplexity import evaluate, overrides_of
 from ..files import added_files, as_path, whole_folder
 from ..labels import can_draw
 from ..plan import make_plan
-from ..readers import OBJECT, PROSE, _html_table, dumps, read_json
+from ..readers import OBJECT, PROSE, _html_table, dumps, read_json, _checked
 from ..report import Report, fit, machine, score_row
 
 # %% ../../nbs/62_show.demo.ipynb #07489cd6
@@ -94,6 +94,7 @@ class Demo:
 
 # %% ../../nbs/62_show.demo.ipynb #bfb630b2
 @patch
+@_checked
 def save(
     self: Demo,
     folder: 'str | Path', # one that is there, say with models, is added to
@@ -145,6 +146,7 @@ class Ground:
 _once_read = lru_cache(passages) # the bundled text takes some seconds to make
 
 # %% ../../nbs/62_show.demo.ipynb #23e3ded4
+@_checked
 def ground(
     model: str, # 'demo', a folder, or a Hub id
     sizes: Sizes, # how much of each text

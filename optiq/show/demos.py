@@ -41,9 +41,12 @@ from ..rounding import as_overrides, round_model
 from ..sensitivity import kl_sweep
 from .demo import Demo, Ground, Sizes, Table, ground, _scored_rows
 from .plots import plot_kv_analysis, plot_memory
+from ..readers import _checked
+from ..measure.sweep import Sweep
 
 # %% ../../nbs/62a_show.demos.ipynb #c0076ce5
-def profiles(sweep) -> dict: # name ▸ Plan
+@_checked
+def profiles(sweep: Sweep) -> dict: # name ▸ Plan
     "The two published profiles, and what they are compared with"
     flat = {f'uniform {n}': uniform(sweep, n) for n in (4, 3)}
     flat |= {n: recipe(sweep, n) for n in ('mixed_4_6', 'mixed_3_6')}
@@ -70,7 +73,8 @@ def _with_answers(report: Report, answers: dict) -> Report:
     return Report([row(r) for r in report.rows], report.about)
 
 # %% ../../nbs/62a_show.demos.ipynb #4d0c7e11
-def saved(g: Ground, plans: dict, sweep, out: 'str | Path') -> dict: # name ▸ Plan ▸ name ▸ overrides
+@_checked
+def saved(g: Ground, plans: dict, sweep: Sweep, out: 'str | Path') -> dict: # name ▸ Plan ▸ name ▸ overrides
     "Write models into a folder, and give their stored weights as overrides"
     def write(plan):
         folder = Path(out)/f'{Path(g.about["model"]).name}-{plan.nominal_bpw:.1f}bpw'
@@ -78,6 +82,7 @@ def saved(g: Ground, plans: dict, sweep, out: 'str | Path') -> dict: # name ▸ 
     return {n: overrides_of_saved(write(p)) for n, p in plans.items()}
 
 # %% ../../nbs/62a_show.demos.ipynb #95fcc92f
+@_checked
 def llm(
     model: str = 'demo', # or a folder, or a Hub id
     fast: bool | None = None, # small sizes; by default if OPTIQ_FAST is set
@@ -125,6 +130,7 @@ def _versus_table(curve) -> Table: # Frontier
                  ['baseline', 'KL', 'plan', 'difference', 'verdict'], rows)
 
 # %% ../../nbs/62a_show.demos.ipynb #6f785434
+@_checked
 def pareto(
     model: str = 'demo', # or a folder, or a Hub id
     fast: bool | None = None, # small sizes; by default if OPTIQ_FAST is set
@@ -167,6 +173,7 @@ def _best_at_speeds(curve: list, lat, n: int = 4) -> Table: # of plans, from slo
                  ['tok/s', 'nominal bits', 'MB', 'predicted KL', 'units at 8 bits'], rows, lat.how)
 
 # %% ../../nbs/62a_show.demos.ipynb #e58f15da
+@_checked
 def hardware(
     model: str = 'demo', # or a folder, or a Hub id
     fast: bool | None = None, # small sizes, and no measurement of speed; by default if OPTIQ_FAST is set
@@ -232,6 +239,7 @@ def _configuration_table(rows: list, context: int) -> Table: # of a report of `c
          r['weight_mb']+r['cache_mb']] for r in rows])
 
 # %% ../../nbs/62a_show.demos.ipynb #add83f1a
+@_checked
 def combined(
     model: str = 'demo', # or a folder, or a Hub id
     fast: bool | None = None, # small sizes; by default if OPTIQ_FAST is set
@@ -283,6 +291,7 @@ def _plans_at_bytes(c: Checkpoint, sweep) -> dict: # name ▸ Plan
     return plans | {'uniform 2': uniform(c, 2)}
 
 # %% ../../nbs/62a_show.demos.ipynb #1e2836a4
+@_checked
 def vlm(
     model: 'str | Path | None' = None, # a folder or a Hub id; the witness by default
     fast: bool | None = None, # small sizes; by default if OPTIQ_FAST is set
@@ -321,6 +330,7 @@ def _small_asr() -> Path: # folder
     return tiny('qwen3_asr', shape=dict(thinker_config=one))
 
 # %% ../../nbs/62a_show.demos.ipynb #5b7c0a14
+@_checked
 def audio(
     model: 'str | Path | None' = None, # a folder or a Hub id; `small_asr` by default
     fast: bool | None = None, # small sizes; by default if OPTIQ_FAST is set
@@ -349,6 +359,7 @@ def names() -> list:
     return [n.replace('_', '-') for n in _DEMOS]
 
 # %% ../../nbs/62a_show.demos.ipynb #3367e0f5
+@_checked
 def find_demo(
     name: str, # as `optiq demo` takes it
 ) -> Callable: # model, fast, … ▸ Demo

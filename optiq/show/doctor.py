@@ -19,7 +19,7 @@ from textwrap import fill
 from threading import Thread
 
 from .. import __version__
-from ..readers import _html_table
+from ..readers import _html_table, _checked
 
 # %% ../../nbs/63_show.doctor.ipynb #2e04aa11
 @dataclass(frozen=True)
@@ -159,6 +159,7 @@ class _Diagnosis(list):
         return _html_table(('', 'what', 'found', 'what to do'), [(f.mark, f.name, f.value, f.remedy) for f in self])
 
 # %% ../../nbs/63_show.doctor.ipynb #9abb0799
+@_checked
 def doctor(timeout: float = 3) -> _Diagnosis: # seconds for the Hub
     "Look at versions, backend, chip, BLAS and memory, and wait at most `timeout` seconds for the Hub"
     return _Diagnosis([*_versions(), _backend(), _chip(), *_blas(), *_memory(), _hub(timeout)])

@@ -20,7 +20,7 @@ from ..kv.sweep import at_context
 from ..latency import latency
 from ..measure.sweep import Sweep
 from ..plan import Plan, make_plan, smoothed
-from ..readers import _helpful
+from ..readers import _helpful, _checked
 from ..roofline import Latency
 from .plots import describe, format_colours, plan_svg
 
@@ -170,12 +170,14 @@ def choose(self: Explorer, formats):
     return self.drag(min(max(self.value, low), high), exact=True)
 
 @patch
+@_checked
 def measure_by(self: Explorer, by: str):
     "Take another kind of cap, `by`, at the value that the plan has; returns the explorer"
     self.ask(self.formats, by)
     return self.drag(self.targets[by].read(self.plan), exact=True)
 
 @patch
+@_checked
 def keep(self: Explorer, on: bool = True):
     "Keep the current plan to compare with (`on`), or stop comparing; returns the explorer"
     self.kept = self.plan if on else None
@@ -310,6 +312,7 @@ def explore(
 _CONTEXTS = tuple(2**k for k in range(10, 18))
 
 @patch
+@_checked
 def at(self: Explorer, context: int):
     "Explore a cache at another `context` length; its average width stays. Raises ValueError for a sweep of weights"
     if 'layers' not in self.sweep.header: raise ValueError(

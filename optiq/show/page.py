@@ -14,7 +14,7 @@ from ..files import as_path, own_file, settle
 from ..frontier import plus_minus
 from ..measure.sweep import Sweep
 from ..plan import Plan
-from ..readers import _html_table, known
+from ..readers import _html_table, known, _checked
 from .plots import plan_svg
 
 # %% ../../nbs/64_show.page.ipynb #3b346d19
@@ -136,6 +136,7 @@ def _page(
             f'<p>{escape(plan.model)}; {escape(made)}</p>{body}</body></html>')
 
 # %% ../../nbs/64_show.page.ipynb #7ac94f1c
+@_checked
 def save_page(
     folder: 'str | Path', # that `convert` wrote
     out: 'str | Path', # .html file to write

@@ -12,8 +12,10 @@ import numpy as np
 
 from ..frontier import COLOURS
 from ..kv.sweep import plot_kv
-from ..labels import _legend
+from ..labels import _legend, Axes
 from ..plan import Plan
+from ..readers import _checked
+from ..measure.sweep import Sweep
 
 # %% ../../nbs/60_show.plots.ipynb #a287e920
 def format_colours(
@@ -84,6 +86,7 @@ def _svg_legend(formats, colours, left, y):
             f'<text x="{left+84*i+17}" y="{y+16}">{f}</text>' for i, f in enumerate(formats)]
 
 # %% ../../nbs/60_show.plots.ipynb #8bf524a2
+@_checked
 def describe(
     plan: Plan,
     other: Plan | None = None, # to compare it with
@@ -96,6 +99,7 @@ def describe(
     return f'{text}; {len(plan.diff(other))} of them differ in the other plan of {other.size_mb:.2f} MB'
 
 # %% ../../nbs/60_show.plots.ipynb #4063c379
+@_checked
 def plan_svg(
     plan: Plan,
     other: Plan | None = None, # a second one; a unit in which they differ is split, `plan` above, `other` below
@@ -123,11 +127,12 @@ def _plot_contexts(memory: list, ax):
     _legend(ax)
 
 # %% ../../nbs/60_show.plots.ipynb #ed544f0f
+@_checked
 def plot_kv_analysis(
-    sweep, # Sweep of keys and values
+    sweep: Sweep, # Sweep of keys and values
     plan: Plan, # of the same
     memory: list, # of dicts: context, fp16_bytes, bytes, as `memory_table` gives them
-    axes = None, # three matplotlib axes
+    axes: 'np.ndarray | list[Axes] | None' = None, # three to draw on; new ones by default
 ):
     "Sensitivity by layer, formats by layer, and memory by context length"
     if axes is None:
@@ -139,9 +144,10 @@ def plot_kv_analysis(
     return axes
 
 # %% ../../nbs/60_show.plots.ipynb #6f18c4e9
+@_checked
 def plot_memory(
     rows: list, # of dicts: name, weight_mb, cache_mb, and kl if it was measured
-    ax = None, # matplotlib axes
+    ax: 'Axes | None' = None, # to draw on; new ones by default
 ):
     "Memory of configurations: weights, cache, and their sum"
     import matplotlib.pyplot as plt

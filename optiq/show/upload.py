@@ -16,7 +16,7 @@ from ..files import as_path
 from ..folder import find_model
 from ..models import Checkpoint
 from ..plan import Plan
-from ..readers import dumps
+from ..readers import dumps, _checked
 from .page import _measured_rows
 from .plots import plan_svg
 
@@ -147,6 +147,7 @@ def _send(u: _Upload, folder: Path, made: dict, api, private: bool, message: str
     return str(api.create_commit(u.repo, parts, commit_message=message).commit_url)
 
 # %% ../../nbs/65_show.upload.ipynb #0a9e59b6
+@_checked
 def upload(
     folder: 'str | Path', # that `convert` wrote
     repo: str, # user/name on the Hub

@@ -259,6 +259,7 @@ def test_killed_at_any_moment(models, tmp_path):
 
 RANKS = '''
 import sys
+import fast
 from test_sensitivity import ranked
 ranked(*sys.argv[1:])
 '''

@@ -34,21 +34,23 @@ class _NextListener(Listener):
     "Listens to the matrices that read the first input that still needs rounding, and ends the run after them"
     def __init__(self, units, to_end=False): # to_end: run on, for what comes out
         super().__init__(units)
-        self.first, self.open, self.to_end = None, True, to_end
+        self.first, self.open, self.to_end, self.calls = None, True, to_end, [] # of the first unit, what each gave it
     def __call__(self, path, x, experts=None):
         if path not in self.units: return
         if self.first is None: self.first = x
         self.open = self.open and (x is self.first or path in self.stats)
-        if path in self.stats or self.open: super().__call__(path, x, experts)
+        if path in self.stats or self.open:
+            if path == next(iter(self.stats), path): self.calls.append(x)
+            super().__call__(path, x, experts)
         known = path not in self.stats or self.stats.keys() == self.units.keys()
         if experts is None and known and not self.to_end: raise _Heard
 
 class _KeptInputs:
-    "Keeps what each matrix is multiplied with; outside the blocks it ends the run when it has all"
+    "Keeps what each matrix is multiplied with in each call; outside the blocks it ends the run when it has all"
     def __init__(self, units): self.units, self.inputs = units, {}
     def __call__(self, path, x, experts=None):
         if path not in self.units or experts is not None: return
-        self.inputs[path] = x
+        self.inputs.setdefault(path, []).append(x)
         if self.units[path].block is None and self.inputs.keys() == self.units.keys(): raise _Heard
 
 # %% ../nbs/06_rounding.ipynb #a7c1d0e5
@@ -134,16 +136,16 @@ def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path â
     last, gap = i is not None and len(left) == 1, None
     heard, done = _NextListener(left, last), {} if i is None else as_overrides(p.done)
     for k, states in enumerate(p.states):
-        heard.last = None, None
+        heard.last, heard.calls = (None, None), []
         behind = p.chunks.one(k, i, states, heard, done)
         x, stats = heard.last
         routed = any(re.search(r'experts\.\d', path) for path in heard.stats) # to which other tokens may come
         if not isinstance(stats, Inputs) or routed: continue # nothing was heard, or experts
         if gap is None: gap = Gap(of_output=last and _is_added(p, i, *left, x, behind))
-        wanted = p.clean[k] if gap.of_output else p.wanted[k].get(next(iter(heard.stats)))
-        if wanted is not None: # else it is not reached again
-            gap.add(x, wanted-(behind if gap.of_output else x), len(p.states)/2-k)
         if gap.of_output: p.behind.append((x, behind))
+        pairs = zip(heard.calls, p.wanted[k].get(next(iter(heard.stats)), [])) # a block may be met twice, or not again
+        lacks = [(x, p.clean[k]-behind)] if gap.of_output else [(x, y-x) for x, y in pairs]
+        for x, lack in lacks: gap.add(x, lack, len(p.states)/2-k)
     return heard.stats, gap
 
 # %% ../nbs/06_rounding.ipynb #ebf29b49

@@ -267,12 +267,15 @@ def put_nvfp4(out: Path):
         found[f'{name}.weight_scale_2'] = torch.tensor(.75)
     save_file(found, out/'model.safetensors', {'format': 'pt'})
 
-def resize(changes: dict): # dotted name ▸ new value, or {'_with': arguments} for what is called with these on top
+def resize(changes: dict): # dotted name ▸ new value, or what becomes of what is called: {'_with': arguments on top}, {'_only': items}
     "Sizes that a loader has in its code and no configuration holds; this process has nothing else to do"
     for name, value in changes.items():
         path, _, last = name.rpartition('.')
-        at, more = resolve_name(path), value.get('_with') if isinstance(value, dict) else None
-        setattr(at, last, value if more is None else lambda *args, f=getattr(at, last), more=more, **named: f(*args, **named | more))
+        at, more = resolve_name(path), value if isinstance(value, dict) else {}
+        def instead(*args, f=getattr(at, last), more=more, **named):
+            found = f(*args, **named | more.get('_with', {}))
+            return [[x[k] for k in keep] for x, keep in zip(found, more['_only'])] if '_only' in more else found
+        setattr(at, last, instead if more else value)
 
 PACKED = dict(mxfp4=put_mxfp4, fp8=put_fp8, awq=put_awq, int4=put_int4, nvfp4=put_nvfp4)
 

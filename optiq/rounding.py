@@ -112,16 +112,16 @@ def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path â
     last, gap = i is not None and len(left) == 1, None
     heard, done = _NextListener(left, last), {} if i is None else as_overrides(p.done)
     for k, states in enumerate(p.states):
-        heard.last = None, None
+        heard.last, heard.calls = (None, None), []
         behind = p.chunks.one(k, i, states, heard, done)
         x, stats = heard.last
         routed = any(re.search(r'experts\.\d', path) for path in heard.stats) # to which other tokens may come
         if not isinstance(stats, Inputs) or routed: continue # nothing was heard, or experts
         if gap is None: gap = Gap(of_output=last and _is_added(p, i, *left, x, behind))
-        wanted = p.clean[k] if gap.of_output else p.wanted[k].get(next(iter(heard.stats)))
-        if wanted is not None: # else it is not reached again
-            gap.add(x, wanted-(behind if gap.of_output else x), len(p.states)/2-k)
         if gap.of_output: p.behind.append((x, behind))
+        pairs = zip(heard.calls, p.wanted[k].get(next(iter(heard.stats)), [])) # a block may be met twice, or not again
+        lacks = [(x, p.clean[k]-behind)] if gap.of_output else [(x, y-x) for x, y in pairs]
+        for x, lack in lacks: gap.add(x, lack, len(p.states)/2-k)
     return heard.stats, gap
 
 # %% ../nbs/06_rounding.ipynb #ebf29b49

@@ -99,21 +99,23 @@ class _NextListener(Listener):
     "Listens to the matrices that read the first input that still needs rounding, and ends the run after them"
     def __init__(self, units, to_end=False): # to_end: run on, for what comes out
         super().__init__(units)
-        self.first, self.open, self.to_end = None, True, to_end
+        self.first, self.open, self.to_end, self.calls = None, True, to_end, [] # of the first unit, what each gave it
     def __call__(self, path, x, experts=None):
         if path not in self.units: return
         if self.first is None: self.first = x
         self.open = self.open and (x is self.first or path in self.stats)
-        if path in self.stats or self.open: super().__call__(path, x, experts)
+        if path in self.stats or self.open:
+            if path == next(iter(self.stats), path): self.calls.append(x)
+            super().__call__(path, x, experts)
         known = path not in self.stats or self.stats.keys() == self.units.keys()
         if experts is None and known and not self.to_end: raise _Heard
 
 class _KeptInputs:
-    "Keeps what each matrix is multiplied with; outside the blocks it ends the run when it has all"
+    "Keeps what each matrix is multiplied with in each call; outside the blocks it ends the run when it has all"
     def __init__(self, units): self.units, self.inputs = units, {}
     def __call__(self, path, x, experts=None):
         if path not in self.units or experts is not None: return
-        self.inputs[path] = x
+        self.inputs.setdefault(path, []).append(x)
         if self.units[path].block is None and self.inputs.keys() == self.units.keys(): raise _Heard
 
 # %% ../nbs/06a_statistics.ipynb #0857b92d

@@ -124,3 +124,22 @@ def test_every_call_of_a_block_is_heard(route):
     heard = Statistics(b, ids, False)
     found = {u.block: heard[p].count if heard[p] else 0 for p, u in b.checkpoint.unit.items() if u.block is not None}
     assert found == {i: ids.size*route.count(i) for i in range(4)}
+
+@pytest.mark.parametrize('second', [5, 12], ids=['a part of the picture', 'all of it'])
+def test_gptq_compares_a_block_that_is_met_twice_call_by_call(second):
+    "As a tower that sees tiles and then the whole picture: other rows, or as many of them"
+    from optiq.rounding import _hear_next, _Passage
+    from optiq.statistics import Chunks
+    class Twice(Model):
+        def __call__(self, ids):
+            x = self.embed(ids)
+            return self.lm_head(mx.concatenate([self.blocks[0](x), self.blocks[0](3*x[:, :second])], 1))
+    b, ids = opened(Parts, (0,)), np.random.default_rng(1).integers(0, V, (8, 12))
+    b.model = Twice(())
+    assert {*dict(round_model(b, ids, dict.fromkeys(b.checkpoint.unit, F4)))} == {*b.checkpoint.unit}
+    chunks, units = Chunks(b, ids), {u.path: u for u in b.checkpoint.units if u.block == 0}
+    p = _Passage(b, {}, units, chunks, {}, chunks.embed(), chunks.embed())
+    p.hear_clean(0, units)
+    for left in units, {'blocks.0.out': units['blocks.0.out']}: # nothing is rounded yet, so nothing is lacking
+        heard, gap = _hear_next(p, 0, left)
+        assert gap.count == heard[next(iter(left))].count > 0 and all(float(abs(x).max()) < 1e-5 for x in gap.lacks)

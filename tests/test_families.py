@@ -30,6 +30,16 @@ def rows(tmp_path_factory):
 @pytest.mark.parametrize('family', [*KINDS, *SPECIAL])
 def test_works(family, rows): assert rows[family]['result'] == 'works', rows[family]
 
+def test_no_entry_stands_twice():
+    "Of two entries of one name the last counts, and the other is edited in vain"
+    def once(pairs):
+        names = [k for k, _ in pairs]
+        assert len({*names}) == len(names), sorted(k for k in {*names} if names.count(k) > 1)
+        return dict(pairs)
+    json.loads((root/'bench'/'families.json').read_text(), object_pairs_hook=once)
+    rows = json.loads((root/'nbs'/'results'/'families.json').read_text())['rows']
+    assert len({(r['loader'], r['family'], r['backend']) for r in rows}) == len(rows)
+
 def written(tmp_path, monkeypatch, family, vision, **changes):
     "A special form as a folder"
     monkeypatch.syspath_prepend(root/'bench')

@@ -172,6 +172,14 @@ def test_no_processor(blind, tmp_path):
     with pytest.raises(ValueError, match='has no preprocessor_config.json'): load_processor(Checkpoint(folder))
     with pytest.raises(ValueError, match='has no preprocessor_config.json'): samples(Checkpoint(folder), n=1)
 
+def test_a_cut_picture_has_an_entry_for_each_tile():
+    "DeepSeek-VL2 of mlx-vlm asks for as many; beyond the end it reads what lies in memory"
+    from optiq.families.vision import _crops_of_tiles
+    tiles, crops = np.zeros((1, 3, 3, 4, 4)), np.array([[[2, 1]]])
+    assert _crops_of_tiles(dict(pixel_values=tiles, images_spatial_crop=crops))['images_spatial_crop'].tolist() == [[[2, 1], [0, 0], [0, 0]]]
+    for other in dict(pixel_values=tiles), dict(pixel_values=[tiles[0], tiles[0]], images_spatial_crop=crops[0]): # DeepSeek-OCR
+        assert _crops_of_tiles(other) == other
+
 def test_text_models_cannot_see():
     from optiq.evals.ai2d import ai2d
     with pytest.raises(ValueError, match='no vision_config'): Checkpoint('demo', model_type='vlm')

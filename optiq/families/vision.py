@@ -77,7 +77,7 @@ def sample(
     found = prepare_inputs(processor, images=[image], prompts=text, image_token_index=c.config.get('image_token_id'),
                            add_special_tokens=should_add_special_tokens(c.config['model_type'], processor))
     arrays = _without_ends(processor, {k: np.array(v) for k, v in found.items() if hasattr(v, 'shape')})
-    return _with_answer(arrays, [] if answer is None else _answer_ids(processor, answer),
+    return _with_answer(_crops_of_tiles(arrays), [] if answer is None else _answer_ids(processor, answer),
                         c.config.get('image_token_id'))
 
 # %% ../../nbs/50_families.vision.ipynb #c040d039
@@ -86,6 +86,14 @@ def _without_ends(processor, arrays: dict) -> dict:
     ids = arrays['input_ids']
     part = prompt_part(getattr(processor, 'tokenizer', processor), ids[0].tolist())
     return {k: v[:, part] if v.shape[:2] == ids.shape else v for k, v in arrays.items()}
+
+# %% ../../nbs/50_families.vision.ipynb #70cb65a2
+def _crops_of_tiles(arrays: dict) -> dict:
+    "As many entries that say how a picture was cut as there are tiles; those beyond the pictures are 0"
+    crops = arrays.get('images_spatial_crop')
+    if getattr(crops, 'ndim', 0) != 3: return arrays
+    more = max(0, arrays['pixel_values'].shape[1]-crops.shape[1])
+    return arrays | dict(images_spatial_crop=np.pad(crops, ((0, 0), (0, more), (0, 0))))
 
 # %% ../../nbs/50_families.vision.ipynb #856d4af1
 def _answer_ids(processor, answer: str) -> list:

@@ -220,7 +220,7 @@ def _words(f: _Fits) -> list: # of lines
 @_checked
 def what_fits(
     model: 'str | Path', # 'demo', a folder, or a Hub id, of which only the config and the index are fetched
-    memory: float | None = None, # bytes of the machine; by default this one and those of `_MACHINES`
+    memory: float | None = None, # bytes of the machine; by default this one and common Macs
     context: int = 32768, # tokens in the KV cache
     sweep: 'Sweep | str | Path | None' = None, # a saved sweep of this model, which predicts the quality
     formats = (2, 3, 4, 5, 6, 8), # candidates

@@ -340,6 +340,7 @@ def recipe(
 ) -> Plan:
     "The plan that one of mlx-lm's mixed recipes makes"
     from mlx_lm.convert import mixed_quant_predicate_builder
+    if name not in RECIPES: raise ValueError(f'mlx-lm has no recipe {name!r}; there are {", ".join(RECIPES)}')
     units = getattr(source, 'units', source)
     blocks = range(1+max(u.block for u in units if u.block is not None))
     stand_in = SimpleNamespace(layers=blocks, named_modules=lambda: [(u.path, None) for u in units])

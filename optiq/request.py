@@ -114,7 +114,8 @@ def _check_pairs(caps: Caps):
     "Raise ValueError for a cap on weights that needs another, or that no other needs"
     if isinstance(caps.max_memory, str) and caps.max_memory != 'auto': raise ValueError(
         f'`max_memory` {caps.max_memory!r} is not a number of bytes; give one, or auto')
-    if caps.max_memory is not None and caps.context is None: raise ValueError('`max_memory` needs `context`')
+    if caps.max_memory is not None and caps.context is None: raise ValueError(
+        '`max_memory` needs `context`: the tokens of the KV cache that lies in it, too, such as 32768')
     if caps.chip is not None and caps.target_tps is None: raise ValueError(
         '`chip` says where `target_tps` is to be reached; give both')
     if caps.context is not None and caps.max_memory is None and caps.target_tps is None: raise ValueError(

@@ -21,7 +21,7 @@ from .files import own_file
 from .formats import parse_format
 from .measure.log import _bar
 from .models import Checkpoint
-from .readers import known, _checked
+from .readers import _check_counts, known, _checked
 from .report import Report, joined, machine, mean_figure, own_size, share_figure, test
 
 # %% ../nbs/46_score.ipynb #00293847
@@ -35,6 +35,7 @@ def text_tokens(
     fewer: bool = False, # take what there is if there are fewer
 ) -> np.ndarray: # (n, seq_len)
     "Consecutive windows of a text as tokens; raises ValueError if there are fewer than `n`"
+    _check_counts(n=n, seq_len=seq_len, limit=limit)
     least = 1+len(before(c.tokenizer))
     if min(n, seq_len-least, 1 if limit is None else limit-least) < 1: raise ValueError(
         'text to score needs a sequence of two tokens at least')
@@ -65,7 +66,7 @@ def _text_about(source, tokens: np.ndarray) -> dict:
 def perplexity(
     model: 'str | Checkpoint', # name or Checkpoint
     n: int = 50, # sequences
-    source: str = 'bundled', # text
+    source: str = 'bundled', # 'bundled', 'wikitext2' or a file
     seq_len: int = 512, # tokens in each sequence
     limit: int | None = None, # tokens in all
     backend: str = 'auto',
@@ -167,7 +168,7 @@ def kl(
     model: 'str | Checkpoint', # name, Checkpoint, or a GGUF file of the baseline
     baseline = None, # the reference
     n: int = 50, # sequences
-    source: str = 'bundled', # text
+    source: str = 'bundled', # 'bundled', 'wikitext2' or a file
     seq_len: int = 512, # tokens in each sequence
     limit: int | None = None, # tokens in all
     backend: str = 'auto',

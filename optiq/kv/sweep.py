@@ -76,12 +76,18 @@ def kv_sweep(
     return sweep
 
 # %% ../../nbs/11f_kv.sweep.ipynb #7ce2a6ed
+def _check_of_cache(sweep: Sweep):
+    "Raise ValueError for a sweep of weights"
+    if 'layers' not in sweep.header: raise ValueError(
+        'this is a sweep of weights, and should be one of keys and values; kv_sweep measures that')
+
 @_checked
 def at_context(
     sweep: Sweep, # of keys and values
     context: int, # tokens
 ) -> Sweep: # the same values, for planning at another context
     "The same sweep with the bytes of another context; the KL does not depend on the context that you plan for"
+    _check_of_cache(sweep)
     layout = KVLayout(tuple(KVLayer(**l) for l in sweep.header['layers']), sweep.header['model'], context)
     header = sweep.header | layout.header | dict(params=layout.params, other_bytes=layout.other_bytes)
     return Sweep(layout.units, sweep.formats, sweep.values, header)
@@ -95,6 +101,7 @@ def plot_kv(
 ):
     "KL by layer with two standard errors, keys and values"
     import matplotlib.pyplot as plt
+    _check_of_cache(sweep)
     fmt = sweep.format(fmt)
     ax = ax or plt.subplots(figsize=(8, 3))[1]
     for kind, marker, colour in (('keys', 'o', '#0072B2'), ('values', 's', '#D55E00')):

@@ -315,10 +315,8 @@ _CONTEXTS = tuple(2**k for k in range(10, 18))
 @_checked
 def at(self: Explorer, context: int):
     "Explore a cache at another `context` length; its average width stays. Raises ValueError for a sweep of weights"
-    if 'layers' not in self.sweep.header: raise ValueError(
-        'this is not a sweep of keys and values; kv_sweep measures one, and explore takes weights')
-    by, bits = self.by, self.plan.nominal_bpw
-    self.context, self.sweep = context, at_context(self.sweep, context)
+    sweep, by, bits = at_context(self.sweep, context), self.by, self.plan.nominal_bpw
+    self.context, self.sweep = context, sweep
     self.ask(self.formats, 'nominal bits')
     self.drag(bits, exact=True)
     return self if by == self.by else self.measure_by(by)

@@ -146,7 +146,7 @@ def plot_kv_analysis(
 # %% ../../nbs/60_show.plots.ipynb #6f18c4e9
 @_checked
 def plot_memory(
-    rows: list, # of dicts: name, weight_mb, cache_mb, and kl if it was measured
+    rows: list[dict], # with name, weight_mb, cache_mb, and kl if it was measured
     ax: 'Axes | None' = None, # to draw on; new ones by default
 ):
     "Memory of configurations: weights, cache, and their sum"

@@ -325,7 +325,7 @@ def _helpful(f):
     try: said = docments(f)
     except (OSError, TypeError): return f # without its source there are no comments
     rows = [f'    {name}: {text}' for name, text in said.items() if text]
-    f.__doc__ = '\n'.join([cleandoc(f.__doc__), '', 'Parameters:', *rows])
+    if rows: f.__doc__ = '\n'.join([cleandoc(f.__doc__), '', 'Parameters:', *rows])
     return f if isinstance(f, type) else _checked(f)
 
 def _checked(f):

@@ -4,11 +4,14 @@ Pages load nothing from another host: formulas become MathML, fonts are the read
 without a description or anything loaded from elsewhere fails the build, whoever made it.
 """
 import html, inspect, json, re, shutil, subprocess, sys
+from dataclasses import is_dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from textwrap import wrap
 from urllib.parse import unquote, urlsplit
 import click
+from fastcore.docments import docments
 from latex2mathml.converter import convert as to_mathml
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
@@ -33,13 +36,32 @@ def calm(text):
     text = re.sub(r'\n\nParameters:\n(?:    [^\n]*(?:\n|$))+', '\n', text)
     return re.sub(r'```python\n.*?\n```', plain_code, text.replace('*Call self as a function.*', ''), flags=re.S)
 
+@cache
+def classes() -> dict:
+    "The public classes of the package by name; what a notebook defines while nbdev runs it has no source with comments"
+    from optiq._modidx import d
+    found = ((n, getattr(m, n)) for m in map(import_module, d['syms']) for n in m.__all__)
+    return {n: c for n, c in found if inspect.isclass(c)}
+
+def as_class(text, name, cls):
+    "What nbdev writes of a class, as a class, and with the comments of a dataclass's fields beside them, like parameters"
+    said = docments(cls) if is_dataclass(cls) else {}
+    def fields(match):
+        each = re.split(rf',\s+(?=(?:{"|".join(said)})[:=])', match[1].strip()) if said else [' '.join(match[1].split())]
+        rows = [f'    {f},'+(f' # {text}' if (text := said.get(re.split('[:=]', f)[0])) else '') for f in each]
+        return f'class {name}(\n'+'\n'.join(rows)+'\n)' if any(said.values()) else f'class {name}({match[1]})'
+    return re.sub(rf'def {name}\((.*?)\)(?:->None)?:(?=\n```)', fields, text, count=1, flags=re.S)
+
 def calmed(notebook):
     "A notebook with what `show_doc` put out as people read it; what is private or undocumented has no place on a page"
-    cells = []
+    cells, known = [], classes()
     for c in notebook['cells']:
         source = ''.join(c['source'])
         for o in c.get('outputs', []):
-            if 'show_doc(' in source: o['data']['text/markdown'] = calm(''.join(o['data']['text/markdown']))
+            if 'show_doc(' in source:
+                name = source.split('show_doc(')[1].split(')')[0]
+                text = calm(''.join(o['data']['text/markdown']))
+                o['data']['text/markdown'] = as_class(text, name, known[name]) if name in known else text
             elif 'text' in o: o['text'] = ''.join(map(folded, ''.join(o['text']).splitlines(True)))
             elif 'text/plain' in o.get('data', {}): o['data']['text/plain'] = folded(''.join(o['data']['text/plain']))
         hidden = re.search(r'show_doc\((?:main\)|.*\b_)', source) or 'show_doc(' in source and source_only(c)

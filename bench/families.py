@@ -241,6 +241,22 @@ def put_awq(out: Path, group: int = 64, order=(0, 4, 1, 5, 2, 6, 3, 7)):
         found |= {f'{name}.qweight': packed(codes), f'{name}.qzeros': packed(zero), f'{name}.scales': scale}
     save_file(found, out/'model.safetensors', {'format': 'pt'})
 
+def put_gptq(out: Path, group: int = 64):
+    "Four bits, eight of them in a word along the columns, with the group of each column beside them"
+    from safetensors.numpy import load_file, save_file
+    found = load_file(out/'model.safetensors')
+    def packed(x): # (8n, out) codes
+        return sum(x.astype(np.uint32).reshape(-1, 8, x.shape[1])[:, k] << np.uint32(4*k) for k in range(8)).view(np.int32)
+    for name in matrices(found):
+        w = found.pop(f'{name}.weight').T # (in, out)
+        g = w.reshape(-1, group, w.shape[1])
+        scale = np.maximum(abs(g).max(1), 1e-6)/7
+        codes = np.clip(np.round(g/scale[:, None])+8, 0, 15).reshape(w.shape)
+        zeros = packed(np.full((w.shape[1], len(g)), 7)).T # one less than they are
+        found |= {f'{name}.qweight': packed(codes), f'{name}.qzeros': np.ascontiguousarray(zeros), f'{name}.scales': scale,
+                  f'{name}.g_idx': (np.arange(len(w))//group).astype(np.int32)}
+    save_file(found, out/'model.safetensors', {'format': 'pt'})
+
 def put_int4(out: Path, group: int = 32):
     "Four bits in words, as compressed-tensors packs them"
     from safetensors.numpy import load_file, save_file
@@ -277,7 +293,7 @@ def resize(changes: dict): # dotted name ▸ new value, or what becomes of what 
             return [[x[k] for k in keep] for x, keep in zip(found, more['_only'])] if '_only' in more else found
         setattr(at, last, instead if more else value)
 
-PACKED = dict(mxfp4=put_mxfp4, fp8=put_fp8, awq=put_awq, int4=put_int4, nvfp4=put_nvfp4)
+PACKED = dict(mxfp4=put_mxfp4, fp8=put_fp8, awq=put_awq, gptq=put_gptq, int4=put_int4, nvfp4=put_nvfp4)
 
 def put_draft(out: Path, config: dict, prefix: str):
     "A head that drafts tokens, in random numbers: as mlx-vlm reads it, or a copy of the last block if it has no class for it"

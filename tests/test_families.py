@@ -18,17 +18,20 @@ KINDS = dict(
 SPECIAL = ('gpt-oss in MXFP4 as its maker stores it', 'Gemma 4 E type', 'Qwen3.5 with a draft head', 'DeepSeek V3.2 with its indexer awake',
            'Hunyuan 4 as text of mlx-vlm')
 
+TORCH = ('gpt-oss in MXFP4 as its maker stores it', 'Gemma 4 E type', 'DeepSeek V3.2 with its indexer awake')
+RUNS = dict(mlx=[*KINDS, *SPECIAL], torch=TORCH)
+
 @pytest.fixture(scope='module')
 def rows(tmp_path_factory):
     out = tmp_path_factory.mktemp('families')/'rows.json'
-    only = ','.join([*KINDS, *SPECIAL])
-    run = [sys.executable, 'bench/families.py', '--loader', 'mlx-lm,special', '--backend', 'mlx', '--quick', '--only', only, '-o', str(out)]
-    done = subprocess.run(run, cwd=root, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
-    assert done.returncode == 0, done.stderr[-2000:]
-    return {r['family']: r for r in json.loads(out.read_text())['rows']}
+    for backend, names in RUNS.items():
+        run = [sys.executable, 'bench/families.py', '--loader', 'mlx-lm,special', '--backend', backend, '--quick', '--only', ','.join(names)]
+        done = subprocess.run([*run, '-o', str(out)], cwd=root, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+        assert done.returncode == 0, done.stderr[-2000:]
+    return {(r['backend'], r['family']): r for r in json.loads(out.read_text())['rows']}
 
-@pytest.mark.parametrize('family', [*KINDS, *SPECIAL])
-def test_works(family, rows): assert rows[family]['result'] == 'works', rows[family]
+@pytest.mark.parametrize('backend, family', [(b, f) for b, names in RUNS.items() for f in names])
+def test_works(backend, family, rows): assert rows[backend, family]['result'] == 'works', rows[backend, family]
 
 def test_no_entry_stands_twice():
     "Of two entries of one name the last counts, and the other is edited in vain"

@@ -103,6 +103,9 @@ def test_awq_is_measured_in_both_libraries(special, tokens):
     assert 'awq' in c.others and {u.stored for u in c.units if u.block is not None} == {'4g64'}
     alike(c, tokens)
 
+def test_gptq_is_refused_by_name_as_mlx_lm_does(special):
+    with pytest.raises(ValueError, match='g_idx.*another library .gptq: .*full-precision model'): special('Llama in GPTQ')
+
 @pytest.mark.parametrize('name, needs', {'DeepSeek V3 in FP8': 'accelerate', 'DeepSeek V3 in packed integers': 'compressed.tensors'}.items())
 def test_what_pytorch_cannot_decode_here_is_refused_with_what_would_help(special, name, needs):
     c = special(name)

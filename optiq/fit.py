@@ -21,7 +21,7 @@ from .measure.kl import probes
 from .measure.sweep import Sweep
 from .folder import _of_text, _others, check_untrusted, find_model
 from .models import _read_config, _said_for_mlx
-from .units import _Listing
+from .units import _Listing, SweepLike
 from .plan import Plan, make_plan, uniform
 from .readers import check_other, _html_table, known, read_json, told, whole, _checked
 from .report import fit
@@ -222,7 +222,7 @@ def what_fits(
     model: 'str | Path', # 'demo', a folder, or a Hub id, of which only the config and the index are fetched
     memory: float | None = None, # bytes of the machine; by default this one and common Macs
     context: int = 32768, # tokens in the KV cache
-    sweep: 'Sweep | str | Path | None' = None, # a saved sweep of this model, which predicts the quality
+    sweep: 'SweepLike | str | Path | None' = None, # a saved sweep of this model, which predicts the quality
     formats = (2, 3, 4, 5, 6, 8), # candidates
 ) -> _Fits:
     "The largest plan of a model whose weights, KV cache and working memory a machine holds"

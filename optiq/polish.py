@@ -27,7 +27,7 @@ def _check_dwq(source, tokens, valid: int, batch_size: int):
 def dwq(
     folder: 'str | Path', # a quantized model, changed in place
     source, # Checkpoint of the full-precision model
-    tokens: np.ndarray, # (n, T) to train on
+    tokens: 'np.ndarray | list', # (n, T) to train on
     *,
     valid: int = 8, # sequences, the last, that are kept for validation
     epochs: int = 1, # passes over the tokens

@@ -32,7 +32,7 @@ from .units import SweepLike
 # %% ../nbs/05c_refine.ipynb #39d89eb7
 def _joint_kl(
     b: Backend,
-    tokens: np.ndarray, # (n, T)
+    tokens: 'np.ndarray | list', # (n, T)
     plans: dict, # name ▸ Plan
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip, or a mapping of paths to such
     tick = lambda share: None, # as of `evaluate`
@@ -87,7 +87,7 @@ def _within(
 # %% ../nbs/05c_refine.ipynb #66dcddbd
 def _around(
     b: Backend,
-    tokens: np.ndarray, # (n, T)
+    tokens: 'np.ndarray | list', # (n, T)
     plan: Plan,
     paths: set, # units to measure again
     formats: dict, # unit path ▸ formats to try
@@ -218,7 +218,7 @@ def _made_of(plan: Plan, only: 'list | None') -> bool:
 @_checked
 def verified(
     model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
-    tokens: np.ndarray, # (n, T) calibration tokens
+    tokens: 'np.ndarray | list', # (n, T) calibration tokens
     sweep: SweepLike, # Sweep of the same model
     *,
     quantize = quantize_dequantize, # what will save it: (weight, format) ▸ weight, or a mapping of paths to such
@@ -264,7 +264,7 @@ def _spread_over(frontier: Frontier, each: int) -> list: # of Plans
 def measured(
     frontier: Frontier,
     model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
-    tokens: np.ndarray, # (n, T) evaluation tokens
+    tokens: 'np.ndarray | list', # (n, T) evaluation tokens
     each: int = 4, # points of each curve, evenly spread; 0 for the baselines and their rivals alone
     quantize = quantize_dequantize, # as for `verified`; baselines are rounded likewise
 ) -> Frontier: # the same, with scores

@@ -178,7 +178,7 @@ def _one_after_another(b, tokens, todo, plan): # yields [(path, Rounded or MinMa
 # %% ../nbs/06_rounding.ipynb #8c5a80da
 def round_model(
     b: Backend, # the model
-    tokens: np.ndarray, # (n, T) calibration tokens
+    tokens: 'np.ndarray | list', # (n, T) calibration tokens
     plan: Mapping, # unit path ▸ Format
     method: str = 'gptq', # 'minmax', 'search' or 'gptq'
     tick = lambda n: None, # called with the number of units that are done
@@ -208,7 +208,7 @@ class RoundTrips(Mapping):
     "Unit path ▸ (weight, format) ▸ weight after the round trip: a quantizer for `measure` and `overrides_of`"
     def __init__(self,
         model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
-        tokens: np.ndarray, # (n, T) calibration tokens
+        tokens: 'np.ndarray | list', # (n, T) calibration tokens
         formats: list, # candidates, rounded together
         method: str = 'gptq', # 'minmax', 'search' or 'gptq'
         blocks: bool = False, # hold a whole block: for plans, which are many and go through it together
@@ -216,7 +216,8 @@ class RoundTrips(Mapping):
     ):
         if method not in QUANTIZERS: raise ValueError(f'no rounding {method!r}; there are {", ".join(QUANTIZERS)}')
         self.b, self.formats, self.method = open_backend(model), list(formats), method
-        self.learned, self.stats, self.held = tokens, _listened(self.b, tokens, method), _Held(self.b.checkpoint.unit, blocks)
+        self.learned, self.stats = tokens, _listened(self.b, tokens, method)
+        self.held = _Held(self.b.checkpoint.unit, blocks)
         self.keep, self.kept = keep, {} # (path, Format) ▸ what is in a file
         self.name = f'{method}, {" × ".join(map(str, shape_of(tokens)))} tokens {fingerprint(tokens)}'
 
@@ -301,7 +302,7 @@ def _seconds_of_one(b, tokens, unit, fmt, method) -> tuple:
 # %% ../nbs/06_rounding.ipynb #ddb7a778
 def _rounding_seconds(
     b: Backend,
-    tokens: np.ndarray, # (n, T) calibration tokens
+    tokens: 'np.ndarray | list', # (n, T) calibration tokens
     plan: Mapping, # unit path ▸ Format
     method: str, # 'minmax', 'search' or 'gptq'
 ) -> float:
@@ -334,7 +335,7 @@ def _announce_rounding(b, tokens, plan, method):
 # %% ../nbs/06_rounding.ipynb #992f2ee4
 def round_to_files(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
-    tokens: np.ndarray, # (n, T) calibration tokens
+    tokens: 'np.ndarray | list', # (n, T) calibration tokens
     plan: Mapping, # unit path ▸ Format
     method: str, # 'minmax', 'search' or 'gptq'
     folder: 'str | Path', # where the stored tensors lie until the conversion has read them

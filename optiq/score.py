@@ -150,7 +150,7 @@ def _is_gguf(model) -> bool: return isinstance(model, str | Path) and str(model)
 def _under_test(
     model: 'Checkpoint | str | Path', # or a GGUF file
     a: Checkpoint, # the baseline
-    tokens: np.ndarray, # (n, T)
+    tokens: 'np.ndarray | list', # (n, T)
     backend: str,
     max_memory: float | None, # bytes for scoring
 ) -> tuple: # Backend, overrides, columns of its size

@@ -164,7 +164,7 @@ class Statistics(Mapping):
     "Unit path ▸ `Inputs` (for experts a list) on unperturbed states, from block to block"
     def __init__(self,
         b: Backend, # the model
-        tokens: np.ndarray, # (n, T) calibration tokens
+        tokens: 'np.ndarray | list', # (n, T) calibration tokens
         whole: bool = True, # second moments, not only their diagonal
     ):
         self.b, self.chunks, self.whole, self.mark = b, Chunks(b, tokens), whole, (fingerprint(tokens), whole)

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from optiq import fit as module
 from optiq.cli import main
 from optiq.fit import _Outline, what_fits
+from optiq.formats import parse_format
 from optiq.kv.layout import cache_bytes
 from optiq.material.tiny import tiny
 from optiq.models import Checkpoint
@@ -48,7 +49,7 @@ def test_plans_fill_what_is_left(bare, monkeypatch):
     assert row['kl'] is None and 'not known' in repr(what_fits(bare, rest+four, 256))
     none = what_fits(bare, rest+three//4, 256)
     assert none.rows[0]['plan'] is None and 'nothing fits' in repr(none) and '<table' in none._repr_html_()
-    sweep = make_sweep(o.units, [module.parse_format(b) for b in (3, 4)], lambda u, f: [4.**-f.bits]*2)
+    sweep = make_sweep(o.units, [parse_format(b) for b in (3, 4)], lambda u, f: [4.**-f.bits]*2)
     sweep.header |= dict(params=o.params, other_bytes=o.other_bytes)
     known, = what_fits(bare, rest+(three+four)//2, 256, sweep=sweep).rows
     assert known['kl'] > 0 and known['kl_se'] is not None

@@ -80,7 +80,7 @@ def test_demo_on_the_command_line(tmp_path):
 def test_help_tells_the_default_rounding(monkeypatch):
     from optiq import request, rounding
     def told(command): return ' '.join(CliRunner().invoke(main, [command, '--help']).stdout.split())
-    for name in ('convert', 'sweep', 'pareto'):
-        assert f'[{"|".join(rounding.QUANTIZERS)}]' in told(name) and f'or {request.ROUNDING}]' in told(name)
+    for name, before in dict(convert='that of --sweep, or', sweep='[default:', pareto='that of --sweep, or').items():
+        assert f'[{"|".join(rounding.QUANTIZERS)}]' in told(name) and f'{before} {request.ROUNDING}]' in told(name)
     for module in (request, rounding): monkeypatch.setattr(module, 'ROUNDING', 'something else')
     assert 'or something else]' in told('convert')

@@ -36,7 +36,7 @@ def _merged(
 # %% ../../nbs/32_evals.kl.ipynb #598b2bc9
 def _logits_of(
     b: Backend,
-    tokens: np.ndarray, # (n, T)
+    tokens: 'np.ndarray | list', # (n, T)
     overrides: dict = {}, # of a plan
     batch: int | None = None, # sequences at a time; about 4,096 tokens by default
 ): # ▸ (slice of sequences, slice of positions, (B, t, V) logits)
@@ -78,7 +78,7 @@ class _Reference:
 @_checked
 def reference(
     model: 'str | Checkpoint | Backend', # of which only the name is needed if it was computed before
-    tokens: np.ndarray, # (n, T)
+    tokens: 'np.ndarray | list', # (n, T)
     top_k: int | None = 256, # words kept for each token; None keeps all
     cache: 'str | Path | None' = None, # folder of references; see `cache_folder`
     backend: str = 'auto', # to compute them with: 'auto', 'torch', 'mlx' or 'stream'
@@ -135,7 +135,7 @@ def _check_foreign(stored: _Reference, c: Checkpoint, tokens: np.ndarray):
 def score_against(
     stored: _Reference,
     model: 'str | Backend', # name, Checkpoint or Backend
-    tokens: np.ndarray, # (n, T), those of the reference
+    tokens: 'np.ndarray | list', # (n, T), those of the reference
     overrides: dict = {}, # of a plan
 ) -> Score:
     "Perplexity, KL and agreement of a model with a stored reference"

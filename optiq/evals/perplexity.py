@@ -42,7 +42,7 @@ def evaluation_tokens(
 @_checked
 def check_calibration(
     checkpoint: Checkpoint, # a converted model, or any other
-    tokens: np.ndarray, # (n, T) to evaluate on
+    tokens: 'np.ndarray | list', # (n, T) to evaluate on
     most: float = .1, # share that may overlap, as common phrases do
 ):
     "Raise ValueError if these tokens overlap with the calibration text of the model"

@@ -52,7 +52,7 @@ def _check_heard(sweep: Sweep, b):
 @_checked
 def kv_sweep(
     model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend; quantized or not
-    tokens: np.ndarray | None = None, # (n, T) calibration tokens
+    tokens: 'np.ndarray | list | None' = None, # (n, T) calibration tokens
     formats = ('3g64', '4g64', '6g64', '8g64'), # candidates
     *,
     weights: 'Plan | None' = None, # Plan of the weights that the cache will serve
@@ -139,8 +139,8 @@ def _kv_figures(out, layout: KVLayout, plans: list, report: Report, config: dict
 # %% ../../nbs/11f_kv.sweep.ipynb #7e84089b
 def planned_cache(
     b, # Backend
-    tokens: np.ndarray, # (n, T) calibration tokens
-    scored: np.ndarray, # (n, T) evaluation tokens
+    tokens: 'np.ndarray | list', # (n, T) calibration tokens
+    scored: 'np.ndarray | list', # (n, T) evaluation tokens
     layout: KVLayout, # of the model's cache
     formats: list, # candidates
     conditions: dict, # of `allocate`
@@ -207,7 +207,7 @@ def _as_rounded(b, plan: Plan, sweep: Sweep) -> dict: # overrides
 @_checked
 def joint_plan(
     b: Backend, # Backend
-    tokens: np.ndarray, # (n, T) calibration tokens
+    tokens: 'np.ndarray | list', # (n, T) calibration tokens
     max_bytes: float, # weights and cache
     context: int, # tokens
     formats = ('4g64', '8g64'), # candidates of the weights
@@ -253,7 +253,7 @@ def _every_pair(
 @_checked
 def configurations(
     b: Backend, # Backend
-    scored: np.ndarray, # (n, T) evaluation tokens
+    scored: 'np.ndarray | list', # (n, T) evaluation tokens
     joint: dict, # of `joint_plan`
     kv_formats: list, # uniform caches to compare with
     about: dict = {}, # of the texts, for the report
@@ -275,8 +275,8 @@ def _ends_of(formats: list) -> list:
 # %% ../../nbs/11f_kv.sweep.ipynb #04f95317
 def planned_together(
     b, # Backend
-    tokens: np.ndarray, # (n, T) calibration tokens
-    scored: np.ndarray, # (n, T) evaluation tokens
+    tokens: 'np.ndarray | list', # (n, T) calibration tokens
+    scored: 'np.ndarray | list', # (n, T) evaluation tokens
     layout: KVLayout, # of the model's cache
     max_bytes: float, # weights and cache
     formats: list, # candidates of the weights

@@ -44,7 +44,7 @@ def _header_of(b: Backend, tokens, formats: list[Format], name: str, about: dict
 # %% ../../nbs/04d_measure.gradient.ipynb #2f7bbe31
 def gradient_sweep(
     model, # 'demo', a folder, a Hub id, a Checkpoint or a Backend
-    tokens: np.ndarray, # (n, T) calibration tokens
+    tokens: 'np.ndarray | list', # (n, T) calibration tokens
     formats: list, # candidates
     *,
     groups: int = 2, # backward passes, each on its share of the sequences
@@ -134,7 +134,7 @@ def _measured(b, tokens, todo, quantize):
 @_checked
 def screened_sweep(
     model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
-    tokens: np.ndarray, # (n, T) calibration tokens
+    tokens: 'np.ndarray | list', # (n, T) calibration tokens
     formats: list, # candidates
     targets: list, # nominal bits of the plans that matter
     *,

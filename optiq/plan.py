@@ -289,14 +289,15 @@ def mean_se(x): # (n,) numpy ▸ mean, standard error
 # %% ../nbs/05_plan.ipynb #c281a0c1
 @_checked
 def make_plan(
-    source: 'HasUnits | list[Unit]', # Sweep, Checkpoint, or a list of units
-    formats: Mapping, # unit path ▸ Format
+    source: 'HasUnits | list[Unit]', # whose units get formats; optiq.models.Checkpoint('demo') opens a model
+    formats: Mapping, # unit path ▸ Format, or its name
     name: str = '', # of the plan, for tables
     table: dict | None = None, # what `smoothed` made of the sweep
     solver: dict | None = None, # how the solver found it
 ) -> Plan:
     "A plan with sizes from `source` and, if that is a sweep, its predicted KL"
     units, header = getattr(source, 'units', source), getattr(source, 'header', {})
+    formats = {path: parse_format(f) for path, f in formats.items()}
     if table is None: table = smoothed(source)[0] if hasattr(source, 'values') else {}
     params = header.get('params') or getattr(source, 'params', sum(u.params for u in units))
     other = header.get('other_bytes', getattr(source, 'other_bytes', 0))

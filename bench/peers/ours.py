@@ -315,7 +315,7 @@ def main():
     p.add_argument('--calibration', default='bundled')
     p.add_argument('--test', default='bundled')
     p.add_argument('--only', default='uniform,ours,dynamic,gptq,awq,tuned,dwq')
-    p.add_argument('--targets', default='6,5,4.5,4,3.5,3', help='true bits per weight')
+    p.add_argument('--targets', default='6.569,6,5,4.5,4,3.5,3', help='true bits per weight; 6.569 is Q6_K of llama.cpp')
     p.add_argument('--formats', default=SWEPT, help='candidates of the sweeps')
     p.add_argument('--roundings', default='minmax,search,gptq')
     p.add_argument('--n', type=int, default=128, help='calibration sequences')

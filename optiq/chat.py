@@ -110,11 +110,12 @@ class _Sides:
 
 # %% ../nbs/09a_chat.ipynb #739b60bc
 def _moves(s: _Sides) -> str:
-    "One line: in how many units two plans differ, and which is wider"
-    if not s.differ: return f'all {len(s.plans[0])} units have the same formats'
+    "One line: in how many units two plans differ, which is wider, and from what we measure the KL"
+    to = f'KL is to {s.report.rows[0]["name"]}'
+    if not s.differ: return f'all {len(s.plans[0])} units have the same formats; {to}'
     wider = sum(by_width(b) > by_width(a) for a, b in s.differ.values())
     return (f'{len(s.differ)} of {len(s.plans[0])} units differ: {wider} are wider in the second, '
-            f'{len(s.differ)-wider} narrower or of another kind')
+            f'{len(s.differ)-wider} narrower or of another kind; {to}')
 
 def _answer_line(r: dict) -> str:
     "One line: where two answers to a prompt differ"

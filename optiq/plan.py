@@ -41,8 +41,8 @@ class Plan(Mapping):
     solver: dict = field(default_factory=dict) # method, bound, gap, prices, caps …
     made: dict = field(default_factory=dict) # how the sweep was measured: rounding, what that learned from, text
     method, bound, gap = (property(lambda self, k=k: self.solver.get(k), doc=text) for k, text in dict(
-        method='How the solver found it, such as exact; None without a solver', gap='KL above the bound, at most',
-        bound='A lower bound on the predicted KL of every plan within the caps').items())
+        method='How the solver found it, such as exact; None without a solver',
+        bound='A lower bound on the predicted KL of every plan within the caps', gap='KL above the bound, at most').items())
 
     @property
     def nominal_bpw(self):

@@ -224,10 +224,10 @@ def finish(self: SweepLog) -> Sweep:
 
 # %% ../../nbs/04f_measure.log.ipynb #bc30f7b7
 def _announce(c: dict, log: SweepLog, rounding: float):
-    "Print to stderr what a sweep measures, its memory, and its time; a conversion has announced that for the whole road"
-    seconds = '' if 'journal' in log.mark else f'about {_duration((c["seconds"]+rounding)/log.ranks.size)}, '
+    "Print the expected time and memory of a sweep to stderr"
     print(f'{c["probes"]} measurements, each of one tensor in one format, on {log.shape[0]} × {log.shape[1]} tokens: '
-          f'{seconds}{c["bytes"]/2**30:.1f} GB for states', file=sys.stderr, flush=True)
+          f'about {_duration((c["seconds"]+rounding)/log.ranks.size)}, {c["bytes"]/2**30:.1f} GB for states',
+          file=sys.stderr, flush=True)
 
 # %% ../../nbs/04f_measure.log.ipynb #31ddbbf5
 def _bar(what: str = '', show: bool = True, of=None): # ▸ tqdm over `of`; without it, a bar for shares of the work

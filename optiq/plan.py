@@ -42,7 +42,8 @@ class Plan(Mapping):
     made: dict = field(default_factory=dict) # how the sweep was measured: rounding, what that learned from, text
     method, bound, gap = (property(lambda self, k=k: self.solver.get(k), doc=text) for k, text in dict(
         method='How the solver found it, such as exact; None without a solver',
-        bound='A lower bound on the predicted KL of every plan within the caps', gap='KL above the bound, at most').items())
+        bound='A lower bound on the predicted KL of every plan within the caps',
+        gap='KL above the bound, at most').items())
 
     @property
     def nominal_bpw(self):

@@ -28,6 +28,7 @@ def plain_code(match):
     "A signature as code: without links, modules that no reader imports, and addresses of functions"
     code = re.sub(r'\[(`[^`]+`)\]\([^)\s]*\)', r'\1', match[0])
     code = re.sub(r'Form\(words=[^\n]*?holds=<function [^\n]*?>\)|<function <lambda>[^>]*>|<lambda>', '…', code)
+    code = re.sub(r':(?:builtin_)?function(?:_or_method)?=', ':Callable=', code)
     code = re.sub(r':NoneType=None', '=None', re.sub(r'\b(?:__main__|collections\.abc|optiq(?:\.[a-z_]+)+)\.', '', code))
     return re.sub(r'=([A-Z]\w+)\((?:[^()]|\(\))+\)', r'=\1()', code) # a default with all its fields
 

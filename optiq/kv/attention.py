@@ -22,6 +22,8 @@ def _summable(a):
 GROUPS = 2 if mx.cuda.is_available() else 1 # in a vector, at least, for a product with keys
 
 # %% ../../nbs/11ca_kv.attention.ipynb #d1bfc04f
+_NEWEST = 64 # tokens that a cache may keep apart from the others
+
 class Codec:
     "Stores keys or values in one of MLX's quantized formats, and multiplies with what it stored"
     def __init__(self, fmt: Format):
@@ -47,6 +49,7 @@ class Codec:
     def turn(self, x): return x # queries into the space of stored keys
     def back(self, x): return x # outputs out of the space of stored values
     def attend_token(self, q, keys, values, scale): return None # a codec may have a kernel for one query
+    def append(self, other, keys, values, newest, n): return None # and one that puts a token behind `n` others
 
 # %% ../../nbs/11ca_kv.attention.ipynb #5f237784
 class _Dense(Codec):
@@ -69,9 +72,13 @@ _PART = 1024 if mx.cuda.is_available() else 0 # tokens in a part of the product 
 class _Stored:
     "Keys or values as a cache holds them, on their way to attention: the first `tokens` of its room, `dim` wide"
     ndim = 4
-    def __init__(self, codec, arrays: list, tokens: int, dim: int, dtype):
-        self.codec, self.arrays, self.dtype = codec, arrays, dtype
+    def __init__(self, codec, arrays: list, tokens: int, dim: int, dtype, newest: tuple = ()):
+        self.codec, self.held, self.dtype = codec, arrays, dtype
+        self.newest = newest # arrays of tokens that lie apart, how many there are, and what gives all as one
         self.shape = (*arrays[0].shape[:2], tokens, dim)
+
+    @property
+    def arrays(self): return self.newest[2]() if self.newest else self.held
 
     def dense(self, heads=slice(None), after=None):
         "Some heads as numbers, unpacked after `after` is done"

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, CacheList, KVCache, RotatingKVCache
 
 from ..formats import FAMILIES, Format, parse_format
-from .attention import _Stored, _teach_attention, codec_of
+from .attention import _NEWEST, _Stored, _teach_attention, codec_of
 from .config import read_kv_config
 from .layout import KVLayout, language, own_caches
 
@@ -51,6 +51,7 @@ _WAYS = {c.__name__: c for c in (KVCache, RotatingKVCache, BatchKVCache, BatchRo
 class MixedKVCache(CacheList):
     "The cache of one layer, keys and values each in a format of their own: caches of mlx-lm's for what is stored"
     dims = dtype = None # widths of a head's key and value, and their type
+    newest, held = (), () # tokens that lie apart, and the caches of all others
 
     def __init__(self,
         keys: 'Format | str' = '8g64',
@@ -62,8 +63,19 @@ class MixedKVCache(CacheList):
         _hook()
 
     @property
-    def offset(self): return self.caches[0].offset
-    def make_mask(self, *args, **options): return self.caches[0].make_mask(*args, **options)
+    def caches(self):
+        if self.newest: self.join()
+        return self.held
+    @caches.setter
+    def caches(self, caches): self.held, self.newest = caches, ()
+
+    @property
+    def offset(self): return self.held[0].offset+self.newest[1] if self.newest else self.held[0].offset
+
+    def make_mask(self, *args, **options):
+        like = copy(self.held[0])
+        like.offset = self.offset
+        return like.make_mask(*args, **options)
 
     def stored(self, side): return [a for c in self.caches for a in [getattr(c, side)] if a is not None and a.shape[3]]
     @property
@@ -116,6 +128,8 @@ def spread(self: MixedKVCache, n: int):
 
 @patch
 def update_and_fetch(self: MixedKVCache, keys, values): # (B, heads, T, D) each
+    newest = self.append(keys, values) if keys.shape[2] == 1 else None
+    if newest is not None: return newest
     self.settle(keys, values)
     first, second = map(codec_of, self.formats)
     pairs = list(_pairs(*first.encode_both(second, keys, values)))
@@ -132,6 +146,29 @@ def read(self: MixedKVCache, tokens: int): # that count, of the room
 
 @patch
 def keys_and_values(self: MixedKVCache): return self.read(self.caches[0].keys_and_values()[0].shape[2])
+
+# %% ../../nbs/11c_kv.cache.ipynb #5899d9b4
+@patch
+def join(self: MixedKVCache):
+    "Place the newest tokens behind the others"
+    (keys, values), n = self.newest
+    self.newest = ()
+    for c, pair in zip(self.held, _pairs(keys, values)): c.update_and_fetch(*(a[:, :, :n] for a in pair))
+
+@patch
+def append(self: MixedKVCache, keys, values): # (B, heads, 1, D) each ▸ as `update_and_fetch`
+    "Add a token to the newest ones; None if the codec cannot, or if this is no plain cache that holds something"
+    first = self.held[0]
+    if type(first) is not KVCache or first.keys is None or self.dims != (keys.shape[3], values.shape[3]): return None
+    if self.newest and self.newest[1] == _NEWEST: self.join()
+    (codec, other), (newest, n) = map(codec_of, self.formats), self.newest or (None, 0)
+    newest = codec.append(other, keys, values, newest, n)
+    if newest is None: return None
+    self.newest, tokens, dtype = (newest, n+1), first.offset+n+1, getattr(mx, self.dtype)
+    def side(i, codec, name): return _Stored(codec, [getattr(c, name) for c in self.held], tokens, self.dims[i], dtype,
+                                             (newest[i], n+1, partial(getattr, self, name)))
+    return side(0, codec, 'keys'), side(1, other, 'values')
+
 
 # %% ../../nbs/11c_kv.cache.ipynb #0930aaaf
 def _alike(caches: list): # ▸ the first that holds something, or the first
@@ -173,7 +210,7 @@ class _OfBatches:
     def __init__(self, f): self.f = f
     def __get__(self, cache, kind):
         if cache is None: return self.f
-        if not hasattr(cache.caches[0], 'left_padding'): raise AttributeError('this is the cache of one text, no batch')
+        if not hasattr(cache.held[0], 'left_padding'): raise AttributeError('this is the cache of one text, no batch')
         return partial(self.f, cache)
 
 MixedKVCache.extend, MixedKVCache.extract = _OfBatches(_extend), _OfBatches(_extract)

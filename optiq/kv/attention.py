@@ -50,6 +50,7 @@ class Codec:
     def back(self, x): return x # outputs out of the space of stored values
     def attend_token(self, q, keys, values, scale): return None # a codec may have a kernel for one query
     def append(self, other, keys, values, newest, n): return None # and one that puts a token behind `n` others
+    def apart(self, other, newest, n): raise NotImplementedError # then these, as `encode_both` gives them
 
 # %% ../../nbs/11ca_kv.attention.ipynb #5f237784
 class _Dense(Codec):
@@ -74,7 +75,7 @@ class _Stored:
     ndim = 4
     def __init__(self, codec, arrays: list, tokens: int, dim: int, dtype, newest: tuple = ()):
         self.codec, self.held, self.dtype = codec, arrays, dtype
-        self.newest = newest # arrays of tokens that lie apart, how many there are, and what gives all as one
+        self.newest = newest # tokens that lie apart, how many there are, and what gives all as one
         self.shape = (*arrays[0].shape[:2], tokens, dim)
 
     @property

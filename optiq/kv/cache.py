@@ -151,23 +151,23 @@ def keys_and_values(self: MixedKVCache): return self.read(self.caches[0].keys_an
 @patch
 def join(self: MixedKVCache):
     "Place the newest tokens behind the others"
-    (keys, values), n = self.newest
+    newest, n, codec, other = self.newest
     self.newest = ()
-    for c, pair in zip(self.held, _pairs(keys, values)): c.update_and_fetch(*(a[:, :, :n] for a in pair))
+    for c, pair in zip(self.held, _pairs(*codec.apart(other, newest, n))): c.update_and_fetch(*pair)
 
 @patch
 def append(self: MixedKVCache, keys, values): # (B, heads, 1, D) each ▸ as `update_and_fetch`
     "Add a token to the newest ones; None if the codec cannot, or if this is no plain cache that holds something"
-    first = self.held[0]
-    if type(first) is not KVCache or first.keys is None or self.dims != (keys.shape[3], values.shape[3]): return None
+    first, dims = self.held[0], (keys.shape[3], values.shape[3])
+    if type(first) is not KVCache or first.keys is None or self.dims != dims: return None
     if self.newest and self.newest[1] == _NEWEST: self.join()
-    (codec, other), (newest, n) = map(codec_of, self.formats), self.newest or (None, 0)
+    newest, n, codec, other = self.newest or (None, 0, *map(codec_of, self.formats))
     newest = codec.append(other, keys, values, newest, n)
     if newest is None: return None
-    self.newest, tokens, dtype = (newest, n+1), first.offset+n+1, getattr(mx, self.dtype)
-    def side(i, codec, name): return _Stored(codec, [getattr(c, name) for c in self.held], tokens, self.dims[i], dtype,
-                                             (newest[i], n+1, partial(getattr, self, name)))
-    return side(0, codec, 'keys'), side(1, other, 'values')
+    self.newest, tokens, dtype = (newest, n+1, codec, other), first.offset+n+1, getattr(mx, self.dtype)
+    keys, values = [c.keys for c in self.held], [c.values for c in self.held]
+    return (_Stored(codec, keys, tokens, dims[0], dtype, (newest, n+1, lambda: self.keys)),
+            _Stored(other, values, tokens, dims[1], dtype, (newest, n+1, lambda: self.values)))
 
 
 # %% ../../nbs/11c_kv.cache.ipynb #0930aaaf

@@ -70,7 +70,7 @@ def encode_both(self: _RotatedCodec, other, keys, values): # `other` is the code
         return Codec.encode_both(self, other, keys, values)
     G, D = keys.shape[1], keys.shape[3]
     if turbo_kernels.kernels_fit(D, G, G):
-        return turbo_kernels._encode_tokens(keys, values, *_both_sides(self, other, G, D), (self.bits, other.bits))
+        return turbo_kernels._encode_tokens(keys, values, *_both_sides(self, other, G, D))
     alike = (self.bits, self.seed) == (other.bits, other.seed)
     if keys.shape[2] > 1 or not alike: return Codec.encode_both(self, other, keys, values)
     both = self.rotated(mx.concatenate([self.centred(keys), other.centred(values)], 1))
@@ -80,24 +80,22 @@ def encode_both(self: _RotatedCodec, other, keys, values): # `other` is the code
 def append(self: _RotatedCodec, other, keys, values, newest, n):
     G, D = keys.shape[1], keys.shape[3]
     if D != values.shape[3] or not isinstance(other, _RotatedCodec) or not turbo_kernels.kernels_fit(D, G, G): return None
-    return turbo_kernels.append_token(keys, values, *_both_sides(self, other, G, D), (self.bits, other.bits), newest, n)
+    fixed, bits, _ = _both_sides(self, other, G, D)
+    return turbo_kernels._append_token(keys, values, fixed, bits, newest, n)
+
+@patch
+def apart(self: _RotatedCodec, other, newest, n): return turbo_kernels._apart(newest, n, (self.bits, other.bits))
 
 # %% ../../nbs/11d_kv.rotated.ipynb #f95a3f61
 @lru_cache(256)
-def _both_sides(
-    keys: _RotatedCodec,
-    values: _RotatedCodec,
-    heads: int,
-    D: int,
-) -> tuple: # (2, heads, D) twice, (D, D) twice
-    "Means and scales of keys and of values, 0 and 1 without a preconditioner, and the rotations of both; in float32"
+def _both_sides(keys: _RotatedCodec, values: _RotatedCodec, heads: int, D: int): # ▸ as `_encode_tokens` takes them
+    "What the kernels know of keys and of values: means and scales, 0 and 1 without a preconditioner, and rotations"
     def both(part, none):
         sides = [np.full((heads, D), none) if p is None else getattr(p, part)[:, 0]
                  for p in (keys.precondition, values.precondition)]
         return mx.array(np.stack(sides), mx.float32)
-    pair = [both('mean', 0), both('scale', 1)]
-    mx.eval(pair)
-    return *pair, *(_rotation(D, c.seed, mx.float32) for c in (keys, values))
+    parts = both('mean', 0), both('scale', 1), *(_rotation(D, c.seed, mx.float32) for c in (keys, values))
+    return turbo_kernels._fixed(parts, (keys.bits, values.bits)), (keys.bits, values.bits), parts
 
 # %% ../../nbs/11d_kv.rotated.ipynb #51912e69
 @lru_cache(16)

@@ -50,9 +50,9 @@ _TURN = r'''
     const long at = static_cast<long>(vector)*D+d;
     float y = static_cast<float>(side ? v[at] : k[at]);
     if (TURNS) {
-        x[d] = (y-mean[channel])/scale[channel];
+        x[d] = (y-fixed[channel])/fixed[2*G*D+channel];
         __syncthreads();
-        const DEVICE float* r = side ? turn_v : turn_k;
+        const DEVICE float* r = fixed+4*G*D+side*D*D;
         y = 0;
         #pragma unroll 16
         for (int i = 0; i < D; ++i) y = fmaf(x[i], r[i*D+d], y);
@@ -73,10 +73,11 @@ _SUMS = r'''
 # %% ../../nbs/11ea_kv.sources.ipynb #9a3b7d52
 _GRIDS = r'''
     const int bits = side ? VB : KB, n = 1 << bits, words = D*bits/32;
+    const DEVICE float* steps = fixed+4*G*D+2*D*D+side*M;
     float code[M], best = 0, size = 0, kept = 0;
     #pragma unroll
     for (int m = 0; m < M; ++m) {
-        code[m] = fminf(fmaxf(floorf(y/(length*steps[side*M+m]+1e-30f)+n*.5f), 0.f), n-1.f);
+        code[m] = fminf(fmaxf(floorf(y/(length*steps[m]+1e-30f)+n*.5f), 0.f), n-1.f);
         const float c = code[m]-(n-1)*.5f, yc = warp_sum(y*c), cc = warp_sum(c*c);
         if (lane == 0) sums[2*m][warp] = yc, sums[2*m+1][warp] = cc;
     }
@@ -92,8 +93,6 @@ _GRIDS = r'''
 
 # %% ../../nbs/11ea_kv.sources.ipynb #60e2f7b8
 _PACK = r'''
-    const int before = ROOM > 1 ? static_cast<int>(numbers[1]) : 0;
-    const long row = static_cast<long>(vector)*ROOM+before;
     codes[d] = static_cast<unsigned char>(kept);
     __syncthreads();
     if (d < words) {
@@ -103,21 +102,30 @@ _PACK = r'''
             const unsigned int c = codes[j];
             w |= shift >= 0 ? c << shift : c >> -shift;
         }
-        (side ? v_codes : k_codes)[row*words+d] = w;
+        to[d] = w;
     }
-    if (d == 0) (side ? v_scales : k_scales)[row] = static_cast<half_t>(length/size*n*.5f);
+    if (d == 0) *scale = static_cast<half_t>(length/size*n*.5f);
 '''
-_ENCODE = _TURN+_SUMS+_GRIDS+_PACK
+_TO = r'''
+    DEVICE unsigned int* to = (side ? v_codes : k_codes)+static_cast<long>(vector)*words;
+    DEVICE half_t* scale = (side ? v_scales : k_scales)+vector;
+'''
+_ENCODE = _TURN+_SUMS+_GRIDS+_TO+_PACK
 
 # %% ../../nbs/11ea_kv.sources.ipynb #3d1526d5
-_BEFORE = r'''
-    const long begin = row-before;
-    for (int i = d; i < before*words; i += D)
-        (side ? v_codes : k_codes)[begin*words+i] = (side ? old_v_codes : old_k_codes)[begin*words+i];
-    for (int i = d; i < before; i += D)
-        (side ? v_scales : k_scales)[begin+i] = (side ? old_v_scales : old_k_scales)[begin+i];
+_BEHIND = r'''
+    const int before = static_cast<int>(numbers[1]), all = ROOM*(KB+VB)*D/32; // words of codes
+    const long mine = static_cast<long>(vector)*(all+ROOM);
+    DEVICE unsigned int* to = out+mine+side*ROOM*KB*D/32;
+    DEVICE half_t* scale = reinterpret_cast<DEVICE half_t*>(out+mine+all)+side*ROOM;
+    const DEVICE unsigned int* from = newest+mine+side*ROOM*KB*D/32;
+    const DEVICE half_t* scales = reinterpret_cast<const DEVICE half_t*>(newest+mine+all)+side*ROOM;
+    for (int i = d; i < before*words; i += D) to[i] = from[i];
+    for (int i = d; i < before; i += D) scale[i] = scales[i];
+    to += before*words;
+    scale += before;
 '''
-_APPEND = _ENCODE+_BEFORE
+_APPEND = _TURN+_SUMS+_GRIDS+_BEHIND+_PACK
 
 # %% ../../nbs/11ea_kv.sources.ipynb #13f5a8c6
 _QUERIES = r'''
@@ -126,11 +134,14 @@ _QUERIES = r'''
     const int begin = apart ? 0 : (static_cast<int>(blockIdx.x)-1)*static_cast<int>(numbers[3]);
     if (begin >= tokens) return;
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, head = blockIdx.y;
-    const long first = static_cast<long>(head)*static_cast<long>(numbers[apart ? 5 : 1]);
-    const DEVICE unsigned int* keys = apart ? new_k_codes : k_codes;
-    const DEVICE unsigned int* values = apart ? new_v_codes : v_codes;
-    const DEVICE half_t* key_scales = apart ? new_k_scales : k_scales;
-    const DEVICE half_t* value_scales = apart ? new_v_scales : v_scales;
+    const long first = apart ? 0 : static_cast<long>(head)*static_cast<long>(numbers[1]);
+    constexpr int ALL = ROOM*(KB+VB)*D/32; // words of codes that lie apart
+    const DEVICE unsigned int* mine = newest+static_cast<long>(head)*(ALL+ROOM);
+    const DEVICE half_t* scales = reinterpret_cast<const DEVICE half_t*>(mine+ALL);
+    const DEVICE unsigned int* keys = apart ? mine : k_codes;
+    const DEVICE unsigned int* values = apart ? mine+ROOM*KB*D/32 : v_codes;
+    const DEVICE half_t* key_scales = apart ? scales : k_scales;
+    const DEVICE half_t* value_scales = apart ? scales+ROOM : v_scales;
     __shared__ ALIGNED float qs[D*N], part[4*N*D];
     for (int i = tid; i < N*D; i += 128) part[i] = static_cast<float>(q[head*N*D+i])*numbers[2];
     __syncthreads();

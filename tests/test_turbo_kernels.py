@@ -141,7 +141,7 @@ def on_cpu(request, tmp_path, monkeypatch):
     monkeypatch.setattr(mx.fast, f'{request.param}_kernel', on_threads(language, tmp_path, made))
     monkeypatch.setattr(mx, 'default_device', lambda: mx.gpu)
     monkeypatch.setattr(mx, 'compile', lambda f: f)
-    made_once = tk._kernel, tk._kernels, tk._encoder, tk._attention
+    made_once = tk._kernel, tk._kernels, tk._encoder, tk._appender, tk._attention
     for f in made_once: f.cache_clear()
     yield made
     for f in made_once: f.cache_clear()

@@ -4,10 +4,11 @@
     npm pack @node-llama-cpp/linux-x64@3.21.1; tar xzf node-llama-cpp-linux-x64-3.21.1.tgz  # llama.cpp, built: package/bins/linux-x64
     pip download --no-deps flyto-mlx==0.7.0; unzip flyto_mlx-*.whl omlx/oq.py              # oMLX's oq.py, in a package of others
     VENV/bin/python bench/peers/kquants.py --llama package/bins/linux-x64 --oq omlx/oq.py --model MODEL --calibration valid.txt \\
-        --test test.txt [--only kquants,across,autoround,oq] [--score-n 16] -o kquants.json
+        --test test.txt [--only kquants,across,unsloth,autoround,oq] [--score-n 16] -o kquants.json
 
 `kquants`    llama.cpp's own quantizer on a GGUF of the model, which chooses a type for each tensor; with and without importance matrix
 `across`     its encoders, with the types that it chooses for a model whose width fits; see below
+`unsloth`    what Unsloth publishes of its dynamic recipes, see `WIDER`: with llama.cpp's encoders, and on MLX as mlx-node carries it over
 `autoround`  AutoRound's MLX export, as autoround.py wrote it with --rounded RECIPE=FOLDER; it leaves the embedding as it is, so that is
              rounded at several widths
 `oq`         the plan of oMLX's `oq.py` from block errors on our calibration text, rounded by min-max (oQ) or by its importance search (oQe)
@@ -22,7 +23,8 @@ there the tied embedding has a type of its own (llama-quantize's --token-embeddi
 Bytes are those of everything that a file stores for its tensors, with norms in float32 as llama.cpp keeps them. `against_ours` is the difference
 to OptiQ's rows (allocation and GPTQ) at the same bytes, sequence by sequence, with log KL interpolated over bits between two neighbouring rows;
 above our largest row, to that one.
-Rows are written one by one; a row that is there is measured again only if more sequences are asked for.
+Rows are written one by one; a row that is there is measured again only if more sequences are asked for. `--only again` measures nothing:
+it takes `against_ours` of every row from the rows that --ours holds today.
 """
 import argparse
 import ctypes
@@ -40,6 +42,11 @@ from ours import Bench, evaluate, make_plan, overrides_of, timed, uniform
 KQUANTS = 'Q3_K_S,Q3_K_M,IQ4_XS,Q4_K_S,Q4_K_M,Q5_K_S,Q5_K_M,Q6_K'
 LOW = 'Q2_K,IQ3_XXS' # below 4 bits, with an importance matrix only
 EMBEDDINGS = 'Q3_K_S/Q4_K,Q3_K_M/Q4_K,Q4_K_S/Q4_K,Q4_K_S/Q5_K,Q4_K_M/Q5_K,Q5_K_S/Q5_K' # as llama-quantize's --token-embedding-type
+
+# Bits above the base, from Unsloth's per-tensor study of 121 configurations (unsloth.ai, Qwen3.5 GGUF benchmarks) as mlx-node's `unsloth` recipe
+# reads it; where head and embedding are one matrix it gets the head's. Seven bits become eight.
+WIDER = dict(ffn_gate=0, ffn_up=0, ffn_down=1, attn_q=2, attn_k=2, attn_v=2, attn_output=2, token_embd=3, output=3)
+KINDS = {2: 'Q2_K', 3: 'Q3_K', 4: 'Q4_K', 5: 'Q5_K', 6: 'Q6_K', 8: 'Q8_0'}
 
 class Settings(ctypes.Structure):
     "llama_model_quantize_params of llama.h"
@@ -243,6 +250,34 @@ def part_across(x):
              for f, e in (r.split('/') for r in listed(x.args.embeddings))}
     score(x, rows | {f'across {f}': (lambda f=f: made(f, {})) for f in listed(x.args.plain) if f[0] != 'F'})
 
+def part_unsloth(x):
+    "Bits by kind of tensor; on MLX attention's output stays as it is and the rest is scaled by the root of its importance first"
+    s, importance = x.source, {n.removesuffix('.weight'): v for n, v in x.source.importance(x.tokens).items()}
+    importance['token_embd' if s.config.tie_word_embeddings else 'output'] = importance.pop('head')
+    bits = lambda n, base: min(b for b in KINDS if b >= base+WIDER[n.split('.')[-1]])
+    def gguf(base): return encoded(s, x.llama, {n: KINDS[bits(n, base)] if w.ndim == 2 else 'F32' for n, w in s.weights.items()}, importance)
+    def mlx(base):
+        kept = [n for n, w in s.weights.items() if w.ndim == 2 and 'attn_output' not in n]
+        plan = make_plan(x.c, {s.names[n]: format_of(x, f'{bits(n, base)}g64') for n in kept})
+        rounded = overrides_of(plan)
+        found = {s.names[n]: scaled(rounded[s.names[n]], None if n in ('token_embd', 'output') else importance[n]) for n in kept}
+        return found, plan.nbytes, dict(counts={str(k): n for k, n in plan.counts().items()}, embed=str(plan[x.c.units[0].path]))
+    bases = [int(b) for b in listed(x.args.bases)]
+    score(x, {f"Unsloth's rules, GGUF, base {b}": (lambda b=b: gguf(b)) for b in bases} |
+             {f"Unsloth's rules, MLX, base {b}": (lambda b=b: mlx(b)) for b in bases})
+
+def scaled(rounding, importance):
+    "A rounding of columns that are scaled before it and back after it, as a norm or the rows of the matrix before could take the inverse"
+    if importance is None: return rounding
+    r = np.sqrt(np.maximum(importance, 1e-8))
+    r = torch.from_numpy(r/np.sqrt(r.max()*r.min()))
+    return lambda w: rounding((w.float()*r.to(w.device)).to(w.dtype)).float()/r.to(w.device)
+
+def part_again(x):
+    "The paired difference to today's rows of OptiQ, for every row that is there"
+    for r in x.results['rows'].values():
+        if r.get('against_ours'): r['against_ours'] = against_ours(x, r['true_bpw'], r['kl_each'])
+
 def part_autoround(x):
     "What autoround.py wrote; the embedding, which AutoRound leaves as it is, at several widths by min-max"
     for recipe, out in (pair.split('=') for pair in listed(x.args.rounded)):
@@ -334,6 +369,7 @@ def main():
     p.add_argument('--plain', default=f'F16,Q8_0,{KQUANTS}', help='without')
     p.add_argument('--low', default=LOW, help='across only, with an importance matrix')
     p.add_argument('--embeddings', default=EMBEDDINGS, help='recipe/type of the embedding')
+    p.add_argument('--bases', default='3,4,5', help="of Unsloth's rules")
     p.add_argument('--rounded', default='', help='RECIPE=FOLDER of what autoround.py wrote, comma separated')
     p.add_argument('--widths', default='6g64,4g64,3g64', help="of AutoRound's embedding; `as it is` leaves it")
     p.add_argument('--oq', help="oMLX's oq.py")

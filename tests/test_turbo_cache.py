@@ -287,10 +287,11 @@ def test_a_round_trip_changes_nothing(kind, road, full, tmp_path):
 def test_newest_tokens_lie_apart_until_somebody_looks(monkeypatch, tmp_path):
     "As on a GPU, but for the kernel that puts a token behind the newest ones"
     def append(self, other, keys, values, newest, n):
-        new = [[mx.zeros((*a.shape[:2], 64, a.shape[3]), a.dtype) for a in side] for side in self.encode_both(other, keys, values)] if n == 0 else newest
-        for old, side in zip(new, self.encode_both(other, keys, values)):
+        one = [list(side) for side in self.encode_both(other, keys, values)]
+        if n == 0: newest = [[mx.zeros((*a.shape[:2], 64, a.shape[3]), a.dtype) for a in side] for side in one]
+        for old, side in zip(newest, one):
             for a, b in zip(old, side): a[:, :, n:n+1] = b
-        return new
+        return newest
     r = np.random.default_rng(0)
     k, v = (mx.array(r.standard_normal((1, 2, 90, 64)).astype(np.float32)) for _ in 'kv')
     def fed(c, *steps):
@@ -304,7 +305,9 @@ def test_newest_tokens_lie_apart_until_somebody_looks(monkeypatch, tmp_path):
     c = one()
     masks = [c.make_mask(n, return_array=False, window_size=None) for n in (1, 3)]
     assert (c.offset, c.held[0].offset, c.newest[1], *masks) == (80, 73, 7, None, 'causal') and c.newest
-    def same(c, like, n): return c.size() == n and all(mx.array_equal(a[:, :, :n], b[:, :, :n]) for s in ('keys', 'values') for a, b in zip(getattr(c, s), getattr(like, s)))
+    def same(c, like, n):
+        pairs = [*zip(c.keys, like.keys), *zip(c.values, like.values)]
+        return c.size() == n and all(mx.array_equal(a[:, :, :n], b[:, :, :n]) for a, b in pairs)
     assert same(copy.deepcopy(c), plain, 80) and c.newest and c.nbytes == plain.nbytes and not c.newest
     for road in (stated, in_a_file, batched, extended, remembered): assert same(road(one(), tmp_path), plain, 80)
     c = one()

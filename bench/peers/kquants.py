@@ -256,15 +256,15 @@ def part_unsloth(x):
     importance['token_embd' if s.config.tie_word_embeddings else 'output'] = importance.pop('head')
     bits = lambda n, base: min(b for b in KINDS if b >= base+WIDER[n.split('.')[-1]])
     def gguf(base): return encoded(s, x.llama, {n: KINDS[bits(n, base)] if w.ndim == 2 else 'F32' for n, w in s.weights.items()}, importance)
-    def mlx(base):
+    def mlx(base, scaling):
         kept = [n for n, w in s.weights.items() if w.ndim == 2 and 'attn_output' not in n]
         plan = make_plan(x.c, {s.names[n]: format_of(x, f'{bits(n, base)}g64') for n in kept})
         rounded = overrides_of(plan)
-        found = {s.names[n]: scaled(rounded[s.names[n]], None if n in ('token_embd', 'output') else importance[n]) for n in kept}
+        found = {s.names[n]: scaled(rounded[s.names[n]], importance[n] if scaling and n not in ('token_embd', 'output') else None) for n in kept}
         return found, plan.nbytes, dict(counts={str(k): n for k, n in plan.counts().items()}, embed=str(plan[x.c.units[0].path]))
     bases = [int(b) for b in listed(x.args.bases)]
     score(x, {f"Unsloth's rules, GGUF, base {b}": (lambda b=b: gguf(b)) for b in bases} |
-             {f"Unsloth's rules, MLX, base {b}": (lambda b=b: mlx(b)) for b in bases})
+             {f"Unsloth's rules, MLX, base {b}{how}": (lambda b=b, how=how: mlx(b, not how)) for b in bases for how in ('', ', not scaled')})
 
 def scaled(rounding, importance):
     "A rounding of columns that are scaled before it and back after it, as a norm or the rows of the matrix before could take the inverse"

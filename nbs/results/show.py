@@ -226,6 +226,14 @@ def wins() -> Markdown:
                  '(`bench/peers/kquants.py` says how). What llama.cpp itself writes is larger.')
     return Markdown('\n\n'.join(lines))
 
+def first_sixteen() -> Markdown:
+    "Rows with fewer sequences are compared on those; how much do they differ from all?"
+    rows = [r for n, r in result('peers-smollm2')['rows'].items() if n.startswith('ours') and r.get('kl_first16')]
+    ratio, few = [r['kl_first16']/r['kl'] for r in rows], [r for r in measured('kquants-smollm2').values() if r.get('sequences') == 16]
+    return Markdown(f'{len(few)} of the {len(measured("kquants-smollm2"))} rows of these tools are scored on the first 16 of the 64 sequences. On these 16, '
+                    f'OptiQ\'s rows have {min(ratio):.2f} to {max(ratio):.2f} of their KL on all 64. So you can compare the two kinds of marks in the '
+                    'figure to within a few percent. The table compares on the same sequences.')
+
 PER_BIT = 134_515_008/8/2**20 # MB of SmolLM2-135M for each bit per weight
 
 def readable(name: str) -> str:

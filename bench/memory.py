@@ -25,6 +25,9 @@ SHAPES = {
     '8B/16': ('qwen3', dict(hidden_size=256, intermediate_size=768, num_hidden_layers=36, max_window_layers=36, num_attention_heads=4,
                             num_key_value_heads=1, head_dim=64, vocab_size=9496, tie_word_embeddings=False)), # and a sixteenth
     '8B': ('qwen3', '8B'),
+    '30B-A3B/16': ('qwen3_moe', dict(hidden_size=128, intermediate_size=384, moe_intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+                                     num_key_value_heads=2, head_dim=32, num_experts=16, num_experts_per_tok=4, norm_topk_prob=True, vocab_size=2048,
+                                     tie_word_embeddings=False, decoder_sparse_step=1, mlp_only_layers=[])), # to try the next one on a CPU
     '30B-A3B': ('qwen3_moe', dict(hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32,
                                   num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
                                   vocab_size=151936, max_position_embeddings=40960, rope_theta=1e6, tie_word_embeddings=False,

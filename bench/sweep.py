@@ -1,9 +1,10 @@
 """How fast is the sweep, and how good are its shortcuts? Ratios are measured side by side in one run.
 
-    python bench/sweep.py --model MODEL --text FILE [--only replay,shortcuts,mlx,memory,peer] [--peer FOLDER] -o results.json
+    python bench/sweep.py --model MODEL --text FILE [--only replay,shortcuts,plans,mlx,memory,peer] [--peer FOLDER] -o results.json
 
 `replay`     all probes by block replay, against one full forward pass per probe and sequence (PyTorch)
 `shortcuts`  gradient and screened sweeps against the exact one
+`plans`      KL of the plans of exact, screened and gradient sweeps at equal bits on the test text (--test), pairwise
 `mlx`        replay against full passes, MLX, random weights in the shape of Qwen3-0.6B
 `memory`     peak memory of the streaming sweep, random weights in the shape of Qwen3-1.7B
 `peer`       mlx-optiq's own sweep on the same checkpoint, tokens and widths; FOLDER holds its unpacked wheel
@@ -25,7 +26,7 @@ import numpy as np
 from optiq.backends.mlx import MLXBackend
 from optiq.backends.torch import TorchBackend
 from optiq.calibration import passages, token_batch
-from optiq.evals.perplexity import evaluate, overrides_of
+from optiq.evals.perplexity import evaluate, evaluation_tokens, overrides_of
 from optiq.report import machine
 from optiq.formats import Format
 from optiq.measure.gradient import agreement, gradient_sweep, screened_sweep
@@ -33,6 +34,7 @@ from optiq.knapsack import allocate
 from optiq.models import Checkpoint
 from optiq.measure.estimate import estimate
 from optiq.measure.kl import kl_divergence, measure, perturb, probes
+from optiq.rounding import as_overrides, round_model
 from optiq.sensitivity import kl_sweep
 from optiq.material.tiny import tiny
 
@@ -88,6 +90,27 @@ def shortcuts(args, c, tokens):
                 screened_cost=screened_s/exact_s, screened_units=len(screened.header['exact']), units=len(exact.units),
                 screened_spread=screened.header['spread'], kl=kl, screened_excess=kl['screened']/kl['exact']-1)
 
+def plans(args, c, tokens):
+    "Sweeps by three methods on the same tokens, each with its plans rounded by search; differences sequence by sequence"
+    b, targets = TorchBackend(c), [3.5, 4, 4.5, 5, 6]
+    test = evaluation_tokens(args.test, c.tokenizer, args.test_n, 256, 'all' if Path(args.test).is_file() else 'test')
+    took, made, rows, known = {}, {}, [], {}
+    for method in ('exact', 'screened', 'gradient'):
+        took[method], made[method] = seconds(b, lambda: kl_sweep(b, tokens, [3, 4, 5, 6, 8], method=method, targets=targets, progress=False))
+    for t in targets:
+        for method, sweep in made.items():
+            plan = allocate(sweep, target_bpw=t)
+            key = tuple(map(str, plan.values()))
+            if key not in known: known[key] = evaluate(b, test, {'plan': as_overrides(dict(round_model(b, tokens, plan, 'search')))})['plan'].kl
+            kl = known[key]
+            rows.append(dict(target=t, method=method, true_bpw=plan.true_bpw, bytes=plan.nbytes, kl=float(kl.mean()), kl_each=kl.tolist()))
+    for r in rows:
+        exact = next(x for x in rows if x['target'] == r['target'])
+        d = np.array(r['kl_each'])-exact['kl_each']
+        r |= dict(excess=float(d.mean()/exact['kl']), excess_se=float(d.std(ddof=1)/len(d)**.5/exact['kl']))
+        print({k: v for k, v in r.items() if k != 'kl_each'}, flush=True)
+    return dict(tokens=list(tokens.shape), test=list(test.shape), seconds=took, measured={m: len(s.header.get('exact', s.units)) for m, s in made.items()}, units=len(c.units), rows=rows)
+
 def mlx(args, c, tokens):
     with tempfile.TemporaryDirectory() as d:
         b = MLXBackend(Checkpoint(tiny('qwen3', f'{d}/model', shape='0.6B')))
@@ -98,6 +121,7 @@ STREAM = """
 import sys, resource, numpy as np
 from optiq.backends.stream import StreamingBackend
 from optiq.models import Checkpoint
+from optiq.rounding import as_overrides, round_model
 from optiq.sensitivity import kl_sweep
 c = Checkpoint(sys.argv[1])
 ids = np.random.default_rng(0).integers(0, c.vocabulary, (1, 16)).astype(np.int32)
@@ -173,6 +197,8 @@ if __name__ == '__main__':
     p.add_argument('--text', default='bundled')
     p.add_argument('--only', default='replay,shortcuts,mlx,memory')
     p.add_argument('--n', type=int, default=8)
+    p.add_argument('--test', default='bundled', help='plans: the text that they are scored on')
+    p.add_argument('--test-n', type=int, default=64, help='plans: its sequences, of 256 tokens')
     p.add_argument('--every', type=int, default=50)
     p.add_argument('--peer')
     p.add_argument('--peer-python', default=sys.executable, help="the peer's own environment, for `peer`")

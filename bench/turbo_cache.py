@@ -140,7 +140,7 @@ def decode(model, caches, n):
     return np.diff(times)
 
 def speed(args, report):
-    "Kinds take turns, round by round; the median of the rounds' medians, and of their ratios to affine 4 bits"
+    "Kinds take turns, round by round; the median of the rounds' means, and of their ratios to affine 4 bits"
     import mlx.core as mx
     rows = [r for r in args.done.get('speed', {}).get('rows', []) if 'error' not in r]
     figures = lambda: dict(rows=rows, steps=args.steps, rounds=args.rounds, dtype='bfloat16')
@@ -182,7 +182,7 @@ def compared(model, name, T, kinds, args):
     for k in range(args.rounds):
         for kind in times:
             if k > 1 and times[kind][0] > .3: continue # slow enough to be told apart
-            with road(kind): times[kind].append(float(np.median(decode(model, caches[kind], steps[kind]))))
+            with road(kind): times[kind].append(float(np.mean(decode(model, caches[kind], steps[kind])))) # what is done every 64 tokens counts
     rows = []
     for kind, found in out.items():
         if kind in times:
@@ -567,7 +567,7 @@ if __name__ == '__main__':
     p.add_argument('--kinds', default='', help='caches to time, separated by ;')
     p.add_argument('--layers', type=int, help='of the random models; 1 is enough to let MLX compile its kernels')
     p.add_argument('--every', action='store_true', help='checks: every road at every width')
-    p.add_argument('--steps', type=int, default=16)
+    p.add_argument('--steps', type=int, default=16, help='of a round, at most; 128 hold two placings of the newest tokens')
     p.add_argument('--rounds', type=int, default=7)
     p.add_argument('--seconds', type=float, default=2, help='speed: for each kind of cache, about')
     p.add_argument('--until', type=float, default=1e12, help='prefill, checks: seconds since 1970 after which nothing new is begun')

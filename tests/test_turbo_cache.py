@@ -10,7 +10,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache
 
 from optiq.formats import parse_format
 from optiq.plan import uniform
-from optiq.kv.attention import _attend, _attend_dense, _attend_packed
+from optiq.kv.attention import _attend, _attend_dense, _attend_packed, codec_of
 from optiq.kv.cache import MixedKVCache, _cache_of, use_kv_config
 from optiq.kv.config import STATISTICS, kv_config
 from optiq.kv.layout import kv_layout, own_caches
@@ -283,6 +283,37 @@ def test_a_round_trip_changes_nothing(kind, road, full, tmp_path):
     step(fresh, 9, 5)
     both = fresh.merge([fresh, c]) # the two meet in a server's batch
     assert abs(step(both.extract(1), 5)-step(c, 5)).max() < 1e-6
+
+def test_newest_tokens_lie_apart_until_somebody_looks(monkeypatch, tmp_path):
+    "As on a GPU, but for the kernel that puts a token behind the newest ones"
+    def append(self, other, keys, values, newest, n):
+        one = [list(side) for side in self.encode_both(other, keys, values)]
+        if n == 0: newest = [[mx.zeros((*a.shape[:2], 64, a.shape[3]), a.dtype) for a in side] for side in one]
+        for old, side in zip(newest, one):
+            for a, b in zip(old, side): a[:, :, n:n+1] = b
+        return newest
+    r = np.random.default_rng(0)
+    k, v = (mx.array(r.standard_normal((1, 2, 90, 64)).astype(np.float32)) for _ in 'kv')
+    def fed(c, *steps):
+        for t, n in steps: c.update_and_fetch(k[:, :, t:t+n], v[:, :, t:t+n])
+        return c
+    singles = [(0, 9), *((t, 1) for t in range(9, 80))]
+    plain = fed(TurboQuantKVCache(64, 4), *singles)
+    def apart(self, other, newest, n): return [[a[:, :, :n] for a in side] for side in newest]
+    for f in (append, apart): monkeypatch.setattr(type(codec_of(turned('tq4'))), f.__name__, f)
+    def one(): return fed(TurboQuantKVCache(64, 4), *singles)
+    c = one()
+    masks = [c.make_mask(n, return_array=False, window_size=None) for n in (1, 3)]
+    assert (c.offset, c.held[0].offset, c.newest[1], *masks) == (80, 73, 7, None, 'causal') and c.newest
+    def same(c, like, n):
+        pairs = [*zip(c.keys, like.keys), *zip(c.values, like.values)]
+        return c.size() == n and all(mx.array_equal(a[:, :, :n], b[:, :, :n]) for a, b in pairs)
+    assert same(copy.deepcopy(c), plain, 80) and c.newest and c.nbytes == plain.nbytes and not c.newest
+    for road in (stated, in_a_file, batched, extended, remembered): assert same(road(one(), tmp_path), plain, 80)
+    c = one()
+    assert c.trim(5) == 5 and same(fed(c, (75, 1), (76, 8)), fed(plain, (80, 4)), 84)
+    for x in (c, plain): x.trim(100)
+    assert same(fed(c, (0, 1), (1, 1)), fed(plain, (0, 1), (1, 1)), 2)
 
 def test_the_cache_of_one_text_is_no_batch():
     "mlx-vlm looks for these methods to tell which of the two it has"

@@ -22,6 +22,8 @@ def _summable(a):
 GROUPS = 2 if mx.cuda.is_available() else 1 # in a vector, at least, for a product with keys
 
 # %% ../../nbs/11ca_kv.attention.ipynb #d1bfc04f
+_NEWEST = 64 # tokens that a cache may keep apart from the others
+
 class Codec:
     "Stores keys or values in `fmt`, one of MLX's quantized formats, and multiplies with what it stored"
     def __init__(self, fmt: Format):
@@ -53,6 +55,13 @@ class Codec:
     def attend_token(self, q, keys, values, scale): # ▸ output, or None
         "Attention of a single query `q` over stored `keys` and `values` by a kernel, if the codec has one"
         return None
+    def append(self, other, keys, values, newest, n): # ▸ the newest tokens, or None
+        "Put one token behind the `n` in `newest` by a kernel, if the codec has one; `other` is the codec of values"
+        return None
+    def apart(self, other, newest, n): # ▸ as `encode_both` gives them
+        "The `n` tokens in `newest` as arrays of keys and of values"
+        raise NotImplementedError
+
 
 # %% ../../nbs/11ca_kv.attention.ipynb #5f237784
 class _Dense(Codec):
@@ -75,9 +84,13 @@ _PART = 1024 if mx.cuda.is_available() else 0 # tokens in a part of the product 
 class _Stored:
     "Keys or values as a cache holds them, on their way to attention: the first `tokens` of its room, `dim` wide"
     ndim = 4
-    def __init__(self, codec, arrays: list, tokens: int, dim: int, dtype):
-        self.codec, self.arrays, self.dtype = codec, arrays, dtype
+    def __init__(self, codec, arrays: list, tokens: int, dim: int, dtype, newest: tuple = ()):
+        self.codec, self.held, self.dtype = codec, arrays, dtype
+        self.newest = newest # tokens that lie apart, how many there are, and what gives all as one
         self.shape = (*arrays[0].shape[:2], tokens, dim)
+
+    @property
+    def arrays(self): return self.newest[2]() if self.newest else self.held
 
     def dense(self, heads=slice(None), after=None):
         "Some heads as numbers, unpacked after `after` is done"

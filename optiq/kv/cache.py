@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, CacheList, KVCache, RotatingKVCache
 
 from ..formats import FAMILIES, Format, parse_format
-from .attention import _Stored, _teach_attention, codec_of
+from .attention import _NEWEST, _Stored, _teach_attention, codec_of
 from .config import read_kv_config
 from .layout import KVLayout, language, own_caches
 from ..readers import _checked
@@ -63,6 +63,7 @@ class MixedKVCache(CacheList):
     It is a list of mlx-lm's caches, one for each array that the formats store: codes, scales, biases.
     """
     dims = dtype = None # widths of a head's key and value, and their type
+    newest, held = (), () # tokens that lie apart, and the caches of all others
 
     def __init__(self,
         keys: 'Format | str' = '8g64', # format of keys
@@ -74,12 +75,23 @@ class MixedKVCache(CacheList):
         _hook()
 
     @property
+    def caches(self):
+        "The caches that it is a list of, with the newest tokens put among the others first"
+        if self.newest: self.join()
+        return self.held
+    @caches.setter
+    def caches(self, caches): self.held, self.newest = caches, ()
+
+    @property
     def offset(self):
         "Tokens that it has read; in a batch an array, one number for each text"
-        return self.caches[0].offset
+        return self.held[0].offset+self.newest[1] if self.newest else self.held[0].offset
+
     def make_mask(self, *args, **options):
         "The mask of attention, as mlx-lm's cache makes it; it takes `args` and `options`"
-        return self.caches[0].make_mask(*args, **options)
+        like = copy(self.held[0])
+        like.offset = self.offset
+        return like.make_mask(*args, **options)
 
     @property
     def state(self):
@@ -143,6 +155,8 @@ def spread(self: MixedKVCache, n: int):
 @patch
 def update_and_fetch(self: MixedKVCache, keys, values): # (B, heads, T, D) each
     "Store more `keys` and `values`, and give all of them as attention takes them"
+    newest = self.append(keys, values) if keys.shape[2] == 1 else None
+    if newest is not None: return newest
     self.settle(keys, values)
     first, second = map(codec_of, self.formats)
     pairs = list(_pairs(*first.encode_both(second, keys, values)))
@@ -161,6 +175,29 @@ def read(self: MixedKVCache, tokens: int): # that count, of the room
 def keys_and_values(self: MixedKVCache):
     "All keys and values that it holds, as attention takes them"
     return self.read(self.caches[0].keys_and_values()[0].shape[2])
+
+# %% ../../nbs/11c_kv.cache.ipynb #5899d9b4
+@patch
+def join(self: MixedKVCache):
+    "Place the newest tokens behind the others"
+    newest, n, codec, other = self.newest
+    self.newest = ()
+    for c, pair in zip(self.held, _pairs(*codec.apart(other, newest, n))): c.update_and_fetch(*pair)
+
+@patch
+def append(self: MixedKVCache, keys, values): # (B, heads, 1, D) each ▸ as `update_and_fetch`
+    "Add a token to the newest ones; None if the codec cannot, or if this is no plain cache that holds something"
+    first, dims = self.held[0], (keys.shape[3], values.shape[3])
+    if type(first) is not KVCache or first.keys is None or self.dims != dims: return None
+    if self.newest and self.newest[1] == _NEWEST: self.join()
+    newest, n, codec, other = self.newest or (None, 0, *map(codec_of, self.formats))
+    newest = codec.append(other, keys, values, newest, n)
+    if newest is None: return None
+    self.newest, tokens, dtype = (newest, n+1, codec, other), first.offset+n+1, getattr(mx, self.dtype)
+    keys, values = [c.keys for c in self.held], [c.values for c in self.held]
+    return (_Stored(codec, keys, tokens, dims[0], dtype, (newest, n+1, lambda: self.keys)),
+            _Stored(other, values, tokens, dims[1], dtype, (newest, n+1, lambda: self.values)))
+
 
 # %% ../../nbs/11c_kv.cache.ipynb #0930aaaf
 def _alike(caches: list): # ▸ the first that holds something, or the first
@@ -204,7 +241,7 @@ class _OfBatches:
     def __init__(self, f): self.f = f
     def __get__(self, cache, kind):
         if cache is None: return self.f
-        if not hasattr(cache.caches[0], 'left_padding'):
+        if not hasattr(cache.held[0], 'left_padding'):
             raise AttributeError('this is the cache of one text, not a batch')
         return partial(self.f, cache)
 

@@ -12,7 +12,8 @@ from math import e, log2
 
 import mlx.core as mx
 
-from .sources import _CUDA, _ENCODE, _MERGE, _METAL, _PARTIAL, _PLACE
+from .attention import _NEWEST
+from .sources import _APPEND, _CUDA, _ENCODE, _MERGE, _METAL, _PARTIAL, _PLACE
 from .tensor import _TENSOR, _TENSOR_HEADER
 from ..rotation import codebook
 from ..turboquant import STEPS
@@ -47,45 +48,94 @@ def _kernel(name: str, ins: tuple, outs: tuple, source: str, dtype, constants: t
 
 # %% ../../nbs/11e_kv.kernels.ipynb #7ef97975
 @lru_cache(64)
-def _numbers(*values): # float32, exact for integers up to 2^24
-    "What changes from token to token, as a kernel's argument"
-    return mx.array(values, mx.float32)
+def _numbers(*values): # float32, exact for integers up to 2^24 ▸ a list
+    "What changes from token to token, as a kernel's argument: `values`, and how many tokens lie apart, for each such count"
+    return mx.split(mx.array([[*values, n] for n in range(_NEWEST+1)], mx.float32), _NEWEST+1)
 
-@lru_cache(64)
-def _grids(D: int, *bits: int): # (widths, steps)
-    "The steps that are tried, for each width"
+def _fixed(parts: tuple, bits: tuple): # means and scales (2, heads, D), the two rotations (D, D)
+    "What stays, in one array: `parts`, and the steps that are tried for each width"
+    D = parts[-1].shape[0]
     step = lambda b: float(codebook(D, b, 'uniform')[1]-codebook(D, b, 'uniform')[0])
-    return mx.array([[m*step(b) for m in STEPS] for b in bits], mx.float32)
+    steps = mx.array([[m*step(b) for m in STEPS] for b in bits], mx.float32)
+    a = mx.concatenate([x.flatten() for x in (*parts, steps)])
+    mx.eval(a)
+    return a
+
 
 # %% ../../nbs/11e_kv.kernels.ipynb #85bbcf8d
+_STORED = 'k_codes', 'k_scales', 'v_codes', 'v_scales'
+
+def _encoding(name, outs, source, D, G, bits, dtype, turns, *ins):
+    constants = ('D', D), ('G', G), ('M', len(STEPS)), ('KB', bits[0]), ('VB', bits[1]), ('TURNS', int(turns)), ('ROOM', _NEWEST)
+    return _kernel(name, ('k', 'v', 'fixed', 'numbers', *ins), outs, source, dtype if turns else mx.float32, constants)
+
 @lru_cache(None)
 def _encoder(D: int, G: int, bits: tuple, dtype, turns: bool):
-    constants = ('D', D), ('G', G), ('M', len(STEPS)), ('KB', bits[0]), ('VB', bits[1]), ('TURNS', int(turns))
-    run = _kernel('turbo_encode', ('k', 'v', 'mean', 'scale', 'turn_k', 'turn_v', 'steps', 'numbers'),
-                  ('k_codes', 'k_scales', 'v_codes', 'v_scales'), _ENCODE, dtype if turns else mx.float32, constants)
+    "Encodes tokens; the kernel turns them itself or MLX does before"
+    run = _encoding('turbo_encode', _STORED, _ENCODE, D, G, bits, dtype, turns)
     @mx.compile
-    def encode(keys, values, mean, scale, turn_k, turn_v, *others):
+    def encode(keys, values, fixed, numbers, mean, scale, turn_k, turn_v):
         def turn(x, side, m): return ((x.astype(mx.float32)-mean[side][:, None])/scale[side][:, None]) @ m
         if not turns: keys, values = turn(keys, 0, turn_k), turn(values, 1, turn_v)
         *of, _ = keys.shape
-        return run(inputs=[keys, values, mean, scale, turn_k, turn_v, *others], grid=(keys.size, 2, 1),
-                   threadgroup=(D, 1, 1), output_shapes=[(*of, n) for b in bits for n in (D*b//32, 1)],
-                   output_dtypes=[mx.uint32, mx.float16]*2)
+        return run(inputs=[keys, values, fixed, numbers], grid=(keys.size, 2, 1), threadgroup=(D, 1, 1),
+                   output_shapes=[(*of, n) for b in bits for n in (D*b//32, 1)], output_dtypes=[mx.uint32, mx.float16]*2)
     return encode
 
 
 # %% ../../nbs/11e_kv.kernels.ipynb #8a6da396
 def _encode_tokens(
     keys, values, # (B, heads, T, D)
-    mean, scale, # (2, heads, D) float32, taken off keys and values
-    turn_k, turn_v, # (D, D) float32
+    fixed, # as `_fixed` makes it
     bits: tuple, # of keys, of values
+    parts: tuple, # what it was made of
 ) -> tuple: # [codes, scales] of keys, [codes, scales] of values
     "Tokens, rotated and packed"
     G, T, D = keys.shape[1:]
-    out = _encoder(D, G, bits, keys.dtype, T == 1)(
-        keys, values, mean, scale, turn_k, turn_v, _grids(D, *bits), _numbers(T))
+    out = _encoder(D, G, bits, keys.dtype, T == 1)(keys, values, fixed, _numbers(T)[0], *parts)
     return out[:2], out[2:]
+
+
+# %% ../../nbs/11e_kv.kernels.ipynb #14f97cce
+def _width(D: int, bits: tuple): return _NEWEST*(sum(bits)*D//32+1) # words of a head
+
+@lru_cache(64)
+def _nothing(B: int, G: int, width: int):
+    a = mx.zeros((B, G, width), mx.uint32)
+    mx.eval(a)
+    return a
+
+@lru_cache(None)
+def _appender(D: int, G: int, bits: tuple, dtype):
+    "Encodes a token and puts it behind others"
+    run = _encoding('turbo_append', ('out',), _APPEND, D, G, bits, dtype, True, 'newest')
+    @mx.compile
+    def append(keys, values, fixed, numbers, newest):
+        return run(inputs=[keys, values, fixed, numbers, newest], grid=(keys.size, 2, 1), threadgroup=(D, 1, 1),
+                   output_shapes=[newest.shape], output_dtypes=[mx.uint32])[0]
+    return append
+
+def _append_token(
+    keys, values, # (B, heads, 1, D)
+    fixed, # as `_fixed` makes it
+    bits: tuple, # of keys, of values
+    newest, # what this gave for the token before, or None
+    n: int, # tokens in it
+): # (B, heads, words)
+    "A token, rotated and packed, behind the newest ones"
+    B, G, _, D = keys.shape
+    if newest is None: newest = _nothing(B, G, _width(D, bits))
+    return _appender(D, G, bits, keys.dtype)(keys, values, fixed, _numbers(1)[n], newest)
+
+def _apart(newest, n: int, bits: tuple): # ▸ as `_encode_tokens`
+    "The newest tokens, as caches store them"
+    (B, G, width), scales = newest.shape, newest[..., -_NEWEST:].view(mx.float16)
+    D = (width//_NEWEST-1)*32//sum(bits)
+    def side(start, words, scales):
+        codes = newest[..., start:start+_NEWEST*words].reshape(B, G, _NEWEST, words)
+        return [codes[:, :, :n], scales[..., None][:, :, :n]]
+    k, v = (b*D//32 for b in bits)
+    return side(0, k, scales[..., :_NEWEST]), side(_NEWEST*k, v, scales[..., _NEWEST:])
 
 
 # %% ../../nbs/11e_kv.kernels.ipynb #b13e8958
@@ -101,8 +151,8 @@ def _stretch(room: int, heads: int, tensor: bool) -> int: # tokens
 def _kernels(D: int, N: int, G: int, bits: tuple, dtype, turns: bool, backs: bool, C: int | None):
     "Two kernels: of a stretch of `C` tokens, or of any on tensor cores, and of all stretches"
     same = ('D', D), ('N', N), ('G', G)
-    fixed = (*same, ('KB', bits[0]), ('VB', bits[1]), ('TURNS', int(turns)))
-    ins = 'q', 'k_codes', 'k_scales', 'v_codes', 'v_scales', 'turn', 'numbers'
+    fixed = (*same, ('KB', bits[0]), ('VB', bits[1]), ('TURNS', int(turns)), ('ROOM', _NEWEST))
+    ins = 'q', 'turn', 'numbers', 'newest', *_STORED
     how = (_TENSOR, dtype, fixed, _TENSOR_HEADER) if C is None else (_PARTIAL, dtype, (*fixed, ('C', C)))
     part = _kernel('turbo_partial' if C else 'turbo_tensor', ins, ('sums', 'peaks'), *how)
     merge = _kernel('turbo_merge', ('sums', 'peaks', 'back', 'numbers'), ('out',), _MERGE, dtype,
@@ -115,11 +165,11 @@ def _kernels(D: int, N: int, G: int, bits: tuple, dtype, turns: bool, backs: boo
 def _attention(bits: tuple, tensor: bool, C: int):
     "Attention of one query, by stretches of `C` tokens"
     @mx.compile
-    def attend(q, *stored, turn, back, numbers):
+    def attend(q, turn, back, numbers, newest, *stored):
         (B, H, _, D), (G, room) = q.shape, stored[0].shape[1:3]
-        N, S = H//G, -(-room//C)
+        N, S = H//G, 1-(-room//C)
         part, merge = _kernels(D, N, G, bits, q.dtype, turn.ndim > 2, back.ndim > 2, None if tensor else C)
-        sums, peaks = part(inputs=[q, *stored, turn, numbers], grid=(S*128, B*G, 1), threadgroup=(128, 1, 1),
+        sums, peaks = part(inputs=[q, turn, numbers, newest, *stored], grid=(S*128, B*G, 1), threadgroup=(128, 1, 1),
                            output_shapes=[(B*G, S, N, D), (B*G, S, N, 2)], output_dtypes=[mx.float32]*2)
         return merge(inputs=[sums, peaks, back, numbers], grid=(q.size, 1, 1), threadgroup=(D, 1, 1),
                      output_shapes=[q.shape], output_dtypes=[q.dtype])[0]
@@ -129,16 +179,16 @@ def _attention(bits: tuple, tensor: bool, C: int):
 # %% ../../nbs/11e_kv.kernels.ipynb #84dad2ed
 def attend_token(
     q, # (B, query heads, 1, D)
-    keys, values, # [codes, scales], with their room
+    keys, values, # as the cache gives them
     turn, back, # (D, D) or (heads, D, D) float32: into the space of the keys, and out of that of the values
-    tokens: int, # in the room
+    tokens: int, # in all
     scale: float, # of the scores
     bits: tuple, # of keys, of values
 ): # (B, query heads, 1, D)
     "Attention of one query over rotated codes: `keys` and `values` with their room, turned by `turn` and `back`"
-    B, G, room = keys[0].shape[:3]
+    B, G, room = keys.held[0].shape[:3]
     tensor = _CUDA_HERE and _ON_TENSOR_CORES and q.dtype != mx.float32
     C = _stretch(room, B*G, tensor)
-    now = _numbers(tokens, room, scale*log2(e), C)
-    return _attention(bits, tensor, C)(q, *keys, *values, turn=turn, back=back, numbers=now)
-
+    newest, n = keys.newest[:2] if keys.newest else (_nothing(B, G, _width(q.shape[3], bits)), 0)
+    now = _numbers(tokens-n, room, scale*log2(e), C)[n]
+    return _attention(bits, tensor, C)(q, turn, back, now, newest, *keys.held, *values.held)

@@ -70,29 +70,32 @@ def encode_both(self: _RotatedCodec, other, keys, values): # `other` is the code
         return Codec.encode_both(self, other, keys, values)
     G, D = keys.shape[1], keys.shape[3]
     if turbo_kernels.kernels_fit(D, G, G):
-        turns = (_rotation(D, c.seed, mx.float32) for c in (self, other))
-        means = _both_sides(self.precondition, other.precondition, G, D)
-        return turbo_kernels._encode_tokens(keys, values, *means, *turns, (self.bits, other.bits))
+        return turbo_kernels._encode_tokens(keys, values, *_both_sides(self, other, G, D))
     alike = (self.bits, self.seed) == (other.bits, other.seed)
     if keys.shape[2] > 1 or not alike: return Codec.encode_both(self, other, keys, values)
     both = self.rotated(mx.concatenate([self.centred(keys), other.centred(values)], 1))
     return zip(*(mx.split(a, 2, 1) for a in both))
 
+@patch
+def append(self: _RotatedCodec, other, keys, values, newest, n):
+    G, D = keys.shape[1], keys.shape[3]
+    if D != values.shape[3] or not isinstance(other, _RotatedCodec) or not turbo_kernels.kernels_fit(D, G, G): return None
+    fixed, bits, _ = _both_sides(self, other, G, D)
+    return turbo_kernels._append_token(keys, values, fixed, bits, newest, n)
+
+@patch
+def apart(self: _RotatedCodec, other, newest, n): return turbo_kernels._apart(newest, n, (self.bits, other.bits))
+
 # %% ../../nbs/11d_kv.rotated.ipynb #f95a3f61
 @lru_cache(256)
-def _both_sides(
-    keys: KeyPrecondition | None,
-    values: KeyPrecondition | None,
-    heads: int,
-    D: int,
-) -> tuple: # (2, heads, D) each
-    "Means and scales of keys and of values, in float32; 0 and 1 without a preconditioner"
+def _both_sides(keys: _RotatedCodec, values: _RotatedCodec, heads: int, D: int): # ▸ as `_encode_tokens` takes them
+    "What the kernels know of keys and of values: means and scales, 0 and 1 without a preconditioner, and rotations"
     def both(part, none):
-        sides = [np.full((heads, D), none) if p is None else getattr(p, part)[:, 0] for p in (keys, values)]
+        sides = [np.full((heads, D), none) if p is None else getattr(p, part)[:, 0]
+                 for p in (keys.precondition, values.precondition)]
         return mx.array(np.stack(sides), mx.float32)
-    pair = [both('mean', 0), both('scale', 1)]
-    mx.eval(pair)
-    return pair
+    parts = both('mean', 0), both('scale', 1), *(_rotation(D, c.seed, mx.float32) for c in (keys, values))
+    return turbo_kernels._fixed(parts, (keys.bits, values.bits)), (keys.bits, values.bits), parts
 
 # %% ../../nbs/11d_kv.rotated.ipynb #51912e69
 @lru_cache(16)
@@ -162,10 +165,14 @@ def attend_token(self: _RotatedCodec, q, keys, values, scale):
     other, (_, G, tokens, D) = values.codec, keys.shape
     if not isinstance(other, _RotatedCodec) or D != values.shape[3]: return None
     if not turbo_kernels.kernels_fit(D, G, q.shape[1]): return None
-    p, bits = self.precondition, (self.bits, other.bits)
-    turn = _rotation(D, self.seed, mx.float32) if p is None else _turning(p, self.seed, mx.float32)
-    back = _way_back(D, other.precondition, other.seed, mx.float32)
-    return turbo_kernels.attend_token(q, keys.arrays, values.arrays, turn, back, tokens, scale, bits)
+    return turbo_kernels.attend_token(q, keys, values, *_both_turns(self, other, D), tokens, scale, (self.bits, other.bits))
+
+@lru_cache(256)
+def _both_turns(keys: _RotatedCodec, values: _RotatedCodec, D: int):
+    "The matrices that turn a query in and an output back, in float32"
+    p = keys.precondition
+    turn = _rotation(D, keys.seed, mx.float32) if p is None else _turning(p, keys.seed, mx.float32)
+    return turn, _way_back(D, values.precondition, values.seed, mx.float32)
 
 def _by_heads(x, m): # (B, query heads, L, D), (D, E) or (heads, D, E) ▸ (B, query heads, L, E)
     "`x @ m`, each head of keys with its own matrix if there are several"

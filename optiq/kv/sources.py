@@ -50,9 +50,9 @@ _TURN = r'''
     const long at = static_cast<long>(vector)*D+d;
     float y = static_cast<float>(side ? v[at] : k[at]);
     if (TURNS) {
-        x[d] = (y-mean[channel])/scale[channel];
+        x[d] = (y-fixed[channel])/fixed[2*G*D+channel];
         __syncthreads();
-        const DEVICE float* r = side ? turn_v : turn_k;
+        const DEVICE float* r = fixed+4*G*D+side*D*D;
         y = 0;
         #pragma unroll 16
         for (int i = 0; i < D; ++i) y = fmaf(x[i], r[i*D+d], y);
@@ -73,10 +73,11 @@ _SUMS = r'''
 # %% ../../nbs/11ea_kv.sources.ipynb #9a3b7d52
 _GRIDS = r'''
     const int bits = side ? VB : KB, n = 1 << bits, words = D*bits/32;
+    const DEVICE float* steps = fixed+4*G*D+2*D*D+side*M;
     float code[M], best = 0, size = 0, kept = 0;
     #pragma unroll
     for (int m = 0; m < M; ++m) {
-        code[m] = fminf(fmaxf(floorf(y/(length*steps[side*M+m]+1e-30f)+n*.5f), 0.f), n-1.f);
+        code[m] = fminf(fmaxf(floorf(y/(length*steps[m]+1e-30f)+n*.5f), 0.f), n-1.f);
         const float c = code[m]-(n-1)*.5f, yc = warp_sum(y*c), cc = warp_sum(c*c);
         if (lane == 0) sums[2*m][warp] = yc, sums[2*m+1][warp] = cc;
     }
@@ -101,16 +102,46 @@ _PACK = r'''
             const unsigned int c = codes[j];
             w |= shift >= 0 ? c << shift : c >> -shift;
         }
-        (side ? v_codes : k_codes)[static_cast<long>(vector)*words+d] = w;
+        to[d] = w;
     }
-    if (d == 0) (side ? v_scales : k_scales)[vector] = static_cast<half_t>(length/size*n*.5f);
+    if (d == 0) *scale = static_cast<half_t>(length/size*n*.5f);
 '''
-_ENCODE = _TURN+_SUMS+_GRIDS+_PACK
+_TO = r'''
+    DEVICE unsigned int* to = (side ? v_codes : k_codes)+static_cast<long>(vector)*words;
+    DEVICE half_t* scale = (side ? v_scales : k_scales)+vector;
+'''
+_ENCODE = _TURN+_SUMS+_GRIDS+_TO+_PACK
+
+# %% ../../nbs/11ea_kv.sources.ipynb #3d1526d5
+_BEHIND = r'''
+    const int before = static_cast<int>(numbers[1]), all = ROOM*(KB+VB)*D/32; // words of codes
+    const long mine = static_cast<long>(vector)*(all+ROOM);
+    DEVICE unsigned int* to = out+mine+side*ROOM*KB*D/32;
+    DEVICE half_t* scale = reinterpret_cast<DEVICE half_t*>(out+mine+all)+side*ROOM;
+    const DEVICE unsigned int* from = newest+mine+side*ROOM*KB*D/32;
+    const DEVICE half_t* scales = reinterpret_cast<const DEVICE half_t*>(newest+mine+all)+side*ROOM;
+    for (int i = d; i < before*words; i += D) to[i] = from[i];
+    for (int i = d; i < before; i += D) scale[i] = scales[i];
+    to += before*words;
+    scale += before;
+'''
+_APPEND = _TURN+_SUMS+_GRIDS+_BEHIND+_PACK
 
 # %% ../../nbs/11ea_kv.sources.ipynb #13f5a8c6
 _QUERIES = r'''
-    if (blockIdx.x*static_cast<int>(numbers[3]) >= static_cast<int>(numbers[0])) return; // behind the last token
+    const bool apart = blockIdx.x == 0; // the newest tokens
+    const int tokens = static_cast<int>(numbers[apart ? 4 : 0]);
+    const int begin = apart ? 0 : (static_cast<int>(blockIdx.x)-1)*static_cast<int>(numbers[3]);
+    if (begin >= tokens) return;
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, head = blockIdx.y;
+    const long first = apart ? 0 : static_cast<long>(head)*static_cast<long>(numbers[1]);
+    constexpr int ALL = ROOM*(KB+VB)*D/32; // words of codes that lie apart
+    const DEVICE unsigned int* mine = newest+static_cast<long>(head)*(ALL+ROOM);
+    const DEVICE half_t* scales = reinterpret_cast<const DEVICE half_t*>(mine+ALL);
+    const DEVICE unsigned int* keys = apart ? mine : k_codes;
+    const DEVICE unsigned int* values = apart ? mine+ROOM*KB*D/32 : v_codes;
+    const DEVICE half_t* key_scales = apart ? scales : k_scales;
+    const DEVICE half_t* value_scales = apart ? scales+ROOM : v_scales;
     __shared__ ALIGNED float qs[D*N], part[4*N*D];
     for (int i = tid; i < N*D; i += 128) part[i] = static_cast<float>(q[head*N*D+i])*numbers[2];
     __syncthreads();
@@ -129,8 +160,8 @@ _QUERIES = r'''
 
 # %% ../../nbs/11ea_kv.sources.ipynb #56f5e16d
 _CENTRE = r'''
-    const int t0 = blockIdx.x*C, left = static_cast<int>(numbers[0])-t0, top = left < C ? left : C;
-    const long first = static_cast<long>(head)*static_cast<long>(numbers[1])+t0;
+    const int left = tokens-begin, top = left < C ? left : C;
+    const long start = first+begin;
     __shared__ float ps[C*N], qm[N], vm[N];
     for (int n = warp; n < N; n += 4) {
         float a = 0;
@@ -145,7 +176,7 @@ _CENTRE = r'''
 _SCORES = r'''
     for (int t = tid; t < C; t += 128) {
         float a[N] = {};
-        const DEVICE unsigned int* row = k_codes+(first+t)*(D*KB/32);
+        const DEVICE unsigned int* row = keys+(start+t)*(D*KB/32);
         #pragma unroll 1
         for (int g = 0; g < D/32 && t < top; ++g) {
             unsigned int w[KB+1] = {};
@@ -164,7 +195,7 @@ _SCORES = r'''
                 }
             }
         }
-        const float s = t < top ? static_cast<float>(k_scales[first+t])*2/(1 << KB) : 0;
+        const float s = t < top ? static_cast<float>(key_scales[start+t])*2/(1 << KB) : 0;
         #pragma unroll
         for (int n = 0; n < N; ++n) ps[t*N+n] = t < top ? s*(a[n]-qm[n]) : -1e30f;
     }
@@ -180,7 +211,7 @@ _WEIGHTS = r'''
         for (int t = lane; t < C; t += 32) {
             float e = t < top ? exp2f(ps[t*N+n]-m) : 0.f;
             l += e;
-            if (t < top) e *= static_cast<float>(v_scales[first+t])*2/(1 << VB);
+            if (t < top) e *= static_cast<float>(value_scales[start+t])*2/(1 << VB);
             z += e;
             ps[t*N+n] = e;
         }
@@ -201,7 +232,7 @@ _VALUES = r'''
     constexpr int U = D/8;
     const int unit = tid % U;
     float a[8*N] = {};
-    const DEVICE unsigned char* rows = reinterpret_cast<const DEVICE unsigned char*>(v_codes)+first*(D*VB/8)+unit*VB;
+    const DEVICE unsigned char* rows = reinterpret_cast<const DEVICE unsigned char*>(values)+start*(D*VB/8)+unit*VB;
     #pragma unroll 4
     for (int t = tid/U; t < top; t += 128/U) {
         const DEVICE unsigned char* at = rows+t*(D*VB/8);
@@ -251,14 +282,14 @@ _PARTIAL = _QUERIES+_CENTRE+_SCORES+_WEIGHTS+_VALUES+_TOGETHER
 # %% ../../nbs/11ea_kv.sources.ipynb #74efa7b7
 _MERGE = r'''
     const int d = threadIdx.x, head = blockIdx.x/N, n = blockIdx.x%N;
-    const int C = static_cast<int>(numbers[3]), S = (static_cast<int>(numbers[0])+C-1)/C;
-    const int R = (static_cast<int>(numbers[1])+C-1)/C;
+    const int C = static_cast<int>(numbers[3]), begin = numbers[4] > 0 ? 0 : 1; // whether any lie apart
+    const int S = 1+(static_cast<int>(numbers[0])+C-1)/C, R = 1+(static_cast<int>(numbers[1])+C-1)/C;
     __shared__ float y[D];
     float m = -1e30f, l = 0, a = 0;
     #pragma unroll 8
-    for (int s = 0; s < S; ++s) m = fmaxf(m, peaks[((head*R+s)*N+n)*2]);
+    for (int s = begin; s < S; ++s) m = fmaxf(m, peaks[((head*R+s)*N+n)*2]);
     #pragma unroll 8
-    for (int s = 0; s < S; ++s) {
+    for (int s = begin; s < S; ++s) {
         const int at = (head*R+s)*N+n;
         const float e = exp2f(peaks[at*2]-m);
         l = fmaf(e, peaks[at*2+1], l);

@@ -84,23 +84,21 @@ _TENSOR_HEADER = _CUDA+_MMA+_UNPACK+_PAIRS
 # %% ../../nbs/11eb_kv.tensor.ipynb #2fbd011c
 _TILES = r'''
     constexpr int KN = D*KB/32, VN = D*VB/64; // bytes that a thread has of a token
-    const int tokens = static_cast<int>(numbers[0]), C = static_cast<int>(numbers[3]);
+    const int C = static_cast<int>(numbers[3]), end = begin+C < tokens ? begin+C : tokens;
     const int row = lane / 4, column = lane % 4;
-    const int begin = blockIdx.x*C, end = begin+C < tokens ? begin+C : tokens;
-    const long first = static_cast<long>(head)*static_cast<long>(numbers[1]);
     struct Tile { unsigned k[2][KN/4+2], v[4][VN/4+2]; float ks[4], vs[4]; };
     auto load = [&](int t, Tile& x) {
         #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int a = t+8*i+row < end ? t+8*i+row : end-1;
-            fetch<KN>(reinterpret_cast<const unsigned char*>(k_codes)+(first+a)*(D*KB/8)+column*KN, x.k[i]);
+            fetch<KN>(reinterpret_cast<const unsigned char*>(keys)+(first+a)*(D*KB/8)+column*KN, x.k[i]);
         }
         #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int a = t+i/2*8+2*column+i%2 < end ? t+i/2*8+2*column+i%2 : end-1;
-            fetch<VN>(reinterpret_cast<const unsigned char*>(v_codes)+(first+a)*(D*VB/8)+row*VN, x.v[i]);
-            x.ks[i] = static_cast<float>(k_scales[first+a]);
-            x.vs[i] = static_cast<float>(v_scales[first+a]);
+            fetch<VN>(reinterpret_cast<const unsigned char*>(values)+(first+a)*(D*VB/8)+row*VN, x.v[i]);
+            x.ks[i] = static_cast<float>(key_scales[first+a]);
+            x.vs[i] = static_cast<float>(value_scales[first+a]);
         }
     };
 '''

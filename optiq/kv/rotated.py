@@ -165,7 +165,8 @@ def attend_token(self: _RotatedCodec, q, keys, values, scale):
     other, (_, G, tokens, D) = values.codec, keys.shape
     if not isinstance(other, _RotatedCodec) or D != values.shape[3]: return None
     if not turbo_kernels.kernels_fit(D, G, q.shape[1]): return None
-    return turbo_kernels.attend_token(q, keys, values, *_both_turns(self, other, D), tokens, scale, (self.bits, other.bits))
+    bits = self.bits, other.bits
+    return turbo_kernels.attend_token(q, keys, values, *_both_turns(self, other, D), tokens, scale, bits)
 
 @lru_cache(256)
 def _both_turns(keys: _RotatedCodec, values: _RotatedCodec, D: int):

@@ -245,17 +245,8 @@ class _OfBatches:
             raise AttributeError('this is the cache of one text, not a batch')
         return partial(self.f, cache)
 
-def _prepare(self, **options): # of mlx-lm's batches, such as `right_padding`
-    "Announce a prompt that is padded on the right"
-    CacheList.prepare(self, **options)
-
-def _finalize(self):
-    "Roll a prompt that was padded on the right to the left"
-    CacheList.finalize(self)
-
 MixedKVCache.extend, MixedKVCache.extract = _OfBatches(_extend), _OfBatches(_extract)
-MixedKVCache.prepare, MixedKVCache.finalize = _OfBatches(_prepare), _OfBatches(_finalize)
-MixedKVCache.filter = _OfBatches(CacheList.filter)
+for name in ('filter', 'prepare', 'finalize'): setattr(MixedKVCache, name, _OfBatches(getattr(CacheList, name)))
 
 # %% ../../nbs/11c_kv.cache.ipynb #d5318cbd
 def _cache_of(keys: Format, values: Format, window: int | None = None, keep: int = 0): # ▸ the cache of one layer

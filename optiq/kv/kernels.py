@@ -80,7 +80,8 @@ def _encoder(D: int, G: int, bits: tuple, dtype, turns: bool):
         if not turns: keys, values = turn(keys, 0, turn_k), turn(values, 1, turn_v)
         *of, _ = keys.shape
         return run(inputs=[keys, values, fixed, numbers], grid=(keys.size, 2, 1), threadgroup=(D, 1, 1),
-                   output_shapes=[(*of, n) for b in bits for n in (D*b//32, 1)], output_dtypes=[mx.uint32, mx.float16]*2)
+                   output_shapes=[(*of, n) for b in bits for n in (D*b//32, 1)],
+                   output_dtypes=[mx.uint32, mx.float16]*2)
     return encode
 
 

@@ -79,7 +79,8 @@ def encode_both(self: _RotatedCodec, other, keys, values): # `other` is the code
 @patch
 def append(self: _RotatedCodec, other, keys, values, newest, n):
     G, D = keys.shape[1], keys.shape[3]
-    if D != values.shape[3] or not isinstance(other, _RotatedCodec) or not turbo_kernels.kernels_fit(D, G, G): return None
+    if D != values.shape[3] or not isinstance(other, _RotatedCodec): return None
+    if not turbo_kernels.kernels_fit(D, G, G): return None
     fixed, bits, _ = _both_sides(self, other, G, D)
     return turbo_kernels._append_token(keys, values, fixed, bits, newest, n)
 

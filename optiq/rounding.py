@@ -238,7 +238,8 @@ class RoundTrips(Mapping):
     ):
         if method not in QUANTIZERS: raise ValueError(f'no rounding {method!r}; there are {", ".join(QUANTIZERS)}')
         self.b, self.formats, self.method = open_backend(model), list(formats), method
-        self.learned, self.stats, self.held = tokens, _listened(self.b, tokens, method), _Held(self.b.checkpoint.unit, blocks)
+        self.learned, self.stats = tokens, _listened(self.b, tokens, method)
+        self.held = _Held(self.b.checkpoint.unit, blocks)
         self.keep, self.kept = keep, {} # (path, Format) ▸ what is in a file
         self.name = f'{method}, {" × ".join(map(str, shape_of(tokens)))} tokens {fingerprint(tokens)}'
 

@@ -79,7 +79,8 @@ def kv_sweep(
 def _check_of_cache(sweep: Sweep):
     "Raise ValueError for a sweep of weights"
     if 'layers' not in sweep.header: raise ValueError(
-        'this is a sweep of weights, and should be one of keys and values; kv_sweep measures that')
+        'this is a sweep of weights, and should be one of keys and values: kv_sweep measures that; explore takes '
+        'weights')
 
 @_checked
 def at_context(

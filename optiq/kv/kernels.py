@@ -49,7 +49,7 @@ def _kernel(name: str, ins: tuple, outs: tuple, source: str, dtype, constants: t
 # %% ../../nbs/11e_kv.kernels.ipynb #7ef97975
 @lru_cache(64)
 def _numbers(*values): # float32, exact for integers up to 2^24 ▸ a list
-    "What changes from token to token, as a kernel's argument: `values`, and how many tokens lie apart, for each such count"
+    "What changes from token to token, as a kernel's argument, for each number of tokens that lie apart, the last value"
     return mx.split(mx.array([[*values, n] for n in range(_NEWEST+1)], mx.float32), _NEWEST+1)
 
 def _fixed(parts: tuple, bits: tuple): # means and scales (2, heads, D), the two rotations (D, D)
@@ -66,7 +66,8 @@ def _fixed(parts: tuple, bits: tuple): # means and scales (2, heads, D), the two
 _STORED = 'k_codes', 'k_scales', 'v_codes', 'v_scales'
 
 def _encoding(name, outs, source, D, G, bits, dtype, turns, *ins):
-    constants = ('D', D), ('G', G), ('M', len(STEPS)), ('KB', bits[0]), ('VB', bits[1]), ('TURNS', int(turns)), ('ROOM', _NEWEST)
+    constants = (('D', D), ('G', G), ('M', len(STEPS)), ('KB', bits[0]), ('VB', bits[1]), ('TURNS', int(turns)),
+                 ('ROOM', _NEWEST))
     return _kernel(name, ('k', 'v', 'fixed', 'numbers', *ins), outs, source, dtype if turns else mx.float32, constants)
 
 @lru_cache(None)
@@ -79,7 +80,8 @@ def _encoder(D: int, G: int, bits: tuple, dtype, turns: bool):
         if not turns: keys, values = turn(keys, 0, turn_k), turn(values, 1, turn_v)
         *of, _ = keys.shape
         return run(inputs=[keys, values, fixed, numbers], grid=(keys.size, 2, 1), threadgroup=(D, 1, 1),
-                   output_shapes=[(*of, n) for b in bits for n in (D*b//32, 1)], output_dtypes=[mx.uint32, mx.float16]*2)
+                   output_shapes=[(*of, n) for b in bits for n in (D*b//32, 1)],
+                   output_dtypes=[mx.uint32, mx.float16]*2)
     return encode
 
 

@@ -79,7 +79,8 @@ def encode_both(self: _RotatedCodec, other, keys, values): # `other` is the code
 @patch
 def append(self: _RotatedCodec, other, keys, values, newest, n):
     G, D = keys.shape[1], keys.shape[3]
-    if D != values.shape[3] or not isinstance(other, _RotatedCodec) or not turbo_kernels.kernels_fit(D, G, G): return None
+    if D != values.shape[3] or not isinstance(other, _RotatedCodec): return None
+    if not turbo_kernels.kernels_fit(D, G, G): return None
     fixed, bits, _ = _both_sides(self, other, G, D)
     return turbo_kernels._append_token(keys, values, fixed, bits, newest, n)
 
@@ -165,7 +166,8 @@ def attend_token(self: _RotatedCodec, q, keys, values, scale):
     other, (_, G, tokens, D) = values.codec, keys.shape
     if not isinstance(other, _RotatedCodec) or D != values.shape[3]: return None
     if not turbo_kernels.kernels_fit(D, G, q.shape[1]): return None
-    return turbo_kernels.attend_token(q, keys, values, *_both_turns(self, other, D), tokens, scale, (self.bits, other.bits))
+    bits = self.bits, other.bits
+    return turbo_kernels.attend_token(q, keys, values, *_both_turns(self, other, D), tokens, scale, bits)
 
 @lru_cache(256)
 def _both_turns(keys: _RotatedCodec, values: _RotatedCodec, D: int):

@@ -61,7 +61,6 @@ def _fixed(parts: tuple, bits: tuple): # means and scales (2, heads, D), the two
     mx.eval(a)
     return a
 
-
 # %% ../../nbs/11e_kv.kernels.ipynb #85bbcf8d
 _STORED = 'k_codes', 'k_scales', 'v_codes', 'v_scales'
 

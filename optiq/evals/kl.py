@@ -134,7 +134,7 @@ def _check_foreign(stored: _Reference, c: Checkpoint, tokens: np.ndarray):
 @_checked
 def score_against(
     stored: _Reference,
-    model: 'str | Backend', # name, Checkpoint or Backend
+    model: 'str | Checkpoint | Backend', # name, Checkpoint or Backend
     tokens: 'np.ndarray | list', # (n, T), those of the reference
     overrides: dict = {}, # of a plan
 ) -> Score:

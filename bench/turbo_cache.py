@@ -277,7 +277,7 @@ def far(kind, D, bits, q, k, v): # `kind` may name a road
     from optiq.kv.cache import MixedKVCache
     from optiq.kv.rotated import TurboQuantKVCache
     T, scale, last = k.shape[2], D**-.5, (k[:, :, -1:]*.5, v[:, :, -1:]*.5)
-    from optiq.backends import replay # noqa: float32 means float32
+    from optiq.backends import replay # noqa: F401, float32 means float32
     if kind == 'affine, mlx-lm':
         c = QuantizedKVCache(min(D, 64), bits)
         c.update_and_fetch(k, v)

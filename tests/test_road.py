@@ -282,7 +282,7 @@ def test_signatures_are_code():
             '    tick:function=<lambda>,\n    b:NoneType=None\n)->int:\n```\n\n'
             '*What [`g`](kv.html#g) does*\n\n    f(1)\n\nParameters:\n    a: one\n    tick: two')
     assert site().calm(said) == ('```python\ndef f(\n    a:Caps | None, # as `g`, or [1]\n'
-        '    tick:function=…,\n    b=None\n)->int:\n```\n\n'
+        '    tick:Callable=…,\n    b=None\n)->int:\n```\n\n'
         '*What [`g`](kv.html#g) does*\n\n    f(1)\n')
 
 ONCE = {'sweep': '--bits --samples', 'pareto': '--bits --samples', 'latency': '--bits', 'convert': '--n-samples', 'benchmark': '--n-samples',

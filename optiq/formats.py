@@ -81,6 +81,11 @@ def parse_formats(
     names = [f for f in formats.split(',') if f.strip()] if isinstance(formats, str) else listify(formats)
     return [parse_format(f, group_size) for f in names]
 
+def _some_formats(formats) -> list[Format]:
+    "The same, for what is to be tried; raises ValueError if there are none"
+    if not (found := parse_formats(formats)): raise ValueError('no formats to try; give some, for example 4 and 8')
+    return found
+
 # %% ../nbs/00_formats.ipynb #5abf758e
 def _names_one(s):
     "Whether a text names a format"

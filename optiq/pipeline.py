@@ -44,7 +44,7 @@ from .request import _load_sweep, _narrowed, _rounding_for, subject, Texts, _tex
 from .polish import dwq
 from .rounding import as_overrides, round_model, round_to_files
 from .score import same_words, text_tokens
-from .sensitivity import _choose_method, sweep_quantizer
+from .sensitivity import sweep_quantizer, _Task
 
 # %% ../nbs/08_pipeline.ipynb #65e7a8a6
 def _quantizer_of_plans(b, t: _Batches, formats: list, rounding: str, keep: 'Path | None' = None):
@@ -118,9 +118,9 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     _check_output(c, out, likely, rounding)
     b, t = job.open(job.more)
     method, targets = w.method, [likely.nominal_bpw]
-    if method is None and w.sweep is None: method = _choose_method(
-        b, t.tokens, [f for f in job.measured if f != AS_IS], targets, None, None, out and journal_of(out),
-        job.states_memory, w.time_budget, True)
+    if method is None and w.sweep is None:
+        log, tried = out and journal_of(out), [f for f in job.measured if f != AS_IS]
+        method = _Task(b, t.tokens, tried, targets, None, log, job.states_memory).choose(w.time_budget)
     _announce_road(expected := _expected(b, t, job, likely, method))
     found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=method, targets=targets,
                         max_memory=job.states_memory)

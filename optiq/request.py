@@ -16,7 +16,7 @@ import numpy as np
 
 from .budget import candidates
 from .files import _check_apart
-from .formats import AS_IS, Format, parse_format, parse_formats
+from .formats import AS_IS, Format, parse_format, _some_formats
 from .measure.sweep import rounding_of, Sweep
 from .readers import _check_counts, _check_types, _helpful, shown
 from .rounding import QUANTIZERS, ROUNDING
@@ -213,8 +213,7 @@ def _candidates_for(
 ) -> list[Format]:
     "The candidates that you gave, or those of a sweep, or the default"
     if formats is None: formats = default if sweep is None else _load_sweep(sweep).formats
-    if not (found := parse_formats(formats)): raise ValueError('no formats to try; give some, for example 4 and 8')
-    return found
+    return _some_formats(formats)
 
 # %% ../nbs/08a_request.ipynb #6e0c51e3
 def _narrowed(sweep: Sweep, formats: list) -> Sweep:

@@ -10,22 +10,23 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from .backends.open import open_backend
 from .backends.replay import Backend
 from .calibration import shape_of
 from .files import _check_apart, as_path, claiming, own_file
-from .formats import Format, check_storable, parse_formats, quantize_dequantize
+from .formats import Format, check_storable, _some_formats, quantize_dequantize
 from .measure.estimate import _duration, _measure_halved, estimate
 from .measure.kl import measure, probes
-from .measure.sweep import Sweep, about_texts
 from .measure.journal import read_log, same_sweep
 from .measure.log import SweepLog, _log_files, _ranks_here, _progress_bar
-from .measure.sweep import texts_for, to_sweep, warn_of_idle
+from .measure.sweep import about_texts, Sweep, texts_for, to_sweep, warn_of_idle
 from .models import Checkpoint
 from .plan import _silent
 from .readers import _check_counts, _helpful
@@ -46,30 +47,32 @@ def sweep_quantizer(
     quantize = RoundTrips(b, tokens, formats, rounding, blocks, keep)
     return quantize, quantize.name
 
-# %% ../nbs/04_sensitivity.ipynb #09b628a2
-def _shortcut_sweep(b, tokens, formats, method, targets, quantize, name, out, about) -> Sweep:
-    "A sweep by gradients, or a screened one, which measures exactly only where that can change a plan"
-    from optiq.measure.gradient import _header_of, gradient_sweep, screened_sweep
-    if method not in ('gradient', 'screened'): raise ValueError(f'no method {method!r}; there are exact, gradient and '
-                                                                'screened')
-    if not b.stacks: raise ValueError(f'method {method!r} knows text models only; '
-                                      f'a {b.checkpoint.model_type} model takes method exact')
-    how = dict(quantize=quantize, header=_header_of(b, tokens, formats, f'{name}, {method}', about))
-    if out is not None: same_sweep(own_file(out, 'sweep'), how['header']) # or an error, if it holds another
-    sweep = gradient_sweep(b, tokens, formats, **how) if method == 'gradient' else screened_sweep(
-        b, tokens, formats, targets, **how)
-    if out is not None: sweep.save(out)
-    return sweep
+# %% ../nbs/04_sensitivity.ipynb #ededa355
+@dataclass
+class _Task:
+    "What a sweep measures, on which text, and where it goes"
+    b: Backend # the model
+    tokens: 'np.ndarray | list' # (n, T), or samples
+    formats: list[Format] # candidates
+    targets: 'list | tuple' = () # nominal bits of the plans that matter
+    until: str | None = None # 'stable', or to the end
+    out: 'str | Path | None' = None # file to write as it goes, and to resume from
+    max_memory: float | None = None # bytes for states
+    progress: bool = True # announce time and memory, show a bar
+    of: object = None # whose units: the checkpoint's, or a `KVLayout`
+    mark: dict = field(default_factory=dict) # what its file says of itself, if it is a working file of `optimize`
+    learned: object = None # tokens, samples or statistics that the rounding learns from
+    source: str | None = None # name of the text
 
 # %% ../nbs/04_sensitivity.ipynb #142a11a1
 _TIME_BUDGET = 600. # seconds that a sweep may take
 _SHARE = dict(exact=1., screened=.25, gradient=.05) # of the time of an exact sweep, as measured
 
-def _possible_methods(b: Backend, targets: 'list | tuple', until: str | None, of) -> list[str]:
+def _possible_methods(t: _Task) -> list[str]:
     "The methods that this sweep could use, the most exact first"
-    shortcuts = b.stacks and b.holds and of is None and until is None and _ranks_here().size == 1
-    if not shortcuts or 4*b.checkpoint.params > b.free_memory(): return ['exact']
-    return [m for m in _SHARE if m != 'screened' or targets]
+    shortcuts = t.b.stacks and t.b.holds and t.of is None and t.until is None and _ranks_here().size == 1
+    if not shortcuts or 4*t.b.checkpoint.params > t.b.free_memory(): return ['exact']
+    return [m for m in _SHARE if m != 'screened' or t.targets]
 
 # %% ../nbs/04_sensitivity.ipynb #50be5508
 def _begun_method(out: 'str | Path | None') -> str | None:
@@ -79,20 +82,22 @@ def _begun_method(out: 'str | Path | None') -> str | None:
         name = read_log(file)[0]['fingerprint']['quantizer'].rsplit(', ', 1)[-1]
         return name if name in _SHARE else 'exact'
 
-def _surely_quick(b: Backend, formats: list, shape: tuple, seconds: float) -> bool:
+def _surely_quick(t: _Task, seconds: float) -> bool:
     "Whether a forward pass for each probe would take less on any machine"
-    return 2*prod(shape)*b.checkpoint.params*len(probes(b.checkpoint.units, formats)) < 2e10*seconds
+    c, done = t.b.checkpoint, 2*prod(shape_of(t.tokens))*t.b.checkpoint.params
+    return done*len(probes(c.units, t.formats)) < 2e10*seconds
 
 # %% ../nbs/04_sensitivity.ipynb #ab75befe
-def _choose_method(b, tokens, formats, targets, until, of, out, max_memory, time_budget, progress) -> str:
+@patch
+def choose(self: _Task, time_budget: float | None) -> str:
     "The most exact method that fits the budget, or else the fastest; says so if it is not the exact one"
-    possible, begun = _possible_methods(b, targets, until, of), _begun_method(out)
+    possible, begun = _possible_methods(self), _begun_method(self.out)
     budget = _TIME_BUDGET if time_budget is None else time_budget
     if begun or len(possible) == 1: return begun or 'exact'
-    if _surely_quick(b, formats, shape_of(tokens), budget): return 'exact'
-    seconds = estimate(b, formats, tokens, max_memory)['seconds']
+    if _surely_quick(self, budget): return 'exact'
+    seconds = estimate(self.b, self.formats, self.tokens, self.max_memory)['seconds']
     found = next((m for m in possible if _SHARE[m]*seconds <= budget), possible[-1])
-    if found != 'exact' and progress: print(_reason(found, seconds, budget), file=sys.stderr)
+    if found != 'exact' and self.progress: print(_reason(found, seconds, budget), file=sys.stderr)
     return found
 
 _EXCESS = dict(screened='+0.3 to +0.7 %', gradient='+7 %') # KL of the plans, as measured
@@ -141,9 +146,26 @@ def _complete(
             log.add(p, kl)
     return log.finish()
 
+# %% ../nbs/04_sensitivity.ipynb #22d89362
+def _shortcut_sweep(t: _Task, method: str, quantize, name: str, about: dict) -> Sweep:
+    "A sweep by gradients, or a screened one, which measures exactly only where that can change a plan"
+    from optiq.measure.gradient import _header_of, gradient_sweep, screened_sweep
+    if method not in ('gradient', 'screened'): raise ValueError(f'no method {method!r}; there are exact, gradient and '
+                                                                'screened')
+    if not t.b.stacks: raise ValueError(f'method {method!r} knows text models only; '
+                                        f'a {t.b.checkpoint.model_type} model takes method exact')
+    out, how = None if t.mark else t.out, dict(quantize=quantize)
+    how['header'] = _header_of(t.b, t.tokens, t.formats, f'{name}, {method}', about)
+    if out is not None: same_sweep(own_file(out, 'sweep'), how['header']) # or an error, if it holds another
+    if method == 'gradient': sweep = gradient_sweep(t.b, t.tokens, t.formats, **how)
+    else: sweep = screened_sweep(t.b, t.tokens, t.formats, t.targets, **how)
+    if out is not None: sweep.save(out)
+    return sweep
+
 # %% ../nbs/04_sensitivity.ipynb #7807a0f8
-def _check_wishes(until: str | None, **counts):
-    "Raise ValueError for counts below 1 and for an unknown `until`"
+def _check_wishes(tokens, until: str | None, **counts):
+    "Raise ValueError for tokens that are none, for counts below 1, and for an unknown `until`"
+    _check_tokens(tokens)
     _check_counts(**counts)
     if until not in (None, 'stable'): raise ValueError(f"`until` is {until!r}, and should be 'stable' or None")
 
@@ -171,12 +193,28 @@ def _statistics_for(b: Backend, learned, file, rounding: str, source=None, wante
     why = 'minmax learns from no text' if rounding == 'minmax' else f'{rounding} needs the text itself'
     raise ValueError(f'`statistics` has no effect: {why}; leave it, or choose search')
 
-# %% ../nbs/04_sensitivity.ipynb #17285c91
+# %% ../nbs/04_sensitivity.ipynb #25d40163
 def _tokens_of(b: Backend, tokens, more, source, n, seq_len, rounding, rounding_n): # ▸ measured on, learned from
     "The tokens that are given, or those that a source gives"
     if tokens is None:
         tokens, more = texts_for(b.checkpoint, source, n, seq_len, 0 if rounding == 'minmax' else rounding_n)
     return tokens, tokens if more is None else more
+
+# %% ../nbs/04_sensitivity.ipynb #c6e44798
+@patch
+def run(self: _Task, rounding: str, method: str | None = None, time_budget: float | None = None) -> Sweep:
+    "The finished sweep, by this method, or by the one that fits the budget"
+    quantize, name = sweep_quantizer(self.b, self.learned, self.formats, rounding)
+    about, method = about_texts(self.source, self.learned, name), method or self.choose(time_budget)
+    if method != 'exact': sweep = _shortcut_sweep(self, method, quantize, name, about)
+    else:
+        log = SweepLog(self.b, self.tokens, self.formats, self.out, self.max_memory, self.of, name, self.mark, about)
+        less = 'states_memory' if self.mark else 'max_memory'
+        sweep = _complete(log, self.tokens, quantize, self.progress, self.targets if self.until else None,
+                          f'give fewer or shorter sequences, or a smaller `{less}`')
+    _warn_of_silent(sweep)
+    sweep.learned = self.learned
+    return sweep
 
 # %% ../nbs/04_sensitivity.ipynb #38aea943
 @_helpful
@@ -213,30 +251,16 @@ def kl_sweep(
         sweep = kl_sweep('demo', formats=[3, 4, 8])
         sweep.kl('model.embed_tokens', '4g64'), sweep.plot(fmt=4)
     """
-    _check_tokens(tokens)
-    _check_wishes(until, n=n, seq_len=seq_len, rounding_n=rounding_n)
+    _check_wishes(tokens, until, n=n, seq_len=seq_len, rounding_n=rounding_n)
+    _check_apart(statistics, out, 'statistics')
     mark = dict(journal=True) if journal else {}
     if out is not None: out = own_file(out, 'sweep', **mark) # before any work
-    _check_apart(statistics, out, 'statistics')
-    formats, b = parse_formats(formats), open_backend(model, backend)
+    formats, b = _some_formats(formats), open_backend(model, backend)
     b.keep_to(max_memory)
-    if not formats: raise ValueError('no formats to try; give some, for example 4 and 8')
     if of is None: check_storable(formats)
     rounding = rounding or ('minmax' if of else ROUNDING) # a cache is rounded as it is written
     if tokens is None: calibration = calibration or 'bundled'
     tokens, learned = _tokens_of(b, tokens, rounding_tokens, calibration, n, seq_len, rounding, rounding_n)
     if statistics is not None: learned = _statistics_for(b, learned, statistics, rounding, calibration)
-    quantize, name = sweep_quantizer(b, learned, formats, rounding)
-    about = about_texts(calibration, learned, name)
-    less = 'a smaller `states_memory`' if journal else 'a smaller `max_memory`'
-    if method is None: method = _choose_method(b, tokens, formats, targets, until, of, out, max_memory, time_budget,
-                                               progress)
-    if method != 'exact': sweep = _shortcut_sweep(b, tokens, formats, method, targets, quantize, name,
-                                                 None if journal else out, about)
-    else:
-        log = SweepLog(b, tokens, formats, out, max_memory, of, name, mark, about)
-        sweep = _complete(log, tokens, quantize, progress, targets if until == 'stable' else None,
-                          f'give fewer or shorter sequences, or {less}')
-    _warn_of_silent(sweep)
-    sweep.learned = learned
-    return sweep
+    task = _Task(b, tokens, formats, targets, until, out, max_memory, progress, of, mark, learned, calibration)
+    return task.run(rounding, method, time_budget)

@@ -20,12 +20,12 @@ from .backends.replay import Backend
 from .calibration import shape_of
 from .files import _check_apart, as_path, claiming, own_file
 from .formats import Format, check_storable, parse_formats, quantize_dequantize
-from .measure.estimate import _duration, _measure_halved, estimate
+from .measure.estimate import _duration, _measure_halved, estimate, plan_passes
 from .measure.kl import measure, probes
 from .measure.sweep import Sweep, about_texts
 from .measure.journal import read_log, same_sweep
 from .measure.log import SweepLog, _log_files, _ranks_here, _progress_bar
-from .measure.sweep import texts_for, to_sweep, warn_of_idle
+from .measure.sweep import texts_for, to_sweep, _untested, warn_of_idle
 from .models import Checkpoint
 from .plan import _silent
 from .readers import _check_counts, _helpful
@@ -63,7 +63,13 @@ def _shortcut_sweep(b, tokens, formats, method, targets, quantize, name, out, ab
 
 # %% ../nbs/04_sensitivity.ipynb #142a11a1
 _TIME_BUDGET = 600. # seconds that a sweep may take
-_SHARE = dict(exact=1., screened=.25, gradient=.05) # of the time of an exact sweep, as measured
+_SHARE = dict(exact=1., screened=.25, gradient=.05) # of the time of an exact sweep without rounding, as measured
+
+def _sweep_seconds(b: Backend, formats: list, shape: tuple, measuring: float, rounding: float) -> dict:
+    "Method ▸ seconds, from those of exact measurements, and of rounding all weights in all formats once"
+    walks = -(-shape[0]//plan_passes(b, probes(b.checkpoint.units, formats), shape)[0])
+    rounds = dict(exact=walks, screened=2+.25*-(-shape[0]//4), gradient=2) # two backward passes
+    return {m: share*measuring+rounds[m]*rounding for m, share in _SHARE.items()}
 
 def _possible_methods(b: Backend, targets: 'list | tuple', until: str | None, of) -> list[str]:
     "The methods that this sweep could use, the most exact first"
@@ -79,34 +85,38 @@ def _begun_method(out: 'str | Path | None') -> str | None:
         name = read_log(file)[0]['fingerprint']['quantizer'].rsplit(', ', 1)[-1]
         return name if name in _SHARE else 'exact'
 
-def _surely_quick(b: Backend, formats: list, shape: tuple, seconds: float) -> bool:
-    "Whether a forward pass for each probe would take less on any machine"
-    return 2*prod(shape)*b.checkpoint.params*len(probes(b.checkpoint.units, formats)) < 2e10*seconds
+def _surely_quick(b: Backend, formats: list, shape: tuple, seconds: float, rounds: bool) -> bool:
+    "Whether a forward pass for each probe, and rounding by text if it `rounds` so, would take less on any machine"
+    rounding = 3e4*len(formats)*-(-shape[0]//4) if rounds else 0
+    return b.checkpoint.params*(2*prod(shape)*len(probes(b.checkpoint.units, formats))+rounding) < 2e10*seconds
 
 # %% ../nbs/04_sensitivity.ipynb #ab75befe
-def _choose_method(b, tokens, formats, targets, until, of, out, max_memory, time_budget, progress) -> str:
+def _choose_method(b, tokens, formats, targets, until, of, out, max_memory, time_budget, progress,
+                   rounding=None) -> str: # rounding: () ▸ seconds to round all weights in all formats
     "The most exact method that fits the budget, or else the fastest; says so if it is not the exact one"
     possible, begun = _possible_methods(b, targets, until, of), _begun_method(out)
-    budget = _TIME_BUDGET if time_budget is None else time_budget
+    budget, shape = _TIME_BUDGET if time_budget is None else time_budget, shape_of(tokens)
     if begun or len(possible) == 1: return begun or 'exact'
-    if _surely_quick(b, formats, shape_of(tokens), budget): return 'exact'
-    seconds = estimate(b, formats, tokens, max_memory)['seconds']
-    found = next((m for m in possible if _SHARE[m]*seconds <= budget), possible[-1])
+    if _surely_quick(b, formats, shape, budget, bool(rounding)): return 'exact'
+    seconds = _sweep_seconds(b, formats, shape, estimate(b, formats, tokens, max_memory)['seconds'],
+                             rounding() if rounding else 0.)
+    found = next((m for m in possible if seconds[m] <= budget), min(possible, key=seconds.get))
     if found != 'exact' and progress: print(_reason(found, seconds, budget), file=sys.stderr)
     return found
 
 _EXCESS = dict(screened='+0.3 to +0.7 %', gradient='+7 %') # KL of the plans, as measured
 
-def _reason(method: str, seconds: float, budget: float) -> str:
+def _reason(method: str, seconds: dict, budget: float) -> str: # method ▸ seconds
     "Why this method was chosen, what it costs, and how to have another"
-    return (f'method {method}, about {_duration(_SHARE[method]*seconds)}: exact would take about {_duration(seconds)}, '
-            f'and the time budget is {_duration(budget)}. Plans from {method} sweeps measured {_EXCESS[method]} KL '
-            f'against exact ones. For another method name it, or give a larger time budget')
+    return (f'method {method}, about {_duration(seconds[method])}: exact would take about '
+            f'{_duration(seconds["exact"])}, and the time budget is {_duration(budget)}. Plans from {method} sweeps '
+            f'measured {_EXCESS[method]} KL against exact ones. For another method name it, or give a larger time '
+            'budget')
 
 # %% ../nbs/04_sensitivity.ipynb #eddde69f
 def _settled(log: SweepLog, targets: list) -> bool:
     "Whether the plans at these targets are the same with and without the last sequences measured"
-    from optiq.knapsack import allocate
+    from optiq.knapsack import allocate, _reachable
     probes = {k[:2] for p in log.passes for k in p.keys}
     done = sorted(s for s, n in Counter(s for *_, s in log.records).items()
                   if n == len(probes)) # others are being measured
@@ -114,7 +124,7 @@ def _settled(log: SweepLog, targets: list) -> bool:
     def up_to(stop): return to_sweep(log.header, {k: v for k, v in log.records.items() if k[2] <= stop})
     now, *shorter = map(up_to, (done[-1], done[-2], done[-3]))
     def same(s, t): return dict(allocate(now, target_bpw=t)) == dict(allocate(s, target_bpw=t))
-    return all(same(s, t) for t in targets for s in shorter)
+    return all(same(s, t) for s in shorter for t in _reachable(s, _reachable(now, targets)))
 
 # %% ../nbs/04_sensitivity.ipynb #78782674
 def _complete(
@@ -142,10 +152,17 @@ def _complete(
     return log.finish()
 
 # %% ../nbs/04_sensitivity.ipynb #7807a0f8
-def _check_wishes(until: str | None, **counts):
-    "Raise ValueError for counts below 1 and for an unknown `until`"
+def _check_wishes(until: str | None, targets, **counts):
+    "Raise ValueError for counts below 1, for an unknown `until`, and for one without targets"
     _check_counts(**counts)
+    if until == 'stable' and not len(targets): raise ValueError(
+        "`until` 'stable' needs `targets`: the nominal bits of the plans that should no longer change, such as 4.5")
     if until not in (None, 'stable'): raise ValueError(f"`until` is {until!r}, and should be 'stable' or None")
+
+def _check_targets(source, formats: list, targets): # source: a Checkpoint or a KVLayout
+    "Raise ValueError for a target that no plan of these formats can have"
+    from optiq.knapsack import allocate
+    for t in targets: allocate(_untested(source, formats), target_bpw=t, method='greedy')
 
 def _check_tokens(tokens):
     "Raise ValueError for tokens that are neither a table of whole numbers nor samples of pictures or speech"
@@ -214,7 +231,7 @@ def kl_sweep(
         sweep.kl('model.embed_tokens', '4g64'), sweep.plot(fmt=4)
     """
     _check_tokens(tokens)
-    _check_wishes(until, n=n, seq_len=seq_len, rounding_n=rounding_n)
+    _check_wishes(until, targets, n=n, seq_len=seq_len, rounding_n=rounding_n)
     mark = dict(journal=True) if journal else {}
     if out is not None: out = own_file(out, 'sweep', **mark) # before any work
     _check_apart(statistics, out, 'statistics')
@@ -230,7 +247,8 @@ def kl_sweep(
     about = about_texts(calibration, learned, name)
     less = 'a smaller `states_memory`' if journal else 'a smaller `max_memory`'
     if method is None: method = _choose_method(b, tokens, formats, targets, until, of, out, max_memory, time_budget,
-                                               progress)
+                                               progress, getattr(quantize, 'seconds', None))
+    if until or method == 'screened': _check_targets(of or b.checkpoint, formats, targets)
     if method != 'exact': sweep = _shortcut_sweep(b, tokens, formats, method, targets, quantize, name,
                                                  None if journal else out, about)
     else:

@@ -112,6 +112,14 @@ def _tie_key(
         return next((f'{parent}.{t}' for t in names if role in _TIES[t]), u.path)
     return key
 
+def _check_tied(tie, units: list):
+    "Raise ValueError for a tie that no two units share"
+    for t in [tie] if isinstance(tie, str) or callable(tie) else tie or ():
+        if len({*map(_tie_key(t), units)}) < len(units): continue
+        name, of = ('a function', 'no two units get the same key') if callable(t) else (
+            repr(t), f'this model has no {" and ".join(_TIES[t])} of their own side by side')
+        raise ValueError(f'`tie` {name} has no effect: {of}; leave it out')
+
 # %% ../nbs/05e_budget.ipynb #4444116b
 def _group_of(sweep) -> int:
     "The group size for a bare width: that of the sweep's formats if they all have the same, else 64"

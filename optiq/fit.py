@@ -12,13 +12,11 @@ from html import escape
 from math import ceil
 from pathlib import Path
 
-import numpy as np
-
+from .budget import candidates
 from .formats import AS_IS, check_storable, parse_formats
 from .knapsack import allocate
 from .kv.layout import bytes_after, leaf_caches
-from .measure.kl import probes
-from .measure.sweep import Sweep
+from .measure.sweep import Sweep, _untested
 from .folder import _of_text, _others, check_untrusted, find_model
 from .models import _read_config, _said_for_mlx
 from .units import _Listing, SweepLike
@@ -126,12 +124,6 @@ def _memory_here(
                                    f'{context:,} tokens; take a shorter context')
     return left
 
-def _untested(source, formats: list) -> Sweep: # of a Checkpoint, an _Outline or a KVLayout
-    "A sweep with made-up values, to test whether a cap can be met; raises ValueError for a format that does not fit"
-    values = {(u.path, f): np.array([1/f.bits]) for u, f in probes(source.units, formats)}
-    return Sweep(source.units, formats, values,
-                 dict(model=source.name, params=source.params, other_bytes=source.other_bytes))
-
 # %% ../nbs/21_fit.ipynb #1f3183c2
 def _largest(
     c, # _Outline
@@ -214,6 +206,9 @@ def _words(f: _Fits) -> list: # of lines
     if best: found.append(f'{_shown(best)["memory"]}: optiq convert {about["model"]} --target-memory '
                           f'{ceil((best["size"]+best["cache"])/2**20)} --context {about["context"]} '
                           f'--candidate-bits {about["bits"]}')
+    elif any(r['plan'] for r in f.rows): found.append(
+        f'It fits as it is. In fewer bytes it decodes faster: optiq convert {about["model"]} --target-bpw 4.5')
+    else: found.append('Nothing fits: give a shorter --context, narrower --candidate-bits, or a smaller model.')
     return found
 
 # %% ../nbs/21_fit.ipynb #0388ffdf
@@ -223,16 +218,17 @@ def what_fits(
     memory: float | None = None, # bytes of the machine; by default this one and common Macs
     context: int = 32768, # tokens in the KV cache
     sweep: 'SweepLike | str | Path | None' = None, # a saved sweep of this model, which predicts the quality
-    formats = (2, 3, 4, 5, 6, 8), # candidates
+    formats = None, # candidates; by default those of the sweep, or 2, 3, 4, 5, 6 and 8 bits
 ) -> _Fits:
     "The largest plan of a model whose weights, KV cache and working memory a machine holds"
-    c, formats = _Outline(model), check_storable(parse_formats(formats))
+    c = _Outline(model)
     c.context, cache = context, _cache_bytes(c, context)
     name = None if sweep is None else sweep if isinstance(sweep, (str, Path)) else 'the sweep'
     if isinstance(sweep, (str, Path)): sweep = Sweep.load(sweep)
     if sweep is not None:
         check_other(name, {u.path: u.shape for u in sweep.units}, {u.path: u.shape for u in c.units})
-        formats = [f for f in formats if f in sweep.formats] or sweep.formats
+        formats = candidates(sweep, formats)
+    formats = check_storable(parse_formats((2, 3, 4, 5, 6, 8) if formats is None else formats))
     places = [(memory, _usable(memory))] if memory else [('here', _here()[0]),
                                                         *((gb*_GB, _usable(gb*_GB)) for gb in _MACHINES)]
     rows = [_row_of(c, place, room, cache, formats, sweep) for place, room in places]

@@ -19,22 +19,21 @@ from .calibration import block_hashes, fingerprint, overlap, shape_of, text_of
 from .evals.perplexity import check_overlap, evaluation_tokens
 from .families.samples import batch_for
 from .files import as_path, check_full, journal_of, own_file, own_folder, own_place
-from .fit import _memory_here, _untested
+from .fit import _memory_here
 from .formats import AS_IS, check_storable, Format, parse_format, parse_formats
-from .knapsack import allocate, PROFILES
-from .kv.layout import cache_bytes, KVLayout
+from .knapsack import allocate, PROFILES, _usual_bits
+from .kv.layout import cache_bytes, kv_layout, KVLayout
 from .kv.sweep import _combine, parts
 from .latency import latency
-from .measure.estimate import _duration, estimate, plan_passes
-from .measure.kl import probes
-from .measure.sweep import about_texts, learned_again, rounding_of, Sweep, texts_for
+from .measure.estimate import _duration, estimate
+from .measure.sweep import about_texts, learned_again, rounding_of, Sweep, texts_for, _untested
 from .models import Checkpoint
 from .plan import baseline_plans, uniform
 from .readers import check_other, known, _quoted
 from .report import machine, Report
-from .request import _Batches, Cache, _candidates_for, Caps, _load_sweep, _rounding_for, Texts, Weights
-from .rounding import _rounding_seconds
-from .sensitivity import _statistics_for, kl_sweep, _SHARE
+from .request import _Batches, Cache, _candidates_for, Caps, _is_capped, _load_sweep, _rounding_for, Texts
+from .request import Weights
+from .sensitivity import _statistics_for, kl_sweep, _sweep_seconds
 from .statistics import _Learned
 from .wishes import _pinned
 
@@ -212,6 +211,19 @@ def open(self: _Job, more: int = 0) -> tuple: # Backend, Batches
     t.learned = _statistics_for(b, t.learned, w.statistics, self.rounding, t.source, wanted)
     return b, t
 
+# %% ../nbs/08b_job.ipynb #b4624f14
+_USUAL = dict(weights=4.5, cache=5.) # nominal bits
+
+@patch
+def aim(self: _Job, sweep: Sweep | None = None) -> dict: # target_bpw, or nothing
+    "The target of a request without a cap, for a sweep, or before there is one"
+    if _is_capped(self.caps): return {}
+    if self.weights is not None:
+        sweep = sweep or _untested(self.c, check_storable([f for f in self.measured if f != AS_IS]))
+        return dict(target_bpw=_usual_bits(sweep, _USUAL['weights'], formats=self.formats, **self.weights.wishes))
+    sweep = sweep or _untested(kv_layout(self.c, self.context), self.kv_formats)
+    return dict(target_bpw=_usual_bits(sweep, _USUAL['cache'], tie='cache' if self.cache.tie else None))
+
 # %% ../nbs/08b_job.ipynb #3e05e0d0
 def _conditions(job: _Job) -> dict: # of `allocate`
     "Caps and wishes for `allocate`; a speed becomes milliseconds, a context bytes"
@@ -221,7 +233,7 @@ def _conditions(job: _Job) -> dict: # of `allocate`
     if caps.max_memory is not None: found['cache'] = cache_bytes(c, caps.context)
     if caps.max_memory == 'auto': found['max_memory'] = min(
         _memory_here(c, caps.context), found['cache']+max(uniform(c, f).nbytes for f in fmts))
-    if caps.target_tps is None: return found
+    if caps.target_tps is None: return found | job.aim()
     return found | latency(c, caps.chip, 512 if caps.context is None else caps.context, fmts).budget(caps.target_tps,
                                                                                                      fmts)
 
@@ -229,13 +241,12 @@ def _conditions(job: _Job) -> dict: # of `allocate`
 # %% ../nbs/08b_job.ipynb #9f95ecd4
 _PLANS = 12 # that verification measures, the model itself among them
 
-def _expected(b, t: _Batches, job: _Job, plan, method: str | None) -> dict: # step ▸ seconds
-    "Expected seconds of each step of a conversion, from a few seconds of measurements here"
+def _expected(b, t: _Batches, job: _Job, once: float, method: str | None) -> dict: # step ▸ seconds
+    "Expected seconds of each step of a conversion that rounds a plan in `once` seconds, measured here and now"
     w, formats = job.weights, [f for f in job.formats if f != AS_IS]
     cost, (n, T), (n_scored, T_scored) = estimate(b, formats, t.tokens), shape_of(t.tokens), shape_of(t.scored)
-    once = _rounding_seconds(b, t.learned, plan, job.rounding)
-    walks = -(-n//plan_passes(b, probes(b.checkpoint.units, formats), (n, T))[0])
-    found = {} if w.sweep is not None else dict(sweep=_SHARE[method]*(cost['seconds']+walks*len(formats)*once))
+    found = {} if w.sweep is not None else dict(
+        sweep=_sweep_seconds(b, formats, (n, T), cost['seconds'], len(formats)*once)[method])
     each, rows = cost['minmax'], 2 if w.compare is False else 6 # the model, what is saved, and the baselines
     plans = len(formats)*once or _PLANS*each # what learns is kept for all plans
     if w.verify is not False: found['verify'] = _PLANS*n*cost['forward']+plans

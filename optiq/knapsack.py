@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.basics import listify, patch
 
 from .budget import Budget, budgets_of, candidates, _check_caps, _contradiction, _group_of, make_problem
-from .budget import _tie_key
+from .budget import _check_tied, _tie_key
 from .formats import AS_IS, Format
 from .frontier import Frontier
 from .units import SweepLike, Unit
@@ -116,6 +116,7 @@ def pose(
     "Check a request and turn it into arrays for a solver; raises ValueError for a wish or a cap that no plan can keep"
     (table, noise), fmts, key = smoothed(sweep), candidates(sweep, formats), _tie_key(tie)
     wished = _wished(sweep, dict(protect=protect, pin=pin, ceiling=ceiling, floor=floor, leave=leave))
+    _check_tied(tie, sweep.units)
     budgets = budgets_of(sweep, **caps)+list(budgets)
     quiet = _unmoved(_silent(sweep))
     free = make_problem(sweep, table, fmts, budgets, quiet, key)
@@ -199,16 +200,30 @@ def _menu(
 # %% ../nbs/05b_knapsack.ipynb #6e0c51d2
 _TARGETS = tuple(t/4 for t in range(12, 33)) # nominal bits, 3 to 8
 
-def _least_bits(
+def _reach(
     sweep, # Sweep
-    formats: list, # candidates
+    formats = None, # candidates; all of the sweep by default
     tie = None, # as for `allocate`
     **wishes, # likewise
-) -> float:
-    "Nominal bits of the smallest plan"
+) -> tuple: # nominal bits of the smallest plan, and of the largest
+    "From where to where a target can lie"
     fmts, (b,), wished = candidates(sweep, formats), budgets_of(sweep, target_bpw=1.), _wished(sweep, wishes)
     p = make_problem(sweep, smoothed(sweep)[0], fmts, [b], wished+_unmoved(_silent(sweep)), _tie_key(tie))
-    return float(b.figure(p.costs[0].min(1).sum()))
+    return tuple(float(b.figure(ends.sum())) for ends in (p.costs[0].min(1), p.costs[0].max(1)))
+
+# %% ../nbs/05b_knapsack.ipynb #3d1a9dcb
+def _usual_bits(
+    sweep, # Sweep
+    usual: float, # nominal bits
+    **conditions, # of `_reach`
+) -> float: # nominal bits
+    "A target for somebody who names none: the usual one, or halfway if no plan has so many bits"
+    low, high = _reach(sweep, **conditions)
+    return usual if low <= usual <= high else min(max(round((low+high)/2, 2), low), high)
+
+def _reachable(sweep, targets) -> list:
+    "Targets, each at least that of the smallest plan: units that moved nothing get the widest format and raise it"
+    return [max(t, _reach(sweep)[0]) for t in targets]
 
 # %% ../nbs/05b_knapsack.ipynb #ef79f293
 def _plans_of(
@@ -219,7 +234,7 @@ def _plans_of(
 ) -> list[Plan]:
     "The plans of one profile, one for each target in its range"
     fmts, (_, low, high) = _menu(sweep, profile), PROFILES[profile]
-    if targets is None: low, targets = max(low, _least_bits(sweep, fmts, **options)), _TARGETS
+    if targets is None: low, targets = max(low, _reach(sweep, fmts, **options)[0]), _TARGETS
     odd = [t for t in targets if not isinstance(t, Real)]
     if odd: raise ValueError(f'`targets` holds {shown(odd[0])}, and should hold numbers')
     inside = [float(t) for t in targets if low-1e-9 <= t <= high+1e-9]
@@ -259,8 +274,11 @@ def pareto(
     targets = None if targets is None else np.atleast_1d(targets).tolist()
     profiles = listify(profiles)
     plans = [p for name in profiles for p in _plans_of(sweep, name, targets, **options)]
-    if not plans: raise ValueError('no target lies in the range of '+', '.join(
-        f'{name} ({PROFILES[name][1]:g} to {PROFILES[name][2]:g} bits)' for name in profiles))
+    ranges = {name: PROFILES[name][1:] for name in profiles}
+    where = ', '.join(f'{name} ({low:g} to {high:g} bits)' for name, (low, high) in ranges.items())
+    lost = [t for t in targets or () if not any(low-1e-9 <= t <= high+1e-9 for low, high in ranges.values())]
+    if lost: raise ValueError(f'the target {lost[0]:g} does not lie in the range of {where}')
+    if not plans: raise ValueError(f'no plan of these candidates lies in the range of {where}')
     baselines = baseline_plans(sweep, sorted(sweep.formats, key=by_width))
     return Frontier(plans, baselines, _rivals_of(sweep, baselines, **options))
 

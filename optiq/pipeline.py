@@ -22,17 +22,16 @@ from .draft import _check_draft
 from .evals.perplexity import check_calibration, overrides_of, _scores, _Text
 from .families.samples import batch_for
 from .files import added_files, claiming, journal_of, own_output, scratch, whole_folder
-from .fit import _untested
 from .formats import AS_IS, Format, quantize_minmax
 from .job import _announce_road, _baselines, _BESIDE, _check_other_rounding, _check_output, _check_sweep
 from .job import _conditions, _expected, _feasible, _find_sweep, _is_own_folder, _Job, _judge_road, _kv_output
 from .job import _check_length, _check_targets, _check_unread, _profiles_of, _room_for, _summary, _told
-from .knapsack import allocate, _least_bits, pareto
+from .knapsack import allocate, pareto, _reach
 from .kv.config import save_kv_config, STATISTICS
 from .kv.layout import kv_layout
 from .kv.sweep import layer_table, memory_lines, planned_cache, planned_together, plot_kv
 from .labels import can_draw
-from .measure.sweep import Sweep
+from .measure.sweep import Sweep, _untested
 from .models import _check_overflow, Checkpoint
 from .plan import make_plan
 from .readers import _check_counts, _helpful, write_json
@@ -42,7 +41,7 @@ from .request import _Batches, Cache, _candidates_for, Caps, caps_for, _check_we
 from .request import _check_states_memory
 from .request import _load_sweep, _narrowed, _rounding_for, subject, Texts, _texts_of, Weights, _WIDE
 from .polish import dwq
-from .rounding import as_overrides, round_model, round_to_files
+from .rounding import as_overrides, round_model, round_to_files, _rounding_seconds
 from .score import same_words, text_tokens
 from .sensitivity import sweep_quantizer, _Task
 
@@ -117,13 +116,15 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     likely = _feasible(c, job.measured, **(options := _conditions(job)))
     _check_output(c, out, likely, rounding)
     b, t = job.open(job.more)
-    method, targets = w.method, [likely.nominal_bpw]
+    method, targets, once = w.method, [likely.nominal_bpw], _rounding_seconds(b, t.learned, likely, rounding)
     if method is None and w.sweep is None:
         log, tried = out and journal_of(out), [f for f in job.measured if f != AS_IS]
-        method = _Task(b, t.tokens, tried, targets, None, log, job.states_memory).choose(w.time_budget)
-    _announce_road(expected := _expected(b, t, job, likely, method))
+        task = _Task(b, t.tokens, tried, targets, None, log, job.states_memory)
+        method = task.choose(w.time_budget, rounding != 'minmax' and (lambda: len(tried)*once))
+    _announce_road(expected := _expected(b, t, job, once, method))
     found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=method, targets=targets,
                         max_memory=job.states_memory)
+    options |= job.aim(found)
     lowest = min(f for f in job.formats if f != AS_IS)
     _score_beside(b, t, w, likely, lowest)
     with _codes_kept(b, out, rounding, len(job.formats)*likely.nbytes) as keep:
@@ -142,7 +143,7 @@ def _choose_cache(job: _Job) -> dict: # report, plan, sweep, config, figures
     "Measure, choose, score, write"
     caps, formats, out = job.caps, job.kv_formats, job.out
     options = dict(target_bpw=caps.target_bpw, true_bpw=caps.true_bpw, max_bytes=caps.max_bytes,
-                   tie='cache' if job.cache.tie else None)
+                   tie='cache' if job.cache.tie else None) | job.aim()
     layout = kv_layout(job.c, job.context)
     allocate(_untested(layout, formats), **options) # raises before anything is measured if no plan fits
     b, t = job.open()
@@ -218,7 +219,7 @@ def _check_kind(c: Checkpoint, what: str):
 def optimize(
     model: str, # 'demo', a folder, or a Hub id; for a cache alone it may be quantized
     out: 'str | Path | None' = None, # folder to write; nothing is written without it
-    caps: Caps | None = None, # limits of the plan; by default 4.5 bits for weights, 5 for a cache
+    caps: Caps | None = None, # limits of the plan; without one 4.5 bits, 5 for a cache, see `Caps`
     *,
     weights: Weights | None = Weights(), # how to choose the weights' formats; None leaves the weights as they are
     cache: Cache | None = None, # how to choose the KV cache's formats; None leaves the cache as it is
@@ -279,7 +280,7 @@ def _read_for_curve(sweep, c: Checkpoint | None, rounding: str) -> Sweep: # c: N
 
 def _measure_for_curve(job: _Job, formats: list, rounding: str, targets): # ▸ Sweep, Backend, texts
     "A sweep, measured if none was saved, and what the points of its curve are scored with"
-    _least_bits(_untested(job.c, [f for f in formats if f != AS_IS]), formats, **job.weights.wishes) # or an odd wish
+    _reach(_untested(job.c, [f for f in formats if f != AS_IS]), formats, **job.weights.wishes) # or an odd wish
     b, t = job.open(job.more)
     found = _find_sweep(b, t, formats, job.weights.sweep, job.out, rounding, method=job.weights.method,
                         time_budget=job.weights.time_budget, targets=targets or (), max_memory=job.states_memory)

@@ -22,7 +22,7 @@ from .formats import ALL_FORMATS, AS_IS, FORMAT, Format, config_entry, parse_for
 from .units import HasUnits, SweepLike, Unit, read_units
 from .readers import NAME, OBJECT, PROSE, TEXT, _helpful, _html_table, dumps, known, maybe, number, one_of, read_ours
 from .readers import whole
-from .readers import _checked
+from .readers import _checked, _near
 from .labels import Axes
 
 # %% ../nbs/05_plan.ipynb #d51d1bf9
@@ -65,7 +65,13 @@ class Plan(Mapping):
     def size_mb(self):
         "Size of everything that is saved, in MB of 2**20 bytes"
         return self.nbytes/2**20
-    def __post_init__(self): self.formats = {u.path: self._stored_as(u) for u in self.units}
+    def __post_init__(self):
+        paths = dict.fromkeys(u.path for u in self.units)
+        for odd in (p for p in self.formats if p not in paths):
+            near = _near(odd, paths)
+            raise ValueError(f'no unit has the path {odd!r}; {"near to it are" if near else "one is"} '
+                             f'{", ".join(near or [*paths][:1])}')
+        self.formats = {u.path: self._stored_as(u) for u in self.units}
     def _stored_as(self, u):
         f = self.formats.get(u.path, AS_IS)
         return u.kept if f == AS_IS else f # a unit that is packed already stays so
@@ -107,8 +113,10 @@ def counts(self: Plan): # Format ▸ number of units
 def diff(self: Plan,
     other: Plan, # of the same model
 ): # unit path ▸ (its format here, its format there)
-    "The units in which another plan of the same model differs"
-    return {p: (f, other.get(p)) for p, f in self.items() if other.get(p) != f}
+    "The units in which another plan of the same model differs; raises ValueError for a plan of another model"
+    if self.keys() != other.keys(): raise ValueError(
+        f'these plans are of different models: {len(self)} units here, {len(other)} there; compare plans of one model')
+    return {p: (f, other[p]) for p, f in self.items() if other[p] != f}
 
 # %% ../nbs/05_plan.ipynb #53551785
 @patch

@@ -34,7 +34,7 @@ class Caps:
         Caps(target_bpw=4.5)
         Caps(max_memory='auto', context=4096)
     """
-    target_bpw: float | None = None # cap on nominal bits per weight; without any cap 4.5, and 5 for a cache
+    target_bpw: float | None = None # cap on nominal bits; without any cap 4.5, for a cache 5, or halfway between candidates
     true_bpw: float | None = None # bytes of everything saved × 8 / parameters
     max_bytes: float | None = None # cap on all tensors, on the cache at `context`, or on both together
     max_memory: 'float | str | None' = None # cap on tensors and KV cache; auto: memory of this machine, see `optiq fit`
@@ -122,8 +122,8 @@ def _check_pairs(caps: Caps):
         '`context` counts for `max_memory`, `target_tps` or `cache`; give one of them')
 
 # %% ../nbs/08a_request.ipynb #14722bd0
-def caps_for(caps: Caps | None, what: str) -> Caps: # with a default
-    "The `caps`, with a default if there are none; raises ValueError for a cap without effect on a plan of `what`"
+def caps_for(caps: Caps | None, what: str) -> Caps:
+    "The `caps`, or none; raises ValueError for a cap without effect on a plan of `what`"
     caps = caps or Caps()
     given = [k for k, v in vars(caps).items() if v is not None]
     odd = [k for k in given if k not in _COUNTS[what]]
@@ -131,8 +131,11 @@ def caps_for(caps: Caps | None, what: str) -> Caps: # with a default
     if what == 'weights': _check_pairs(caps)
     if what == 'weights and cache together' and caps.max_bytes is None: raise ValueError(
         'a `cache` beside the weights needs `max_bytes`: one cap for both')
-    alone = not {*given} - {'chip', 'context'}
-    return replace(caps, target_bpw=4.5 if what == 'weights' else 5.) if alone else caps
+    return caps
+
+def _is_capped(caps: Caps) -> bool:
+    "Whether there is a cap among them; a chip and a context belong to others"
+    return any(v is not None for k, v in vars(caps).items() if k not in ('chip', 'context'))
 
 # %% ../nbs/08a_request.ipynb #5c6caa97
 def _check_weights(weights: Weights, what: str, out):

@@ -22,11 +22,11 @@ from .backends.replay import Backend
 from .calibration import shape_of
 from .files import _check_apart, as_path, claiming, own_file
 from .formats import Format, check_storable, _some_formats, quantize_dequantize
-from .measure.estimate import _duration, _measure_halved, estimate
+from .measure.estimate import _duration, _measure_halved, estimate, plan_passes
 from .measure.kl import measure, probes
 from .measure.journal import read_log, same_sweep
 from .measure.log import SweepLog, _log_files, _ranks_here, _progress_bar
-from .measure.sweep import about_texts, Sweep, texts_for, to_sweep, warn_of_idle
+from .measure.sweep import about_texts, Sweep, texts_for, to_sweep, _untested, warn_of_idle
 from .models import Checkpoint
 from .plan import _silent
 from .readers import _check_counts, _helpful
@@ -66,7 +66,14 @@ class _Task:
 
 # %% ../nbs/04_sensitivity.ipynb #142a11a1
 _TIME_BUDGET = 600. # seconds that a sweep may take
-_SHARE = dict(exact=1., screened=.25, gradient=.05) # of the time of an exact sweep, as measured
+_SHARE = dict(exact=1., screened=.25, gradient=.05) # of the time of an exact sweep without rounding, as measured
+
+def _sweep_seconds(t: _Task, measuring: float, rounding: float) -> dict:
+    "Method ▸ seconds, from those of exact measurements, and of rounding all weights in all formats once"
+    n, T = shape_of(t.tokens)
+    walks = -(-n//plan_passes(t.b, probes(t.b.checkpoint.units, t.formats), (n, T))[0])
+    rounds = dict(exact=walks, screened=2+.25*-(-n//4), gradient=2) # two backward passes
+    return {m: share*measuring+rounds[m]*rounding for m, share in _SHARE.items()}
 
 def _possible_methods(t: _Task) -> list[str]:
     "The methods that this sweep could use, the most exact first"
@@ -82,36 +89,40 @@ def _begun_method(out: 'str | Path | None') -> str | None:
         name = read_log(file)[0]['fingerprint']['quantizer'].rsplit(', ', 1)[-1]
         return name if name in _SHARE else 'exact'
 
-def _surely_quick(t: _Task, seconds: float) -> bool:
-    "Whether a forward pass for each probe would take less on any machine"
-    c, done = t.b.checkpoint, 2*prod(shape_of(t.tokens))*t.b.checkpoint.params
-    return done*len(probes(c.units, t.formats)) < 2e10*seconds
+def _surely_quick(t: _Task, seconds: float, rounds: bool) -> bool:
+    "Whether a forward pass for each probe, and rounding by text if it `rounds` so, would take less on any machine"
+    c, shape = t.b.checkpoint, shape_of(t.tokens)
+    rounding = 3e4*len(t.formats)*-(-shape[0]//4) if rounds else 0
+    return c.params*(2*prod(shape)*len(probes(c.units, t.formats))+rounding) < 2e10*seconds
+
 
 # %% ../nbs/04_sensitivity.ipynb #ab75befe
 @patch
-def choose(self: _Task, time_budget: float | None) -> str:
+def choose(self: _Task, time_budget: float | None, rounding=None) -> str: # () ▸ seconds to round all weights
     "The most exact method that fits the budget, or else the fastest; says so if it is not the exact one"
     possible, begun = _possible_methods(self), _begun_method(self.out)
     budget = _TIME_BUDGET if time_budget is None else time_budget
     if begun or len(possible) == 1: return begun or 'exact'
-    if _surely_quick(self, budget): return 'exact'
-    seconds = estimate(self.b, self.formats, self.tokens, self.max_memory)['seconds']
-    found = next((m for m in possible if _SHARE[m]*seconds <= budget), possible[-1])
+    if _surely_quick(self, budget, bool(rounding)): return 'exact'
+    measuring = estimate(self.b, self.formats, self.tokens, self.max_memory)['seconds']
+    seconds = _sweep_seconds(self, measuring, rounding() if rounding else 0.)
+    found = next((m for m in possible if seconds[m] <= budget), min(possible, key=seconds.get))
     if found != 'exact' and self.progress: print(_reason(found, seconds, budget), file=sys.stderr)
     return found
 
 _EXCESS = dict(screened='+0.3 to +0.7 %', gradient='+7 %') # KL of the plans, as measured
 
-def _reason(method: str, seconds: float, budget: float) -> str:
+def _reason(method: str, seconds: dict, budget: float) -> str: # method ▸ seconds
     "Why this method was chosen, what it costs, and how to have another"
-    return (f'method {method}, about {_duration(_SHARE[method]*seconds)}: exact would take about {_duration(seconds)}, '
-            f'and the time budget is {_duration(budget)}. Plans from {method} sweeps measured {_EXCESS[method]} KL '
-            f'against exact ones. For another method name it, or give a larger time budget')
+    return (f'method {method}, about {_duration(seconds[method])}: exact would take about '
+            f'{_duration(seconds["exact"])}, and the time budget is {_duration(budget)}. Plans from {method} sweeps '
+            f'measured {_EXCESS[method]} KL against exact ones. For another method name it, or give a larger time '
+            'budget')
 
 # %% ../nbs/04_sensitivity.ipynb #eddde69f
 def _settled(log: SweepLog, targets: list) -> bool:
     "Whether the plans at these targets are the same with and without the last sequences measured"
-    from optiq.knapsack import allocate
+    from optiq.knapsack import allocate, _reachable
     probes = {k[:2] for p in log.passes for k in p.keys}
     done = sorted(s for s, n in Counter(s for *_, s in log.records).items()
                   if n == len(probes)) # others are being measured
@@ -119,7 +130,7 @@ def _settled(log: SweepLog, targets: list) -> bool:
     def up_to(stop): return to_sweep(log.header, {k: v for k, v in log.records.items() if k[2] <= stop})
     now, *shorter = map(up_to, (done[-1], done[-2], done[-3]))
     def same(s, t): return dict(allocate(now, target_bpw=t)) == dict(allocate(s, target_bpw=t))
-    return all(same(s, t) for t in targets for s in shorter)
+    return all(same(s, t) for s in shorter for t in _reachable(s, _reachable(now, targets)))
 
 # %% ../nbs/04_sensitivity.ipynb #78782674
 def _complete(
@@ -163,11 +174,18 @@ def _shortcut_sweep(t: _Task, method: str, quantize, name: str, about: dict) -> 
     return sweep
 
 # %% ../nbs/04_sensitivity.ipynb #7807a0f8
-def _check_wishes(tokens, until: str | None, **counts):
-    "Raise ValueError for tokens that are none, for counts below 1, and for an unknown `until`"
+def _check_wishes(tokens, until: str | None, targets, **counts):
+    "Raise ValueError for tokens that are none, for counts below 1, an unknown `until`, and for one without targets"
     _check_tokens(tokens)
     _check_counts(**counts)
+    if until == 'stable' and not len(targets): raise ValueError(
+        "`until` 'stable' needs `targets`: the nominal bits of the plans that should no longer change, such as 4.5")
     if until not in (None, 'stable'): raise ValueError(f"`until` is {until!r}, and should be 'stable' or None")
+
+def _check_targets(source, formats: list, targets): # source: a Checkpoint or a KVLayout
+    "Raise ValueError for a target that no plan of these formats can have"
+    from optiq.knapsack import allocate
+    for t in targets: allocate(_untested(source, formats), target_bpw=t, method='greedy')
 
 def _check_tokens(tokens):
     "Raise ValueError for tokens that are neither a table of whole numbers nor samples of pictures or speech"
@@ -205,7 +223,9 @@ def _tokens_of(b: Backend, tokens, more, source, n, seq_len, rounding, rounding_
 def run(self: _Task, rounding: str, method: str | None = None, time_budget: float | None = None) -> Sweep:
     "The finished sweep, by this method, or by the one that fits the budget"
     quantize, name = sweep_quantizer(self.b, self.learned, self.formats, rounding)
-    about, method = about_texts(self.source, self.learned, name), method or self.choose(time_budget)
+    about = about_texts(self.source, self.learned, name)
+    method = method or self.choose(time_budget, getattr(quantize, 'seconds', None))
+    if self.until or method == 'screened': _check_targets(self.of or self.b.checkpoint, self.formats, self.targets)
     if method != 'exact': sweep = _shortcut_sweep(self, method, quantize, name, about)
     else:
         log = SweepLog(self.b, self.tokens, self.formats, self.out, self.max_memory, self.of, name, self.mark, about)
@@ -251,7 +271,7 @@ def kl_sweep(
         sweep = kl_sweep('demo', formats=[3, 4, 8])
         sweep.kl('model.embed_tokens', '4g64'), sweep.plot(fmt=4)
     """
-    _check_wishes(tokens, until, n=n, seq_len=seq_len, rounding_n=rounding_n)
+    _check_wishes(tokens, until, targets, n=n, seq_len=seq_len, rounding_n=rounding_n)
     _check_apart(statistics, out, 'statistics')
     mark = dict(journal=True) if journal else {}
     if out is not None: out = own_file(out, 'sweep', **mark) # before any work
@@ -264,3 +284,4 @@ def kl_sweep(
     if statistics is not None: learned = _statistics_for(b, learned, statistics, rounding, calibration)
     task = _Task(b, tokens, formats, targets, until, out, max_memory, progress, of, mark, learned, calibration)
     return task.run(rounding, method, time_budget)
+

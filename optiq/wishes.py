@@ -7,20 +7,18 @@ __all__ = []
 
 # %% ../nbs/05d_wishes.ipynb #d186494c
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatch
 
 from .formats import AS_IS, Format, nbytes, parse_format
+from .readers import _near
 from .units import Unit
 
 # %% ../nbs/05d_wishes.ipynb #bfb5a565
 _WORDS = 'embed', 'lm_head', 'first', 'last'
 
-def _near(units: list, name: str) -> list:
+def _names_near(units: list, name: str) -> list:
     "Names that resemble this one, which matches nothing, or examples of names that match"
-    there = list(dict.fromkeys([*_WORDS, *(u.kind for u in units), *(u.path for u in units)]))
-    found = get_close_matches(name.strip('*.'), there, 3, .6)
-    return found or get_close_matches(name.rpartition('.')[2], there, 3, .6) or [*_WORDS, units[-1].kind]
+    return _near(name, [*_WORDS, *(u.kind for u in units), *(u.path for u in units)], [*_WORDS, units[-1].kind])
 
 # %% ../nbs/05d_wishes.ipynb #a2a6aae9
 def _matched(
@@ -35,7 +33,7 @@ def _matched(
         return fnmatch(u.path, name) or fnmatch(u.kind, name) or (name == 'embed' and 'embed' in u.kind)
     hits = {u.path for u in units if hit(u)}
     if name == 'lm_head' and not hits: hits = {u.path for u in units if 'embed' in u.kind} # tied
-    if not hits: raise ValueError(f'`{kind}` {name!r} matches no unit; near to it are {", ".join(_near(units, name))}; '
+    if not hits: raise ValueError(f'`{kind}` {name!r} matches no unit; near to it are {", ".join(_names_near(units, name))}; '
                                   f'or give another path or kind, such as *.{units[-1].kind}')
     return frozenset(hits)
 

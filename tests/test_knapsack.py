@@ -218,7 +218,7 @@ def test_profiles():
     with pytest.raises(ValueError, match='4g64 was not measured; the sweep has 3g64, 8g64'): pareto(sweep, (3,), ['compact'])
     with pytest.raises(ValueError, match="no profile 'small'; there are compact, quality, all"): pareto(sweep, (3,), ['small'])
     with pytest.raises(ValueError, match='below the smallest possible, 3.00 bits; the largest is 16.00'): pareto(sweep, (2,))
-    with pytest.raises(ValueError, match=r'no target lies in the range of all \(0 to 16 bits\)'): pareto(sweep, (17,))
+    with pytest.raises(ValueError, match=r'the target 17 does not lie in the range of all \(0 to 16 bits\)'): pareto(sweep, (17,))
 
 def test_stability():
     sweep = random_sweep(7, n=6)

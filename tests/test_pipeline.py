@@ -1,10 +1,13 @@
 "The one road: weights, a cache, or both under one budget, and what it refuses before anything is opened"
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from optiq import request
+from optiq.cli import main
 from optiq.files import journal_of
 from optiq.formats import Format
+from optiq.job import _Job
 from optiq.kv.config import read_kv_config
 from optiq.material.tiny import tiny
 from optiq.measure.sweep import Sweep
@@ -39,8 +42,12 @@ def test_a_cap_that_does_not_count_is_refused(what, caps, says):
     with pytest.raises(ValueError, match=says): caps_for(caps, what)
 
 def test_defaults():
-    assert caps_for(None, 'weights') == Caps(target_bpw=4.5) and caps_for(None, 'a cache') == Caps(target_bpw=5)
-    assert caps_for(Caps(context=9), 'a cache') == Caps(target_bpw=5, context=9) and caps_for(Caps(max_bytes=9), 'a cache') == Caps(max_bytes=9)
+    def aim(caps, weights=None, cache=None):
+        return _Job(Checkpoint('demo'), None, caps_for(caps, subject(weights, cache)), weights, cache, Texts(), 'auto', False).aim()
+    assert aim(None, Weights()) == dict(target_bpw=4.5) and aim(None, cache=Cache()) == dict(target_bpw=5)
+    assert aim(Caps(context=9), cache=Cache()) == dict(target_bpw=5)
+    assert aim(Caps(max_bytes=9), cache=Cache()) == {} == aim(Caps(target_bpw=3), Weights())
+    assert caps_for(None, 'weights') == Caps() and caps_for(Caps(context=9), 'a cache') == Caps(context=9)
     assert _texts_of(None, 'weights') == Texts(n_calibration=8, seq_len=128, n_evaluation=16, eval_len=256)
     assert _texts_of(None, BOTH).eval_len == 128
     assert _texts_of(None, 'a cache') == Texts(n_calibration=5, seq_len=512, n_evaluation=4, eval_len=512)
@@ -53,6 +60,24 @@ def test_defaults():
     (Weights(rounding='best'), BOTH, "no rounding 'best'"), (Weights(polish='dwq'), 'weights', 'give an output')])
 def test_a_wish_about_weights_that_nobody_fulfils_is_refused(weights, what, says):
     with pytest.raises(ValueError, match=says): _check_weights(weights, what, None)
+
+ALONE = '--rounding minmax --no-verify --skip-baselines --n-evaluation 1'
+@pytest.mark.parametrize('command, formats, bits', [
+    (f'convert {{}} {ALONE}', '2,3', 2.5), (f'convert {{}} {ALONE}', '6', 6), (f'convert {{}} {ALONE} --leave embed', '4,8', None),
+    ('kv-cache {} --n-evaluation 1', 'tq3,4g64', 3.5), ('kv-cache {} --n-evaluation 1', '6,8', 7),
+    ('sweep {} -o s.jsonl --rounding minmax --method screened', '2,3', None)])
+def test_a_default_target_never_fails(model, text, tmp_path, monkeypatch, command, formats, bits):
+    "No number that nobody gave stands in the way: where candidates or wishes do not reach the default, the target lies halfway"
+    monkeypatch.chdir(tmp_path)
+    few = f'--calibration {text} --seq-len 32 --backend torch --n-calibration 2 --json'
+    by = '--formats' if 'g' in formats else '--candidate-bits'
+    r = CliRunner().invoke(main, f'{command.format(model)} {by} {formats} {few}'.split())
+    assert r.exit_code == 0, r.output
+    if command.startswith('sweep'): return
+    found, = (tmp_path/'optiq_output').iterdir()
+    plan = Plan.load(found/('plan.json' if 'kv' in command else 'optiq/plan.json'))
+    assert found.name == ('m-kv' if 'kv' in command else f'm-{plan.solver["caps"]["target_bpw"]:g}bpw')
+    assert bits is None or plan.nominal_bpw <= bits == plan.solver['caps']['target_bpw']
 
 def test_nothing_to_do_is_refused():
     with pytest.raises(ValueError, match='nothing to choose'): optimize('demo', weights=None)

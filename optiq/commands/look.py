@@ -229,7 +229,7 @@ def doctor(timeout, as_json):
 @click.argument('model')
 @click.option('--memory', type=_Size('GB'), metavar='16GB',
               help='memory of the machine; default: this one, and common Macs')
-@_candidates('widths to choose from  [default: 2,3,4,5,6,8]')
+@_candidates('widths to choose from  [default: all of --sweep, or 2,3,4,5,6,8]')
 @_options('fit.what_fits', 'context', 'sweep')
 @_json
 def _fit(model, memory, context, bits, formats, group_size, sweep, as_json):
@@ -242,8 +242,9 @@ def _fit(model, memory, context, bits, formats, group_size, sweep, as_json):
     optiq fit Qwen/Qwen3-8B --context 16384
     """
     from optiq.fit import what_fits
-    _check_group(group_size, (formats, bits, '2,3'))
-    found = what_fits(model, memory, context, sweep, _as_formats(formats, bits, group_size, '2,3,4,5,6,8'))
+    default = None if sweep else '2,3,4,5,6,8'
+    _check_group(group_size, (formats, bits, default))
+    found = what_fits(model, memory, context, sweep, _as_formats(formats, bits, group_size, default))
     _finish(dict(rows=found.rows, about=found.about), repr(found), as_json)
 
 # %% ../../nbs/89c_commands.look.ipynb #0c5a1def

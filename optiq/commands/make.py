@@ -26,6 +26,16 @@ def _ending_of(caps: dict, kv: bool = False) -> str: # of `Caps`
     return '-'.join([f'{v:g}{what}' for what, v in found.items() if v is not None]+auto+['kv']*kv)
 
 
+# %% ../../nbs/89b_commands.make.ipynb #191381b5
+def _aimed(model: str, caps, weights, given: dict) -> dict: # of `Caps`
+    "The caps, with the target of a request that has none"
+    from optiq.job import _Job
+    from optiq.models import Checkpoint
+    from optiq.request import _is_capped
+    if _is_capped(caps): return vars(caps)
+    c = Checkpoint(model, *(given[k] for k in ('trust_remote_code', 'model_type', 'dtype')))
+    return vars(caps) | _Job(c, None, caps, weights, None, None, 'auto', False).aim()
+
 # %% ../../nbs/89b_commands.make.ipynb #65f75653
 def _default_output(model: str, ending: str) -> str:
     "The default folder: optiq_output/<last part of the model's name>-<ending>"
@@ -71,7 +81,7 @@ def convert(model, target, bits, formats, group_size, kv, kv_bits, output, dry_r
     _check_group(group_size, (formats, bits, default), (kv_bits, '4,8') if kv else ())
     weights = _filled(Weights, given | dict(formats=fmts))
     caps = caps_for(_filled(Caps, given), subject(weights, cache))
-    out = output or _default_output(model, _ending_of(vars(caps), kv))
+    out = output or (None if dry_run else _default_output(model, _ending_of(_aimed(model, caps, weights, given), kv)))
     if dry_run and output: own_output(out, given['overwrite'], 'model', model, given['sweep'] is None and not kv)
     r = optimize(model, None if dry_run else out, caps, weights=weights, cache=cache, texts=_filled(Texts, given),
                  **_taken(optimize, given))
@@ -130,7 +140,8 @@ def _next_steps(out: str, given: dict) -> str: # of the options that say how a m
 @_options('request.Weights', 'rounding', 'rounding_n', 'statistics', 'method', 'time_budget',
           rounding=dict(help='how to choose codes, scales and biases, as convert will  [default: {default}]'),
           rounding_n=dict(help='calibration sequences that search and gptq learn from  [default: 32]'))
-@click.option('--targets', help='nominal bits of the plans for screened and --until-stable  [default: 4.5]')
+@click.option('--targets', help='nominal bits of the plans for screened and --until-stable  [default: 4.5, or halfway '
+                                'between widths that do not reach it]')
 @click.option('--until-stable', 'until', flag_value='stable',
               help='stop when the plans at the targets no longer change')
 @_options('sensitivity.kl_sweep', 'n', n=dict(names=['--n-calibration', '--samples']))
@@ -151,8 +162,7 @@ def sweep(model, out, bits, formats, group_size, targets, resume, as_json, **giv
     _check_unused_in_sweep(given)
     _check_length(model, given)
     _check_group(group_size, (formats, bits, '4,8'))
-    given |= dict(formats=_as_formats(formats, bits, group_size, '4,8'), targets=_as_targets(targets or '4.5'),
-                  rounding_n=given['rounding_n'] or 32)
+    given |= dict(formats=_as_formats(formats, bits, group_size, '4,8'), targets=targets, rounding_n=given['rounding_n'] or 32)
     _finish(*_told_of(_measured(model, out=out, **given), out), as_json)
 
 # %% ../../nbs/89b_commands.make.ipynb #725f56a7
@@ -171,12 +181,16 @@ def _check_unused_in_sweep(given: dict):
 
 
 # %% ../../nbs/89b_commands.make.ipynb #7d9f5ab1
-def _measured(model, model_type, trust_remote_code, dtype, states_memory, **given):
-    "Open a model as the options say, and run `kl_sweep`"
+def _measured(model, formats, targets, model_type, trust_remote_code, dtype, states_memory, **given):
+    "Open a model as the options say, and run `kl_sweep`, by default for a target that the formats reach"
+    from optiq.formats import parse_formats
+    from optiq.knapsack import _usual_bits
+    from optiq.measure.sweep import _untested
     from optiq.models import Checkpoint, _check_overflow
     from optiq.sensitivity import kl_sweep
     _check_overflow(c := Checkpoint(model, trust_remote_code, model_type, dtype))
-    return kl_sweep(c, max_memory=states_memory, **given)
+    targets = _as_targets(targets) if targets else [_usual_bits(_untested(c, parse_formats(formats)), 4.5)]
+    return kl_sweep(c, formats=formats, targets=targets, max_memory=states_memory, **given)
 
 # %% ../../nbs/89b_commands.make.ipynb #369af0d3
 def _told_of(sweep, out: str) -> tuple: # figures, text
@@ -254,7 +268,8 @@ def _use_of(model: str, out: str, r: dict) -> str: # r: what `optimize` gave
 @_command('kv-cache', short_help='Choose formats for the KV cache.')
 @click.argument('model')
 @click.option('--target-bits', '--target-bpw', 'target_bpw', cls=_Renamed, type=float,
-              help='cap on the average bits of a key or value  [default: 5.0]')
+              help='cap on the average bits of a key or value  [default: 5, or halfway between widths that '
+                   'do not reach it]')
 @_options('request.Caps', 'max_bytes', max_bytes=dict(help='cap on the size of the cache at --context tokens'))
 @click.option('--context', default=16384, show_default=True, help='tokens for which bytes are counted')
 @_candidates('widths to choose from  [default: 4,8]')

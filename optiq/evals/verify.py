@@ -206,7 +206,8 @@ def _check_kl(c: Checkpoint, plan, sweep, reference: Backend | None, text, withi
     kl = evaluate(reference, tokens, {'saved': as_saved(reference, c)})['saved'].kl
     if not predicted: return f'{kl.mean():.4f}; nothing was predicted'
     what, (forecast, low, high) = 'the calibration tokens' if same else 'other text', _expected(plan, kl, same, within)
-    seen = f'{kl.mean():.4f} on {what}, {forecast:.4f} predicted'
+    said = 'predicted' if forecast == plan.predicted_kl else 'measured before it was written'
+    seen = f'{kl.mean():.4f} on {what}, {forecast:.4f} {said}'
     if not low <= kl.mean() <= high: raise ValueError(f'{seen}: it should lie between {low:.4f} and {high:.4f}')
     return seen
 

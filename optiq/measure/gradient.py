@@ -111,8 +111,8 @@ def _in_doubt(
     sigmas: float, # doubt, in standard deviations of the log ratio
 ) -> set:
     "Paths, not measured exactly, of units that are undecided at the price of a target"
-    from optiq.knapsack import allocate
-    solved = [allocate(sweep, target_bpw=t, method='lagrange').solver for t in targets]
+    from optiq.knapsack import allocate, _reachable
+    solved = [allocate(sweep, target_bpw=t, method='lagrange').solver for t in _reachable(sweep, targets)]
     known, prices = {p for p, _ in exact}, [next(iter(x['prices'].values())) for x in solved]
     return {u.path for u in sweep.units if u.path not in known
             and any(_undecided(sweep, u, x, sigmas*spread) for x in prices)}

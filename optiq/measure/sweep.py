@@ -123,6 +123,13 @@ def __repr__(self: Sweep):
 def _repr_html_(self: Sweep):
     return f'<p>{self}</p>'+self.to_frame().nlargest(10, 'kl').to_html(index=False, border=0)
 
+# %% ../../nbs/04c_measure.sweep.ipynb #015090bc
+def _untested(source, formats: list) -> Sweep: # of a Checkpoint, an _Outline or a KVLayout
+    "A sweep with made-up values, to test whether a cap can be met; raises ValueError for a format that does not fit"
+    values = {(u.path, f): np.array([1/f.bits]) for u, f in probes(source.units, formats)}
+    return Sweep(source.units, formats, values,
+                 dict(model=source.name, params=source.params, other_bytes=source.other_bytes))
+
 # %% ../../nbs/04c_measure.sweep.ipynb #b7baf0b7
 def _tokens_per_expert(
     b: Backend,

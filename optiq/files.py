@@ -117,7 +117,7 @@ def check_full(folder: Path, room: float):
     at = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
     free = shutil.disk_usage(at).free
     if free < room: raise OSError(
-        f'{folder} has {free/2**20:.0f} MB free and {room/2**20:.0f} MB are needed; make room, or give another output')
+        f'{folder} has {free/2**20:.1f} MB free and {room/2**20:.1f} MB are needed; make room, or give another output')
 
 # %% ../nbs/71_files.ipynb #ee12983c
 def _same(a: Path, b: Path) -> bool:

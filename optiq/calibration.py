@@ -95,8 +95,8 @@ def passages(
     else: found = [p for p in _read_file(source) if split == 'all' or is_test(p) == (split == 'test')]
     if min_chars >= 0: found = [p for p in found if len(p) > min_chars]
     if found: return found
-    raise ValueError(f'{source} has no passage of over {min_chars} characters on the {split} side; '
-                     'give a longer text, or another one')
+    what = f'passage of over {min_chars} characters' if min_chars >= 0 else 'text'
+    raise ValueError(f'{source} has no {what} on the {split} side; give a longer text, or another one')
 
 # %% ../nbs/02_calibration.ipynb #571d8791
 class _Chat(str):

@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from contextlib import contextmanager
 
 import click
@@ -18,6 +19,14 @@ import click
 from .readers import told
 
 # %% ../nbs/89_command.ipynb #c5d7ecb5
+@contextmanager
+def _warned():
+    "While this lasts, a warning is one line, without a place in our code"
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *where: f'warning: {" ".join(str(message).split())}\n'
+    try: yield
+    finally: warnings.formatwarning = before
+
 @contextmanager
 def _stoppable():
     "A block in which SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that it can tidy up"
@@ -116,7 +125,7 @@ class Command(click.Command):
     def invoke(self, ctx):
         "Run the command; an error or an interruption ends it with one line and an exit status"
         try:
-            with _stoppable(): return super().invoke(ctx)
+            with _stoppable(), _warned(): return super().invoke(ctx)
         except (click.exceptions.ClickException, click.exceptions.Exit, click.Abort): raise
         except KeyboardInterrupt as e:
             click.echo(f'interrupted; {_advice(ctx)}', err=True)

@@ -117,7 +117,7 @@ def check_full(folder: Path, room: float):
     at = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
     free = shutil.disk_usage(at).free
     if free < room: raise OSError(
-        f'{folder} has {free/2**20:.0f} MB free and {room/2**20:.0f} MB are needed; make room, or give another output')
+        f'{folder} has {free/2**20:.1f} MB free and {room/2**20:.1f} MB are needed; make room, or give another output')
 
 # %% ../nbs/71_files.ipynb #ee12983c
 def _same(a: Path, b: Path) -> bool:
@@ -192,6 +192,8 @@ def _check_strange(folder: Path, made: str):
         'give another output')
 
 # %% ../nbs/71_files.ipynb #0bc0f6f4
+_PATTERN = re.compile(r'[*?\[]') # in a name, `glob` takes these for other letters
+
 def own_folder(
     out: 'str | Path', # a folder to write
     overwrite: bool = False, # replace it if it is ours
@@ -201,8 +203,9 @@ def own_folder(
     "Check an output before any work; raises FileExistsError, ValueError or OSError if we must not or cannot write it"
     out = as_path(out)
     _check_place(out)
-    if made == 'model' and '[' in str(out): raise ValueError(
-        f'{out}: mlx-lm reads brackets in a name as a pattern and could not open a model there; give another output')
+    if made == 'model' and _PATTERN.search(str(out)): raise ValueError(
+        f'{out}: mlx-lm reads brackets, * and ? in a name as a pattern and could not open a model there; '
+        'give another output')
     if source is not None: _check_source(out, source)
     _clear_stale(out)
     if not out.exists(): return out

@@ -31,6 +31,8 @@ def find_model(
 ) -> Path:
     "The folder that holds the model, fetched from the Hub if need be; raises FileNotFoundError if there is none"
     if str(name) == 'demo': return _demo()
+    if re.search('[\ud800-\udfff]', str(name)): raise ValueError(
+        f'{str(name)!r} is not UTF-8, so MLX cannot read it; give the folder another name, or a link to it')
     if os.path.isdir(name): return Path(name)
     none = f'no model {str(name)!r}: it is not a folder here, and '
     if not re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(name)): # a path here, such as ./model, is never one of the Hub
@@ -222,11 +224,12 @@ def _digest(file: Path, start: int, stop: int) -> bytes:
             start += len(chunk)
     return h.digest()
 
-_DIGESTS = {} # (file, when it was written, tensor) ▸ digest: of what this process has read already
+_DIGESTS = {} # (file on its disk, when it was written and changed, tensor) ▸ digest: of what this process has read
 
 def _tensor_digest(file: Path, name: str, at: list) -> bytes: # at: where it begins and ends
     "The digest of a tensor in a file"
-    key = str(file), file.stat().st_mtime_ns, name
+    s = file.stat() # anybody can set `st_mtime`, and so can a copy; nobody can set `st_ctime`
+    key = s.st_dev, s.st_ino, s.st_mtime_ns, s.st_ctime_ns, name
     if key not in _DIGESTS: _DIGESTS[key] = _digest(file, *at)
     return _DIGESTS[key]
 

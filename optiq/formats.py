@@ -19,7 +19,7 @@ from operator import mul
 from fastcore.basics import listify
 
 from .arrays import library, like
-from .readers import Form, _helpful, _html_table
+from .readers import Form, shown, _helpful, _html_table
 
 # %% ../nbs/00_formats.ipynb #4cfbbf7e
 AFFINE_BITS, _AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -68,8 +68,8 @@ def parse_format(
     if m and m[1] in _ELSEWHERE: import_module(_ELSEWHERE[m[1]])
     if m and m[1] in FAMILIES: return Format(int(m[2]), int(m[3]) if m[3] else None, m[1])
     if not m or m[1]:
-        raise ValueError(f"{s!r} is not a format; write a width (4), a width with its group (4g64), or one of "
-                               f"{', '.join(_FLOAT_MODES)}, as-is")
+        raise ValueError(f'{shown(s)} is not a format; write a width (4), a width with its group (4g64), or one of '
+                         f'{", ".join(_FLOAT_MODES)}, as-is')
     return Format(int(m[2]), int(m[3] or group_size))
 
 # %% ../nbs/00_formats.ipynb #89479bdc
@@ -202,7 +202,9 @@ def quantize_minmax(
 
 def for_unit(quantizer, path: str):
     "The quantizer of the unit at `path`: `quantizer[path]` if this is a mapping, else `quantizer` itself"
-    return quantizer[path] if isinstance(quantizer, Mapping) else quantizer
+    try: return quantizer[path] if isinstance(quantizer, Mapping) else quantizer
+    except KeyError: raise ValueError(
+        f'`quantizer` has nothing for {path}; give one for each unit, or one for all') from None
 
 def config_entry(fmt: Format):
     "The entry of `config.json` for a tensor in format `fmt`: a dict for MLX's loaders, or False for as is"

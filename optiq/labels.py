@@ -7,11 +7,14 @@ __all__ = ['Axes', 'can_draw']
 
 # %% ../nbs/73_labels.ipynb #6722a58e
 import sys
+import warnings
 from importlib.util import find_spec
 from itertools import cycle
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+
+warnings.filterwarnings('ignore', 'Glyph .* missing from') # a letter of a model's name becomes a box
 
 # %% ../nbs/73_labels.ipynb #ab0a2af6
 @runtime_checkable

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 
 from fastcore.basics import patch
 
+from .files import _PATTERN
 from .folder import _digest, _NOTES, _made_by_others, _tensor_digest, _weight_files, check_untrusted, find_model
 from .folder import _same_bytes, read_header
 from .formats import dequantized
@@ -123,13 +124,14 @@ def _reading(
     folder: Path, # of a checkpoint
     config: dict, # what its config.json is to say; {}: what it says
 ): # ▸ the folder to give to a loader
-    "A context with a folder whose config.json holds this configuration"
-    if not config or json.loads((folder/'config.json').read_text()) == config: yield folder
+    "A context with a folder whose config.json holds this configuration, and whose name `glob` takes as it is"
+    text = (folder/'config.json').read_text()
+    if not _PATTERN.search(str(folder)) and (not config or json.loads(text) == config): yield folder
     else:
         with TemporaryDirectory(prefix='optiq-config-') as place:
             for f in folder.iterdir():
                 if f.name != 'config.json': (Path(place)/f.name).symlink_to(f.resolve())
-            (Path(place)/'config.json').write_text(json.dumps(config))
+            (Path(place)/'config.json').write_text(json.dumps(config) if config else text)
             yield Path(place)
 
 # %% ../nbs/01_models.ipynb #9e660434

@@ -23,7 +23,7 @@ from math import isfinite
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import get_args, get_origin, Union
+from typing import Literal, get_args, get_origin, Union
 
 # %% ../nbs/72_readers.ipynb #fd18d3b5
 def check_file(
@@ -132,7 +132,7 @@ OBJECT, LIST = Form('an object', lambda x: isinstance(x, dict)), Form('a list', 
 def shown(x) -> str:
     "The value `x` in the short form in which an error quotes it"
     what = {dict: 'an object', list: 'a list', type(None): 'null'}.get(type(x))
-    text = repr(x[:60] if isinstance(x, str) else x)
+    text = ' '.join(repr(x[:60] if isinstance(x, str) else x).split()) # a table, a model take several lines
     return what or (text if len(text) < 60 else f'{text[:40]}…')
 
 # %% ../nbs/72_readers.ipynb #df5e48d5
@@ -262,7 +262,7 @@ def _check_counts(**given):
 # %% ../nbs/72_readers.ipynb #b435b6c1
 _IS = {bool: lambda x: isinstance(x, bool) or getattr(x, 'dtype', None) == 'bool' and not x.shape, # NumPy's, too
        str: lambda x: isinstance(x, (str, Path)), NoneType: lambda x: x is None,
-       float: lambda x: isinstance(x, Real) and not isinstance(x, bool) and x > 0,
+       float: lambda x: isinstance(x, Real) and not isinstance(x, bool) and 0 < x < float('inf'),
        int: lambda x: isinstance(x, Integral) and not isinstance(x, bool) and x >= 0,
        list: lambda x: isinstance(x, (list, tuple))}
 _IS |= {Path: _IS[str], tuple: _IS[list]}
@@ -271,6 +271,7 @@ def _fits(x, hint) -> bool:
     "Whether a value is what an annotation says; an annotation that is not a type allows everything"
     kind, parts = get_origin(hint) or hint, [a for a in get_args(hint) if a is not ...]
     if kind in (Union, UnionType): return any(_fits(x, h) for h in parts)
+    if kind is Literal: return type(x) in map(type, parts) # which of them it can be, we say where we use it
     if not isinstance(kind, type): return True
     holds = _IS.get(kind, lambda y: isinstance(y, kind))(x)
     return holds and (kind not in (list, tuple) or not parts or all(_fits(y, parts[0]) for y in x))
@@ -284,6 +285,7 @@ def _kinds(hint) -> list: # of str
     kind = get_origin(hint) or hint
     if kind in (Union, UnionType): return list(dict.fromkeys(w for h in get_args(hint) for w in _kinds(h)))
     if kind is NoneType: return []
+    if kind is Literal: return [*map(str, get_args(hint))]
     if kind in (list, tuple) and get_args(hint): return [f'a list, each {_in_words(get_args(hint)[0])}']
     if getattr(kind, '_is_protocol', False): return [kind.__doc__]
     shows = is_dataclass(kind) and re.search(rf'^ *({kind.__name__}\(.*\))$', kind.__doc__, re.M)

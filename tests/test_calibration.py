@@ -55,6 +55,8 @@ def test_what_cannot_be_had_is_an_error_that_names_alternatives(tmp_path):
     with pytest.raises(FileNotFoundError, match='bundled, wikitext2'): passages('nowhere.txt')
     (tmp_path/'short.txt').write_text('too short\n')
     with pytest.raises(ValueError, match='100 characters'): passages(tmp_path/'short.txt', 'all')
+    (tmp_path/'short.txt').write_text('')
+    with pytest.raises(ValueError, match='short.txt has no text on the all side'): passages(tmp_path/'short.txt', 'all', -1)
 
 def test_tokens_are_seeded_and_of_fixed_length():
     a, b, c = (token_batch(LINES, Letters(), 3, 50, seed) for seed in (1, 1, 2))

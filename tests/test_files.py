@@ -111,7 +111,8 @@ def test_a_sweep_that_is_not_the_runs_journal(home, command):
         refused(home, [*FOLDERS[command], '-o', 'out'], 'out.sweep.jsonl')
 
 def test_only_a_loader_s_own_names(home):
-    for command in ('convert', 'with_kv'): refused(home, [*FOLDERS[command], '-o', 'out[1]'], 'brackets')
+    for command in ('convert', 'with_kv'):
+        for name in ('out[1]', 'out*', 'ou?'): refused(home, [*FOLDERS[command], '-o', name], 'as a pattern')
 
 def test_a_file_of_answers_goes_with_tasks_that_write_one(home):
     refused(home, ['eval', 'models/a', '--task', 'perplexity', '-o', 'a.jsonl'], 'perplexity')

@@ -1,4 +1,6 @@
 "Names, legends and ticks in every figure that a function draws, measured in what matplotlib's renderer draws"
+import os
+import subprocess
 import sys
 from inspect import unwrap
 from pathlib import Path
@@ -32,6 +34,10 @@ def closed():
     plt.close('all')
 
 def figure(drawn): return np.ravel(drawn)[0].figure
+
+def test_a_letter_that_the_font_lacks_is_no_warning():
+    code = 'import optiq.labels, matplotlib.pyplot as plt; plt.title("\U0001f4a5 模型"); plt.savefig("/dev/null", format="png")'
+    assert not subprocess.run([sys.executable, '-c', code], capture_output=True, check=True, env=os.environ | dict(MPLBACKEND='agg')).stderr
 
 # The measure itself
 

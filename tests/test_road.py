@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import optiq
-from optiq.formats import Format, parse_formats
+from optiq.formats import Format, for_unit, parse_formats
 from optiq.measure.sweep import Sweep
 from optiq.plan import baseline_plans, uniform
 from optiq.readers import _check_types, _fits, _helpful, _hints
@@ -165,6 +165,12 @@ MISUSE = dict(
     within=(lambda s: optiq.verify('demo', 'demo', within='x'), "`within` is 'x', and should be a number above 0: accepted factor"),
     no_widths=(lambda s: optiq.predict_speeds('demo', []), 'no formats to predict; give some'),
     no_chip=(lambda s: optiq.predict_speeds('demo', chip=5), "`chip` is 5, and should be text: chip of the table"),
+    table=(lambda s: optiq.compare('demo', n=np.zeros((9, 9))), r'`n` is array\(\[\[0., 0., 0., .* …, and should be a whole number'),
+    many=(lambda s: parse_formats([np.zeros((9, 9))]), r'^array\(\[\[0., 0., 0., 0.*… is not a format; write a width'),
+    endless=(lambda s: optiq.kl_sweep('demo', max_memory=float('inf')), '`max_memory` is inf, and should be a number above 0'),
+    rounding=(lambda s: optiq.Weights(rounding=5), '`rounding` is 5, and should be minmax, search or gptq: by default that of'),
+    polished=(lambda s: optiq.Weights(polish=[]), r'`polish` is a list, and should be dwq: train scales'),
+    no_quantizer=(lambda s: for_unit({}, s.units[0].path), '`quantizer` has nothing for .*; give one for each unit'),
     explored=(lambda s: explore('demo'), "`sweep` is 'demo', and should be a Sweep: Sweep of a model's weights"),
     explored_none=(lambda s: explore_kv(None), '`sweep` is None, and should be a Sweep: Sweep of keys and values'),
     dragged=(lambda s: explore(s).drag('x'), "`value` is 'x', and should be a number above 0: of the cap"),

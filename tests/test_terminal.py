@@ -1,9 +1,12 @@
 "What is shown: five nouns in Jupyter, tables in a terminal, demos by name"
 import json
+import warnings
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from optiq.cli import main
+from optiq.command import Command
 from optiq.show.demo import _published
 from optiq.show.demos import audio, find_demo, names, vlm
 from optiq.report import Report, fit, _table
@@ -76,6 +79,12 @@ def test_demo_on_the_command_line(tmp_path):
     assert {p.name for p in (tmp_path/'d').iterdir()} == {'.optiq', 'tables.txt', 'demo.json', 'kv-analysis.png'}
     r = CliRunner().invoke(main, ['demo', 'kv-cache', '--chip', 'M1'])
     assert r.exit_code == 2 and '--chip' in r.stderr
+
+def test_a_warning_of_a_command_is_one_line():
+    @click.command(cls=Command)
+    def warn(): click.echo(warnings.formatwarning('some units\n moved nothing', UserWarning, 'sweep.py', 5), nl=False)
+    before = warnings.formatwarning
+    assert CliRunner().invoke(warn).stdout == 'warning: some units moved nothing\n' and warnings.formatwarning is before
 
 def test_help_tells_the_default_rounding(monkeypatch):
     from optiq import request, rounding

@@ -2,10 +2,12 @@
 
 A canary is a Python file in a checkpoint that leaves a mark when it is run.
 """
-import json, shutil
+import json, os, shutil
 from pathlib import Path
 from types import SimpleNamespace
+import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from click.testing import CliRunner
 
 from optiq.families.audio import load_speech
@@ -195,6 +197,21 @@ def test_links_inside_are_followed(tmp_path):
     assert Checkpoint(tmp_path/'short').fingerprint == Checkpoint('demo').fingerprint
     (folder/'other.txt').symlink_to('../../../models--c--d/blobs/0')
     with pytest.raises(ValueError, match='outside of the model'): Checkpoint(folder)
+
+def test_a_name_that_others_read_as_a_pattern(model, tmp_path):
+    "mlx-lm and mlx-vlm find weights by a pattern; with these names it fits nothing, or the folder beside"
+    want = Checkpoint(model).load(plain=True).parameters()
+    shutil.copytree(model, tmp_path/'a beside')
+    (tmp_path/'a beside'/'model.safetensors').write_bytes(b'')
+    for name in ('a*', 'a [1]', 'a ?eside'):
+        c = Checkpoint(shutil.copytree(model, tmp_path/name))
+        got = c.load(plain=True).parameters()
+        assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(tree_flatten(got), tree_flatten(want))) and c.tokenizer
+    odd = tmp_path/os.fsdecode(b'\xe9')
+    shutil.copytree(model, odd)
+    with pytest.raises(ValueError, match='is not UTF-8, so MLX cannot read it'): Checkpoint(odd)
+    (tmp_path/'short').symlink_to(odd)
+    assert Checkpoint(tmp_path/'short').load()
 
 METHODS = ['gptq', 'awq', 'bitsandbytes', 'fp8', 'mxfp4', 'compressed-tensors', 'hqq', 'aqlm', 'torchao', 'bitnet', 'modelopt']
 

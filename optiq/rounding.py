@@ -232,7 +232,7 @@ class RoundTrips(Mapping):
         held, shape = self.held.of(path), self.b.checkpoint.unit[path].shape
         if w.shape != shape: return _round_all(w, [fmt], self.stats[path], self.method)[0].dequantize() # some rows
         if fmt not in held:
-            wanted = dict.fromkeys([fmt, *self.formats])
+            wanted = dict.fromkeys([fmt, *(self.formats if self.method == 'gptq' else ())]) # which share their work
             formats = [f for f in wanted if f != AS_IS and f not in held and divides(f, shape)]
             done = _round_all(self.b.unit_weight(path), formats, self.stats[path], self.method)
             held |= {r.fmt: r.dequantize() for r in done}

@@ -228,14 +228,7 @@ _WEIGHTS = r'''
 '''
 
 # %% ../../nbs/11ea_kv.sources.ipynb #0cd52a6d
-_VALUES = r'''
-    constexpr int U = D/8;
-    const int unit = tid % U;
-    float a[8*N] = {};
-    const DEVICE unsigned char* rows = reinterpret_cast<const DEVICE unsigned char*>(values)+start*(D*VB/8)+unit*VB;
-    #pragma unroll 4
-    for (int t = tid/U; t < top; t += 128/U) {
-        const DEVICE unsigned char* at = rows+t*(D*VB/8);
+_EIGHT = r'''
         unsigned int lo, hi = 0;
         if (VB == 2) lo = *reinterpret_cast<const DEVICE unsigned short*>(at);
         else if (VB == 4) lo = *reinterpret_cast<const DEVICE unsigned int*>(at);
@@ -247,6 +240,16 @@ _VALUES = r'''
             if (VB > 3) lo |= static_cast<unsigned int>(at[3]) << 24, hi = at[4];
             if (VB > 5) hi |= at[5] << 8;
         }
+'''
+_VALUES = r'''
+    constexpr int U = D/8;
+    const int unit = tid % U;
+    float a[8*N] = {};
+    const DEVICE unsigned char* rows = reinterpret_cast<const DEVICE unsigned char*>(values)+start*(D*VB/8)+unit*VB;
+    #pragma unroll 4
+    for (int t = tid/U; t < top; t += 128/U) {
+        const DEVICE unsigned char* at = rows+t*(D*VB/8);
+'''+_EIGHT+r'''
         float e[N];
         #pragma unroll
         for (int n = 0; n < N; ++n) e[n] = ps[t*N+n];
@@ -302,4 +305,21 @@ _MERGE = r'''
     #pragma unroll 16
     for (int i = 0; i < D; ++i) a = fmaf(y[i], r[i*D+d], a);
     out[blockIdx.x*D+d] = static_cast<T>(a);
+'''
+
+# %% ../../nbs/11ea_kv.sources.ipynb #4e1760ec
+_DENSE = r'''
+    const long i = static_cast<long>(blockIdx.x)*D+threadIdx.x; // of eight codes
+    const DEVICE unsigned char* at = reinterpret_cast<const DEVICE unsigned char*>(codes)+i*VB;
+'''+_EIGHT+r'''
+    const float scale = static_cast<float>(static_cast<T>(static_cast<float>(scales[i/(D/8)])));
+    struct ALIGNED Eight { T x[8]; } eight;
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const int b = j*VB;
+        const unsigned int c = (b < 32 ? funnel(lo, hi, b) : hi >> (b-32)) & ((1u << VB)-1);
+        const T code = static_cast<T>((2*static_cast<float>(c)+1)/(1 << VB)-1);
+        eight.x[j] = static_cast<T>(static_cast<float>(code)*scale);
+    }
+    reinterpret_cast<DEVICE Eight*>(out)[i] = eight;
 '''

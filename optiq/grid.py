@@ -7,6 +7,7 @@ __all__ = ['search']
 
 # %% ../nbs/06b_grid.ipynb #a1d6a786
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from .arrays import _on_gpu, _settle, as_type, library, like, pack_codes, to_mlx
@@ -74,12 +75,12 @@ def _descend(xp, g, a, n, s, b, cast, steps=5): # g (rows, group), a (rows or 1,
 # %% ../nbs/06b_grid.ipynb #793d13f5
 _SHRINK = (1., .9, .8, .7) # parts of the range to start from
 
-def _fit_grid(xp, g, a, n, cast, steps=5): # g (rows, group), a (rows or 1, group), n the largest code
+def _fit_grid(xp, g, a, n, cast, descend=_descend): # g (rows, group), a (rows or 1, group), n the largest code
     "Scale and bias (rows, 1) of each group that minimise Σ a·(g − scale·code − bias)²"
     low, high = getattr(xp, 'amin', xp.min), getattr(xp, 'amax', xp.max) # MLX has short names only
     lo, hi, best = low(g, axis=-1, keepdims=True), high(g, axis=-1, keepdims=True), None
     for part in _SHRINK:
-        s, b = _descend(xp, g, a, n, xp.clip((hi-lo)*part/n, 1e-7, None), lo*part, cast, steps)
+        s, b = descend(xp, g, a, n, xp.clip((hi-lo)*part/n, 1e-7, None), lo*part, cast)
         error = _total(a*(g-s*_nearest(xp, g, s, b, n)-b)**2)
         if best is None: best = s, b, error
         else: best = [xp.where(error < best[2], new, old) for new, old in zip((s, b, error), best)]
@@ -109,6 +110,16 @@ def _searched(xp, f32, w, fmt: Format, stats): # (…, rows, in_dims) ▸ Rounde
     if hasattr(xp, 'eval'): xp.eval(found.codes, found.scales, found.biases) # MLX would keep what it is made of
     return found
 
+# %% ../nbs/06b_grid.ipynb #d55c2d69
+@lru_cache(None)
+def _recorded(dtype): # ▸ a function like `_descend`
+    "`_descend` for weights of an MLX type, recorded at the first call for each number of codes"
+    import mlx.core as mx
+    def cast(x): return x.astype(dtype).astype(mx.float32)
+    @lru_cache(None)
+    def steps(n): return mx.compile(lambda g, a, s, b: _descend(mx, g, a, n, s, b, cast))
+    return lambda xp, g, a, n, s, b, _: steps(n)(g, a, s, b)
+
 # %% ../nbs/06b_grid.ipynb #2248d645
 def _at_once(w) -> int: return 2**(23 if _on_gpu(w) else 17) # weights that we search together
 
@@ -118,7 +129,8 @@ def _find_grid(w, fmt: Format, stats=None): # w (…, out_dims, in_dims); a list
     g, rows = f32(w).reshape(*w.shape[:-1], -1, fmt.group_size), max(1, _at_once(w)//(w.shape[-1]*prod(w.shape[:-2])))
     each = [_weighted(xp, s, g.reshape(-1, *g.shape[-2:])[0]) for s in (stats if w.ndim > 2 else [stats])]
     a = xp.stack(each)[:, None] if w.ndim > 2 else each[0][None]
-    parts = [_fit_grid(xp, g[..., k:k+rows, :, :], a, 2**fmt.bits-1, cast) for k in range(0, w.shape[-2], rows)]
+    how = cast, _recorded(w.dtype) if _on_gpu(w) and hasattr(xp, 'eval') else _descend
+    parts = [_fit_grid(xp, g[..., k:k+rows, :, :], a, 2**fmt.bits-1, *how) for k in range(0, w.shape[-2], rows)]
     return [xp.concatenate(x, -3)[..., 0] for x in zip(*parts)]
 
 def _weighted(xp, stats, like): # (groups, group) ▸ the same

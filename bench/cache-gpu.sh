@@ -29,7 +29,7 @@ speed() { # of one shape, on one GPU
     local o="-o $out/turbo-speed-$1.json" n
     export CUDA_VISIBLE_DEVICES=$2
     for n in 4096 65536 32768; do run 150 bench/turbo_cache.py --only speed --shapes $1 --contexts $n --rounds 21 --seconds 4 $o; done # each length is saved when it is done
-    run 100 bench/turbo_cache.py --only prefill --shapes $1 --contexts 4096,32768,65536 --kinds 'fp16;affine 4 bits;tq4' $o
+    run 100 bench/turbo_cache.py --only prefill --shapes $1 --contexts 4096,32768,65536 --rounds 1 --kinds 'fp16;affine 4 bits;tq4' $o
     if [ "$1" = qwen3-0.6b ]; then
         run 60 bench/turbo_cache.py --only attention --contexts 65536,4096 $o
         run 120 bench/turbo_cache.py --only checks --every --until $((end-15)) $o

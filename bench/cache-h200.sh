@@ -33,7 +33,7 @@ decode) # rounds of 128 steps, so that what is done every 64 tokens is in them
     done;;
 prefill)
     for shape in qwen3-0.6b llama-3.1-8b; do
-        run 60 bench/turbo_cache.py --only prefill --shapes $shape --contexts 32768,65536 --kinds 'fp16;tq4' -o "$out/turbo-prefill-$shape.json"
+        run 150 bench/turbo_cache.py --only prefill --shapes $shape --contexts 32768,65536 --rounds 5 --kinds 'fp16;tq4;tq4, all heads at once;tq4, spread vectors;tq4, spread vectors, two passes' -o "$out/turbo-prefill-$shape.json"
     done;;
 latency-alone) # a token goes off as one graph, so that the device has all of it before it begins
     MLX_MAX_OPS_PER_BUFFER=4000 MLX_MAX_MB_PER_BUFFER=1000000 run 200 bench/latency.py --alone nbs/results/latency-h200.json --shapes 8B --context 2048 -o "$out/latency-2k.json";;

@@ -7,6 +7,7 @@ Weights are random, made on the card: times and arithmetic are those of the shap
 `whole`  all units in five formats on 8 × 512 tokens, as `kl_sweep` does it
 `gptq`   all units at 4 bits from 32 × 512 tokens, and where the time goes
 `share`  all units in two formats, by this process alone or by all that torchrun started: how much faster several GPUs are
+`experts` `search` of the experts of one block of Qwen3-30B-A3B in MLX: one after another, several at a time, and with recorded steps
 `mlx`    random weights in the shape of Qwen3-0.6B: all probes against one forward pass a probe, MLX on CUDA
 """
 import argparse
@@ -233,6 +234,40 @@ def gptq(args, folder):
         if done % 28 == 1 or path.endswith('lm_head'): print(done, path, f'{time.perf_counter()-start:.1f} s', {k: round(v, 1) for k, v in spent.items()}, flush=True)
     took = time.perf_counter()-start
     return dict(layers=args.gptq_layers, units=done, tokens=[32, 512], seconds=took, spent=spent, peak_gb=GPU.max_memory_allocated()/2**30)
+
+def experts(args, folder):
+    import mlx.core as mx
+    from optiq import grid
+    from optiq.statistics import Inputs
+    n, rows, width = (128, 768, 2048) if SMALL == {} else (8, 32, 128)
+    w = (.02*mx.random.normal((n, rows, width), key=mx.random.key(0))).astype(mx.bfloat16)
+    stats = [Inputs(mx.random.uniform(shape=(width,), key=mx.random.key(k)), 1, whole=False) for k in range(n)]
+    mx.eval(w, [s.moments for s in stats])
+    recorded, at_once, found = grid._recorded, grid._at_once, {}
+    def plain(dtype): return grid._descend
+    def one_by_one(fmt): return grid._stack([grid.search(x, fmt, s) for x, s in zip(w, stats)])
+    def several(fmt): return grid.search(w, fmt, stats)
+    ways = {'one after another': (one_by_one, plain, at_once), 'several at a time': (several, plain, at_once), 'several at a time, recorded': (several, recorded, at_once),
+            'four times as many at a time, recorded': (several, recorded, lambda w: 4*at_once(w))}
+    for name, (f, step, many) in ways.items():
+        grid._recorded, grid._at_once = step, many
+        for bits in (4, 8):
+            def run():
+                r = f(Format(bits))
+                mx.eval(r.codes, r.scales, r.biases)
+                return r
+            try:
+                run()
+                mx.reset_peak_memory()
+                took, r = min((timed(run) for _ in range(3)), key=lambda x: x[0])
+            except Exception as e: # a compiler may be missing
+                found[f'{name}, {bits} bits'] = f'{type(e).__name__}: {e}'[:300]
+                break
+            first = found.setdefault(f'{bits}', np.array(r.codes.astype(mx.uint8)))
+            found[f'{name}, {bits} bits'] = dict(seconds=took, peak_gb=mx.get_peak_memory()/2**30, same_codes=float((np.array(r.codes.astype(mx.uint8)) == first).mean()))
+            print(name, bits, found[f'{name}, {bits} bits'], flush=True)
+    grid._recorded, grid._at_once = recorded, at_once
+    return dict(shape=[n, rows, width], found={k: v for k, v in found.items() if not k.isdigit()})
 
 def mlx(args, folder):
     sys.path.insert(0, 'bench')

@@ -7,6 +7,7 @@ __all__ = ['search']
 
 # %% ../nbs/06b_grid.ipynb #a1d6a786
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from .arrays import _on_gpu, _settle, as_type, library, like, pack_codes, to_mlx
@@ -74,12 +75,12 @@ def _descend(xp, g, a, n, s, b, cast, steps=5): # g (rows, group), a (rows or 1,
 # %% ../nbs/06b_grid.ipynb #793d13f5
 _SHRINK = (1., .9, .8, .7) # parts of the range to start from
 
-def _fit_grid(xp, g, a, n, cast, steps=5): # g (rows, group), a (rows or 1, group), n the largest code
+def _fit_grid(xp, g, a, n, cast, descend=_descend): # g (rows, group), a (rows or 1, group), n the largest code
     "Scale and bias (rows, 1) of each group that minimise Σ a·(g − scale·code − bias)²"
     low, high = getattr(xp, 'amin', xp.min), getattr(xp, 'amax', xp.max) # MLX has short names only
     lo, hi, best = low(g, axis=-1, keepdims=True), high(g, axis=-1, keepdims=True), None
     for part in _SHRINK:
-        s, b = _descend(xp, g, a, n, xp.clip((hi-lo)*part/n, 1e-7, None), lo*part, cast, steps)
+        s, b = descend(xp, g, a, n, xp.clip((hi-lo)*part/n, 1e-7, None), lo*part, cast)
         error = _total(a*(g-s*_nearest(xp, g, s, b, n)-b)**2)
         if best is None: best = s, b, error
         else: best = [xp.where(error < best[2], new, old) for new, old in zip((s, b, error), best)]
@@ -94,14 +95,14 @@ def search(
 ) -> '_Rounded | _MinMax':
     "Round on the grid with the least squared error, weighted by mean squares of inputs; other modes by min-max"
     if fmt.mode != 'affine': return _MinMax(w, fmt)
-    if w.ndim > 2: return _stack([search(x, fmt, s) for x, s in zip(w, _per_expert(stats, len(w)))])
+    if w.ndim > 3: return _stack([search(x, fmt, s) for x, s in zip(w, _per_expert(stats, len(w)))])
     xp, f32, _ = library(w)
-    parts = [_searched(xp, f32, x, fmt, stats) for x in _in_parts(w)]
+    parts = [_searched(xp, f32, x, fmt, s) for x, s in _stretches(w, stats)]
     return parts[0] if len(parts) == 1 else _Rounded(*(xp.concatenate([getattr(p, k) for p in parts])
                                                        for k in ('codes', 'scales', 'biases')), fmt)
 
-def _searched(xp, f32, w, fmt: Format, stats): # (rows, in_dims) ▸ Rounded, computed
-    "Some rows, rounded by `search`"
+def _searched(xp, f32, w, fmt: Format, stats): # (…, rows, in_dims) ▸ Rounded, computed
+    "Some rows, or experts, rounded by `search`"
     scales, biases = _find_grid(w, fmt, stats)
     groups = f32(w).reshape(*scales.shape, -1)
     codes = _nearest(xp, groups, scales[..., None], biases[..., None], 2**fmt.bits-1)
@@ -109,18 +110,34 @@ def _searched(xp, f32, w, fmt: Format, stats): # (rows, in_dims) ▸ Rounded, co
     if hasattr(xp, 'eval'): xp.eval(found.codes, found.scales, found.biases) # MLX would keep what it is made of
     return found
 
+# %% ../nbs/06b_grid.ipynb #d55c2d69
+@lru_cache(None)
+def _recorded(dtype): # ▸ a function like `_descend`
+    "`_descend` for weights of an MLX type, recorded at the first call for each number of codes"
+    import mlx.core as mx
+    def cast(x): return x.astype(dtype).astype(mx.float32)
+    @lru_cache(None)
+    def steps(n): return mx.compile(lambda g, a, s, b: _descend(mx, g, a, n, s, b, cast))
+    return lambda xp, g, a, n, s, b, _: steps(n)(g, a, s, b)
+
 # %% ../nbs/06b_grid.ipynb #2248d645
-def _find_grid(w, fmt: Format, stats=None): # w (out_dims, in_dims)
-    "Scales and biases (out_dims, groups) by search, in the type of `w`"
+def _at_once(w) -> int: return 2**(23 if _on_gpu(w) else 17) # weights that we search together
+
+def _find_grid(w, fmt: Format, stats=None): # w (…, out_dims, in_dims); a list of statistics for experts
+    "Scales and biases (…, out_dims, groups) by search, in the type of `w`"
     xp, f32, cast = library(w)
-    shape, n = (w.shape[0], w.shape[1]//fmt.group_size, fmt.group_size), 2**fmt.bits-1
-    g = f32(w).reshape(shape)
+    g, rows = f32(w).reshape(*w.shape[:-1], -1, fmt.group_size), max(1, _at_once(w)//(w.shape[-1]*prod(w.shape[:-2])))
+    each = [_weighted(xp, s, g.reshape(-1, *g.shape[-2:])[0]) for s in (stats if w.ndim > 2 else [stats])]
+    a = xp.stack(each)[:, None] if w.ndim > 2 else each[0][None]
+    how = cast, _recorded(w.dtype) if _on_gpu(w) and hasattr(xp, 'eval') else _descend
+    parts = [_fit_grid(xp, g[..., k:k+rows, :, :], a, 2**fmt.bits-1, *how) for k in range(0, w.shape[-2], rows)]
+    return [xp.concatenate(x, -3)[..., 0] for x in zip(*parts)]
+
+def _weighted(xp, stats, like): # (groups, group) ▸ the same
+    "How much each input counts, relative to their mean"
     known = stats is not None and stats.count # an expert that no token reached reads nothing
-    a = stats.importance().reshape(shape[1:]) if known else xp.ones_like(g[0])
-    a = xp.clip(a/xp.clip(xp.mean(a), 1e-30, None), 1e-4, None)
-    rows = max(1, 2**(23 if _on_gpu(w) else 17)//w.shape[1])
-    parts = [_fit_grid(xp, g[k:k+rows], a[None], n, cast) for k in range(0, len(g), rows)]
-    return [xp.concatenate(x)[..., 0] for x in zip(*parts)]
+    a = stats.importance().reshape(like.shape) if known else xp.ones_like(like)
+    return xp.clip(a/xp.clip(xp.mean(a), 1e-30, None), 1e-4, None)
 
 # %% ../nbs/06b_grid.ipynb #694ddf7a
 def _finished(w, codes, scales, biases, fmt: Format) -> _Rounded:
@@ -135,3 +152,9 @@ def _stack(parts):
     return type(parts[0])(*(xp.stack([getattr(p, k) for p in parts]) for k in fields), parts[0].fmt)
 
 def _per_expert(stats, n): return stats if isinstance(stats, list) else [stats]*n
+
+def _stretches(w, stats) -> list: # of (rows, what they read), or of (experts, what each reads)
+    "A matrix in stretches of rows, or a tensor of experts in stretches of a few experts"
+    if w.ndim < 3: return [(x, stats) for x in _in_parts(w)]
+    each, many = _per_expert(stats, len(w)), max(1, _at_once(w)//prod(w.shape[1:]))
+    return [(w[k:k+many], each[k:k+many]) for k in range(0, len(w), many)]

@@ -11,12 +11,14 @@ import json
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 
 from fastcore.basics import patch
 
@@ -297,11 +299,26 @@ def load(self: ModelFolder, plain: bool = False): # plain: what is stored in few
     return _unpacked(model) if plain else model
 
 # %% ../nbs/01_models.ipynb #a61106c2
+def _places_of(c, block: int) -> list: # (file, name, where it begins and ends) of each tensor
+    "Where the tensors of a block are" # the block in model.layers.3.mlp.experts.17.up_proj.weight is 3
+    return [place for name, place in c.places.items() if block == next((int(p) for p in name.split('.') if p.isdigit()), None)]
+
 @patch
 def digest(self: ModelFolder, block: int):
     "Digest the tensors of a block now, since they have just been read"
-    for name, place in self.places.items(): # the block in model.layers.3.mlp.experts.17.up_proj.weight is 3
-        if block == next((int(p) for p in name.split('.') if p.isdigit()), None): _tensor_digest(*place)
+    with ThreadPoolExecutor(8) as pool: [*pool.map(lambda place: _tensor_digest(*place), _places_of(self, block))]
+
+@patch
+def _expect(self: ModelFolder, block: int):
+    "Let the system fetch the tensors of a block from disk, while we go on"
+    if hasattr(os, 'posix_fadvise'): Thread(target=_fetch, args=[_places_of(self, block)], daemon=True).start()
+
+def _fetch(places: list):
+    "Tell the system that we will read the tensors at these places"
+    for file in {file for file, *_ in places}:
+        with file.open('rb') as f:
+            for start, stop in (at for other, _, at in places if other == file):
+                os.posix_fadvise(f.fileno(), start, stop-start, os.POSIX_FADV_WILLNEED)
 
 # %% ../nbs/01_models.ipynb #c74238b0
 _NO_WEIGHTS = r'inv_freq$|rotary|position_ids|lm_head\.weight$' # of a tied head; `check_two_heads` looks at that

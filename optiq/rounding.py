@@ -76,17 +76,24 @@ class _Passage:
     done: dict # path ▸ Rounded or MinMax: what the next block is run with
     states: list # of each batch, before the next block
     clean: list # the same in the full-precision model
-    wanted: list = field(default_factory=list) # of each batch, what each unit is multiplied with in that model
+    wanted: list = field(default_factory=list) # of each batch, what each unit is multiplied with there; None: no room
+    before: list = field(default_factory=list) # the full-precision states that this was heard on
     behind: list = field(default_factory=list) # of each batch, the last unit's input, and what comes out
 
     def hear_clean(self, i: int | None, units: dict): # block, path ▸ Unit
-        "Take the full-precision model through a block, and keep what its units are multiplied with"
-        self.wanted, ahead = [], []
+        "Take the full-precision model through a block, and keep what its units are multiplied with, if a cap allows it"
+        self.before, self.wanted, ahead = self.clean, [], []
         for k, states in enumerate(self.clean):
             kept = _KeptInputs(units)
             ahead.append(self.chunks.one(k, i, states, kept))
-            self.wanted.append(kept.inputs)
+            self.wanted.append(kept.inputs if kept.nbytes*len(self.clean) <= self.b.at_most(2**62, 8) else None)
         if i is not None: self.clean = ahead
+
+    def inputs(self, k: int, i: int | None, path: str) -> list: # batch, block, unit
+        "What a unit is multiplied with in the full-precision model at each call, heard again if we did not keep it"
+        kept = _KeptInputs({path: self.todo[path]})
+        if self.wanted[k] is None: self.chunks.one(k, i, self.before[k], kept)
+        return (kept.inputs if self.wanted[k] is None else self.wanted[k]).get(path, [])
 
     def round(self, heard: dict, gap: Gap | None = None): # path ▸ Inputs; yields [(path, Rounded or MinMax)]
         "Units whose inputs have been heard"
@@ -118,9 +125,9 @@ def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path �
         routed = any(re.search(r'experts\.\d', path) for path in heard.stats) # to which other tokens may come
         if not isinstance(stats, Inputs) or routed: continue # nothing was heard, or experts
         if gap is None: gap = Gap(of_output=last and _is_added(p, i, *left, x, behind))
-        if gap.of_output: p.behind.append((x, behind))
-        pairs = zip(heard.calls, p.wanted[k].get(next(iter(heard.stats)), [])) # a block may be met twice, or not again
-        lacks = [(x, p.clean[k]-behind)] if gap.of_output else [(x, y-x) for x, y in pairs]
+        if gap.of_output and p.wanted[k] is not None: p.behind.append((x, behind))
+        if gap.of_output: lacks = [(x, p.clean[k]-behind)]
+        else: lacks = [(x, y-x) for x, y in zip(heard.calls, p.inputs(k, i, next(iter(heard.stats))))] # met twice, or not
         for x, lack in lacks: gap.add(x, lack, len(p.states)/2-k)
     return heard.stats, gap
 
@@ -232,7 +239,7 @@ class RoundTrips(Mapping):
         held, shape = self.held.of(path), self.b.checkpoint.unit[path].shape
         if w.shape != shape: return _round_all(w, [fmt], self.stats[path], self.method)[0].dequantize() # some rows
         if fmt not in held:
-            wanted = dict.fromkeys([fmt, *self.formats])
+            wanted = dict.fromkeys([fmt, *(self.formats if self.method == 'gptq' else ())]) # which share their work
             formats = [f for f in wanted if f != AS_IS and f not in held and divides(f, shape)]
             done = _round_all(self.b.unit_weight(path), formats, self.stats[path], self.method)
             held |= {r.fmt: r.dequantize() for r in done}

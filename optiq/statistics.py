@@ -113,6 +113,9 @@ class _NextListener(Listener):
 class _KeptInputs:
     "Keeps what each matrix is multiplied with in each call; outside the blocks it ends the run when it has all"
     def __init__(self, units): self.units, self.inputs = units, {}
+    @property
+    def nbytes(self): return sum({id(x): x.nbytes for calls in self.inputs.values() for x in calls}.values())
+
     def __call__(self, path, x, experts=None):
         if path not in self.units or experts is not None: return
         self.inputs.setdefault(path, []).append(x)
@@ -121,7 +124,7 @@ class _KeptInputs:
 # %% ../nbs/06a_statistics.ipynb #0857b92d
 def _batches(b: Backend, tokens) -> list:
     "Calibration tokens, or samples, in parts that fit"
-    many = min(2**15, b.at_most(2**29, 80)//2**14) if b.on_gpu else 2**11
+    many = min(2**15 if b.on_gpu else 2**11, b.at_most(2**29, 80)//2**14)
     size = max(1, many//shape_of(tokens)[1])
     return [tokens[k:k+size] for k in range(0, len(tokens), size)] if b.stacks else samples_of(tokens)
 

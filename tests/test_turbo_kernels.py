@@ -141,7 +141,7 @@ def on_cpu(request, tmp_path, monkeypatch):
     monkeypatch.setattr(mx.fast, f'{request.param}_kernel', on_threads(language, tmp_path, made))
     monkeypatch.setattr(mx, 'default_device', lambda: mx.gpu)
     monkeypatch.setattr(mx, 'compile', lambda f: f)
-    made_once = tk._kernel, tk._kernels, tk._encoder, tk._appender, tk._attention
+    made_once = tk._kernel, tk._kernels, tk._encoder, tk._appender, tk._attention, tk._unpacker
     for f in made_once: f.cache_clear()
     yield made
     for f in made_once: f.cache_clear()
@@ -185,6 +185,17 @@ def test_a_prompt_is_stored_as_its_tokens_are(on_cpu, monkeypatch):
         return [unpacked(np.array(arrays[0][:, :, :5]), n) for arrays, n in ((c.keys, 4), (c.values, 3))]
     for x, y in zip(stored(True), stored(False)): assert (x == y).mean() > .98
     assert [n.split('_')[1] for n in on_cpu] == ['encode']
+
+@pytest.mark.parametrize('on_cpu, bits, D', [('cuda', 4, 128), ('cuda', 3, 64), ('metal', 4, 64), ('metal', 8, 128), ('cuda', 2, 64), ('cuda', 5, 64), ('metal', 6, 64)],
+                         indirect=['on_cpu'])
+def test_unpacking_in_one_pass(bits, D, on_cpu, monkeypatch):
+    monkeypatch.setattr(tk, '_FUSED', True)
+    c, (k, v) = TurboQuantKVCache(D, bits), mx.random.normal((2, 1, 2, 20, D)).astype(mx.float16)
+    keys, _ = c.update_and_fetch(k, v)
+    one = keys.dense()
+    assert on_cpu[-1].startswith('turbo_dense')
+    monkeypatch.setattr(tk, '_FUSED', False)
+    assert mx.array_equal(one, keys.dense()) and one.shape == (1, 2, 20, D)
 
 @pytest.mark.parametrize('on_cpu', ['cuda'], indirect=True)
 @pytest.mark.parametrize('dtype, name', [(mx.float32, '_96'), (mx.float16, 'tensor')])

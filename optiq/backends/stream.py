@@ -8,6 +8,7 @@ __all__ = ['StreamedReplay', 'StreamedModel', 'StreamingBackend']
 # %% ../../nbs/03e_backends.stream.ipynb #c9af42be
 import os
 from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 from fastcore.basics import patch
@@ -29,6 +30,11 @@ class _Eager:
         self.xp.eval(x)
         return x
 
+    def has_read(self, i: int):
+        "Digest block `i` while the system holds its bytes, and have it fetch the next one"
+        if self.digesting: self.checkpoint.digest(i)
+        self.checkpoint._expect(i+1)
+
 # %% ../../nbs/03e_backends.stream.ipynb #78227048
 class _OneBlock(_Eager):
     "Opens the model anew for each block and drops the others; what lies outside the blocks stays in memory"
@@ -47,7 +53,7 @@ class _OneBlock(_Eager):
             self.inner = None
             self.xp.clear_cache()
             self.inner, self.held = self.open(), i
-            if self.digesting: self.checkpoint.digest(i)
+            self.has_read(i)
         return _block(self.inner, self.checkpoint.blocks, i)
 
     def module(self, path: str):
@@ -103,6 +109,7 @@ def _read(file, start, width, index) -> bytes: # of rows of `width` bytes
 # %% ../../nbs/03e_backends.stream.ipynb #24a1d7f8
 _TYPES = dict(F32='float32', F16='float16', BF16='bfloat16')
 
+@lru_cache(16)
 def _place(checkpoint, unit):
     "(file, byte at which it starts, type) of a unit outside the blocks"
     name = unit.path.rsplit('.', 1)[-1]+'.weight'
@@ -131,7 +138,7 @@ class StreamingBackend(_Eager, MLXBackend):
             self.model, self.held, self.tables = self.open(), i, {}
             self.xp.clear_cache()
             for path in self.checkpoint.blocks: self.check(f'{path}.{i}.')
-            if self.digesting: self.checkpoint.digest(i)
+            self.has_read(i)
         return super().block(i)
 
     def unit_weight(self, path: str):

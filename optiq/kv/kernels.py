@@ -13,7 +13,7 @@ from math import e, log2
 import mlx.core as mx
 
 from .attention import _NEWEST
-from .sources import _APPEND, _CUDA, _ENCODE, _MERGE, _METAL, _PARTIAL, _PLACE
+from .sources import _APPEND, _CUDA, _DENSE, _ENCODE, _MERGE, _METAL, _PARTIAL, _PLACE, _PROMPT
 from .tensor import _TENSOR, _TENSOR_HEADER
 from ..rotation import codebook
 from ..turboquant import STEPS
@@ -72,13 +72,14 @@ def _encoding(name, outs, source, D, G, bits, dtype, turns, *ins):
 @lru_cache(None)
 def _encoder(D: int, G: int, bits: tuple, dtype, turns: bool):
     "Encodes tokens; the kernel turns them itself or MLX does before"
-    run = _encoding('turbo_encode', _STORED, _ENCODE, D, G, bits, dtype, turns)
+    run = _encoding('turbo_encode', _STORED, _ENCODE if turns else _PROMPT, D, G, bits, dtype, turns)
     @mx.compile
     def encode(keys, values, fixed, numbers, mean, scale, turn_k, turn_v):
         def turn(x, side, m): return ((x.astype(mx.float32)-mean[side][:, None])/scale[side][:, None]) @ m
         if not turns: keys, values = turn(keys, 0, turn_k), turn(values, 1, turn_v)
         *of, _ = keys.shape
-        return run(inputs=[keys, values, fixed, numbers], grid=(keys.size, 2, 1), threadgroup=(D, 1, 1),
+        width = D if turns else 32 # threads of a vector
+        return run(inputs=[keys, values, fixed, numbers], grid=(keys.size//D*width, 2, 1), threadgroup=(width, 1, 1),
                    output_shapes=[(*of, n) for b in bits for n in (D*b//32, 1)],
                    output_dtypes=[mx.uint32, mx.float16]*2)
     return encode
@@ -193,3 +194,19 @@ def attend_token(
     newest, n = keys.newest[:2] if keys.newest else (_nothing(B, G, _width(q.shape[3], bits)), 0)
     now = _numbers(tokens-n, room, scale*log2(e), C)[n]
     return _attention(bits, tensor, C)(q, turn, back, now, newest, *keys.held, *values.held)
+
+# %% ../../nbs/11e_kv.kernels.ipynb #1a117117
+@lru_cache(None)
+def _unpacker(D: int, bits: int, dtype):
+    "Unpacks tokens in one pass"
+    run = _kernel('turbo_dense', ('codes', 'scales'), ('out',), _DENSE, dtype, (('D', D), ('VB', bits)))
+    @mx.compile
+    def unpack(codes, scales):
+        return run(inputs=[codes, scales], grid=(codes.size*4//bits, 1, 1), threadgroup=(D, 1, 1),
+                   output_shapes=[(*codes.shape[:-1], D)], output_dtypes=[dtype])[0]
+    return unpack
+
+def _unpack(codes, scales, bits: int, dtype): # (…, words), (…, 1) ▸ (…, D), still rotated
+    "Rotated codes as numbers; None if no kernel fits"
+    D, tokens = codes.shape[-1]*32//bits, codes.size//codes.shape[-1]
+    return _unpacker(D, bits, dtype)(codes, scales) if kernels_fit(D, 1, 1) and tokens % 8 == 0 else None

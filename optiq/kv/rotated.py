@@ -131,6 +131,8 @@ def product(self: _RotatedCodec, a, arrays, transpose):
 @patch
 def dense(self: _RotatedCodec, arrays, dtype): # ▸ (B, heads, T, padded D), still rotated
     (codes, scales), (size, n) = arrays, _group_of(arrays[0], self.bits)
+    found = turbo_kernels._unpack(codes, scales, self.bits, dtype)
+    if found is not None: return found
     step_bias = _grid((*codes.shape[:3], n), self.bits, dtype)
     return mx.dequantize(codes, *step_bias, group_size=size, bits=self.bits)*scales.astype(dtype)
 

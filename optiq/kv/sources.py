@@ -92,16 +92,19 @@ _GRIDS = r'''
 '''
 
 # %% ../../nbs/11ea_kv.sources.ipynb #60e2f7b8
-_PACK = r'''
-    codes[d] = static_cast<unsigned char>(kept);
-    __syncthreads();
-    if (d < words) {
+_WORD = r'''
         unsigned int w = 0;
         for (int j = d*32/bits; j*bits < d*32+32; ++j) {
             const int shift = j*bits-d*32;
             const unsigned int c = codes[j];
             w |= shift >= 0 ? c << shift : c >> -shift;
         }
+'''
+_PACK = r'''
+    codes[d] = static_cast<unsigned char>(kept);
+    __syncthreads();
+    if (d < words) {
+'''+_WORD+r'''
         to[d] = w;
     }
     if (d == 0) *scale = static_cast<half_t>(length/size*n*.5f);
@@ -111,6 +114,38 @@ _TO = r'''
     DEVICE half_t* scale = (side ? v_scales : k_scales)+vector;
 '''
 _ENCODE = _TURN+_SUMS+_GRIDS+_TO+_PACK
+
+# %% ../../nbs/11ea_kv.sources.ipynb #23f9bfe0
+_PROMPT = r'''
+    constexpr int E = D/32; // channels of a thread
+    const int lane = threadIdx.x, vector = blockIdx.x, side = blockIdx.y;
+    const int bits = side ? VB : KB, n = 1 << bits, words = D*bits/32;
+    const DEVICE float* from = (side ? v : k)+static_cast<long>(vector)*D+lane*E;
+    const DEVICE float* steps = fixed+4*G*D+2*D*D+side*M;
+    __shared__ unsigned char codes[D];
+    float y[E], square = 0, best = 0, size = 0, step = 1;
+    for (int i = 0; i < E; ++i) y[i] = from[i], square = fmaf(y[i], y[i], square);
+    const float length = sqrtf(warp_sum(square));
+    #pragma unroll
+    for (int m = 0; m < M; ++m) {
+        const float wide = length*steps[m]+1e-30f;
+        float yc = 0, cc = 0;
+        for (int i = 0; i < E; ++i) {
+            const float c = fminf(fmaxf(floorf(y[i]/wide+n*.5f), 0.f), n-1.f)-(n-1)*.5f;
+            yc = fmaf(y[i], c, yc), cc = fmaf(c, c, cc);
+        }
+        const float norm = sqrtf(warp_sum(cc)), cosine = warp_sum(yc)/norm;
+        if (m == 0 || cosine > best) best = cosine, size = norm, step = wide;
+    }
+    for (int i = 0; i < E; ++i)
+        codes[lane*E+i] = static_cast<unsigned char>(fminf(fmaxf(floorf(y[i]/step+n*.5f), 0.f), n-1.f));
+    __syncthreads();
+    for (int d = lane; d < words; d += 32) {
+'''+_WORD+'''
+        (side ? v_codes : k_codes)[static_cast<long>(vector)*words+d] = w;
+    }
+    if (lane == 0) (side ? v_scales : k_scales)[vector] = static_cast<half_t>(length/size*n*.5f);
+'''
 
 # %% ../../nbs/11ea_kv.sources.ipynb #3d1526d5
 _BEHIND = r'''
@@ -228,14 +263,7 @@ _WEIGHTS = r'''
 '''
 
 # %% ../../nbs/11ea_kv.sources.ipynb #0cd52a6d
-_VALUES = r'''
-    constexpr int U = D/8;
-    const int unit = tid % U;
-    float a[8*N] = {};
-    const DEVICE unsigned char* rows = reinterpret_cast<const DEVICE unsigned char*>(values)+start*(D*VB/8)+unit*VB;
-    #pragma unroll 4
-    for (int t = tid/U; t < top; t += 128/U) {
-        const DEVICE unsigned char* at = rows+t*(D*VB/8);
+_EIGHT = r'''
         unsigned int lo, hi = 0;
         if (VB == 2) lo = *reinterpret_cast<const DEVICE unsigned short*>(at);
         else if (VB == 4) lo = *reinterpret_cast<const DEVICE unsigned int*>(at);
@@ -247,6 +275,16 @@ _VALUES = r'''
             if (VB > 3) lo |= static_cast<unsigned int>(at[3]) << 24, hi = at[4];
             if (VB > 5) hi |= at[5] << 8;
         }
+'''
+_VALUES = r'''
+    constexpr int U = D/8;
+    const int unit = tid % U;
+    float a[8*N] = {};
+    const DEVICE unsigned char* rows = reinterpret_cast<const DEVICE unsigned char*>(values)+start*(D*VB/8)+unit*VB;
+    #pragma unroll 4
+    for (int t = tid/U; t < top; t += 128/U) {
+        const DEVICE unsigned char* at = rows+t*(D*VB/8);
+'''+_EIGHT+r'''
         float e[N];
         #pragma unroll
         for (int n = 0; n < N; ++n) e[n] = ps[t*N+n];
@@ -302,4 +340,21 @@ _MERGE = r'''
     #pragma unroll 16
     for (int i = 0; i < D; ++i) a = fmaf(y[i], r[i*D+d], a);
     out[blockIdx.x*D+d] = static_cast<T>(a);
+'''
+
+# %% ../../nbs/11ea_kv.sources.ipynb #4e1760ec
+_DENSE = r'''
+    const long i = static_cast<long>(blockIdx.x)*D+threadIdx.x; // of eight codes
+    const DEVICE unsigned char* at = reinterpret_cast<const DEVICE unsigned char*>(codes)+i*VB;
+'''+_EIGHT+r'''
+    const float scale = static_cast<float>(static_cast<T>(static_cast<float>(scales[i/(D/8)])));
+    struct ALIGNED Eight { T x[8]; } eight;
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const int b = j*VB;
+        const unsigned int c = (b < 32 ? funnel(lo, hi, b) : hi >> (b-32)) & ((1u << VB)-1);
+        const T code = static_cast<T>((2*static_cast<float>(c)+1)/(1 << VB)-1);
+        eight.x[j] = static_cast<T>(static_cast<float>(code)*scale);
+    }
+    reinterpret_cast<DEVICE Eight*>(out)[i] = eight;
 '''

@@ -242,7 +242,7 @@ def _needle(model, n=200, lengths=(128, 256, 512, 1024), depths=(0., .25, .5, .7
     from optiq.evals.needle import needle
     cells = len(lengths)*len(depths)
     if n % cells: raise ValueError(
-        f'{n} trials do not spread over {cells} cells; give as `n` {max(1, n//cells)*cells}')
+        f'{n} trials do not spread over {cells} cells; give a multiple of {cells} as `n`')
     make = _cache_maker(kv)
     return needle(model, lengths, depths, n//cells, make_cache=make, name=_named(model, make))
 

@@ -60,7 +60,16 @@ def _eval_(model, task, responses, as_json, **given):
     """
     from optiq.score import as_figures
     report = _answered(responses, task, given['baseline']) if responses else _scored(model, task, **given)
-    _finish(as_figures(report, task), str(report), as_json)
+    _finish(as_figures(report, task), _explained(report), as_json)
+
+# %% ../../nbs/89c_commands.look.ipynb #d2fae9f5
+def _explained(report) -> str: # a Report
+    "A report as text, and on what its figures were measured"
+    about, columns = report.about, {k for r in report.rows for k, v in r.items() if v is not None}
+    text = about.get('text') or str(about.get('evaluation', '')).rpartition(', ')[0]
+    on = text or (f'{about["questions"]:,} questions' if 'questions' in about else '')
+    ends = 'in brackets 95 % intervals' if any(k.endswith('_low') for k in columns) else '± one standard error'
+    return f'{report}\n\nScored on {on}; {ends}.' if on else str(report)
 
 # %% ../../nbs/89c_commands.look.ipynb #28b4350d
 def _scored(model: str | None, task: str, n: int | None, **given): # ▸ Report
@@ -107,7 +116,7 @@ def benchmark(model, baseline, prompt_tokens, new_tokens, repeats, speed, as_jso
     speeds = [throughput(m, prompt_tokens, new_tokens, repeats, **how) for m in models if timed]
     full = _with_speeds(quality, speeds)
     rows = [{k: v for k, v in r.items() if k not in ('items', 'on')} for r in full.rows]
-    _finish(dict(rows=rows, about=full.about), str(full), as_json)
+    _finish(dict(rows=rows, about=full.about), _explained(full), as_json)
 
 # %% ../../nbs/89c_commands.look.ipynb #f55ca660
 def _with_speeds(quality, speeds: list): # Report, of Report ▸ Report

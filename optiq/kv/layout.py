@@ -205,7 +205,7 @@ def kv_layout(
     layout = KVLayout(tuple(layers), getattr(c, 'name', ''), context, weights, statistics)
     if not layout.units: raise ValueError('nothing of this cache can be quantized: '+', '.join(
         f'{what} ({n} layers)' for what, n in Counter(layout.left.values()).items())
-        +f'; it holds {layout.nbytes:,} bytes at {context:,} tokens')
+        +f'; it holds {layout.nbytes:,} bytes at {context:,} tokens; run the model with it as it is')
     return layout
 
 # %% ../../nbs/11_kv.layout.ipynb #ec26e6e6

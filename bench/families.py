@@ -36,6 +36,7 @@ import argparse
 import contextlib
 import copy
 import faulthandler
+import gc
 import importlib
 import io
 import json
@@ -772,6 +773,7 @@ def preload():
     get_checkpoint_conversion_mapping('llama') # the table of all
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    gc.freeze() # no child looks for garbage among a million objects that stay
 
 def about(command: str) -> dict:
     names = 'mlx', 'mlx-lm', 'mlx-vlm', 'torch', 'transformers'
@@ -803,7 +805,7 @@ def write(out: Path, mine: dict, said: dict):
     head = json.dumps(dict(about=said, counts=counts(rows)), indent=1)[:-2]
     out.write_text(f'{head},\n "rows": [\n{body}\n ]\n}}\n')
 
-def main():
+def main(words=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--loader', default='mlx-lm,mlx-vlm,special')
     p.add_argument('--only', default='')
@@ -814,7 +816,7 @@ def main():
     p.add_argument('--quick', action='store_true', help='gptq rounds one unit of each kind, for the test')
     p.add_argument('--long', action='store_true', help='entries with a length of their own at that length')
     p.add_argument('-o', '--out', type=Path, default=RESULT)
-    a = p.parse_args()
+    a = p.parse_args(words)
     table, known, mine, only = read_table(), known_rows(a.out), {}, {a.only, *a.only.split(',')}-{''} # a name may hold a comma
     preload()
     said = about('python bench/families.py')

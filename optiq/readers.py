@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
-from functools import wraps
+from functools import cache, wraps
 from html import escape
 from inspect import cleandoc, signature
 from math import isfinite
@@ -296,6 +296,7 @@ def _in_words(hint) -> str:
     return f'{", ".join(first)} or {last}' if first else last
 
 # %% ../nbs/72_readers.ipynb #8e526c6a
+@cache
 def _hints(f) -> dict: # name ▸ type
     "The annotations of a function or a dataclass; those in quotes are read in its module"
     names = vars(sys.modules[f.__module__])
@@ -338,11 +339,13 @@ def _helpful(f):
     if rows: f.__doc__ = '\n'.join([cleandoc(f.__doc__), '', 'Parameters:', *rows])
     return f if isinstance(f, type) else _checked(f)
 
+_signature = cache(signature)
+
 def _checked(f):
     "A function that first compares its arguments with its annotations"
     @wraps(f)
     def call(*args, **options):
-        try: given = signature(f).bind(*args, **options).arguments
+        try: given = _signature(f).bind(*args, **options).arguments
         except TypeError as e: raise TypeError(f'{f.__name__}() {_misnamed(f, str(e), options)}') from None
         _check_types(f, given)
         return f(*args, **options)
@@ -351,5 +354,5 @@ def _checked(f):
 def _misnamed(f, said: str, options) -> str:
     "What Python says of a call that does not go together, and where to look"
     odd = next((o for o in options if f"'{o}'" in said), '')
-    near = ', '.join(get_close_matches(odd, signature(f).parameters, 3, .5))
+    near = ', '.join(get_close_matches(odd, _signature(f).parameters, 3, .5))
     return f'{said}; {near and f"near to it: {near}; "}help({f.__name__}) shows all parameters'

@@ -2,6 +2,7 @@
 
 A test needs one where it kills it, where it must not know of optiq, or where it says what a command leaves behind.
 """
+import gc
 import multiprocessing
 import os
 import runpy
@@ -17,6 +18,7 @@ def _become(what: list, cwd: str, env: dict, out: int, err: int): # in the child
     for name in {*os.environ}-{*env}: del os.environ[name]
     os.environ.update(env)
     os.chdir(cwd)
+    gc.freeze() # what was imported is no garbage
     for file, number, name in ((out, 1, 'stdout'), (err, 2, 'stderr')):
         os.dup2(os.open(file, os.O_WRONLY), number)
         setattr(sys, name, open(number, 'w', buffering=1, closefd=False))

@@ -4,7 +4,7 @@ Every optiq command goes through the real command line, with annotations checked
 command does not name have small defaults, so that all of them take about a minute; what it names is as written. All round
 the same few tensors and measure on the same text, so what was computed once is remembered.
 """
-import json, os, re, shlex, sys, time, warnings
+import gc, json, os, re, shlex, sys, time, warnings
 from functools import cache
 from pathlib import Path
 
@@ -45,13 +45,14 @@ def run(command: str, folder: Path) -> dict:
 
 if __name__ == '__main__':
     import fast # noqa: F401, before MLX
-    from remember import remember_grids, remember_probes
+    from remember import remember_grids, remember_probes, remember_scores
     from beartype import BeartypeConf
     from beartype.claw import beartype_package
     class Wrong(UserWarning): "A value that is not what its annotation says"
     beartype_package('optiq', conf=BeartypeConf(violation_type=Wrong, is_pep484_tower=True))
     found, folder = [], Path(sys.argv[1])
     remember_grids()
+    remember_scores()
     remember_probes(folder/'remembered')
     from optiq import job
     job._LEARNED = 2

@@ -1,4 +1,5 @@
 "What all tests share: no network, and the models and data that lie beside the repository where there are any"
+import gc
 import os
 from pathlib import Path
 import pytest
@@ -17,6 +18,14 @@ def shared():
 LONG = ('test_commands', 'test_families', 'test_sensitivity', 'test_rounding', 'test_vlm', 'test_eval_models', 'test_saved_is_measured',
         'test_options', 'test_turbo_cache', 'test_turbo_kernels', 'test_audio', 'test_convert', 'test_parts', 'test_kv_sweep', 'test_refine',
         'test_resume', 'test_trust', 'test_serve', 'test_evals', 'test_latency', 'test_pipeline') # in seconds
+
+gc.disable() # while everything is imported
+
+def pytest_collection_finish():
+    "What was imported stays: to look for garbage in it again and again is a tenth of the time of all tests"
+    gc.freeze()
+    gc.set_threshold(10_000)
+    gc.enable()
 
 def pytest_collection_modifyitems(items):
     "The longest files first, so that no worker waits for the other at the end"

@@ -1,8 +1,9 @@
 "One family for each kind of structure, down the whole road; all of them are in `bench/families.py`"
-import json, os, subprocess, sys
+import json, os
 from pathlib import Path
 import numpy as np
 import pytest
+import apart
 
 root = Path(__file__).parents[1]
 KINDS = dict(
@@ -21,13 +22,21 @@ SPECIAL = ('gpt-oss in MXFP4 as its maker stores it', 'Gemma 4 E type', 'Qwen3.5
 TORCH = ('gpt-oss in MXFP4 as its maker stores it', 'Gemma 4 E type', 'DeepSeek V3.2 with its indexer awake')
 RUNS = dict(mlx=[*KINDS, *SPECIAL], torch=TORCH)
 
+BENCH = '''
+import json, sys
+sys.path.insert(0, 'bench')
+import families
+for backend, names in json.loads(sys.argv[2]).items():
+    asked = f'--loader mlx-lm,special --backend {backend} --quick -o {sys.argv[1]}'.split()
+    families.main([*asked, '--only', ','.join(names)])
+'''
+
 @pytest.fixture(scope='module')
 def rows(tmp_path_factory):
+    "All in one process, which imports everything once and forks one for each"
     out = tmp_path_factory.mktemp('families')/'rows.json'
-    for backend, names in RUNS.items():
-        run = [sys.executable, 'bench/families.py', '--loader', 'mlx-lm,special', '--backend', backend, '--quick', '--only', ','.join(names)]
-        done = subprocess.run([*run, '-o', str(out)], cwd=root, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
-        assert done.returncode == 0, done.stderr[-2000:]
+    done = apart.run('-c', BENCH, out, json.dumps(RUNS), cwd=root, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stderr[-2000:]
     return {(r['backend'], r['family']): r for r in json.loads(out.read_text())['rows']}
 
 @pytest.mark.parametrize('backend, family', [(b, f) for b, names in RUNS.items() for f in names])

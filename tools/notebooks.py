@@ -7,6 +7,7 @@ A notebook shows the figures of its full text. What it asserts holds for any tex
 length, except where an assertion is a comparison with an error bar, and a sequence that stands alone. What a sweep
 measures is measured once for all of them. A figure in which something covers a text fails (`tools/covered.py`).
 """
+import gc
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ from nbdev.doclinks import nbglob
 from nbdev.test import test_nb
 
 from blas import fast_blas
-from remember import remember_probes
+from remember import remember_grids, remember_probes, remember_scores
 
 LONG = ('46_score', '08_pipeline', '20b_latency', 'index', '33_evals.tasks', '06_rounding', '05c_refine', 'llm', '07_convert',
         '04d_measure.gradient', '04_sensitivity', '11f_kv.sweep', '11d_kv.rotated', '37_evals.needle', '62a_show.demos', '34_evals.gsm8k', 'vlm')
@@ -44,14 +45,21 @@ class Figures: faults: list = []
 
 def prepare(root: Path, fast: bool, folder: Path):
     "What a worker does before its first notebook"
+    gc.disable() # while everything is imported; what was imported is no garbage
     os.environ.setdefault('MLX_DISABLE_COMPILE', '1') # on a CPU every compiled function costs seconds of a C++ compiler
     if fast: fast_blas()
     from optiq import calibration # before any module that takes the function from it
     calibration.token_batch = partial(shorter, calibration.token_batch)
+    remember_grids()
+    remember_scores()
     remember_probes(folder)
     from matplotlib.backend_bases import FigureCanvasBase
     draw = FigureCanvasBase.print_figure
     FigureCanvasBase.print_figure = lambda canvas, *args, **options: checked(draw, canvas, *args, **options)
+    import mlx_lm, torch, transformers # noqa: F401
+    gc.freeze()
+    gc.set_threshold(10_000)
+    gc.enable()
     os.chdir(root/'nbs')
 
 def run(path: Path, root: Path, skip: list) -> tuple: # name, passed, seconds

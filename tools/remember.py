@@ -25,6 +25,28 @@ def remember_grids():
         return known[key]
     grid._find_grid = gptq._find_grid = find_grid
 
+def remember_scores():
+    "`evaluate`, with what it gave for the same tokens and a variant that is rounded alike, each unit by min-max"
+    from optiq.backends.replay import Backend
+    from optiq.calibration import fingerprint
+    from optiq.evals import perplexity
+    from optiq.formats import quantize_dequantize
+    score, known = perplexity.evaluate, {}
+    def rounded(variant): # ▸ paths and formats; None for other variants
+        if not isinstance(variant, dict): return None
+        plain = all(getattr(f, 'func', None) is quantize_dequantize and f.keywords.keys() == {'fmt'} for f in variant.values())
+        return tuple((path, str(f.keywords['fmt'])) for path, f in sorted(variant.items())) if plain else None
+    def evaluate(model, tokens, variants={}, *args, **options):
+        if not isinstance(model, Backend) or not model.holds or not model.stacks or args or options.keys()-{'tick'}:
+            return score(model, tokens, variants, *args, **options)
+        where = model.checkpoint.fingerprint, model.name, str(model.dtype), fingerprint(tokens)
+        keys = {name: (where, rounded(v)) for name, v in variants.items()}
+        old = {name: known[key] for name, key in keys.items() if key in known}
+        found = old | score(model, tokens, {name: v for name, v in variants.items() if name not in old}, **options)
+        known.update({key: found[name] for name, key in keys.items() if key[1] is not None})
+        return {name: found[name] for name in ('reference', *variants)}
+    perplexity.evaluate = evaluate
+
 def remember_probes(folder: Path): # where processes leave it for each other
     "What one sweep measured the next one takes: the same unit and format of the same model, rounded alike, on the same sequence"
     from optiq import sensitivity

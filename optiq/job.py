@@ -25,7 +25,7 @@ from .knapsack import allocate, PROFILES
 from .kv.layout import cache_bytes, KVLayout
 from .kv.sweep import _combine, parts
 from .latency import latency
-from .measure.estimate import _duration, estimate, plan_passes
+from .measure.estimate import _duration, estimate, plan_passes, _seconds_of_reading
 from .measure.kl import probes
 from .measure.sweep import about_texts, learned_again, rounding_of, Sweep, texts_for
 from .models import Checkpoint
@@ -233,14 +233,16 @@ def _expected(b, t: _Batches, job: _Job, plan, method: str | None) -> dict: # st
     "Expected seconds of each step of a conversion, from a few seconds of measurements here"
     w, formats = job.weights, [f for f in job.formats if f != AS_IS]
     cost, (n, T), (n_scored, T_scored) = estimate(b, formats, t.tokens), shape_of(t.tokens), shape_of(t.scored)
-    once = _rounding_seconds(b, t.learned, plan, job.rounding)
+    once, (read, digested) = _rounding_seconds(b, t.learned, plan, job.rounding), _seconds_of_reading(b)
     walks = -(-n//plan_passes(b, probes(b.checkpoint.units, formats), (n, T))[0])
-    found = {} if w.sweep is not None else dict(sweep=_SHARE[method]*(cost['seconds']+walks*len(formats)*once))
+    found = {} if w.sweep is not None else dict(
+        sweep=_SHARE[method]*(cost['seconds']+walks*len(formats)*once)+(1+walks)*read+digested)
     each, rows = cost['minmax'], 2 if w.compare is False else 6 # the model, what is saved, and the baselines
-    plans = len(formats)*once or _PLANS*each # what learns is kept for all plans
-    if w.verify is not False: found['verify'] = _PLANS*n*cost['forward']+plans
-    return found | dict(round=once+3*each, # written, and opened and compared again
-                        score=rows*(n_scored*cost['forward']*T_scored/T+each))
+    plans = min(2, len(formats))*once or _PLANS*each # what learns is kept for all plans, which are much alike
+    if w.verify is not False: found['verify'] = _PLANS*n*cost['forward']+plans+read
+    kept = bool(read) and job.rounding == 'search' and w.verify is not False # codes of a streamed model
+    return found | dict(round=(0 if kept else once)+3*each, # written, and opened and compared again
+                        score=rows*(n_scored*cost['forward']*T_scored/T+each)+read/2) # what is saved is smaller
 
 # %% ../nbs/08b_job.ipynb #93432a60
 def _announce_road(expected: dict):

@@ -141,7 +141,11 @@ def main(args):
                                (c, 'check_saved', 'check'), (pipeline, '_scores', 'score'), (pipeline, '_expected', 'estimate'), (pipeline._Task, 'choose', 'estimate'), (pipeline, '_rounding_seconds', 'estimate'),
                                (job, 'open_backend', 'open'), (pipeline, 'as_saved', 'score')):
         w.watched(owner, name, stage)
-    start, before = time.perf_counter(), w.memory()
+    start, before, announce, expected = time.perf_counter(), w.memory(), pipeline._announce_road, {}
+    def said(steps):
+        expected.update(steps)
+        announce(steps)
+    pipeline._announce_road = said
     found = pipeline.optimize(str(folder), f'{args.folder}-out', pipeline.Caps(target_bpw=args.target), weights=pipeline.Weights(formats=args.formats, rounding=args.rounding,
         compare=not args.skip_baselines, **(dict(method=args.method) if args.method else {})), texts=pipeline.Texts(n_calibration=args.n, seq_len=args.seq_len, n_evaluation=args.n_evaluation, eval_len=args.eval_len),
         backend=args.backend, overwrite=True, **({args.option: args.max_memory*2**30} if args.max_memory else {}))
@@ -150,7 +154,7 @@ def main(args):
     w.on = False
     out = dict(shape=args.shape, layers=args.layers, model_bytes=size, max_memory=args.max_memory, backend=args.backend, before=before, seconds=seconds,
                stages=w.rows, read_in_all=sum(r['read'] for r in w.rows.values())/size, disk_in_all=sum(r['disk'] for r in w.rows.values())/size, peak=max(r['both'] for r in w.rows.values())/2**30,
-               kl=found['figures']['kl'], formats=args.formats, tokens=[args.n, args.seq_len], rounding=args.rounding)
+               kl=found['figures']['kl'], expected=expected, formats=args.formats, tokens=[args.n, args.seq_len], rounding=args.rounding)
     for k, r in w.rows.items(): print(f"{k:10} {r['seconds']:7.1f} s  rss {r['rss']/2**30:6.2f} GB  gpu {r['gpu']/2**30:6.2f}  peak in MLX {r['peak']/2**30:6.3f} (held {r.get('held', 0)/2**30:6.3f})  both {r['both']/2**30:6.2f}  read {r['read']/size:5.2f}, from disk {r['disk']/size:5.2f} × the model")
     print(f"peak {out['peak']:.2f} GB of {args.max_memory}, model {size/2**30:.2f} GB, {out['read_in_all']:.2f} × read, {out['disk_in_all']:.2f} × from disk, {seconds:.0f} s", flush=True)
     from optiq.report import machine

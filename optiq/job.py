@@ -25,7 +25,7 @@ from .knapsack import allocate, PROFILES, _usual_bits
 from .kv.layout import cache_bytes, kv_layout, KVLayout
 from .kv.sweep import _combine, parts
 from .latency import latency
-from .measure.estimate import _duration, estimate
+from .measure.estimate import _duration, estimate, _seconds_of_reading
 from .measure.sweep import about_texts, learned_again, rounding_of, Sweep, texts_for, _untested
 from .models import Checkpoint
 from .plan import baseline_plans, uniform
@@ -33,7 +33,7 @@ from .readers import check_other, known, _quoted
 from .report import machine, Report
 from .request import _Batches, Cache, _candidates_for, Caps, _is_capped, _load_sweep, _rounding_for, Texts
 from .request import Weights
-from .sensitivity import _statistics_for, kl_sweep, _sweep_seconds
+from .sensitivity import _statistics_for, kl_sweep, _sweep_seconds, _walks
 from .statistics import _Learned
 from .wishes import _pinned
 
@@ -245,13 +245,16 @@ def _expected(b, t: _Batches, job: _Job, once: float, method: str | None) -> dic
     "Expected seconds of each step of a conversion that rounds a plan in `once` seconds, measured here and now"
     w, formats = job.weights, [f for f in job.formats if f != AS_IS]
     cost, (n, T), (n_scored, T_scored) = estimate(b, formats, t.tokens), shape_of(t.tokens), shape_of(t.scored)
+    read, digested = _seconds_of_reading(b)
+    walks = _walks(b, formats, (n, T))
     found = {} if w.sweep is not None else dict(
-        sweep=_sweep_seconds(b, formats, (n, T), cost['seconds'], len(formats)*once)[method])
+        sweep=_sweep_seconds(walks, n, cost['seconds'], len(formats)*once)[method]+(1+walks)*read+digested)
     each, rows = cost['minmax'], 2 if w.compare is False else 6 # the model, what is saved, and the baselines
-    plans = len(formats)*once or _PLANS*each # what learns is kept for all plans
-    if w.verify is not False: found['verify'] = _PLANS*n*cost['forward']+plans
-    return found | dict(round=once+3*each, # written, and opened and compared again
-                        score=rows*(n_scored*cost['forward']*T_scored/T+each))
+    plans = min(2, len(formats))*once or _PLANS*each # what learns is kept for all plans, which are much alike
+    if w.verify is not False: found['verify'] = _PLANS*n*cost['forward']+plans+read
+    kept = bool(read) and job.rounding == 'search' and w.verify is not False # codes of a streamed model
+    return found | dict(round=(0 if kept else once)+3*each, # written, and opened and compared again
+                        score=rows*(n_scored*cost['forward']*T_scored/T+each)+read/2) # what is saved is smaller
 
 # %% ../nbs/08b_job.ipynb #93432a60
 def _announce_road(expected: dict):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -291,20 +292,22 @@ def _faster(f):
     return min(t[1]-t[0], t[2]-t[1])
 
 # %% ../nbs/06_rounding.ipynb #ec829501
-def _seconds_of_one(b, tokens, unit, fmt, method) -> tuple:
-    "Seconds of a walk through the first block, and of rounding a unit there"
+def _seconds_of_one(b, tokens, units: list, plan, method) -> tuple: # units of the first block, a matrix first
+    "Seconds of a walk through the first block, and for each of these units those in which one weight is rounded"
     kept = isinstance(tokens, _Learned)
     stats = tokens if kept else Statistics(b, tokens, method == 'gptq')
-    start, heard = None if kept else stats.states, stats[unit.path] # the first block also wakes the libraries up
-    if heard is None: return 0., 0.
+    start, heard = None if kept else stats.states, [stats[u.path] for u in units] # this also wakes the libraries up
+    if heard[0] is None: return 0., [0.]*len(units)
     def listen():
         stats.i, stats.states = 0, start # states that passed the block would not be heard there again
         stats.advance()
-        return b.numpy(stats.held[unit.path].importance())
-    def round_it():
-        r = QUANTIZERS[method](b.unit_weight(unit.path), fmt, heard)
-        return b.numpy(library(heard.moments)[1](r.dequantize()))
-    return 0. if kept else _faster(listen), _faster(round_it)
+        return b.numpy(stats.held[units[0].path].importance())
+    def a_weight(u, h, few=2**22):
+        n = max(1, few//prod(u.shape[1:])) if len(u.shape) > 2 else u.shape[0] # a few experts of many
+        w, h = b.unit_weight(u.path)[:n], h[:n] if isinstance(h, list) else h
+        def round_it(): return b.numpy(library(w)[1](QUANTIZERS[method](w, plan[u.path], h).dequantize()))
+        return _faster(round_it)/prod(w.shape)
+    return 0. if kept else _faster(listen), [a_weight(u, h) for u, h in zip(units, heard)]
 
 # %% ../nbs/06_rounding.ipynb #ddb7a778
 def _rounding_seconds(
@@ -315,14 +318,15 @@ def _rounding_seconds(
 ) -> float:
     "About how long rounding a plan will take, from a measurement here and now"
     todo = [u for u in b.checkpoint.units if not u.keeps(plan[u.path])]
-    first = max((u for u in todo if u.block == 0 and len(u.shape) == 2), key=lambda u: u.params, default=None)
-    if method == 'minmax' or first is None: return 0.
-    kept = isinstance(tokens, _Learned)
+    def largest(stacked): return [*sorted((u for u in todo if u.block == 0 and (len(u.shape) > 2) == stacked),
+                                          key=lambda u: u.params)][-1:]
+    if method == 'minmax' or not largest(False): return 0.
+    kept, firsts = isinstance(tokens, _Learned), largest(False)+largest(True)
     learned = tokens if method == 'gptq' or kept else _enough(tokens)
     part = learned if kept else learned[:-(-len(learned)//8)]
-    walk, one = _seconds_of_one(b, part, first, plan[first.path], method)
+    walk, each = _seconds_of_one(b, part, firsts, plan, method)
     passes = (5 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
-    return passes*walk+one*sum(u.params for u in todo)/first.params
+    return passes*walk+sum(u.params*each[-1 if len(u.shape) > 2 else 0] for u in todo)
 
 # %% ../nbs/06_rounding.ipynb #fad06c03
 @patch

@@ -68,10 +68,12 @@ class _Task:
 _TIME_BUDGET = 600. # seconds that a sweep may take
 _SHARE = dict(exact=1., screened=.25, gradient=.05) # of the time of an exact sweep without rounding, as measured
 
-def _sweep_seconds(t: _Task, measuring: float, rounding: float) -> dict:
+def _walks(b: Backend, formats: list, shape: tuple) -> int: # shape: (n, T)
+    "How often an exact sweep goes through the model: once for each batch of its sequences"
+    return -(-shape[0]//plan_passes(b, probes(b.checkpoint.units, formats), shape)[0])
+
+def _sweep_seconds(walks: int, n: int, measuring: float, rounding: float) -> dict: # n: sequences
     "Method â–¸ seconds, from those of exact measurements, and of rounding all weights in all formats once"
-    n, T = shape_of(t.tokens)
-    walks = -(-n//plan_passes(t.b, probes(t.b.checkpoint.units, t.formats), (n, T))[0])
     rounds = dict(exact=walks, screened=2+.25*-(-n//4), gradient=2) # two backward passes
     return {m: share*measuring+rounds[m]*rounding for m, share in _SHARE.items()}
 
@@ -105,7 +107,8 @@ def choose(self: _Task, time_budget: float | None, rounding=None) -> str: # () â
     if begun or len(possible) == 1: return begun or 'exact'
     if _surely_quick(self, budget, bool(rounding)): return 'exact'
     measuring = estimate(self.b, self.formats, self.tokens, self.max_memory)['seconds']
-    seconds = _sweep_seconds(self, measuring, rounding() if rounding else 0.)
+    shape = shape_of(self.tokens)
+    seconds = _sweep_seconds(_walks(self.b, self.formats, shape), shape[0], measuring, rounding() if rounding else 0.)
     found = next((m for m in possible if seconds[m] <= budget), min(possible, key=seconds.get))
     if found != 'exact' and self.progress: print(_reason(found, seconds, budget), file=sys.stderr)
     return found

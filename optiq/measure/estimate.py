@@ -191,6 +191,16 @@ def cost(
     return dict(seconds=seconds, bytes=held, probes=probes, passes=len(passes), forward=forward,
                 minmax=t.weight*sum(u.params for u in b.checkpoint.units))
 
+# %% ../../nbs/04b_measure.estimate.ipynb #a2eb84af
+def _seconds_of_reading(b: Backend) -> tuple:
+    "Seconds in which all blocks of a streamed model are read once, and digested; nothing for a model in memory"
+    if b.holds: return 0., 0.
+    start, last = time.perf_counter(), b.n_blocks-1
+    b.xp.eval(b.block(last).parameters())
+    read = time.perf_counter()
+    b.checkpoint.digest(last)
+    return (read-start)*b.n_blocks, (time.perf_counter()-read)*b.n_blocks
+
 # %% ../../nbs/04b_measure.estimate.ipynb #efb54501
 @_checked
 def estimate(

@@ -293,6 +293,8 @@ def text_of(c, tokens): # ▸ (n, T) without those positions, or the samples
 # %% ../nbs/02_calibration.ipynb #69add0a7
 def _check_ids(checkpoint, ids: np.ndarray): # Checkpoint, token ids
     "Raise ValueError for token ids beyond the model's vocabulary"
+    if not np.issubdtype(ids.dtype, np.integer): raise ValueError(
+        f'{checkpoint.name} reads text alone, so its tokens are an array of ids, a row for each sequence')
     if not ids.size or 0 <= ids.min() <= ids.max() < checkpoint.vocabulary: return
     if all(u.kind != 'embed' for u in checkpoint.units): return # a table of bare arrays may be longer than the head
     known = {v for k, v in checkpoint.config.items() if k.endswith(('token_id', 'token_index')) and isinstance(v, int)}
@@ -311,8 +313,9 @@ def token_ids(sample: dict) -> np.ndarray: # (1, T)
     "The tokens of `sample`, whatever its model calls them; raises ValueError if there are none"
     for name in ('decoder_input_ids', 'input_ids', 'tokens'):
         if name in sample: return np.asarray(sample[name])
-    raise ValueError('a sample needs input_ids, tokens or decoder_input_ids; '
-                     f'this one has {", ".join(sorted(sample))}')
+    what = f'has {", ".join(sorted(sample)) or "nothing"}' if isinstance(sample, dict) else f'is {shown(sample)}'
+    raise ValueError(f'a sample is a dict with input_ids, tokens or decoder_input_ids; this one {what}. Token ids '
+                     'alone are an array, a row for each sequence')
 
 # %% ../nbs/02_calibration.ipynb #2ceb4437
 def positions(sample: dict) -> np.ndarray:

@@ -20,6 +20,7 @@ from types import ModuleType
 import numpy as np
 
 from . import __version__
+from .backends.finite import check_all, _floats
 from .backends.open import APART, apart, _few_logits
 from .backends.replay import Backend
 from .draft import _check_draft, _keep_draft
@@ -28,7 +29,7 @@ from .formats import Format, config_entry, dequantized, for_unit, quantize_minma
 from .folder import TEXT_FILES, _tensor_digest, read_header
 from .models import Checkpoint, LOADERS, check_two_heads
 from .readers import _checked, _helpful
-from .units import PlanLike, SweepLike
+from .units import _check_same, PlanLike, SweepLike
 
 # %% ../nbs/07_convert.ipynb #1ecc6842
 def _check_misfit(units: list, plan):
@@ -133,9 +134,11 @@ def _check_weights(saved: Checkpoint, plan, source: Checkpoint, quantizer=quanti
         if not u.keeps(f):
             rule = for_unit(quantizer, u.twin or path)
             if _as_kept(saved, path, rule): continue
+            check_all(source, mx, [(path, want)])
             want = dequantized(rule(want, f), f, dtype)
         if not mx.array_equal(w.astype(dtype), want, equal_nan=False):
             raise ValueError(f'{saved.folder}: the weights of {path} are not those that were measured')
+    check_all(source, mx, _floats(model)) # what is left in it are norms, biases and the like
 
 # %% ../nbs/07_convert.ipynb #8d12dab9
 @_checked
@@ -295,9 +298,9 @@ def convert(
         convert('demo', allocate(sweep, target_bpw=4.5), 'out/demo', sweep)
     """
     c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)
-    odd, out, head = set(plan) ^ set(c.unit), as_path(out), _check_draft(c, draft)
-    if odd: raise ValueError(
-        f'the plan is for another model: {min(odd)} is in only one of the two; give a plan made for {c.name}')
+    out, head = as_path(out), _check_draft(c, draft)
+    _check_same('the plan', plan, c.units, c.name)
+    if sweep is not None: _check_same('the sweep', (u.path for u in sweep.units), c.units, c.name)
     with whole_folder(out, overwrite, plan.nbytes, source=c.folder) as part, scratch(out) as rounded:
         if quantizer is None: quantizer = _as_planned(plan, sweep, source if isinstance(source, Backend) else c,
                                                       rounded)

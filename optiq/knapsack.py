@@ -18,7 +18,7 @@ from .budget import Budget, budgets_of, candidates, _check_caps, _contradiction,
 from .budget import _check_tied, _tie_key
 from .formats import AS_IS, Format
 from .frontier import Frontier
-from .units import SweepLike, Unit
+from .units import _check_same, SweepLike, Unit
 from .plan import baseline_plans, by_width, make_plan, Plan, _silent, smoothed
 from .readers import _helpful, shown, _checked
 from .solver import bisect, METHODS, Problem, undominated
@@ -175,6 +175,7 @@ def why(self: Plan,
     "What we measured for a unit, the KL that a byte is worth, and the sizes at which its format would change"
     path = getattr(unit, 'path', unit)
     if path not in self: raise ValueError(f'{path!r} is not a unit of this plan; one is {next(iter(self))}')
+    _check_same('the sweep', (u.path for u in sweep.units), self.units, self.model or 'the model of the plan')
     free, whole, budget = _in_bytes(self, path, sweep)
     i = next(k for k, row in enumerate(free.rows) if path in row)
     note = ' (tied)' if len(free.rows[i]) > 1 else ''

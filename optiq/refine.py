@@ -27,7 +27,7 @@ from .plan import Plan, baseline_plans, mean_se, smoothed
 from .readers import known, _helpful, _checked
 from .solver import Problem, undominated
 from .models import Checkpoint
-from .units import SweepLike
+from .units import _check_same, SweepLike
 
 # %% ../nbs/05c_refine.ipynb #39d89eb7
 def _joint_kl(
@@ -238,9 +238,7 @@ def verified(
     """
     b, method, q = open_backend(model), options.pop('method', 'exact'), pose(sweep, **options)
     plan = q.solve(method)
-    if set(plan) != set(b.checkpoint.unit):
-        raise ValueError(
-            f'the sweep is of another model, {sweep.header.get("model")}; give one of {b.checkpoint.name}')
+    _check_same('the sweep', plan, b.checkpoint.units, b.checkpoint.name)
     ours, flats = {'allocated': plan} | _alternatives(q, plan, n, seed=seed), _within(q, plan)
     many = f'{len(ours)+len(flats)} plans on {prod(shape_of(tokens)):,} tokens'
     if progress: print(f'verifying {many}', file=sys.stderr)
@@ -269,7 +267,8 @@ def measured(
     quantize = quantize_dequantize, # as for `verified`; baselines are rounded likewise
 ) -> Frontier: # the same, with scores
     "Measure points of a frontier, all baselines, and the plan for the bytes of each; adds `scores` to it"
-    todo = [*frontier.rivals.values(), *frontier.baselines, *_spread_over(frontier, each)]
+    b, todo = open_backend(model), [*frontier.rivals.values(), *frontier.baselines, *_spread_over(frontier, each)]
+    for p in todo: _check_same('the frontier', p, b.checkpoint.units, b.checkpoint.name)
     with _bar(f'measuring {len(todo)} plans') as bar:
-        frontier.scores |= _joint_kl(open_backend(model), tokens, {p.name: p for p in todo}, quantize, bar.update)
+        frontier.scores |= _joint_kl(b, tokens, {p.name: p for p in todo}, quantize, bar.update)
     return frontier

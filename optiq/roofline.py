@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .formats import AS_IS, Format, nbytes
 from .kv.layout import bytes_after, leaf_caches
 from .folder import _of_text
-from .units import _census, Unit, find_units
+from .units import _census, _check_same, Unit, find_units
 from .readers import _checked
 
 # %% ../nbs/20_roofline.ipynb #b804e379
@@ -210,6 +210,7 @@ class Latency:
 @patch
 def weights(self: Latency, plan):
     "Milliseconds to read the units in the formats of a plan"
+    _check_same('the plan', plan, self.reads.units, 'the model that this Latency was made for')
     return sum(self(u, plan[u.path]) for u in self.reads.units)
 
 @patch

@@ -83,6 +83,14 @@ class PlanLike(Protocol):
     nbytes: int
     formats: dict
 
+# %% ../nbs/01b_units.ipynb #e003f91c
+def _check_same(what: str, paths, units: list, name: str):
+    "Raise ValueError, naming a unit that only one of the two has, unless `what` has just the `units` of model `name`"
+    odd = {*paths} ^ {u.path for u in units}
+    if odd: raise ValueError(
+        f'{what} is of another model: {min(odd)} is in only one of the two; give one of {name}')
+
+
 # %% ../nbs/01b_units.ipynb #0c1d21ae
 _UNIT = dict(path=NAME, kind=NAME, shape=[whole(), ]*2, block=maybe(whole(0, 2**20)),
              dtype=one_of('bfloat16', 'float16', 'float32'))

@@ -11,8 +11,12 @@ from click.testing import CliRunner
 from optiq.backends.open import open_backend
 from optiq.backends.finite import check_logits
 from optiq.cli import main
+from optiq.convert import convert
 from optiq.evals.kl import reference, score_against
+from optiq.models import Checkpoint
+from optiq.plan import uniform
 from optiq.report import Report, mean_figure, _paired
+from optiq.sensitivity import kl_sweep
 from optiq.material.tiny import tiny
 
 FEW = ['--n-samples', 1]
@@ -70,6 +74,15 @@ def test_a_damaged_model_is_refused_in_one_line(models, tmp_path, architecture, 
     assert not (tmp_path/'out').is_dir()
     left = tmp_path/'out'
     assert not left.is_file() or 'NaN' not in left.read_text()
+
+@pytest.mark.parametrize('tensor', MODELS['llama'])
+@pytest.mark.parametrize('backend', ['torch', 'mlx', 'stream', None])
+def test_from_python_too_by_every_backend_and_in_a_conversion_alone(models, tmp_path, backend, tensor):
+    odd = models['llama']/tensor
+    with pytest.raises(ValueError, match=r'model\.safetensors: .* NaN') as e:
+        if backend: kl_sweep(str(odd), formats=['4g32'], n=1, seq_len=32, rounding='minmax', backend=backend, progress=False)
+        else: convert(odd, uniform(Checkpoint(odd), '4g32'), tmp_path/'out')
+    assert tensor.split('.')[-2] in str(e.value) and not (tmp_path/'out').exists()
 
 @pytest.mark.parametrize('side', ['model', 'baseline'])
 def test_neither_side_of_a_comparison_may_be_damaged(models, side):

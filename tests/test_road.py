@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 import optiq
 from optiq.formats import Format, for_unit, parse_formats
+from optiq.evals.perplexity import evaluate, overrides_of
+from optiq.latency import latency
 from optiq.measure.sweep import Sweep
+from optiq.models import Checkpoint
 from optiq.plan import baseline_plans, uniform
 from optiq.readers import _check_types, _fits, _helpful, _hints
+from optiq.refine import measured, verified
+from optiq.rounding import RoundTrips
 from optiq.show.explore import explore, explore_kv
 from optiq.show.plots import plan_svg
 from sweeps import block_units, make_sweep
@@ -175,6 +180,23 @@ MISUSE = dict(
     explored_none=(lambda s: explore_kv(None), '`sweep` is None, and should be a Sweep: Sweep of keys and values'),
     dragged=(lambda s: explore(s).drag('x'), "`value` is 'x', and should be a number above 0: of the cap"),
     by=(lambda s: explore(s).measure_by('weight'), "no cap 'weight'; there are nominal bits, "))
+
+IDS = np.arange(16).reshape(2, 8)
+TEXT = 'is a dict with input_ids, tokens or decoder_input_ids; this one is .*alone are an array, a row for each'
+STRAY = {'model.layers.99.mlp.up_proj': Format(4, 64)}
+MISUSE |= dict( # what was made for another model, and tokens in another form
+    its_plan=(lambda s: optiq.convert('demo', uniform(s, 4), 'o'), 'the plan is of another model: .* in only one of the two; give one of demo'),
+    its_sweep=(lambda s: optiq.convert('demo', uniform(Checkpoint('demo'), 4), 'o', s), 'the sweep is of another model: .* give one of demo'),
+    its_verified=(lambda s: verified('demo', IDS, s, target_bpw=6), 'the sweep is of another model: .* give one of demo'),
+    its_frontier=(lambda s: measured(optiq.pareto(s), 'demo', IDS), 'the frontier is of another model: .* give one of demo'),
+    its_reason=(lambda s: uniform(Checkpoint('demo'), 4).why(Checkpoint('demo').units[0], s), 'the sweep is of another model'),
+    its_speed=(lambda s: latency('demo', 'M3 Max').tps(uniform(s, 4)), 'the plan is of another model'),
+    its_terms=(lambda s: latency('demo', 'M3 Max').terms({}), 'the plan is of another model'),
+    its_overrides=(lambda s: evaluate('demo', IDS, dict(x=overrides_of(STRAY))), '99.mlp.up_proj is not in demo; give what was made for'),
+    rows=(lambda s: optiq.kl_sweep('demo', IDS.tolist()), TEXT), ragged=(lambda s: optiq.kl_sweep('demo', [[1, 2, 3], [4, 5]]), TEXT),
+    rows_scored=(lambda s: evaluate('demo', IDS.tolist(), {}), TEXT), rows_learned=(lambda s: RoundTrips('demo', IDS.tolist(), [4]), TEXT),
+    samples=(lambda s: optiq.kl_sweep('demo', [dict(input_ids=IDS)], rounding='minmax'), 'demo reads text alone, so its tokens are'),
+    no_sample=(lambda s: optiq.kl_sweep('demo', [{}]), 'this one has nothing'))
 
 @pytest.mark.parametrize('case', MISUSE)
 def test_misuse_is_told_in_the_words_of_the_caller(case, sweep):

@@ -28,12 +28,16 @@ def _file_of(checkpoint, path):
                 checkpoint.folder)
 
 # %% ../../nbs/03i_backends.finite.ipynb #5d0c71a2
+def _floats(model) -> list: # of (path, array)
+    "The arrays of an MLX model that hold numbers with a fraction"
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    return [(k, a) for k, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)]
+
 def _damaged(checkpoint: Checkpoint) -> str | None:
     "The first tensor of a checkpoint that holds NaN or infinity"
     import mlx.core as mx
-    from mlx.utils import tree_flatten
-    floats = ((k, a) for k, a in tree_flatten(checkpoint.load().parameters()) if mx.issubdtype(a.dtype, mx.floating))
-    return next((k for k, a in floats if not mx.isfinite(a).all()), None)
+    return next((k for k, a in _floats(checkpoint.load()) if not mx.isfinite(a).all()), None)
 
 # %% ../../nbs/03i_backends.finite.ipynb #5d0c71a3
 def check_logits(b, z): # (…, V) ▸ the same

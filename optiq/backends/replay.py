@@ -325,7 +325,9 @@ def ready(self: Backend, states):
 @patch
 def find(self: Backend, path: str) -> Unit:
     "The weight, keys or values at a path"
-    return self.checkpoint.unit[path] if path in self.checkpoint.unit else self.cached[path]
+    found = self.checkpoint.unit.get(path) or self.cached.get(path)
+    if found is None: raise ValueError(f'{path} is not in {self.checkpoint.name}; give what was made for this model')
+    return found
 
 # %% ../../nbs/03_backends.replay.ipynb #b7df5401
 @patch

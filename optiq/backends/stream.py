@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from fastcore.basics import patch
 
-from .finite import check_all, check_finite
+from .finite import check_all
 from .mlx import MLXBackend
 from .parts import ReplayBackend
 from .replay import Backend, available_memory
@@ -96,7 +96,7 @@ def _read_rows(
     size = getattr(mx, dtype).size
     raw = np.frombuffer(_read(file, start, unit.shape[1]*size, index), dtype=np.uint32 if size == 4 else np.uint16)
     w = mx.array(raw.reshape(len(index), unit.shape[1])).view(getattr(mx, dtype)).astype(getattr(mx, unit.dtype))
-    check_finite(mx, w, unit.path)
+    check_all(checkpoint, mx, [(unit.path, w)])
     return w
 
 # %% ../../nbs/03e_backends.stream.ipynb #3522300a

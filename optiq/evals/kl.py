@@ -80,7 +80,7 @@ def reference(
     model: 'str | Checkpoint | Backend', # of which only the name is needed if it was computed before
     tokens: 'np.ndarray | list', # (n, T)
     top_k: int | None = 256, # words kept for each token; None keeps all
-    cache: 'str | Path | None' = None, # folder of references; see `cache_folder`
+    cache: 'str | Path | None' = None, # folder of references; `OPTIQ_CACHE` or ~/.cache/optiq by default
     backend: str = 'auto', # to compute them with: 'auto', 'torch', 'mlx' or 'stream'
     max_memory: float | None = None, # bytes for that, with `backend` stream
 ) -> _Reference:

@@ -17,7 +17,7 @@ from ..backends.near import Near
 from ..backends.open import open_backend
 from ..backends.replay import Backend, available_memory
 from ..calibration import fingerprint, overlap, passages, positions, samples_of, token_batch, token_ids
-from ..calibration import unscored
+from ..calibration import shape_of, unscored
 from ..formats import AS_IS, for_unit, quantize_dequantize
 from ..readers import known, _checked
 from ..frontier import plus_minus
@@ -160,7 +160,7 @@ def _together(b: Backend, batches: list) -> list: # of lists of batches
 class _Text:
     "A text and what it says of each variant of a model"
     def __init__(self, b: Backend, tokens: np.ndarray, variants: dict = {}, batch: int | None = None):
-        size, self.b, self.skip = batch or max(1, 4096//tokens.shape[1]), b, unscored(b.checkpoint, tokens)
+        size, self.b, self.skip = batch or max(1, 4096//shape_of(tokens)[1]), b, unscored(b.checkpoint, tokens)
         self.batches = [_Batch(b, tokens[k:k+size]) for k in range(0, len(tokens), size)]
         self.add({'reference': {}} | variants)
 

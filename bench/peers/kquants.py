@@ -39,7 +39,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, dequantize, get_tensor_name_map, quantize
 from transformers import AutoModelForCausalLM
 
-from ours import Bench, evaluate, make_plan, overrides_of, timed, uniform
+from ours import Bench, evaluate, make_plan, our_rows, overrides_of, timed, together, uniform
 
 KQUANTS = 'Q3_K_S,Q3_K_M,IQ4_XS,Q4_K_S,Q4_K_M,Q5_K_S,Q5_K_M,Q6_K'
 LOW = 'Q2_K,IQ3_XXS' # below 4 bits, with an importance matrix only
@@ -194,7 +194,7 @@ def against_ours(x, bits, kl_each):
     "The paired difference to OptiQ's rows at the same bytes; above the largest of them, to that one, which has fewer"
     known = json.loads(Path(x.args.ours).read_text())
     if any(known['about'][k] != x.results['about'][k] for k in ('model', 'test')): return None
-    rows = sorted((r for n, r in known['rows'].items() if n.startswith('ours ') and n.endswith(' gptq')), key=lambda r: r['true_bpw'])
+    rows = our_rows(known['rows'], 'gptq')
     if bits < rows[0]['true_bpw']: return None
     bits = min(bits, rows[-1]['true_bpw'])
     a, b = next((a, b) for a, b in zip(rows, rows[1:]) if a['true_bpw'] <= bits <= b['true_bpw'])
@@ -285,8 +285,9 @@ def part_join(x):
             if other['about'][k] != x.results['about'][k]: raise SystemExit(f'{file} was measured on another {k}')
         for n, r in other['rows'].items():
             if r.get('sequences', 0) > here.get(n, {}).get('sequences', 0): here[n] = r | {k: other['about'][k] for k in ('device', 'date')}
-        command = x.results['about']['command']
-        x.results['about']['command'] = [*(command if isinstance(command, list) else [command]), other['about']['command']]
+        about = x.results['about']
+        about['command'] = [*(about['command'] if isinstance(about['command'], list) else [about['command']]), other['about']['command']]
+        for k in ('device', 'note', 'date'): about[k] = together([about[k], other['about'][k]])
 
 def part_autoround(x):
     "What autoround.py wrote; the embedding, which AutoRound leaves as it is, at several widths by min-max"

@@ -1,7 +1,7 @@
 """Every rounding and every peer at the same true bytes, scored by one scorer: dequantized weights, float32, PyTorch.
 
     python3 bench/peers/ours.py --model MODEL --calibration valid.txt --test test.txt [--only PARTS] -o results.json
-    python3 bench/peers/ours.py --merge a.json,b.json -o results.json
+    python3 bench/peers/ours.py --merge a.json,b.json [--about trained=training.json] -o results.json
 
 `uniform`  one format for all (min-max), mxfp4, nvfp4, mlx-lm's mixed recipes
 `flat`     one format for all, rounded by search and by GPTQ as our plans are
@@ -334,7 +334,7 @@ def part_dwq(x):
         except ValueError as e: print(name, e); continue
         with TemporaryDirectory() as d: polished(x, name, plan, round_to_files(x.b, x.tokens, plan, 'gptq', d, progress=False))
 
-def merge(out, files):
+def merge(out, files, more):
     "One results file of several that were scored on the same text; where they differ in what else matters, each row says what it was made with"
     parts = [json.loads(Path(f).read_text()) for f in files]
     for k in ('model', 'test'):
@@ -343,13 +343,19 @@ def merge(out, files):
     for k in ('calibration', 'device', 'python', 'torch', 'transformers', 'cpu', 'cores', 'note', 'date'):
         found = [str(p['about'].get(k, '')) for p in parts]
         if len(set(found)) == 1: continue
-        about[k] = '; '.join(dict.fromkeys(filter(None, found)))
+        about[k] = together(found)
         if k in ('calibration', 'device'):
             for p in parts:
                 for r in p['rows'].values(): r.setdefault(k, p['about'][k])
     rows, seconds = ({k: v for p in parts for k, v in p[part].items()} for part in ('rows', 'seconds'))
     choose(rows)
+    about |= {k: json.loads(Path(f).read_text()) for k, f in (m.split('=') for m in more.split(',') if m)}
     Path(out).write_text(json.dumps(dict(about=about, rows=rows, seconds=seconds), indent=1, ensure_ascii=False)+'\n')
+
+def our_rows(rows, rounding): # by size; a plan saved with another rounding is none of them
+    return sorted((r for n, r in rows.items() if n.startswith('ours ') and n.split()[2:] == [rounding]), key=lambda r: r['true_bpw'])
+
+def together(texts): return '; '.join(dict.fromkeys(part for t in texts for part in t.split('; ') if part))
 
 def listed(x): return x if isinstance(x, list) else [x]
 
@@ -384,10 +390,11 @@ def main():
     p.add_argument('--saved', default='', help='NAME=FOLDER of checkpoints, comma separated')
     p.add_argument('--note', default='', help='kept with the results')
     p.add_argument('--merge', help='result files to join, comma separated')
+    p.add_argument('--about', default='', help='NAME=FILE of JSON, comma separated: what --merge adds to what it says of the run, such as how the model was trained')
     p.add_argument('--alternatives', action='store_true')
     p.add_argument('-o', '--output', default='peers.json')
     args = p.parse_args()
-    if args.merge: return merge(args.output, args.merge.split(','))
+    if args.merge: return merge(args.output, args.merge.split(','), args.about)
     args.dynamic = [(int(a), int(b), float(t)) for a, b, t in (d.split('/') for d in args.dynamic.split(','))]
     x = Bench(args)
     x.reference()

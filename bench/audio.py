@@ -1,7 +1,7 @@
 """What mixed precision costs and buys in a speech model: KL to full precision and word error rate, on clips held out.
 
     python bench/speak.py TEXT -n 8 -o SPOKEN
-    python bench/audio.py --model MODEL --clips FOLDER --spoken SPOKEN -o results.json
+    python bench/audio.py --model MODEL --clips FOLDER --spoken SPOKEN [--again] -o results.json
 
 `fidelity`  full precision in mlx-audio and in transformers, float32, greedy: transcripts and word error rate of both
 `uniform`   8, 4 and 3 bits, the decoder alone (the encoder left as it is) and encoder included
@@ -13,7 +13,7 @@
 `saved`     one of these models, converted, opened by mlx-audio in a process of its own
 `decoder`   the decoder alone at several sizes, with each rounding, cross-validated likewise
 
-Every part is written when it is done, and one that is there is not done again. On a Linux CPU preload OpenBLAS: MLX's own
+Every part is written when it is done, and one that is there is not done again; with --again the rows that `gptq` rounds are. On a Linux CPU preload OpenBLAS: MLX's own
 BLAS is twenty times slower.
 """
 import argparse
@@ -102,6 +102,12 @@ class Bench:
         kl = evaluate(self.b, [self.samples[i] for i in which], {'it': overrides})['it'].kl
         with self.b.swapped(overrides): done = write_down(lambda c: transcribe(self.b.model, c.audio), [self.heard[i] for i in which])
         return list(kl), done
+
+    def forget(self, command):
+        "Measure the rows of gptq once more; all others stay"
+        for k in ('folds', 'optiq', 'saved'): self.found.pop(k, None)
+        self.found['decoder'] = [r for r in self.found.get('decoder', []) if r['rounding'] != 'gptq']
+        self.save('about', self.found['about'] | dict(again=dict(rows='gptq', command=command, **machine())))
 
     def sizes(self, plan): return dict(nominal_bpw=plan.nominal_bpw, true_bpw=plan.true_bpw, size_mb=plan.size_mb, bytes=plan.nbytes)
 
@@ -243,15 +249,17 @@ def main():
     p.add_argument('--spoken', help='synthesised speech, to round on as well')
     p.add_argument('--sizes', default='4.5,3.5,6,4,5', help='true bits of the decoder, for the part of that name')
     p.add_argument('-o', '--output', required=True)
+    p.add_argument('--again', action='store_true', help='measure the rows of gptq once more')
     args = p.parse_args()
     bench = Bench(args)
+    command = ' '.join(['python bench/audio.py', *(Path(a).name if a.startswith('/') else a for a in sys.argv[1:])])
     if 'about' not in bench.found: bench.save('about', dict(
-        **machine(), blas='OpenBLAS, preloaded, one thread' if 'openblas' in os.environ.get('LD_PRELOAD', '') else "MLX's own",
-        command=' '.join(['python bench/audio.py', *(Path(a).name if a.startswith('/') else a for a in sys.argv[1:])]),
+        **machine(), blas='OpenBLAS, preloaded, one thread' if 'openblas' in os.environ.get('LD_PRELOAD', '') else "MLX's own", command=command,
         spoken=f'{len(bench.spoken)} clips, {sum(int(s["scored"].sum()) for s in bench.spoken)} tokens, by bench/speak.py', model=f'{Path(args.model).name}, {bench.c.params:,} parameters',
         computed='float32, weights after the round trip', clips=[dict(name=c.name, seconds=round(c.seconds, 1), said=c.text,
         scored=int(s['scored'].sum())) for c, s in zip(bench.heard, bench.samples)]))
     if 'fidelity' not in bench.found: bench.fidelity()
+    if args.again: bench.forget(command)
     bench.uniform([4])
     bench.sweep()
     for cap, encoder in (('decoder', True), ('all', True), ('decoder', False)): bench.optiq(cap, encoder)

@@ -24,11 +24,13 @@ Bytes are those of everything that a file stores for its tensors, with norms in 
 to OptiQ's rows (allocation and GPTQ) at the same bytes, sequence by sequence, with log KL interpolated over bits between two neighbouring rows;
 above our largest row, to that one.
 Rows are written one by one; a row that is there is measured again only if more sequences are asked for. `--only again` measures nothing:
-it takes `against_ours` of every row from the rows that --ours holds today.
+it takes `against_ours` of every row from the rows that --ours holds today. `--only join` takes the rows of --joined, measured elsewhere; each says where.
 """
 import argparse
 import ctypes
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,7 +39,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, dequantize, get_tensor_name_map, quantize
 from transformers import AutoModelForCausalLM
 
-from ours import Bench, evaluate, make_plan, overrides_of, timed, uniform
+from ours import Bench, evaluate, make_plan, our_rows, overrides_of, timed, together, uniform
 
 KQUANTS = 'Q3_K_S,Q3_K_M,IQ4_XS,Q4_K_S,Q4_K_M,Q5_K_S,Q5_K_M,Q6_K'
 LOW = 'Q2_K,IQ3_XXS' # below 4 bits, with an importance matrix only
@@ -77,7 +79,7 @@ class Llama:
     def quantize(self, source, out, ftype, imatrix=None):
         "Write a GGUF as llama-quantize does"
         s = self.llama.llama_model_quantize_default_params()
-        s.nthread, s.ftype = 1, LlamaFileType[f'MOSTLY_{ftype}']
+        s.nthread, s.ftype = os.cpu_count(), LlamaFileType[f'MOSTLY_{ftype}']
         if imatrix:
             rows = [Importance(k.encode(), floats(v), v.size) for k, v in imatrix.items()]+[Importance(None, None, 0)]
             kept = (Importance*len(rows))(*rows)
@@ -177,25 +179,22 @@ def read_gguf(s, file):
 
 def encoded(s, llama, kinds, importance, kept={}):
     "The same with blocks of 256 that run on over four rows"
-    found, nbytes, sizes = {}, 0, []
-    for n, w in s.weights.items():
-        kind = kinds[n]
-        sizes.append((kind, w.size))
-        if w.ndim == 1:
-            nbytes += 4*w.size
-            continue
+    matrices, key = {n: w for n, w in s.weights.items() if w.ndim == 2}, lambda n: (n, kinds[n], n in importance)
+    def made(n):
+        w, i = matrices[n], importance.get(n)
         across = 1 if w.shape[1] % 256 == 0 else 4
-        i, key = importance.get(n), (n, kind, n in importance)
-        if key not in kept: kept[key] = llama.encode(w.reshape(len(w)//across, -1), kind, None if i is None else np.tile(i, across))
-        nbytes += kept[key].size
-        found[n] = dequantize(kept[key], GGMLQuantizationType[kind]).reshape(w.shape)
-    return s.overrides(found), nbytes, dict(types=counts(sizes), embed=kinds['token_embd'])
+        return llama.encode(w.reshape(len(w)//across, -1), kinds[n], None if i is None else np.tile(i, across))
+    todo = [n for n in matrices if key(n) not in kept]
+    with ThreadPoolExecutor(os.cpu_count()) as pool: kept |= zip(map(key, todo), pool.map(made, todo)) # the library lets go of Python's lock
+    found = {n: dequantize(kept[key(n)], GGMLQuantizationType[kinds[n]]).reshape(w.shape) for n, w in matrices.items()}
+    nbytes = sum(kept[key(n)].size for n in matrices)+sum(4*w.size for w in s.weights.values() if w.ndim == 1)
+    return s.overrides(found), nbytes, dict(types=counts([(kinds[n], w.size) for n, w in s.weights.items()]), embed=kinds['token_embd'])
 
 def against_ours(x, bits, kl_each):
     "The paired difference to OptiQ's rows at the same bytes; above the largest of them, to that one, which has fewer"
     known = json.loads(Path(x.args.ours).read_text())
     if any(known['about'][k] != x.results['about'][k] for k in ('model', 'test')): return None
-    rows = sorted((r for n, r in known['rows'].items() if n.startswith('ours ') and n.endswith(' gptq')), key=lambda r: r['true_bpw'])
+    rows = our_rows(known['rows'], 'gptq')
     if bits < rows[0]['true_bpw']: return None
     bits = min(bits, rows[-1]['true_bpw'])
     a, b = next((a, b) for a, b in zip(rows, rows[1:]) if a['true_bpw'] <= bits <= b['true_bpw'])
@@ -277,6 +276,18 @@ def part_again(x):
     "The paired difference to today's rows of OptiQ, for every row that is there"
     for r in x.results['rows'].values():
         if r.get('against_ours'): r['against_ours'] = against_ours(x, r['true_bpw'], r['kl_each'])
+
+def part_join(x):
+    "Rows of other files of this script, scored on the same text; those of more sequences stay"
+    for file in listed(x.args.joined):
+        other, here = json.loads(Path(file).read_text()), x.results['rows']
+        for k in ('model', 'calibration', 'test'):
+            if other['about'][k] != x.results['about'][k]: raise SystemExit(f'{file} was measured on another {k}')
+        for n, r in other['rows'].items():
+            if r.get('sequences', 0) > here.get(n, {}).get('sequences', 0): here[n] = r | {k: other['about'][k] for k in ('device', 'date')}
+        about = x.results['about']
+        about['command'] = [*(about['command'] if isinstance(about['command'], list) else [about['command']]), other['about']['command']]
+        for k in ('device', 'note', 'date'): about[k] = together([about[k], other['about'][k]])
 
 def part_autoround(x):
     "What autoround.py wrote; the embedding, which AutoRound leaves as it is, at several widths by min-max"
@@ -372,6 +383,7 @@ def main():
     p.add_argument('--bases', default='3,4,5', help="of Unsloth's rules")
     p.add_argument('--rounded', default='', help='RECIPE=FOLDER of what autoround.py wrote, comma separated')
     p.add_argument('--widths', default='6g64,4g64,3g64', help="of AutoRound's embedding; `as it is` leaves it")
+    p.add_argument('--joined', default='', help='files of this script, comma separated')
     p.add_argument('--oq', help="oMLX's oq.py")
     p.add_argument('--levels', default='3,3.5,4,5,3@4,4@5', help='of oQ; level@bits gives it another target')
     p.add_argument('--ours', default='nbs/results/peers-smollm2.json', help='rows to compare with')

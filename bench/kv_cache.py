@@ -36,7 +36,7 @@ from optiq.kv.sweep import configurations, _helped, joint_plan, kv_sweep
 from optiq.models import Checkpoint
 from optiq.measure.sweep import Sweep
 from optiq.material.tiny import tiny
-from optiq.refine import _alternatives, improve, _joint_kl
+from optiq.refine import _alternatives, _improve, _joint_kl
 
 GPU = mx.default_device().type == mx.DeviceType.gpu
 
@@ -128,7 +128,7 @@ def searched(b, tokens, sweep, base):
     tried = {'allocated': plan, 'uniform': base} | _alternatives(q, plan)
     kl = _joint_kl(b, tokens, tried)
     best = min(tried, key=lambda n: kl[n].mean())
-    best, history = improve(b, tokens, q, tried, kl, best, 0, 1, quantize_dequantize)
+    best, history = _improve(b, tokens, q, tried, kl, best, 0, 1, quantize_dequantize)
     best = min(tried, key=lambda n: kl[n].mean())
     return tried[best], dict(kept=best, rounds=history, joint={n: float(kl[n].mean()) for n in tried})
 

@@ -121,7 +121,6 @@ STREAM = """
 import sys, resource, numpy as np
 from optiq.backends.stream import StreamingBackend
 from optiq.models import Checkpoint
-from optiq.rounding import as_overrides, round_model
 from optiq.sensitivity import kl_sweep
 c = Checkpoint(sys.argv[1])
 ids = np.random.default_rng(0).integers(0, c.vocabulary, (1, 16)).astype(np.int32)

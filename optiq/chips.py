@@ -10,6 +10,7 @@ __all__ = ['Speed', 'measure_decode', 'hollow', 'measure_plan', 'machine_name', 
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -343,11 +344,13 @@ def save_chip(
     points: list, # calibration points, the newest last
     file: Path,
 ):
-    "Write a measured `chip` and its calibration points to `file`, which appears only when it is complete"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    "Write a measured `chip` and its calibration points to `file`, all at once; warns if it cannot be written"
     part = file.with_name(f'{file.name}.{os.getpid()}')
-    write_json(part, dict(optiq='chip', chip=asdict(chip), points=points))
-    part.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(part, dict(optiq='chip', chip=asdict(chip), points=points))
+        part.replace(file)
+    except OSError as e: warnings.warn(f'what we measured of this chip is not kept, so we measure it again next time: {e}')
 
 # %% ../nbs/20a_chips.ipynb #93831ef9
 _CHIP = {k: number(0, 1e12) for k in ('bandwidth', 'dispatch', 'constant', 'host', 'host_constant', 'launch')}

@@ -7,6 +7,7 @@ __all__ = ['what_fits']
 
 # %% ../nbs/21_fit.ipynb #72a8ecd0
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from math import ceil
@@ -82,8 +83,12 @@ class _Outline(_Listing):
         if self.dtype != 'bfloat16': super().__init__(self._built(self.dtype))
 
     def _built(self, dtype: str):
-        try: return skeleton(self.config, dtype)
-        except Exception as e: raise ValueError(f'{self.name}: mlx-lm cannot build a model of type '
+        with self.naming('build'): return skeleton(self.config, dtype)
+    @contextmanager
+    def naming(self, what: str): # what mlx-lm should do
+        "While this lasts, an error names the model and its type"
+        try: yield
+        except Exception as e: raise ValueError(f'{self.name}: mlx-lm cannot {what} a model of type '
             f'{self.config.get("model_type", "unknown")!r} from its config.json: {told(e)[:200]}') from e
     def load(self): return self._built(self.dtype)
 
@@ -237,7 +242,7 @@ def what_fits(
                           here=None if memory else _here()[1]))
 
 # %% ../nbs/21_fit.ipynb #04faef80
-def _cache_bytes(c, context: int) -> int: # of a Checkpoint or _Outline
+def _cache_bytes(c, context: int) -> int: # of an _Outline
     "Bytes of the unquantized cache after so many tokens"
     def held(x): return min(context, getattr(x, 'max_size', None) or context)
-    return int(sum(bytes_after(x, held(x)) for x in leaf_caches(c.load())))
+    with c.naming('run'): return int(sum(bytes_after(x, held(x)) for x in leaf_caches(c.load())))

@@ -170,7 +170,7 @@ def allocate(
 @_checked
 def why(self: Plan,
     unit: 'str | Unit', # or its path
-    sweep: SweepLike, # Sweep of the same model
+    sweep: SweepLike, # of the same model
 ) -> _Reason:
     "What we measured for a unit, the KL that a byte is worth, and the sizes at which its format would change"
     path = getattr(unit, 'path', unit)

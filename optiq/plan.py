@@ -20,9 +20,8 @@ from fastcore.basics import patch
 
 from .formats import ALL_FORMATS, AS_IS, FORMAT, Format, config_entry, parse_format
 from .units import HasUnits, SweepLike, Unit, read_units
-from .readers import NAME, OBJECT, PROSE, TEXT, _helpful, _html_table, dumps, known, maybe, number, one_of, read_ours
-from .readers import whole
-from .readers import _checked, _near
+from .readers import NAME, OBJECT, PROSE, TEXT, _checked, _helpful, _html_table, dumps, known, maybe, _near
+from .readers import number, one_of, read_ours, whole
 from .labels import Axes
 
 # %% ../nbs/05_plan.ipynb #d51d1bf9

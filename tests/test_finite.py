@@ -124,6 +124,18 @@ def test_predictions_that_are_no_numbers_are_not_taken_from_the_disk(models, tmp
     np.save(file, z)
     with pytest.raises(ValueError, match='remove it'): score_against(reference(b, tokens, None, tmp_path), b, tokens)
 
+@pytest.mark.parametrize('damage', [lambda b: b[:-9], lambda b: b'', lambda b: b'hello'])
+def test_damaged_predictions_are_named_with_the_remedy(models, tmp_path, damage):
+    tokens, b = np.arange(2, 18)[None], open_backend(models['llama']/'whole')
+    folder = reference(b, tokens, 4, tmp_path).folder
+    for file in sorted(folder.glob('*.*')):
+        whole = file.read_bytes()
+        file.write_bytes(damage(whole))
+        with pytest.raises(ValueError, match=f'^{folder} holds a damaged .*; remove the folder') as e: reference(b, tokens, 4, tmp_path)
+        assert '\n' not in str(e.value)
+        file.write_bytes(whole)
+    assert reference(b, tokens, 4, tmp_path).perplexity > 1
+
 def test_items_that_are_no_numbers():
     for f in (lambda: mean_figure('kl', [1., nan]), lambda: _paired([1., 2.], [nan, 2.])):
         with pytest.raises(ValueError, match='not a number'): f()

@@ -65,6 +65,9 @@ def test_quantized_and_unknown_models_are_refused(bare):
     with pytest.raises(ValueError, match='quantized already .*; give the model that it was made from'): _Outline(bare)
     (bare/'config.json').write_text(json.dumps(config | dict(model_type='no_such')))
     with pytest.raises(ValueError, match="cannot build a model of type 'no_such' from its config.json"): _Outline(bare)
+    for odd in dict(num_key_value_heads=0), dict(rope_theta=[]): # it can be built, and no token goes through it
+        (bare/'config.json').write_text(json.dumps(config | odd))
+        with pytest.raises(ValueError, match='mlx-lm cannot (build|run) a model of type .* from its config.json'): what_fits(bare, context=64)
 
 @pytest.mark.parametrize('given, size', [('16GB', 16*GB), ('16', 16*GB), ('1.5 gb', 3*GB//2), ('800MiB', 800*2**20)])
 def test_sizes(given, size, bare):

@@ -92,6 +92,10 @@ def test_quantized_weights_are_in_place_during_the_sweep(backend, tokens, sweep)
     want = kl_divergence(backend.xp, z, backend.logits(tokens, change)).mean().item()
     assert on_quantized.kl(*key) == pytest.approx(want, rel=1e-3) and on_quantized.kl(*key) != pytest.approx(sweep.kl(*key), rel=1e-3)
 
+def test_a_token_alone_attends_to_itself(backend, tokens):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='keys changed nothing: a token alone .*`seq_len`'):
+        kv_sweep(backend, tokens[:, :1], [3], progress=False)
+
 def test_a_perturbation_that_never_arrives_is_refused(backend, tokens, monkeypatch):
     from contextlib import nullcontext
     monkeypatch.setattr(TorchBackend, 'attention', lambda self, changes: nullcontext())

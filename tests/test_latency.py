@@ -212,6 +212,7 @@ def test_random_weights_stand_in_for_every_format(reads, demo):
 def test_a_saved_chip_comes_back_and_another_file_is_refused(tmp_path):
     chip = Chip('c', 10, factors={'4g64': [[8, 64, 1.5]], 'kv': 1.}, measured=True)
     save_chip(chip, [dict(name='x')], tmp_path/'a'/'c.json')
+    with pytest.warns(UserWarning, match='is not kept, so we measure it again'): save_chip(chip, [], tmp_path/'a'/'c.json'/'d.json')
     assert load_chip(tmp_path/'a'/'c.json') == (chip, [dict(name='x')])
     assert [p.name for p in (tmp_path/'a').iterdir()] == ['c.json']
     for text in ('{"optiq": "chip"', '[]', '{"optiq": "plan"}'):

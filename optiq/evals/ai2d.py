@@ -173,7 +173,7 @@ def _judged(row: dict, response: str | None, logprobs) -> dict:
 @claiming
 @_checked
 def ai2d(
-    model: 'str | Checkpoint | Backend', # name, Checkpoint or backend
+    model: 'str | Checkpoint | Backend', # the model, or its name
     n: int | None = None, # questions; None takes all
     questions: 'str | Path | list | None' = None, # a source, see `questions_of`, or its rows; AI2D by default
     free: bool = True, # also score what the model writes

@@ -21,7 +21,7 @@ from ..files import whole_folder
 from ..measure.kl import _inside, kl_rows, logit_slices
 from ..measure.log import _bar
 from ..models import Checkpoint
-from ..readers import read_ours, write_json, _checked
+from ..readers import maybe, read_ours, told, whole, write_json, _checked
 
 # %% ../../nbs/32_evals.kl.ipynb #7517f973
 def _merged(
@@ -69,10 +69,13 @@ class _Reference:
     def perplexity(self): return float(np.exp(self.scored.mean()))
     @classmethod
     def load(cls, folder):
-        about = read_ours(Path(folder)/'about.json', 'reference')
         load = lambda name: np.load(Path(folder)/f'{name}.npy', mmap_mode='r', allow_pickle=False)
-        return cls(Path(folder), about, load('logits'), load('ids') if about['top_k'] else None, load('nll'),
-                   load('best'))
+        try:
+            about = read_ours(Path(folder)/'about.json', 'reference', dict(top_k=maybe(whole())))
+            return cls(Path(folder), about, load('logits'), load('ids') if about['top_k'] else None, load('nll'),
+                       load('best'))
+        except (OSError, ValueError, EOFError) as e: raise ValueError(
+            f'{folder} holds a damaged reference ({told(e)}); remove the folder, and we make it again') from None
 
 # %% ../../nbs/32_evals.kl.ipynb #45d840b9
 @_checked
@@ -134,7 +137,7 @@ def _check_foreign(stored: _Reference, c: Checkpoint, tokens: np.ndarray):
 @_checked
 def score_against(
     stored: _Reference,
-    model: 'str | Checkpoint | Backend', # name, Checkpoint or Backend
+    model: 'str | Checkpoint | Backend', # the model, or its name
     tokens: 'np.ndarray | list', # (n, T), those of the reference
     overrides: dict = {}, # of a plan
 ) -> Score:

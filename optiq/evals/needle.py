@@ -99,7 +99,7 @@ def _through_cache(b, prompt, answer, cache, step=2048):
 # %% ../../nbs/37_evals.needle.ipynb #60099a92
 @_checked
 def needle(
-    model: 'str | Checkpoint | Backend', # name, Checkpoint or Backend
+    model: 'str | Checkpoint | Backend', # the model, or its name
     lengths: tuple = (128, 256, 512, 1024), # tokens
     depths: tuple = (0., .25, .5, .75, 1.),
     trials: int = 40, # of each length and depth

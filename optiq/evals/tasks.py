@@ -125,7 +125,7 @@ def _parts(which, lengths: list, room: int): # of indices
 # %% ../../nbs/33_evals.tasks.ipynb #3f4251e5
 @_checked
 def answers(
-    model: 'str | Checkpoint | Backend', # name, Checkpoint or Backend
+    model: 'str | Checkpoint | Backend', # the model, or its name
     rows: list, # of dicts with `prompt` and `answer`
     overrides: dict = {}, # of a plan, see `optiq.evals.perplexity.overrides_of`
     new_tokens: int = 200, # at most

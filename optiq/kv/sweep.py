@@ -44,9 +44,10 @@ def _check_candidates(b, layout: KVLayout, formats: list):
 def _check_heard(sweep: Sweep, b):
     "Raise ValueError if a quantized unit changed nothing: then this model's attention does not read it there"
     dead = [p for (p, _), v in sweep.values.items() if not v.any()]
-    if dead: raise ValueError(
-        f'{dead[0]} at {len(dead)} formats changed nothing: attention of this model does not pass through '
-        f'the {b.name} backend; use the other one')
+    if dead: raise ValueError(f'{dead[0]} changed nothing: '+(
+        'a token alone attends to itself, whatever its key; give sequences of two tokens or more (`seq_len`)'
+        if sweep.header['shape'][1] < 2 else
+        f'attention of this model does not pass through the {b.name} backend; use the other one'))
 
 # %% ../../nbs/11f_kv.sweep.ipynb #d864fc27
 @_checked
@@ -207,7 +208,7 @@ def _as_rounded(b, plan: Plan, sweep: Sweep) -> dict: # overrides
 # %% ../../nbs/11f_kv.sweep.ipynb #1046c8f7
 @_checked
 def joint_plan(
-    b: Backend, # Backend
+    b: Backend, # the model
     tokens: 'np.ndarray | list', # (n, T) calibration tokens
     max_bytes: float, # weights and cache
     context: int, # tokens
@@ -253,7 +254,7 @@ def _every_pair(
 # %% ../../nbs/11f_kv.sweep.ipynb #04092a3b
 @_checked
 def configurations(
-    b: Backend, # Backend
+    b: Backend, # the model
     scored: 'np.ndarray | list', # (n, T) evaluation tokens
     joint: dict, # of `joint_plan`
     kv_formats: list, # uniform caches to compare with

@@ -204,7 +204,7 @@ def _seconds_of_reading(b: Backend) -> tuple:
 # %% ../../nbs/04b_measure.estimate.ipynb #efb54501
 @_checked
 def estimate(
-    model: 'str | Checkpoint | Backend', # name, Checkpoint or Backend
+    model: 'str | Checkpoint | Backend', # the model, or its name
     formats = ('4g64', '8g64'), # candidates
     tokens: 'np.ndarray | list | tuple' = (8, 128), # calibration tokens, samples, or the shape of tokens
     max_memory: float | None = None, # bytes

@@ -129,7 +129,7 @@ def _plot_contexts(memory: list, ax):
 # %% ../../nbs/60_show.plots.ipynb #ed544f0f
 @_checked
 def plot_kv_analysis(
-    sweep: Sweep, # Sweep of keys and values
+    sweep: Sweep, # of keys and values
     plan: Plan, # of the same
     memory: list, # of dicts: context, fp16_bytes, bytes, as `memory_table` gives them
     axes: 'np.ndarray | list[Axes] | None' = None, # three to draw on; new ones by default

@@ -193,7 +193,8 @@ class Bench:
             self.save('folds', parts)
             if (cap, encoder, held) == ('decoder', True, self.folds()[0]): self.saved(plan, rounded, held, done)
         others = [r for r in self.found.get('optiq', []) if not mine(r)]
-        self.save('optiq', others+[dict(name=name, again=self.day()) | self.joined([p for p in parts if mine(p)], cap)])
+        heard = f'{len(self.heard)-len(self.folds()[0])} clips'+'; the decoder also on synthesised speech'*bool(self.spoken)
+        self.save('optiq', others+[dict(name=name, rounded_on=heard, again=self.day()) | self.joined([p for p in parts if mine(p)], cap)])
 
     def saved(self, plan, rounded, held, done): # by mlx-audio alone, in a process of its own
         with TemporaryDirectory() as folder:

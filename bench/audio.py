@@ -13,7 +13,8 @@
 `saved`     one of these models, converted, opened by mlx-audio in a process of its own
 `decoder`   the decoder alone at several sizes, with each rounding, cross-validated likewise
 
-Every part is written when it is done, and one that is there is not done again; with --again the rows that `gptq` rounds are. On a Linux CPU preload OpenBLAS: MLX's own
+Every part is written when it is done, and one that is there is not done again; with --again the rows that
+`gptq` rounds are, and each says on which day. On a Linux CPU preload OpenBLAS: MLX's own
 BLAS is twenty times slower.
 """
 import argparse
@@ -103,11 +104,8 @@ class Bench:
         with self.b.swapped(overrides): done = write_down(lambda c: transcribe(self.b.model, c.audio), [self.heard[i] for i in which])
         return list(kl), done
 
-    def forget(self, command):
-        "Measure the rows of gptq once more; all others stay"
-        for k in ('folds', 'optiq', 'saved'): self.found.pop(k, None)
-        self.found['decoder'] = [r for r in self.found.get('decoder', []) if r['rounding'] != 'gptq']
-        self.save('about', self.found['about'] | dict(again=dict(rows='gptq', command=command, **machine())))
+    def day(self): # when the rows of gptq were measured again, if they were
+        return self.found['about'].get('again', {}).get('date')
 
     def sizes(self, plan): return dict(nominal_bpw=plan.nominal_bpw, true_bpw=plan.true_bpw, size_mb=plan.size_mb, bytes=plan.nbytes)
 
@@ -179,8 +177,9 @@ class Bench:
         return self.carried(kl, _errors[key]), (mine, self.spoken)
 
     def optiq(self, cap, encoder): # at the bytes of uniform 4 bits in which scope; whether the encoder may change
-        name, parts = 'optiq, gptq'+', encoder too'*(encoder and cap == 'decoder'), self.found.get('folds', [])
+        name = 'optiq, gptq'+', encoder too'*(encoder and cap == 'decoder')
         mine = lambda r: (r['scope'], r['name']) == (cap, name)
+        parts = [p for p in self.found.get('folds', []) if not mine(p) or p.get('again') == self.day()]
         for held in self.folds():
             if any(mine(p) and p['held'] == held for p in parts): continue
             start, (sweep, samples) = time.perf_counter(), self.learned(held)
@@ -190,11 +189,12 @@ class Bench:
             kl, done = self.score(as_overrides(rounded), held)
             parts.append(dict(scope=cap, name=name, held=held, kl=[float(k) for k in kl], done=done,
                               counts={str(f): k for f, k in plan.counts().items()}, embedding=str(plan['decoder.token_embedding']),
-                              predicted_kl=plan.predicted_kl, seconds=took, **self.sizes(plan)))
+                              predicted_kl=plan.predicted_kl, seconds=took, again=self.day(), **self.sizes(plan)))
             self.save('folds', parts)
             if (cap, encoder, held) == ('decoder', True, self.folds()[0]): self.saved(plan, rounded, held, done)
         others = [r for r in self.found.get('optiq', []) if not mine(r)]
-        self.save('optiq', others+[dict(name=name) | self.joined([p for p in parts if mine(p)], cap)])
+        heard = f'{len(self.heard)-len(self.folds()[0])} clips'+'; the decoder also on synthesised speech'*bool(self.spoken)
+        self.save('optiq', others+[dict(name=name, rounded_on=heard, again=self.day()) | self.joined([p for p in parts if mine(p)], cap)])
 
     def saved(self, plan, rounded, held, done): # by mlx-audio alone, in a process of its own
         with TemporaryDirectory() as folder:
@@ -215,7 +215,8 @@ class Bench:
         rest, params = self.of_scope('all', AS_IS).nbytes-sum(u.nbytes(AS_IS) for u in decoder), sum(u.params for u in decoder)
         for bits in sizes:
             for rounding in ('minmax', 'search', 'gptq'):
-                if any((r['bits'], r['rounding']) == (bits, rounding) for r in rows): continue
+                same = lambda r: (r['bits'], r['rounding']) == (bits, rounding)
+                if any(same(r) and (rounding != 'gptq' or r.get('again') == self.day()) for r in rows): continue
                 start, kl, true = time.perf_counter(), {}, []
                 for held in self.folds():
                     sweep, samples = self.learned(held)
@@ -225,7 +226,8 @@ class Bench:
                     true.append((plan.nbytes-rest)*8/params)
                 by_clip = [kl[i] for i in sorted(kl)]
                 k = mean_figure('kl', by_clip)
-                rows.append(dict(bits=bits, rounding=rounding, true_bpw=max(true), seconds=time.perf_counter()-start,
+                rows = [r for r in rows if not same(r)]
+                rows.append(dict(bits=bits, rounding=rounding, again=self.day() if rounding == 'gptq' else None, true_bpw=max(true), seconds=time.perf_counter()-start,
                                  kl=k['kl'], kl_se=k['kl_se'], kl_by_clip=[float(f'{v:.5g}') for v in by_clip]))
                 self.save('decoder', rows)
 
@@ -259,7 +261,7 @@ def main():
         computed='float32, weights after the round trip', clips=[dict(name=c.name, seconds=round(c.seconds, 1), said=c.text,
         scored=int(s['scored'].sum())) for c, s in zip(bench.heard, bench.samples)]))
     if 'fidelity' not in bench.found: bench.fidelity()
-    if args.again: bench.forget(command)
+    if args.again: bench.save('about', bench.found['about'] | dict(again=dict(command=command, **machine())))
     bench.uniform([4])
     bench.sweep()
     for cap, encoder in (('decoder', True), ('all', True), ('decoder', False)): bench.optiq(cap, encoder)

@@ -166,7 +166,7 @@ def main():
     for name in args.only.split(','):
         start = time.time()
         made, kept = globals()[name](args, b), name if name == 'sweep' else 'compare'
-        done[kept] = dict(about=about | dict(command='python '+' '.join(sys.argv), seconds=round(time.time()-start))) | made
+        done[kept] = dict(about=about | dict(command=' '.join(['python bench/vlm.py', *(Path(a).name if a.startswith('/') else a for a in sys.argv[1:])]), seconds=round(time.time()-start))) | made
         args.o.parent.mkdir(parents=True, exist_ok=True)
         args.o.write_text(json.dumps(done, indent=1)+'\n')
         print(name, f'{time.time()-start:.0f} s', flush=True)

@@ -101,7 +101,7 @@ def plain(v) -> str:
 BLUE, ORANGE, GREEN, GREY, PINK, YELLOW, SKY = '#0072B2', '#D55E00', '#009E73', '#666666', '#CC79A7', '#B8860B', '#56B4E9' # told apart by colour-blind eyes
 
 def smollm2_rows() -> dict: # name ▸ row
-    "What tools made of SmolLM2-135M, scored with these 64 sequences or the first 16 of them; rules that we applied for a tool are no such row"
+    "What tools made of SmolLM2-135M, scored with these 64 sequences; rules that we applied for a tool are no such row"
     ours, others = result('peers-smollm2'), result('kquants-smollm2')
     assert all(ours['about'][k] == others['about'][k] for k in ('model', 'test'))
     rows = others['rows'] | ours['rows']
@@ -114,6 +114,7 @@ def smollm2_series() -> dict: # label ▸ dict of colour, marker, line, points (
     def those(label, test, **look):
         mine = [n for n in left if test(n)]
         out[label] = look | dict(points=sorted((r['true_bpw'], r['kl'], r['kl_se'], n) for n, r in ((n, left.pop(n)) for n in mine)))
+    def mine(rounding): return lambda n: n.startswith('ours ') and n.split()[2:] == [rounding]
     def has(start, *ends): return lambda n: n.startswith(start) and (not ends or n.endswith(ends))
     those('uniform, rounded as ours by search or GPTQ', has('uniform', ' search', ' gptq'), color=GREY, marker='s', hollow=True)
     those('uniform, min-max', has('uniform'), color=GREY, marker='s')
@@ -122,9 +123,9 @@ def smollm2_series() -> dict: # label ▸ dict of colour, marker, line, points (
     those('K-quants with importance matrix', lambda n: n.startswith('across') and 'imatrix' in n, color=ORANGE, marker='D')
     those('K-quants without', has('across'), color=ORANGE, marker='D', hollow=True)
     those('other MLX tools', lambda n: n.startswith(('mlx-', 'oMLX', 'jang')), color=YELLOW, marker='x')
-    those('OptiQ, min-max rounding', has('ours', 'minmax'), color=SKY, marker='o', line=True)
-    those('OptiQ (search, the default)', has('ours', 'search'), color=BLUE, marker='o', line=True)
-    those('OptiQ, GPTQ rounding', has('ours', 'gptq'), color=GREEN, marker='o', line=True)
+    those('OptiQ, min-max rounding', mine('minmax'), color=SKY, marker='o', line=True)
+    those('OptiQ (search, the default)', mine('search'), color=BLUE, marker='o', line=True)
+    those('OptiQ, GPTQ rounding', mine('gptq'), color=GREEN, marker='o', line=True)
     return {label: s for label, s in out.items() if s['points']}
 
 def frontier(ax=None):
@@ -145,11 +146,14 @@ def frontier(ax=None):
     _label(ax, named, color=GREY)
     return ax
 
+def our_rows(name: str, rounding: str) -> list:
+    "OptiQ's rows by size, rounded as they were measured"
+    return sorted((r for n, r in result(name)['rows'].items() if n.startswith('ours ') and n.split()[2:] == [rounding]), key=lambda r: r['true_bpw'])
+
 def against(r: dict, rounding: str, name: str = 'peers-smollm2') -> tuple | None: # bits, KL of ours, ratio, verdict
     "A row beside OptiQ at its bytes, sequence by sequence; log KL between two of our rows runs straight, above the largest it is that row's"
     import numpy as np
-    ours = sorted((o for n, o in result(name)['rows'].items() if n.startswith('ours') and n.endswith(f' {rounding}')),
-                  key=lambda o: o['true_bpw'])
+    ours = our_rows(name, rounding)
     bits = min(r['true_bpw'], ours[-1]['true_bpw'])
     low, high = next(((a, b) for a, b in zip(ours, ours[1:]) if a['true_bpw'] <= bits <= b['true_bpw']), (None, None))
     if low is None: return None
@@ -179,8 +183,8 @@ def beside(rows: dict, ours: str = 'peers-smollm2') -> Markdown:
                  [[n.removeprefix('across '), f'{r["true_bpw"]:.2f}', pm(r['kl'], r['kl_se'], '.4f'), *cells(r)] for n, r in found])
 
 def measured(name: str, test=lambda n: True) -> dict:
-    "Rows with a KL, up to 6.7 bits"
-    return {n: r for n, r in result(name)['rows'].items() if r.get('kl') and r['true_bpw'] < 6.7 and r.get('chosen', True) and test(n)}
+    "Rows with a KL, up to 7.5 bits"
+    return {n: r for n, r in result(name)['rows'].items() if r.get('kl') and r['true_bpw'] < 7.5 and r.get('chosen', True) and test(n)}
 
 def beside_kquants() -> Markdown:
     "llama.cpp, AutoRound and oMLX"
@@ -209,7 +213,7 @@ def lower_in(kind: str, rows: dict, ours: str = 'peers-smollm2') -> str:
     "How often OptiQ lies below these rows, in one sentence for each rounding"
     lines = []
     for rounding, name in (('gptq', 'GPTQ rounding'), ('search', 'search, the default rounding,')):
-        top = max(r['true_bpw'] for n, r in result(ours)['rows'].items() if n.startswith('ours') and n.endswith(f' {rounding}'))
+        top = our_rows(ours, rounding)[-1]['true_bpw']
         k = [r for n, r in rows.items() if r['true_bpw'] <= top+.001 and not beaten(n, rows)] # our cap of 6.569 stands for Q6_K's 6.5691
         verdicts = [against(r, rounding, ours) for r in k]
         ratios = [v[2] for v in verdicts]
@@ -226,14 +230,6 @@ def wins() -> Markdown:
                  '(`bench/peers/kquants.py` says how). What llama.cpp itself writes is larger.')
     return Markdown('\n\n'.join(lines))
 
-def first_sixteen() -> Markdown:
-    "Rows with fewer sequences are compared on those; how much do they differ from all?"
-    rows = [r for n, r in result('peers-smollm2')['rows'].items() if n.startswith('ours') and r.get('kl_first16')]
-    ratio, few = [r['kl_first16']/r['kl'] for r in rows], [r for r in measured('kquants-smollm2').values() if r.get('sequences') == 16]
-    return Markdown(f'{len(few)} of the {len(measured("kquants-smollm2"))} rows of these tools are scored on the first 16 of the 64 sequences. On these 16, '
-                    f'OptiQ\'s rows have {min(ratio):.2f} to {max(ratio):.2f} of their KL on all 64. So you can compare the two kinds of marks in the '
-                    'figure to within a few percent. The table compares on the same sequences.')
-
 PER_BIT = 134_515_008/8/2**20 # MB of SmolLM2-135M for each bit per weight
 
 def readable(name: str) -> str:
@@ -242,14 +238,26 @@ def readable(name: str) -> str:
 
 # ---- other models, other texts
 
-def settings_tried(name: str) -> Markdown:
-    "Rows of a tool whose settings were tried, with the KL that chose among them"
-    found = {n: r for n, r in result(name)['rows'].items() if 'held_kl' in r}
-    assert all(sum(r['chosen'] for n, r in found.items() if r['true_bpw'] == bits) == 1 for bits in {r['true_bpw'] for r in found.values()})
-    rows = dict(sorted(found.items(), key=lambda c: (c[1]['true_bpw'], c[1]['learning_rate'])))
+def settings_tried(name: str, tools: str = r'mlx-lm dwq \S+, rate') -> Markdown:
+    "Rows of tools whose settings were tried, with the KL that chose among them"
+    found = {n: r for n, r in result(name)['rows'].items() if 'held_kl' in r and re.match(tools, n)}
+    rows = sorted(found.items(), key=lambda c: (c[0].split(',')[0].split(' ')[1], c[1]['true_bpw'], c[1].get('learning_rate', 0), c[0]))
     return table(['setting', 'true bits', 'KL on held-out calibration text', 'KL on the test text', 'chosen', 'seconds'],
                  [[n, f'{r["true_bpw"]:.2f}', pm(r['held_kl'], spec='.4f'), pm(r['kl'], r['kl_se'], '.4f'), 'yes' if r['chosen'] else '', f'{r["seconds"]:.0f}']
-                  for n, r in rows.items()])
+                  for n, r in rows])
+
+def plans_of_search(models: dict) -> Markdown: # file ▸ what it says
+    "Plans of a search sweep saved with gptq, beside plans of a gptq sweep: KL, paired difference, and what was forecast"
+    import numpy as np
+    lines = []
+    for name, says in models.items():
+        rows = result(name)['rows']
+        for bits in (6.569, 6, 5, 4.5, 4, 3.5, 3):
+            mine, other = rows[f'ours {bits:g} gptq'], rows[f'ours {bits:g} search, saved with gptq']
+            d = np.subtract(other['kl_each'], mine['kl_each'])
+            lines.append([says, f'{mine["true_bpw"]:.2f}', pm(other['kl'], other['kl_se'], '.4f'), pm(mine['kl'], mine['kl_se'], '.4f'),
+                          f'{d.mean():+.5f} ± {d.std(ddof=1)/len(d)**.5:.5f}', f'{other["kl"]/mine["kl"]:.2f}', f'{other["kl"]/rows[f"ours {bits:g} search"]["kl"]:.2f}', f'{other["predicted_kl"]/other["kl"]:.1f}'])
+    return table(['model', 'true bits', 'KL, sweep with search', 'KL, sweep with gptq', 'difference', 'ratio', 'over its plan saved with search', 'forecast over KL'], lines)
 
 def over_own(name: str) -> dict: # calibration ▸ ratio
     "Geometric mean, over the texts that were scored, of the KL over that of a calibration on the scored text itself"
@@ -270,7 +278,7 @@ METHODS = {'uniform 4 bits, min-max': 'uniform 4g64', 'uniform nvfp4': 'uniform 
 
 def by_method(name: str) -> dict: # method ▸ row at 4.5 bits
     rows = result(name)['rows']
-    best = next(r for n, r in rows.items() if n.startswith('mlx-lm dwq 4g64') and r.get('chosen'))
+    best = next(r for n, r in rows.items() if n.startswith('mlx-lm dwq 4g64,') and r.get('chosen'))
     return {m: rows[n] if n else best for m, n in METHODS.items()}
 
 def order_of_methods(models: dict) -> Markdown:

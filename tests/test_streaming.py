@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from optiq import statistics
 from optiq.backends.mlx import MLXBackend
 from optiq.backends.open import _within, open_backend
 from optiq.backends.stream import StreamedModel, StreamingBackend
@@ -17,6 +18,7 @@ from optiq.material.tiny import tiny
 from optiq.models import Checkpoint
 from optiq.pipeline import compare
 from optiq.plan import uniform
+from optiq.rounding import round_model
 from optiq.score import run_task
 from optiq.sensitivity import kl_sweep
 
@@ -50,6 +52,23 @@ def test_streaming_takes_the_way_that_the_blocks_allow(models, name):
     b, whole = open_backend(c, 'stream'), MLXBackend(c)
     assert type(b) is (StreamingBackend if name in CHAINS else StreamedModel) and whole.chain == (name in CHAINS)
     assert np.allclose(replayed(b), replayed(whole), atol=1e-4)
+
+def test_what_gptq_keeps_of_a_block_counts_under_a_cap(models, monkeypatch):
+    "Inputs of the full-precision model are kept if they fill an eighth of the cap at most; else the block runs again for them"
+    c, cap = models('llama'), 2**24
+    tokens, plan = np.random.default_rng(0).integers(11, 500, (48, 64)).astype(np.int32), uniform(c, '4g32')
+    def rounded():
+        b = open_backend(c, 'stream')
+        b.keep_to(cap)
+        gc.collect(), mx.clear_cache(), mx.reset_peak_memory()
+        before, found = mx.get_active_memory(), {}
+        for path, r in round_model(b, tokens, plan): found[path] = np.array(r.codes)
+        return mx.get_peak_memory()-before, found
+    peak, mine = rounded()
+    monkeypatch.setattr(statistics._KeptInputs, 'nbytes', 0) # as if it were nothing
+    more, kept = rounded()
+    assert peak < cap and more-peak > 6*48*64*c.config['hidden_size'], (peak, more)
+    assert np.mean([(mine[p] == kept[p]).mean() for p in plan]) > .99
 
 @pytest.mark.parametrize('rounding', ['minmax', 'search'])
 def test_a_sweep_of_a_model_that_is_no_chain(models, rounding):

@@ -56,6 +56,7 @@ if __name__ == '__main__':
     remember_probes(folder/'remembered')
     from optiq import job
     job._LEARNED = 2
+    gc.freeze() # what was imported is no garbage
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('ignore')
         warnings.simplefilter('always', Wrong)

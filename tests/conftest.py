@@ -31,4 +31,6 @@ def pytest_collection_modifyitems(items):
     "The longest files first, so that no worker waits for the other at the end"
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
-pytest_plugins = ['kv_models']
+def pytest_configure(config):
+    "What the tests of caches share; a process that only hands tests to workers does without, and need not import everything"
+    if hasattr(config, 'workerinput') or not config.getoption('numprocesses', None): config.pluginmanager.import_plugin('kv_models')

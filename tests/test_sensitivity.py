@@ -138,7 +138,19 @@ def test_the_default_method_fits_the_budget(models, monkeypatch, capsys, tmp_pat
     assert sweep(method='exact', progress=False).header['fingerprint']['quantizer'] == 'minmax' # one that is named is taken
     monkeypatch.setattr(s, 'estimate', lambda *a: 1/0)
     if chosen != 'exact': assert sweep(out=out, time_budget=1e9, progress=False).header['fingerprint']['quantizer'] == name
-    assert sweep(until='stable', progress=False).header['fingerprint']['quantizer'] == 'minmax'
+    if targets: assert sweep(until='stable', progress=False).header['fingerprint']['quantizer'] == 'minmax'
+    else:
+        with pytest.raises(ValueError, match='needs `targets`'): sweep(until='stable', progress=False)
+
+@pytest.mark.parametrize('measuring, rounding, chosen', [
+    (2000, 0, 'screened'), (2000, 100, 'gradient'), (300, 200, 'exact'), (300, 400, 'exact')])
+def test_rounding_counts_in_the_budget(models, monkeypatch, measuring, rounding, chosen):
+    "Shortcuts save measurements, not rounding: where nothing fits, the fastest of all is taken"
+    import optiq.sensitivity as s
+    monkeypatch.setattr(s, 'estimate', lambda *a: dict(seconds=measuring))
+    monkeypatch.setattr(s, '_surely_quick', lambda *a: False)
+    b, formats = TorchBackend(models['qwen3']), [Format(4), Format(8)]
+    assert s._choose_method(b, np.zeros((4, 32), int), formats, [4.5], None, None, None, None, 600., False, lambda: rounding) == chosen
 
 def test_what_is_surely_quick_is_not_timed(models, monkeypatch):
     import optiq.sensitivity as s

@@ -350,7 +350,8 @@ def save_chip(
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(part, dict(optiq='chip', chip=asdict(chip), points=points))
         part.replace(file)
-    except OSError as e: warnings.warn(f'what we measured of this chip is not kept, so we measure it again next time: {e}')
+    except OSError as e:
+        warnings.warn(f'what we measured of this chip is not kept, so we measure it again next time: {e}')
 
 # %% ../nbs/20a_chips.ipynb #93831ef9
 _CHIP = {k: number(0, 1e12) for k in ('bandwidth', 'dispatch', 'constant', 'host', 'host_constant', 'launch')}

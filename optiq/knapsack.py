@@ -142,12 +142,12 @@ def allocate(
     costs_ms: Callable | None = None, # (unit, format) ▸ milliseconds, for `max_ms`
     budgets: 'list[Budget] | tuple[Budget, ...]' = (), # further Budgets
     formats = None, # candidates; all of the sweep by default
-    protect: 'str | tuple | list | None' = (), # units that get the widest: 'embed', 'lm_head', 'first', 'last', paths
+    protect: 'str | list[str] | tuple[str, ...] | None' = (), # units that get the widest: 'embed', 'last', paths
     pin: 'dict | str | None' = None, # name ▸ the one format of these units, or 'lm_head=8g64,*.o_proj=6'
     ceiling: 'dict | str | None' = None, # name ▸ format, likewise: these get no wider one
     floor: 'dict | str | None' = None, # name ▸ format, likewise: these get no narrower one
-    leave: 'str | tuple | list | None' = (), # names of units that stay as they are
-    tie: 'str | tuple | list | Callable | None' = None, # 'qkv', 'kv', 'gate_up', or unit ▸ key
+    leave: 'str | list[str] | tuple[str, ...] | None' = (), # names of units that stay as they are
+    tie: 'str | list[str] | tuple[str, ...] | Callable | None' = None, # 'qkv', 'kv', 'gate_up', or unit ▸ key
     method: str = 'exact', # 'exact', 'lagrange' or 'greedy'
 ) -> Plan:
     """Choose a format for each unit: the plan with the least KL that keeps all caps
@@ -260,7 +260,7 @@ def _rivals_of(
 def pareto(
     sweep: SweepLike, # measured by kl_sweep, or read by load_sweep
     targets = None, # nominal bits; by default 3, 3.25 … 8, as far as the formats reach
-    profiles = ('all',), # 'compact', 'quality' or 'all', each on the targets in its range
+    profiles: 'str | list[str] | tuple[str, ...]' = ('all',), # compact, quality, all, each on the targets in its range
     **options, # of `allocate`
 ): # ▸ Frontier
     """The whole curve of size against quality: a plan for every target, with the baselines to compare with

@@ -103,10 +103,11 @@ def _parameters(where: str) -> dict: # 'pipeline.optimize' ▸ name ▸ (type, d
 # %% ../nbs/89a_options.ipynb #5385a563
 _READ = { # type of a parameter ▸ how we read its option
     'int': dict(type=int), 'float': dict(type=float), 'bool': dict(is_flag=True),
-    'str | tuple | list': dict(metavar='NAME,NAME', callback=_as_names), 'dict | str': dict(metavar='NAME=FORMAT'),
+    'dict | str': dict(metavar='NAME=FORMAT'),
     'str | Path': dict(type=click.Path(), metavar='FILE'), 'str | Path | list': dict(metavar='NAME|FILE')}
-_READ |= {'str | tuple | list | Callable': _READ['str | tuple | list'], 'Sweep | str | Path': _READ['str | Path'],
-          'str | list': _READ['str | Path | list']}
+_NAMES = 'str | list[str] | tuple[str, ...]'
+_READ |= dict.fromkeys((_NAMES, f'{_NAMES} | Callable'), dict(metavar='NAME,NAME', callback=_as_names))
+_READ |= {'Sweep | str | Path': _READ['str | Path'], 'str | list': _READ['str | Path | list']}
 
 # %% ../nbs/89a_options.ipynb #804d1bcd
 _OWN = dict( # parameter ▸ what its option does not take from it

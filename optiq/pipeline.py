@@ -292,7 +292,7 @@ def _measure_for_curve(job: _Job, formats: list, rounding: str, targets): # ▸ 
 def trade_off(
     source: 'str | Path', # 'demo', a folder, a Hub id, or a sweep file
     targets = None, # nominal bits; by default those from 3 to 8 that the formats reach
-    profiles = None, # of 'compact', 'quality' and 'all'; by default all that the formats allow
+    profiles: 'str | list[str] | tuple[str, ...] | None' = None, # of compact, quality, all; by default all that fit
     *,
     weights: Weights = Weights(), # how to choose the formats, by default among 2, 3, 4, 5, 6 and 8 bits
     texts: Texts | None = None, # the texts to measure and to score on

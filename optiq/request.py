@@ -55,12 +55,12 @@ class Weights:
         Weights(formats=[3, 4, 8], rounding='gptq', protect='embed')
     """
     formats: 'list | tuple | str | int | Format | None' = None # candidates; by default those of `sweep`, or 4 and 8
-    protect: 'str | tuple | list | None' = () # units that get the widest one: embed, lm_head, first, last, paths, kinds
+    protect: 'str | list[str] | tuple[str, ...] | None' = () # units that get the widest: embed, lm_head, first, last
     pin: 'dict | str | None' = None # the one format of units, by path or kind, such as 'lm_head=8g64,*.o_proj=6'
     ceiling: 'dict | str | None' = None # the widest format of units, such as 'embed=4'
     floor: 'dict | str | None' = None # the narrowest format of units, such as 'lm_head=6'
-    leave: 'str | tuple | list | None' = () # units that stay as they are
-    tie: 'str | tuple | list | Callable | None' = () # units that share a format: qkv, kv, gate_up
+    leave: 'str | list[str] | tuple[str, ...] | None' = () # units that stay as they are
+    tie: 'str | list[str] | tuple[str, ...] | Callable | None' = () # units that share a format: qkv, kv, gate_up
     sweep: 'Sweep | str | Path | None' = None # a saved sweep of this model, instead of a new one
     rounding: Literal['minmax', 'search', 'gptq'] | None = None # by default that of `sweep`, or 'search'
     rounding_n: int | None = None # calibration sequences that search, gptq and dwq learn from; by default 32

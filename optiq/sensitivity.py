@@ -193,7 +193,7 @@ def _check_targets(source, formats: list, targets): # source: a Checkpoint or a 
 def _check_tokens(tokens):
     "Raise ValueError for tokens that are neither a table of whole numbers nor samples of pictures or speech"
     if tokens is None: return
-    if isinstance(tokens, list) and np.iterable(next(iter(tokens), 0)): return shape_of(tokens) # it looks at each sample
+    if isinstance(tokens, list) and np.iterable(next(iter(tokens), 0)): return shape_of(tokens) # or raise
     table = np.asarray(tokens)
     if table.ndim != 2 or not table.size or not np.issubdtype(table.dtype, np.integer): raise ValueError(
         f'`tokens` has the shape {table.shape} and the type {table.dtype}, and should be a table of token ids, a row '

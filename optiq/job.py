@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/08b_job.ipynb #a2dcd4da
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -223,6 +224,16 @@ def aim(self: _Job, sweep: Sweep | None = None) -> dict: # target_bpw, or nothin
         return dict(target_bpw=_usual_bits(sweep, _USUAL['weights'], formats=self.formats, **self.weights.wishes))
     sweep = sweep or _untested(kv_layout(self.c, self.context), self.kv_formats)
     return dict(target_bpw=_usual_bits(sweep, _USUAL['cache'], tie='cache' if self.cache.tie else None))
+
+# %% ../nbs/08b_job.ipynb #74fad363
+@patch
+@contextmanager
+def counting(self: _Job):
+    "While this lasts, an error about the bytes of a cache names the tokens that we counted with"
+    try: yield
+    except ValueError as e:
+        if self.cache is None or self.caps.max_bytes is None: raise
+        raise ValueError(f'{e}; the cache is counted at {self.context:,} tokens, which `context` changes') from None
 
 # %% ../nbs/08b_job.ipynb #3e05e0d0
 def _conditions(job: _Job) -> dict: # of `allocate`

@@ -145,7 +145,7 @@ def _choose_cache(job: _Job) -> dict: # report, plan, sweep, config, figures
     options = dict(target_bpw=caps.target_bpw, true_bpw=caps.true_bpw, max_bytes=caps.max_bytes,
                    tie='cache' if job.cache.tie else None) | job.aim()
     layout = kv_layout(job.c, job.context)
-    allocate(_untested(layout, formats), **options) # raises before anything is measured if no plan fits
+    with job.counting(): allocate(_untested(layout, formats), **options) # an error before anything is measured
     b, t = job.open()
     found = planned_cache(b, t.tokens, t.scored, layout, formats, options, t.about, out, job.states_memory)
     found['figures']['model_type'] = job.c.model_type
@@ -178,8 +178,8 @@ def _choose_both(job: _Job) -> dict: # report, config, figures, and what `joint_
     "Measure, choose, score, write the model with its kv_config.json"
     c, w, out, rounding, fmts = job.c, job.weights, job.out, job.rounding, job.measured
     layout = kv_layout(c, job.context)
-    likely = _feasible(c, fmts, layout, job.kv_formats, max_bytes=job.caps.max_bytes,
-                      formats=[*job.formats, *job.kv_formats], **w.wishes)
+    with job.counting(): likely = _feasible(c, fmts, layout, job.kv_formats, max_bytes=job.caps.max_bytes,
+                                            formats=[*job.formats, *job.kv_formats], **w.wishes)
     _check_output(c, out, likely, rounding)
     if w.sweep is not None: _check_length(_load_sweep(w.sweep), job.texts.n_calibration)
     b, t = job.open(job.more)

@@ -79,6 +79,11 @@ def test_a_default_target_never_fails(model, text, tmp_path, monkeypatch, comman
     assert found.name == ('m-kv' if 'kv' in command else f'm-{plan.solver["caps"]["target_bpw"]:g}bpw')
     assert bits is None or plan.nominal_bpw <= bits == plan.solver['caps']['target_bpw']
 
+@pytest.mark.parametrize('weights', [None, Weights(rounding='minmax')])
+def test_a_cap_on_bytes_says_what_the_cache_is_counted_at(model, few, weights):
+    with pytest.raises(ValueError, match='below the smallest possible, .*; the cache is counted at 16,384 tokens, which `context` changes'):
+        optimize(model, None, Caps(max_bytes=9), weights=weights, cache=Cache(), **few)
+
 def test_nothing_to_do_is_refused():
     with pytest.raises(ValueError, match='nothing to choose'): optimize('demo', weights=None)
     assert [subject(w, c) for w, c in ((Weights(), None), (None, Cache()), (Weights(), Cache()))] == ['weights', 'a cache', BOTH]

@@ -236,12 +236,12 @@ def _expected(b, t: _Batches, job: _Job, plan, method: str | None) -> dict: # st
     once, (read, digested) = _rounding_seconds(b, t.learned, plan, job.rounding), _seconds_of_reading(b)
     walks = -(-n//plan_passes(b, probes(b.checkpoint.units, formats), (n, T))[0])
     found = {} if w.sweep is not None else dict(
-        sweep=_SHARE[method]*(cost['seconds']+walks*len(formats)*once)+(1+walks)*read+digested)
+        sweep=max(_SHARE[method]*(cost['seconds']+walks*len(formats)*once), (1+walks)*read)+digested)
     each, rows = cost['minmax'], 2 if w.compare is False else 6 # the model, what is saved, and the baselines
     plans = min(2, len(formats))*once or _PLANS*each # what learns is kept for all plans, which are much alike
-    if w.verify is not False: found['verify'] = _PLANS*n*cost['forward']+plans+read
+    if w.verify is not False: found['verify'] = max(_PLANS*n*cost['forward']+plans, read)
     kept = bool(read) and job.rounding == 'search' and w.verify is not False # codes of a streamed model
-    return found | dict(round=(0 if kept else once)+3*each, # written, and opened and compared again
+    return found | dict(round=(0 if kept else once)+3*each+read/2, # written, and opened and compared again
                         score=rows*(n_scored*cost['forward']*T_scored/T+each)+read/2) # what is saved is smaller
 
 # %% ../nbs/08b_job.ipynb #93432a60

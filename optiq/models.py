@@ -298,8 +298,10 @@ def load(self: ModelFolder, plain: bool = False): # plain: what is stored in few
 
 # %% ../nbs/01_models.ipynb #a61106c2
 def _places_of(c, block: int) -> list: # (file, name, where it begins and ends) of each tensor
-    "Where the tensors of a block are" # the block in model.layers.3.mlp.experts.17.up_proj.weight is 3
-    return [place for name, place in c.places.items() if block == next((int(p) for p in name.split('.') if p.isdigit()), None)]
+    "Where the tensors of a block are"
+    def number(name): # that of model.layers.3.mlp.experts.17.up_proj.weight is 3
+        return next((int(p) for p in name.split('.') if p.isdigit()), None)
+    return [place for name, place in c.places.items() if number(name) == block]
 
 @patch
 def digest(self: ModelFolder, block: int):

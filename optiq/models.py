@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
@@ -316,7 +316,7 @@ def _expect(self: ModelFolder, block: int):
 def _fetch(places: list):
     "Tell the system that we will read the tensors at these places"
     for file in {file for file, *_ in places}:
-        with file.open('rb') as f:
+        with suppress(OSError), file.open('rb') as f: # whoever reads it will say what is wrong
             for start, stop in (at for other, _, at in places if other == file):
                 os.posix_fadvise(f.fileno(), start, stop-start, os.POSIX_FADV_WILLNEED)
 

@@ -238,7 +238,7 @@ def _expected(b, t: _Batches, job: _Job, plan, method: str | None) -> dict: # st
     found = {} if w.sweep is not None else dict(
         sweep=max(_SHARE[method]*(cost['seconds']+walks*len(formats)*once), (1+walks)*read)+digested)
     each, rows = cost['minmax'], 2 if w.compare is False else 6 # the model, what is saved, and the baselines
-    plans = min(2, len(formats))*once or _PLANS*each # what learns is kept for all plans, which are much alike
+    plans = 3*once or _PLANS*each # what learns is kept for all plans: they are much alike, and baselines add formats
     if w.verify is not False: found['verify'] = max(_PLANS*n*cost['forward']+plans, read)
     kept = bool(read) and job.rounding == 'search' and w.verify is not False # codes of a streamed model
     return found | dict(round=(0 if kept else once)+3*each+read/2, # written, and opened and compared again

@@ -122,6 +122,7 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
         b, t.tokens, [f for f in job.measured if f != AS_IS], targets, None, None, out and journal_of(out),
         job.states_memory, w.time_budget, True)
     _announce_road(expected := _expected(b, t, job, likely, method))
+    announced = time.perf_counter()
     found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=method, targets=targets,
                         max_memory=job.states_memory)
     lowest = min(f for f in job.formats if f != AS_IS)
@@ -133,8 +134,8 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
         report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish,
                                          w.draft)
     if out is not None and w.sweep is None: journal_of(out).unlink(missing_ok=True)
-    _judge_road(expected, seconds := time.perf_counter()-start)
-    figures = _summary(report, plan, joint, v, out, seconds) | dict(expected_seconds=sum(expected.values()))
+    _judge_road(expected, (now := time.perf_counter())-announced)
+    figures = _summary(report, plan, joint, v, out, now-start) | dict(expected_seconds=sum(expected.values()))
     return dict(report=report, plan=plan, sweep=found, verified=v, figures=figures)
 
 # %% ../nbs/08_pipeline.ipynb #89ac4e54

@@ -259,12 +259,12 @@ def _expected(b, t: _Batches, job: _Job, once: float, method: str | None) -> dic
     read, digested = _seconds_of_reading(b)
     walks = _walks(b, formats, (n, T))
     found = {} if w.sweep is not None else dict(
-        sweep=_sweep_seconds(walks, n, cost['seconds'], len(formats)*once)[method]+(1+walks)*read+digested)
+        sweep=max(_sweep_seconds(walks, n, cost['seconds'], len(formats)*once)[method], (1+walks)*read)+digested)
     each, rows = cost['minmax'], 2 if w.compare is False else 6 # the model, what is saved, and the baselines
-    plans = min(2, len(formats))*once or _PLANS*each # what learns is kept for all plans, which are much alike
-    if w.verify is not False: found['verify'] = _PLANS*n*cost['forward']+plans+read
+    plans = 3*once or _PLANS*each # what learns is kept for all plans: they are much alike, and baselines add formats
+    if w.verify is not False: found['verify'] = max(_PLANS*n*cost['forward']+plans, read)
     kept = bool(read) and job.rounding == 'search' and w.verify is not False # codes of a streamed model
-    return found | dict(round=(0 if kept else once)+3*each, # written, and opened and compared again
+    return found | dict(round=(0 if kept else once)+3*each+read/2, # written, and opened and compared again
                         score=rows*(n_scored*cost['forward']*T_scored/T+each)+read/2) # what is saved is smaller
 
 # %% ../nbs/08b_job.ipynb #93432a60

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
@@ -300,8 +300,10 @@ def load(self: ModelFolder, plain: bool = False): # plain: what is stored in few
 
 # %% ../nbs/01_models.ipynb #a61106c2
 def _places_of(c, block: int) -> list: # (file, name, where it begins and ends) of each tensor
-    "Where the tensors of a block are" # the block in model.layers.3.mlp.experts.17.up_proj.weight is 3
-    return [place for name, place in c.places.items() if block == next((int(p) for p in name.split('.') if p.isdigit()), None)]
+    "Where the tensors of a block are"
+    def number(name): # that of model.layers.3.mlp.experts.17.up_proj.weight is 3
+        return next((int(p) for p in name.split('.') if p.isdigit()), None)
+    return [place for name, place in c.places.items() if number(name) == block]
 
 @patch
 def digest(self: ModelFolder, block: int):
@@ -316,7 +318,7 @@ def _expect(self: ModelFolder, block: int):
 def _fetch(places: list):
     "Tell the system that we will read the tensors at these places"
     for file in {file for file, *_ in places}:
-        with file.open('rb') as f:
+        with suppress(OSError), file.open('rb') as f: # whoever reads it will say what is wrong
             for start, stop in (at for other, _, at in places if other == file):
                 os.posix_fadvise(f.fileno(), start, stop-start, os.POSIX_FADV_WILLNEED)
 

@@ -122,6 +122,7 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
         task = _Task(b, t.tokens, tried, targets, None, log, job.states_memory)
         method = task.choose(w.time_budget, rounding != 'minmax' and (lambda: len(tried)*once))
     _announce_road(expected := _expected(b, t, job, once, method))
+    announced = time.perf_counter()
     found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=method, targets=targets,
                         max_memory=job.states_memory)
     options |= job.aim(found)
@@ -134,8 +135,8 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
         report, joint = _write_and_score(b, plan, others, t, v, out, found, job.overwrite, rounding, w.polish,
                                          w.draft)
     if out is not None and w.sweep is None: journal_of(out).unlink(missing_ok=True)
-    _judge_road(expected, seconds := time.perf_counter()-start)
-    figures = _summary(report, plan, joint, v, out, seconds) | dict(expected_seconds=sum(expected.values()))
+    _judge_road(expected, (now := time.perf_counter())-announced)
+    figures = _summary(report, plan, joint, v, out, now-start) | dict(expected_seconds=sum(expected.values()))
     return dict(report=report, plan=plan, sweep=found, verified=v, figures=figures)
 
 # %% ../nbs/08_pipeline.ipynb #89ac4e54

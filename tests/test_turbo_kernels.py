@@ -186,7 +186,7 @@ def test_a_prompt_is_stored_as_its_tokens_are(on_cpu, monkeypatch):
     for x, y in zip(stored(True), stored(False)): assert (x == y).mean() > .98
     assert [n.split('_')[1] for n in on_cpu] == ['encode']
 
-@pytest.mark.parametrize('on_cpu, bits, D', [('cuda', 4, 128), ('cuda', 3, 64), ('metal', 4, 64), ('metal', 8, 128), ('cuda', 2, 64), ('cuda', 5, 64), ('metal', 6, 64)],
+@pytest.mark.parametrize('on_cpu, bits, D', [('cuda', 4, 128), ('cuda', 3, 64), ('metal', 4, 64), ('metal', 8, 128), ('cuda', 2, 64)],
                          indirect=['on_cpu'])
 def test_unpacking_in_one_pass(bits, D, on_cpu, monkeypatch):
     monkeypatch.setattr(tk, '_FUSED', True)

@@ -197,7 +197,9 @@ def _told_of(sweep, out: str) -> tuple: # figures, text
     "The figures of a sweep, and the text for a terminal"
     rows = [dict(unit=p, format=str(f), kl=sweep.kl(p, f), se=known(sweep.se(p, f))) for p, f in sweep.values]
     figures = dict(output=out, model=sweep.header['model'], noise=sweep.header.get('noise'), rows=rows)
-    return figures, '\n'.join([repr(sweep), *_most_sensitive(rows), f'written to {out}'])
+    model, text = quote(sweep.header['model']), quote(out)
+    end = f'written to {out}; to use it:\n    optiq convert {model} --sweep {text}\n    optiq pareto {text}'
+    return figures, '\n'.join([repr(sweep), 'the most sensitive, by KL in nats:', *_most_sensitive(rows), end])
 
 # %% ../../nbs/89b_commands.make.ipynb #24ade5db
 def _most_sensitive(rows: list, n: int = 8) -> list: # lines

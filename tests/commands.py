@@ -4,7 +4,7 @@ Every optiq command goes through the real command line, with annotations checked
 command does not name have small defaults, so that all of them take about a minute; what it names is as written. All round
 the same few tensors and measure on the same text, so what was computed once is remembered.
 """
-import json, os, re, shlex, sys, time, warnings
+import gc, json, os, re, shlex, sys, time, warnings
 from functools import cache
 from pathlib import Path
 

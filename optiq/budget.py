@@ -147,7 +147,8 @@ def _options(us, table, fmts, wishes=()):
     def measured(u): return [f for f in menu if not u.keeps(f) and u.takes(f) and (u.path, f) in table]
     def kept(u): return [u.kept]*(u.stored is not None or any(map(u.keeps, menu)))
     def fits(u): return [*measured(u), *kept(u)] or [u.kept]
-    found = [f for f in fits(us[0]) if all(f in fits(u) for u in us)]
+    each = [fits(u) for u in us]
+    found = [f for f in each[0] if all(f in some for some in each)]
     if not found: raise ValueError(f'{", ".join(u.path for u in us)} are tied, but no format fits them all')
     found.sort(key=lambda f: (sum(u.nbytes(f) for u in us), by_width(f)))
     return _allowed(us, found, wishes)

@@ -39,7 +39,8 @@ class _Renamed(click.Option):
 # %% ../nbs/89a_options.ipynb #12d6e75f
 def _taken(f, given: dict) -> dict: # a function or class ▸ what it takes of the options
     "The options that have the names of its parameters"
-    return {k: v for k, v in given.items() if k in signature(f).parameters}
+    known = signature(f).parameters
+    return {k: v for k, v in given.items() if k in known}
 
 def _filled(kind, given: dict): # a class ▸ one of it
     "An object for the pipeline, from the options that have the names of its fields"

@@ -149,6 +149,7 @@ def check(
     if isinstance(form, list):
         if len(x) < len(form)-1:
             raise ValueError(f'{where} has {len(x)} entries, and should have {len(form)-1} at least')
+        if isinstance(form[0], Form) and all(map(form[0].holds, x)): return x # most are, and need no name for each place
         for i, v in enumerate(x): check(v, form[0], f'{where}[{i}]')
         return x
     lacking = [k for k in form if not k.endswith('?') and k not in x]

@@ -8,6 +8,7 @@ __all__ = ['Caps', 'Weights', 'Cache', 'subject', 'caps_for', 'Texts']
 # %% ../nbs/08a_request.ipynb #d40d86e2
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 from typing import Literal
@@ -204,9 +205,16 @@ class _Batches:
     begun: object = None # what is known of `scored` already: baselines of a streamed model, scored in verification
 
 # %% ../nbs/08a_request.ipynb #903d122e
-def _load_sweep(sweep: 'Sweep | str | Path') -> Sweep:
-    return sweep if isinstance(sweep, Sweep) else Sweep.load(sweep)
+@lru_cache(maxsize=1)
+def _read_sweep(path: 'str | Path', *state) -> Sweep: return Sweep.load(path)
 
+def _load_sweep(sweep: 'Sweep | str | Path') -> Sweep:
+    "The sweep, or what its file holds; several steps ask, and a file that did not change is read once"
+    if isinstance(sweep, Sweep): return sweep
+    if not Path(sweep).is_file(): return Sweep.load(sweep) # raises the error that says what is there
+    s = Path(sweep).stat()
+    found = _read_sweep(sweep, s.st_ino, s.st_mtime_ns, s.st_size)
+    return replace(found, header=dict(found.header)) # to which a step may add
 
 # %% ../nbs/08a_request.ipynb #6e0c51e2
 def _candidates_for(

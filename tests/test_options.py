@@ -251,3 +251,14 @@ def test_an_option_says_what_python_says(where, name):
     assert said and (inspect.Parameter.empty if default is None else ast.literal_eval(default)) == p.default
     given = p.annotation if isinstance(p.annotation, str) else inspect.formatannotation(p.annotation).replace('typing.', '')
     assert kind == re.sub(r'^Optional\[(.*)\]$', r'\1', given).removesuffix(' | None')
+
+def test_a_sweep_file_is_read_again_when_it_changed(saved, tmp_path):
+    from optiq.request import _load_sweep
+    file = tmp_path/'s.json'
+    file.write_bytes(saved)
+    first = _load_sweep(file)
+    first.header['calibration'] = 'added by a step'
+    again = _load_sweep(str(file)), _load_sweep(file)
+    assert all('calibration' not in s.header and s.values.keys() == first.values.keys() for s in again)
+    file.write_bytes(saved.replace(b'"optiq": "sweep",', b'"optiq": "sweep", "calibration": "mine",', 1))
+    assert _load_sweep(file).header['calibration'] == 'mine'

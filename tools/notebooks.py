@@ -5,7 +5,8 @@
 Two workers take them from a list in which the long ones come first, so that neither waits for the other at the end.
 A notebook shows the figures of its full text. What it asserts holds for any text, so here sequences have half the
 length, except where an assertion is a comparison with an error bar, and a sequence that stands alone. What a sweep
-measures is measured once for all of them. A figure in which something covers a text fails (`tools/covered.py`).
+measures is measured once for all of them, and so are the grids of `search` and the scores of baselines. A figure in which
+something covers a text fails (`tools/covered.py`).
 """
 import gc
 import os

@@ -128,7 +128,8 @@ def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path â
         if gap is None: gap = Gap(of_output=last and _is_added(p, i, *left, x, behind))
         if gap.of_output and p.wanted[k] is not None: p.behind.append((x, behind))
         if gap.of_output: lacks = [(x, p.clean[k]-behind)]
-        else: lacks = [(x, y-x) for x, y in zip(heard.calls, p.inputs(k, i, next(iter(heard.stats))))] # met twice, or not
+        else: # a block may be met twice, or not again
+            lacks = [(x, y-x) for x, y in zip(heard.calls, p.inputs(k, i, next(iter(heard.stats))))]
         for x, lack in lacks: gap.add(x, lack, len(p.states)/2-k)
     return heard.stats, gap
 

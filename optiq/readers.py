@@ -323,7 +323,8 @@ def _quoted(x) -> str:
 def _near(name: str, there, more=()) -> list: # of at most three
     "Which of these names resemble one that is none of them, as a whole or in their last part; else `more`"
     there, name = list(dict.fromkeys(there)), name.strip('*.')
-    found, ends, last = get_close_matches(name, there, 3, .6), [t.rpartition('.')[2] for t in there], name.split('.')[-1]
+    found, last = get_close_matches(name, there, 3, .6), name.split('.')[-1]
+    ends = [t.rpartition('.')[2] for t in there]
     if not found: ends_near = [last] if last in ends else get_close_matches(last, dict.fromkeys(ends), 3, .6)
     return found or [t for e in ends_near for t, end in zip(there, ends) if end == e][:3] or list(more)
 

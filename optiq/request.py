@@ -35,7 +35,7 @@ class Caps:
         Caps(target_bpw=4.5)
         Caps(max_memory='auto', context=4096)
     """
-    target_bpw: float | None = None # cap on nominal bits; without any cap 4.5, for a cache 5, or halfway between candidates
+    target_bpw: float | None = None # cap on nominal bits; without any cap 4.5, for a cache 5, or halfway as needed
     true_bpw: float | None = None # bytes of everything saved × 8 / parameters
     max_bytes: float | None = None # cap on all tensors, on the cache at `context`, or on both together
     max_memory: 'float | str | None' = None # cap on tensors and KV cache; auto: memory of this machine, see `optiq fit`

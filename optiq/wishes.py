@@ -16,10 +16,6 @@ from .units import Unit
 # %% ../nbs/05d_wishes.ipynb #bfb5a565
 _WORDS = 'embed', 'lm_head', 'first', 'last'
 
-def _names_near(units: list, name: str) -> list:
-    "Names that resemble this one, which matches nothing, or examples of names that match"
-    return _near(name, [*_WORDS, *(u.kind for u in units), *(u.path for u in units)], [*_WORDS, units[-1].kind])
-
 # %% ../nbs/05d_wishes.ipynb #a2a6aae9
 def _matched(
     units: list[Unit],
@@ -33,8 +29,10 @@ def _matched(
         return fnmatch(u.path, name) or fnmatch(u.kind, name) or (name == 'embed' and 'embed' in u.kind)
     hits = {u.path for u in units if hit(u)}
     if name == 'lm_head' and not hits: hits = {u.path for u in units if 'embed' in u.kind} # tied
-    if not hits: raise ValueError(f'`{kind}` {name!r} matches no unit; near to it are {", ".join(_names_near(units, name))}; '
-                                  f'or give another path or kind, such as *.{units[-1].kind}')
+    names, some = [*_WORDS, *(u.kind for u in units), *(u.path for u in units)], units[-1].kind
+    if not hits: raise ValueError(
+        f'`{kind}` {name!r} matches no unit; near to it are {", ".join(_near(name, names, [*_WORDS, some]))}; '
+        f'or give another path or kind, such as *.{some}')
     return frozenset(hits)
 
 # %% ../nbs/05d_wishes.ipynb #a8deb74f

@@ -81,7 +81,8 @@ def convert(model, target, bits, formats, group_size, kv, kv_bits, output, dry_r
     _check_group(group_size, (formats, bits, default), (kv_bits, '4,8') if kv else ())
     weights = _filled(Weights, given | dict(formats=fmts))
     caps = caps_for(_filled(Caps, given), subject(weights, cache))
-    out = output or (None if dry_run else _default_output(model, _ending_of(_aimed(model, caps, weights, given), kv)))
+    out = output
+    if not (out or dry_run): out = _default_output(model, _ending_of(_aimed(model, caps, weights, given), kv))
     if dry_run and output: own_output(out, given['overwrite'], 'model', model, given['sweep'] is None and not kv)
     r = optimize(model, None if dry_run else out, caps, weights=weights, cache=cache, texts=_filled(Texts, given),
                  **_taken(optimize, given))
@@ -162,7 +163,8 @@ def sweep(model, out, bits, formats, group_size, targets, resume, as_json, **giv
     _check_unused_in_sweep(given)
     _check_length(model, given)
     _check_group(group_size, (formats, bits, '4,8'))
-    given |= dict(formats=_as_formats(formats, bits, group_size, '4,8'), targets=targets, rounding_n=given['rounding_n'] or 32)
+    given |= dict(formats=_as_formats(formats, bits, group_size, '4,8'), targets=targets,
+                  rounding_n=given['rounding_n'] or 32)
     _finish(*_told_of(_measured(model, out=out, **given), out), as_json)
 
 # %% ../../nbs/89b_commands.make.ipynb #725f56a7

@@ -54,7 +54,8 @@ def aimed(
     "Weights that make up for the errors before them, as far as each half of the text confirms the other"
     if gap.count != stats.count or stats.count < weights[0].shape[-1]//4: return weights # as in gptq: too few for H
     xp, f32, _ = library(weights[0])
-    halves, (_, order, factor) = [gap.first, stats.moments-gap.first], _prepared(xp, stats)
+    halves = [gap.first, stats.moments-gap.first]
+    _, order, factor = _prepared(xp, stats)
     found = [_solved(h, r) for h, r in zip(halves, gap.lacks)]
     whole = _divided(sum(gap.lacks)[:, order]/stats.count, factor)[:, xp.argsort(order)]
     def change(w):

@@ -94,7 +94,8 @@ def _count_below(
     y, # (…) numbers, of any of the three libraries
 ): # (…) uint8
     "How many borders lie below each number, which is the index of its cell"
-    t, xp = borders.astype(np.float32), library(y)[0]
+    t = borders.astype(np.float32)
+    xp = library(y)[0]
     if xp is np: return np.searchsorted(t, y).astype(np.uint8)
     if xp.__name__ == 'torch': return xp.bucketize(y, beside(y)(t)).to(xp.uint8)
     return sum((as_type(y > float(x), 'uint8') for x in t[1:]), as_type(y > float(t[0]), 'uint8'))
@@ -105,7 +106,8 @@ def pack_codes(
     bits: int, # code width, 1 to 8
 ): # (…, in_dims·bits/32) uint32, of the same library
     "Codes as MLX stores them: a little-endian stream of bits"
-    xp, steps = library(codes)[0], beside(codes)(np.arange(8)*bits)
+    xp = library(codes)[0]
+    steps = beside(codes)(np.arange(8)*bits)
     eight = as_type(codes, 'int64').reshape(*codes.shape[:-1], -1, 8) << steps
     octets = eight.sum(-1, keepdims=True).view(xp.uint8)[..., :bits]+0 # a copy in one piece
     return octets.reshape(*codes.shape[:-1], -1).view(xp.uint32)

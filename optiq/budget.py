@@ -82,7 +82,8 @@ def budgets_of(
     "Budgets for all caps that have a limit: bits per weight, bytes, bytes with a cache, milliseconds"
     _check_half_caps(max_ms, costs_ms, max_memory, cache, target_bpw=target_bpw, true_bpw=true_bpw,
                      max_bytes=max_bytes)
-    other, params = sweep.header.get('other_bytes', 0), sweep.header.get('params')
+    other = sweep.header.get('other_bytes', 0)
+    params = sweep.header.get('params')
     free = sum(u.params for u in sweep.units if not u.fixed)
     params = params or sum(u.params for u in sweep.units)
     def codes(u, f): return 0 if u.fixed else u.bits(f)*u.params/8
@@ -161,8 +162,10 @@ def _numbers_of(
     budgets: list[Budget],
 ) -> tuple: # (rows, options, n) KL, (budgets, rows, options) costs
     "KL and costs of every format of every row; a column that a row does not have gets an infinite KL"
-    n, shape = len(next(iter(table.values()))), (len(rows), max(map(len, options)))
-    samples, costs = np.full((*shape, n), np.inf), np.zeros((len(budgets), *shape))
+    n = len(next(iter(table.values())))
+    shape = len(rows), max(map(len, options))
+    samples = np.full((*shape, n), np.inf)
+    costs = np.zeros((len(budgets), *shape))
     for i, (us, fs) in enumerate(zip(rows, options)):
         for j, f in enumerate(fs):
             samples[i, j] = sum(table.get((u.path, f), np.zeros(n)) for u in us)
@@ -187,7 +190,8 @@ def make_problem(
     def about(us): return [w for w in wishes if any(u.path in w.paths for u in us)]
     options = [_options(us, table, fmts, about(us)) for us in rows]
     samples, costs = _numbers_of(rows, options, table, budgets)
-    paths, caps = [tuple(u.path for u in us) for us in rows], np.array([b.cap for b in budgets])
+    paths = [tuple(u.path for u in us) for us in rows]
+    caps = np.array([b.cap for b in budgets])
     return Problem(paths, options, samples, costs, caps, undominated(samples.mean(2), costs))
 
 # %% ../nbs/05e_budget.ipynb #5d5f5f83
@@ -211,10 +215,13 @@ def _contradiction(
 def _check_range(budgets: list[Budget], *problems: Problem):
     "Raise ValueError for a cap below the smallest possible plan of all problems, or for targets above the largest"
     def largest(p): return sum(p.costs[:, i, :len(o)].max(1) for i, o in enumerate(p.options))
-    low, high = np.min([p.costs.min(2).sum(1) for p in problems], 0), np.max([largest(p) for p in problems], 0)
+    low = np.min([p.costs.min(2).sum(1) for p in problems], 0)
+    high = np.max([largest(p) for p in problems], 0)
     over = [b.limit > b.figure(h)*(1+1e-9) for b, h in zip(budgets, high)]
     for b, lo, hi, o in zip(budgets, low, high, over):
-        what, smallest, largest = f'{b.name} {b.limit:,.10g}', b.show(lo, up=True), b.show(hi)
+        what = f'{b.name} {b.limit:,.10g}'
+        smallest = b.show(lo, up=True)
+        largest = b.show(hi)
         if not isfinite(b.limit) or b.limit <= 0: raise ValueError(f'{what} is not a positive number')
         if b.cap < lo:
             raise ValueError(f'{what} is below the smallest possible, {smallest}; the largest is {largest}: '

@@ -137,7 +137,8 @@ def _read_file(
 ) -> list[str]:
     "The passages of a file, whose kind we see from its content; raises ValueError naming the file and the line"
     if read_bytes(path)[:4] == b'PAR1': return _shaped(_parquet(path))
-    text, name = read_text(path), str(path).lower().removesuffix('.gz')
+    text = read_text(path)
+    name = str(path).lower().removesuffix('.gz')
     if name.endswith('.parquet'): raise ValueError(f'{path} is not a parquet file, or only a part of one')
     whole = text.lstrip()[:1] == '[' and _as_list(text, str(path))
     if whole: return _shaped([_record_text(r, f'{path}, record {i}') for i, r in enumerate(whole, 1)])
@@ -192,7 +193,8 @@ def encode(tokenizer, text: str) -> list[int]:
 # %% ../nbs/02_calibration.ipynb #6e0c51f2
 def _around(tokenizer) -> tuple[list[int], list[int]]:
     "Special tokens that a tokenizer puts before every text, and behind it; most put none or one"
-    plain, whole = encode(tokenizer, 'a'), list(tokenizer.encode('a'))
+    plain = encode(tokenizer, 'a')
+    whole = list(tokenizer.encode('a'))
     starts = range(len(whole)-len(plain)+1)
     at = next((k for k in starts if whole[k:k+len(plain)] == plain), None)
     return ([], []) if at is None else (whole[:at], whole[at+len(plain):])
@@ -207,7 +209,8 @@ def prompt_part(
     ids: list[int], # of a prompt, with special tokens
 ) -> slice: # of them
     "The part of a prompt's tokens that the model gets: special tokens before it once, none behind it"
-    (first, last), ids = _around(tokenizer), list(ids)
+    first, last = _around(tokenizer)
+    ids = list(ids)
     twice = bool(first) and ids[:2*len(first)] == first*2
     ended = bool(last) and ids[-len(last):] == last
     return slice(len(first)*twice, len(ids)-len(last)*ended)

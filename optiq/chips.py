@@ -83,9 +83,11 @@ def _random_matrix(
 ) -> dict: # the tensors of a quantized layer, by name
     "Random codes with small scales; the values do not matter for speed"
     import mlx.core as mx
-    dtype, groups = dtype or mx.bfloat16, (*shape[:-1], shape[-1]//(fmt.group_size or 1))
+    dtype = dtype or mx.bfloat16
+    groups = (*shape[:-1], shape[-1]//(fmt.group_size or 1))
     if fmt == AS_IS: return dict(weight=(mx.random.normal(shape, dtype=dtype)/shape[-1]**.5).astype(dtype))
-    codes, step = _random_bits((*shape[:-1], shape[-1]*fmt.bits//32)), 3.5*shape[-1]**-.5/2**fmt.bits
+    codes = _random_bits((*shape[:-1], shape[-1]*fmt.bits//32))
+    step = 3.5*shape[-1]**-.5/2**fmt.bits
     if fmt.mode == 'affine': return dict(weight=codes, scales=mx.full(groups, step, dtype),
                                          biases=mx.full(groups, -step*(2**fmt.bits-1)/2, dtype))
     if fmt.mode == 'mxfp8': codes = codes & 0x77777777 # leaves no code that means NaN
@@ -162,7 +164,8 @@ def _token_chain(model) -> Callable: # number of tokens ▸ array
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
     def chain(n):
-        cache, ids = make_prompt_cache(model), mx.zeros((1, 1), mx.int32)
+        cache = make_prompt_cache(model)
+        ids = mx.zeros((1, 1), mx.int32)
         for _ in range(n): ids = mx.argmax(model(ids, cache=cache)[:, -1:], -1)
         return ids
     return chain
@@ -271,7 +274,9 @@ def _attention_chain(n: int) -> Callable: # number of steps ▸ array
     "Attention of one query to `n` tokens, each step on what the one before gave"
     import mlx.core as mx
     def normal(heads, tokens): return mx.random.normal((1, heads, tokens, _WIDE)).astype(mx.bfloat16)
-    q0, k, v = normal(_HEADS, 1), normal(_GROUPS, n), normal(_GROUPS, n)
+    q0 = normal(_HEADS, 1)
+    k = normal(_GROUPS, n)
+    v = normal(_GROUPS, n)
     mx.eval(q0, k, v)
     def chain(steps):
         q = q0
@@ -287,7 +292,8 @@ def _measure_attention(
     "Seconds per byte of keys and values that decoding reads"
     lengths = (8192, 32768) if _on_gpu() else (1024, 4096)
     found = [_per_step(_attention_chain(n), 2, 10, first, runs) for n in lengths]
-    extra, more = found[1]['seconds']-found[0]['seconds'], 2*2*_GROUPS*_WIDE*(lengths[1]-lengths[0]) # seconds, bytes
+    extra = found[1]['seconds']-found[0]['seconds']
+    more = 2*2*_GROUPS*_WIDE*(lengths[1]-lengths[0]) # bytes
     return dict(seconds_per_byte=max(0., extra)/more, lengths=lengths, raw=found)
 
 # %% ../nbs/20a_chips.ipynb #27d3b5ed
@@ -298,7 +304,8 @@ def _measure_chip(
     raw: dict | None = None, # gets all single times
 ) -> Chip:
     "Measure bandwidth, overheads and the price of a byte"
-    raw, read = {} if raw is None else raw, _stream_reads()
+    raw = {} if raw is None else raw
+    read = _stream_reads()
     raw['bandwidth'] = _per_step(read, 2, 8, runs=runs)|dict(nbytes=read.nbytes)
     bandwidth = read.nbytes/raw['bandwidth']['seconds']/1e9
     first = _keep_busy(bandwidth) if _on_gpu() else None

@@ -238,7 +238,8 @@ minimising the sum under the cap on size. """
 def _model_card(name: str, source: str, plan, calibration: str, measured: dict = {}, model_type: str = 'llm',
                 swept: bool = True) -> str:
     "README.md of a converted model; `measured` is a table of label ▸ text, `swept` whether its sweep lies beside it"
-    counts, forecast = ', '.join(f'{n} units at {f}' for f, n in plan.counts().items()), isfinite(plan.predicted_kl)
+    counts = ', '.join(f'{n} units at {f}' for f, n in plan.counts().items())
+    forecast = isfinite(plan.predicted_kl)
     if forecast: measured = {'predicted KL to full precision': f'{plan.predicted_kl:.4f} on {calibration}'} | measured
     rows = ''.join(f'| {k} | {v} |\n' for k, v in measured.items())
     gone = ', '.join(f'{part} ({n:,} parameters)' for part, n in plan.gone.items())
@@ -298,7 +299,8 @@ def convert(
         convert('demo', allocate(sweep, target_bpw=4.5), 'out/demo', sweep)
     """
     c = source if isinstance(source, Checkpoint) else getattr(source, 'checkpoint', None) or Checkpoint(source)
-    out, head = as_path(out), _check_draft(c, draft)
+    out = as_path(out)
+    head = _check_draft(c, draft)
     _check_same('the plan', plan, c.units, c.name)
     if sweep is not None: _check_same('the sweep', (u.path for u in sweep.units), c.units, c.name)
     with whole_folder(out, overwrite, plan.nbytes, source=c.folder) as part, scratch(out) as rounded:
@@ -306,7 +308,8 @@ def convert(
                                                       rounded)
         _write(c, plan, part, quantizer)
         if c.left_out: plan = replace(plan, made=plan.made | dict(left_out=c.left_out)) # without a sweep
-        if kept := _keep_draft(c, part, head): plan = replace(plan, solver=plan.solver | dict(draft=kept))
+        kept = _keep_draft(c, part, head)
+        if kept: plan = replace(plan, solver=plan.solver | dict(draft=kept))
         if polish:
             check_saved(part, plan, c, quantizer, c.trust_remote_code)
             polish(part)

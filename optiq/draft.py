@@ -46,7 +46,9 @@ def _quantizable(config: dict) -> set: # of a draft head, as its reader gives it
 # %% ../nbs/01c_draft.ipynb #a2c99e99
 def _in_few_bits(reader, config: dict, arrays: dict, fmt: Format) -> tuple: # name ▸ array, path ▸ entry of a config
     "The tensors of a draft head in a format, and the entry of `config.json` for each matrix"
-    said, out, entries, takes = config.get('quantization') or {}, {}, {}, _quantizable(config)
+    said = config.get('quantization') or {}
+    out, entries = {}, {}
+    takes = _quantizable(config)
     usual = {k: said[k] for k in ('group_size', 'bits', 'mode') if k in said}
     for name, w in arrays.items():
         path, _, part = name.rpartition('.')
@@ -118,7 +120,8 @@ def _keep_draft(
     fmt: Format, # of its matrices
 ) -> dict: # file, format, bytes, parts of the original that it is; {} if there is none to keep
     "Write the draft head of a model beside its converted form, where mlx-vlm can open it; else print why"
-    reader, left = _reader_of(source.folder), getattr(source, 'left_out', {})
+    reader = _reader_of(source.folder)
+    left = getattr(source, 'left_out', {})
     if reader is None: return {}
     try:
         config, arrays = reader.prepare(source.folder, source_config=source.config)

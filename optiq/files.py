@@ -286,7 +286,8 @@ def own_place(
     _check_part(folder/_MARK)
     if (folder/_MARK).is_dir():
         raise FileExistsError(f'{folder/_MARK} is a folder, and should be the mark of optiq; move it')
-    mine, there = set(_read_mark(folder).get('files', ())), _names_in(folder)
+    mine = set(_read_mark(folder).get('files', ()))
+    there = _names_in(folder)
     taken = [n for n in there for x in (first, *rest) if f'{n}/'.startswith(f'{x}/') or f'{x}/'.startswith(f'{n}/')]
     strange = [n for n in taken if n not in mine or any(x.startswith(f'{n}/') for x in rest)]
     if strange: raise FileExistsError(
@@ -303,7 +304,8 @@ def added_files(folder: 'str | Path', *names: str, overwrite: bool = False): # â
     with scratch(folder) as part:
         yield part
         own_place(folder, *names, overwrite=overwrite)
-        mark, new = _read_mark(folder), _names_in(part)
+        mark = _read_mark(folder)
+        new = _names_in(part)
         mine = {*mark.get('files', ())}
         gone = [n for n in mine-{*new} if any(n.startswith(f'{x}/') for x in names)]
         with _undisturbed():

@@ -59,7 +59,8 @@ def _type_of(config: dict, total: int, params: int) -> str:
     "The type of the weights, from their bytes if there is an index, else from the config"
     said = config.get('dtype') or config.get('torch_dtype') or (config.get('text_config') or {}).get('dtype')
     if total > 3*params: return 'float32'
-    return said if said in ('float16', 'float32') and not total else 'bfloat16' if said != 'float16' else said
+    if said == 'float16' or said == 'float32' and not total: return said
+    return 'bfloat16'
 
 # %% ../nbs/21_fit.ipynb #14f33e9f
 class _Outline(_Listing):
@@ -67,14 +68,16 @@ class _Outline(_Listing):
     def __init__(self,
         name: 'str | Path', # 'demo', a folder, or a Hub id, of which only the config and the index are fetched
     ):
-        self.name, folder = str(name), _config_folder(name)
+        self.name = str(name)
+        folder = _config_folder(name)
         check_untrusted(folder)
         config = _read_config(folder/'config.json', 2**31)
         said = _others(config)
         by = (said.get('quant_method') or 'without a name') if isinstance(said, dict) else 'MLX'
         if said or config.get('quantization'): raise ValueError(
             f'{name} is quantized already ({by}); give the model that it was made from')
-        self.config, self.towers = _said_for_mlx(config), bool(config.get('vision_config'))
+        self.config = _said_for_mlx(config)
+        self.towers = bool(config.get('vision_config'))
         index = folder/'model.safetensors.index.json'
         form = {'metadata?': {'total_size?': whole()}}
         total = read_json(index, form).get('metadata', {}).get('total_size', 0) if index.is_file() else 0
@@ -112,7 +115,8 @@ def _working_bytes(
     "Estimated bytes that reading a prompt needs besides weights and cache"
     inside = [u for u in c.units if u.block is not None]
     def rows(u): return u.shape[-2]*(_experts_per_token(c.config) if len(u.shape) == 3 else 1)
-    size, step = max(u.itemsize for u in inside), min(_STEP, context)
+    size = max(u.itemsize for u in inside)
+    step = min(_STEP, context)
     wide = 3*max(map(rows, inside))+4*max(u.shape[-1] for u in inside)
     heads, width = _heads_of(c.config)
     scores = 0 if width in _FUSED else 2*heads*context
@@ -137,7 +141,8 @@ def _largest(
     sweep: Sweep | None, # of this model
 ) -> Plan | None: # None if nothing fits
     "The largest plan that fits, the best of its size if a sweep is known"
-    full, least = make_plan(c, {}), min(uniform(c, f).nbytes for f in formats)
+    full = make_plan(c, {})
+    least = min(uniform(c, f).nbytes for f in formats)
     if full.nbytes <= room: return full
     if room < least: return None
     most = max(uniform(c, f).nbytes for f in formats)
@@ -178,7 +183,9 @@ def _lines(f) -> list: # of lists of texts, the first one the head
     rows = [_shown(r) for r in f.rows]
     return [[*rows[0]], *([*r.values()] for r in rows)]
 
-def _gb(x) -> str: return '' if x is None else f'{x/_GB:.2f} GB' if x >= _GB/10 else f'{x/2**20:.1f} MB'
+def _gb(x) -> str: # bytes, as a table says them
+    if x is None: return ''
+    return f'{x/_GB:.2f} GB' if x >= _GB/10 else f'{x/2**20:.1f} MB'
 
 def _shown(r: dict) -> dict: # of `_Fits.rows` ▸ texts by column
     "One line of the table"
@@ -200,7 +207,8 @@ def _kl_text(r: dict) -> str: # of `_Fits.rows`
 def _words(f: _Fits) -> list: # of lines
     "Lines below the table: cache, step, where the figures come from, and the command to convert"
     about, found = f.about, []
-    cache, step = _gb(f.rows[0]['cache']), _gb(f.rows[0]['working'])
+    cache = _gb(f.rows[0]['cache'])
+    step = _gb(f.rows[0]['working'])
     said = f'Taken off: {cache} of KV cache at {about["context"]:,} tokens, and about {step} for a step.'
     found.append(said+(' The vision tower is not counted.' if about['towers'] else ''))
     if about['here']: found.append(f'What is usable here: {about["here"]}; of the others what Metal usually allows.')
@@ -228,8 +236,10 @@ def what_fits(
     "The largest plan of a model whose weights, KV cache and working memory a machine holds"
     c = _Outline(model)
     c.context, cache = context, _cache_bytes(c, context)
-    name = None if sweep is None else sweep if isinstance(sweep, (str, Path)) else 'the sweep'
-    if isinstance(sweep, (str, Path)): sweep = Sweep.load(sweep)
+    name = 'the sweep'
+    if isinstance(sweep, (str, Path)):
+        name = sweep
+        sweep = Sweep.load(sweep)
     if sweep is not None:
         check_other(name, {u.path: u.shape for u in sweep.units}, {u.path: u.shape for u in c.units})
         formats = candidates(sweep, formats)

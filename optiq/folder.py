@@ -142,7 +142,8 @@ def _weight_files(
     if not os.path.lexists(folder/'config.json'): raise FileNotFoundError(
         f'{folder} is not a checkpoint: it has no config.json')
     found = sorted(folder.glob('model*.safetensors')) or sorted(folder.glob('weights.safetensors')) # mlx-audio's name
-    tables, named = {p.name: read_header(p) for p in found}, _indexed(folder)
+    tables = {p.name: read_header(p) for p in found}
+    named = _indexed(folder)
     plain = {'model.safetensors'} & tables.keys()
     if plain and not named.keys() & tables.keys(): named = dict.fromkeys(plain, ())
     missing = sorted(named.keys()-tables.keys())
@@ -203,12 +204,14 @@ _READ_BY_LOADERS = 'mxfp4', 'mxfp8', 'fp8', 'compressed-tensors', 'modelopt', 'a
 def _made_by_others(name: str, folder: Path, config: dict, types: set) -> str | None: # how it is stored; None: by MLX
     "How a library other than MLX has quantized a model; raises ValueError if no loader reads its codes"
     if config.get('quantization'): return None
-    said, file = _others(config), next((f for f in _MARKS_OF_OTHERS if (folder/f).is_file()), None)
+    said = _others(config)
+    file = next((f for f in _MARKS_OF_OTHERS if (folder/f).is_file()), None)
     if not said and not file: return None
     where = 'quantization_config in config.json' if said else file
     by = str(said.get('quant_method') or 'without a name') if isinstance(said, dict) else _MARKS_OF_OTHERS.get(file,
                                                                                                                said)
-    codes, alone = {t for t in types if t not in ('BF16', 'F16', 'F32', 'I64')}, where in [*_MARKS_OF_OTHERS][1:]
+    codes = {t for t in types if t not in ('BF16', 'F16', 'F32', 'I64')}
+    alone = where in [*_MARKS_OF_OTHERS][1:]
     if codes and by in _READ_BY_LOADERS and not alone: return f'{by}: {where}'
     raise ValueError(f'{name} was quantized by another library ({by}: {where}), whose codes are not read here; '
                      'take the full-precision model that it was made from')
@@ -219,7 +222,9 @@ def _digest(file: Path, start: int, stop: int) -> bytes:
     h = hashlib.sha256()
     with open(file, 'rb') as f:
         f.seek(start)
-        while chunk := f.read(min(2**24, stop-start)):
+        while start < stop:
+            chunk = f.read(min(2**24, stop-start))
+            if not chunk: break # the file has become shorter
             h.update(chunk)
             start += len(chunk)
     return h.digest()

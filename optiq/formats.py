@@ -83,7 +83,8 @@ def parse_formats(
 
 def _some_formats(formats) -> list[Format]:
     "The same, for what is to be tried; raises ValueError if there are none"
-    if not (found := parse_formats(formats)): raise ValueError('no formats to try; give some, for example 4 and 8')
+    found = parse_formats(formats)
+    if not found: raise ValueError('no formats to try; give some, for example 4 and 8')
     return found
 
 # %% ../nbs/00_formats.ipynb #5abf758e
@@ -126,7 +127,8 @@ def divides(fmt: Format, shape: tuple) -> bool:
 def _check_divides(fmt: Format, shape: tuple):
     "Raise ValueError, naming the axis, unless the format fits this shape"
     if divides(fmt, shape): return
-    axis, groups = f'the last axis of {tuple(shape)}', shape[-1] % WORD == 0 or fmt.mode in FAMILIES
+    axis = f'the last axis of {tuple(shape)}'
+    groups = shape[-1] % WORD == 0 or fmt.mode in FAMILIES
     raise ValueError(f'{axis} does not divide into groups of {fmt.group_size}' if groups else
                      f'{axis} is not a multiple of {WORD}, which {fmt} needs')
 
@@ -134,7 +136,8 @@ def _check_divides(fmt: Format, shape: tuple):
 def _affine(xp, g, bits, cast): # g (…, groups, group_size) in float32
     "MLX's min-max rule: codes, scale and bias of each group"
     n = 2**bits-1
-    lo, hi = xp.amin(g, axis=-1, keepdims=True), xp.amax(g, axis=-1, keepdims=True)
+    lo = xp.amin(g, axis=-1, keepdims=True)
+    hi = xp.amax(g, axis=-1, keepdims=True)
     low_edge = abs(lo) > abs(hi)
     scale = xp.clip((hi-lo)/xp.full_like(hi, n), 1e-7,
                     None) # an array: instead of dividing by a number, CUDA multiplies by its inverse
@@ -181,7 +184,8 @@ def quantize_dequantize(
         import mlx.core as mx
         return mx.dequantize(*mx.quantize(w, fmt.group_size, fmt.bits, fmt.mode), group_size=fmt.group_size,
                              bits=fmt.bits, mode=fmt.mode, dtype=w.dtype)
-    (xp, f32, _), cast = library(w), partial(like, w=w)
+    xp, f32, _ = library(w)
+    cast = partial(like, w=w)
     g = f32(w).reshape(*w.shape[:-1], -1, fmt.group_size)
     out = _affine(xp, g, fmt.bits, cast) if fmt.mode == 'affine' else _block_float(xp, g, fmt.mode, cast)
     return out.reshape(w.shape)
@@ -218,7 +222,8 @@ def dequantized(
 ): # (…, in_dims)
     "What a loader computes from the tensors of a quantized layer"
     import mlx.core as mx
-    tensors, times = (stored['weight'], stored['scales'], stored.get('biases')), getattr(stored, 'apply_scale', mul)
+    tensors = stored['weight'], stored['scales'], stored.get('biases')
+    times = getattr(stored, 'apply_scale', mul)
     scale = stored.get('global_scale', getattr(stored, 'global_scale', None)) # of mlx-lm, or of a layer of mlx-vlm
     if scale is not None and stored['weight'].ndim == 3: scale = scale.reshape(-1, 1, 1)
     out = mx.dequantize(*tensors, fmt.group_size, fmt.bits, fmt.mode, dtype=dtype if scale is None else mx.float32)

@@ -21,7 +21,9 @@ _BLOCK = 64 # columns that we round one by one, after we have made up for all be
 
 def _compensated(xp, w, s, b, top, r): # w, s, b (in_dims, rows), top (rows,), r (in_dims, in_dims)
     "GPTQ: codes (in_dims, rows) on a fixed grid, columns first to last"
-    w, r, codes = w-b, r/xp.diagonal(r), []
+    w = w-b
+    r = r/xp.diagonal(r)
+    codes = []
     errors = xp.zeros_like(w)
     for i in range(0, len(w), _BLOCK):
         now = slice(i, i+_BLOCK)
@@ -34,7 +36,9 @@ def _compensated(xp, w, s, b, top, r): # w, s, b (in_dims, rows), top (rows,), r
 # %% ../nbs/06c_gptq.ipynb #82aa67e6
 def _first_look(xp, w, moved, s, top, r): # w, moved, s (BLOCK, rows), r (BLOCK, BLOCK)
     "Codes and errors of a few columns, rounded one after another; each makes up for the errors before it"
-    codes, errors, zero = [], xp.zeros_like(w), xp.zeros_like(top)
+    codes = []
+    errors = xp.zeros_like(w)
+    zero = xp.zeros_like(top)
     for k, (w_k, z, s_k, r_k) in enumerate(zip(w, moved, s, r.T)):
         if k: z = z+r_k[:k] @ errors[:k]
         codes.append(xp.clip(xp.round(z/s_k), zero, top))
@@ -56,7 +60,9 @@ def _second_look(xp, w, codes, s, b, top, h): # (in_dims, rows) each, top (rows,
 # %% ../nbs/06c_gptq.ipynb #5b8029f0
 def _look_again(xp, gradient, codes, s, top, h): # gradient, codes, s (BLOCK, rows), h (BLOCK, BLOCK)
     "New codes of a few columns, and how far each weight moves"
-    new, moves, zero = [], xp.zeros_like(codes), xp.zeros_like(top)
+    new = []
+    moves = xp.zeros_like(codes)
+    zero = xp.zeros_like(top)
     for k, (g, q, s_k, h_k) in enumerate(zip(gradient, codes, s, h)):
         if k: g = g-h_k[:k] @ moves[:k]
         new.append(xp.clip(xp.round(q+g/(s_k*h_k[k])), zero, top))
@@ -86,7 +92,8 @@ def _recorded(f, shapes, device):
 # %% ../nbs/06c_gptq.ipynb #a1b61d31
 def _prepared(xp, stats: Inputs, damping: float = .01):
     "H damped and in the order of its diagonal; that order; the upper triangular R with R Rᵀ = H"
-    h, d = stats.moments/stats.count, stats.importance()
+    h = stats.moments/stats.count
+    d = stats.importance()
     if stats.count < 2*len(d): damping = max(damping, _shrinkage(h, stats.count))
     order = xp.argsort(-d)
     h = h[order][:, order]+xp.diag(xp.zeros_like(d)+damping*xp.mean(d))
@@ -143,6 +150,8 @@ def _gptq(pairs, stats): # [(weight, format)]
 # %% ../nbs/06c_gptq.ipynb #4545f3a2
 def _shrinkage(h, n: int) -> float: # second moments of n tokens ▸ a part of the mean of their diagonal
     "How much to damp second moments of few tokens: oracle approximating shrinkage (Chen et al. 2010, arXiv 0907.4698)"
-    p, trace, squares = len(h), float(h.diagonal().sum()), float((h*h).sum())
+    p = len(h)
+    trace = float(h.diagonal().sum())
+    squares = float((h*h).sum())
     rho = ((1-2/p)*squares+trace**2)/((n+1-2/p)*(squares-trace**2/p)+1e-30)
     return rho/(1-rho) if rho < .99 else 100.

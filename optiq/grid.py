@@ -60,16 +60,20 @@ def _total(x): return x.sum(-1, keepdims=True)
 
 def _descend(xp, g, a, n, s, b, cast, steps=5): # g (rows, group), a (rows or 1, group)
     "Fit codes to the grid and the grid to the codes, `steps` times; returns scale and bias (rows, 1) as stored"
-    A, Ag = _total(a), _total(a*g)
+    A = _total(a)
+    Ag = _total(a*g)
     for _ in range(steps):
         q = _nearest(xp, g, s, b, n)
         aq = a*q
-        Aq, Aqq, Aqg = _total(aq), _total(aq*q), _total(aq*g)
+        Aq = _total(aq)
+        Aqq = _total(aq*q)
+        Aqg = _total(aq*g)
         spread = A*Aqq-Aq*Aq
         fitted = (A*Aqg-Aq*Ag)/xp.where(spread > 0, spread, 1)
         s = xp.where((spread > 1e-6*A*Aqq) & (fitted > 1e-9), fitted, s)
         b = (Ag-s*Aq)/A
-    Aq, s = _total(a*_nearest(xp, g, s, b, n)), cast(s)
+    Aq = _total(a*_nearest(xp, g, s, b, n))
+    s = cast(s)
     return s, cast((Ag-s*Aq)/A)
 
 # %% ../nbs/06b_grid.ipynb #793d13f5
@@ -77,8 +81,11 @@ _SHRINK = (1., .9, .8, .7) # parts of the range to start from
 
 def _fit_grid(xp, g, a, n, cast, descend=_descend): # g (rows, group), a (rows or 1, group), n the largest code
     "Scale and bias (rows, 1) of each group that minimise Σ a·(g − scale·code − bias)²"
-    low, high = getattr(xp, 'amin', xp.min), getattr(xp, 'amax', xp.max) # MLX has short names only
-    lo, hi, best = low(g, axis=-1, keepdims=True), high(g, axis=-1, keepdims=True), None
+    low = getattr(xp, 'amin', xp.min) # MLX has short names only
+    high = getattr(xp, 'amax', xp.max)
+    lo = low(g, axis=-1, keepdims=True)
+    hi = high(g, axis=-1, keepdims=True)
+    best = None
     for part in _SHRINK:
         s, b = descend(xp, g, a, n, xp.clip((hi-lo)*part/n, 1e-7, None), lo*part, cast)
         error = _total(a*(g-s*_nearest(xp, g, s, b, n)-b)**2)
@@ -126,7 +133,8 @@ def _at_once(w) -> int: return 2**(23 if _on_gpu(w) else 17) # weights that we s
 def _find_grid(w, fmt: Format, stats=None): # w (…, out_dims, in_dims); a list of statistics for experts
     "Scales and biases (…, out_dims, groups) by search, in the type of `w`"
     xp, f32, cast = library(w)
-    g, rows = f32(w).reshape(*w.shape[:-1], -1, fmt.group_size), max(1, _at_once(w)//(w.shape[-1]*prod(w.shape[:-2])))
+    g = f32(w).reshape(*w.shape[:-1], -1, fmt.group_size)
+    rows = max(1, _at_once(w)//(w.shape[-1]*prod(w.shape[:-2])))
     each = [_weighted(xp, s, g.reshape(-1, *g.shape[-2:])[0]) for s in (stats if w.ndim > 2 else [stats])]
     a = xp.stack(each)[:, None] if w.ndim > 2 else each[0][None]
     how = cast, _recorded(w.dtype) if _on_gpu(w) and hasattr(xp, 'eval') else _descend
@@ -156,5 +164,6 @@ def _per_expert(stats, n): return stats if isinstance(stats, list) else [stats]*
 def _stretches(w, stats) -> list: # of (rows, what they read), or of (experts, what each reads)
     "A matrix in stretches of rows, or a tensor of experts in stretches of a few experts"
     if w.ndim < 3: return [(x, stats) for x in _in_parts(w)]
-    each, many = _per_expert(stats, len(w)), max(1, _at_once(w)//prod(w.shape[1:]))
+    each = _per_expert(stats, len(w))
+    many = max(1, _at_once(w)//prod(w.shape[1:]))
     return [(w[k:k+many], each[k:k+many]) for k in range(0, len(w), many)]

@@ -29,7 +29,8 @@ def _part(x): # of a message
 
 def _message(x):
     if not isinstance(x, dict) or not _text(x.get('role')): return False
-    said, calls = x.get('content'), x.get('tool_calls')
+    said = x.get('content')
+    calls = x.get('tool_calls')
     if not (said is None or _text(said) or _all(_part)(said)): return False
     if calls is None: return True
     if not _all(lambda c: isinstance(c, dict) and isinstance(c.get('function'), dict))(calls): return False
@@ -104,7 +105,8 @@ def _host_of(url: str) -> str | None:
 
 def _check_origin(headers, args):
     "Raise _Refused for a page of another site; `args` are those of mlx_lm.server"
-    origin, asked = headers.get('Origin'), _host_of(f'//{headers.get("Host", "")}')
+    origin = headers.get('Origin')
+    asked = _host_of(f'//{headers.get("Host", "")}')
     if origin is None or {origin, '*'} & set(args.allowed_origins): return
     page = _host_of(origin)
     if page != asked or not _is_here(page, ('localhost', args.host)): raise _Refused(

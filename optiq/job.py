@@ -70,7 +70,8 @@ def _feasible(
 # %% ../nbs/08b_job.ipynb #c203baea
 def _told(c: Checkpoint, source, tokens) -> str:
     "The name, size and fingerprint of a text, for reports"
-    name, shape = 'samples' if isinstance(source, list) else source, ' × '.join(map(str, shape_of(tokens)))
+    name = 'samples' if isinstance(source, list) else source
+    shape = ' × '.join(map(str, shape_of(tokens)))
     what = 'tokens' if c.text_only else 'scored positions'
     return f'{name}, {shape} {what}, {fingerprint(tokens)}'
 
@@ -95,7 +96,8 @@ def _read_texts(
 # %% ../nbs/08b_job.ipynb #3f93bf66
 def _check_other_rounding(found: Sweep, name, rounding: str):
     "Raise ValueError for a sweep that was measured with another rounding"
-    if (was := rounding_of(found)) != rounding: raise ValueError(
+    was = rounding_of(found)
+    if was != rounding: raise ValueError(
         f'{name} was measured with {was}, and the model is to be saved with {rounding}; '
         f'measure it again, or give `rounding` {was}')
 
@@ -107,7 +109,8 @@ def _check_sweep(found: Sweep, name, c: Checkpoint, formats: list, rounding: str
     check_other(name, {k: found.header.get(k) for k in ('params', 'other_bytes')},
                 dict(params=c.params, other_bytes=c.other_bytes))
     _check_other_rounding(found, name, rounding)
-    if lacking := [str(f) for f in formats if f not in found.formats]: raise ValueError(
+    lacking = [str(f) for f in formats if f not in found.formats]
+    if lacking: raise ValueError(
         f'{name} has no {", ".join(lacking)}; it has {", ".join(map(str, found.formats))}')
 
 # %% ../nbs/08b_job.ipynb #d7b30002
@@ -125,7 +128,8 @@ def _as_swept(found: Sweep, t: _Batches, c: Checkpoint, rounding: str) -> Sweep:
 # %% ../nbs/08b_job.ipynb #00265bac
 def _find_sweep(b, t: _Batches, formats, sweep, out, rounding=None, **how) -> Sweep: # how: of `kl_sweep`
     "The sweep to plan with: a saved one, checked, or a new one with its file beside `out`"
-    formats, rounding = [f for f in formats if f != AS_IS], _rounding_for(rounding, sweep)
+    formats = [f for f in formats if f != AS_IS]
+    rounding = _rounding_for(rounding, sweep)
     if sweep is not None:
         _check_sweep(found := _load_sweep(sweep), sweep, b.checkpoint, formats, rounding)
         return _as_swept(found, t, b.checkpoint, rounding)
@@ -255,7 +259,9 @@ _PLANS = 12 # that verification measures, the model itself among them
 def _expected(b, t: _Batches, job: _Job, once: float, method: str | None) -> dict: # step ▸ seconds
     "Expected seconds of each step of a conversion that rounds a plan in `once` seconds, measured here and now"
     w, formats = job.weights, [f for f in job.formats if f != AS_IS]
-    cost, (n, T), (n_scored, T_scored) = estimate(b, formats, t.tokens), shape_of(t.tokens), shape_of(t.scored)
+    cost = estimate(b, formats, t.tokens)
+    n, T = shape_of(t.tokens)
+    n_scored, T_scored = shape_of(t.scored)
     read, digested = _seconds_of_reading(b)
     walks = _walks(b, formats, (n, T))
     found = {} if w.sweep is not None else dict(
@@ -284,7 +290,8 @@ def _judge_road(expected: dict, seconds: float):
 def _summary(report: Report, plan, joint, v, out, seconds: float) -> dict:
     "The figures of a conversion, as `optiq convert --json` prints them"
     rows = {r['name']: r for r in report.rows}
-    mine, reference = rows.pop('optiq'), rows.pop('reference')
+    mine = rows.pop('optiq')
+    reference = rows.pop('reference')
     few = 'name', 'nominal_bpw', 'true_bpw', 'size_mb', 'kl', 'kl_se', 'perplexity'
     return dict(output=None if out is None else str(out), nominal_bpw=plan.nominal_bpw, true_bpw=plan.true_bpw,
                 size_mb=plan.size_mb, predicted_kl=known(plan.predicted_kl),

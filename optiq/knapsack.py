@@ -114,7 +114,9 @@ def pose(
     **caps, # limits, as for `budgets_of`
 ) -> Question:
     "Check a request and turn it into arrays for a solver; raises ValueError for a wish or a cap that no plan can keep"
-    (table, noise), fmts, key = smoothed(sweep), candidates(sweep, formats), _tie_key(tie)
+    table, noise = smoothed(sweep)
+    fmts = candidates(sweep, formats)
+    key = _tie_key(tie)
     wished = _wished(sweep, dict(protect=protect, pin=pin, ceiling=ceiling, floor=floor, leave=leave))
     _check_tied(tie, sweep.units)
     budgets = budgets_of(sweep, **caps)+list(budgets)
@@ -208,7 +210,9 @@ def _reach(
     **wishes, # likewise
 ) -> tuple: # nominal bits of the smallest plan, and of the largest
     "From where to where a target can lie"
-    fmts, (b,), wished = candidates(sweep, formats), budgets_of(sweep, target_bpw=1.), _wished(sweep, wishes)
+    fmts = candidates(sweep, formats)
+    b, = budgets_of(sweep, target_bpw=1.)
+    wished = _wished(sweep, wishes)
     p = make_problem(sweep, smoothed(sweep)[0], fmts, [b], wished+_unmoved(_silent(sweep)), _tie_key(tie))
     return tuple(float(b.figure(ends.sum())) for ends in (p.costs[0].min(1), p.costs[0].max(1)))
 

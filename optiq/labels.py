@@ -72,7 +72,9 @@ def _label(ax, points: list, **look): # of (name, x, y); how text looks
     from matplotlib.patheffects import withStroke
     look = dict(size=8, path_effects=[withStroke(linewidth=2, foreground='w')]) | look
     ax.figure.draw_without_rendering() # settles where everything is
-    taken, lines, px = _marks(ax), _strokes(ax), ax.figure.dpi/72
+    taken = _marks(ax)
+    lines = _strokes(ax)
+    px = ax.figure.dpi/72
     taken += [t.get_window_extent() for t in [*ax.texts, ax.get_legend()] if t]
     def trouble(place): # of (Bbox, gap)
         box, gap = place

@@ -179,7 +179,8 @@ def plot(self: Speeds,
 # %% ../nbs/20b_latency.ipynb #b79deecd
 def _plans_to_time(c, formats: list) -> dict: # name ▸ Plan
     "Plans to time: a checkpoint as it is stored, and uniform plans that differ from it"
-    own, plans = make_plan(c, c.formats, 'as stored'), [uniform(c, f) for f in formats]
+    own = make_plan(c, c.formats, 'as stored')
+    plans = [uniform(c, f) for f in formats]
     return {p.name: p for p in [own, *(p for p in plans if dict(p) != dict(own))]}
 
 # %% ../nbs/20b_latency.ipynb #bc2168bd
@@ -217,7 +218,8 @@ def predict_speeds(
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
     fmts, speeds = parse_formats(formats), {}
     if not fmts: raise ValueError('no formats to predict; give some, for example 4 and 8')
-    lat, plans = latency(c, chip, context, fmts, folder), _plans_to_time(c, fmts)
+    lat = latency(c, chip, context, fmts, folder)
+    plans = _plans_to_time(c, fmts)
     if calibrate_first: lat, speeds = _calibrate_plan(lat, c, plans, folder, **options)
     options = dict(context=max(1, context))|options
     if measure: speeds |= {n: measure_plan(c, p, **options) for n, p in plans.items() if n not in speeds}
@@ -243,7 +245,8 @@ def budget(self: Latency,
     "A speed as a cap for `allocate`; raises ValueError, naming the range, if no plan or every plan reaches it"
     fmts = parse_formats(formats)
     low, high = _speed_range(self, fmts)
-    fast, slow = 1e3/max(low, self.host), 1e3/max(high, self.host)
+    fast = 1e3/max(low, self.host)
+    slow = 1e3/max(high, self.host)
     if not slow*(1-1e-9) <= tps <= fast*(1+1e-9): raise ValueError(
         f'{tps:g} tok/s is {"out of reach" if tps > fast else "slower than every plan"}: on {self.chip.name} at '
         f'context '

@@ -224,7 +224,8 @@ def _plain(m):
     name = type(m).__name__.split('Quantized')[-1]
     beside = sys.modules.get(f'{type(m).__module__.partition(".")[0]}.models.switch_layers') # of the same library
     kind = next(getattr(lib, name) for lib in (sys.modules[type(m).__module__], beside, nn) if hasattr(lib, name))
-    out, (_, dtype) = kind.__new__(kind), _stored(m)
+    out = kind.__new__(kind)
+    _, dtype = _stored(m)
     nn.Module.__init__(out)
     for k, v in m.items():
         if k not in ('weight', 'scales', 'biases', *_SECOND): out[k] = v
@@ -244,11 +245,14 @@ class ModelFolder:
     def __init__(self, name: 'str | Path', trust_remote_code: bool = False, model_type: str = 'auto',
                  dtype: str | None = None):
         self.dtype = dtype
-        self.name, self.folder, self.trust_remote_code = str(name), find_model(name), trust_remote_code
+        self.name = str(name)
+        self.folder = find_model(name)
+        self.trust_remote_code = trust_remote_code
         check_untrusted(self.folder, trust_remote_code)
         self.files = _weight_files(self.folder)
         tables = [read_header(f) for f in self.files]
-        names, types = [k for t in tables for k in t], {x['dtype'] for t in tables for x in t.values()}
+        names = [k for t in tables for k in t]
+        types = {x['dtype'] for t in tables for x in t.values()}
         self.config = _read_config(self.folder/'config.json', len(names))
         _check_beside(self.folder, _BESIDE)
         self.others = _made_by_others(self.name, self.folder, self.config, types)
@@ -272,7 +276,8 @@ class ModelFolder:
     @cached_property
     def fingerprint(self) -> str:
         "Sixteen hex digits that stand for every byte of config.json and of the weights"
-        h, as_type = hashlib.sha256((self.folder/'config.json').read_bytes()), f' as {self.dtype}' if self.dtype else ''
+        h = hashlib.sha256((self.folder/'config.json').read_bytes())
+        as_type = f' as {self.dtype}' if self.dtype else ''
         for file in self.files:
             table = sorted(read_header(file).items(), key=lambda x: x[1]['data_offsets'])
             h.update(_digest(file, 0, table[0][1]['data_offsets'][0] if table else file.stat().st_size))
@@ -375,7 +380,8 @@ class Checkpoint(ModelFolder, _Listing):
         return found
 
     def __repr__(self):
-        size, blocks = sum(map(os.path.getsize, self.files))/2**20, ' + '.join(map(str, self.blocks.values()))
+        size = sum(map(os.path.getsize, self.files))/2**20
+        blocks = ' + '.join(map(str, self.blocks.values()))
         units = f'{len(self.units)} units in {blocks} blocks'
         return f'{self.name}: {self.params:,} parameters, {units}, {size:.1f} MB'
 

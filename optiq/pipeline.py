@@ -118,7 +118,8 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     b, t = job.open(job.more)
     method, targets, once = w.method, [likely.nominal_bpw], _rounding_seconds(b, t.learned, likely, rounding)
     if method is None and w.sweep is None:
-        log, tried = out and journal_of(out), [f for f in job.measured if f != AS_IS]
+        log = out and journal_of(out)
+        tried = [f for f in job.measured if f != AS_IS]
         task = _Task(b, t.tokens, tried, targets, None, log, job.states_memory)
         method = task.choose(w.time_budget, rounding != 'minmax' and (lambda: len(tried)*once))
     _announce_road(expected := _expected(b, t, job, once, method))
@@ -323,11 +324,13 @@ def trade_off(
     _check_weights(weights := replace(weights, sweep=sweep), 'a curve', out)
     _check_states_memory(states_memory, weights)
     out = own_output(out, overwrite, 'pareto', source, journal=sweep is None)
-    fmts, rounding = _candidates_for(weights.formats, sweep, _WIDE), _rounding_for(weights.rounding, sweep)
+    fmts = _candidates_for(weights.formats, sweep, _WIDE)
+    rounding = _rounding_for(weights.rounding, sweep)
     opened = partial(Checkpoint, source, trust_remote_code, model_type, dtype)
     if sweep is not None and not verify:
         _check_unread(texts, weights, dtype)
-        found, about = _read_for_curve(sweep, None if saved else opened(), rounding), machine()
+        found = _read_for_curve(sweep, None if saved else opened(), rounding)
+        about = machine()
     else:
         _check_overflow(c := opened())
         job = _Job(c, out, Caps(), weights, None, _texts_of(texts, 'weights'), backend, overwrite, states_memory)

@@ -133,7 +133,8 @@ def __repr__(self: Plan) -> str:
     kl = f', predicted KL {self.predicted_kl:.4g}{error}' if isfinite(self.predicted_kl) else ''
     if 'verified' in self.solver: kl += f', measured {self.solver["verified"]["joint_kl"]:.4g}'
     name = f' {self.name!r}' if self.name else ''
-    cost, asked = self.solver.get('wishes_cost'), {p for w in self.solver.get('wishes', ()) for p in w['units']}
+    cost = self.solver.get('wishes_cost')
+    asked = {p for w in self.solver.get('wishes', ()) for p in w['units']}
     price = f'; your wishes for {len(asked)} of them cost {cost:.2g} of it' if cost is not None else ''
     quiet = self.solver.get('silent', ())
     if quiet: price += f'; {len(quiet)} that moved nothing have the widest candidate'
@@ -221,7 +222,8 @@ def _isotonic(
     for row in v:
         pools.append((row, 1))
         while len(pools) > 1 and pools[-1][0].mean() > pools[-2][0].mean():
-            (b, m), (a, k) = pools.pop(), pools.pop()
+            b, m = pools.pop()
+            a, k = pools.pop()
             pools.append(((a*k+b*m)/(k+m), k+m))
     return np.concatenate([np.tile(row, (k, 1)) for row, k in pools])
 
@@ -229,7 +231,8 @@ def _isotonic(
 @_checked
 def check_noise(sweep: SweepLike):
     "Raise ValueError if the null measurement of `sweep` is as large as what it measured"
-    noise, signal = getattr(sweep, 'header', {}).get('noise'), float(np.mean([np.mean(v)
+    noise = getattr(sweep, 'header', {}).get('noise')
+    signal = float(np.mean([np.mean(v)
                                                                               for v in sweep.values.values()]))
     if noise is not None and noise > 1e-6 and not noise < signal/10: raise ValueError(
         f'a weight left as it is gave a KL of {noise:.2g}, and quantizing gave {signal:.2g} on average: '
@@ -303,12 +306,14 @@ def make_plan(
     solver: dict | None = None, # how the solver found it
 ) -> Plan:
     "A plan with sizes from `source` and, if that is a sweep, its predicted KL"
-    units, header = getattr(source, 'units', source), getattr(source, 'header', {})
+    units = getattr(source, 'units', source)
+    header = getattr(source, 'header', {})
     formats = {path: parse_format(f) for path, f in formats.items()}
     if table is None: table = smoothed(source)[0] if hasattr(source, 'values') else {}
     params = header.get('params') or getattr(source, 'params', sum(u.params for u in units))
     other = header.get('other_bytes', getattr(source, 'other_bytes', 0))
-    model, made = header.get('model') or getattr(source, 'name', ''), _made_from(header)
+    model = header.get('model') or getattr(source, 'name', '')
+    made = _made_from(header)
     kl, se = _predicted(formats, table)
     return Plan(units, formats, int(params), int(other), kl, se, name, str(model), solver or {}, made)
 
@@ -333,7 +338,8 @@ def uniform(
     fmt: 'Format | str | int', # for all units whose width its groups divide
 ) -> Plan:
     "A plan with one format for all units that can have it; the others stay as they are"
-    fmt, units = parse_format(fmt), getattr(source, 'units', source)
+    fmt = parse_format(fmt)
+    units = getattr(source, 'units', source)
     formats = {u.path: fmt if u.takes(fmt) else AS_IS for u in units}
     return make_plan(source, formats, f'uniform {fmt}')
 
@@ -388,7 +394,8 @@ def baseline_plans(
 @patch
 def grid(self: Plan) -> tuple: # kinds, formats, (kinds, blocks+2) index of a format or NaN
     "Where each format is used; the first and the last column are for what stands outside the blocks"
-    used, kinds = list(self.counts()), list(dict.fromkeys(u.kind for u in self.units))
+    used = list(self.counts())
+    kinds = list(dict.fromkeys(u.kind for u in self.units))
     depth = 1+max((u.block for u in self.units if u.block is not None), default=-1)
     grid = np.full((len(kinds), depth+2), np.nan)
     for u in self.units:
@@ -408,7 +415,8 @@ def plot(self: Plan,
     from matplotlib.patches import Patch
     kinds, used, grid = self.grid()
     many = max(2, len(used))
-    depth, colours = grid.shape[1]-2, plt.cm.cividis.resampled(many)
+    depth = grid.shape[1]-2
+    colours = plt.cm.cividis.resampled(many)
     if ax is None: ax = plt.subplots(figsize=(min(12, 3+.3*depth), .8+.3*len(kinds)))[1]
     ax.pcolormesh(grid, cmap=colours, vmin=-.5, vmax=many-.5, edgecolors='w', lw=.5)
     step = max(1, depth//12)

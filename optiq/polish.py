@@ -41,9 +41,11 @@ def dwq(
     from mlx_lm.quant.dwq import dwq_quantize
     from mlx_lm.utils import load_model, save_model
     _check_dwq(source, tokens, valid, batch_size)
-    student, teacher = load_model(Path(folder), trust_remote_code=source.trust_remote_code)[0], source.load()
+    student = load_model(Path(folder), trust_remote_code=source.trust_remote_code)[0]
+    teacher = source.load()
     student.freeze() # mlx-lm unfreezes scales and biases; it would train the norms too
-    rows, adam = [(t.tolist(), 0) for t in tokens], Adam(learning_rate, bias_correction=True)
+    rows = [(t.tolist(), 0) for t in tokens]
+    adam = Adam(learning_rate, bias_correction=True)
     with redirect_stdout(sys.stderr):
         dwq_quantize(student, lambda batch, *_, **__: teacher(batch), adam, rows[:-valid]*epochs, rows[-valid:],
                      batch_size, tokens.shape[1]+1, seed, dtype=getattr(mx, source.units[0].dtype))

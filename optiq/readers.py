@@ -30,7 +30,8 @@ def check_file(
     path: 'str | Path',
 ) -> Path:
     "The path, if a file is there; raises FileNotFoundError, or OSError that says what is there instead"
-    path, told = Path(path), repr(str(path))[1:-1] # a name can hold a zero byte or a line end
+    told = repr(str(path))[1:-1] # a name can hold a zero byte or a line end
+    path = Path(path)
     try: there = path.exists()
     except (OSError, ValueError) as e: raise OSError(f'{told} cannot be opened: '
                                                      f'{getattr(e, "strerror", None) or e}') from None
@@ -127,7 +128,8 @@ FILE = Form('the name of a file beside it', lambda x: NAME.holds(x) and Path(x).
 INSIDE = Form('the name of a file in the same folder or in one inside it',
               lambda x: NAME.holds(x) and not Path(x).is_absolute() and '..' not in Path(x).parts)
 ANYTHING = Form('anything', lambda x: True)
-OBJECT, LIST = Form('an object', lambda x: isinstance(x, dict)), Form('a list', lambda x: isinstance(x, list))
+OBJECT = Form('an object', lambda x: isinstance(x, dict))
+LIST = Form('a list', lambda x: isinstance(x, list))
 
 def shown(x) -> str:
     "The value `x` in the short form in which an error quotes it"
@@ -149,7 +151,7 @@ def check(
     if isinstance(form, list):
         if len(x) < len(form)-1:
             raise ValueError(f'{where} has {len(x)} entries, and should have {len(form)-1} at least')
-        if isinstance(form[0], Form) and all(map(form[0].holds, x)): return x # most are, and need no name for each place
+        if isinstance(form[0], Form) and all(map(form[0].holds, x)): return x # most are: no name for each place
         for i, v in enumerate(x): check(v, form[0], f'{where}[{i}]')
         return x
     lacking = [k for k in form if not k.endswith('?') and k not in x]
@@ -270,7 +272,8 @@ _IS |= {Path: _IS[str], tuple: _IS[list]}
 
 def _fits(x, hint) -> bool:
     "Whether a value is what an annotation says; an annotation that is not a type allows everything"
-    kind, parts = get_origin(hint) or hint, [a for a in get_args(hint) if a is not ...]
+    kind = get_origin(hint) or hint
+    parts = [a for a in get_args(hint) if a is not ...]
     if kind in (Union, UnionType): return any(_fits(x, h) for h in parts)
     if kind is Literal: return type(x) in map(type, parts) # which of them it can be, we say where we use it
     if not isinstance(kind, type): return True
@@ -322,8 +325,10 @@ def _quoted(x) -> str:
 # %% ../nbs/72_readers.ipynb #5ed3af13
 def _near(name: str, there, more=()) -> list: # of at most three
     "Which of these names resemble one that is none of them, as a whole or in their last part; else `more`"
-    there, name = list(dict.fromkeys(there)), name.strip('*.')
-    found, last = get_close_matches(name, there, 3, .6), name.split('.')[-1]
+    there = list(dict.fromkeys(there))
+    name = name.strip('*.')
+    found = get_close_matches(name, there, 3, .6)
+    last = name.split('.')[-1]
     ends = [t.rpartition('.')[2] for t in there]
     if not found: ends_near = [last] if last in ends else get_close_matches(last, dict.fromkeys(ends), 3, .6)
     return found or [t for e in ends_near for t, end in zip(there, ends) if end == e][:3] or list(more)

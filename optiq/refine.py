@@ -131,7 +131,8 @@ def _improve(b, tokens, q, tried, kl, best, tolerance, rounds, quantize):
     forecast, history, near = tried[best].predicted_kl, [], list(tried.values())
     options = {p: o for row, o in zip(q.problem.rows, q.problem.options) for p in row}
     while True:
-        joint, paths = float(kl[best].mean()), {p for x in near for p in x.diff(tried[best])}
+        joint = float(kl[best].mean())
+        paths = {p for x in near for p in x.diff(tried[best])}
         history.append(dict(plan=best, forecast=forecast, joint=joint, units=0))
         if abs(joint-forecast) <= tolerance*forecast or len(history) > rounds or not paths: return best, history
         plan, guess = _solve_again(q, tried[best], _around(b, tokens, tried[best], paths, options, quantize))
@@ -166,7 +167,8 @@ class Verified:
 @patch
 def row(self: Verified, name: str) -> dict:
     "The figures of the plan `name`; `difference` is its KL minus that of the plan kept, sequence by sequence"
-    (kl, se), (diff, diff_se) = mean_se(self.kl[name]), mean_se(self.kl[name]-self.kl[self.kept])
+    kl, se = mean_se(self.kl[name])
+    diff, diff_se = mean_se(self.kl[name]-self.kl[self.kept])
     return dict(name=name, size_mb=self.tried[name].size_mb, predicted_kl=known(self.tried[name].predicted_kl), kl=kl,
                 kl_se=known(se), difference=diff, difference_se=known(diff_se))
 
@@ -179,14 +181,17 @@ def rows(self: Verified) -> list: # of dicts
 def _row_text(r: dict) -> str: # of `Verified.row`
     "One line of a terminal"
     said = '–' if r['predicted_kl'] is None else f'{r["predicted_kl"]:.4f}'
-    kl, off = plus_minus(r['kl'], r['kl_se']), plus_minus(r['difference'], r['difference_se'], '+.4f')
+    kl = plus_minus(r['kl'], r['kl_se'])
+    off = plus_minus(r['difference'], r['difference_se'], '+.4f')
     return f'{r["name"]:16} {r["size_mb"]:8.2f} MB  predicted {said:6}  measured {kl}  {off}'
 
 # %% ../nbs/05c_refine.ipynb #72265bc4
 @_checked
 def verdict(v: Verified) -> str:
     "One line about `v`: which plan we keep, and how good its forecast was"
-    last, again, ours = v.rounds[-1], sum(r['units'] for r in v.rounds), v.tried.keys()-{*v.baselines}
+    last = v.rounds[-1]
+    again = sum(r['units'] for r in v.rounds)
+    ours = v.tried.keys()-{*v.baselines}
     what = f'{v.kept} measured better than every plan that was allocated, so it is kept'
     if v.kept in ours: what = f'of {len(ours)} plans with nearly the same forecast, {v.kept} measured best and is kept'
     if ours == {v.kept}: what = 'the one plan that was allocated is kept'
@@ -236,10 +241,13 @@ def verified(
     By measured KL on these tokens, the result is at least as good as every baseline that `only` admits. Raises
     ValueError for a sweep of another model, and what `allocate` raises for caps out of reach.
     """
-    b, method, q = open_backend(model), options.pop('method', 'exact'), pose(sweep, **options)
+    b = open_backend(model)
+    method = options.pop('method', 'exact')
+    q = pose(sweep, **options)
     plan = q.solve(method)
     _check_same('the sweep', plan, b.checkpoint.units, b.checkpoint.name)
-    ours, flats = {'allocated': plan} | _alternatives(q, plan, n, seed=seed), _within(q, plan)
+    ours = {'allocated': plan} | _alternatives(q, plan, n, seed=seed)
+    flats = _within(q, plan)
     many = f'{len(ours)+len(flats)} plans on {prod(shape_of(tokens)):,} tokens'
     if progress: print(f'verifying {many}', file=sys.stderr)
     with _bar(show=progress) as bar:
@@ -267,7 +275,8 @@ def measured(
     quantize = quantize_dequantize, # as for `verified`; baselines are rounded likewise
 ) -> Frontier: # the same, with scores
     "Measure points of a frontier, all baselines, and the plan for the bytes of each; adds `scores` to it"
-    b, todo = open_backend(model), [*frontier.rivals.values(), *frontier.baselines, *_spread_over(frontier, each)]
+    b = open_backend(model)
+    todo = [*frontier.rivals.values(), *frontier.baselines, *_spread_over(frontier, each)]
     for p in todo: _check_same('the frontier', p, b.checkpoint.units, b.checkpoint.name)
     with _bar(f'measuring {len(todo)} plans') as bar:
         frontier.scores |= _joint_kl(b, tokens, {p.name: p for p in todo}, quantize, bar.update)

@@ -114,9 +114,11 @@ def _paired(
     from scipy.stats import binomtest, t, ttest_1samp
     d = np.subtract(x, y, dtype=float)
     if not np.isfinite(d).all(): raise ValueError('an item is not a number, so the two cannot be compared')
-    n, mean = len(d), float(d.mean())
+    n = len(d)
+    mean = float(d.mean())
     half = float(t.ppf(.975, n-1)*d.std(ddof=1)/n**.5) if n > 1 else float('nan')
-    up, down = int((d > 0).sum()), int((d < 0).sum())
+    up = int((d > 0).sum())
+    down = int((d < 0).sum())
     if not d.any(): p = 1.
     elif set(np.unique([x, y])) <= {0, 1}: p = float(binomtest(up, up+down).pvalue)
     else: p = float(ttest_1samp(d, 0).pvalue) if n > 1 else float('nan')
@@ -169,12 +171,17 @@ def _columns(rows: list) -> list:
 # %% ../nbs/30_report.ipynb #24dadf73
 def _cells(row: dict) -> dict: # column ▸ text
     "A row as text"
-    def show(k): return row[k] if k == 'name' else f'{row[k]:.2f}' if k in _SIZES else _figure_text(row, k)
+    def show(k):
+        if k == 'name': return row[k]
+        return f'{row[k]:.2f}' if k in _SIZES else _figure_text(row, k)
     return {k: show(k) for k in _columns([row])}
 
 def _figure_text(row: dict, name: str) -> str:
     "A metric with its interval if it has one, else with its error"
-    v, spec, se, low = row[name], _metric(name).spec, row.get(f'{name}_se'), row.get(f'{name}_low')
+    v = row[name]
+    spec = _metric(name).spec
+    se = row.get(f'{name}_se')
+    low = row.get(f'{name}_low')
     if spec == '.4f' and 0 < abs(v) < 5e-4: spec = '.1e' # a tiny KL is not none
     if low is None or low != low: return f'{v:{spec}}'+(f' ± {se:{spec}}' if se is not None and se == se else '')
     text = f'{v:{spec}} [{low:{spec}}, {row[f"{name}_high"]:{spec}}]'
@@ -196,7 +203,8 @@ def fit(
 # %% ../nbs/30_report.ipynb #4e580d83
 def _table(rows: list) -> list: # of lists of texts, the first one the head
     "A table without the columns that are empty in all rows"
-    lines, keys = [_cells(r) for r in rows], _columns(rows)
+    lines = [_cells(r) for r in rows]
+    keys = _columns(rows)
     return [[_COLUMNS.get(k) or _metric(k).title for k in keys], *([r.get(k, '') for k in keys] for r in lines)]
 
 # %% ../nbs/30_report.ipynb #f6fa2c5e
@@ -229,7 +237,8 @@ class Report:
     def __repr__(self): return '\n'.join([fit(_table(self.rows)), *self.said])
 
     def _repr_html_(self):
-        (head, *rows), said = _table(self.rows), ''.join(f'<li>{escape(s)}</li>' for s in self.said)
+        head, *rows = _table(self.rows)
+        said = ''.join(f'<li>{escape(s)}</li>' for s in self.said)
         note = ', '.join(f'{k}: {v}' for k, v in self.about.items() if not isinstance(v, (dict, list)))
         return f'{_html_table(head, rows)}{said and f"<ul>{said}</ul>"}<p><small>{escape(note)}</small></p>'
 
@@ -267,7 +276,8 @@ def score_row(
     on: str = '', # fingerprint of the tokens
 ) -> dict:
     "A row of a report from the size and the score of a model"
-    (kl, kl_se), (agree, agree_se) = mean_se(score.kl), mean_se(score.agree)
+    kl, kl_se = mean_se(score.kl)
+    agree, agree_se = mean_se(score.agree)
     items = {k: x for k, x in dict(kl=score.kl, perplexity=score.nll, agreement=score.agree).items()
              if np.isfinite(x).all()}
     figures = dict(kl=kl, kl_se=kl_se, perplexity=score.perplexity, perplexity_se=score.perplexity_se, agreement=agree,

@@ -134,7 +134,8 @@ class Reads:
         "The different (rows, width) that are read, the smallest first; single rows left out"
         return sorted({s for s in self.active.values() if s[0] > 1}, key=prod)
     def __repr__(self):
-        whole, grows = self.total({u.path: AS_IS for u in self.units}), (self.cache(1024)-self.cache(0))/1024
+        whole = self.total({u.path: AS_IS for u in self.units})
+        grows = (self.cache(1024)-self.cache(0))/1024
         return (f'{self.layers} layers, {len(self.units)} units, {whole/2**20:.2f} MB per token as is, '
                 f'and {grows:,.0f} bytes per token of context')
 

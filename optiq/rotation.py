@@ -27,7 +27,9 @@ def _density(
 def _mass(x, d: int):
     "Probability that the coordinate lies between 0 and `x`"
     theta = np.arcsin(np.clip(x, -1, 1))
-    sin, cos, n = np.sin(theta), np.cos(theta), d % 2
+    sin = np.sin(theta)
+    cos = np.cos(theta)
+    n = d % 2
     total = sin if n else theta
     while n < d-2:
         n += 2
@@ -81,9 +83,11 @@ def _lloyd(d, n):
     c = np.array([NormalDist().inv_cdf((k+.5)/n) for k in range(n)])*min(math.sqrt(3/d), .3)
     for step in range(60):
         p, m = _cell_moments(c, d)
-        t, mean = (c[1:]+c[:-1])/2, m/p
+        t = (c[1:]+c[:-1])/2
+        mean = m/p
         f = _density(t, d)/2
-        up, down = f*(t-mean[:-1])/p[:-1], f*(mean[1:]-t)/p[1:] # how a mean follows its upper and lower boundary
+        up = f*(t-mean[:-1])/p[:-1] # how a mean follows its upper and lower boundary
+        down = f*(mean[1:]-t)/p[1:]
         jacobian = np.eye(n)-np.diag(up, 1)-np.diag(down, -1)-np.diag(np.r_[up, 0]+np.r_[0, down])
         change = np.linalg.solve(jacobian, c-mean) if step > 4 else c-mean # Lloyd's own steps first
         c = c-change
@@ -92,10 +96,13 @@ def _lloyd(d, n):
 
 # %% ../nbs/10a_rotation.ipynb #80720f65
 def _uniform(d, n):
-    codes, golden = np.arange(n)-(n-1)/2, (math.sqrt(5)-1)/2
-    a, b = .5/math.sqrt(d*n*n), 4/math.sqrt(d*n)
+    codes = np.arange(n)-(n-1)/2
+    golden = (math.sqrt(5)-1)/2
+    a = .5/math.sqrt(d*n*n)
+    b = 4/math.sqrt(d*n)
     while b-a > 1e-9*b:
-        x, y = b-golden*(b-a), a+golden*(b-a)
+        x = b-golden*(b-a)
+        y = a+golden*(b-a)
         if _distortion(codes*x, d) < _distortion(codes*y, d): b = y
         else: a = x
     return codes*(a+b)/2

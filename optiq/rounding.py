@@ -110,7 +110,8 @@ def _is_added(p: _Passage, i: int | None, path: str, x, behind) -> bool: # block
     "Whether a block adds the output of its last unit to the states, as it is"
     w, states = p.b.unit_weight(path), p.states[0]
     if i is None or not hasattr(states, 'ndim') or w.ndim > 2 or len(w) != states.shape[-1]: return False
-    f32, out = library(x)[1], library(x)[1](x) @ library(x)[1](w).T
+    f32 = library(x)[1]
+    out = library(x)[1](x) @ library(x)[1](w).T
     without = p.chunks.one(0, i, states, None, as_overrides(p.done) | {path: lambda w: w*0})
     return float(((f32(behind)-f32(without)-out)**2).sum()) < 1e-4*float((out**2).sum())
 
@@ -118,7 +119,8 @@ def _is_added(p: _Passage, i: int | None, path: str, x, behind) -> bool: # block
 def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path ▸ Unit; ▸ {path: Inputs}, Gap or None
     "What the next units of a block are multiplied with, and what they lack"
     last, gap = i is not None and len(left) == 1, None
-    heard, done = _NextListener(left, last), {} if i is None else as_overrides(p.done)
+    heard = _NextListener(left, last)
+    done = {} if i is None else as_overrides(p.done)
     for k, states in enumerate(p.states):
         heard.last, heard.calls = (None, None), []
         behind = p.chunks.one(k, i, states, heard, done)
@@ -224,7 +226,9 @@ class RoundTrips(Mapping):
         keep: 'Path | None' = None, # folder for the codes of what is rounded, so that nothing is rounded twice
     ):
         if method not in QUANTIZERS: raise ValueError(f'no rounding {method!r}; there are {", ".join(QUANTIZERS)}')
-        self.b, self.formats, self.method = open_backend(model), list(formats), method
+        self.b = open_backend(model)
+        self.formats = list(formats)
+        self.method = method
         self.learned, self.stats = tokens, _listened(self.b, tokens, method)
         self.held = _Held(self.b.checkpoint.unit, blocks)
         self.keep, self.kept = keep, {} # (path, Format) ▸ what is in a file
@@ -254,7 +258,9 @@ class _Kept:
     "A rounded tensor in a file: a quantizer for `convert`, of one unit in one format"
     def __init__(self, file: 'str | Path', r): # Rounded or MinMax
         import mlx.core as mx
-        self.file, self.fmt, stored = str(file), r.fmt, r.stored()
+        self.file = str(file)
+        self.fmt = r.fmt
+        stored = r.stored()
         mx.save_safetensors(self.file, stored)
         self.digests = {k: hashlib.sha256(np.array(a.reshape(-1).view(mx.uint8))).digest() for k, a in stored.items()}
 
@@ -297,7 +303,8 @@ def _seconds_of_one(b, tokens, units: list, plan, method) -> tuple: # units of t
     "Seconds of a walk through the first block, and for each of these units those in which one weight is rounded"
     kept = isinstance(tokens, _Learned)
     stats = tokens if kept else Statistics(b, tokens, method == 'gptq')
-    start, heard = None if kept else stats.states, [stats[u.path] for u in units] # this also wakes the libraries up
+    start = None if kept else stats.states
+    heard = [stats[u.path] for u in units] # this also wakes the libraries up
     if heard[0] is None: return 0., [0.]*len(units)
     def listen():
         stats.i, stats.states = 0, start # states that passed the block would not be heard there again
@@ -305,7 +312,8 @@ def _seconds_of_one(b, tokens, units: list, plan, method) -> tuple: # units of t
         return b.numpy(stats.held[units[0].path].importance())
     def a_weight(u, h, few=2**22):
         n = max(1, few//prod(u.shape[1:])) if len(u.shape) > 2 else u.shape[0] # a few experts of many
-        w, h = b.unit_weight(u.path)[:n], h[:n] if isinstance(h, list) else h
+        w = b.unit_weight(u.path)[:n]
+        h = h[:n] if isinstance(h, list) else h
         def round_it(): return b.numpy(library(w)[1](QUANTIZERS[method](w, plan[u.path], h).dequantize()))
         return _faster(round_it)/prod(w.shape)
     return 0. if kept else _faster(listen), [a_weight(u, h) for u, h in zip(units, heard)]
@@ -322,7 +330,8 @@ def _rounding_seconds(
     def largest(stacked): return [*sorted((u for u in todo if u.block == 0 and (len(u.shape) > 2) == stacked),
                                           key=lambda u: u.params)][-1:]
     if method == 'minmax' or not largest(False): return 0.
-    kept, firsts = isinstance(tokens, _Learned), largest(False)+largest(True)
+    kept = isinstance(tokens, _Learned)
+    firsts = largest(False)+largest(True)
     learned = tokens if method == 'gptq' or kept else _enough(tokens)
     part = learned if kept else learned[:-(-len(learned)//8)]
     walk, each = _seconds_of_one(b, part, firsts, plan, method)
@@ -355,7 +364,8 @@ def round_to_files(
     kept: dict = {}, # (unit path, Format) ▸ what was rounded before, as `RoundTrips` keeps it
 ) -> dict: # unit path ▸ (weight, format) ▸ stored tensors: a quantizer for `convert`
     "Round a whole plan, a file for each unit, so that no more than a block is in memory"
-    b, known = open_backend(model), {p: f for p, f in plan.items() if (p, f) in kept}
+    b = open_backend(model)
+    known = {p: f for p, f in plan.items() if (p, f) in kept}
     found = {p: kept[p, f] for p, f in known.items()}
     plan = {**plan, **dict.fromkeys(known, AS_IS)} # what is left to do
     if progress and method != 'minmax': _announce_rounding(b, tokens, plan, method)

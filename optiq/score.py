@@ -39,7 +39,9 @@ def text_tokens(
     least = 1+len(before(c.tokenizer))
     if min(n, seq_len-least, 1 if limit is None else limit-least) < 1: raise ValueError(
         'text to score needs a sequence of two tokens at least')
-    if limit is not None: n, seq_len = max(1, min(n, limit//seq_len)), min(seq_len, limit)
+    if limit is not None:
+        n = max(1, min(n, limit//seq_len))
+        seq_len = min(seq_len, limit)
     split = 'test' if source in ('bundled', 'wikitext2') else 'all'
     try: return token_batch(passages(source, split, min_chars=-1), c.tokenizer, n, seq_len, seed=None, fewer=fewer)
     except ValueError as e: raise ValueError(f'{e}; give less `n`, or a smaller `limit`') from None
@@ -191,7 +193,9 @@ def kl(
     b, overrides, size = _under_test(model, a, tokens, backend, max_memory)
     kept = None if exact else min(top_k, a.vocabulary//2)
     stored = reference(a, tokens, kept, cache, backend, max_memory)
-    s, on, show = score_against(stored, b, tokens, overrides), fingerprint(tokens), _SHOWN[protocol]
+    s = score_against(stored, b, tokens, overrides)
+    on = fingerprint(tokens)
+    show = _SHOWN[protocol]
     itself = Score(stored.scored.mean(1), 0*s.kl, 1+0*s.agree, 0*s.tokens)
     rows = [joined(own_size(a), show(itself, on))]
     if size['name'] != a.name: rows.append(joined(size, show(s, on)))
@@ -231,7 +235,8 @@ def recall(model, n=200, seed=42) -> Report:
     "The demo model's recall task: the share of codes that it finds in texts of 128 to 1,024 tokens"
     from optiq.evals.tasks import answers, task_rows
     from optiq.material.problems import correct
-    c, rows = _checkpoint_of(model), task_rows(n, seed=seed)['recall']
+    c = _checkpoint_of(model)
+    rows = task_rows(n, seed=seed)['recall']
     if not rows: raise ValueError(f'recall has four lengths: give 4 or more as `n`, not {n}')
     with _bar(f'{len(rows)} texts') as bar: texts = answers(c, rows, tick=bar.update)
     right = [correct(r, text) for r, text in zip(rows, texts)]
@@ -248,7 +253,8 @@ def _needle(model, n=200, lengths=(128, 256, 512, 1024), depths=(0., .25, .5, .7
 
 def _gsm8k(model, n=200, questions='gsm8k', shots=None, out=None, kv=None):
     from optiq.evals.gsm8k import gsm8k, questions as find
-    own, make = questions == 'word-problems', _cache_maker(kv)
+    own = questions == 'word-problems'
+    make = _cache_maker(kv)
     if shots is None: shots = 0 if own else 3
     return gsm8k(model, find(questions, n), shots, out=out, make_cache=make, name=_named(model, make),
                  figure='word_problems' if own else 'gsm8k')
@@ -270,8 +276,10 @@ def run_task(
 ) -> Report: # the baseline's row first
     "Score a model on a task, and compare it with a baseline if you give one; raises ValueError for an unknown task"
     if n < 1: raise ValueError(f'`n` must be at least 1 sample, not {n}')
-    f, options = _find_task(task), {k: v for k, v in options.items() if v is not None} # a task has defaults of its own
-    taken, out = [k for k in signature(f).parameters if k != 'model'], options.get('out')
+    f = _find_task(task) # a task has defaults of its own
+    options = {k: v for k, v in options.items() if v is not None}
+    taken = [k for k in signature(f).parameters if k != 'model']
+    out = options.get('out')
     odd = [k for k in options if k not in taken]
     if odd: raise ValueError(f'`{odd[0]}` has no effect on {task}, which takes {", ".join(taken)}')
     for file in [out, f'{out}.baseline'][:2 if baseline else 1] if out else (): own_file(file, 'responses')

@@ -102,7 +102,8 @@ def _surely_quick(t: _Task, seconds: float, rounds: bool) -> bool:
 @patch
 def choose(self: _Task, time_budget: float | None, rounding=None) -> str: # () ▸ seconds to round all weights
     "The most exact method that fits the budget, or else the fastest; says so if it is not the exact one"
-    possible, begun = _possible_methods(self), _begun_method(self.out)
+    possible = _possible_methods(self)
+    begun = _begun_method(self.out)
     budget = _TIME_BUDGET if time_budget is None else time_budget
     if begun or len(possible) == 1: return begun or 'exact'
     if _surely_quick(self, budget, bool(rounding)): return 'exact'
@@ -168,7 +169,8 @@ def _shortcut_sweep(t: _Task, method: str, quantize, name: str, about: dict) -> 
                                                                 'screened')
     if not t.b.stacks: raise ValueError(f'method {method!r} knows text models only; '
                                         f'a {t.b.checkpoint.model_type} model takes method exact')
-    out, how = None if t.mark else t.out, dict(quantize=quantize)
+    out = None if t.mark else t.out
+    how = dict(quantize=quantize)
     how['header'] = _header_of(t.b, t.tokens, t.formats, f'{name}, {method}', about)
     if out is not None: same_sweep(own_file(out, 'sweep'), how['header']) # or an error, if it holds another
     if method == 'gradient': sweep = gradient_sweep(t.b, t.tokens, t.formats, **how)
@@ -279,7 +281,8 @@ def kl_sweep(
     _check_apart(statistics, out, 'statistics')
     mark = dict(journal=True) if journal else {}
     if out is not None: out = own_file(out, 'sweep', **mark) # before any work
-    formats, b = _some_formats(formats), open_backend(model, backend)
+    formats = _some_formats(formats)
+    b = open_backend(model, backend)
     b.keep_to(max_memory)
     if of is None: check_storable(formats)
     rounding = rounding or ('minmax' if of else ROUNDING) # a cache is rounded as it is written

@@ -73,7 +73,8 @@ def _check_for_model(
 ):
     "Raise ValueError for an option that does not fit this model, such as a token that it does not have"
     from transformers import PreTrainedTokenizerBase
-    words, taken = args.logits.logit_bias or {}, signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    words = args.logits.logit_bias or {}
+    taken = signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     if max(words, default=0) >= vocabulary: raise ValueError(
         f'logit_bias: {max(words)} is not a token; the model has {vocabulary}')
     if args.sampling.top_k >= vocabulary: raise ValueError(
@@ -130,7 +131,8 @@ def _tokenize(self: _Generator, tokenizer, request, args):
     encoded = request.request_type == 'text' or not tokenizer.has_chat_template # else a template ends it
     if isinstance(prompt, list) and encoded and tokenizer.encode('a')[-1] in tokenizer.eos_token_ids: prompt.pop()
     if not isinstance(prompt, list) or not prompt: raise ValueError('the prompt has no tokens')
-    room, wanted = p.context-len(prompt), args.max_tokens or 1
+    room = p.context-len(prompt)
+    wanted = args.max_tokens or 1
     if wanted > room: raise ValueError(f'max_tokens: {wanted} and the {len(prompt)} tokens of the prompt '
                                        f'are more than the {p.context} of the model\'s context')
     args.max_tokens = args.max_tokens or min(self.cli_args.max_tokens, room)
@@ -255,8 +257,8 @@ def _find_config(
 ) -> Path | None:
     "The kv_config.json to serve with, checked against the model"
     own = folder/'kv_config.json'
-    file = Path(kv_config) if kv_config else own if own.is_file() else None
-    if file is None: return None
+    if not kv_config and not own.is_file(): return None
+    file = Path(kv_config or own)
     if not file.is_file(): raise FileNotFoundError(f'no {file}; `optiq kv-cache` writes a kv_config.json')
     read_kv_config(file, Checkpoint(folder, trust_remote_code).load())
     return file

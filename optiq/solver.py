@@ -143,7 +143,8 @@ def _still_open(p: Problem, prices: np.ndarray, gap: float) -> np.ndarray: # (ro
 # %% ../nbs/05a_solver.ipynb #fc71757a
 def _whole_numbers(costs, least, i, caps): # (budgets, kept), (budgets, rows), (kept,), (budgets,)
     "The same constraints, in whole numbers where the costs are whole, and within 1000 otherwise"
-    costs, caps = costs-least[:, i], caps-least.sum(1)
+    costs = costs-least[:, i]
+    caps = caps-least.sum(1)
     for c, k in zip(costs, range(len(caps))):
         whole = bool((c == c.round()).all())
         step = max(1, int(np.gcd.reduce(c.astype(np.int64)))) if whole else max(abs(caps[k]), 1e-300)/1000
@@ -157,7 +158,8 @@ def _quiet_stdout():
     "Nothing that C code prints reaches the standard output"
     def flush(): sys.stdout.flush(), ctypes.CDLL(None).fflush(None)
     flush()
-    out, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    out = os.dup(1)
+    null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     try: yield
     finally:
@@ -192,7 +194,8 @@ def solve_exact(
     pick, bound, prices = solve_lagrange(p)
     kl = np.inf if pick is None else p.kl_of(pick)
     if pick is not None and (kl-bound <= 1e-12*kl or not kl): return pick, bound, prices
-    keep, scale = _still_open(p, prices, kl-bound), 1e4/(max(abs(bound), 1e-300) if pick is None else kl)
+    keep = _still_open(p, prices, kl-bound)
+    scale = 1e4/(max(abs(bound), 1e-300) if pick is None else kl)
     found, proven = _branch_and_bound(p, keep, scale, seconds)
     if found is not None:
         if p.fits(found) and p.kl_of(found) <= kl: pick = _fill_up(p, found)

@@ -37,7 +37,8 @@ class Inputs:
         "Add the products of the states `x`, a token in each row"
         xp, f32, _ = library(x)
         x = f32(x).reshape(-1, x.shape[-1])
-        self.moments, self.count = self.moments+(x.T @ x if self.whole else (x*x).sum(0)), self.count+len(x)
+        self.moments = self.moments+(x.T @ x if self.whole else (x*x).sum(0))
+        self.count += len(x)
         self.factor = None
 
     def importance(self): # (in_dims,)
@@ -170,7 +171,9 @@ class Statistics(Mapping):
         tokens: 'np.ndarray | list', # (n, T) calibration tokens
         whole: bool = True, # second moments, not only their diagonal
     ):
-        self.b, self.chunks, self.whole, self.mark = b, Chunks(b, tokens), whole, (fingerprint(tokens), whole)
+        self.b, self.whole = b, whole
+        self.chunks = Chunks(b, tokens)
+        self.mark = fingerprint(tokens), whole
         outside = [u.path for u in b.checkpoint.units if u.block is None and not (b.stacks and b.chain)]
         self.outside = {p: lambda _, w=b.unit_weight(p): w
                         for p in outside} # a model that is not a chain holds them changed while a plan runs

@@ -26,7 +26,8 @@ def _vector_scale(
     unit: float = 1., # length of `c` that stands for a unit vector, for 'norm'
 ): # (…, 1)
     "The number that multiplies the code points of a vector; 0 for a zero vector"
-    xp, constant = library(y)[0], beside(y)
+    xp = library(y)[0]
+    constant = beside(y)
     dot = lambda a, b: (a*b).sum(-1, keepdims=True)
     tiny = constant(np.float32(1e-30))
     if mode == 'norm': return xp.sqrt(dot(y, y))/unit
@@ -69,14 +70,17 @@ class TurboQuantMSE(_Coordinates):
         rotation: str = 'haar', # 'hadamard', 'hadamard2' or 'haar', as published
     ):
         self.d, self.bits, self.scale = d, bits, scale
-        self.rotation, self.points = Rotation(d, seed, rotation), codebook(d, bits, kind)
+        self.rotation = Rotation(d, seed, rotation)
+        self.points = codebook(d, bits, kind)
         if scale not in _SCALES: raise ValueError(f'scale={scale!r}: it is one of {", ".join(_SCALES)}')
 
     def quantize(self, x): # (…, d) ▸ codes (…, d) uint8, scales (…, 1) float16
         "Vectors ▸ codes and scales; raises ValueError for vectors of another width"
         _check_width(x, self.d)
-        y, constant = self.rotation(as_type(x, 'float32')), beside(x)
-        xp, length = library(x)[0], _vector_scale(y, None, 'norm')
+        y = self.rotation(as_type(x, 'float32'))
+        constant = beside(x)
+        xp = library(x)[0]
+        length = _vector_scale(y, None, 'norm')
         codes = _nearest_codes(y/xp.maximum(length, constant(np.float32(1e-30))), self.points)
         return codes, as_type(_vector_scale(y, self._points(codes), self.scale), 'float16')
 
@@ -183,7 +187,8 @@ class TurboQuantSplit:
     def dequantize(self, *stored): # ▸ (…, d) float32
         "What `quantize` gave ▸ the vectors that it stands for"
         parts = [q.dequantize(*s) for q, s in ((self.high, stored[:2]), (self.low, stored[2:]))]
-        xp, constant = library(parts[0])[0], beside(parts[0])
+        xp = library(parts[0])[0]
+        constant = beside(parts[0])
         return xp.concatenate(parts, -1)[..., constant(np.argsort(self.order))]
 
     @property
@@ -232,7 +237,8 @@ STEPS = (1, .8, .9, 1.1, 1.2) # times the step that is best on average; each vec
 
 def on_grid(y, step, n: int): # (…, D), (…, 1), number of codes ▸ (…, 1), (…, D), (…, 1)
     "Codes of `y` on a grid with this `step`: length of `y` × cosine of the angle to them, codes, their squared length"
-    xp, total = library(y)[0], lambda a: a.sum(-1, keepdims=True)
+    xp = library(y)[0]
+    total = lambda a: a.sum(-1, keepdims=True)
     c = xp.clip(xp.floor(y/(step+1e-30)), -n/2, n/2-1)+.5
     square = total(c*c)
     return total(y*c)/xp.sqrt(square), c, square # the length of `y` times the cosine of the angle between
@@ -249,8 +255,11 @@ def encode_rotated(
     steps: tuple = STEPS, # of the grid, times the one that is best on average
 ) -> tuple: # codes (…, D) float32, scales (…, 1) float16
     "Codes on a uniform grid, and the scale that keeps each vector's length (`norm_match`)"
-    xp, n, best = library(y)[0], 2**bits, None
-    length, points = xp.sqrt((y*y).sum(-1, keepdims=True)), codebook(y.shape[-1], bits, 'uniform')
+    xp = library(y)[0]
+    n = 2**bits
+    best = None
+    length = xp.sqrt((y*y).sum(-1, keepdims=True))
+    points = codebook(y.shape[-1], bits, 'uniform')
     for m in steps:
         new = on_grid(y, length*float(m*(points[1]-points[0])), n)
         best = new if best is None else [xp.where(new[0] > best[0], a, b) for a, b in zip(new, best)]

@@ -151,7 +151,8 @@ def find_units(
     starts = dict(zip(lists, [0, *np.cumsum(list(lists.values())).tolist()]))
     first = {}
     for path, m in layers.items():
-        (shape, dtype), block = _stored(m), _block_of(path, starts)
+        shape, dtype = _stored(m)
+        block = _block_of(path, starts)
         if _routes(path, shape, experts, layers): continue
         odd = not any(divides(f, shape) for f in ALL_FORMATS)
         fixed = odd or allowed(path, m) is not True or _read_bare(modules, path)
@@ -194,7 +195,8 @@ def _stored(m):
     "Shape and type of a layer's weight before it was quantized"
     shape, dtype = tuple(m.weight.shape), m.weight.dtype
     if 'scales' in m:
-        shape, dtype = (*shape[:-1], shape[-1]*32//m.bits), m.biases.dtype if 'biases' in m else 'bfloat16'
+        shape = (*shape[:-1], shape[-1]*32//m.bits)
+        dtype = m.biases.dtype if 'biases' in m else 'bfloat16'
     return shape, str(dtype).split('.')[-1]
 
 # %% ../nbs/01b_units.ipynb #0929c3b6
@@ -278,7 +280,8 @@ class _Listing:
         model_type: str = 'llm', # a key of `LOADERS`
     ):
         self.blocks = block_lists(model, model_type)
-        self.units, self.n_blocks = find_units(model, self.blocks, model_type), sum(self.blocks.values())
+        self.units = find_units(model, self.blocks, model_type)
+        self.n_blocks = sum(self.blocks.values())
         self.tied = not any(u.kind == 'lm_head' for u in self.units)
         self.formats = {p: _stored_format(m) for p, m in model.named_modules() if p in self.unit}
         self.params, self.other_bytes = _census(model, self.unit)

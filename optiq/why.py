@@ -62,7 +62,8 @@ def _in_bytes(plan: Plan, path: str, sweep) -> tuple: # Problem without and with
     nominal = plan.solver.get('caps', {}).get('target_bpw')
     b, = budgets_of(sweep, nominal, None if nominal else plan.true_bpw)
     group = {p: row[0] for row in plan.solver.get('tied', ()) for p in row}
-    fmts, table = candidates(sweep, plan.solver.get('formats')), smoothed(sweep)[0]
+    fmts = candidates(sweep, plan.solver.get('formats'))
+    table = smoothed(sweep)[0]
     if plan[path] not in fmts: fmts += candidates(sweep, [plan[path]])
     def problem(wishes): return make_problem(sweep, table, fmts, [b], wishes, lambda u: group.get(u.path, u.path))
     quiet = _unmoved(plan.solver.get('silent', ()))

@@ -101,7 +101,8 @@ def _keeps(w: _Wish, u: Unit, fmt: Format) -> bool:
     "Whether a wish allows a format for a unit"
     if w.only is not None: return fmt == w.only or u.keeps(fmt) and u.keeps(w.only)
     if w.kind in _WIDEST or not u.takes(w.fmt) and u.fixed: return True
-    a, b = _width(u, fmt), _width(u, w.fmt)
+    a = _width(u, fmt)
+    b = _width(u, w.fmt)
     return a <= b if w.kind == 'ceiling' else a >= b
 
 # %% ../nbs/05d_wishes.ipynb #03716c95

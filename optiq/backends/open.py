@@ -48,7 +48,8 @@ def _microseconds(name: str, out: int, width: int) -> float:
     float((normal((8, width)) @ w.T).sum()) # wakes the library up
     while taken < .02 and tokens < 2**14:
         tokens *= 4
-        x, start = normal((tokens, width)), time.perf_counter()
+        x = normal((tokens, width))
+        start = time.perf_counter()
         float((x @ w.T).sum())
         taken = time.perf_counter()-start
     return 1e6*taken/tokens

@@ -73,7 +73,9 @@ class StreamedModel(_OneBlock, MLXBackend):
 
     def embed(self, batch, overrides: dict = {}):
         states = super().embed(batch, overrides)
-        if self.chain: states, self.model = self.done(states), self.open()
+        if self.chain:
+            states = self.done(states)
+            self.model = self.open()
         return states
 
 def _fitting(checkpoint: Checkpoint, memory: float | None = None): # ▸ a Backend
@@ -176,7 +178,8 @@ def rows_of(self: StreamingBackend, unit: Unit, rows): # a slice, or an array of
 def vocabulary(self: StreamingBackend, unit: Unit, rows): # a slice, or an array of indices
     "Rows of the embedding or head `unit`, with its override if it has one"
     w = self.rows_of(unit, rows)
-    new, n = self.overrides.get(unit.path, same)(w), len(w)
+    new = self.overrides.get(unit.path, same)(w)
+    n = len(w)
     if len(new) != n: # it gave the whole tensor
         new = new[rows if isinstance(rows, slice) else self.xp.array(rows)]
     return new.astype(self.dtype)

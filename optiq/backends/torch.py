@@ -43,7 +43,8 @@ def _views(w, shape: tuple): # ▸ tensors
     "The parts of a parameter that have a unit's shape: all of it, some rows or columns, of each head, transposed"
     if not abs(w.ndim-len(shape)) < 2 <= w.ndim: return
     by_head = len(shape) > w.ndim and not len(w) % shape[0]
-    wholes = [w.unflatten(0, (shape[0], -1))] if by_head else w if w.ndim > len(shape) else [w]
+    wholes = w if w.ndim > len(shape) else [w]
+    if by_head: wholes = [w.unflatten(0, (shape[0], -1))]
     for x in wholes:
         found = *_rows(x, shape[-2]), *_rows(x.mT, shape[-2]), *(y.mT for y in _rows(x, shape[-1]))
         yield from (z for z in found if tuple(z.shape) == shape)
@@ -145,7 +146,8 @@ def _load_quantized(checkpoint, options):
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **trust)
     for key in ('quantization', 'quantization_config'): config.__dict__.pop(key, None)
     model = AutoModelForCausalLM.from_config(config, **options)
-    arrays, shapes = _dequantized_torch(checkpoint), {k: w.shape for k, w in model.state_dict().items()}
+    arrays = _dequantized_torch(checkpoint)
+    shapes = {k: w.shape for k, w in model.state_dict().items()}
     fused = {k: _fused(k, shape, arrays) for k, shape in shapes.items() if k not in arrays}
     arrays |= {k: w for k, w in fused.items() if w is not None}
     found = model.load_state_dict({k: w for k, w in arrays.items() if w.shape == shapes.get(k)}, strict=False)

@@ -111,7 +111,8 @@ def benchmark(model, baseline, prompt_tokens, new_tokens, repeats, speed, as_jso
     from optiq.pipeline import compare
     timed = _has_gpu() if speed is None else speed
     if not timed: check_idle(['prompt_tokens', 'new_tokens', 'repeats'], 'no speed is measured; give --speed')
-    quality, models = compare(model, baseline, **given), dict.fromkeys((baseline or model, model))
+    quality = compare(model, baseline, **given)
+    models = dict.fromkeys((baseline or model, model))
     how = dict(trust_remote_code=given['trust_remote_code'])
     speeds = [throughput(m, prompt_tokens, new_tokens, repeats, **how) for m in models if timed]
     full = _with_speeds(quality, speeds)
@@ -228,7 +229,8 @@ def doctor(timeout, as_json):
     optiq doctor --json
     """
     from optiq.show.doctor import doctor as look
-    found, colours = look(timeout), dict(ok='green', note='yellow', bad='red')
+    found = look(timeout)
+    colours = dict(ok='green', note='yellow', bad='red')
     lines = [click.style(repr(f)[0], fg=colours[f.state])+repr(f)[1:] for f in found]
     _finish(found.figures(), '\n'.join(lines), as_json)
     if not found.ok: sys.exit(1)

@@ -107,7 +107,8 @@ def _with_cache(found: dict) -> str:
 def _in_words(report, dry_run: bool) -> str: # of a Report with rows of 'optiq' and 'reference'
     "Size and quality of the new model in words, with the text that we scored on and the nearest baseline"
     rows = {r['name']: r for r in report.rows}
-    mine, whole = rows.pop('optiq'), rows.pop('reference')
+    mine = rows.pop('optiq')
+    whole = rows.pop('reference')
     def quality(r):
         error = f' ± {r["kl_se"]:.4f}' if known(r.get('kl_se')) is not None else ''
         return f'the same next token as the original {r["agreement"]:.1%} of the time, KL {r["kl"]:.4f}{error}'
@@ -199,7 +200,8 @@ def _told_of(sweep, out: str) -> tuple: # figures, text
     "The figures of a sweep, and the text for a terminal"
     rows = [dict(unit=p, format=str(f), kl=sweep.kl(p, f), se=known(sweep.se(p, f))) for p, f in sweep.values]
     figures = dict(output=out, model=sweep.header['model'], noise=sweep.header.get('noise'), rows=rows)
-    model, text = quote(sweep.header['model']), quote(out)
+    model = quote(sweep.header['model'])
+    text = quote(out)
     end = f'written to {out}; to use it:\n    optiq convert {model} --sweep {text}\n    optiq pareto {text}'
     return figures, '\n'.join([repr(sweep), 'the most sensitive, by KL in nats:', *_most_sensitive(rows), end])
 
@@ -324,7 +326,8 @@ def latency(model, bits, formats, group_size, trust_remote_code, model_type, as_
     from optiq.latency import predict_speeds
     from optiq.models import Checkpoint
     _check_group(group_size, (formats, bits, '3,4,6,8'))
-    c, candidates = Checkpoint(model, trust_remote_code, model_type), _as_formats(formats, bits, group_size, '3,4,6,8')
+    c = Checkpoint(model, trust_remote_code, model_type)
+    candidates = _as_formats(formats, bits, group_size, '3,4,6,8')
     s = predict_speeds(c, candidates, **given)
     figures = dict(rows=s.rows, mean_error=s.mean_error, about=s.about)
     _finish(figures, '{chip}, {source}, context {context}; {point}\n'.format(**s.about)+str(s), as_json)

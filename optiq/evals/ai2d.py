@@ -43,7 +43,8 @@ _ENGLISH = re.compile(r"\s+(?!(?:because|since|as|is|for|and|or)\b)[a-z]")
 def _named(text: str, some: str) -> dict: # position ▸ letter
     "The letters of options that a text names"
     def means(m):
-        bracket, bare = text[m.end():m.end()+1] in list(')]'), not text[m.end():].strip(' .!')
+        bracket = text[m.end():m.end()+1] in list(')]')
+        bare = not text[m.end():].strip(' .!')
         if m[1].islower(): return bracket or bare and (m.start() == 0 or bool(_CUE.search(text[:m.start()])))
         return bracket or m[1] not in 'AI' or not _ENGLISH.match(text, m.end())
     return {m.start(): m[1].upper() for m in _SINGLE.finditer(text) if m[1].upper() in some and means(m)}
@@ -78,7 +79,8 @@ def _opening(text: str, found: dict) -> list: # a position, or none
 def _by_text(text: str, options: list) -> str | None:
     "The letter of the only option whose words appear in a text"
     def plain(s): return ' '.join(re.findall(r'\w+', str(s).casefold()))
-    own, words = f' {plain(text)} ', [plain(o) for o in options]
+    own = f' {plain(text)} '
+    words = [plain(o) for o in options]
     there = [w for w in words if w and f' {w} ' in own]
     there = [w for w in there if not any(w != v and f' {w} ' in f' {v} ' for v in there)]
     return _LETTERS[words.index(there[0])] if len(there) == 1 else None
@@ -190,7 +192,8 @@ def ai2d(
     c, figure = b.checkpoint, 'diagrams' if questions == 'diagrams' or 'kind' in rows[0] else 'ai2d'
     if c.model_type != 'vlm': raise ValueError(f'{c.name} cannot see: ai2d needs a vision-language model')
     settings = dict(model=c.fingerprint, free=free, new_tokens=new_tokens, blank=blank, name=name or c.name)
-    done, p = Answers(out, settings, rows), load_processor(c)
+    done = Answers(out, settings, rows)
+    p = load_processor(c)
     for r in _bar(f'{len(rows)} questions', of=rows[len(done):]):
         if blank: r = r | dict(image=_white(read_image(r['image'])))
         done.add([_asked(b, p, r, free, new_tokens, overrides)])

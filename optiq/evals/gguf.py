@@ -75,7 +75,8 @@ def _off(x, w) -> float: # NumPy array, array of a library
 # %% ../../nbs/32a_evals.gguf.ipynb #501be464
 def _stand_in(file: Path, t, u: Unit, c: Checkpoint): # t: a tensor of the file ▸ function of the weight
     "A function that returns the dequantized tensor in place of a unit's weight, in its type and row order"
-    decode, heads = _package().dequantize, _heads_of(c, u)
+    decode = _package().dequantize
+    heads = _heads_of(c, u)
     def weight(w):
         x = decode(t.data, t.tensor_type).reshape(u.shape)
         if heads: # rows as they are, or from pairs of neighbours to two halves for each head

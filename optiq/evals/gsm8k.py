@@ -124,7 +124,8 @@ def _right(
     response: str, # what a model wrote
 ) -> bool:
     "Whether a response gives the number of the answer"
-    want, got = _extract(str(answer)), _extract(response)
+    want = _extract(str(answer))
+    got = _extract(response)
     if want is None: raise ValueError(f'the answer {str(answer)[:60]!r} holds no number')
     return got == want
 

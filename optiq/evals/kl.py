@@ -88,8 +88,8 @@ def reference(
     max_memory: float | None = None, # bytes for that, with `backend` stream
 ) -> _Reference:
     "The stored predictions of a model for these tokens; computes and stores them if there are none"
-    c = model.checkpoint if isinstance(model, Backend) else model if isinstance(model,
-                                                                                Checkpoint) else Checkpoint(model)
+    c = model.checkpoint if isinstance(model, Backend) else model
+    if not isinstance(c, Checkpoint): c = Checkpoint(c)
     if top_k is not None and not 0 < top_k < c.vocabulary-1: raise ValueError(
         f'top_k is {top_k}, and {c.name} has {c.vocabulary:,} words: give fewer, or none to keep all')
     key = f'{c.fingerprint}-{fingerprint(tokens)}-{top_k or "all"}'
@@ -106,13 +106,16 @@ def _compute(b, tokens, top_k, folder):
     with whole_folder(folder, made='reference', room=n*T*(4*(width+(top_k or 0))+8)) as part:
         def array(name, *shape, dtype=np.float32):
             return np.lib.format.open_memmap(part/f'{name}.npy', 'w+', dtype, (n, T, *shape))
-        logits, ids = array('logits', width), array('ids', top_k, dtype=np.int32) if top_k else None
-        nll, best = array('nll'), array('best', dtype=np.int32)
+        logits = array('logits', width)
+        ids = array('ids', top_k, dtype=np.int32) if top_k else None
+        nll = array('nll')
+        best = array('best', dtype=np.int32)
         for rows, at, z in _logits_of(b, tokens):
             keep = top(z, top_k) if top_k else None
             if top_k: ids[rows, at] = b.numpy(keep)
             logits[rows, at] = b.numpy(_merged(b, z, keep) if top_k else z)
-            nll[rows, at], best[rows, at] = _likelihoods(b, z, tokens[rows], at), b.numpy(z.argmax(-1))
+            nll[rows, at] = _likelihoods(b, z, tokens[rows], at)
+            best[rows, at] = b.numpy(z.argmax(-1))
         for a in (logits, ids, nll, best): a is None or a.flush()
         about = dict(optiq='reference', model=c.name, fingerprint=c.fingerprint, tokens=fingerprint(tokens),
                      shape=[n, T], unscored=unscored(c, tokens), top_k=top_k, vocabulary=V, backend=b.name)
@@ -121,7 +124,8 @@ def _compute(b, tokens, top_k, folder):
 # %% ../../nbs/32_evals.kl.ipynb #225da39a
 def _likelihoods(b, z, ids, at): # (B, t, V) logits of positions `at` ▸ (B, t)
     "Negative log-likelihood of the next tokens, 0 at positions without a next token"
-    nexts, out = ids[:, at.start+1:at.stop+1], np.zeros(z.shape[:2])
+    nexts = ids[:, at.start+1:at.stop+1]
+    out = np.zeros(z.shape[:2])
     out[:, :nexts.shape[1]] = _nll(b, z[:, :nexts.shape[1]], nexts)
     return out
 
@@ -142,7 +146,8 @@ def score_against(
     overrides: dict = {}, # of a plan
 ) -> Score:
     "Perplexity, KL and agreement of a model with a stored reference"
-    b, out = open_backend(model), np.zeros((3, *tokens.shape))
+    b = open_backend(model)
+    out = np.zeros((3, *tokens.shape))
     _check_foreign(stored, b.checkpoint, tokens)
     for rows, at, z in _logits_of(b, tokens, overrides):
         z_p, ids = (None if a is None else b.array(a[rows, at]) for a in (stored.logits, stored.ids))

@@ -71,7 +71,8 @@ def _margins(
     with b.swapped(overrides):
         while order:
             part = order[:1 if make_cache else max(1, batch_tokens//(len(pairs[order[-1]][0])+8))]
-            order, some = order[len(part):], [pairs[i] for i in part]
+            order = order[len(part):]
+            some = [pairs[i] for i in part]
             out[part] = _through_cache(b, *some[0], make_cache(b.model)) if make_cache else _together(b, some)
             tick(len(part)/len(pairs))
     return out
@@ -79,7 +80,8 @@ def _margins(
 # %% ../../nbs/37_evals.needle.ipynb #7a2af1c5
 def _together(b, pairs):
     "Margins of texts that are padded to one length"
-    longest, most = max(len(p)+len(a) for p, a in pairs), max(len(a) for _, a in pairs)
+    longest = max(len(p)+len(a) for p, a in pairs)
+    most = max(len(a) for _, a in pairs)
     states = b.embed(np.array([(p+a+[0]*longest)[:longest-1] for p, a in pairs], np.int32))
     for i in range(b.n_blocks): states = b.run_block(i, states)
     # positions that predict the answer, (B, most)

@@ -129,7 +129,8 @@ class _Batch:
         self.b, self.ids, self.everyone, self.states, self.calls, self.rows = b, ids, {}, {}, {}, {}
 
     def step(self, i: int | None): # block, or None for what comes before the first
-        near, todo = Near(self.b), {n: x for n, x in self.everyone.items() if n not in self.rows}
+        near = Near(self.b)
+        todo = {n: x for n, x in self.everyone.items() if n not in self.rows}
         for n, (m, v) in todo.items():
             if i is None:
                 self.states[n] = m.embed(self.ids, _inside(m, v, None))
@@ -160,7 +161,9 @@ def _together(b: Backend, batches: list) -> list: # of lists of batches
 class _Text:
     "A text and what it says of each variant of a model"
     def __init__(self, b: Backend, tokens: np.ndarray, variants: dict = {}, batch: int | None = None):
-        size, self.b, self.skip = batch or max(1, 4096//shape_of(tokens)[1]), b, unscored(b.checkpoint, tokens)
+        size = batch or max(1, 4096//shape_of(tokens)[1])
+        self.b = b
+        self.skip = unscored(b.checkpoint, tokens)
         self.batches = [_Batch(b, tokens[k:k+size]) for k in range(0, len(tokens), size)]
         self.add({'reference': {}} | variants)
 
@@ -218,7 +221,8 @@ def _scores(model, tokens, variants: dict = {}, begun: _Text | None = None) -> d
 def _score(ids, states, everyone):
     "Name ▸ (3, B, T): likelihood, KL and agreement of every token, computed in slices"
     b, (B, T) = everyone['reference'][0], ids.shape
-    step, out = min(logit_slices(b, B, T)[0], T), {n: np.zeros((3, B, T)) for n in states}
+    step = min(logit_slices(b, B, T)[0], T)
+    out = {n: np.zeros((3, B, T)) for n in states}
     wide = step if b.on_gpu else 32*step # tokens for which the reference's logits are kept
     for w in range(0, T, wide):
         slices, kept = [slice(t, min(t+step, w+wide, T)) for t in range(w, min(w+wide, T), step)], {}
@@ -259,8 +263,10 @@ def _evaluate_samples(samples, everyone, tick):
 # %% ../../nbs/31_evals.perplexity.ipynb #ca876397
 def _nll_of_sample(b, z, sample):
     "Negative log-likelihood of what comes next at each scored position; NaN at the very end"
-    at, ids = positions(sample), token_ids(sample)[0]
-    out, known = np.full(len(at), np.nan), at < len(ids)-1
+    at = positions(sample)
+    ids = token_ids(sample)[0]
+    out = np.full(len(at), np.nan)
+    known = at < len(ids)-1
     out[known] = _nll(b, z[:, :int(known.sum())], ids[at[known]+1][None])[0] if known.any() else np.nan
     return out
 

@@ -27,7 +27,8 @@ def _one_run(
     from mlx_lm.generate import generate_step
     mx.clear_cache()
     mx.reset_peak_memory()
-    times, caches = [time.perf_counter()], make_cache(model) if make_cache else None
+    times = [time.perf_counter()]
+    caches = make_cache(model) if make_cache else None
     for _ in generate_step(mx.array(prompt), model, max_tokens=new_tokens, prompt_cache=caches):
         times.append(time.perf_counter())
     return dict(prompt_tps=len(prompt)/(times[1]-times[0]), decode_tps=(new_tokens-1)/(times[-1]-times[1]),
@@ -49,7 +50,8 @@ def throughput(
     if prompt_tokens < 1 or new_tokens < 2 or repeats < 1: raise ValueError(
         'speed needs a prompt token, two new ones and one repeat at least')
     c = model if isinstance(model, Checkpoint) else Checkpoint(model, trust_remote_code)
-    opened, row = c.load(), own_size(c, name)
+    opened = c.load()
+    row = own_size(c, name)
     mx.eval(opened.parameters())
     prompt = np.random.default_rng(42).integers(0, c.vocabulary, prompt_tokens).tolist()
     runs = [_one_run(opened, prompt, new_tokens, make_cache) for _ in range(1+repeats)][1:]

@@ -205,7 +205,8 @@ def _check_kl(c: Checkpoint, plan, sweep, reference: Backend | None, text, withi
     if not same: tokens = _other_text(c, text)
     kl = evaluate(reference, tokens, {'saved': as_saved(reference, c)})['saved'].kl
     if not predicted: return f'{kl.mean():.4f}; nothing was predicted'
-    what, (forecast, low, high) = 'the calibration tokens' if same else 'other text', _expected(plan, kl, same, within)
+    what = 'the calibration tokens' if same else 'other text'
+    forecast, low, high = _expected(plan, kl, same, within)
     said = 'predicted' if forecast == plan.predicted_kl else 'measured before it was written'
     seen = f'{kl.mean():.4f} on {what}, {forecast:.4f} {said}'
     if not low <= kl.mean() <= high: raise ValueError(f'{seen}: it should lie between {low:.4f} and {high:.4f}')
@@ -222,7 +223,8 @@ _OFF = 1.25, 4 # the factor by which a sum of single KLs has been off at most, a
 
 def _expected(plan: Plan, kl: np.ndarray, same: bool, within: float | None) -> tuple: # forecast, lowest, highest
     "The forecast of a plan's KL and the range to accept, on its calibration tokens if `same`, else on other text"
-    record, free = plan.solver.get('verified'), plan.solver.get('rounding') or plan.rounding == 'gptq'
+    record = plan.solver.get('verified')
+    free = plan.solver.get('rounding') or plan.rounding == 'gptq'
     joint = record['joint_kl'] if record and same and not free else None
     summed = plan.predicted_kl if np.isfinite(plan.predicted_kl) else record['joint_kl'] # of formats beyond the sweep
     forecast = summed if joint is None else joint

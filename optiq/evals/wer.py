@@ -48,7 +48,8 @@ def _wer_figure(
 ) -> dict: # columns of a row
     "The word error rate of many files, with a bootstrap 95 % interval over files"
     e, w = (np.array([f(r) for r in found], float) for f in (_errors, lambda r: r['words']))
-    n, words = len(w), w.sum()
+    n = len(w)
+    words = w.sum()
     if not words: raise ValueError('no word was said in any of the files, so there is no word error rate')
     again = np.random.default_rng(42).integers(0, n, (draws, n))
     rates = e[again].sum(1)/np.maximum(w[again].sum(1), 1) if n > 1 else np.array([np.nan])
@@ -70,7 +71,8 @@ def wer(
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
     if c.model_type != 'audio':
         raise ValueError(f'{c.name} is not a speech model, and a word error rate needs one; try `task` gsm8k')
-    heard, speech = clips(source, 'all', n, fewer=True), load_speech(c)
+    heard = clips(source, 'all', n, fewer=True)
+    speech = load_speech(c)
     settings = dict(model=c.fingerprint, new_tokens=new_tokens)
     done = write_down(lambda clip: transcribe(speech, clip.audio, new_tokens), heard, out, settings)
     about = dict(speech=f'{source}, {len(heard)} clips', **settings)

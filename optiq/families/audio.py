@@ -67,7 +67,8 @@ def _whisper_sample(model, clip: Clip) -> dict: # mel (1, 3000, mels), tokens (1
     if len(clip.audio) > _WINDOW:
         raise ValueError(f'{clip.name} is {clip.seconds:.0f} s long and Whisper hears 30 at once; cut it')
     tokenizer = model.get_tokenizer('en')
-    prompt, said = list(tokenizer.sot_sequence_including_notimestamps), tokenizer.encode(' '+clip.text)
+    prompt = list(tokenizer.sot_sequence_including_notimestamps)
+    said = tokenizer.encode(' '+clip.text)
     mel = pad_or_trim(model._prepare_audio(clip.audio)[0], N_FRAMES, axis=-2)
     return dict(mel=np.array(mel)[None], tokens=np.array([prompt+said]),
                 scored=_transcript_mask(len(prompt), len(said)))

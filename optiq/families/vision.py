@@ -70,7 +70,8 @@ def sample(
 ) -> dict: # name ▸ array, as `optiq.calibration.samples_of` takes them
     "The arguments of the model for a picture, a question and perhaps its answer, and a mask of scored positions"
     from mlx_vlm.utils import prepare_inputs, should_add_special_tokens
-    image, text = read_image(image), _question_text(c, processor, question)
+    image = read_image(image)
+    text = _question_text(c, processor, question)
     if max(image.size) > 200*min(image.size):
         raise ValueError('a picture of {} × {} pixels is too narrow for a processor that '
         'keeps its shape (200 : 1 is the limit); crop it or add a border'.format(*image.size))
@@ -144,7 +145,8 @@ def _from_coco(n: int, split: str, seed: int) -> list:
 # %% ../../nbs/50_families.vision.ipynb #7b006e0c
 def _from_folder(folder, n: int, split: str, seed: int) -> list:
     "Pictures of a folder, with the questions that stand beside them or some that suit every picture"
-    folder, beside = Path(folder), Path(folder)/'questions.jsonl'
+    folder = Path(folder)
+    beside = folder/'questions.jsonl'
     if beside.is_file(): rows = [r | dict(image=folder/r['image']) for r in read_samples(beside, ('image', 'question'))]
     else:
         files = sorted(p for p in folder.iterdir() if p.suffix.lower() in _PICTURES)

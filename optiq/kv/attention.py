@@ -150,7 +150,8 @@ def _attend_dense(q, keys, values, scale, mask, sinks):
     G, T, D = keys.shape[1:]
     step, parts = min(G, max(1, _AT_ONCE//(B*T*D))), []
     for g in range(0, G, step):
-        stored, queries = slice(g, g+step), slice(g*H//G, (g+step)*H//G)
+        stored = slice(g, g+step)
+        queries = slice(g*H//G, (g+step)*H//G)
         k, v = (x.dense(stored, parts[-1] if parts else None) for x in (keys, values))
         m = mask[:, queries] if getattr(mask, 'ndim', 0) == 4 and mask.shape[1] == H else mask
         parts.append(mx.fast.scaled_dot_product_attention(q[:, queries], k, v, scale=scale, mask=m,

@@ -104,7 +104,8 @@ class MixedKVCache(CacheList):
         except (TypeError, ValueError): way = None
         if way not in _WAYS: raise ValueError(_OTHER)
         self.formats = tuple(_in_full(parse_format(name), *parameters) for name, *parameters in (keys, values))
-        self.dims, self.caches = dims and tuple(dims), [_WAYS[way].__new__(_WAYS[way]) for _ in held]
+        self.dims = dims and tuple(dims)
+        self.caches = [_WAYS[way].__new__(_WAYS[way]) for _ in held]
         for c, x in zip(self.caches, held): vars(c).update(x)
         _hook()
 
@@ -193,8 +194,11 @@ def append(self: MixedKVCache, keys, values): # (B, heads, 1, D) each ▸ as `up
     newest, n, codec, other = self.newest or (None, 0, *map(codec_of, self.formats))
     newest = codec.append(other, keys, values, newest, n)
     if newest is None: return None
-    self.newest, tokens, dtype = (newest, n+1, codec, other), first.offset+n+1, getattr(mx, self.dtype)
-    keys, values = [c.keys for c in self.held], [c.values for c in self.held]
+    self.newest = newest, n+1, codec, other
+    tokens = first.offset+n+1
+    dtype = getattr(mx, self.dtype)
+    keys = [c.keys for c in self.held]
+    values = [c.values for c in self.held]
     return (_Stored(codec, keys, tokens, dims[0], dtype, (newest, n+1, lambda: self.keys)),
             _Stored(other, values, tokens, dims[1], dtype, (newest, n+1, lambda: self.values)))
 
@@ -245,7 +249,8 @@ class _OfBatches:
             raise AttributeError('this is the cache of one text, not a batch')
         return partial(self.f, cache)
 
-MixedKVCache.extend, MixedKVCache.extract = _OfBatches(_extend), _OfBatches(_extract)
+MixedKVCache.extend = _OfBatches(_extend)
+MixedKVCache.extract = _OfBatches(_extract)
 for name in ('filter', 'prepare', 'finalize'): setattr(MixedKVCache, name, _OfBatches(getattr(CacheList, name)))
 
 # %% ../../nbs/11c_kv.cache.ipynb #d5318cbd
@@ -269,7 +274,8 @@ def use_kv_config(
     kv_config: 'str | Path | dict', # kv_config.json, or what it holds
 ):
     "Let a model make mixed caches from now on; returns it; raises ValueError for a config of another model"
-    formats, writes = read_kv_config(kv_config, model), language(model)
+    formats = read_kv_config(kv_config, model)
+    writes = language(model)
     writes.make_cache = partial(mixed_caches, writes, formats)
     return model
 
@@ -290,7 +296,8 @@ def generate_with_mixed_kv(
     for name in ('prompt_cache', 'kv_bits', 'max_kv_size'):
         if generate_kwargs.get(name) is not None: raise ValueError(
             f'{name} and kv_config exclude each other; leave one of them out')
-    draft, caches = generate_kwargs.get('draft_model'), mixed_caches(model, read_kv_config(kv_config, model))
+    draft = generate_kwargs.get('draft_model')
+    caches = mixed_caches(model, read_kv_config(kv_config, model))
     if draft is not None: caches += own_caches(draft)
     return generate(model, tokenizer, prompt, prompt_cache=caches, **generate_kwargs)
 
@@ -303,7 +310,9 @@ def _mixed_bytes(
     "Bytes of all layers after `context` tokens: those of real, filled caches; as they are where no format is given"
     def held(l):
         if l.index not in formats: return l.nbytes(context)
-        cache, tokens, dtype = _cache_of(*formats[l.index], l.window), l.held(context), getattr(mx, l.dtype)
+        cache = _cache_of(*formats[l.index], l.window)
+        tokens = l.held(context)
+        dtype = getattr(mx, l.dtype)
         cache.update_and_fetch(*(mx.zeros((1, l.heads, tokens, d), dtype) for d in (l.key_dim, l.value_dim)))
         return cache.nbytes
     return sum(map(held, layout.layers))

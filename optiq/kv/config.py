@@ -60,7 +60,8 @@ _CONFIG = {'layers': [_LAYER]*2, 'model?': PROSE, 'context?': whole(), 'nbytes?'
 def _load_config(config: 'str | Path | dict') -> tuple: # what to call it, its folder, what it holds
     "A config as a dict; raises ValueError if it is not a kv_config.json, is damaged or has another version"
     file = None if isinstance(config, dict) else Path(config)
-    where, folder = str(config) if file else 'this kv_config', file and file.parent
+    where = str(config) if file else 'this kv_config'
+    folder = file and file.parent
     made_by = '`optiq kv-cache`'
     d = read_ours(file, 'kv_config', {}, made_by) if file else check_kind(config, where, 'kv_config', {}, made_by)
     if d.get('version') is not _VERSION: raise ValueError(
@@ -94,7 +95,8 @@ def _check_statistics(where, layers: list, known: Mapping):
     "Raise ValueError unless preconditioners have the shapes of a config's layers"
     for r in layers:
         for kind, dim in (('keys', 'key_dim'), ('values', 'value_dim')):
-            p, shape = known.get(f'cache.{r["layer"]}.{kind}'), (r.get('heads'), 1, r.get(dim))
+            p = known.get(f'cache.{r["layer"]}.{kind}')
+            shape = r.get('heads'), 1, r.get(dim)
             if p is not None and p.scale.shape != shape: raise ValueError(
                 f'{where}: the statistics of layer {r["layer"]}\'s {kind} have shape '
                 f'{p.scale.shape}, not {shape}')

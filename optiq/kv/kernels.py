@@ -76,7 +76,9 @@ def _encoder(D: int, G: int, bits: tuple, dtype, turns: bool):
     @mx.compile
     def encode(keys, values, fixed, numbers, mean, scale, turn_k, turn_v):
         def turn(x, side, m): return ((x.astype(mx.float32)-mean[side][:, None])/scale[side][:, None]) @ m
-        if not turns: keys, values = turn(keys, 0, turn_k), turn(values, 1, turn_v)
+        if not turns:
+            keys = turn(keys, 0, turn_k)
+            values = turn(values, 1, turn_v)
         *of, _ = keys.shape
         width = D if turns else 32 # threads of a vector
         return run(inputs=[keys, values, fixed, numbers], grid=(keys.size//D*width, 2, 1), threadgroup=(width, 1, 1),
@@ -169,7 +171,8 @@ def _attention(bits: tuple, tensor: bool, C: int):
     @mx.compile
     def attend(q, turn, back, numbers, newest, *stored):
         (B, H, _, D), (G, room) = q.shape, stored[0].shape[1:3]
-        N, S = H//G, 1-(-room//C)
+        N = H//G
+        S = 1-(-room//C)
         part, merge = _kernels(D, N, G, bits, q.dtype, turn.ndim > 2, back.ndim > 2, None if tensor else C)
         sums, peaks = part(inputs=[q, turn, numbers, newest, *stored], grid=(S*128, B*G, 1), threadgroup=(128, 1, 1),
                            output_shapes=[(B*G, S, N, D), (B*G, S, N, 2)], output_dtypes=[mx.float32]*2)
@@ -208,5 +211,6 @@ def _unpacker(D: int, bits: int, dtype):
 
 def _unpack(codes, scales, bits: int, dtype): # (…, words), (…, 1) ▸ (…, D), still rotated
     "Rotated codes as numbers; None if no kernel fits"
-    D, tokens = codes.shape[-1]*32//bits, codes.size//codes.shape[-1]
+    D = codes.shape[-1]*32//bits
+    tokens = codes.size//codes.shape[-1]
     return _unpacker(D, bits, dtype)(codes, scales) if kernels_fit(D, 1, 1) and tokens % 8 == 0 else None

@@ -100,7 +100,8 @@ def _left(c, block: int | None, arrived: int) -> str:
 # %% ../../nbs/11_kv.layout.ipynb #f6e07af5
 def _layer(i, c, calls, arrived):
     "One layer, from what the listener wrote down"
-    name, window = type(c).__name__, getattr(c, 'max_size', None)
+    name = type(c).__name__
+    window = getattr(c, 'max_size', None)
     still = [p for p in getattr(c, 'caches', [c]) if not hasattr(p, 'update_and_fetch')]
     constant = sum(a.nbytes for p in still for _, a in tree_flatten(p.state) if isinstance(a, mx.array))
     if not calls:
@@ -119,7 +120,8 @@ def kv_layers(
     model, # of mlx-lm, mlx-vlm or mlx-audio, its weights may be lazy
 ) -> list[KVLayer]:
     "The layers of a model's cache; runs it on two tokens, and MLX computes nothing"
-    caches, model = own_caches(model), language(model)
+    caches = own_caches(model)
+    model = language(model)
     listener = _Listener(model.layers)
     for i, c in enumerate(caches):
         for part in getattr(c, 'caches', [c]):

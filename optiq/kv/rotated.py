@@ -29,7 +29,9 @@ from ..turboquant import STEPS, Rotated, encode_rotated, on_grid, padded, scale_
 @mx.compile
 def _encode_one(y, bits: int): # (B, heads, 1, D) float32 ▸ words (B, heads, 1, ·), scales (B, heads, 1, 1)
     "A token, rotated, with all steps along an axis: a fifth of the kernels"
-    n, points, length = 2**bits, codebook(y.shape[-1], bits, 'uniform'), mx.sqrt((y*y).sum(-1, keepdims=True))
+    n = 2**bits
+    points = codebook(y.shape[-1], bits, 'uniform')
+    length = mx.sqrt((y*y).sum(-1, keepdims=True))
     steps = mx.array(np.array(STEPS)*(points[1]-points[0]), mx.float32)[:, None]
     near, *found = on_grid(y[..., None, :], length[..., None]*steps, n)
     best = mx.argmax(near, -2, keepdims=True)
@@ -102,7 +104,8 @@ def _both_sides(keys: _RotatedCodec, values: _RotatedCodec, heads: int, D: int):
 @lru_cache(16)
 def _grid(shape: tuple, bits: int, dtype):
     "The step and the bias that put the codes within ±1, in the shape that MLX's kernels ask for"
-    step, bias = mx.full(shape, 2/2**bits, dtype), mx.full(shape, 1/2**bits-1, dtype)
+    step = mx.full(shape, 2/2**bits, dtype)
+    bias = mx.full(shape, 1/2**bits-1, dtype)
     mx.eval(step, bias)
     return step, bias
 

@@ -261,7 +261,8 @@ def configurations(
     about: dict = {}, # of the texts, for the report
 ) -> tuple[Report, list]: # every pair; cache units that differ between the two kinds of weights
     "Quality and memory of every pair of weights and cache"
-    pairs, both = _every_pair(joint, kv_formats), _combine(joint['weight_sweep'], joint['cache_sweep'])
+    pairs = _every_pair(joint, kv_formats)
+    both = _combine(joint['weight_sweep'], joint['cache_sweep'])
     def weights(p): return joint['rounded'] if p is joint['weights'] else {}
     scores = _scores(b, scored, {k: weights(p) | overrides_of(q) for k, (p, q) in pairs.items()})
     def row(k, p, q): return score_row(k, make_plan(both, {**p, **q}), scores[k]) | dict(

@@ -53,7 +53,8 @@ class _Diagram:
 # %% ../../nbs/81_material.diagrams.ipynb #b818923c
 def _cycle(r, n):
     "Round the edge of the grid, one way or the other"
-    edge, last = range(_GRID-1), _GRID-1
+    edge = range(_GRID-1)
+    last = _GRID-1
     ring = [*((x, 0) for x in edge), *((last, y) for y in edge),
             *((last-x, last) for x in edge), *((0, last-y) for y in edge)]
     cells = [ring[i] for i in sorted(r.sample(range(len(ring)), n))]
@@ -144,8 +145,10 @@ def _arrow(pen, a, b):
     "An arrow between the nodes at two centres"
     (ax, ay), (bx, by) = a, b
     length = math.hypot(bx-ax, by-ay)
-    ux, uy = (bx-ax)/length, (by-ay)/length
-    tip, back = (bx-17*ux, by-17*uy), (bx-27*ux, by-27*uy)
+    ux = (bx-ax)/length
+    uy = (by-ay)/length
+    tip = bx-17*ux, by-17*uy
+    back = bx-27*ux, by-27*uy
     pen.line([(ax+15*ux, ay+15*uy), back], (40, 40, 40), 2)
     pen.polygon([tip, (back[0]-5*uy, back[1]+5*ux), (back[0]+5*uy, back[1]-5*ux)], (40, 40, 40))
 
@@ -154,7 +157,8 @@ def _draw(d: _Diagram): # ▸ PIL image, 160 × 160
     "The diagram as a picture"
     from PIL import Image, ImageDraw
     image = Image.new('RGB', (_SIZE, _SIZE), 'white')
-    pen, at = ImageDraw.Draw(image), {n.label: n.at for n in d.nodes}
+    pen = ImageDraw.Draw(image)
+    at = {n.label: n.at for n in d.nodes}
     for a, b in d.arrows: _arrow(pen, at[a], at[b])
     for n in d.nodes:
         (x, y), small, R = n.at, n.shape == 'triangle', _RADIUS
@@ -196,7 +200,8 @@ def _ask(
 # %% ../../nbs/81_material.diagrams.ipynb #32433f6b
 def _about_node(r, d, kind, _):
     "A question about one node, or about all: question, right answer, what the wrong ones come from"
-    labels, pick = [n.label for n in d.nodes], r.choice(d.nodes)
+    labels = [n.label for n in d.nodes]
+    pick = r.choice(d.nodes)
     if kind == 'colour': return f'What colour is {pick.label}?', pick.colour, list(_COLOURS)
     if kind == 'shape': return f'What shape is {pick.label}?', pick.shape, _SHAPES
     if kind == 'count': return 'How many shapes are there?', str(len(labels)), list('3456')
@@ -256,7 +261,8 @@ def diagrams(
     "Pairs of a diagram and a question about it, all ten kinds equally often; the splits share no diagram"
     r, out = random.Random(f'diagrams {split} {seed}'), []
     while len(out) < n:
-        kind, degree = _KINDS[len(out)%len(_KINDS)], len(out)//len(_KINDS)%4
+        kind = _KINDS[len(out)%len(_KINDS)]
+        degree = len(out)//len(_KINDS)%4
         d = _diagram(r)
         ours = held_out(d.describe(), 10) == (split == 'test')
         q = _ask(r, d, kind, degree) if ours else None

@@ -166,7 +166,8 @@ def _work_out(
     "The operands of each step, or None if a result is not a whole number from 1 to `largest`"
     seen = []
     for name, left, op, right in steps:
-        a, b = v.get(left, left), v.get(right, right)
+        a = v.get(left, left)
+        b = v.get(right, right)
         if op == '/' and a % b: return
         v[name] = _OPERATIONS[op](a, b)
         if not 0 < v[name] <= largest: return
@@ -278,7 +279,8 @@ def _word_problem(
     "One problem: `question`, `prompt`, `answer` and the `template` it was made from"
     template = _template(r, split)
     ranges, steps, question, answer = _parse(template)
-    v, words = _numbers(r, ranges, steps, split), _words(r, split)
+    v = _numbers(r, ranges, steps, split)
+    words = _words(r, split)
     question = _distracted(r, question).format(**v, **words)
     def note(step): # as GSM8K writes a sum down
         result, left, op, right = (v.get(o, o) for o in step.groups())

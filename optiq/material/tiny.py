@@ -91,7 +91,8 @@ _FLAT = {r'^model\.visual': 'visual', r'^model\.language_model': 'model'} # Qwen
 def _hub_name(name: str, config: dict) -> str:
     "Name on the hub of a parameter of the transformers model"
     flat = 'vision_config' in config and 'text_config' not in config
-    patterns = _THINKER if 'thinker_config' in config else _FLAT if flat else {}
+    patterns = _FLAT if flat else {}
+    if 'thinker_config' in config: patterns = _THINKER
     for pattern, new in patterns.items(): name = re.sub(pattern, new, name)
     return name
 
@@ -142,7 +143,8 @@ def _draw(
 ):
     "The values of a tensor in float32, flat, piece by piece"
     mean, std = _moments(name, shape, model_type)
-    rng, left = np.random.default_rng([seed, zlib.crc32(name.encode())]), math.prod(shape)
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    left = math.prod(shape)
     while left:
         values = rng.standard_normal(min(chunk, left), dtype=np.float32)
         left -= values.size

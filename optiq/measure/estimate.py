@@ -54,7 +54,8 @@ def plan_passes(
     room = max(1, int(own*(.8 if b.holds else .4)/stream)) # half of a cap is for the block that is streamed
     at_once = n if b.on_gpu else max(1, 512//T) # short passes: less is lost when one is interrupted
     sequences = max(1, min(n, at_once, room//(min(len(todo), _FEW)+1)))
-    parts, groups = -(-len(todo)//max(1, min(len(todo), room//sequences-1))), -(-n//sequences)
+    parts = -(-len(todo)//max(1, min(len(todo), room//sequences-1)))
+    groups = -(-n//sequences)
     while parts*groups % ranks: parts += 1 # as many for each process
     return sequences, -(-len(todo)//parts)
 
@@ -139,12 +140,19 @@ def _time(f):
 # %% ../../nbs/04b_measure.estimate.ipynb #c7f561fa
 def _timing(b, batch, probes):
     "The `_Timing` of a pass with this batch of tokens and this many probes"
-    states, u = b.embed(batch), _largest(b, 0)
-    many, change = _stack(b, [states]*8)[0], perturb((u, Format(4, WORD))) if u else {}
+    states = b.embed(batch)
+    u = _largest(b, 0)
+    many = _stack(b, [states]*8)[0]
+    change = perturb((u, Format(4, WORD))) if u else {}
     def block(x, change={}): return _time(lambda: b.ready(b.run_block(0, x, change)))
-    k, head, near = len(many)//len(batch), _time(lambda: kl_of_streams(b, states, [({}, [many])])), Near(b)
+    k = len(many)//len(batch)
+    head = _time(lambda: kl_of_streams(b, states, [({}, [many])]))
+    near = Near(b)
     with near.kept(): b.ready(b.run_block(0, states))
-    with near.beside(): alone, changed, stacked = block(states), block(states, change), block(many)
+    with near.beside():
+        alone = block(states)
+        changed = block(states, change)
+        stacked = block(many)
     weight = max(0, changed-alone)/u.params if u else 0
     width = b.checkpoint.units[0].shape[-1]*_answers_kept(states)
     return _Timing(stacked/k, alone, head/(k+1), weight, 8*batch.size*(probes+1)*width)
@@ -179,9 +187,11 @@ def cost(
 ) -> dict: # seconds, bytes, probes, passes, seconds of one sequence and of all weights by MLX's rule
     "The expected time and memory of these passes"
     if not passes: return dict(seconds=0., bytes=0, probes=0, passes=0, forward=0., minmax=0.)
-    B, many = passes[0].stop-passes[0].start, max(len(p.todo) for p in passes)
+    B = passes[0].stop-passes[0].start
+    many = max(len(p.todo) for p in passes)
     batch = np.arange(B*T).reshape(B, T) % b.checkpoint.units[0].shape[0]
-    if (B, T) not in (known := _TIMED.setdefault(b, {})): # once, so that two announcements of one road agree
+    known = _TIMED.setdefault(b, {})
+    if (B, T) not in known: # once, so that two announcements of one road agree
         known[B, T] = _timing(b, batch, many) if b.stacks else _timing_of_sample(b, sample), many
     t, timed = known[B, T]
     seconds = sum(t.seconds(p, b.n_blocks, (p.stop-p.start)/B) for p in passes)
@@ -195,7 +205,8 @@ def cost(
 def _seconds_of_reading(b: Backend) -> tuple:
     "Seconds in which all blocks of a streamed model are read once, and digested; nothing for a model in memory"
     if b.holds: return 0., 0.
-    start, last = time.perf_counter(), b.n_blocks-1
+    start = time.perf_counter()
+    last = b.n_blocks-1
     b.xp.eval(b.block(last).parameters())
     read = time.perf_counter()
     b.checkpoint.digest(last)

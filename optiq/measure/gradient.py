@@ -53,8 +53,10 @@ def gradient_sweep(
     header: dict | None = None, # of the sweep; that of min-max rounding by default
 ) -> Sweep: # values per group instead of per sequence
     "A sweep by gradients: ½ Σ g²·Δ², the second-order estimate of the KL, in nats, of every unit in every format"
-    b, formats = open_backend(model), [parse_format(f) for f in formats]
-    todo, batches = probes(b.checkpoint.units, formats), np.array_split(tokens, min(groups, len(tokens)))
+    b = open_backend(model)
+    formats = [parse_format(f) for f in formats]
+    todo = probes(b.checkpoint.units, formats)
+    batches = np.array_split(tokens, min(groups, len(tokens)))
     found = np.array([_second_order(b, batch, todo, quantize, seed+k) for k, batch in enumerate(batches)])
     header = header or _header_of(b, tokens, formats, 'minmax, gradient')
     return Sweep(b.checkpoint.units, formats, {(u.path, f): v for (u, f), v in zip(todo, found.T)}, header)
@@ -84,7 +86,8 @@ def _calibrated(
     ratios = {f: [np.log(v.mean()/estimate.kl(*k)) for k, v in exact.items()
                   if k[1] == f and v.mean() > 0 and estimate.kl(*k) > 0]
               for f in estimate.formats}
-    scale, n = {f: np.exp(np.median(x or [0.])) for f, x in ratios.items()}, len(next(iter(exact.values())))
+    scale = {f: np.exp(np.median(x or [0.])) for f, x in ratios.items()}
+    n = len(next(iter(exact.values())))
     values = {k: np.full(n, v.mean()*scale[k[1]]) for k, v in estimate.values.items()} | exact
     spread = max(float(np.std(x or [0.])) for x in ratios.values())
     return Sweep(estimate.units, estimate.formats, values, estimate.header), spread
@@ -113,7 +116,8 @@ def _in_doubt(
     "Paths, not measured exactly, of units that are undecided at the price of a target"
     from optiq.knapsack import allocate, _reachable
     solved = [allocate(sweep, target_bpw=t, method='lagrange').solver for t in _reachable(sweep, targets)]
-    known, prices = {p for p, _ in exact}, [next(iter(x['prices'].values())) for x in solved]
+    known = {p for p, _ in exact}
+    prices = [next(iter(x['prices'].values())) for x in solved]
     return {u.path for u in sweep.units if u.path not in known
             and any(_undecided(sweep, u, x, sigmas*spread) for x in prices)}
 
@@ -145,7 +149,8 @@ def screened_sweep(
 ) -> Sweep: # header['exact']: paths that were measured exactly
     "A sweep: exact where that can change a plan at one of the targets, a calibrated estimate elsewhere"
     if not targets: raise ValueError('screening needs the targets that matter; give some, for example 4.5')
-    b, formats = open_backend(model), [parse_format(f) for f in formats]
+    b = open_backend(model)
+    formats = [parse_format(f) for f in formats]
     header = header or _header_of(b, tokens, formats, 'minmax, screened')
     estimate, exact = gradient_sweep(b, tokens, formats, quantize=quantize, header=header), {}
     wanted = _spread(estimate, first)

@@ -31,7 +31,8 @@ def read_log(
     "Header and records of a sweep file, without a last line cut short; raises ValueError naming a damaged line"
     data = read_bytes(path)
     header, rows, whole = _document(data, path) or _journal(data, path)
-    units, formats = {u['path'] for u in header['units']}, {*header['fingerprint']['formats'], str(AS_IS)}
+    units = {u['path'] for u in header['units']}
+    formats = {*header['fingerprint']['formats'], str(AS_IS)}
     for where, r in rows:
         check(r, _RECORD, where)
         if r['unit'] not in units or r['format'] not in formats: raise ValueError(

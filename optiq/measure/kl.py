@@ -88,7 +88,8 @@ def _walk(
     outside = _inside(b, base, None)
     reference = b.embed(batch, outside)
     streams = [b.embed(batch, outside | perturb(p, quantize)) for p in todo if p[0].kind == 'embed']
-    early, near = len(streams), Near(b)
+    early = len(streams)
+    near = Near(b)
     for i in range(b.n_blocks):
         here = _inside(b, base, i)
         listening = b.listening(hear, i) if hear else nullcontext()
@@ -147,9 +148,11 @@ def logit_slices(b, B, T):
 def kl_rows(b, z_p, z_q, p=None): # p: softmax of z_p, if it is known
     "KL of rows `z_q`, k stacked copies of the reference's `z_p`, on backend `b`; a CPU gets pieces that fit its cache"
     V = z_p.shape[-1]
-    z_p, z_q = z_p.reshape(-1, V), z_q.reshape(-1, V)
+    z_p = z_p.reshape(-1, V)
+    z_q = z_q.reshape(-1, V)
     p = (b.xp.softmax(z_p, axis=-1) if p is None else p).reshape(-1, V)
-    R, rows = len(z_p), len(z_p) if b.on_gpu else max(1, 2**19//V)
+    R = len(z_p)
+    rows = len(z_p) if b.on_gpu else max(1, 2**19//V)
     parts = [kl_divergence(b.xp, z_p[r:r+rows], z_q[k+r:k+min(r+rows, R)], p[r:r+rows])
              for k in range(0, len(z_q), R) for r in range(0, R, rows)]
     return b.numpy(b.xp.concatenate(parts))
@@ -159,7 +162,8 @@ def _head_groups(b, B, todo, reference, streams, head): # head: probe, or nothin
     "Overrides of the head, and the streams that go through each, for `kl_of_streams`"
     embeds, heads = [[p for p in todo if p[0].kind == kind] for kind in ('embed', 'lm_head')]
     alone, rest = _apart(streams, B, len(embeds) if b.checkpoint.tied else 0)
-    first, last = [(head(p), [s]) for p, s in zip(embeds, alone)], [(head(p), [reference]) for p in heads]
+    first = [(head(p), [s]) for p, s in zip(embeds, alone)]
+    last = [(head(p), [reference]) for p in heads]
     return [*first, (head(), rest), *last]
 
 # %% ../../nbs/04a_measure.kl.ipynb #0d4863ae
@@ -215,7 +219,8 @@ def _measure_samples(
     base: dict = {}, # overrides of the model that is perturbed
 ) -> np.ndarray: # (len(todo), len(samples))
     "KL of every probe, for each sample the mean over its scored positions"
-    starts, kl = [b.record(s, base) for s in samples], np.zeros((len(todo), len(samples)))
+    starts = [b.record(s, base) for s in samples]
+    kl = np.zeros((len(todo), len(samples)))
     reference = [b.logits(s) if base else z for s, (_, z) in zip(samples, starts)]
     tick(b.n_blocks, 0)
     for k, (u, fmt) in enumerate(todo):

@@ -37,7 +37,8 @@ class _Ranks:
 
     def own(self, out) -> Path | None:
         "The file of this rank"
-        return None if out is None else Path(out) if self.size == 1 else Path(f'{out}.rank{self.rank}')
+        if out is None: return None
+        return Path(out) if self.size == 1 else Path(f'{out}.rank{self.rank}')
 
     def sum(self, a: np.ndarray) -> np.ndarray: # float32
         "Sum over the ranks"
@@ -49,7 +50,8 @@ class _TorchRanks(_Ranks):
     def __init__(self):
         import torch.distributed as dist
         if not dist.is_initialized(): dist.init_process_group('gloo')
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
 
     def sum(self, a):
         import torch
@@ -63,7 +65,8 @@ class _MLXRanks(_Ranks):
     def __init__(self):
         import mlx.core as mx
         self.group = mx.distributed.init()
-        self.rank, self.size = self.group.rank(), self.group.size()
+        self.rank = self.group.rank()
+        self.size = self.group.size()
 
     def sum(self, a):
         import mlx.core as mx
@@ -127,9 +130,14 @@ class SweepLog(_Journal):
         mark: dict = {}, # what its file says besides, see `optiq.files.own_file`
         about: dict = {}, # what else to say of it in the file
     ):
-        self.b, self.shape, self.ranks, c = b, shape_of(tokens), _ranks_here(), of or b.checkpoint
-        self.sample, self.out = None if b.stacks else samples_of(tokens)[0], None if out is None else as_path(out)
-        todo, begun = [(c.units[0], AS_IS), *probes(c.units, formats)], self.out is not None and _log_files(self.out)
+        self.b = b
+        self.shape = shape_of(tokens)
+        self.ranks = _ranks_here()
+        c = of or b.checkpoint
+        self.sample = None if b.stacks else samples_of(tokens)[0]
+        self.out = None if out is None else as_path(out)
+        todo = [(c.units[0], AS_IS), *probes(c.units, formats)]
+        begun = self.out is not None and _log_files(self.out)
         self.stamp = lambda: fingerprint_of(b, tokens, formats, quantizer) | getattr(c, 'stamp', {})
         passes = plan_passes(b, todo, self.shape, max_memory, self.ranks.size)
         self.late = b.digesting = not b.holds and not begun and self.ranks.size == 1

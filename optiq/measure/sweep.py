@@ -114,7 +114,8 @@ def plot(self: Sweep,
 # %% ../../nbs/04c_measure.sweep.ipynb #0d6f2b98
 @patch
 def __repr__(self: Sweep):
-    n, formats = len(next(iter(self.values.values()))), ', '.join(map(str, self.formats))
+    n = len(next(iter(self.values.values())))
+    formats = ', '.join(map(str, self.formats))
     what = f'Sweep of {self.header["model"]}: {len(self.units)} units × {formats}, {n} sequences'
     if not self.left: return what
     return f'{what}; {len(self.left)} units of a width that no group divides are left as they are'
@@ -211,7 +212,8 @@ def to_sweep(
         mine = values.setdefault((unit, parse_format(fmt)), [])
         if start != len(mine): raise ValueError(f'{unit} in {fmt} has no values from sequence {len(mine)} on')
         mine.extend(kl)
-    noise, order = values.pop((units[0].path, AS_IS), None), [(u.path, f) for u, f in probes(units, formats)]
+    noise = values.pop((units[0].path, AS_IS), None)
+    order = [(u.path, f) for u, f in probes(units, formats)]
     if {*order} != {*values} or len({*map(len, values.values())}) != 1:
         raise ValueError('some probes were not measured')
     header = header | dict(noise=float(np.mean(noise)) if noise else header.get('noise'))
@@ -243,7 +245,8 @@ def save(self: Sweep,
     path: 'str | Path', # one that ends in .jsonl gets JSON lines
 ):
     "Write a sweep as one JSON document with a line per unit and format"
-    head, records = dumps(self.header), [
+    head = dumps(self.header)
+    records = [
         dumps(dict(unit=p, format=str(f), start=0, kl=v.tolist())) for (p, f), v in self.values.items()]
     if str(path).endswith('.jsonl'): text = '\n'.join([head, *records])
     else: text = f'{head[:-1]}, "records": [\n'+',\n'.join(records)+'\n]}'
@@ -313,6 +316,7 @@ def quantizer(self: Sweep,
     folder: 'str | Path', # where rounded tensors lie until the conversion has read them
 ): # ▸ (weight, format) ▸ stored tensors, or a mapping of paths to such: a quantizer for `convert`
     "A quantizer that rounds a plan as the sweep did; raises ValueError if it cannot learn from the same text"
-    if (rounding := rounding_of(self)) == 'minmax': return quantize_minmax
+    rounding = rounding_of(self)
+    if rounding == 'minmax': return quantize_minmax
     b = open_backend(source)
     return round_to_files(b, learned_again(self, b.checkpoint), plan, rounding, folder)

@@ -113,7 +113,8 @@ def _by_part(
     def kl(us): return sum(sweep.kl(u.path, low) for u in us if u.takes(low))
     for part in sorted({u.part for u in units}, key=_ORDER.index):
         us = [u for u in units if u.part == part]
-        bits, params = np.array([u.bits(plan[u.path]) for u in us]), [u.params for u in us]
+        bits = np.array([u.bits(plan[u.path]) for u in us])
+        params = [u.params for u in us]
         rows.append([part, len(us), sum(params)/1e6, kl(us), f'{kl(us)/kl(units):.0%}', f'{(bits > 4).sum()}',
                      f'{(bits < 4).sum()}', float(np.average(bits, weights=params))])
     return Table('By part', ['part', 'units', 'M parameters', f'sum of KL at {low}', 'share', 'above 4 bits', 'below 4',
@@ -300,7 +301,8 @@ def vlm(
     questions: str = 'diagrams', # see `optiq.evals.ai2d.questions_of`
 ) -> Demo:
     "KL and right answers about diagrams of a model that sees, in plans of the same bytes, and the bits of each part"
-    s, b = Sizes.of(fast), open_backend(Checkpoint(model or find_witness(), model_type='vlm'))
+    s = Sizes.of(fast)
+    b = open_backend(Checkpoint(model or find_witness(), model_type='vlm'))
     c, asked = b.checkpoint, questions_of(questions, s.problems//2)
     sweep = kl_sweep(b, samples(c, text, s.n//2), [2, 3, 4, 6], progress=not fast, rounding='minmax')
     plans, best = _plans_at_bytes(c, sweep), 'optiq, bytes of 4'
@@ -337,7 +339,8 @@ def audio(
     text: str = 'bundled', # speech to calibrate and, its other side, to score on; see `clips`
 ) -> Demo:
     "KL and word error rate of a speech model, in plans of the same bytes, and the bits of each part"
-    s, c = Sizes.of(fast), Checkpoint(model or _small_asr(), model_type='audio')
+    s = Sizes.of(fast)
+    c = Checkpoint(model or _small_asr(), model_type='audio')
     b = open_backend(c)
     learned, heard = (clips(text, side, k, fewer=True) for side, k in (('train', s.n//2), ('test', s.n_evaluation//2)))
     sweep = kl_sweep(b, speech_samples(b.model, learned), [3, 4, 6], progress=not fast, rounding='minmax')

@@ -53,7 +53,8 @@ _EXTRAS = {'torch': 'convert', 'datasets': 'convert', 'mlx-vlm': 'vlm', 'mlx-aud
 
 def _versions() -> list[_Finding]:
     "Python, the base, and the extras"
-    here, fits = platform.python_version(), (3, 11) <= sys.version_info < (3, 14)
+    here = platform.python_version()
+    fits = (3, 11) <= sys.version_info < (3, 14)
     python = _Finding('python', here, *(() if fits else ('bad', 'use Python 3.11, 3.12 or 3.13')))
     base = [_package(n, 'bad', 'pip install --upgrade optiq-mlx') for n in ('mlx', 'mlx-lm', 'transformers')]
     extras = [_package(n, 'note', f"for {extra}: pip install 'optiq-mlx[{extra}]'") for n, extra in _EXTRAS.items()]
@@ -64,7 +65,8 @@ def _chip() -> _Finding:
     "The chip, and whether its speed is known"
     from optiq.chips import chip_file, machine_name
     from optiq.roofline import chip_named
-    name, file = machine_name(), chip_file()
+    name = machine_name()
+    file = chip_file()
     if file.exists(): return _Finding('chip', f'{name}, measured')
     try: return _Finding('chip', f'{name}, {chip_named(name).bandwidth:g} GB/s by its data sheet', 'ok',
                         'for measured speeds: optiq latency MODEL --calibrate')
@@ -84,7 +86,8 @@ def _backend() -> _Finding:
 def _memory() -> list[_Finding]:
     "Free memory, and free room on the disk"
     from optiq.backends.replay import available_memory
-    ram, disk = available_memory()/2**30, shutil.disk_usage('.').free/2**30
+    ram = available_memory()/2**30
+    disk = shutil.disk_usage('.').free/2**30
     small = 'enough for models up to about 1B parameters; --backend stream reads larger ones block by block'
     full = 'give -o a folder on another disk'
     return [_Finding('memory', f'{ram:.1f} GB free', *(() if ram > 4 else ('note', small))),

@@ -256,7 +256,8 @@ def place(self: _Wiring):
     "Put the slider where the explorer is, between its ends of now"
     x, s, (low, high) = self.x, self.slider, self.x.planner.ends
     self.busy = True
-    s.min, s.max = min(low, s.min), max(high, s.max)
+    s.min = min(low, s.min)
+    s.max = max(high, s.max)
     s.value = x.value
     s.min, s.max, s.step = low, high, (high-low)/400 or 1
     s.description, s.readout_format = x.by, x.targets[x.by].spec

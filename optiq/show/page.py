@@ -31,7 +31,8 @@ def _bars_svg(rows: list, most: int = 40, width: int = 760) -> str:
     shown = [r for r in rows if r[2] > 0][:most]
     if not shown: return ''
     left, ends = 330, [x for _, _, kl, se in shown for x in (kl, kl+2*(se or 0), max(kl-2*(se or 0), kl/10))]
-    low, high = log10(min(ends)), log10(max(ends))
+    low = log10(min(ends))
+    high = log10(max(ends))
     def x(v): return left+(width-left-20)*(log10(v)-low)/max(high-low, 1e-9)
     marks = [_bar(i, r, left, x) for i, r in enumerate(shown)]
     ticks = [f'<text x="{x(10.**k):.1f}" y="{18*len(shown)+18}" text-anchor="middle">1e{k}</text>'
@@ -45,11 +46,13 @@ def _bars_svg(rows: list, most: int = 40, width: int = 760) -> str:
 def _bar(i: int, row: tuple, left: int, x) -> str: # x: KL ▸ pixels
     "One unit: its name, a mark, and a line for two standard errors"
     path, fmt, kl, se = row
-    y, short = 18*i+12, path if len(path) < 44 else '…'+path[-43:]
+    y = 18*i+12
+    short = path if len(path) < 44 else '…'+path[-43:]
     name = f'<text x="{left-8}" y="{y+4}" text-anchor="end">{escape(short)} {escape(str(fmt))}</text>'
     mark = f'<circle cx="{x(kl):.1f}" cy="{y}" r="4" fill="#0072B2"><title>{escape(path)}: {kl:.3g}</title></circle>'
     if se is None: return name+mark
-    a, b = x(max(kl-2*se, kl/10)), x(kl+2*se)
+    a = x(max(kl-2*se, kl/10))
+    b = x(kl+2*se)
     return f'{name}<line x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}" stroke="#0072B2"/>{mark}'
 
 # %% ../../nbs/64_show.page.ipynb #7cd77b2d
@@ -63,7 +66,8 @@ def _measured_rows(plan: Plan) -> list: # of (name, predicted KL, measured KL), 
 
 def _measured(plan: Plan) -> str:
     "HTML table of predicted and measured KL"
-    found, rows = plan.solver.get('verified', {}), _measured_rows(plan)
+    found = plan.solver.get('verified', {})
+    rows = _measured_rows(plan)
     if not rows: return '<p>This plan was not measured as a whole; its prediction is the sum over its tensors.</p>'
     kept = plus_minus(found['joint_kl'], found.get('joint_kl_se'))
     return f'<p>Measured as a whole: KL {escape(kept)}.</p>'+_html_table(('plan', 'predicted KL', 'measured KL'), rows)
@@ -125,7 +129,8 @@ def _page(
     folder = as_path(folder)
     file = next((f for f in (folder/'optiq'/'plan.json', folder/'plan.json') if f.is_file()), None)
     if file is None: raise FileNotFoundError(f'{folder} has no optiq/plan.json; give a folder that was converted')
-    plan, swept = Plan.load(file), file.with_name('sweep.json')
+    plan = Plan.load(file)
+    swept = file.with_name('sweep.json')
     sections = _sections(folder, plan, Sweep.load(swept) if swept.is_file() else None)
     made = ', '.join(f'{k}: {v}' for k, v in plan.made.items() if isinstance(v, str))
     body = ''.join(f'<h2>{escape(t)}</h2>{html}' for t, html in sections.items())

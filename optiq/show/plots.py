@@ -67,14 +67,16 @@ def _cell(path, plans, colours, x, y, w, h):
     fs, box = [p[path] for p in plans], f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="{h}"'
     hint = f'<title>{escape(path)}: {" ▸ ".join(map(str, dict.fromkeys(fs)))}</title>'
     if len(set(fs)) == 1: return [f'{box} fill="{colours[fs[0]]}">{hint}</rect>']
-    above, below = (f'{x:.1f},{y+h} {x:.1f},{y} {x+w:.1f},{y}', f'{x:.1f},{y+h} {x+w:.1f},{y+h} {x+w:.1f},{y}')
+    above = f'{x:.1f},{y+h} {x:.1f},{y} {x+w:.1f},{y}'
+    below = f'{x:.1f},{y+h} {x+w:.1f},{y+h} {x+w:.1f},{y}'
     return [f'<g>{hint}', *(f'<polygon points="{t}" fill="{colours[f]}"/>' for t, f in zip((above, below), fs)),
             f'{box} fill="none" stroke="#D55E00" stroke-width="1.5"/>', '</g>']
 
 # %% ../../nbs/60_show.plots.ipynb #cbd0cfc6
 def _labels(g: _Grid):
     "Names of kinds and blocks"
-    step, y = max(1, round(len(g.columns)/16)), g.bottom+12
+    step = max(1, round(len(g.columns)/16))
+    y = g.bottom+12
     shown = [(x, n) for x, n in enumerate(g.columns) if not isinstance(n, int) or n % step == 0]
     return [*(f'<text x="{g.left-6}" y="{4+i*g.h+13}" text-anchor="end">{escape(r)}</text>'
               for i, r in enumerate(g.rows)),
@@ -107,7 +109,8 @@ def plan_svg(
     width: int = 760, # pixels
 ) -> str:
     "Heat map of a plan's formats, or of two plans"
-    both, g = [plan, *([other] if other is not None else [])], _Grid(plan.units, width)
+    both = [plan, *([other] if other is not None else [])]
+    g = _Grid(plan.units, width)
     colours = colours or format_colours(f for p in both for f in p.values())
     used = [f for f in colours if any(f in p.values() for p in both)]
     drawn = [mark for p in plan for mark in _cell(p, both, colours, *g.cell(p))]
@@ -152,7 +155,8 @@ def plot_memory(
     "Memory of configurations: weights, cache, and their sum"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(8, .8+.32*len(rows)), layout='constrained')[1]
-    y, weights = range(len(rows)), [r['weight_mb'] for r in rows]
+    y = range(len(rows))
+    weights = [r['weight_mb'] for r in rows]
     ax.barh(y, weights, .7, color=COLOURS[0], label='weights')
     ax.barh(y, [r['cache_mb'] for r in rows], .7, weights, color=COLOURS[4], label='KV cache')
     for i, r in enumerate(rows):

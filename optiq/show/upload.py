@@ -166,10 +166,12 @@ def upload(
     """
     from huggingface_hub import HfApi, get_token
     if not _HUB_ID.fullmatch(repo): raise ValueError(f'{repo!r} is not a name on the Hub; give user/name')
-    folder, api = as_path(folder), api or HfApi(token=get_token())
+    folder = as_path(folder)
+    api = api or HfApi(token=get_token())
     if not (folder/'optiq'/'plan.json').is_file(): raise FileNotFoundError(
         f'{folder} has no optiq/plan.json; give a folder that was converted')
-    plan, c = Plan.load(folder/'optiq'/'plan.json'), Checkpoint(folder, trust_remote_code)
+    plan = Plan.load(folder/'optiq'/'plan.json')
+    c = Checkpoint(folder, trust_remote_code)
     u, made = _listed(folder, repo, plan, c, _source_of(plan, api))
     if send and not api.token: raise ValueError('sending needs a token; log in with: hf auth login')
     if send is False or not api.token:

@@ -94,6 +94,22 @@ def _fit_grid(xp, g, a, n, cast, descend=_descend): # g (rows, group), a (rows o
         _settle(*best)
     return best[:2]
 
+# %% ../nbs/06b_grid.ipynb #a87e504c
+def _stack(parts):
+    "The results of single experts as one tensor"
+    fields = ['w'] if isinstance(parts[0], _MinMax) else ['codes', 'scales', 'biases']
+    xp = library(getattr(parts[0], fields[0]))[0]
+    return type(parts[0])(*(xp.stack([getattr(p, k) for p in parts]) for k in fields), parts[0].fmt)
+
+def _per_expert(stats, n): return stats if isinstance(stats, list) else [stats]*n
+
+def _stretches(w, stats) -> list: # of (rows, what they read), or of (experts, what each reads)
+    "A matrix in stretches of rows, or a tensor of experts in stretches of a few experts"
+    if w.ndim < 3: return [(x, stats) for x in _in_parts(w)]
+    each = _per_expert(stats, len(w))
+    many = max(1, _at_once(w)//prod(w.shape[1:]))
+    return [(w[k:k+many], each[k:k+many]) for k in range(0, len(w), many)]
+
 # %% ../nbs/06b_grid.ipynb #600a7ab1
 def search(
     w, # (…, out_dims, in_dims), a PyTorch tensor or MLX array
@@ -151,19 +167,3 @@ def _weighted(xp, stats, like): # (groups, group) ▸ the same
 def _finished(w, codes, scales, biases, fmt: Format) -> _Rounded:
     "The result, in the type of `w`"
     return _Rounded(like(codes, w), like(scales, w), like(biases, w), fmt)
-
-# %% ../nbs/06b_grid.ipynb #a87e504c
-def _stack(parts):
-    "The results of single experts as one tensor"
-    fields = ['w'] if isinstance(parts[0], _MinMax) else ['codes', 'scales', 'biases']
-    xp = library(getattr(parts[0], fields[0]))[0]
-    return type(parts[0])(*(xp.stack([getattr(p, k) for p in parts]) for k in fields), parts[0].fmt)
-
-def _per_expert(stats, n): return stats if isinstance(stats, list) else [stats]*n
-
-def _stretches(w, stats) -> list: # of (rows, what they read), or of (experts, what each reads)
-    "A matrix in stretches of rows, or a tensor of experts in stretches of a few experts"
-    if w.ndim < 3: return [(x, stats) for x in _in_parts(w)]
-    each = _per_expert(stats, len(w))
-    many = max(1, _at_once(w)//prod(w.shape[1:]))
-    return [(w[k:k+many], each[k:k+many]) for k in range(0, len(w), many)]

@@ -123,9 +123,10 @@ class _KeptInputs:
         if self.units[path].block is None and self.inputs.keys() == self.units.keys(): raise _Heard
 
 # %% ../nbs/06a_statistics.ipynb #0857b92d
-def _batches(b: Backend, tokens) -> list:
+def _batches(b: Backend, tokens, whole: bool = True) -> list: # whole: second moments, for which inputs are kept
     "Calibration tokens, or samples, in parts that fit"
-    many = min(2**15 if b.on_gpu else 2**11, b.at_most(2**29, 80)//2**14)
+    many = 2**15 if b.on_gpu else 2**11
+    if b.on_gpu or whole: many = min(many, b.at_most(2**29, 80)//2**14)
     size = max(1, many//shape_of(tokens)[1])
     return [tokens[k:k+size] for k in range(0, len(tokens), size)] if b.stacks else samples_of(tokens)
 
@@ -141,7 +142,8 @@ def _calls_kept(b: Backend):
 # %% ../nbs/06a_statistics.ipynb #ac482f44
 class Chunks:
     "Calibration `tokens` for backend `b` in batches that fit, each with the arguments of its blocks"
-    def __init__(self, b: Backend, tokens): self.b, self.tokens, self.calls = b, _batches(b, tokens), []
+    def __init__(self, b: Backend, tokens, whole: bool = True):
+        self.b, self.tokens, self.calls = b, _batches(b, tokens, whole), []
 
     def embed(self, overrides={}):
         "States of each batch before the first block, with `overrides` of weights"
@@ -172,7 +174,7 @@ class Statistics(Mapping):
         whole: bool = True, # second moments, not only their diagonal
     ):
         self.b, self.whole = b, whole
-        self.chunks = Chunks(b, tokens)
+        self.chunks = Chunks(b, tokens, whole)
         self.mark = fingerprint(tokens), whole
         outside = [u.path for u in b.checkpoint.units if u.block is None and not (b.stacks and b.chain)]
         self.outside = {p: lambda _, w=b.unit_weight(p): w

@@ -226,7 +226,7 @@ def test_needle_report(b):
     assert _needle_trials(b.checkpoint.tokenizer, (96,), (0.,), 2) == _needle_trials(b.checkpoint.tokenizer, (96,), (0.,), 2)
     with pytest.raises(ValueError, match='grid is empty'): needle(b, (), (0.,), 2)
     with pytest.raises(ValueError, match='tokens at most'): needle(b, (10**6,), (0.,), 1)
-    with pytest.raises(ValueError, match='spread over 20 cells; give as `n` 20'): run_task('needle', 'demo', n=30)
+    with pytest.raises(ValueError, match='spread over 20 cells; give a multiple of 20 as `n`'): run_task('needle', 'demo', n=30)
 
 # speed, harness, verification
 

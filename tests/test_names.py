@@ -33,7 +33,7 @@ LAST = 'model.layers.1.mlp.down_proj'
     (lambda m: allocate(SWEEP, target_bpw=4, tie=lambda u: u.path), 'a function has no effect'),
     (lambda m: pareto(SWEEP, (3, 3.5, 6), 'compact'), r'the target 6 does not lie in the range of compact \(3 to 4 bits\)'),
     (lambda m: what_fits(m, 2**33, 256, _untested(Checkpoint(m), FORMATS), [4, 5]), '5g64 was not measured; the sweep has 3g64, 4g64, 8g64'),
-    (lambda m: convert(m, uniform(SWEEP, 4), m+'-4'), 'the plan is for another model'),
+    (lambda m: convert(m, uniform(SWEEP, 4), m+'-4'), 'the plan is of another model: .* is in only one of the two'),
     (lambda m: kl_sweep(m, formats=[4, 8], n=1, seq_len=16, until='stable', progress=False), "`until` 'stable' needs `targets`"),
     (lambda m: kl_sweep(m, formats=[4, 8], n=1, seq_len=16, method='screened', targets=[3], rounding='minmax', progress=False),
      'target_bpw 3 is below the smallest possible')])

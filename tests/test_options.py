@@ -59,6 +59,7 @@ def made_up(c) -> Sweep:
 
 class Anything(SimpleNamespace):
     "A result that can be shown"
+    about, rows = {}, ()
     def __repr__(self): return 'anything'
     def __call__(self, *a): return {}
 

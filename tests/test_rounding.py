@@ -203,7 +203,7 @@ def test_plans_are_verified_with_the_rounding_that_saves(models, tmp_path, monke
     quantize, _ = sweep_quantizer(b, tokens, formats, 'search', blocks=True)
     monkeypatch.setattr(rounding, '_round_all', lambda w, fmts, *more: (asked.append(fmts), plain(w, fmts, *more))[1])
     kl = _joint_kl(b, tokens, {'a': uniform(c, formats[0]), 'b': uniform(c, formats[1])}, quantize)
-    assert asked == [formats]*len(c.units) # every unit once, for all plans
+    assert sorted(map(str, asked)) == sorted(str([f]) for f in formats for u in c.units) # every unit once in each format that plans hold
     v = verified(b, tokens, sweep, target_bpw=3.5, n=2, quantize=quantize, progress=False)
     assert v.tried.keys() > {'allocated'} and set(kl) == {'a', 'b'}
     saved = convert(c, v.plan, tmp_path/'out', quantizer=round_to_files(b, tokens, v.plan, 'search', tmp_path, progress=False))

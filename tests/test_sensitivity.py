@@ -150,7 +150,8 @@ def test_rounding_counts_in_the_budget(models, monkeypatch, measuring, rounding,
     monkeypatch.setattr(s, 'estimate', lambda *a: dict(seconds=measuring))
     monkeypatch.setattr(s, '_surely_quick', lambda *a: False)
     b, formats = TorchBackend(models['qwen3']), [Format(4), Format(8)]
-    assert s._choose_method(b, np.zeros((4, 32), int), formats, [4.5], None, None, None, None, 600., False, lambda: rounding) == chosen
+    task = s._Task(b, np.zeros((4, 32), int), formats, [4.5], progress=False)
+    assert task.choose(600., lambda: rounding) == chosen
 
 def test_what_is_surely_quick_is_not_timed(models, monkeypatch):
     import optiq.sensitivity as s

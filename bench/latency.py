@@ -1,6 +1,6 @@
 """How well does the roofline predict decode speed? Random weights at the shapes of Qwen3, on this machine.
 
-    python bench/latency.py -o latency.json [--shapes 0.6B,1.7B,8B] [--bits 3,4,6,8] [--rounds 40] [--contexts 2048] [--drawn 10]
+    python bench/latency.py -o latency.json [--shapes 0.6B,1.7B,8B,14B] [--bits 3,4,6,8] [--rounds 40] [--contexts 2048] [--drawn 10]
     python bench/latency.py --from latency.json [MORE.json …] [-o together.json]
 
 The first measures: the chip (bandwidth, overheads, matrix-vector products for every format and shape), then the decode speed of
@@ -28,16 +28,19 @@ from mlx_lm.models.cache import make_prompt_cache
 from optiq.report import machine
 from optiq.formats import Format
 from optiq.plan import make_plan, uniform
-from optiq.chips import Speed, _decode_once, _extend, _keep_busy, _measure_chip, _on_gpu, _per_step, _stand_in, _token_chain
+from optiq.chips import Speed, _decode_once, _extend, _keep_busy, _measure_chip, _on_gpu, _per_step, _run_once, _stand_in
 from optiq.latency import _LEARNED, compare_speeds
 from optiq.roofline import Chip, Latency, reads_of, skeleton
 from optiq.material.configs import hub_config
 
 CALIBRATION = 'uniform 4g64'
 
+QWEN3_14B = dict(hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, max_window_layers=40, num_attention_heads=40,
+                 num_key_value_heads=8, vocab_size=151936, max_position_embeddings=40960, tie_word_embeddings=False)
+
 def config_of(shape):
     "config.json of a shape of Qwen3; 'tiny' for the small one of the tests"
-    return hub_config('qwen3', None if shape == 'tiny' else shape)
+    return hub_config('qwen3', {'tiny': None, '14B': QWEN3_14B}.get(shape, shape))
 
 def mixed(reads, low, high):
     "Embeddings, head, first and last block and every down projection and value in `high`, everything else in `low`"
@@ -88,27 +91,36 @@ def block_times(model, first, runs):
     return dict(seconds=(found[1]['seconds']-found[0]['seconds'])/3, raw=found)
 
 def after(model, context):
-    "A chain of tokens that are read after so many others; each goes on where the one before ended"
+    "A chain of tokens that are read after so many others; each chain begins where the first one did"
     cache, ids = make_prompt_cache(model), mx.zeros((1, 1), mx.int32)
     for k in range(0, context, 512): mx.eval(model(mx.full((1, min(512, context-k)), 7, mx.int32), cache=cache)[:, -1:])
     def chain(n):
+        for c in cache: c.trim(c.offset-context)
         x = ids+0 # which waits for what keeps the device busy, so that even no token does
         for _ in range(n): x = mx.argmax(model(x, cache=cache)[:, -1:], -1)
         return x
     return chain
 
-def tokens_alone(models, context, bandwidth, runs):
-    """Device seconds of one token of each model: it is sent off while the device is busy with something else for longer than that takes,
+def busy_for(chains, bandwidth, tokens):
+    "Reads that last half as long again as the host needs to send off `tokens` tokens of the slowest model"
+    for chain in chains.values(): _run_once(chain, tokens) # compiles what it runs
+    sent = max(_run_once(chain, tokens)[0] for chain in chains.values() for _ in range(3))
+    return _keep_busy(bandwidth, max(40, 1.5e3*sent))
+
+def tokens_alone(models, context, bandwidth, runs, tokens):
+    """Device seconds of a token of each model: several are sent off while the device is busy with something else for longer than that takes,
     so nothing waits for the host; the time of the other thing alone is taken off. All models in turn, several times over"""
-    first = _keep_busy(bandwidth, 40) if _on_gpu() else None
     chains, found = {n: after(m, context) for n, m in models.items()}, {}
+    first = busy_for(chains, bandwidth, tokens) if _on_gpu() else None
     for k in range(3):
         for n, chain in chains.items():
-            d = _per_step(chain, 0, 1, first, runs)
-            for few, more in zip(found.setdefault(n, dict(few=0, many=1, raw=[[], []]))['raw'], d['raw']): few.extend(more)
-    for d in found.values():
+            d = _per_step(chain, 0, tokens, first, runs)
+            for few, more in zip(found.setdefault(n, dict(few=0, many=tokens, raw=[[], []]))['raw'], d['raw']): few.extend(more)
+    for n, d in found.items():
         short, long = (np.median([done for _, done in r]) for r in d['raw'])
-        d |= dict(seconds=float(long-short), context=context)
+        late = max(sent for sent, _ in d['raw'][1])
+        if first and late > short: print(f'{n}: sent off after {1e3*late:.0f} ms, when the device had been idle since {1e3*short:.0f} ms', flush=True)
+        d |= dict(seconds=float(long-short)/tokens, context=context)
     return found
 
 class Results(dict):
@@ -123,13 +135,12 @@ class Results(dict):
         print(f'[{time.time()-self.start:5.0f} s]', ', '.join(parts), flush=True)
 
 def measure_machine(args, out, reads, formats):
-    "The chip: measured, or from the file of an earlier run"
+    "The chip: measured, or from the file of an earlier run; what that lacks is measured"
     raw, matrices = {}, sorted({m for r in reads.values() for m in r.shapes()}, key=np.prod)
     if args.chip:
         before = json.loads(Path(args.chip).read_text())
-        out.keep(chip=before['chip'], raw=before['raw'])
-        return None
-    chip = _measure_chip([], [], args.runs, raw)
+        chip, raw = Chip(**before['chip']), before['raw']
+    else: chip = _measure_chip([], [], args.runs, raw)
     out.keep(chip=asdict(chip), raw=raw)
     for f in formats:
         chip = _extend(chip, matrices, [f], args.runs, raw)
@@ -154,7 +165,7 @@ def measure(args):
         for n, v in speeds.items(): print(f'{s} {n}: {v}', flush=True)
         if args.chip is None: blocks[s] = {f'uniform {f}': block_times(models[f'uniform {f}'], first, args.runs) for f in formats}
         out.keep(blocks=blocks)
-        if args.drawn: alone[s] = tokens_alone(models, args.context, out['chip']['bandwidth'], args.runs)
+        if args.drawn: alone[s] = tokens_alone(models, args.context, out['chip']['bandwidth'], args.runs, args.at_once)
         out.keep(alone=alone)
         some = {n: m for n, m in models.items() if n in (CALIBRATION, f'uniform {formats[-1]}')}
         for context in contexts:
@@ -194,7 +205,7 @@ def alone(found, chip, s):
     plans, ms = plans_of(reads, found['bits'], found.get('drawn', 0)), {n: 1e3*d['seconds'] for n, d in times.items()}
     lat = Latency(replace(chip, host=0., host_constant=0.), reads, times[CALIBRATION]['context']) # nothing waits for the host
     lat = lat.learn(plans[CALIBRATION], ms[CALIBRATION], name=CALIBRATION)
-    return [dict(name=n, measured=t, spread=500*float(np.subtract(*np.percentile([done for _, done in times[n]['raw'][1]], [75, 25]))), predicted=lat.ms(plans[n]),
+    return [dict(name=n, measured=t, spread=500/times[n]['many']*float(np.subtract(*np.percentile([done for _, done in times[n]['raw'][1]], [75, 25]))), predicted=lat.ms(plans[n]),
                  error=lat.ms(plans[n])/t-1, calibration=n == CALIBRATION) for n, t in ms.items()]
 
 def against(chip, reads, plans, speeds):
@@ -277,7 +288,7 @@ def add_alone(args):
     for s in args.shapes.split(','):
         reads = reads_of(skeleton(c := config_of(s)), c)
         models = {n: _stand_in(skeleton(config_of(s)), p) for n, p in plans_of(reads, found['bits'], found.get('drawn', 0)).items()}
-        found.setdefault('alone', {})[s] = tokens_alone(models, args.context, found['chip']['bandwidth'], args.runs)
+        found.setdefault('alone', {})[s] = tokens_alone(models, args.context, found['chip']['bandwidth'], args.runs, args.at_once)
         found['alone_about'] = dict(machine(), command=shlex.join(['python', *sys.argv]))
         out.keep(**found)
     out.keep(**predict(found))
@@ -297,6 +308,7 @@ def main():
     p.add_argument('--context', type=int, default=32)
     p.add_argument('--contexts', default='2048', help='further ones, for two plans of each shape')
     p.add_argument('--tokens', type=int, default=24, help='per round')
+    p.add_argument('--at-once', type=int, default=8, help='tokens that are sent off together, for those on the device alone')
     args = p.parse_args()
     if args.alone: return add_alone(args)
     if args.source:

@@ -28,7 +28,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from optiq.report import machine
 from optiq.formats import Format
 from optiq.plan import make_plan, uniform
-from optiq.chips import Speed, _decode_once, _extend, _keep_busy, _measure_chip, _on_gpu, _per_step, _run_once, _stand_in
+from optiq.chips import Speed, _decode_once, _extend, _keep_busy, _measure_chip, _measure_product, _on_gpu, _per_step, _stand_in
 from optiq.latency import _LEARNED, compare_speeds
 from optiq.roofline import Chip, Latency, reads_of, skeleton
 from optiq.material.configs import hub_config
@@ -101,27 +101,25 @@ def after(model, context):
         return x
     return chain
 
-def busy_for(chains, bandwidth, tokens):
-    "Reads that last half as long again as the host needs to send off `tokens` tokens of the slowest model"
-    for chain in chains.values(): _run_once(chain, tokens) # compiles what it runs
-    sent = max(_run_once(chain, tokens)[0] for chain in chains.values() for _ in range(3))
-    return _keep_busy(bandwidth, max(40, 1.5e3*sent))
-
-def tokens_alone(models, context, bandwidth, runs, tokens):
-    """Device seconds of a token of each model: several are sent off while the device is busy with something else for longer than that takes,
-    so nothing waits for the host; the time of the other thing alone is taken off. All models in turn, several times over"""
+def tokens_alone(models, context, bandwidth, runs):
+    """Device seconds of one token of each model: it is sent off while the device is busy with something else for longer than that takes,
+    so nothing waits for the host; the time of the other thing alone, just before, is taken off. All models in turn, run by run"""
+    first = _keep_busy(bandwidth, 40) if _on_gpu() else None
     chains, found = {n: after(m, context) for n, m in models.items()}, {}
-    first = busy_for(chains, bandwidth, tokens) if _on_gpu() else None
-    for k in range(3):
+    for k in range(3*runs):
         for n, chain in chains.items():
-            d = _per_step(chain, 0, tokens, first, runs)
-            for few, more in zip(found.setdefault(n, dict(few=0, many=tokens, raw=[[], []]))['raw'], d['raw']): few.extend(more)
+            d = _per_step(chain, 0, 1, first, 1)
+            for few, more in zip(found.setdefault(n, dict(few=0, many=1, raw=[[], []]))['raw'], d['raw']): few.extend(more)
     for n, d in found.items():
-        short, long = (np.median([done for _, done in r]) for r in d['raw'])
-        late = max(sent for sent, _ in d['raw'][1])
-        if first and late > short: print(f'{n}: sent off after {1e3*late:.0f} ms, when the device had been idle since {1e3*short:.0f} ms', flush=True)
-        d |= dict(seconds=float(long-short)/tokens, context=context)
+        late = np.mean([sent > short for (_, short), (sent, _) in zip(*d['raw'])])
+        if first and late: print(f'{n}: in {late:.0%} of the runs the device was idle before all was sent off', flush=True)
+        d |= dict(seconds=float(np.median([long-short for (_, short), (_, long) in zip(*d['raw'])])), context=context)
     return found
+
+def side_by_side(matrices, formats, bandwidth, runs):
+    "Seconds of a product when many run that need not wait for each other: format, shape ▸ as `_measure_product`"
+    first = _keep_busy(bandwidth) if _on_gpu() else None
+    return [_measure_product(f, m, first, runs, serial=False) for f in formats for m in matrices]
 
 class Results(dict):
     "What was found so far, in a file that is written after each part"
@@ -145,6 +143,7 @@ def measure_machine(args, out, reads, formats):
     for f in formats:
         chip = _extend(chip, matrices, [f], args.runs, raw)
         out.keep(chip=asdict(chip), raw=raw)
+    out.keep(beside=side_by_side(matrices, formats, chip.bandwidth, args.runs))
     print(chip)
     first = _keep_busy(chip.bandwidth) if _on_gpu() else None
     return first
@@ -159,14 +158,15 @@ def measure(args):
     decode, blocks, alone, contexts = {}, {}, {}, [int(c) for c in args.contexts.split(',') if c]
     for s in shapes:
         models = {n: _stand_in(skeleton(config_of(s)), p) for n, p in plans_of(reads[s], bits, args.drawn).items()}
-        speeds = decode_speeds(models, args.context, args.tokens, args.rounds, args.seconds)
+        speeds = decode_speeds(models, args.context, args.tokens, args.rounds, args.seconds) if args.rounds else {}
         decode[s] = {n: dict(runs=v.runs.tolist(), context=v.context) for n, v in speeds.items()}
         out.keep(decode=decode)
         for n, v in speeds.items(): print(f'{s} {n}: {v}', flush=True)
         if args.chip is None: blocks[s] = {f'uniform {f}': block_times(models[f'uniform {f}'], first, args.runs) for f in formats}
         out.keep(blocks=blocks)
-        if args.drawn: alone[s] = tokens_alone(models, args.context, out['chip']['bandwidth'], args.runs, args.at_once)
+        if args.drawn: alone[s] = tokens_alone(models, args.context, out['chip']['bandwidth'], args.runs)
         out.keep(alone=alone)
+        if args.drawn and args.empty: out.keep(empty=out.get('empty', {}) | {s: tokens_alone(models, 1, out['chip']['bandwidth'], args.runs)})
         some = {n: m for n, m in models.items() if n in (CALIBRATION, f'uniform {formats[-1]}')}
         for context in contexts:
             long = decode_speeds(some, context, args.tokens, args.rounds//4, args.seconds/6)
@@ -288,7 +288,7 @@ def add_alone(args):
     for s in args.shapes.split(','):
         reads = reads_of(skeleton(c := config_of(s)), c)
         models = {n: _stand_in(skeleton(config_of(s)), p) for n, p in plans_of(reads, found['bits'], found.get('drawn', 0)).items()}
-        found.setdefault('alone', {})[s] = tokens_alone(models, args.context, found['chip']['bandwidth'], args.runs, args.at_once)
+        found.setdefault('alone', {})[s] = tokens_alone(models, args.context, found['chip']['bandwidth'], args.runs)
         found['alone_about'] = dict(machine(), command=shlex.join(['python', *sys.argv]))
         out.keep(**found)
     out.keep(**predict(found))
@@ -308,7 +308,7 @@ def main():
     p.add_argument('--context', type=int, default=32)
     p.add_argument('--contexts', default='2048', help='further ones, for two plans of each shape')
     p.add_argument('--tokens', type=int, default=24, help='per round')
-    p.add_argument('--at-once', type=int, default=8, help='tokens that are sent off together, for those on the device alone')
+    p.add_argument('--empty', action='store_true', help='tokens on the device alone also with an empty cache')
     args = p.parse_args()
     if args.alone: return add_alone(args)
     if args.source:
@@ -318,6 +318,6 @@ def main():
         return
     args.o = args.o or 'latency.json'
     out = measure(args)
-    out.keep(**predict(json.loads(Path(args.o).read_text())))
+    if args.rounds: out.keep(**predict(json.loads(Path(args.o).read_text())))
 
 if __name__ == '__main__': main()

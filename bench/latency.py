@@ -28,7 +28,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from optiq.report import machine
 from optiq.formats import Format
 from optiq.plan import make_plan, uniform
-from optiq.chips import Speed, _decode_once, _extend, _keep_busy, _measure_chip, _measure_product, _on_gpu, _per_step, _stand_in
+from optiq.chips import Speed, _decode_once, _extend, _keep_busy, _measure_chip, _on_gpu, _per_step, _stand_in
 from optiq.latency import _LEARNED, compare_speeds
 from optiq.roofline import Chip, Latency, reads_of, skeleton
 from optiq.material.configs import hub_config
@@ -116,11 +116,6 @@ def tokens_alone(models, context, bandwidth, runs):
         d |= dict(seconds=float(np.median([long-short for (_, short), (_, long) in zip(*d['raw'])])), context=context)
     return found
 
-def side_by_side(matrices, formats, bandwidth, runs):
-    "Seconds of a product when many run that need not wait for each other: format, shape ▸ as `_measure_product`"
-    first = _keep_busy(bandwidth) if _on_gpu() else None
-    return [_measure_product(f, m, first, runs, serial=False) for f in formats for m in matrices]
-
 class Results(dict):
     "What was found so far, in a file that is written after each part"
     def __init__(self, path): self.path, self.start = Path(path), time.time()
@@ -134,16 +129,16 @@ class Results(dict):
 
 def measure_machine(args, out, reads, formats):
     "The chip: measured, or from the file of an earlier run; what that lacks is measured"
-    raw, matrices = {}, sorted({m for r in reads.values() for m in r.shapes()}, key=np.prod)
+    raw = {}
+    matrices, beside = (sorted({m for r in reads.values() for m in r.shapes(side)}, key=np.prod) for side in (False, True))
     if args.chip:
         before = json.loads(Path(args.chip).read_text())
         chip, raw = Chip(**before['chip']), before['raw']
-    else: chip = _measure_chip([], [], args.runs, raw)
+    else: chip = _measure_chip(args.runs, raw)
     out.keep(chip=asdict(chip), raw=raw)
     for f in formats:
-        chip = _extend(chip, matrices, [f], args.runs, raw)
+        chip = _extend(_extend(chip, matrices, [f], args.runs, raw), beside, [f], args.runs, raw, True)
         out.keep(chip=asdict(chip), raw=raw)
-    out.keep(beside=side_by_side(matrices, formats, chip.bandwidth, args.runs))
     print(chip)
     first = _keep_busy(chip.bandwidth) if _on_gpu() else None
     return first
@@ -221,6 +216,7 @@ def variants(found, chip):
     `in pairs` calibrates each round with the calibration plan's run of that round, and takes the median of what the prediction is off."""
     out = {}
     for s, decode in found['decode'].items():
+        if not decode: continue # tokens on the device alone
         reads, c = reads_of(skeleton(c := config_of(s)), c), CALIBRATION
         plans = plans_of(reads, found['bits'], found.get('drawn', 0))
         ms, lat = {n: 1e3/np.array(decode[n]['runs']) for n in plans}, Latency(chip, reads, round(decode[c]['context']))
@@ -239,39 +235,46 @@ def variants(found, chip):
         print(name, {k: f'{np.mean(np.abs(list(e.values()))):.1%}' for k, e in kinds.items()})
     return out
 
+def of_loop(found, chip, s, shorts):
+    "Tables of mlx-lm's own loop, median and fastest round; `shorts` gets the errors of both"
+    reads = reads_of(skeleton(c := config_of(s)), c)
+    plans = plans_of(reads, found['bits'], found.get('drawn', 0))
+    speeds = {n: Speed(np.array(d['runs']), d['context']) for n, d in found['decode'][s].items()}
+    best = {n: Speed(v.runs.max(keepdims=True), v.context) for n, v in speeds.items()}
+    (lat, table), (_, fastest) = (against(chip, reads, plans, v) for v in (speeds, best))
+    for kind, t in dict(median=table, fastest=fastest).items():
+        shorts[kind] += [abs(e) for n, e in t.errors().items() if n != CALIBRATION]
+    print(f'\nQwen3-{s} on {chip.name}, context {lat.context}, median of {len(speeds[CALIBRATION].runs)} rounds\n{table}')
+    print('fastest round:', ', '.join(f'{r["name"]} {r["measured"]:.1f} ({fastest.errors()[r["name"]]:+.1%})' for r in fastest.rows),
+          f'mean absolute error {fastest.mean_error:.1%}')
+    far = {n: replace(lat, context=round(v.context)).tps(plans[n.split(', context')[0]]) for n, v in speeds.items() if n not in plans}
+    for n, p in far.items(): print(f'{n}: predicted {p:.1f}, measured {speeds[n]}, {p/speeds[n].tps-1:+.1%}')
+    plain = Latency(chip, reads, lat.context)
+    print('terms of the calibration point in ms, as measured on the chip:', {k: round(v, 3) for k, v in plain.terms(plans[CALIBRATION]).items()})
+    return dict(rows=table.rows, fastest=fastest.rows, mean_error=table.mean_error, long_context=far, fastest_mean_error=fastest.mean_error,
+                terms={n: plain.terms(p) for n, p in plans.items()}, learned={k: getattr(lat.chip, k) for k in _LEARNED})
+
+def mean_and_worst(rows):
+    off = [abs(r['error']) for r in rows if not r['calibration']]
+    return dict(plans=len(off), mean_error=float(np.mean(off)), worst=float(max(off))) if off else {}
+
 def predict(found):
     "Tables of predicted and measured speed, one calibration point per shape"
     chip, tables, shorts = Chip(**found['chip']), {}, dict(median=[], fastest=[])
-    for s in found['decode']:
-        reads = reads_of(skeleton(c := config_of(s)), c)
-        plans = plans_of(reads, found['bits'], found.get('drawn', 0))
-        speeds = {n: Speed(np.array(d['runs']), d['context']) for n, d in found['decode'][s].items()}
-        best = {n: Speed(v.runs.max(keepdims=True), v.context) for n, v in speeds.items()}
-        (lat, table), (_, fastest) = (against(chip, reads, plans, v) for v in (speeds, best))
-        for kind, t in dict(median=table, fastest=fastest).items():
-            shorts[kind] += [abs(e) for n, e in t.errors().items() if n != CALIBRATION]
-        print(f'\nQwen3-{s} on {chip.name}, context {lat.context}, median of {len(speeds[CALIBRATION].runs)} rounds\n{table}')
-        print('fastest round:', ', '.join(f'{r["name"]} {r["measured"]:.1f} ({fastest.errors()[r["name"]]:+.1%})' for r in fastest.rows),
-              f'mean absolute error {fastest.mean_error:.1%}')
-        far = {n: replace(lat, context=round(v.context)).tps(plans[n.split(', context')[0]])
-               for n, v in speeds.items() if n not in plans}
-        for n, p in far.items(): print(f'{n}: predicted {p:.1f}, measured {speeds[n]}, {p/speeds[n].tps-1:+.1%}')
-        plain = Latency(chip, reads, lat.context)
-        print('terms of the calibration point in ms, as measured on the chip:',
-              {k: round(v, 3) for k, v in plain.terms(plans[CALIBRATION]).items()})
-        blocks = on_device(found, chip, s)
+    for s, decode in found['decode'].items():
+        tables[s] = of_loop(found, chip, s, shorts) if decode else {}
+        blocks, tokens, lone = on_device(found, chip, s), alone(found, chip, s), alone(found, replace(chip, beside={}), s)
         for r in blocks: print(f'one block on the device, {r["name"]}: predicted {r["predicted"]:.1f} µs, measured {r["measured"]:.1f} '
                                f'± {r["measured_se"]:.1f} µs, {r["error"]:+.1%}'+' *'*r['calibration'])
-        tokens = alone(found, chip, s)
         for r in tokens: print(f'a token on the device, {r["name"]}: predicted {r["predicted"]:.2f} ms, measured {r["measured"]:.2f} ± {r["spread"]:.2f}, {r["error"]:+.1%}'
                                +' *'*r['calibration'])
-        off = [abs(r['error']) for r in tokens if not r['calibration']]
-        if off: print(f'a token on the device: mean absolute error of {len(off)} plans {np.mean(off):.2%}, worst {max(off):.2%}')
-        tables[s] = dict(rows=table.rows, alone=tokens, fastest=fastest.rows, blocks=blocks, mean_error=table.mean_error, long_context=far,
-                         fastest_mean_error=fastest.mean_error, terms={n: plain.terms(p) for n, p in plans.items()},
-                         learned={k: getattr(lat.chip, k) for k in _LEARNED})
-    for kind, e in shorts.items(): print(f'{kind}: mean absolute error of {len(e)} plans: {np.mean(e):.2%}, worst {max(e):.2%}')
-    return dict(tables=tables, variants=variants(found, chip), **{k: dict(mean_error=float(np.mean(e)), worst=float(max(e))) for k, e in shorts.items()})
+        for what, rows in dict(alone=tokens, each_by_itself=lone).items():
+            if rows: print(f'a token on the device, {what}: {mean_and_worst(rows)}')
+        tables[s] |= dict(alone=tokens, each_by_itself=lone, blocks=blocks)
+    for kind, e in shorts.items():
+        if e: print(f'{kind}: mean absolute error of {len(e)} plans: {np.mean(e):.2%}, worst {max(e):.2%}')
+    short = {k: dict(mean_error=float(np.mean(e)), worst=float(max(e))) for k, e in shorts.items() if e}
+    return dict(tables=tables, variants=variants(found, chip), **short)
 
 def joined(files):
     "Runs on one chip as one, with what each of them measured"
@@ -318,6 +321,6 @@ def main():
         return
     args.o = args.o or 'latency.json'
     out = measure(args)
-    if args.rounds: out.keep(**predict(json.loads(Path(args.o).read_text())))
+    out.keep(**predict(json.loads(Path(args.o).read_text())))
 
 if __name__ == '__main__': main()

@@ -46,11 +46,11 @@ def _per_step(
     first: Callable | None = None, # gives arrays that keep the device busy while the chain is sent off
     runs: int = 7,
 ) -> dict: # seconds per step; raw: of both lengths and all runs, see `run_once`
-    "Seconds per step of a chain, from the difference of two lengths"
+    "Seconds per step of a chain, from the difference of two lengths that take turns"
     for n in (few, many): _run_once(chain, n, first)
-    raw = [[_run_once(chain, n, first) for _ in range(runs)] for n in (few, many)]
-    short, long = (np.median([done for _, done in r]) for r in raw)
-    return dict(seconds=max(0., float(long-short)/(many-few)), few=few, many=many, raw=raw)
+    pairs = [[_run_once(chain, n, first) for n in (few, many)] for _ in range(runs)]
+    extra = np.median([long-short for (_, short), (_, long) in pairs])
+    return dict(seconds=max(0., float(extra)/(many-few)), few=few, many=many, raw=list(zip(*pairs)))
 
 # %% ../nbs/20a_chips.ipynb #7e4dec23
 def _on_gpu():
@@ -298,12 +298,10 @@ def _measure_attention(
 
 # %% ../nbs/20a_chips.ipynb #27d3b5ed
 def _measure_chip(
-    shapes: list, # of (rows, width), as `Reads.shapes` gives them
-    formats: list, # to measure
     runs: int = 7,
     raw: dict | None = None, # gets all single times
 ) -> Chip:
-    "Measure bandwidth, overheads and the price of a byte"
+    "Measure bandwidth and overheads, and the price of a byte of the cache"
     raw = {} if raw is None else raw
     read = _stream_reads()
     raw['bandwidth'] = _per_step(read, 2, 8, runs=runs)|dict(nbytes=read.nbytes)
@@ -312,10 +310,9 @@ def _measure_chip(
     raw['overheads'] = _measure_overheads(first, runs=runs)
     small = raw['empty'] = _measure_product(Format(4, 64), (64, 64), first, runs)
     kv = raw['kv'] = _measure_attention(first, runs)
-    chip = Chip(machine_name(), bandwidth, **{k: v for k, v in raw['overheads'].items() if k != 'raw'},
+    return Chip(machine_name(), bandwidth, **{k: v for k, v in raw['overheads'].items() if k != 'raw'},
                 launch=1e6*small['seconds'], factors=dict(kv=kv['seconds_per_byte']*bandwidth*1e9),
                 source=f'measured {date.today()}, mlx {version("mlx")}', measured=True)
-    return _extend(chip, shapes, formats, runs, raw)
 
 # %% ../nbs/20a_chips.ipynb #f8f6e90e
 def _extend(
@@ -324,19 +321,21 @@ def _extend(
     formats: list,
     runs: int = 7,
     raw: dict | None = None, # gets all single times under 'products'
+    beside: bool = False, # as they are beside longer ones
 ) -> Chip:
     "Measure the price of a byte for formats and shapes that a chip lacks"
-    factors = {k: list(v) if isinstance(v, list) else v for k, v in chip.factors.items()}
+    prices = {k: list(v) if isinstance(v, list) else v for k, v in (chip.beside if beside else chip.factors).items()}
     first = _keep_busy(chip.bandwidth) if _on_gpu() else None
+    launch = 0 if beside else chip.launch/1e6 # others run meanwhile
     log = [] if raw is None else raw.setdefault('products', [])
     for fmt in formats:
-        known = factors.setdefault(str(fmt), [])
+        known = prices.setdefault(str(fmt), [])
         for shape in shapes:
             if any((r, w) == tuple(shape) for r, w, _ in known) or not divides(fmt, shape): continue
-            log.append(found := _measure_product(fmt, shape, first, runs))
-            t = max(0., found['seconds']-chip.launch/1e6)
-            known.append([*shape, t*chip.bandwidth*1e9/found['nbytes']])
-    return replace(chip, factors=factors)
+            found = _measure_product(fmt, shape, first, 3*runs if first else runs, not beside)
+            log.append(found)
+            known.append([*shape, max(0., found['seconds']-launch)*chip.bandwidth*1e9/found['nbytes']])
+    return replace(chip, **{'beside' if beside else 'factors': prices})
 
 # %% ../nbs/20a_chips.ipynb #a0968cbe
 def chip_file(folder: 'Path | None' = None) -> Path:
@@ -362,7 +361,7 @@ def save_chip(
 
 # %% ../nbs/20a_chips.ipynb #93831ef9
 _CHIP = {k: number(0, 1e12) for k in ('bandwidth', 'dispatch', 'constant', 'host', 'host_constant', 'launch')}
-_CHIP |= dict(name=PROSE, factors=OBJECT, source=PROSE, measured=FLAG)
+_CHIP |= {'name': PROSE, 'factors': OBJECT, 'beside?': OBJECT, 'source': PROSE, 'measured': FLAG}
 
 def load_chip(file: Path) -> tuple[Chip, list]: # chip, calibration points
     "A chip and its calibration points from a file of `save_chip`; raises ValueError for another file"
@@ -375,10 +374,12 @@ def this_machine(
     shapes: list, # of (rows, width)
     formats: list, # to measure
     folder: 'Path | None' = None, # instead of the user's cache folder
+    beside: 'list | tuple' = (), # shapes of products that run beside longer ones
 ) -> tuple[Chip, list]: # chip, calibration points
     "The chip that MLX computes on, from its file; measures what the file lacks"
     file = chip_file(folder)
     chip, points = load_chip(file) if file.exists() else (None, [])
-    new = _measure_chip(shapes, formats) if chip is None else _extend(chip, shapes, formats)
+    new = _extend(chip or _measure_chip(), shapes, formats)
+    if beside: new = _extend(new, beside, formats, beside=True)
     if new != chip: save_chip(new, points, file)
     return new, points

@@ -48,7 +48,7 @@ def latency(
     reads = reads_of(c.load(), c.config)
     if chip is not None: return Latency(chip if isinstance(chip, Chip) else chip_named(chip), reads, context)
     wanted = dict.fromkeys([*parse_formats(formats), *(f for p, f in c.formats.items() if reads.active[p][0])])
-    chip, points = this_machine(reads.shapes(), list(wanted), folder)
+    chip, points = this_machine(reads.shapes(), list(wanted), folder, reads.shapes(beside=True))
     same = [p for p in points if p['of'] == _signature(reads)] or points
     if not same: return Latency(chip, reads, context)
     return Latency(replace(chip, **same[-1]['learned']), reads, context, same[-1])

@@ -9,11 +9,13 @@ __all__ = ['CHIPS', 'Chip', 'chip_named', 'Reads', 'reads_of', 'skeleton', 'Late
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import log, prod
 
 import numpy as np
 from fastcore.basics import patch
 
+from .budget import _tie_key
 from .formats import AS_IS, Format, nbytes
 from .kv.layout import bytes_after, leaf_caches
 from .folder import _of_text
@@ -35,15 +37,16 @@ class Chip:
     host_constant: float = 0. # µs per token, likewise
     launch: float = 0. # µs of a product whose matrix weighs nothing; a part of `dispatch`
     factors: dict = field(default_factory=dict, repr=False) # format or 'kv' ▸ factor, or list of [rows, width, factor]
+    beside: dict = field(default_factory=dict, repr=False) # likewise, of a product that runs beside a longer one
     source: str = 'published bandwidth' # of these figures
     measured: bool = False # then a format without a factor is refused
 
-    def factor(self, fmt: 'Format | str', shape: tuple = ()) -> float:
+    def factor(self, fmt: 'Format | str', shape: tuple = (), beside: bool = False) -> float:
         """Time of a byte in format `fmt` for a product of this `shape`, in units of 1/bandwidth
 
-        Raises ValueError if a measured chip lacks the format.
+        `beside` is for a product that runs beside a longer one. Raises ValueError if a measured chip lacks the format.
         """
-        found = self.factors.get(str(fmt))
+        found = (self.beside.get(str(fmt)) if beside else None) or self.factors.get(str(fmt))
         if found is None and self.measured: raise ValueError(
             f'{fmt} was not measured on {self.name}, which has {", ".join(self.factors)}; `this_machine` measures it')
         if found is None: return _PUBLISHED.get(getattr(fmt, 'bits', None), 1.)
@@ -130,9 +133,17 @@ class Reads:
     def total(self, formats: dict) -> int:
         "Bytes of weights that one token reads with these formats, unit path ▸ Format"
         return self.other_bytes+sum(self.nbytes(u, formats[u.path]) for u in self.units)
-    def shapes(self) -> list:
+    @cached_property
+    def beside(self) -> set: # unit paths
+        "Units whose products run beside a longer one that reads the same input"
+        key, groups = _tie_key(['qkv', 'gate_up']), {}
+        for u in self.units: groups.setdefault(key(u), []).append(u.path)
+        longest = {max(paths, key=lambda p: prod(self.active[p])) for paths in groups.values()}
+        return {u.path for u in self.units}-longest
+    def shapes(self, beside: bool = False) -> list: # beside: those alone that run beside a longer one
         "The different (rows, width) that are read, the smallest first; single rows left out"
-        return sorted({s for s in self.active.values() if s[0] > 1}, key=prod)
+        found = {s for p, s in self.active.items() if s[0] > 1 and (p in self.beside or not beside)}
+        return sorted(found, key=prod)
     def __repr__(self):
         whole = self.total({u.path: AS_IS for u in self.units})
         grows = (self.cache(1024)-self.cache(0))/1024
@@ -177,7 +188,8 @@ class Latency:
 
     def __call__(self, u: Unit, fmt: Format) -> float:
         "Milliseconds to read a unit in a format"
-        return self.reads.nbytes(u, fmt)*self.chip.factor(fmt, self.reads.active[u.path])/self.chip.bandwidth/1e6
+        price = self.chip.factor(fmt, self.reads.active[u.path], u.path in self.reads.beside)
+        return self.reads.nbytes(u, fmt)*price/self.chip.bandwidth/1e6
 
     @property
     def cache(self):

@@ -237,7 +237,7 @@ def instant(monkeypatch):
 
 def test_only_what_is_missing_is_measured(instant, demo, tmp_path):
     lat = latency(demo, formats=[4], folder=tmp_path)
-    first, shapes = len(instant), len(lat.reads.shapes())
+    first, shapes = len(instant), len(lat.reads.shapes())+len(lat.reads.shapes(beside=True))
     assert first == 1+2*shapes and lat.chip.bandwidth == pytest.approx(1) # the empty product, 4g64 and as is
     assert lat.chip.factor(Format(4, 64), (512, 256)) == pytest.approx(2*(1-2304/73728)) # less the empty product
     latency(demo, formats=[4], folder=tmp_path)
@@ -245,6 +245,17 @@ def test_only_what_is_missing_is_measured(instant, demo, tmp_path):
     latency(demo, formats=[4, 8], folder=tmp_path)
     assert len(instant) == first+shapes and {f for f, _ in instant[first:]} == {'8g64'}
     assert len(list(tmp_path.iterdir())) == 1 and L.version('mlx') in next(tmp_path.iterdir()).name
+
+def test_what_runs_beside_a_longer_product_has_a_price_of_its_own(reads, instant, demo, tmp_path):
+    assert {p.rsplit('.', 1)[1] for p in reads.beside}-{'up_proj', 'gate_proj'} == {'k_proj', 'v_proj'} and len(reads.beside) == 3*reads.layers
+    lat = latency(demo, formats=[4], folder=tmp_path)
+    keys, plan = next(u for u in lat.reads.units if u.kind == 'k_proj'), uniform(lat.reads, 4)
+    cheap = replace(lat, chip=replace(lat.chip, beside={'4g64': [[*lat.reads.active[keys.path], .5]]}))
+    assert cheap(keys, Format(4, 64)) == pytest.approx(.5*keys.nbytes(Format(4, 64))/lat.chip.bandwidth/1e6)
+    assert cheap.device(plan) < lat.device(plan) and cheap.chip.factor(AS_IS, keys.shape, True) == lat.chip.factor(AS_IS, keys.shape)
+    old = {k: v for k, v in json.loads(next(tmp_path.iterdir()).read_text())['chip'].items() if k != 'beside'}
+    L.write_json(tmp_path/'old.json', dict(optiq='chip', chip=old, points=[])) # of an earlier version
+    assert load_chip(tmp_path/'old.json')[0] == replace(lat.chip, beside={})
 
 def test_calibration_is_kept_and_replaced(instant, demo, tmp_path, monkeypatch):
     table = predict_speeds(demo, [4, 8], context=16, calibrate_first=True, folder=tmp_path)

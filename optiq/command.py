@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import click
 
-from .readers import told
+from .readers import as_out_of_memory, is_full, told
 
 # %% ../nbs/89_command.ipynb #c5d7ecb5
 @contextmanager
@@ -72,7 +72,7 @@ class _Filled(click.ParamType):
 _NUMBERS = {click.INT: Number(click.INT, 10**7), click.FLOAT: Number(click.FLOAT, 10**12)}
 
 # %% ../nbs/89_command.ipynb #19e79b25
-_ALSO = dict(target_bpw='targets', max_ms='target_tps', cache='kv') # parameter ▸ option with another name
+_ALSO = dict(target_bpw='targets', max_ms='target_tps', cache='kv', max_memory='states_memory') # parameter ▸ option with another name
 _CAPS = 'target_bpw', 'true_bpw', 'max_bytes', 'max_memory', 'max_ms' # known without backticks
 
 def given_options() -> dict: # name ▸ what stands on the command line
@@ -95,6 +95,7 @@ def _quoted(text: str, value: str) -> bool:
 def _named(e: Exception, command: click.Command, given: dict) -> str:
     "The text of an error with the names of options, and the given options that it is about"
     calls = _calls_of(command)
+    if is_full(e): e = as_out_of_memory(e, [p.name for p in command.params])
     text = re.sub(rf'`(\w+)`|\b({"|".join(_CAPS)})\b', lambda m: calls.get(m[1] or m[2], m[0]), told(e))
     values = {k: ' '.join(v) if isinstance(v, (list, tuple)) else str(v) for k, v in given.items()
               if v is not None and not isinstance(v, bool)}

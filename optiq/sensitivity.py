@@ -143,7 +143,6 @@ def _complete(
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
     progress: bool = True, # announce time and memory, show a bar
     targets: list | None = None, # nominal bits of the plans that may end it early
-    remedy: str = 'give fewer or shorter sequences, or a smaller `max_memory`', # if memory does not do
 ) -> Sweep:
     "Measure the passes that a log lacks, and give the finished sweep"
     if targets is not None and log.ranks.size > 1: raise ValueError(
@@ -156,7 +155,7 @@ def _complete(
     with _progress_bar(log, progress, getattr(quantize, 'seconds', lambda: 0.)) as tick:
         for p in log.missing():
             if targets is not None and _settled(log, targets): break # also where an earlier run was
-            kl, many = _measure_halved(log.b, tokens[p.start:p.stop], p.todo, quantize, tick, many=many, remedy=remedy,
+            kl, many = _measure_halved(log.b, tokens[p.start:p.stop], p.todo, quantize, tick, many=many,
                                        **(dict(hear=log.hear) if log.hear else {}))
             log.add(p, kl)
     return log.finish()
@@ -235,9 +234,7 @@ def run(self: _Task, rounding: str, method: str | None = None, time_budget: floa
     if method != 'exact': sweep = _shortcut_sweep(self, method, quantize, name, about)
     else:
         log = SweepLog(self.b, self.tokens, self.formats, self.out, self.max_memory, self.of, name, self.mark, about)
-        less = 'states_memory' if self.mark else 'max_memory'
-        sweep = _complete(log, self.tokens, quantize, self.progress, self.targets if self.until else None,
-                          f'give fewer or shorter sequences, or a smaller `{less}`')
+        sweep = _complete(log, self.tokens, quantize, self.progress, self.targets if self.until else None)
     _warn_of_silent(sweep)
     sweep.learned = self.learned
     return sweep

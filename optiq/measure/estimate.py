@@ -6,7 +6,6 @@
 __all__ = ['Pass', 'plan_passes', 'passes_of', 'cost', 'estimate']
 
 # %% ../../nbs/04b_measure.estimate.ipynb #e9925d40
-import re
 import time
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -20,7 +19,7 @@ from ..backends.trees import _leaves
 from ..calibration import samples_of, shape_of
 from ..formats import Format, WORD, divides, parse_formats, quantize_dequantize
 from .kl import _stack, kl_of_streams, measure, perturb, probes
-from ..readers import _checked
+from ..readers import _checked, is_full
 from ..models import Checkpoint
 
 # %% ../../nbs/04b_measure.estimate.ipynb #b517665c
@@ -74,35 +73,37 @@ def passes_of(
     return [Pass(s, min(s+sequences, n), tuple(todo[j] for j in sorted(order[k:k+many])))
             for s in range(0, n, sequences) for k in range(0, len(todo), many)]
 
-# %% ../../nbs/04b_measure.estimate.ipynb #6fc47dcc
-_FULL = re.compile('out of ?memory|insufficient memory|not enough memory|allocate', re.I)
-
-def _is_full(e: Exception) -> bool:
-    "Whether an error of PyTorch, MLX or Python says that memory ran out"
-    return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and bool(_FULL.search(str(e)))
-
 # %% ../../nbs/04b_measure.estimate.ipynb #b85ee117
+def _few_probes(b: Backend, batch, todo, *args, many: int, **options) -> tuple: # KL, probes that fit at a time
+    "`measure`, with half as many probes at a time after each failure for lack of memory"
+    kl, k = [], 0
+    while k < len(todo):
+        failed = False
+        try: kl.append(measure(b, batch, todo[k:k+many], *args, **options))
+        except Exception as e:
+            failed = is_full(e) # and only outside of this clause nothing holds the states any longer
+            if not failed or many == 1: raise
+        if failed: many = -(-many//2)
+        else: k += many
+    return np.concatenate(kl), many
+
 def _measure_halved(
     b: Backend,
     batch: 'np.ndarray | list', # (B, T) token ids, or B samples
     todo: list | tuple, # probes, in the order of the model
     *args, # of `measure`
     many: int | None = None, # probes at a time, all by default
-    remedy: str = 'give fewer or shorter sequences',
     **options, # of `measure`
 ) -> tuple[np.ndarray, int]: # (len(todo), B) KL, probes that fit at a time
-    "`measure`, with half as many probes at a time after each failure for lack of memory"
-    kl, k, many = [], 0, max(1, min(many or len(todo), len(todo)))
-    while k < len(todo):
-        try: kl.append(measure(b, batch, todo[k:k+many], *args, **options))
-        except (MemoryError, RuntimeError) as e:
-            if not _is_full(e): raise
-            failed = True # and only outside of this clause nothing holds the states any longer
-        else: k, failed = k+many, False
-        if failed and many == 1: raise ValueError(
-            f'{b.checkpoint.name}: memory runs out with one probe on {len(batch)} sequences; {remedy}')
-        if failed: many = -(-many//2)
-    return np.concatenate(kl), many
+    "`measure`, with fewer probes at a time where memory does not do, or else fewer sequences"
+    most = max(1, min(many or len(todo), len(todo)))
+    def work(n):
+        found, fit = [], most
+        for k in range(0, len(batch), n):
+            kl, fit = _few_probes(b, batch[k:k+n], todo, *args, many=fit, **options)
+            found.append(kl)
+        return np.concatenate(found, 1), fit
+    return b.halved(len(batch), work)
 
 # %% ../../nbs/04b_measure.estimate.ipynb #c0dbd0ab
 def _block_passes(todo: list | tuple, n_blocks: int) -> int:

@@ -137,14 +137,16 @@ def _tokens_per_expert(
     tokens: 'np.ndarray | list', # (n, T) calibration tokens, or samples
 ) -> dict: # block ▸ tokens that each of its experts saw
     "How often the router chose each expert; empty for a model without experts"
-    counts = _counts_of(b)
-    if not counts: return {}
-    parts = min(len(tokens), max(1, tokens.size//2048)) if b.stacks else 0
-    for batch in np.array_split(tokens, parts) if parts else samples_of(tokens):
-        states = b.embed(batch)
-        for i in range(b.n_blocks):
-            with b.listening(_counting(counts), i): states = b.run_block(i, states)
-    return _by_block(b, counts)
+    if not _counts_of(b): return {}
+    parts = min(len(tokens), max(1, tokens.size//2048)) if b.stacks else len(tokens)
+    def work(n):
+        counts = _counts_of(b)
+        for batch in np.array_split(tokens, -(-len(tokens)//n)) if b.stacks else samples_of(tokens):
+            states = b.embed(batch)
+            for i in range(b.n_blocks):
+                with b.listening(_counting(counts), i): states = b.run_block(i, states)
+        return _by_block(b, counts)
+    return b.halved(-(-len(tokens)//parts), work)
 
 # %% ../../nbs/04c_measure.sweep.ipynb #18cff4ff
 def _counts_of(b: Backend) -> dict: # path ▸ (experts,) zeros

@@ -18,6 +18,7 @@ from zlib import crc32
 import numpy as np
 
 from .material.problems import is_test
+from .progress import _bar, _waiting
 from .readers import ANYTHING, LIST, PROSE, check, parse, read_bytes, read_text, records_in, shown
 from .readers import split_lines, told
 
@@ -92,7 +93,9 @@ def passages(
     elif not os.path.lexists(str(source).replace('\0', '')): raise FileNotFoundError(
         f'there is no text {str(source)!r}; give a file, one of {", ".join(_SOURCES)}, or a mixture such as '
         'bundled:0.5,mine.jsonl:0.5')
-    else: found = [p for p in _read_file(source) if split == 'all' or is_test(p) == (split == 'test')]
+    else:
+        def mine(p): return split == 'all' or is_test(p) == (split == 'test')
+        with _waiting(f'reading {source}'): found = [p for p in _read_file(source) if mine(p)]
     if min_chars >= 0: found = [p for p in found if len(p) > min_chars]
     if found: return found
     what = f'passage of over {min_chars} characters' if min_chars >= 0 else 'text'
@@ -269,9 +272,11 @@ def token_batch(
     if room < 1: raise ValueError(
         f'sequences of {seq_len} have no room for text: this tokenizer puts {len(first)} '
         'tokens before it; give longer ones')
-    for i in order:
-        ids += _ids_of(tokenizer, texts[i], first)
-        if len(ids) >= n*room: break
+    with _bar('tokens of the text', after=1) as bar:
+        for i in order:
+            ids += _ids_of(tokenizer, texts[i], first)
+            if len(ids) >= n*room: break
+            bar.update(max(0, len(ids)/(n*room)-bar.n))
     rows = min(n, len(ids)//room)
     if rows < n and not fewer: raise ValueError(
         f'the text has {len(ids)} tokens; {n} sequences of {seq_len} need {n*room}')

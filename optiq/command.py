@@ -72,7 +72,8 @@ class _Filled(click.ParamType):
 _NUMBERS = {click.INT: Number(click.INT, 10**7), click.FLOAT: Number(click.FLOAT, 10**12)}
 
 # %% ../nbs/89_command.ipynb #19e79b25
-_ALSO = dict(target_bpw='targets', max_ms='target_tps', cache='kv', max_memory='states_memory') # parameter ▸ option with another name
+_ALSO = dict(target_bpw='targets', max_ms='target_tps', cache='kv',
+             max_memory='states_memory') # parameter ▸ option with another name
 _CAPS = 'target_bpw', 'true_bpw', 'max_bytes', 'max_memory', 'max_ms' # known without backticks
 
 def given_options() -> dict: # name ▸ what stands on the command line

@@ -25,6 +25,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, get_args, get_origin, Union
 
+from .progress import _quiet
+
 # %% ../nbs/72_readers.ipynb #fd18d3b5
 def check_file(
     path: 'str | Path',
@@ -374,7 +376,8 @@ def _checked(f):
         try: given = _signature(f).bind(*args, **options).arguments
         except TypeError as e: raise TypeError(f'{f.__name__}() {_misnamed(f, str(e), options)}') from None
         _check_types(f, given)
-        try: return f(*args, **options)
+        try:
+            with _quiet(given.get('progress') is False): return f(*args, **options)
         except Exception as e:
             if not is_full(e): raise
             raise as_out_of_memory(e, _signature(f).parameters) from e

@@ -96,7 +96,8 @@ def _around(
     "Measured KL of the plan with one unit in another format, for each of these units and formats"
     todo = [(u, f) for u in plan.units if u.path in paths for f in formats[u.path]]
     values, base, many = {}, overrides_of(plan, quantize), None
-    for p in passes_of(todo, len(tokens), *plan_passes(b, todo, shape_of(tokens))):
+    passes = passes_of(todo, len(tokens), *plan_passes(b, todo, shape_of(tokens)))
+    for p in _bar(f'measuring {len(paths)} units again', of=passes):
         found, many = _measure_halved(b, tokens[p.start:p.stop], list(p.todo), quantize, base=base, many=many)
         for (u, f), kl in zip(p.todo, found):
             values.setdefault((u.path, f), []).append(kl)

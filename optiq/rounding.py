@@ -28,6 +28,7 @@ from .formats import AS_IS, divides, quantize_dequantize
 from .aim import aimed, Gap
 from .gptq import gptq, _gptq_all
 from .grid import _MinMax, search
+from .progress import _waiting
 from .readers import is_full
 from .statistics import _batches, Chunks, Inputs, Statistics, _KeptInputs, _Learned, _NextListener
 
@@ -344,7 +345,7 @@ def _rounding_seconds(
     firsts = largest(False)+largest(True)
     learned = tokens if method == 'gptq' or kept else _enough(tokens)
     part = learned if kept else learned[:-(-len(learned)//8)]
-    walk, each = _seconds_of_one(b, part, firsts, plan, method)
+    with _waiting('timing the rounding'): walk, each = _seconds_of_one(b, part, firsts, plan, method)
     passes = (5 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
     return passes*walk+sum(u.params*each[-1 if len(u.shape) > 2 else 0] for u in todo)
 

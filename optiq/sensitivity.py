@@ -29,6 +29,7 @@ from .measure.log import SweepLog, _log_files, _ranks_here, _progress_bar
 from .measure.sweep import about_texts, Sweep, texts_for, to_sweep, _untested, warn_of_idle
 from .models import Checkpoint
 from .plan import _silent
+from .progress import _bar
 from .readers import _check_counts, _helpful
 from .rounding import ROUNDING, RoundTrips, _enough
 from .statistics import _learned_from
@@ -150,7 +151,8 @@ def _complete(
         f"in one process")
     warn_of_idle(log.header.get('experts', {}))
     if log.missing() and log.b.holds: # a model whose logits are no numbers is refused before anything is rounded
-        measure(log.b, tokens[:1], [])
+        with _bar('running the model', progress) as bar:
+            measure(log.b, tokens[:1], [], tick=lambda runs, rounded: bar.update(runs/log.b.n_blocks))
     many = None # probes that fit at a time, once that is known
     with _progress_bar(log, progress, getattr(quantize, 'seconds', lambda: 0.)) as tick:
         for p in log.missing():

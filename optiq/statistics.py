@@ -22,6 +22,7 @@ from .backends.replay import Backend, _Heard
 from .backends.taps import _for_themselves
 from .calibration import fingerprint, samples_of, shape_of
 from .files import _check_place, _check_source, _clear_stale, as_path, scratch
+from .progress import _bar
 from .readers import TEXT, check_kind, check_other, maybe, parse, whole as _whole
 
 # %% ../nbs/06a_statistics.ipynb #da9cc579
@@ -296,7 +297,7 @@ def _save_learned(b: Backend, learned, about: dict, file: Path):
     "Listen to a whole model, and keep what `search` needs in a file"
     from safetensors.numpy import save_file
     stats, found = Statistics(b, learned, whole=False), {}
-    for path, u in b.checkpoint.unit.items():
+    for path, u in _bar('statistics of the text', of=b.checkpoint.unit.items()):
         found[f'{path}.squares'], found[f'{path}.count'] = _as_stored(b, u, stats[path])
     with scratch(file, sum(a.nbytes for a in found.values())) as d:
         save_file(found, d/file.name, metadata=dict(optiq=json.dumps(dict(optiq='statistics') | about)))

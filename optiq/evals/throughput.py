@@ -13,6 +13,7 @@ import numpy as np
 from .gsm8k import label_of
 from ..models import Checkpoint
 from ..report import Report, machine, own_size
+from ..progress import _bar, _waiting
 from ..readers import _checked
 
 # %% ../../nbs/38_evals.throughput.ipynb #f646444c
@@ -52,9 +53,10 @@ def throughput(
     c = model if isinstance(model, Checkpoint) else Checkpoint(model, trust_remote_code)
     opened = c.load()
     row = own_size(c, name)
-    mx.eval(opened.parameters())
+    with _waiting(f'reading {c.name}'): mx.eval(opened.parameters())
     prompt = np.random.default_rng(42).integers(0, c.vocabulary, prompt_tokens).tolist()
-    runs = [_one_run(opened, prompt, new_tokens, make_cache) for _ in range(1+repeats)][1:]
+    times = _bar(f'{1+repeats} runs', of=range(1+repeats))
+    runs = [_one_run(opened, prompt, new_tokens, make_cache) for _ in times][1:]
     for k in runs[0]: row |= _spread(k, [r[k] for r in runs])
     how = dict(prompt_tokens=prompt_tokens, new_tokens=new_tokens, cache=label_of(make_cache),
                interval='smallest and largest run', device=str(mx.default_device()),

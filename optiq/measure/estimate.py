@@ -19,6 +19,7 @@ from ..backends.trees import _leaves
 from ..calibration import samples_of, shape_of
 from ..formats import Format, WORD, divides, parse_formats, quantize_dequantize
 from .kl import _stack, kl_of_streams, measure, perturb, probes
+from ..progress import _waiting
 from ..readers import _checked, is_full
 from ..models import Checkpoint
 
@@ -158,6 +159,8 @@ def _timing(b, batch, probes):
     width = b.checkpoint.units[0].shape[-1]*_answers_kept(states)
     return _Timing(stacked/k, alone, head/(k+1), weight, 8*batch.size*(probes+1)*width)
 
+def _ids(b, B, T): return np.arange(B*T).reshape(B, T) % b.checkpoint.units[0].shape[0]
+
 def _answers_kept(states) -> int:
     "The largest number of answers that a stream keeps at once"
     spans = getattr(states, 'spans', ())
@@ -167,6 +170,30 @@ def _largest(b, block):
     "The largest unit of a block, or of the model, that some group divides; None if there is none"
     fit = (u for u in b.checkpoint.units if block in (u.block, None) and divides(Format(4, WORD), u.shape))
     return max(fit, key=lambda u: u.params, default=None)
+
+# %% ../../nbs/04b_measure.estimate.ipynb #557de8b0
+_SHORT, _TOKENS = 512, 2**15 # tokens of a sequence, and of a batch, that we time
+
+def _grown_by(seconds: dict, T: int) -> float: # tokens ▸ seconds, of lengths that double
+    "Seconds at `T` tokens: a part in proportion, and one by the square"
+    *_, half, whole = seconds
+    x = T/whole
+    square = min(max(0., 2*seconds[whole]-4*seconds[half]), seconds[whole])
+    return (seconds[whole]-square)*x+square*x*x
+
+def _timing_of(b, B: int, T: int, probes: int) -> _Timing:
+    "The `_Timing` of a pass with `B` sequences of `T` tokens, from a short text if they are long or many"
+    short = min(T, _SHORT)
+    few = max(1, min(B, _TOKENS//short))
+    t, seconds, longer = _timing(b, _ids(b, few, short), probes), {}, short
+    while T > short and (len(seconds) < 2 or seconds[longer//2] < .05 and longer <= T):
+        states = b.embed(_ids(b, 1, longer))
+        seconds[longer] = _time(lambda: b.ready(b.run_block(0, states)))
+        longer *= 2
+    wider = B/few
+    grown = _grown_by(seconds, T)/seconds[short] if seconds else 1.
+    return _Timing(wider*grown*t.block, wider*grown*t.alone, wider*T/short*t.head, t.weight,
+                   t.bytes*B*T//(few*short))
 
 # %% ../../nbs/04b_measure.estimate.ipynb #a8213c40
 def _timing_of_sample(b, sample):
@@ -190,10 +217,10 @@ def cost(
     if not passes: return dict(seconds=0., bytes=0, probes=0, passes=0, forward=0., minmax=0.)
     B = passes[0].stop-passes[0].start
     many = max(len(p.todo) for p in passes)
-    batch = np.arange(B*T).reshape(B, T) % b.checkpoint.units[0].shape[0]
     known = _TIMED.setdefault(b, {})
     if (B, T) not in known: # once, so that two announcements of one road agree
-        known[B, T] = _timing(b, batch, many) if b.stacks else _timing_of_sample(b, sample), many
+        with _waiting('timing the steps'):
+            known[B, T] = _timing_of(b, B, T, many) if b.stacks else _timing_of_sample(b, sample), many
     t, timed = known[B, T]
     seconds = sum(t.seconds(p, b.n_blocks, (p.stop-p.start)/B) for p in passes)
     probes = sum(len(p.todo) for p in passes if p.start == passes[0].start)

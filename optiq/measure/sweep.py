@@ -25,6 +25,7 @@ from .journal import read_log
 from .kl import probes
 from ..models import Checkpoint
 from ..units import Unit
+from ..progress import _bar
 from ..readers import dumps, _helpful, _checked
 from ..rounding import round_to_files
 from ..labels import Axes
@@ -141,7 +142,8 @@ def _tokens_per_expert(
     parts = min(len(tokens), max(1, tokens.size//2048)) if b.stacks else len(tokens)
     def work(n):
         counts = _counts_of(b)
-        for batch in np.array_split(tokens, -(-len(tokens)//n)) if b.stacks else samples_of(tokens):
+        parts = np.array_split(tokens, -(-len(tokens)//n)) if b.stacks else samples_of(tokens)
+        for batch in _bar('counting the tokens of experts', of=parts, after=1):
             states = b.embed(batch)
             for i in range(b.n_blocks):
                 with b.listening(_counting(counts), i): states = b.run_block(i, states)

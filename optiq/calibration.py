@@ -320,7 +320,7 @@ def samples_of(tokens) -> list: # of dicts
 def token_ids(sample: dict) -> np.ndarray: # (1, T)
     "The tokens of `sample`, whatever its model calls them; raises ValueError if there are none"
     for name in ('decoder_input_ids', 'input_ids', 'tokens'):
-        if name in sample: return np.asarray(sample[name])
+        if isinstance(sample, dict) and name in sample: return np.asarray(sample[name])
     what = f'has {", ".join(sorted(sample)) or "nothing"}' if isinstance(sample, dict) else f'is {shown(sample)}'
     raise ValueError(f'a sample is a dict with input_ids, tokens or decoder_input_ids; this one {what}. Token ids '
                      'alone are an array, a row for each sequence')
@@ -328,7 +328,7 @@ def token_ids(sample: dict) -> np.ndarray: # (1, T)
 # %% ../nbs/02_calibration.ipynb #2ceb4437
 def positions(sample: dict) -> np.ndarray:
     "Indices of the positions of `sample` that we score: those where its `scored` is set, or all"
-    if 'scored' in sample: return np.flatnonzero(sample['scored'])
+    if isinstance(sample, dict) and 'scored' in sample: return np.flatnonzero(sample['scored'])
     return np.arange(token_ids(sample).shape[-1])
 
 # %% ../nbs/02_calibration.ipynb #447ae168
@@ -352,6 +352,7 @@ def fingerprint(
 # %% ../nbs/02_calibration.ipynb #b569f86a
 def _sample_digest(sample):
     "A hash of all its arrays, by name"
+    token_ids(sample) # or raise
     h = hashlib.sha256()
     for name in sorted(sample):
         a = np.ascontiguousarray(sample[name])

@@ -6,6 +6,7 @@
 __all__ = ['Number', 'given_options', 'Command', 'check_idle']
 
 # %% ../nbs/89_command.ipynb #7cd0f3d7
+import inspect
 import os
 import re
 import signal
@@ -13,9 +14,11 @@ import sys
 import threading
 import warnings
 from contextlib import contextmanager
+from importlib import import_module
 
 import click
 
+from .progress import _waiting
 from .readers import as_out_of_memory, is_full, told
 
 # %% ../nbs/89_command.ipynb #c5d7ecb5
@@ -110,6 +113,11 @@ def _named(e: Exception, command: click.Command, given: dict) -> str:
     return f'{text} (given: {said})' if said else text
 
 # %% ../nbs/89_command.ipynb #a59aa83a
+def _load(command: click.Command):
+    "Import what the function of a command imports: the libraries below take seconds"
+    for name in inspect.unwrap(command.callback).__code__.co_names:
+        if name.startswith('optiq.'): import_module(name)
+
 class Command(click.Command):
     "A command that prints an error as one line on stderr with exit status 1, and checks its numbers and texts"
     def __init__(self, *args, **kwargs):
@@ -127,7 +135,9 @@ class Command(click.Command):
     def invoke(self, ctx):
         "Run the command; an error or an interruption ends it with one line and an exit status"
         try:
-            with _stoppable(), _warned(): return super().invoke(ctx)
+            with _stoppable(), _warned():
+                with _waiting('starting'): _load(self)
+                return super().invoke(ctx)
         except (click.exceptions.ClickException, click.exceptions.Exit, click.Abort): raise
         except KeyboardInterrupt as e:
             click.echo(f'interrupted; {_advice(ctx)}', err=True)

@@ -280,7 +280,7 @@ def _as_planned(plan, sweep, source, folder): # ▸ a quantizer
 # %% ../nbs/07_convert.ipynb #9d6858f4
 @_helpful
 def convert(
-    source: 'str | Checkpoint | Backend', # 'demo', a folder, or a Hub id
+    source: 'str | Path | Checkpoint | Backend', # 'demo', a folder, or a Hub id
     plan: PlanLike, # for the units of this model, made by allocate or uniform
     out: 'str | Path', # folder to write
     sweep: SweepLike | None = None, # that the plan was made from (load_sweep): it says how to round

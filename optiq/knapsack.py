@@ -107,10 +107,14 @@ def _wished(sweep, given: dict) -> list[_Wish]:
 def pose(
     sweep: SweepLike, # measured by kl_sweep, or read by load_sweep
     formats = None, # candidates; all of the sweep by default
-    tie = None, # what shares a format
-    budgets: tuple = (), # further Budgets
+    tie: 'str | list[str] | tuple[str, ...] | Callable | None' = None, # what shares a format
+    budgets: 'list[Budget] | tuple[Budget, ...]' = (), # further Budgets
     *,
-    protect = (), pin = None, ceiling = None, floor = None, leave = (), # wishes, as for `allocate`
+    protect: 'str | list[str] | tuple[str, ...] | None' = (), # wishes, as for `allocate`
+    pin: 'dict | str | None' = None, # likewise
+    ceiling: 'dict | str | None' = None, # likewise
+    floor: 'dict | str | None' = None, # likewise
+    leave: 'str | list[str] | tuple[str, ...] | None' = (), # likewise
     **caps, # limits, as for `budgets_of`
 ) -> Question:
     "Check a request and turn it into arrays for a solver; raises ValueError for a wish or a cap that no plan can keep"

@@ -37,7 +37,7 @@ def _signature(reads: Reads) -> str:
 # %% ../nbs/20b_latency.ipynb #c7a922e9
 @_checked
 def latency(
-    model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
+    model: 'str | Path | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
     chip: 'str | Chip | None' = None, # from the table by name; this machine, measured, by default
     context: int = 0, # tokens in the cache
     formats = (), # to predict, besides those of the model itself
@@ -196,7 +196,7 @@ def _calibrate_plan(lat: Latency, c, plans: dict, folder=None, **options) -> tup
 # %% ../nbs/20b_latency.ipynb #dc55e57e
 @_helpful
 def predict_speeds(
-    model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
+    model: 'str | Path | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
     formats = ('3', '4', '6', '8'), # of uniform plans to predict
     chip: str | None = None, # chip of the table to predict for, such as 'M3 Max'; by default this machine, measured
     context: int = 512, # tokens in the cache

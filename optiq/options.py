@@ -114,6 +114,7 @@ _READ |= {'Sweep | str | Path': _READ['str | Path'], 'str | list': _READ['str | 
 _OWN = dict( # parameter ▸ what its option does not take from it
     n_evaluation=dict(names=['--n-evaluation', '--n-samples']), n=dict(names=['--n-evaluation', '--n-samples']),
     rounding_n=dict(names=['--rounding-samples']), draft=dict(names=['--draft-format'], metavar='FORMAT'),
+    baseline=dict(type=str, metavar='MODEL'), reference=dict(type=str, metavar='MODEL'),
     max_bytes=dict(names=['--target-size'], type=_Size('MB'), metavar='MB|16GB'),
     max_memory=dict(names=['--target-memory'], type=_Size('MB', 'auto'), metavar='MB|16GB|auto'),
     states_memory=dict(names=['--max-memory'], type=_Size('GB'), metavar='GB|16GB'),

@@ -285,11 +285,11 @@ def _check_counts(**given):
 
 # %% ../nbs/72_readers.ipynb #b435b6c1
 _IS = {bool: lambda x: isinstance(x, bool) or getattr(x, 'dtype', None) == 'bool' and not x.shape, # NumPy's, too
-       str: lambda x: isinstance(x, (str, Path)), NoneType: lambda x: x is None,
+       str: lambda x: isinstance(x, str), Path: lambda x: isinstance(x, (str, Path)), NoneType: lambda x: x is None,
        float: lambda x: isinstance(x, Real) and not isinstance(x, bool) and 0 < x < float('inf'),
        int: lambda x: isinstance(x, Integral) and not isinstance(x, bool) and x >= 0,
        list: lambda x: isinstance(x, (list, tuple))}
-_IS |= {Path: _IS[str], tuple: _IS[list]}
+_IS[tuple] = _IS[list]
 
 def _fits(x, hint) -> bool:
     "Whether a value is what an annotation says; an annotation that is not a type allows everything"

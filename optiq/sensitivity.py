@@ -63,7 +63,7 @@ class _Task:
     of: object = None # whose units: the checkpoint's, or a `KVLayout`
     mark: dict = field(default_factory=dict) # what its file says of itself, if it is a working file of `optimize`
     learned: object = None # tokens, samples or statistics that the rounding learns from
-    source: str | None = None # name of the text
+    source: 'str | Path | None' = None # name of the text
 
 # %% ../nbs/04_sensitivity.ipynb #142a11a1
 _TIME_BUDGET = 600. # seconds that a sweep may take
@@ -245,11 +245,11 @@ def run(self: _Task, rounding: str, method: str | None = None, time_budget: floa
 @_helpful
 @claiming
 def kl_sweep(
-    model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
+    model: 'str | Path | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: 'np.ndarray | list | None' = None, # (n, T), or samples; made from `calibration` by default
     formats = ('4g64', '8g64'), # candidates
     *,
-    calibration: str | None = None, # source of the tokens, 'bundled' by default; of `tokens` that are given, its name
+    calibration: 'str | Path | None' = None, # source of the tokens, by default 'bundled'; of given `tokens` its name
     n: int = 8, # calibration sequences
     seq_len: int = 128, # tokens in each
     method: str | None = None, # 'exact', 'screened' or 'gradient'; by default what fits `time_budget`

@@ -6,6 +6,7 @@
 __all__ = ['APART', 'apart', 'open_backend']
 
 # %% ../../nbs/03f_backends.open.ipynb #6787f6bc
+from pathlib import Path
 import sys
 import time
 from functools import cache, partial
@@ -128,7 +129,7 @@ _KINDS = dict(text=dict(torch=TorchBackend, mlx=MLXBackend, stream=_streamed),
 
 @_checked
 def open_backend(
-    model: 'str | Checkpoint | Backend', # name, folder, or something opened before
+    model: 'str | Path | Checkpoint | Backend', # name, folder, or something opened before
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
 ) -> Backend:
     """A model ready for replay

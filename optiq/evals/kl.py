@@ -92,7 +92,7 @@ class _Reference:
 # %% ../../nbs/32_evals.kl.ipynb #45d840b9
 @_checked
 def reference(
-    model: 'str | Checkpoint | Backend', # of which only the name is needed if it was computed before
+    model: 'str | Path | Checkpoint | Backend', # of which only the name is needed if it was computed before
     tokens: 'np.ndarray | list', # (n, T)
     top_k: int | None = 256, # words kept for each token; None keeps all
     cache: 'str | Path | None' = None, # folder of references; `OPTIQ_CACHE` or ~/.cache/optiq by default
@@ -153,7 +153,7 @@ def _check_foreign(stored: _Reference, c: Checkpoint, tokens: np.ndarray):
 @_checked
 def score_against(
     stored: _Reference,
-    model: 'str | Checkpoint | Backend', # the model, or its name
+    model: 'str | Path | Checkpoint | Backend', # the model, or its name
     tokens: 'np.ndarray | list', # (n, T), those of the reference
     overrides: dict = {}, # of a plan
 ) -> Score:

@@ -6,6 +6,8 @@
 __all__ = ['evaluation_tokens', 'check_calibration', 'check_overlap', 'Score', 'evaluate', 'overrides_of']
 
 # %% ../../nbs/31_evals.perplexity.ipynb #cb53e965
+from collections.abc import Callable
+from pathlib import Path
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +31,7 @@ from ..models import Checkpoint
 # %% ../../nbs/31_evals.perplexity.ipynb #ea90def3
 @_checked
 def evaluation_tokens(
-    source: str, # 'bundled', 'wikitext2', or a local file
+    source: 'str | Path', # 'bundled', 'wikitext2', or a local file
     tokenizer, # of the model
     n: int = 16, # sequences
     seq_len: int = 256, # tokens in each
@@ -230,11 +232,11 @@ def scores(self: _Text) -> dict: # name ▸ Score, with 'reference' first
 # %% ../../nbs/31_evals.perplexity.ipynb #ecc2e078
 @_checked
 def evaluate(
-    model: 'str | Checkpoint | Backend', # the reference
+    model: 'str | Path | Checkpoint | Backend', # the reference
     tokens: 'np.ndarray | list', # (n, T), or samples
     variants: dict = {}, # name ▸ overrides (see `overrides_of`), or another Backend
     batch: int | None = None, # sequences at a time; about 4,096 tokens by default
-    tick = lambda share: None, # called after each step with its share of the work
+    tick: Callable = lambda share: None, # called after each step with its share of the work
     beside: list | tuple = (), # other texts with their own variants, to be scored in the same walk
 ) -> dict: # name ▸ Score, with 'reference' first
     "Score the model, and any number of variants of it, on the same tokens"
@@ -313,7 +315,7 @@ def _nll_of_sample(b, z, sample):
 @_checked
 def overrides_of(
     plan: Mapping, # unit path ▸ Format, a Plan or a dict
-    quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
+    quantize: 'Callable | Mapping' = quantize_dequantize, # (weight, format) ▸ weight after the round trip
 ) -> dict:
     "The overrides that simulate a plan: unit path ▸ function of its weight"
     kept = {u.path: u.kept for u in getattr(plan, 'units', ())}

@@ -6,6 +6,7 @@
 __all__ = ['Pass', 'plan_passes', 'passes_of', 'cost', 'estimate']
 
 # %% ../../nbs/04b_measure.estimate.ipynb #e9925d40
+from pathlib import Path
 import time
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -243,7 +244,7 @@ def _seconds_of_reading(b: Backend) -> tuple:
 # %% ../../nbs/04b_measure.estimate.ipynb #efb54501
 @_checked
 def estimate(
-    model: 'str | Checkpoint | Backend', # the model, or its name
+    model: 'str | Path | Checkpoint | Backend', # the model, or its name
     formats = ('4g64', '8g64'), # candidates
     tokens: 'np.ndarray | list | tuple' = (8, 128), # calibration tokens, samples, or the shape of tokens
     max_memory: float | None = None, # bytes

@@ -6,6 +6,7 @@
 __all__ = ['gradient_sweep', 'agreement', 'screened_sweep']
 
 # %% ../../nbs/04d_measure.gradient.ipynb #e2a4b24b
+from pathlib import Path
 import numpy as np
 
 from ..backends.open import open_backend
@@ -153,7 +154,7 @@ def _measured(b, tokens, todo, quantize):
 # %% ../../nbs/04d_measure.gradient.ipynb #3ec6198a
 @_checked
 def screened_sweep(
-    model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
+    model: 'str | Path | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: 'np.ndarray | list', # (n, T) calibration tokens
     formats: list, # candidates
     targets: list, # nominal bits of the plans that matter

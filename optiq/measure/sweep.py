@@ -273,7 +273,7 @@ def _long_enough(c: Checkpoint, seq_len: int) -> int: # tokens in a sequence
 
 # %% ../../nbs/04c_measure.sweep.ipynb #d7f10002
 @_checked
-def texts_for(c: Checkpoint, source: 'str | list', n: int, seq_len: int, more: int,
+def texts_for(c: Checkpoint, source: 'str | Path | list', n: int, seq_len: int, more: int,
               split: str = 'train') -> tuple: # tokens to measure on, to learn from
     """Calibration tokens or samples for model `c`, from one side (`split`) of a text (`source`)
 
@@ -285,7 +285,7 @@ def texts_for(c: Checkpoint, source: 'str | list', n: int, seq_len: int, more: i
     return learned[:n], learned
 
 @_checked
-def about_texts(source: 'str | list | None', learned, rounding: str) -> dict:
+def about_texts(source: 'str | Path | list | None', learned, rounding: str) -> dict:
     "Entries of a sweep's header: source, shape and fingerprint of the tokens that its `rounding` `learned` from"
     about = {} if source is None else dict(calibration=str(source))
     if rounding == 'minmax': return about
@@ -315,7 +315,7 @@ def learned_again(sweep: Sweep, c: Checkpoint): # ▸ tokens, or samples
 @patch
 @_checked
 def quantizer(self: Sweep,
-    source: 'str | Checkpoint | Backend', # the model that it was measured on, or its name
+    source: 'str | Path | Checkpoint | Backend', # the model that it was measured on, or its name
     plan: Mapping, # unit path ▸ Format
     folder: 'str | Path', # where rounded tensors lie until the conversion has read them
 ): # ▸ (weight, format) ▸ stored tensors, or a mapping of paths to such: a quantizer for `convert`

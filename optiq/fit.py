@@ -22,6 +22,7 @@ from .folder import _of_text, _others, check_untrusted, find_model
 from .models import _read_config, _said_for_mlx
 from .units import _Listing, SweepLike
 from .plan import Plan, make_plan, uniform
+from .progress import _bar, _waiting
 from .readers import _check_counts, check_other, _html_table, known, read_json, told, whole, _checked
 from .report import fit
 from .roofline import _experts_per_token, skeleton
@@ -235,9 +236,10 @@ def what_fits(
 ) -> _Fits:
     "The largest plan of a model whose weights, KV cache and working memory a machine holds"
     _check_counts(context=context)
-    c = _Outline(model)
-    c.context = context
-    with c.naming('run'): cache = cache_bytes(c, context)
+    with _waiting('laying out the model'):
+        c = _Outline(model)
+        c.context = context
+        with c.naming('run'): cache = cache_bytes(c, context)
     name = 'the sweep'
     if isinstance(sweep, (str, Path)):
         name = sweep
@@ -248,7 +250,8 @@ def what_fits(
     formats = check_storable(parse_formats((2, 3, 4, 5, 6, 8) if formats is None else formats))
     places = [(memory, _usable(memory))] if memory else [('here', _here()[0]),
                                                         *((gb*_GB, _usable(gb*_GB)) for gb in _MACHINES)]
-    rows = [_row_of(c, place, room, cache, formats, sweep) for place, room in places]
+    todo = _bar('plans', of=places, after=1)
+    rows = [_row_of(c, place, room, cache, formats, sweep) for place, room in todo]
     return _Fits(rows, dict(model=c.name, params=c.params, context=context, sweep=None if name is None else str(name),
                           bits=','.join(str(f.bits) for f in formats), towers=c.towers,
                           here=None if memory else _here()[1]))

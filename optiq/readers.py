@@ -263,8 +263,9 @@ class OutOfMemory(ValueError):
     "Memory ran out, and less would not do; `names` are the arguments of the function that was called"
     def __init__(self, what: str, names=()):
         self.what = what
-        less = next((f', or a smaller `{n}`' for n in ('states_memory', 'max_memory') if n in names), '')
-        super().__init__(f'{what}; give fewer or shorter sequences{less}')
+        less = [f'a smaller `{n}`' for n in ('states_memory', 'max_memory') if n in names][:1]
+        *ways, last = ['fewer or shorter sequences', *less, *['`backend` stream']*('backend' in names)]
+        super().__init__(f'{what}; give {"".join(f"{w}, " for w in ways)}{"or "*bool(ways)}{last}')
 
 def is_full(e: BaseException) -> bool:
     "Whether the error `e` of PyTorch, MLX or Python says that memory ran out"

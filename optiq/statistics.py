@@ -195,7 +195,7 @@ class Statistics(Mapping):
         "Have states before the next block, in batches of at most `size` sequences"
         if self.states and self.chunks.size <= size: return
         self.states = []
-        self.chunks = Chunks(self.b, self.tokens, self.whole)
+        if self.chunks.size > size: self.chunks = Chunks(self.b, self.tokens, self.whole)
         with self.unperturbed():
             self.states = self.chunks.embed()
             for i in range(self.i): self.states = self.chunks.run(i, self.states)
@@ -234,6 +234,7 @@ def finish(self: Statistics) -> dict: # path ▸ Inputs
     def work(size):
         self.go_on(size)
         listener, states = self.listener(None), self.states
+        self.states = []
         with self.unperturbed():
             for i in range(self.i, self.b.n_blocks): states = self.chunks.run(i, states)
             self.chunks.run(None, states, listener)

@@ -18,6 +18,7 @@ from zlib import crc32
 import numpy as np
 
 from .material.problems import is_test
+from .progress import _bar, _waiting
 from .readers import ANYTHING, LIST, PROSE, check, parse, read_bytes, read_text, records_in, shown
 from .readers import split_lines, told
 
@@ -92,7 +93,9 @@ def passages(
     elif not os.path.lexists(str(source).replace('\0', '')): raise FileNotFoundError(
         f'there is no text {str(source)!r}; give a file, one of {", ".join(_SOURCES)}, or a mixture such as '
         'bundled:0.5,mine.jsonl:0.5')
-    else: found = [p for p in _read_file(source) if split == 'all' or is_test(p) == (split == 'test')]
+    else:
+        def mine(p): return split == 'all' or is_test(p) == (split == 'test')
+        with _waiting(f'reading {source}'): found = [p for p in _read_file(source) if mine(p)]
     if min_chars >= 0: found = [p for p in found if len(p) > min_chars]
     if found: return found
     what = f'passage of over {min_chars} characters' if min_chars >= 0 else 'text'
@@ -269,9 +272,11 @@ def token_batch(
     if room < 1: raise ValueError(
         f'sequences of {seq_len} have no room for text: this tokenizer puts {len(first)} '
         'tokens before it; give longer ones')
-    for i in order:
-        ids += _ids_of(tokenizer, texts[i], first)
-        if len(ids) >= n*room: break
+    with _bar('tokens of the text', after=1) as bar:
+        for i in order:
+            ids += _ids_of(tokenizer, texts[i], first)
+            if len(ids) >= n*room: break
+            bar.update(max(0, len(ids)/(n*room)-bar.n))
     rows = min(n, len(ids)//room)
     if rows < n and not fewer: raise ValueError(
         f'the text has {len(ids)} tokens; {n} sequences of {seq_len} need {n*room}')
@@ -315,7 +320,7 @@ def samples_of(tokens) -> list: # of dicts
 def token_ids(sample: dict) -> np.ndarray: # (1, T)
     "The tokens of `sample`, whatever its model calls them; raises ValueError if there are none"
     for name in ('decoder_input_ids', 'input_ids', 'tokens'):
-        if name in sample: return np.asarray(sample[name])
+        if isinstance(sample, dict) and name in sample: return np.asarray(sample[name])
     what = f'has {", ".join(sorted(sample)) or "nothing"}' if isinstance(sample, dict) else f'is {shown(sample)}'
     raise ValueError(f'a sample is a dict with input_ids, tokens or decoder_input_ids; this one {what}. Token ids '
                      'alone are an array, a row for each sequence')
@@ -323,7 +328,7 @@ def token_ids(sample: dict) -> np.ndarray: # (1, T)
 # %% ../nbs/02_calibration.ipynb #2ceb4437
 def positions(sample: dict) -> np.ndarray:
     "Indices of the positions of `sample` that we score: those where its `scored` is set, or all"
-    if 'scored' in sample: return np.flatnonzero(sample['scored'])
+    if isinstance(sample, dict) and 'scored' in sample: return np.flatnonzero(sample['scored'])
     return np.arange(token_ids(sample).shape[-1])
 
 # %% ../nbs/02_calibration.ipynb #447ae168
@@ -347,6 +352,7 @@ def fingerprint(
 # %% ../nbs/02_calibration.ipynb #b569f86a
 def _sample_digest(sample):
     "A hash of all its arrays, by name"
+    token_ids(sample) # or raise
     h = hashlib.sha256()
     for name in sorted(sample):
         a = np.ascontiguousarray(sample[name])

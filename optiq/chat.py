@@ -21,6 +21,7 @@ from .kv.cache import use_kv_config
 from .models import Checkpoint, ModelFolder
 from .pipeline import _scored_together
 from .plan import by_width
+from .progress import _bar
 from .readers import records_in, _checked
 from .report import Report
 from .serve import _find_config, _replaced
@@ -28,7 +29,7 @@ from .serve import _find_config, _replaced
 # %% ../nbs/09a_chat.ipynb #7591d1b5
 @_checked
 def chat(
-    model: str, # 'demo', a folder, or a Hub id
+    model: 'str | Path', # 'demo', a folder, or a Hub id
     kv_config: 'str | Path | None' = None, # formats of the KV cache; by default kv_config.json beside the weights
     options: Sequence = (), # of mlx_lm.chat, such as ('--temp', '0.7')
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
@@ -62,7 +63,8 @@ def _parted(a: list, b: list) -> int | None: # token ids
 def _answers_of(b, prompts: list, new_tokens: int) -> list: # of lists of token ids
     "Token ids that a model writes after each prompt; one prompt at a time, since padding could change a word"
     t = b.checkpoint.tokenizer
-    return [b.write([prompt_ids(t, p)], new_tokens, t.eos_token_id)[0] for p in prompts]
+    asked = _bar(f'answers of {b.checkpoint.name}', of=prompts)
+    return [b.write([prompt_ids(t, p)], new_tokens, t.eos_token_id)[0] for p in asked]
 
 def _differences(a, b, prompts: list, new_tokens: int) -> list: # Backends ▸ dicts: prompt, shared, a, b
     "For each prompt: how many tokens two models share, and the next eight of each"
@@ -125,10 +127,10 @@ def _answer_line(r: dict) -> str:
 # %% ../nbs/09a_chat.ipynb #81c0f301
 @_checked
 def side_by_side(
-    a: str, # a model, converted or not
-    b: str, # another one of the same vocabulary
-    reference: str | None = None, # the model that both were made from, to measure KL against; by default the first
-    evaluation: 'str | list' = 'bundled', # text to measure KL on; of a local file, all of it
+    a: 'str | Path', # a model, converted or not
+    b: 'str | Path', # another one of the same vocabulary
+    reference: 'str | Path | None' = None, # what both were made from, to measure KL against; by default the first
+    evaluation: 'str | Path | list' = 'bundled', # text to measure KL on; of a local file, all of it
     n: int = 16, # evaluation sequences
     seq_len: int = 256, # tokens in each sequence
     prompts: 'Sequence | None' = None, # texts for both to continue; `_PROMPTS` by default
@@ -138,12 +140,14 @@ def side_by_side(
     trust_remote_code: bool = False, # run model code that comes with a checkpoint
 ) -> _Sides:
     "Compare two models: formats, bytes, KL in nats, scores, and where their greedy answers differ"
-    names = list(dict.fromkeys([*([reference] if reference else []), a, b]))
+    a, b = map(str, (a, b))
+    names = list(dict.fromkeys([*([str(reference)] if reference else []), a, b]))
     scored, opened, plans = _scored_together(names, evaluation, n, seq_len, backend, trust_remote_code, 'llm',
                                              max_memory)
+    said = evaluation if isinstance(evaluation, list) else str(evaluation)
     tasks = [found for m in names for found in [_scores_of(opened[m].checkpoint)] if found]
-    report = Report.compare(Report(scored.rows, dict(evaluation=evaluation)), *tasks)
-    report.about |= dict(evaluation=evaluation)
+    report = Report.compare(Report(scored.rows, dict(evaluation=said)), *tasks)
+    report.about |= dict(evaluation=said)
     asked = list(_PROMPTS if prompts is None else prompts)
     differ = {p: (plans[a][p], plans[b][p]) for p in plans[a].keys() & plans[b].keys() if plans[a][p] != plans[b][p]}
     return _Sides(report, [plans[a], plans[b]], dict(sorted(differ.items())), 

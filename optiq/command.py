@@ -6,6 +6,7 @@
 __all__ = ['Number', 'given_options', 'Command', 'check_idle']
 
 # %% ../nbs/89_command.ipynb #7cd0f3d7
+import inspect
 import os
 import re
 import signal
@@ -13,10 +14,12 @@ import sys
 import threading
 import warnings
 from contextlib import contextmanager
+from importlib import import_module
 
 import click
 
-from .readers import told
+from .progress import _waiting
+from .readers import as_out_of_memory, is_full, told
 
 # %% ../nbs/89_command.ipynb #c5d7ecb5
 @contextmanager
@@ -72,7 +75,8 @@ class _Filled(click.ParamType):
 _NUMBERS = {click.INT: Number(click.INT, 10**7), click.FLOAT: Number(click.FLOAT, 10**12)}
 
 # %% ../nbs/89_command.ipynb #19e79b25
-_ALSO = dict(target_bpw='targets', max_ms='target_tps', cache='kv') # parameter ▸ option with another name
+_ALSO = dict(target_bpw='targets', max_ms='target_tps', cache='kv',
+             max_memory='states_memory') # parameter ▸ option with another name
 _CAPS = 'target_bpw', 'true_bpw', 'max_bytes', 'max_memory', 'max_ms' # known without backticks
 
 def given_options() -> dict: # name ▸ what stands on the command line
@@ -95,6 +99,7 @@ def _quoted(text: str, value: str) -> bool:
 def _named(e: Exception, command: click.Command, given: dict) -> str:
     "The text of an error with the names of options, and the given options that it is about"
     calls = _calls_of(command)
+    if is_full(e): e = as_out_of_memory(e, [p.name for p in command.params])
     text = re.sub(rf'`(\w+)`|\b({"|".join(_CAPS)})\b', lambda m: calls.get(m[1] or m[2], m[0]), told(e))
     values = {k: ' '.join(v) if isinstance(v, (list, tuple)) else str(v) for k, v in given.items()
               if v is not None and not isinstance(v, bool)}
@@ -108,6 +113,11 @@ def _named(e: Exception, command: click.Command, given: dict) -> str:
     return f'{text} (given: {said})' if said else text
 
 # %% ../nbs/89_command.ipynb #a59aa83a
+def _load(command: click.Command):
+    "Import what the function of a command imports: the libraries below take seconds"
+    for name in inspect.unwrap(command.callback).__code__.co_names:
+        if name.startswith('optiq.'): import_module(name)
+
 class Command(click.Command):
     "A command that prints an error as one line on stderr with exit status 1, and checks its numbers and texts"
     def __init__(self, *args, **kwargs):
@@ -125,7 +135,9 @@ class Command(click.Command):
     def invoke(self, ctx):
         "Run the command; an error or an interruption ends it with one line and an exit status"
         try:
-            with _stoppable(), _warned(): return super().invoke(ctx)
+            with _stoppable(), _warned():
+                with _waiting('starting'): _load(self)
+                return super().invoke(ctx)
         except (click.exceptions.ClickException, click.exceptions.Exit, click.Abort): raise
         except KeyboardInterrupt as e:
             click.echo(f'interrupted; {_advice(ctx)}', err=True)

@@ -28,6 +28,7 @@ from .files import as_path, scratch, whole_folder
 from .formats import Format, config_entry, dequantized, for_unit, quantize_minmax
 from .folder import TEXT_FILES, _tensor_digest, read_header
 from .models import Checkpoint, LOADERS, check_two_heads
+from .progress import _bar, _waiting
 from .readers import _checked, _helpful
 from .units import _check_same, PlanLike, SweepLike
 
@@ -92,7 +93,7 @@ def _write(checkpoint: Checkpoint, plan, folder: Path, quantizer=quantize_minmax
     "Save the packed model, its config and everything that is not a weight into a folder"
     from mlx_lm.utils import save_config, save_model
     model, config = _pack(checkpoint, plan, quantizer)
-    save_model(folder, model, donate_model=True)
+    with _waiting('writing the model'): save_model(folder, model, donate_model=True)
     config['quantization_config'] = config['quantization']
     save_config(config, folder/'config.json', keep_vision_config=checkpoint.model_type == 'vlm')
     _copy_texts(checkpoint.folder, folder)
@@ -128,7 +129,7 @@ def _check_weights(saved: Checkpoint, plan, source: Checkpoint, quantizer=quanti
     "Raise ValueError at the first weight that is not, bit for bit, what the quantizer makes of the source's"
     import mlx.core as mx
     model = source.load(plain=True) # lazy: we read a weight when we compare it, and free it
-    for u, w in zip(source.units, dequantized_units(saved)):
+    for u, w in zip(_bar('comparing with the plan', of=source.units, after=1), dequantized_units(saved)):
         path, f, want = u.path, plan[u.path], _module(model, u.path).pop('weight')
         dtype = want.dtype
         if not u.keeps(f):
@@ -279,7 +280,7 @@ def _as_planned(plan, sweep, source, folder): # ▸ a quantizer
 # %% ../nbs/07_convert.ipynb #9d6858f4
 @_helpful
 def convert(
-    source: 'str | Checkpoint | Backend', # 'demo', a folder, or a Hub id
+    source: 'str | Path | Checkpoint | Backend', # 'demo', a folder, or a Hub id
     plan: PlanLike, # for the units of this model, made by allocate or uniform
     out: 'str | Path', # folder to write
     sweep: SweepLike | None = None, # that the plan was made from (load_sweep): it says how to round

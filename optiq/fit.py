@@ -16,13 +16,14 @@ from pathlib import Path
 from .budget import candidates
 from .formats import AS_IS, check_storable, parse_formats
 from .knapsack import allocate
-from .kv.layout import bytes_after, leaf_caches
+from .kv.layout import cache_bytes
 from .measure.sweep import Sweep, _untested
 from .folder import _of_text, _others, check_untrusted, find_model
 from .models import _read_config, _said_for_mlx
 from .units import _Listing, SweepLike
 from .plan import Plan, make_plan, uniform
-from .readers import check_other, _html_table, known, read_json, told, whole, _checked
+from .progress import _bar, _waiting
+from .readers import _check_counts, check_other, _html_table, known, read_json, told, whole, _checked
 from .report import fit
 from .roofline import _experts_per_token, skeleton
 
@@ -234,8 +235,11 @@ def what_fits(
     formats = None, # candidates; by default those of the sweep, or 2, 3, 4, 5, 6 and 8 bits
 ) -> _Fits:
     "The largest plan of a model whose weights, KV cache and working memory a machine holds"
-    c = _Outline(model)
-    c.context, cache = context, _cache_bytes(c, context)
+    _check_counts(context=context)
+    with _waiting('laying out the model'):
+        c = _Outline(model)
+        c.context = context
+        with c.naming('run'): cache = cache_bytes(c, context)
     name = 'the sweep'
     if isinstance(sweep, (str, Path)):
         name = sweep
@@ -246,13 +250,8 @@ def what_fits(
     formats = check_storable(parse_formats((2, 3, 4, 5, 6, 8) if formats is None else formats))
     places = [(memory, _usable(memory))] if memory else [('here', _here()[0]),
                                                         *((gb*_GB, _usable(gb*_GB)) for gb in _MACHINES)]
-    rows = [_row_of(c, place, room, cache, formats, sweep) for place, room in places]
+    todo = _bar('plans', of=places, after=1)
+    rows = [_row_of(c, place, room, cache, formats, sweep) for place, room in todo]
     return _Fits(rows, dict(model=c.name, params=c.params, context=context, sweep=None if name is None else str(name),
                           bits=','.join(str(f.bits) for f in formats), towers=c.towers,
                           here=None if memory else _here()[1]))
-
-# %% ../nbs/21_fit.ipynb #04faef80
-def _cache_bytes(c, context: int) -> int: # of an _Outline
-    "Bytes of the unquantized cache after so many tokens"
-    def held(x): return min(context, getattr(x, 'max_size', None) or context)
-    with c.naming('run'): return int(sum(bytes_after(x, held(x)) for x in leaf_caches(c.load())))

@@ -20,6 +20,7 @@ from .formats import AS_IS, Format
 from .frontier import Frontier
 from .units import _check_same, SweepLike, Unit
 from .plan import baseline_plans, by_width, make_plan, Plan, _silent, smoothed
+from .progress import _waiting
 from .readers import _helpful, shown, _checked
 from .solver import bisect, METHODS, Problem, undominated
 from .why import _in_bytes, _options_of, _Reason
@@ -107,10 +108,14 @@ def _wished(sweep, given: dict) -> list[_Wish]:
 def pose(
     sweep: SweepLike, # measured by kl_sweep, or read by load_sweep
     formats = None, # candidates; all of the sweep by default
-    tie = None, # what shares a format
-    budgets: tuple = (), # further Budgets
+    tie: 'str | list[str] | tuple[str, ...] | Callable | None' = None, # what shares a format
+    budgets: 'list[Budget] | tuple[Budget, ...]' = (), # further Budgets
     *,
-    protect = (), pin = None, ceiling = None, floor = None, leave = (), # wishes, as for `allocate`
+    protect: 'str | list[str] | tuple[str, ...] | None' = (), # wishes, as for `allocate`
+    pin: 'dict | str | None' = None, # likewise
+    ceiling: 'dict | str | None' = None, # likewise
+    floor: 'dict | str | None' = None, # likewise
+    leave: 'str | list[str] | tuple[str, ...] | None' = (), # likewise
     **caps, # limits, as for `budgets_of`
 ) -> Question:
     "Check a request and turn it into arrays for a solver; raises ValueError for a wish or a cap that no plan can keep"
@@ -278,14 +283,14 @@ def pareto(
     """
     targets = None if targets is None else np.atleast_1d(targets).tolist()
     profiles = listify(profiles)
-    plans = [p for name in profiles for p in _plans_of(sweep, name, targets, **options)]
+    with _waiting('planning'): plans = [p for name in profiles for p in _plans_of(sweep, name, targets, **options)]
     ranges = {name: PROFILES[name][1:] for name in profiles}
     where = ', '.join(f'{name} ({low:g} to {high:g} bits)' for name, (low, high) in ranges.items())
     lost = [t for t in targets or () if not any(low-1e-9 <= t <= high+1e-9 for low, high in ranges.values())]
     if lost: raise ValueError(f'the target {lost[0]:g} does not lie in the range of {where}')
     if not plans: raise ValueError(f'no plan of these candidates lies in the range of {where}')
     baselines = baseline_plans(sweep, sorted(sweep.formats, key=by_width))
-    return Frontier(plans, baselines, _rivals_of(sweep, baselines, **options))
+    with _waiting('planning'): return Frontier(plans, baselines, _rivals_of(sweep, baselines, **options))
 
 # %% ../nbs/05b_knapsack.ipynb #00420b49
 class _Stability(dict):

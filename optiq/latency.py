@@ -24,6 +24,7 @@ from .frontier import Frontier
 from .labels import _label, _legend, Axes
 from .models import Checkpoint
 from .plan import make_plan, uniform
+from .progress import _bar, _waiting
 from .readers import OBJECT, _helpful, _html_table, read_ours, write_json, _checked
 from .report import fit, machine
 from .roofline import Chip, Latency, Reads, chip_named, reads_of
@@ -37,7 +38,7 @@ def _signature(reads: Reads) -> str:
 # %% ../nbs/20b_latency.ipynb #c7a922e9
 @_checked
 def latency(
-    model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
+    model: 'str | Path | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
     chip: 'str | Chip | None' = None, # from the table by name; this machine, measured, by default
     context: int = 0, # tokens in the cache
     formats = (), # to predict, besides those of the model itself
@@ -196,7 +197,7 @@ def _calibrate_plan(lat: Latency, c, plans: dict, folder=None, **options) -> tup
 # %% ../nbs/20b_latency.ipynb #dc55e57e
 @_helpful
 def predict_speeds(
-    model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
+    model: 'str | Path | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
     formats = ('3', '4', '6', '8'), # of uniform plans to predict
     chip: str | None = None, # chip of the table to predict for, such as 'M3 Max'; by default this machine, measured
     context: int = 512, # tokens in the cache
@@ -218,11 +219,13 @@ def predict_speeds(
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
     fmts, speeds = parse_formats(formats), {}
     if not fmts: raise ValueError('no formats to predict; give some, for example 4 and 8')
-    lat = latency(c, chip, context, fmts, folder)
+    with _waiting('measuring this machine'): lat = latency(c, chip, context, fmts, folder)
     plans = _plans_to_time(c, fmts)
-    if calibrate_first: lat, speeds = _calibrate_plan(lat, c, plans, folder, **options)
+    if calibrate_first:
+        with _waiting('measuring one plan'): lat, speeds = _calibrate_plan(lat, c, plans, folder, **options)
     options = dict(context=max(1, context))|options
-    if measure: speeds |= {n: measure_plan(c, p, **options) for n, p in plans.items() if n not in speeds}
+    todo = [n for n in plans if n not in speeds] if measure else []
+    for n in _bar(f'measuring {len(todo)} plans', bool(todo), todo): speeds[n] = measure_plan(c, plans[n], **options)
     return compare_speeds(lat, plans, speeds, dict(model=c.name, **machine()))
 
 # %% ../nbs/20b_latency.ipynb #7bc7e855

@@ -84,7 +84,7 @@ class _Size(click.ParamType):
 
     def convert(self, value, param, ctx): # bytes
         if not isinstance(value, str) or value == self.word: return value
-        found = re.fullmatch(r'([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B)?', value.strip(), re.I)
+        found = re.fullmatch(r'((?:[0-9]+\.?|[0-9]*\.[0-9]+)(?:e[+-]?[0-9]+)?)\s*([KMGT]i?B)?', value.strip(), re.I)
         size = float(found[1])*self._UNITS[(found[2] or self.unit).upper().replace('I', '')] if found else 0
         if 0 < size < 2**60: return int(size)
         more = f', or {self.word}' if self.word else ''
@@ -114,9 +114,10 @@ _READ |= {'Sweep | str | Path': _READ['str | Path'], 'str | list': _READ['str | 
 _OWN = dict( # parameter ▸ what its option does not take from it
     n_evaluation=dict(names=['--n-evaluation', '--n-samples']), n=dict(names=['--n-evaluation', '--n-samples']),
     rounding_n=dict(names=['--rounding-samples']), draft=dict(names=['--draft-format'], metavar='FORMAT'),
-    max_bytes=dict(names=['--target-size'], type=float, callback=lambda ctx, param, x: x and int(x*_MB), metavar='MB'),
+    baseline=dict(type=str, metavar='MODEL'), reference=dict(type=str, metavar='MODEL'),
+    max_bytes=dict(names=['--target-size'], type=_Size('MB'), metavar='MB|16GB'),
     max_memory=dict(names=['--target-memory'], type=_Size('MB', 'auto'), metavar='MB|16GB|auto'),
-    states_memory=dict(names=['--max-memory'], type=_Size('GB'), metavar='16GB'),
+    states_memory=dict(names=['--max-memory'], type=_Size('GB'), metavar='GB|16GB'),
     time_budget=dict(metavar='MINUTES', callback=lambda ctx, param, minutes: None if minutes is None else 60*minutes),
     verify=dict(names=['--verify/--no-verify']),
     compare=dict(names=['--skip-baselines'], callback=lambda ctx, param, skip: False if skip else None))
@@ -178,7 +179,7 @@ def _candidates(said: str, *old): # old: other names of --candidate-bits
 _json = click.option('--json', 'as_json', is_flag=True, help='print one JSON object on stdout')
 
 # %% ../nbs/89a_options.ipynb #b8cc36d6
-_memory = click.option('--max-memory', 'max_memory', type=_Size('GB'), metavar='16GB',
+_memory = click.option('--max-memory', 'max_memory', type=_Size('GB'), metavar='GB|16GB',
                        help='memory for scoring text, with --backend stream')
 
 # %% ../nbs/89a_options.ipynb #dc84791b

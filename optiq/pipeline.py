@@ -219,7 +219,7 @@ def _check_kind(c: Checkpoint, what: str):
 @_helpful
 @claiming
 def optimize(
-    model: str, # 'demo', a folder, or a Hub id; for a cache alone it may be quantized
+    model: 'str | Path', # 'demo', a folder, or a Hub id; for a cache alone it may be quantized
     out: 'str | Path | None' = None, # folder to write; nothing is written without it
     caps: Caps | None = None, # limits of the plan; without one 4.5 bits, 5 for a cache, see `Caps`
     *,
@@ -364,9 +364,9 @@ def _scored_together(names: list, evaluation, n: int, seq_len: int, backend: str
 # %% ../nbs/08_pipeline.ipynb #4dc5078e
 @_helpful
 def compare(
-    model: str, # a model, quantized or not
-    baseline: str | None = None, # the model to measure KL and agreement against
-    evaluation: 'str | list' = 'bundled', # text, pictures or speech to score on; of a local file of text, all of it
+    model: 'str | Path', # a model, quantized or not
+    baseline: 'str | Path | None' = None, # the model to measure KL and agreement against
+    evaluation: 'str | Path | list' = 'bundled', # text, pictures or speech to score on; of a file of text, all of it
     n: int = 50, # evaluation sequences
     seq_len: int = 512, # tokens in each sequence
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
@@ -383,6 +383,6 @@ def compare(
         print(compare('out/demo', baseline='demo', n=16))
     """
     _check_counts(n=n, seq_len=seq_len)
-    names = list(dict.fromkeys([baseline or model, model]))
+    names = list(dict.fromkeys([str(baseline or model), str(model)]))
     return _scored_together(names, evaluation, n, seq_len, backend, trust_remote_code, model_type,
                             max_memory)[0]

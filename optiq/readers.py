@@ -6,7 +6,7 @@
 __all__ = ['TEXT', 'PROSE', 'NAME', 'FLAG', 'FILE', 'INSIDE', 'ANYTHING', 'OBJECT', 'LIST', 'check_file', 'read_bytes',
            'read_text', 'split_lines', 'parse', 'Form', 'whole', 'number', 'maybe', 'one_of', 'shown', 'check',
            'read_json', 'read_ours', 'check_kind', 'check_other', 'records_in', 'read_records', 'known', 'dumps',
-           'write_json', 'told']
+           'write_json', 'told', 'OutOfMemory', 'is_full', 'as_out_of_memory']
 
 # %% ../nbs/72_readers.ipynb #6e54bf45
 import gzip
@@ -24,6 +24,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, get_args, get_origin, Union
+
+from .progress import _quiet
 
 # %% ../nbs/72_readers.ipynb #fd18d3b5
 def check_file(
@@ -254,6 +256,26 @@ def told(e: BaseException) -> str:
     place = f' in {Path(frames.tb_frame.f_code.co_filename).name}, line {frames.tb_lineno}' if frames else ''
     return f'an unexpected error ({type(e).__name__}{place}); OPTIQ_DEBUG=1 shows the whole traceback'
 
+# %% ../nbs/72_readers.ipynb #05a8a257
+_FULL = re.compile('out of ?memory|insufficient memory|not enough memory|allocate', re.I)
+
+class OutOfMemory(ValueError):
+    "Memory ran out, and less would not do; `names` are the arguments of the function that was called"
+    def __init__(self, what: str, names=()):
+        self.what = what
+        less = [f'a smaller `{n}`' for n in ('states_memory', 'max_memory') if n in names][:1]
+        *ways, last = ['fewer or shorter sequences', *less, *['`backend` stream']*('backend' in names)]
+        super().__init__(f'{what}; give {"".join(f"{w}, " for w in ways)}{"or "*bool(ways)}{last}')
+
+def is_full(e: BaseException) -> bool:
+    "Whether the error `e` of PyTorch, MLX or Python says that memory ran out"
+    return isinstance(e, (MemoryError, OutOfMemory)) or isinstance(e, RuntimeError) and bool(_FULL.search(str(e)))
+
+def as_out_of_memory(e: BaseException, names) -> OutOfMemory:
+    "The error `e` of a library, or our own, in words that name one of the arguments `names`"
+    if not isinstance(e, OutOfMemory): return OutOfMemory(f'memory runs out ({told(e)[:80]})', names)
+    return OutOfMemory(e.what, names) if {'states_memory', 'max_memory'} & {*names} else e
+
 # %% ../nbs/72_readers.ipynb #e14d5db0
 def _check_counts(**given):
     "Raise ValueError, naming the argument, unless it is None or a whole number of at least 1"
@@ -264,11 +286,11 @@ def _check_counts(**given):
 
 # %% ../nbs/72_readers.ipynb #b435b6c1
 _IS = {bool: lambda x: isinstance(x, bool) or getattr(x, 'dtype', None) == 'bool' and not x.shape, # NumPy's, too
-       str: lambda x: isinstance(x, (str, Path)), NoneType: lambda x: x is None,
+       str: lambda x: isinstance(x, str), Path: lambda x: isinstance(x, (str, Path)), NoneType: lambda x: x is None,
        float: lambda x: isinstance(x, Real) and not isinstance(x, bool) and 0 < x < float('inf'),
        int: lambda x: isinstance(x, Integral) and not isinstance(x, bool) and x >= 0,
        list: lambda x: isinstance(x, (list, tuple))}
-_IS |= {Path: _IS[str], tuple: _IS[list]}
+_IS[tuple] = _IS[list]
 
 def _fits(x, hint) -> bool:
     "Whether a value is what an annotation says; an annotation that is not a type allows everything"
@@ -349,13 +371,17 @@ def _helpful(f):
 _signature = cache(signature)
 
 def _checked(f):
-    "A function that first compares its arguments with its annotations"
+    "A function that first compares its arguments with its annotations, and says which of them takes less memory"
     @wraps(f)
     def call(*args, **options):
         try: given = _signature(f).bind(*args, **options).arguments
         except TypeError as e: raise TypeError(f'{f.__name__}() {_misnamed(f, str(e), options)}') from None
         _check_types(f, given)
-        return f(*args, **options)
+        try:
+            with _quiet(given.get('progress') is False): return f(*args, **options)
+        except Exception as e:
+            if not is_full(e): raise
+            raise as_out_of_memory(e, _signature(f).parameters) from e
     return call
 
 def _misnamed(f, said: str, options) -> str:

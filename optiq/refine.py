@@ -6,6 +6,9 @@
 __all__ = ['Verified', 'verdict', 'verified', 'measured']
 
 # %% ../nbs/05c_refine.ipynb #42f9f533
+from collections.abc import Mapping
+from collections.abc import Callable
+from pathlib import Path
 import sys
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -34,7 +37,7 @@ def _joint_kl(
     b: Backend,
     tokens: 'np.ndarray | list', # (n, T)
     plans: dict, # name ▸ Plan
-    quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip, or a mapping of paths to such
+    quantize: 'Callable | Mapping' = quantize_dequantize, # (weight, format) ▸ weight after it, or path ▸ such
     tick = lambda share: None, # as of `evaluate`
     beside: list | tuple = (), # likewise
 ) -> dict: # name ▸ (n,)
@@ -91,12 +94,13 @@ def _around(
     plan: Plan,
     paths: set, # units to measure again
     formats: dict, # unit path ▸ formats to try
-    quantize = quantize_dequantize, # as for `_joint_kl`
+    quantize: 'Callable | Mapping' = quantize_dequantize, # as for `_joint_kl`
 ) -> dict: # (path, Format) ▸ (n,) joint KL of the plan with this unit in that format
     "Measured KL of the plan with one unit in another format, for each of these units and formats"
     todo = [(u, f) for u in plan.units if u.path in paths for f in formats[u.path]]
     values, base, many = {}, overrides_of(plan, quantize), None
-    for p in passes_of(todo, len(tokens), *plan_passes(b, todo, shape_of(tokens))):
+    passes = passes_of(todo, len(tokens), *plan_passes(b, todo, shape_of(tokens)))
+    for p in _bar(f'measuring {len(paths)} units again', of=passes):
         found, many = _measure_halved(b, tokens[p.start:p.stop], list(p.todo), quantize, base=base, many=many)
         for (u, f), kl in zip(p.todo, found):
             values.setdefault((u.path, f), []).append(kl)
@@ -222,11 +226,11 @@ def _made_of(plan: Plan, only: 'list | None') -> bool:
 # %% ../nbs/05c_refine.ipynb #0859a65d
 @_checked
 def verified(
-    model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
+    model: 'str | Path | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: 'np.ndarray | list', # (n, T) calibration tokens
     sweep: SweepLike, # of the same model
     *,
-    quantize = quantize_dequantize, # what will save it: (weight, format) ▸ weight, or a mapping of paths to such
+    quantize: 'Callable | Mapping' = quantize_dequantize, # what will save it: (weight, format) ▸ weight, or by path
     only: 'list | None' = None, # formats that the plan that we keep may have; any by default
     n: int = 6, # near-optimal alternatives
     tolerance: float = .15, # relative; measure again if forecast and measurement are further apart
@@ -269,10 +273,10 @@ def _spread_over(frontier: Frontier, each: int) -> list: # of Plans
 @_checked
 def measured(
     frontier: Frontier,
-    model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
+    model: 'str | Path | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: 'np.ndarray | list', # (n, T) evaluation tokens
     each: int = 4, # points of each curve, evenly spread; 0 for the baselines and their rivals alone
-    quantize = quantize_dequantize, # as for `verified`; baselines are rounded likewise
+    quantize: 'Callable | Mapping' = quantize_dequantize, # as for `verified`; baselines are rounded likewise
 ) -> Frontier: # the same, with scores
     "Measure points of a frontier, all baselines, and the plan for the bytes of each; adds `scores` to it"
     b = open_backend(model)

@@ -28,7 +28,9 @@ from .formats import AS_IS, divides, quantize_dequantize
 from .aim import aimed, Gap
 from .gptq import gptq, _gptq_all
 from .grid import _MinMax, search
-from .statistics import Chunks, Inputs, Statistics, _KeptInputs, _Learned, _NextListener
+from .progress import _waiting
+from .readers import is_full
+from .statistics import _batches, Chunks, Inputs, Statistics, _KeptInputs, _Learned, _NextListener
 
 # %% ../nbs/06_rounding.ipynb #a7c1d0e5
 def _enough(tokens, n: int = 1024) -> np.ndarray: # the first sequences, of `n` tokens or a little more
@@ -197,9 +199,17 @@ def round_model(
     "Every unit of a plan, rounded; with `gptq` each on states that carry the errors of those before it"
     todo = {u.path: u for u in b.checkpoint.units if not u.keeps(plan[u.path])}
     way = _one_after_another if method == 'gptq' else partial(_each_alone, method=method)
-    for now in way(b, tokens, todo, plan):
-        yield from now
-        tick(len(now))
+    done = set()
+    while len(done) < len(todo): # from the start if memory runs out, in batches that fit
+        try:
+            for now in way(b, tokens, todo, plan):
+                new = [(path, r) for path, r in now if path not in done]
+                done |= {path for path, _ in new}
+                yield from new
+                tick(len(new))
+        except Exception as e:
+            if not is_full(e) or method != 'gptq': raise
+            b.less(len(_batches(b, tokens)[0]) if b.stacks else 1)
 
 # %% ../nbs/06_rounding.ipynb #db76049f
 class _Held:
@@ -303,9 +313,10 @@ def _seconds_of_one(b, tokens, units: list, plan, method) -> tuple: # units of t
     "Seconds of a walk through the first block, and for each of these units those in which one weight is rounded"
     kept = isinstance(tokens, _Learned)
     stats = tokens if kept else Statistics(b, tokens, method == 'gptq')
-    start = None if kept else stats.states
     heard = [stats[u.path] for u in units] # this also wakes the libraries up
     if heard[0] is None: return 0., [0.]*len(units)
+    if not kept: stats.restart()
+    start = None if kept else stats.states
     def listen():
         stats.i, stats.states = 0, start # states that passed the block would not be heard there again
         stats.advance()
@@ -334,7 +345,7 @@ def _rounding_seconds(
     firsts = largest(False)+largest(True)
     learned = tokens if method == 'gptq' or kept else _enough(tokens)
     part = learned if kept else learned[:-(-len(learned)//8)]
-    walk, each = _seconds_of_one(b, part, firsts, plan, method)
+    with _waiting('timing the rounding'): walk, each = _seconds_of_one(b, part, firsts, plan, method)
     passes = (5 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
     return passes*walk+sum(u.params*each[-1 if len(u.shape) > 2 else 0] for u in todo)
 

@@ -28,7 +28,7 @@ from .report import Report, joined, machine, mean_figure, own_size, share_figure
 @_checked
 def text_tokens(
     c: Checkpoint, # whose tokenizer to use
-    source: str = 'bundled', # 'bundled', 'wikitext2' or a file, of which all is used
+    source: 'str | Path' = 'bundled', # 'bundled', 'wikitext2' or a file, of which all is used
     n: int = 50, # sequences
     seq_len: int = 512, # tokens in each
     limit: int | None = None, # tokens in all
@@ -66,9 +66,9 @@ def _text_about(source, tokens: np.ndarray) -> dict:
 # %% ../nbs/46_score.ipynb #fa625572
 @_checked
 def perplexity(
-    model: 'str | Checkpoint', # name or Checkpoint
+    model: 'str | Path | Checkpoint', # name or Checkpoint
     n: int = 50, # sequences
-    source: str = 'bundled', # 'bundled', 'wikitext2' or a file
+    source: 'str | Path' = 'bundled', # 'bundled', 'wikitext2' or a file
     seq_len: int = 512, # tokens in each sequence
     limit: int | None = None, # tokens in all
     backend: str = 'auto',
@@ -167,10 +167,10 @@ def _under_test(
 # %% ../nbs/46_score.ipynb #644caac2
 @_checked
 def kl(
-    model: 'str | Checkpoint', # name, Checkpoint, or a GGUF file of the baseline
+    model: 'str | Path | Checkpoint', # name, Checkpoint, or a GGUF file of the baseline
     baseline = None, # the reference
     n: int = 50, # sequences
-    source: str = 'bundled', # 'bundled', 'wikitext2' or a file
+    source: 'str | Path' = 'bundled', # 'bundled', 'wikitext2' or a file
     seq_len: int = 512, # tokens in each sequence
     limit: int | None = None, # tokens in all
     backend: str = 'auto',
@@ -267,8 +267,8 @@ _TASKS = dict(perplexity=perplexity, kl=kl, gsm8k=_gsm8k, needle=_needle, recall
 @_checked
 def run_task(
     task: str, # 'perplexity', 'kl', 'gsm8k', 'needle', 'recall', 'ai2d', 'wer' or 'harness:<name>'
-    model: str,
-    baseline: str | None = None,
+    model: 'str | Path',
+    baseline: 'str | Path | None' = None,
     n: int = 200, # samples
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
     model_type: str = 'auto', # 'llm', 'vlm' or 'audio'; by default what the checkpoint is

@@ -29,6 +29,7 @@ from .measure.log import SweepLog, _log_files, _ranks_here, _progress_bar
 from .measure.sweep import about_texts, Sweep, texts_for, to_sweep, _untested, warn_of_idle
 from .models import Checkpoint
 from .plan import _silent
+from .progress import _bar
 from .readers import _check_counts, _helpful
 from .rounding import ROUNDING, RoundTrips, _enough
 from .statistics import _learned_from
@@ -62,7 +63,7 @@ class _Task:
     of: object = None # whose units: the checkpoint's, or a `KVLayout`
     mark: dict = field(default_factory=dict) # what its file says of itself, if it is a working file of `optimize`
     learned: object = None # tokens, samples or statistics that the rounding learns from
-    source: str | None = None # name of the text
+    source: 'str | Path | None' = None # name of the text
 
 # %% ../nbs/04_sensitivity.ipynb #142a11a1
 _TIME_BUDGET = 600. # seconds that a sweep may take
@@ -143,7 +144,6 @@ def _complete(
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
     progress: bool = True, # announce time and memory, show a bar
     targets: list | None = None, # nominal bits of the plans that may end it early
-    remedy: str = 'give fewer or shorter sequences, or a smaller `max_memory`', # if memory does not do
 ) -> Sweep:
     "Measure the passes that a log lacks, and give the finished sweep"
     if targets is not None and log.ranks.size > 1: raise ValueError(
@@ -151,12 +151,13 @@ def _complete(
         f"in one process")
     warn_of_idle(log.header.get('experts', {}))
     if log.missing() and log.b.holds: # a model whose logits are no numbers is refused before anything is rounded
-        measure(log.b, tokens[:1], [])
+        with _bar('running the model', progress) as bar:
+            measure(log.b, tokens[:1], [], tick=lambda runs, rounded: bar.update(runs/log.b.n_blocks))
     many = None # probes that fit at a time, once that is known
     with _progress_bar(log, progress, getattr(quantize, 'seconds', lambda: 0.)) as tick:
         for p in log.missing():
             if targets is not None and _settled(log, targets): break # also where an earlier run was
-            kl, many = _measure_halved(log.b, tokens[p.start:p.stop], p.todo, quantize, tick, many=many, remedy=remedy,
+            kl, many = _measure_halved(log.b, tokens[p.start:p.stop], p.todo, quantize, tick, many=many,
                                        **(dict(hear=log.hear) if log.hear else {}))
             log.add(p, kl)
     return log.finish()
@@ -235,9 +236,7 @@ def run(self: _Task, rounding: str, method: str | None = None, time_budget: floa
     if method != 'exact': sweep = _shortcut_sweep(self, method, quantize, name, about)
     else:
         log = SweepLog(self.b, self.tokens, self.formats, self.out, self.max_memory, self.of, name, self.mark, about)
-        less = 'states_memory' if self.mark else 'max_memory'
-        sweep = _complete(log, self.tokens, quantize, self.progress, self.targets if self.until else None,
-                          f'give fewer or shorter sequences, or a smaller `{less}`')
+        sweep = _complete(log, self.tokens, quantize, self.progress, self.targets if self.until else None)
     _warn_of_silent(sweep)
     sweep.learned = self.learned
     return sweep
@@ -246,11 +245,11 @@ def run(self: _Task, rounding: str, method: str | None = None, time_budget: floa
 @_helpful
 @claiming
 def kl_sweep(
-    model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
+    model: 'str | Path | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: 'np.ndarray | list | None' = None, # (n, T), or samples; made from `calibration` by default
     formats = ('4g64', '8g64'), # candidates
     *,
-    calibration: str | None = None, # source of the tokens, 'bundled' by default; of `tokens` that are given, its name
+    calibration: 'str | Path | None' = None, # source of the tokens, by default 'bundled'; of given `tokens` its name
     n: int = 8, # calibration sequences
     seq_len: int = 128, # tokens in each
     method: str | None = None, # 'exact', 'screened' or 'gradient'; by default what fits `time_budget`

@@ -289,7 +289,7 @@ def _names_of(models: Sequence, trust_remote_code: bool = False) -> dict:
 
 # %% ../nbs/09_serve.ipynb #47d3bbad
 def serve(
-    model: str, # 'demo', a folder, or a Hub id
+    model: 'str | Path', # 'demo', a folder, or a Hub id
     kv_config: 'str | Path | None' = None, # formats of the KV cache; by default kv_config.json beside the weights
     options: Sequence = (), # of mlx_lm.server, such as ('--port', '8080')
     also: Sequence = (), # other models that may be asked for

@@ -22,6 +22,7 @@ from .backends.replay import Backend, _Heard
 from .backends.taps import _for_themselves
 from .calibration import fingerprint, samples_of, shape_of
 from .files import _check_place, _check_source, _clear_stale, as_path, scratch
+from .progress import _bar
 from .readers import TEXT, check_kind, check_other, maybe, parse, whole as _whole
 
 # %% ../nbs/06a_statistics.ipynb #da9cc579
@@ -127,7 +128,7 @@ def _batches(b: Backend, tokens, whole: bool = True) -> list: # whole: second mo
     "Calibration tokens, or samples, in parts that fit"
     many = 2**15 if b.on_gpu else 2**11
     if b.on_gpu or whole: many = min(many, b.at_most(2**29, 80)//2**14)
-    size = max(1, many//shape_of(tokens)[1])
+    size = b.at_once(max(1, many//shape_of(tokens)[1]))
     return [tokens[k:k+size] for k in range(0, len(tokens), size)] if b.stacks else samples_of(tokens)
 
 # %% ../nbs/06a_statistics.ipynb #49ff3589
@@ -144,6 +145,7 @@ class Chunks:
     "Calibration `tokens` for backend `b` in batches that fit, each with the arguments of its blocks"
     def __init__(self, b: Backend, tokens, whole: bool = True):
         self.b, self.tokens, self.calls = b, _batches(b, tokens, whole), []
+        self.size = len(self.tokens[0]) if b.stacks else 1 # sequences of a batch
 
     def embed(self, overrides={}):
         "States of each batch before the first block, with `overrides` of weights"
@@ -173,7 +175,7 @@ class Statistics(Mapping):
         tokens: 'np.ndarray | list', # (n, T) calibration tokens
         whole: bool = True, # second moments, not only their diagonal
     ):
-        self.b, self.whole = b, whole
+        self.b, self.tokens, self.whole, self.i = b, tokens, whole, 0
         self.chunks = Chunks(b, tokens, whole)
         self.mark = fingerprint(tokens), whole
         outside = [u.path for u in b.checkpoint.units if u.block is None and not (b.stacks and b.chain)]
@@ -186,7 +188,17 @@ class Statistics(Mapping):
 
     def restart(self):
         "Go back to the states before the first block"
-        with self.unperturbed(): self.i, self.states, self.held = 0, self.chunks.embed(), {}
+        self.i, self.held, self.states = 0, {}, []
+        self.b.halved(self.chunks.size, self.go_on)
+
+    def go_on(self, size: int):
+        "Have states before the next block, in batches of at most `size` sequences"
+        if self.states and self.chunks.size <= size: return
+        self.states = []
+        if self.chunks.size > size: self.chunks = Chunks(self.b, self.tokens, self.whole)
+        with self.unperturbed():
+            self.states = self.chunks.embed()
+            for i in range(self.i): self.states = self.chunks.run(i, self.states)
 
     def listener(self, block):
         "A listener for the units of a `block`; for None those outside the blocks"
@@ -194,9 +206,12 @@ class Statistics(Mapping):
 
     def advance(self):
         "Run the next block, and collect the statistics of its matrices"
-        listener = self.listener(self.i)
-        with self.unperturbed(): self.states = self.chunks.run(self.i, self.states, listener)
-        self.i, self.held = self.i+1, listener.stats
+        def work(size):
+            self.go_on(size)
+            listener = self.listener(self.i)
+            with self.unperturbed(): return self.chunks.run(self.i, self.states, listener), listener.stats
+        self.states, self.held = self.b.halved(self.chunks.size, work)
+        self.i += 1
 
     def __getitem__(self, path):
         unit, c = self.b.checkpoint.unit[path], self.b.checkpoint
@@ -216,11 +231,17 @@ class Statistics(Mapping):
 @patch
 def finish(self: Statistics) -> dict: # path ▸ Inputs
     "Run to the end, listen to the units outside the blocks, and go back to the first block"
-    with self.unperturbed():
-        for i in range(self.i, self.b.n_blocks): self.states = self.chunks.run(i, self.states)
-        self.chunks.run(None, self.states, listener := self.listener(None))
+    def work(size):
+        self.go_on(size)
+        listener, states = self.listener(None), self.states
+        self.states = []
+        with self.unperturbed():
+            for i in range(self.i, self.b.n_blocks): states = self.chunks.run(i, states)
+            self.chunks.run(None, states, listener)
+        return listener.stats
+    found = self.b.halved(self.chunks.size, work)
     self.restart()
-    return listener.stats
+    return found
 
 # %% ../nbs/06a_statistics.ipynb #b4016767
 _FORM = dict(model=TEXT, shape=[_whole()]*2, fingerprint=TEXT, source=maybe(TEXT))
@@ -277,7 +298,7 @@ def _save_learned(b: Backend, learned, about: dict, file: Path):
     "Listen to a whole model, and keep what `search` needs in a file"
     from safetensors.numpy import save_file
     stats, found = Statistics(b, learned, whole=False), {}
-    for path, u in b.checkpoint.unit.items():
+    for path, u in _bar('statistics of the text', of=b.checkpoint.unit.items()):
         found[f'{path}.squares'], found[f'{path}.count'] = _as_stored(b, u, stats[path])
     with scratch(file, sum(a.nbytes for a in found.values())) as d:
         save_file(found, d/file.name, metadata=dict(optiq=json.dumps(dict(optiq='statistics') | about)))

@@ -143,3 +143,45 @@ def test_gptq_compares_a_block_that_is_met_twice_call_by_call(second):
     for left in units, {'blocks.0.out': units['blocks.0.out']}: # nothing is rounded yet, so nothing is lacking
         heard, gap = _hear_next(p, 0, left)
         assert gap.count == heard[next(iter(left))].count > 0 and all(float(abs(x).max()) < 1e-5 for x in gap.lacks)
+
+def test_a_path_is_taken_where_an_annotation_says_so(tmp_path):
+    "A file or a folder may be a Path everywhere; a name may not"
+    from pathlib import Path
+    from optiq import kl_sweep
+    from optiq.evals.perplexity import evaluation_tokens
+    from optiq.knapsack import allocate
+    from optiq.latency import latency, predict_speeds
+    from optiq.models import Checkpoint
+    from optiq.pipeline import compare
+    from optiq.request import Caps, Texts, Weights
+    from optiq.score import perplexity, run_task
+    from optiq.show.explore import explore
+    here, text = Path(Checkpoint('demo').folder), tmp_path/'t.txt'
+    text.write_text('\n'.join(f'A line of {n} words that is long enough to be read, and says nothing else at all.'*2 for n in range(200)))
+    few = dict(n=2, seq_len=16)
+    assert kl_sweep(here, formats=[4], calibration=text, rounding='minmax', progress=False, **few).values
+    assert evaluation_tokens(text, Checkpoint('demo').tokenizer, 2, 16).shape == (2, 16)
+    for report in (compare(here, evaluation=text, **few), perplexity(here, source=text, **few), run_task('perplexity', here, n=2, seq_len=16)):
+        report.save(tmp_path/'r.json')
+    sweep = type('', (), {})
+    for refused in (lambda: latency(here, chip=Path('M3 Max')), lambda: predict_speeds(here, chip=Path('M3 Max')),
+                    lambda: explore(sweep, chip=Path('x')), lambda: allocate(sweep, tie=Path('qkv')), lambda: Caps(chip=Path('x')),
+                    lambda: Weights(protect=Path('embed')), lambda: kl_sweep(here, backend=Path('mlx')), lambda: run_task(Path('kl'), here)):
+        with pytest.raises(ValueError, match='^`.*, and should be') as e: refused()
+        assert '\n' not in str(e.value)
+    assert Texts(calibration=text).calibration == text
+
+def test_a_wrong_object_is_refused_by_the_function_it_was_given_to():
+    "What a loop over all public functions, their arguments and ten wrong objects found"
+    from optiq.calibration import fingerprint, shape_of
+    from optiq.evals.ai2d import ai2d
+    from optiq.evals.gsm8k import gsm8k
+    from optiq.evals.perplexity import evaluate, overrides_of
+    from optiq.evals.tasks import answers
+    from optiq.evals.throughput import throughput
+    from optiq.knapsack import pose
+    for wrong in (lambda: gsm8k('demo', [1]), lambda: gsm8k('demo', out=5), lambda: ai2d('demo', out=5), lambda: answers('demo', [1]),
+                  lambda: throughput('demo', make_cache=5), lambda: evaluate('demo', [1]), lambda: evaluate('demo', [], tick=5),
+                  lambda: overrides_of({}, quantize=5), lambda: fingerprint([1]), lambda: shape_of([1]), lambda: pose(None, pin=5)):
+        with pytest.raises(ValueError) as e: wrong()
+        assert '\n' not in str(e.value)

@@ -31,7 +31,7 @@ def test_a_config_tells_what_the_checkpoint_holds(architecture, tmp_path):
     c, o = Checkpoint(whole), _Outline(whole)
     assert [(u.path, u.shape, u.dtype, u.block) for u in o.units] == [(u.path, u.shape, u.dtype, u.block) for u in c.units]
     assert (o.params, o.other_bytes) == (c.params, c.other_bytes)
-    assert module._cache_bytes(o, 512) == cache_bytes(c, 512)
+    assert cache_bytes(o, 512) == cache_bytes(c, 512)
 
 def test_no_weight_is_read(bare):
     found = what_fits(bare, 8*GB, 256)
@@ -42,7 +42,7 @@ def test_plans_fill_what_is_left(bare, monkeypatch):
     monkeypatch.setattr(module, '_usable', lambda m: m)
     o = _Outline(bare)
     o.context = 256
-    rest = module._cache_bytes(o, 256)+module._working_bytes(o, 256)
+    rest = cache_bytes(o, 256)+module._working_bytes(o, 256)
     three, four = (module.uniform(o, b).nbytes for b in (3, 4))
     row, = what_fits(bare, rest+(three+four)//2, 256, formats=[3, 4, 8]).rows
     assert row['plan'] == 'mixed' and 3 < row['nominal_bpw'] < 4 and row['size'] <= row['weights'] and row['uniform'] == '3g64'
@@ -81,12 +81,12 @@ def test_what_is_no_size(given, bare):
 
 def test_convert_takes_what_this_machine_leaves(folder, monkeypatch):
     o = _Outline(folder)
-    least = module._cache_bytes(o, 256)+module.uniform(o, 4).nbytes
+    least = cache_bytes(o, 256)+module.uniform(o, 4).nbytes
     monkeypatch.setattr(module, '_here', lambda: (least+10_000+module._working_bytes(o, 256), 'as the test says'))
     few = Texts(n_calibration=1, seq_len=16, n_evaluation=1, eval_len=16)
     ask = Weights([4, 8], rounding='minmax', verify=False, compare=False)
     r = optimize(str(folder), caps=Caps(max_memory='auto', context=256), texts=few, weights=ask)
-    assert r['plan'].solver['caps']['max_memory'] == pytest.approx(least+10_000) and r['plan'].nbytes+module._cache_bytes(o, 256) <= least+10_000
+    assert r['plan'].solver['caps']['max_memory'] == pytest.approx(least+10_000) and r['plan'].nbytes+cache_bytes(o, 256) <= least+10_000
     monkeypatch.setattr(module, '_here', lambda: (1000, 'as the test says'))
     with pytest.raises(ValueError, match='less than a step of .* needs at 256 tokens'):
         optimize(str(folder), caps=Caps(max_memory='auto', context=256), texts=few, weights=ask)

@@ -6,6 +6,7 @@
 __all__ = ['APART', 'apart', 'open_backend']
 
 # %% ../../nbs/03f_backends.open.ipynb #6787f6bc
+from pathlib import Path
 import sys
 import time
 from functools import cache, partial
@@ -18,6 +19,7 @@ from .replay import Backend, available_memory
 from .stream import StreamedModel, StreamedReplay, StreamingBackend
 from .torch import TorchBackend
 from ..models import Checkpoint, check_two_heads
+from ..progress import _waiting
 from ..readers import _checked
 
 # %% ../../nbs/03f_backends.open.ipynb #bd91567e
@@ -109,7 +111,7 @@ def _check_other_model(b: Backend) -> Backend: # the same
     known = not b.stands_in or c.fingerprint in _AGREED
     other = None if known else b.by_loader(c)
     if other:
-        off = apart(_few_logits(b), _few_logits(other))
+        with _waiting('comparing PyTorch and MLX'): off = apart(_few_logits(b), _few_logits(other))
         if off > APART: raise ValueError(
             f'{c.name}: PyTorch and MLX compute different models, their logits are {off:.0%} apart: '
             f"{_likely_cause(c.config)}; backend 'mlx' measures what will be saved")
@@ -127,7 +129,7 @@ _KINDS = dict(text=dict(torch=TorchBackend, mlx=MLXBackend, stream=_streamed),
 
 @_checked
 def open_backend(
-    model: 'str | Checkpoint | Backend', # name, folder, or something opened before
+    model: 'str | Path | Checkpoint | Backend', # name, folder, or something opened before
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
 ) -> Backend:
     """A model ready for replay
@@ -140,7 +142,8 @@ def open_backend(
     kinds = _KINDS['text' if checkpoint.model_type == 'llm' else 'parts']
     if backend == 'auto': backend = _choose(checkpoint)
     if backend not in kinds: raise ValueError(f'no backend {backend!r}; there are auto, {", ".join(kinds)}')
-    return _check_other_model(kinds[backend](checkpoint))
+    with _waiting(f'opening {checkpoint.name}'): b = kinds[backend](checkpoint)
+    return _check_other_model(b)
 
 # %% ../../nbs/03f_backends.open.ipynb #0efb2705
 def _within(

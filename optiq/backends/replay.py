@@ -18,6 +18,7 @@ from .taps import same
 from .trees import _forgetful, _grown, _leaves, _write, _written
 from ..calibration import _check_ids
 from ..models import Checkpoint
+from ..readers import OutOfMemory, is_full
 from ..units import Unit
 
 # %% ../../nbs/03_backends.replay.ipynb #b684d45f
@@ -39,6 +40,7 @@ class Backend:
     on_gpu = False # whether it computes on a GPU
     takes_caches = False # whether its model runs with caches of mlx-lm
     memory = None # cap in bytes on all that a streamed model takes; None: what is free
+    fits = None # sequences that memory held at once, after it ran out
     digesting = False # whether we digest each block that we stream, for a fingerprint that is needed later
     statistics = None # cache unit ▸ preconditioner, while rotated formats have one
     cached = {} # path ▸ keys or values of a layer, as units; `optiq.kv.layout` fills it in
@@ -401,3 +403,25 @@ def free_memory(self: Backend) -> int:
 def array(self: Backend, a: np.ndarray):
     "A NumPy array `a` as one of the backend's own"
     return self.xp.asarray(np.array(a))
+
+# %% ../../nbs/03_backends.replay.ipynb #1bfc3a04
+@patch
+def at_once(self: Backend, n: int) -> int:
+    "`n` sequences, or as many as fitted when memory ran out"
+    return n if self.fits is None else min(n, self.fits)
+
+@patch
+def less(self: Backend, n: int):
+    "From now on half of `n` sequences at once; raises OutOfMemory if `n` is one"
+    if n <= 1: raise OutOfMemory(f'{self.checkpoint.name}: memory runs out with one sequence at a time')
+    self.fits = self.at_once(-(-n//2))
+
+@patch
+def halved(self: Backend, n: int, work): # ▸ what `work` gives
+    "`work(n)`, which runs at most `n` sequences at once; again with half as many after each lack of memory"
+    while True:
+        n = self.at_once(n)
+        try: return work(n)
+        except Exception as e:
+            if not is_full(e): raise
+            self.less(n)

@@ -238,7 +238,7 @@ def doctor(timeout, as_json):
 # %% ../../nbs/89c_commands.look.ipynb #6d1ae6ee
 @_command('fit', short_help='The largest plan of a model that fits a machine, from its config alone.')
 @click.argument('model')
-@click.option('--memory', type=_Size('GB'), metavar='16GB',
+@click.option('--memory', type=_Size('GB'), metavar='GB|16GB',
               help='memory of the machine; default: this one, and common Macs')
 @_candidates('widths to choose from  [default: all of --sweep, or 2,3,4,5,6,8]')
 @_options('fit.what_fits', 'context', 'sweep')

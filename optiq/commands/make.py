@@ -166,7 +166,8 @@ def sweep(model, out, bits, formats, group_size, targets, resume, as_json, **giv
     _check_group(group_size, (formats, bits, '4,8'))
     given |= dict(formats=_as_formats(formats, bits, group_size, '4,8'), targets=targets,
                   rounding_n=given['rounding_n'] or 32)
-    _finish(*_told_of(_measured(model, out=out, **given), out), as_json)
+    from optiq.sensitivity import kl_sweep
+    _finish(*_told_of(_measured(kl_sweep, model, out=out, **given), out), as_json)
 
 # %% ../../nbs/89b_commands.make.ipynb #725f56a7
 def _check_unused_in_sweep(given: dict):
@@ -184,13 +185,12 @@ def _check_unused_in_sweep(given: dict):
 
 
 # %% ../../nbs/89b_commands.make.ipynb #7d9f5ab1
-def _measured(model, formats, targets, model_type, trust_remote_code, dtype, states_memory, **given):
+def _measured(kl_sweep, model, formats, targets, model_type, trust_remote_code, dtype, states_memory, **given):
     "Open a model as the options say, and run `kl_sweep`, by default for a target that the formats reach"
     from optiq.formats import parse_formats
     from optiq.knapsack import _usual_bits
     from optiq.measure.sweep import _untested
     from optiq.models import Checkpoint, _check_overflow
-    from optiq.sensitivity import kl_sweep
     _check_overflow(c := Checkpoint(model, trust_remote_code, model_type, dtype))
     targets = _as_targets(targets) if targets else [_usual_bits(_untested(c, parse_formats(formats)), 4.5)]
     return kl_sweep(c, formats=formats, targets=targets, max_memory=states_memory, **given)

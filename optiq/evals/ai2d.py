@@ -172,10 +172,10 @@ def _judged(row: dict, response: str | None, logprobs) -> dict:
     return kept | dict(chosen=chosen, logprobs=[round(float(x), 4) for x in logprobs]) | wrote
 
 # %% ../../nbs/35_evals.ai2d.ipynb #e4a09631
-@claiming
 @_checked
+@claiming
 def ai2d(
-    model: 'str | Checkpoint | Backend', # the model, or its name
+    model: 'str | Path | Checkpoint | Backend', # the model, or its name
     n: int | None = None, # questions; None takes all
     questions: 'str | Path | list | None' = None, # a source, see `questions_of`, or its rows; AI2D by default
     free: bool = True, # also score what the model writes

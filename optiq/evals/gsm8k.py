@@ -6,6 +6,7 @@
 __all__ = ['first_answer', 'questions', 'Answers', 'gsm8k', 'label_of', 'questions_fingerprint', 'score_responses']
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #5607de6f
+from collections.abc import Callable
 import os
 import re
 from fractions import Fraction
@@ -131,7 +132,7 @@ def _right(
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #635409bf
 def questions(
-    source: str = 'gsm8k', # 'gsm8k' from the Hub, 'word-problems' of the demo model, or a .jsonl file
+    source: 'str | Path' = 'gsm8k', # 'gsm8k' from the Hub, 'word-problems' of the demo model, or a .jsonl file
     n: int | None = None, # the first n; None takes all (200 word problems)
 ) -> list: # of dicts with question and answer
     "The test questions of a source; raises ValueError if it has fewer than n"
@@ -206,16 +207,16 @@ class Answers(list):
 _STOP = '\nQuestion:', '\n\nQuestion', '\nQ:', '\n\n\n'
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #7abd7205
-@claiming
 @_checked
+@claiming
 def gsm8k(
-    model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
-    rows: list | None = None, # questions; see `questions`
+    model: 'str | Path | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
+    rows: 'list[dict] | None' = None, # questions; see `questions`
     shots: int = 3, # worked examples; the demo model was trained without any
     new_tokens: int = 320, # at most
     batch: int = 16, # questions at a time
     out: 'str | Path | None' = None, # .jsonl file to write, and to resume from
-    make_cache = None, # mlx-lm model ▸ caches; its `label` goes into the file
+    make_cache: 'Callable | None' = None, # mlx-lm model ▸ caches; its `label` goes into the file
     overrides: dict = {}, # of a plan
     name: str | None = None, # of the row
     size = None, # Plan that the overrides stand for

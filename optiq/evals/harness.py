@@ -6,6 +6,7 @@
 __all__ = ['harness']
 
 # %% ../../nbs/39_evals.harness.ipynb #adb57be8
+from pathlib import Path
 from ..models import Checkpoint
 from ..report import Report, machine, mean_figure, own_size, share_figure
 from ..readers import _checked
@@ -23,7 +24,7 @@ def _adapter():
 # %% ../../nbs/39_evals.harness.ipynb #60f9921b
 @_checked
 def harness(
-    model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
+    model: 'str | Path | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
     task: str, # as lm-eval names it, such as mmlu or arc_easy
     limit: int | None = None, # items of each subtask; None takes all
     shots: int | None = None, # worked examples; the task's own number by default

@@ -21,7 +21,7 @@ from ..files import whole_folder
 from ..measure.kl import _inside, kl_rows, logit_slices
 from ..measure.log import _bar
 from ..models import Checkpoint
-from ..readers import maybe, read_ours, told, whole, write_json, _checked
+from ..readers import is_full, maybe, read_ours, told, whole, write_json, _checked
 
 # %% ../../nbs/32_evals.kl.ipynb #7517f973
 def _merged(
@@ -44,13 +44,25 @@ def _logits_of(
     n, T = tokens.shape
     batch = batch or max(1, 4096//T)
     for k in _bar(f'{n} sequences', of=range(0, n, batch)):
-        ids = tokens[k:k+batch]
-        states = b.embed(ids, _inside(b, overrides, None))
-        for i in range(b.n_blocks): states = b.run_block(i, states, _inside(b, overrides, i))
-        step = min(T, logit_slices(b, len(ids), T)[0])
-        for t in range(0, T, step):
-            with b.swapped(_inside(b, overrides, None)): z = b.head(states[:, t:t+step])
-            yield slice(k, k+len(ids)), slice(t, min(T, t+step)), z
+        stop = min(n, k+batch)
+        while k < stop:
+            rows = slice(k, k+b.at_once(stop-k))
+            try:
+                for at, z in _slices_of(b, tokens[rows], overrides): yield rows, at, z
+                k = rows.stop
+            except Exception as e: # of the model: what our caller does with the logits is not seen here
+                if not is_full(e): raise
+                b.less(rows.stop-k)
+
+def _slices_of(b: Backend, ids: np.ndarray, overrides: dict): # ▸ slice of positions, (B, t, V) logits
+    "Walk through the blocks with one batch"
+    T = ids.shape[1]
+    states = b.embed(ids, _inside(b, overrides, None))
+    for i in range(b.n_blocks): states = b.run_block(i, states, _inside(b, overrides, i))
+    step = min(T, logit_slices(b, len(ids), T)[0])
+    for t in range(0, T, step):
+        with b.swapped(_inside(b, overrides, None)): z = b.head(states[:, t:t+step])
+        yield slice(t, min(T, t+step)), z
 
 # %% ../../nbs/32_evals.kl.ipynb #ca2d0f34
 @dataclass
@@ -80,7 +92,7 @@ class _Reference:
 # %% ../../nbs/32_evals.kl.ipynb #45d840b9
 @_checked
 def reference(
-    model: 'str | Checkpoint | Backend', # of which only the name is needed if it was computed before
+    model: 'str | Path | Checkpoint | Backend', # of which only the name is needed if it was computed before
     tokens: 'np.ndarray | list', # (n, T)
     top_k: int | None = 256, # words kept for each token; None keeps all
     cache: 'str | Path | None' = None, # folder of references; `OPTIQ_CACHE` or ~/.cache/optiq by default
@@ -141,7 +153,7 @@ def _check_foreign(stored: _Reference, c: Checkpoint, tokens: np.ndarray):
 @_checked
 def score_against(
     stored: _Reference,
-    model: 'str | Checkpoint | Backend', # the model, or its name
+    model: 'str | Path | Checkpoint | Backend', # the model, or its name
     tokens: 'np.ndarray | list', # (n, T), those of the reference
     overrides: dict = {}, # of a plan
 ) -> Score:

@@ -6,6 +6,8 @@
 __all__ = ['needle']
 
 # %% ../../nbs/37_evals.needle.ipynb #7f62c02d
+from collections.abc import Callable
+from pathlib import Path
 import random
 
 import numpy as np
@@ -59,7 +61,7 @@ def _margins(
     b: Backend,
     pairs: list, # of (prompt ids, answer ids)
     overrides: dict = {}, # of a plan
-    make_cache = None, # mlx-lm model ▸ caches
+    make_cache: 'Callable | None' = None, # mlx-lm model ▸ caches
     batch_tokens: int = 8192, # at a time
     tick = lambda share: None, # called after each step with its share of the work
 ) -> np.ndarray: # (len(pairs),)
@@ -101,13 +103,13 @@ def _through_cache(b, prompt, answer, cache, step=2048):
 # %% ../../nbs/37_evals.needle.ipynb #60099a92
 @_checked
 def needle(
-    model: 'str | Checkpoint | Backend', # the model, or its name
+    model: 'str | Path | Checkpoint | Backend', # the model, or its name
     lengths: tuple = (128, 256, 512, 1024), # tokens
     depths: tuple = (0., .25, .5, .75, 1.),
     trials: int = 40, # of each length and depth
     keys: int | None = None, # codes in a text
     seed: int = 42, # of the texts
-    make_cache = None, # mlx-lm model ▸ caches
+    make_cache: 'Callable | None' = None, # mlx-lm model ▸ caches
     overrides: dict = {}, # of a plan
     name: str | None = None, # of the row
     size = None, # Plan that the overrides stand for

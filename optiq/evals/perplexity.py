@@ -6,6 +6,8 @@
 __all__ = ['evaluation_tokens', 'check_calibration', 'check_overlap', 'Score', 'evaluate', 'overrides_of']
 
 # %% ../../nbs/31_evals.perplexity.ipynb #cb53e965
+from collections.abc import Callable
+from pathlib import Path
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +31,7 @@ from ..models import Checkpoint
 # %% ../../nbs/31_evals.perplexity.ipynb #ea90def3
 @_checked
 def evaluation_tokens(
-    source: str, # 'bundled', 'wikitext2', or a local file
+    source: 'str | Path', # 'bundled', 'wikitext2', or a local file
     tokenizer, # of the model
     n: int = 16, # sequences
     seq_len: int = 256, # tokens in each
@@ -145,6 +147,18 @@ class _Batch:
         self.rows |= _score(self.ids, self.states, {n: self.everyone[n] for n in self.states})
         self.states = {'reference': self.states['reference']}
 
+    def cut(self, n: int) -> list: # of batches
+        "The same in batches of at most `n` sequences; what has no score yet begins again"
+        self.states = {v: x for v, x in self.states.items() if v in self.rows}
+        if len(self.ids) <= n: return [self]
+        found = [_Batch(self.b, self.ids[k:k+n]) for k in range(0, len(self.ids), n)]
+        for k, part in enumerate(found):
+            mine = slice(k*n, k*n+n)
+            part.everyone = self.everyone
+            part.rows = {v: r[:, mine] for v, r in self.rows.items()}
+            part.states = {v: x[mine] for v, x in self.states.items()}
+        return found
+
 # %% ../../nbs/31_evals.perplexity.ipynb #34b21803
 def _together(b: Backend, batches: list) -> list: # of lists of batches
     "Batches that walk together"
@@ -172,16 +186,43 @@ class _Text:
         for x in self.batches: x.everyone |= {n: v for n, v in new.items() if n not in x.everyone}
 
 # %% ../../nbs/31_evals.perplexity.ipynb #7f4fefb2
+def _walk_together(group: list, tick): # of batches; called with the share of this walk
+    "Take batches through all blocks, and score them"
+    blocks = max(m.n_blocks for x in group for m, _ in x.everyone.values())
+    for i in (None, *range(blocks)):
+        for x in group: x.step(i)
+        if i is not None: tick(1/blocks)
+    for x in group: x.score()
+
+def _few_at_once(batches: list, n: int) -> list: # of lists of batches
+    "Batches in groups of at most `n` sequences"
+    groups = [[]]
+    for x in batches:
+        if sum(len(y.ids) for y in (*groups[-1], x)) > n: groups.append([])
+        groups[-1].append(x)
+    return [g for g in groups if g]
+
 @patch
 def run(self: _Text, tick=lambda share: None, beside: list | tuple = ()): # beside: other texts
     "Score every variant that has no score yet"
-    every = [x for t in (self, *beside) for x in t.batches]
+    texts = [self, *beside]
+    every = [x for t in texts for x in t.batches]
+    def walked(group, n): # n: sequences at once
+        parts, told = {id(x): x.cut(n) for x in group}, []
+        groups = _few_at_once([p for x in group for p in parts[id(x)]], n)
+        def share(part):
+            told.append(part/len(groups)*len(group)/len(every))
+            tick(told[-1])
+        try:
+            for some in groups: _walk_together(some, share)
+        except Exception:
+            tick(-sum(told)) # this walk is nothing yet
+            raise
+        return parts
+    now = {}
     for group in _together(self.b, every):
-        blocks = max(m.n_blocks for x in group for m, _ in x.everyone.values())
-        for i in (None, *range(blocks)):
-            for x in group: x.step(i)
-            if i is not None: tick(len(group)/len(every)/blocks)
-        for x in group: x.score()
+        now |= self.b.halved(sum(len(x.ids) for x in group), partial(walked, group))
+    for t in texts: t.batches = [p for x in t.batches for p in now[id(x)]]
 
 @patch
 def scores(self: _Text) -> dict: # name ▸ Score, with 'reference' first
@@ -191,11 +232,11 @@ def scores(self: _Text) -> dict: # name ▸ Score, with 'reference' first
 # %% ../../nbs/31_evals.perplexity.ipynb #ecc2e078
 @_checked
 def evaluate(
-    model: 'str | Checkpoint | Backend', # the reference
+    model: 'str | Path | Checkpoint | Backend', # the reference
     tokens: 'np.ndarray | list', # (n, T), or samples
     variants: dict = {}, # name ▸ overrides (see `overrides_of`), or another Backend
     batch: int | None = None, # sequences at a time; about 4,096 tokens by default
-    tick = lambda share: None, # called after each step with its share of the work
+    tick: Callable = lambda share: None, # called after each step with its share of the work
     beside: list | tuple = (), # other texts with their own variants, to be scored in the same walk
 ) -> dict: # name ▸ Score, with 'reference' first
     "Score the model, and any number of variants of it, on the same tokens"
@@ -274,7 +315,7 @@ def _nll_of_sample(b, z, sample):
 @_checked
 def overrides_of(
     plan: Mapping, # unit path ▸ Format, a Plan or a dict
-    quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip
+    quantize: 'Callable | Mapping' = quantize_dequantize, # (weight, format) ▸ weight after the round trip
 ) -> dict:
     "The overrides that simulate a plan: unit path ▸ function of its weight"
     kept = {u.path: u.kept for u in getattr(plan, 'units', ())}

@@ -6,6 +6,8 @@
 __all__ = ['compose', 'answers', 'score_rows', 'task_rows']
 
 # %% ../../nbs/33_evals.tasks.ipynb #0a57288f
+from collections.abc import Callable
+from pathlib import Path
 from itertools import islice
 from dataclasses import dataclass
 
@@ -55,7 +57,7 @@ def write(self: Backend,
     new_tokens: int, # at most
     end: int, # end token
     stop: tuple = (), # strings that end a text
-    make_cache = None, # mlx-lm model ▸ caches; needs a backend that takes them
+    make_cache: 'Callable | None' = None, # mlx-lm model ▸ caches; needs a backend that takes them
 ) -> list: # of token ids
     "Greedy continuations of prompts, with a whole forward pass for each token"
     _check_caches(self, make_cache)
@@ -101,7 +103,7 @@ def compose(
     prompts: list, # texts
     new_tokens: int = 320, # at most
     stop: tuple = (), # strings that end a text, and are not part of it
-    make_cache = None, # mlx-lm model ▸ caches
+    make_cache: 'Callable | None' = None, # mlx-lm model ▸ caches
     overrides: dict = {}, # of a plan
 ) -> list[str]:
     "What the model writes after each prompt, as text"
@@ -125,12 +127,12 @@ def _parts(which, lengths: list, room: int): # of indices
 # %% ../../nbs/33_evals.tasks.ipynb #3f4251e5
 @_checked
 def answers(
-    model: 'str | Checkpoint | Backend', # the model, or its name
-    rows: list, # of dicts with `prompt` and `answer`
+    model: 'str | Path | Checkpoint | Backend', # the model, or its name
+    rows: list[dict], # of dicts with `prompt` and `answer`
     overrides: dict = {}, # of a plan, see `optiq.evals.perplexity.overrides_of`
     new_tokens: int = 200, # at most
     batch_tokens: int = 8192, # prompt and answer tokens at a time
-    tick = lambda share: None, # called with the share of rows that a step answered
+    tick: Callable = lambda share: None, # called with the share of rows that a step answered
 ) -> list[str]:
     "What the model writes after each prompt"
     b, out = open_backend(model), {}
@@ -168,7 +170,7 @@ class _Share:
 
 # %% ../../nbs/33_evals.tasks.ipynb #dd4e61a7
 @_checked
-def score_rows(model: 'str | Checkpoint | Backend', rows: list, overrides: dict = {}) -> _Share:
+def score_rows(model: 'str | Path | Checkpoint | Backend', rows: list[dict], overrides: dict = {}) -> _Share:
     "How many of these `rows` a `model` gets right, with `overrides` of its weights"
     return _Share(sum(correct(r, text) for r, text in zip(rows, answers(model, rows, overrides))), len(rows))
 

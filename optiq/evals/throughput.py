@@ -6,6 +6,8 @@
 __all__ = ['throughput']
 
 # %% ../../nbs/38_evals.throughput.ipynb #0e26e9dd
+from collections.abc import Callable
+from pathlib import Path
 import time
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy as np
 from .gsm8k import label_of
 from ..models import Checkpoint
 from ..report import Report, machine, own_size
+from ..progress import _bar, _waiting
 from ..readers import _checked
 
 # %% ../../nbs/38_evals.throughput.ipynb #f646444c
@@ -20,7 +23,7 @@ def _one_run(
     model, # mlx-lm model
     prompt: list, # token ids
     new_tokens: int,
-    make_cache = None, # mlx-lm model ▸ caches
+    make_cache: 'Callable | None' = None, # mlx-lm model ▸ caches
 ) -> dict: # tokens per second of prompt and decoding, and MiB at the peak
     "Time to the first token, then the time of all others"
     import mlx.core as mx
@@ -37,11 +40,11 @@ def _one_run(
 # %% ../../nbs/38_evals.throughput.ipynb #365ed592
 @_checked
 def throughput(
-    model: 'str | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
+    model: 'str | Path | Checkpoint', # 'demo', a folder, a Hub id, or a Checkpoint
     prompt_tokens: int = 512, # tokens to read when speed is measured: random ones, the text does not matter
     new_tokens: int = 128, # tokens to write, even after the model ends its text
     repeats: int = 5, # runs after the one that warms up
-    make_cache = None, # mlx-lm model ▸ caches
+    make_cache: 'Callable | None' = None, # mlx-lm model ▸ caches
     name: str | None = None, # of the row
     trust_remote_code: bool = False, # run model code that comes with the checkpoint
 ) -> Report: # medians; _low and _high are the smallest and the largest run
@@ -52,9 +55,10 @@ def throughput(
     c = model if isinstance(model, Checkpoint) else Checkpoint(model, trust_remote_code)
     opened = c.load()
     row = own_size(c, name)
-    mx.eval(opened.parameters())
+    with _waiting(f'reading {c.name}'): mx.eval(opened.parameters())
     prompt = np.random.default_rng(42).integers(0, c.vocabulary, prompt_tokens).tolist()
-    runs = [_one_run(opened, prompt, new_tokens, make_cache) for _ in range(1+repeats)][1:]
+    times = _bar(f'{1+repeats} runs', of=range(1+repeats))
+    runs = [_one_run(opened, prompt, new_tokens, make_cache) for _ in times][1:]
     for k in runs[0]: row |= _spread(k, [r[k] for r in runs])
     how = dict(prompt_tokens=prompt_tokens, new_tokens=new_tokens, cache=label_of(make_cache),
                interval='smallest and largest run', device=str(mx.default_device()),

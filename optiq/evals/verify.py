@@ -6,6 +6,7 @@
 __all__ = ['verify']
 
 # %% ../../nbs/45_evals.verify.ipynb #129ca139
+from pathlib import Path
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,12 +21,13 @@ from ..backends.open import _within, open_backend
 from ..backends.replay import Backend
 from ..calibration import fingerprint, token_batch
 from ..convert import as_saved, check_saved, dequantized_units, stored_bytes
-from .perplexity import evaluate, evaluation_tokens
+from .perplexity import evaluation_tokens, _scores
 from ..families.samples import batch_for
 from ..formats import AS_IS, dequantized, nbytes, quantize_minmax
 from ..measure.sweep import Sweep, learned_again, rounding_of
 from ..models import Checkpoint
 from ..plan import Plan
+from ..progress import _waiting
 from ..readers import _helpful, _html_table, check_other
 from ..rounding import round_model
 
@@ -69,7 +71,7 @@ class _Checks:
 @patch
 def run(self: _Checks, name: str, f: Callable, *args) -> bool | None:
     "Make one check"
-    self.rows.append((name, *_outcome(f, *args)))
+    with _waiting(f'checking: {name}'): self.rows.append((name, *_outcome(f, *args)))
     return self.rows[-1][1]
 
 @patch
@@ -203,7 +205,7 @@ def _check_kl(c: Checkpoint, plan, sweep, reference: Backend | None, text, withi
     tokens = _calibration_tokens(c, sweep, text) if predicted else None
     same = tokens is not None
     if not same: tokens = _other_text(c, text)
-    kl = evaluate(reference, tokens, {'saved': as_saved(reference, c)})['saved'].kl
+    kl = _scores(reference, tokens, {'saved': as_saved(reference, c)})['saved'].kl
     if not predicted: return f'{kl.mean():.4f}; nothing was predicted'
     what = 'the calibration tokens' if same else 'other text'
     forecast, low, high = _expected(plan, kl, same, within)
@@ -251,9 +253,9 @@ def _type_of(sweep: Sweep | None) -> str | None:
 # %% ../../nbs/45_evals.verify.ipynb #7ac0bc0f
 @_helpful
 def verify(
-    model: str, # a converted model
-    reference: str | None = None, # the full-precision model it was made from
-    text: 'str | list' = 'bundled', # text, pictures or speech to measure KL on, best those of the calibration
+    model: 'str | Path', # a converted model
+    reference: 'str | Path | None' = None, # the full-precision model it was made from
+    text: 'str | Path | list' = 'bundled', # text, pictures or speech to measure KL on, best those of the calibration
     within: float | None = None, # accepted factor between predicted and measured KL; by default the forecast's error
     backend: str = 'auto', # 'auto', 'torch', 'mlx' or 'stream'
     max_memory: float | None = None, # bytes for scoring the reference, with `backend` stream

@@ -57,12 +57,12 @@ def _wer_figure(
     return _figure('wer', float(e.sum()/words), float(rates.std()), low, high, e*n/words, on)
 
 # %% ../../nbs/36_evals.wer.ipynb #90311635
-@claiming
 @_checked
+@claiming
 def wer(
-    model: 'str | Checkpoint', # a speech model that mlx-audio opens
+    model: 'str | Path | Checkpoint', # a speech model that mlx-audio opens
     n: int = 200, # clips at most
-    source: str = 'librispeech', # 'librispeech' (test-clean), 'bundled', or a folder, of which all is used
+    source: 'str | Path' = 'librispeech', # 'librispeech' (test-clean), 'bundled', or a folder, of which all is used
     out: 'str | Path | None' = None, # .jsonl file of transcripts to write, and to resume from
     name: str | None = None, # of the row
     new_tokens: int = 224, # written for a clip at most

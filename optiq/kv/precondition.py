@@ -22,6 +22,7 @@ from ..backends.replay import Backend
 from ..calibration import samples_of
 from ..formats import Format, parse_format
 from .layout import kv_layout
+from ..progress import _bar
 from ..folder import read_header
 from ..turboquant import Rotated
 
@@ -105,7 +106,7 @@ def key_statistics(
         rows = [b.numpy(x).astype(np.float32).swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in qkv]
         for kind, x in zip('qkv', rows): seen.setdefault((block, kind), []).append(x)
     with b.watching(see):
-        for row in one_by_one: b.numpy(b.logits(row)[:, -1:])
+        for row in _bar('statistics of keys and values', of=one_by_one, after=1): b.numpy(b.logits(row)[:, -1:])
     q, k, v = ({i: np.concatenate(seen[i, kind]) for i in path} for kind in 'qkv')
     return ({f'{p}.keys': KeyPrecondition.of(k[i], q[i]) for i, p in path.items()} |
             {f'{p}.values': KeyPrecondition.of_values(v[i]) for i, p in path.items()})

@@ -52,7 +52,7 @@ def _check_heard(sweep: Sweep, b):
 # %% ../../nbs/11f_kv.sweep.ipynb #d864fc27
 @_checked
 def kv_sweep(
-    model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend; quantized or not
+    model: 'str | Path | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint, a Backend; quantized or not
     tokens: 'np.ndarray | list | None' = None, # (n, T) calibration tokens
     formats = ('3g64', '4g64', '6g64', '8g64'), # candidates
     *,
@@ -219,7 +219,7 @@ def joint_plan(
     *,
     rounding: str | None = None, # of the weights: 'minmax', 'search' or 'gptq'; `ROUNDING` by default
     rounding_tokens: 'np.ndarray | list | None' = None, # what it learns from; `tokens` by default
-    calibration: str | None = None, # where these come from
+    calibration: 'str | Path | None' = None, # where these come from
     candidates: list | None = None, # of weights and cache together; all that is measured by default
     max_memory: float | None = None, # bytes for states
     **wishes, # as for `allocate`

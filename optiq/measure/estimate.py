@@ -6,7 +6,7 @@
 __all__ = ['Pass', 'plan_passes', 'passes_of', 'cost', 'estimate']
 
 # %% ../../nbs/04b_measure.estimate.ipynb #e9925d40
-import re
+from pathlib import Path
 import time
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -20,7 +20,8 @@ from ..backends.trees import _leaves
 from ..calibration import samples_of, shape_of
 from ..formats import Format, WORD, divides, parse_formats, quantize_dequantize
 from .kl import _stack, kl_of_streams, measure, perturb, probes
-from ..readers import _checked
+from ..progress import _waiting
+from ..readers import _checked, is_full
 from ..models import Checkpoint
 
 # %% ../../nbs/04b_measure.estimate.ipynb #b517665c
@@ -74,35 +75,37 @@ def passes_of(
     return [Pass(s, min(s+sequences, n), tuple(todo[j] for j in sorted(order[k:k+many])))
             for s in range(0, n, sequences) for k in range(0, len(todo), many)]
 
-# %% ../../nbs/04b_measure.estimate.ipynb #6fc47dcc
-_FULL = re.compile('out of ?memory|insufficient memory|not enough memory|allocate', re.I)
-
-def _is_full(e: Exception) -> bool:
-    "Whether an error of PyTorch, MLX or Python says that memory ran out"
-    return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and bool(_FULL.search(str(e)))
-
 # %% ../../nbs/04b_measure.estimate.ipynb #b85ee117
+def _few_probes(b: Backend, batch, todo, *args, many: int, **options) -> tuple: # KL, probes that fit at a time
+    "`measure`, with half as many probes at a time after each failure for lack of memory"
+    kl, k = [], 0
+    while k < len(todo):
+        failed = False
+        try: kl.append(measure(b, batch, todo[k:k+many], *args, **options))
+        except Exception as e:
+            failed = is_full(e) # and only outside of this clause nothing holds the states any longer
+            if not failed or many == 1: raise
+        if failed: many = -(-many//2)
+        else: k += many
+    return np.concatenate(kl), many
+
 def _measure_halved(
     b: Backend,
     batch: 'np.ndarray | list', # (B, T) token ids, or B samples
     todo: list | tuple, # probes, in the order of the model
     *args, # of `measure`
     many: int | None = None, # probes at a time, all by default
-    remedy: str = 'give fewer or shorter sequences',
     **options, # of `measure`
 ) -> tuple[np.ndarray, int]: # (len(todo), B) KL, probes that fit at a time
-    "`measure`, with half as many probes at a time after each failure for lack of memory"
-    kl, k, many = [], 0, max(1, min(many or len(todo), len(todo)))
-    while k < len(todo):
-        try: kl.append(measure(b, batch, todo[k:k+many], *args, **options))
-        except (MemoryError, RuntimeError) as e:
-            if not _is_full(e): raise
-            failed = True # and only outside of this clause nothing holds the states any longer
-        else: k, failed = k+many, False
-        if failed and many == 1: raise ValueError(
-            f'{b.checkpoint.name}: memory runs out with one probe on {len(batch)} sequences; {remedy}')
-        if failed: many = -(-many//2)
-    return np.concatenate(kl), many
+    "`measure`, with fewer probes at a time where memory does not do, or else fewer sequences"
+    most = max(1, min(many or len(todo), len(todo)))
+    def work(n):
+        found, fit = [], most
+        for k in range(0, len(batch), n):
+            kl, fit = _few_probes(b, batch[k:k+n], todo, *args, many=fit, **options)
+            found.append(kl)
+        return np.concatenate(found, 1), fit
+    return b.halved(len(batch), work)
 
 # %% ../../nbs/04b_measure.estimate.ipynb #c0dbd0ab
 def _block_passes(todo: list | tuple, n_blocks: int) -> int:
@@ -157,6 +160,8 @@ def _timing(b, batch, probes):
     width = b.checkpoint.units[0].shape[-1]*_answers_kept(states)
     return _Timing(stacked/k, alone, head/(k+1), weight, 8*batch.size*(probes+1)*width)
 
+def _ids(b, B, T): return np.arange(B*T).reshape(B, T) % b.checkpoint.units[0].shape[0]
+
 def _answers_kept(states) -> int:
     "The largest number of answers that a stream keeps at once"
     spans = getattr(states, 'spans', ())
@@ -166,6 +171,30 @@ def _largest(b, block):
     "The largest unit of a block, or of the model, that some group divides; None if there is none"
     fit = (u for u in b.checkpoint.units if block in (u.block, None) and divides(Format(4, WORD), u.shape))
     return max(fit, key=lambda u: u.params, default=None)
+
+# %% ../../nbs/04b_measure.estimate.ipynb #557de8b0
+_SHORT, _TOKENS = 512, 2**15 # tokens of a sequence, and of a batch, that we time
+
+def _grown_by(seconds: dict, T: int) -> float: # tokens ▸ seconds, of lengths that double
+    "Seconds at `T` tokens: a part in proportion, and one by the square"
+    *_, half, whole = seconds
+    x = T/whole
+    square = min(max(0., 2*seconds[whole]-4*seconds[half]), seconds[whole])
+    return (seconds[whole]-square)*x+square*x*x
+
+def _timing_of(b, B: int, T: int, probes: int) -> _Timing:
+    "The `_Timing` of a pass with `B` sequences of `T` tokens, from a short text if they are long or many"
+    short = min(T, _SHORT)
+    few = max(1, min(B, _TOKENS//short))
+    t, seconds, longer = _timing(b, _ids(b, few, short), probes), {}, short
+    while T > short and (len(seconds) < 2 or seconds[longer//2] < .05 and longer <= T):
+        states = b.embed(_ids(b, 1, longer))
+        seconds[longer] = _time(lambda: b.ready(b.run_block(0, states)))
+        longer *= 2
+    wider = B/few
+    grown = _grown_by(seconds, T)/seconds[short] if seconds else 1.
+    return _Timing(wider*grown*t.block, wider*grown*t.alone, wider*T/short*t.head, t.weight,
+                   t.bytes*B*T//(few*short))
 
 # %% ../../nbs/04b_measure.estimate.ipynb #a8213c40
 def _timing_of_sample(b, sample):
@@ -189,10 +218,10 @@ def cost(
     if not passes: return dict(seconds=0., bytes=0, probes=0, passes=0, forward=0., minmax=0.)
     B = passes[0].stop-passes[0].start
     many = max(len(p.todo) for p in passes)
-    batch = np.arange(B*T).reshape(B, T) % b.checkpoint.units[0].shape[0]
     known = _TIMED.setdefault(b, {})
     if (B, T) not in known: # once, so that two announcements of one road agree
-        known[B, T] = _timing(b, batch, many) if b.stacks else _timing_of_sample(b, sample), many
+        with _waiting('timing the steps'):
+            known[B, T] = _timing_of(b, B, T, many) if b.stacks else _timing_of_sample(b, sample), many
     t, timed = known[B, T]
     seconds = sum(t.seconds(p, b.n_blocks, (p.stop-p.start)/B) for p in passes)
     probes = sum(len(p.todo) for p in passes if p.start == passes[0].start)
@@ -215,7 +244,7 @@ def _seconds_of_reading(b: Backend) -> tuple:
 # %% ../../nbs/04b_measure.estimate.ipynb #efb54501
 @_checked
 def estimate(
-    model: 'str | Checkpoint | Backend', # the model, or its name
+    model: 'str | Path | Checkpoint | Backend', # the model, or its name
     formats = ('4g64', '8g64'), # candidates
     tokens: 'np.ndarray | list | tuple' = (8, 128), # calibration tokens, samples, or the shape of tokens
     max_memory: float | None = None, # bytes

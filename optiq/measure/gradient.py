@@ -6,17 +6,19 @@
 __all__ = ['gradient_sweep', 'agreement', 'screened_sweep']
 
 # %% ../../nbs/04d_measure.gradient.ipynb #e2a4b24b
+from pathlib import Path
 import numpy as np
 
 from ..backends.open import open_backend
 from ..backends.replay import Backend
 from ..calibration import unscored
 from ..formats import Format, for_unit, parse_format, quantize_dequantize
-from .estimate import _measure_halved
+from .estimate import _block_passes, _measure_halved
 from .kl import probes
 from .sweep import Sweep, fingerprint_of
-from .log import SweepLog
+from .log import SweepLog, _Share
 from ..units import Unit
+from ..progress import _bar
 from ..readers import _checked
 from ..models import Checkpoint
 
@@ -27,12 +29,21 @@ def _second_order(
     todo: list, # probes
     quantize = quantize_dequantize, # (weight, format) ▸ weight after the round trip, or path ▸ such a one
     seed: int = 42, # of the labels
+    tick = lambda share: None, # called with the share that is done
 ) -> list: # of the estimates
     "The estimate ½ Σ g² Δ² of the KL of every probe, in nats per token"
     skip = unscored(b.checkpoint, batch)
-    g = b.gradients(batch, seed, skip)
+    def work(n): # each part draws labels of its own
+        g = b.gradients(batch[:n], seed, skip)
+        for k in range(n, len(batch), n):
+            more = b.gradients(batch[k:k+n], seed+1000*k, skip)
+            for path in g: g[path] = g[path]+more[path]
+        return g
+    g = b.halved(len(batch), work)
+    tick(.25)
     def step(u, f):
         w = b.unit_weight(u.path)
+        tick(.75/len(todo))
         return b.cast(for_unit(quantize, u.path)(w, f))-b.cast(w)
     return [float(((g[u.path]*step(u, f))**2).sum())/2/batch[:, skip:].size for u, f in todo]
 
@@ -57,7 +68,9 @@ def gradient_sweep(
     formats = [parse_format(f) for f in formats]
     todo = probes(b.checkpoint.units, formats)
     batches = np.array_split(tokens, min(groups, len(tokens)))
-    found = np.array([_second_order(b, batch, todo, quantize, seed+k) for k, batch in enumerate(batches)])
+    with _bar('gradients') as bar:
+        def tick(share): bar.update(share/len(batches))
+        found = np.array([_second_order(b, batch, todo, quantize, seed+k, tick) for k, batch in enumerate(batches)])
     header = header or _header_of(b, tokens, formats, 'minmax, gradient')
     return Sweep(b.checkpoint.units, formats, {(u.path, f): v for (u, f), v in zip(todo, found.T)}, header)
 
@@ -131,13 +144,17 @@ def _spread(estimate, first):
 # %% ../../nbs/04d_measure.gradient.ipynb #e64dbb15
 def _measured(b, tokens, todo, quantize):
     "(path, format) ▸ KL of each sequence, four of them at a time"
-    kl = np.concatenate([_measure_halved(b, tokens[k:k+4], todo, quantize)[0] for k in range(0, len(tokens), 4)], 1)
+    starts = range(0, len(tokens), 4)
+    runs = len(starts)*_block_passes(todo, b.n_blocks)
+    with _bar(f'{len(todo)} measurements') as bar:
+        tick = _Share(bar, runs, len(starts)*len(todo))
+        kl = np.concatenate([_measure_halved(b, tokens[k:k+4], todo, quantize, tick)[0] for k in starts], 1)
     return {(u.path, f): v for (u, f), v in zip(todo, kl)}
 
 # %% ../../nbs/04d_measure.gradient.ipynb #3ec6198a
 @_checked
 def screened_sweep(
-    model: 'str | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
+    model: 'str | Path | Checkpoint | Backend', # 'demo', a folder, a Hub id, a Checkpoint or a Backend
     tokens: 'np.ndarray | list', # (n, T) calibration tokens
     formats: list, # candidates
     targets: list, # nominal bits of the plans that matter

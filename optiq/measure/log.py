@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from scipy.optimize import nnls
-from tqdm.auto import tqdm
 
 from ..backends.replay import Backend
 from ..calibration import samples_of, shape_of
@@ -26,9 +25,11 @@ from ..formats import AS_IS, quantize_dequantize
 from .estimate import _block_passes, cost, _duration, Pass, passes_of, plan_passes
 from .kl import probes
 from .sweep import _by_block, _counting, _counts_of, fingerprint_of, Sweep, _sweep_header, to_sweep
+from .sweep import _tokens_per_expert
 from .sweep import warn_of_idle
 from .journal import _go_on, _Journal, _shortest
 from ..plan import check_noise
+from ..progress import _bar
 
 # %% ../../nbs/04f_measure.log.ipynb #6699ead2
 class _Ranks:
@@ -142,6 +143,7 @@ class SweepLog(_Journal):
         passes = plan_passes(b, todo, self.shape, max_memory, self.ranks.size)
         self.late = b.digesting = not b.holds and not begun and self.ranks.size == 1
         self.experts = _counts_of(b) if self.late and b.stacks and passes[0] >= len(tokens) else {}
+        self.count = lambda: _tokens_per_expert(b, tokens)
         header = _sweep_header(b, c, tokens, bool(self.experts)) | about | dict(
             fingerprint={} if self.late else self.stamp(), passes=passes)
         header, records = _read_logs(self.out, header, self.ranks, mark)
@@ -178,8 +180,10 @@ class SweepLog(_Journal):
 def begin(self: SweepLog):
     "Write the file of a streamed model's sweep, whose fingerprint is known now"
     self.header['fingerprint'], self.late, self.b.digesting = self.stamp(), False, False
-    if self.experts: warn_of_idle(found := _by_block(self.b, self.experts))
-    if self.experts: self.header['experts'] = found
+    if self.experts:
+        whole = self.b.at_once(self.shape[0]) == self.shape[0] # else the pass went in parts: the last is counted
+        self.header['experts'] = _by_block(self.b, self.experts) if whole else self.count()
+        warn_of_idle(self.header['experts'])
     if self.out is None: return
     self.path = own_file(self.out, 'sweep', **self.mark) # again: much can be put there in an hour
     settle(self.path, self.text())
@@ -238,12 +242,6 @@ def _announce(c: dict, log: SweepLog, rounding: float):
           file=sys.stderr, flush=True)
 
 # %% ../../nbs/04f_measure.log.ipynb #31ddbbf5
-def _bar(what: str = '', show: bool = True, of=None): # ▸ tqdm over `of`; without it, a bar for shares of the work
-    "A bar for a long step: how much is done, how long it took, how long it will take"
-    total = 1 if of is None else len(of)
-    return tqdm(of, total=total, desc=what and f'{what} ', leave=False, disable=not show, smoothing=0,
-                bar_format='{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go')
-
 class _Share:
     "Moves a progress bar by time; learns from the passes how long a run of a block and the rounding of a weight take"
     def __init__(self, bar, runs: int, rounded: int): # in all

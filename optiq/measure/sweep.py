@@ -25,6 +25,7 @@ from .journal import read_log
 from .kl import probes
 from ..models import Checkpoint
 from ..units import Unit
+from ..progress import _bar
 from ..readers import dumps, _helpful, _checked
 from ..rounding import round_to_files
 from ..labels import Axes
@@ -137,14 +138,17 @@ def _tokens_per_expert(
     tokens: 'np.ndarray | list', # (n, T) calibration tokens, or samples
 ) -> dict: # block ▸ tokens that each of its experts saw
     "How often the router chose each expert; empty for a model without experts"
-    counts = _counts_of(b)
-    if not counts: return {}
-    parts = min(len(tokens), max(1, tokens.size//2048)) if b.stacks else 0
-    for batch in np.array_split(tokens, parts) if parts else samples_of(tokens):
-        states = b.embed(batch)
-        for i in range(b.n_blocks):
-            with b.listening(_counting(counts), i): states = b.run_block(i, states)
-    return _by_block(b, counts)
+    if not _counts_of(b): return {}
+    parts = min(len(tokens), max(1, tokens.size//2048)) if b.stacks else len(tokens)
+    def work(n):
+        counts = _counts_of(b)
+        parts = np.array_split(tokens, -(-len(tokens)//n)) if b.stacks else samples_of(tokens)
+        for batch in _bar('counting the tokens of experts', of=parts, after=1):
+            states = b.embed(batch)
+            for i in range(b.n_blocks):
+                with b.listening(_counting(counts), i): states = b.run_block(i, states)
+        return _by_block(b, counts)
+    return b.halved(-(-len(tokens)//parts), work)
 
 # %% ../../nbs/04c_measure.sweep.ipynb #18cff4ff
 def _counts_of(b: Backend) -> dict: # path ▸ (experts,) zeros
@@ -269,7 +273,7 @@ def _long_enough(c: Checkpoint, seq_len: int) -> int: # tokens in a sequence
 
 # %% ../../nbs/04c_measure.sweep.ipynb #d7f10002
 @_checked
-def texts_for(c: Checkpoint, source: 'str | list', n: int, seq_len: int, more: int,
+def texts_for(c: Checkpoint, source: 'str | Path | list', n: int, seq_len: int, more: int,
               split: str = 'train') -> tuple: # tokens to measure on, to learn from
     """Calibration tokens or samples for model `c`, from one side (`split`) of a text (`source`)
 
@@ -281,7 +285,7 @@ def texts_for(c: Checkpoint, source: 'str | list', n: int, seq_len: int, more: i
     return learned[:n], learned
 
 @_checked
-def about_texts(source: 'str | list | None', learned, rounding: str) -> dict:
+def about_texts(source: 'str | Path | list | None', learned, rounding: str) -> dict:
     "Entries of a sweep's header: source, shape and fingerprint of the tokens that its `rounding` `learned` from"
     about = {} if source is None else dict(calibration=str(source))
     if rounding == 'minmax': return about
@@ -311,7 +315,7 @@ def learned_again(sweep: Sweep, c: Checkpoint): # ▸ tokens, or samples
 @patch
 @_checked
 def quantizer(self: Sweep,
-    source: 'str | Checkpoint | Backend', # the model that it was measured on, or its name
+    source: 'str | Path | Checkpoint | Backend', # the model that it was measured on, or its name
     plan: Mapping, # unit path ▸ Format
     folder: 'str | Path', # where rounded tensors lie until the conversion has read them
 ): # ▸ (weight, format) ▸ stored tensors, or a mapping of paths to such: a quantizer for `convert`

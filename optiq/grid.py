@@ -93,8 +93,8 @@ def _fit_grid(xp, g, a, n, cast, descend=_descend): # g (rows, group), a (rows o
     high = getattr(xp, 'amax', xp.max)
     lo = low(g, axis=-1, keepdims=True)
     hi = high(g, axis=-1, keepdims=True)
-    room, best = _room(xp, g), None
-    here = room[0]
+    room = _room(xp, g)
+    here, best = room[0], None
     for part in _SHRINK:
         s, b = descend(xp, g, a, n, xp.clip((hi-lo)*part/n, 1e-7, None), lo*part, cast, room)
         met = xp.multiply(s, _nearest(xp, g, s, b, n, **here), **here)
@@ -124,8 +124,9 @@ def _at_once(w) -> int: # weights that we search together
 
 def _on_each_core(f, parts: list, w) -> list: # of an array `w`
     "`f` of each part, on a core for each if there are several"
-    xp, many = library(w)[0], _cores(w)
+    many = _cores(w)
     if min(many, len(parts)) < 2: return [f(p) for p in parts]
+    xp = library(w)[0]
     try: # one thread inside each: the number holds for the thread that sets it
         with ThreadPoolExecutor(many, initializer=xp.set_num_threads, initargs=(1,)) as pool:
             return [*pool.map(f, parts)]

@@ -107,9 +107,7 @@ def pack_codes(
 ): # (…, in_dims·bits/32) uint32, of the same library
     "Codes as MLX stores them: a little-endian stream of bits"
     xp = library(codes)[0]
-    eight = as_type(codes, 'uint8').reshape(-1).view(xp.int64)
-    for many, lower in (1, 0x00ff00ff00ff00ff), (2, 0x0000ffff0000ffff), (4, 0x00000000ffffffff):
-        low = eight & lower
-        eight = low+((eight-low) >> many*(8-bits))
-    octets = eight.reshape(-1, 1).view(xp.uint8)[:, :bits]+0 # a copy in one piece
+    steps = beside(codes)(np.arange(8)*bits)
+    eight = as_type(codes, 'int64').reshape(*codes.shape[:-1], -1, 8) << steps
+    octets = eight.sum(-1, keepdims=True).view(xp.uint8)[..., :bits]+0 # a copy in one piece
     return octets.reshape(*codes.shape[:-1], -1).view(xp.uint32)

@@ -132,7 +132,9 @@ def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path â
         if gap.of_output: lacks = [(x, p.clean[k]-behind)]
         else: # a block may be met twice, or not again
             lacks = [(x, y-x) for x, y in zip(heard.calls, p.inputs(k, i, next(iter(heard.stats))))]
-        for x, lack in lacks: gap.add(x, lack, len(p.states)/2-k)
+        part = len(p.states)/2-k
+        known = stats.moments if part >= 1 else None # no token of the second half has been heard yet
+        for x, lack in lacks: gap.add(x, lack, part, known)
     return heard.stats, gap
 
 # %% ../nbs/06_rounding.ipynb #ebf29b49

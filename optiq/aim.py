@@ -21,12 +21,16 @@ class Gap:
     count: int = 0 # tokens seen
     of_output: bool = False # d is what the output lacks, not what the input does
 
-    def add(self, x, lack, part=.5): # (…, in_dims), (…, in_dims or out_dims)
-        "Add inputs `x` with errors and what each of them lacks (`lack`); `part` of the tokens belong to the first half"
+    def add(self, x, lack, part=.5, moments=None): # (…, in_dims), (…, in_dims or out_dims)
+        """Add inputs `x` with errors and what each of them lacks (`lack`)
+
+        `part` of the tokens belong to the first half. `moments` are Σ x̂ x̂ᵀ over it so far, where they are known.
+        """
         f32 = library(x)[1]
         x, lack = (f32(a).reshape(-1, a.shape[-1]) for a in (x, lack))
         half = int(len(x)*min(1, max(0, part)))
-        if half: self.first = self.first+x[:half].T @ x[:half]
+        if moments is not None: self.first = moments
+        elif half: self.first = self.first+x[:half].T @ x[:half]
         for k, of in enumerate((slice(half), slice(half, None))):
             if len(x[of]): self.lacks[k] = self.lacks[k]+lack[of].T @ x[of]
         self.count += len(x)

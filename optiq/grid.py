@@ -6,6 +6,7 @@
 __all__ = ['search']
 
 # %% ../nbs/06b_grid.ipynb #a1d6a786
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -51,33 +52,40 @@ class _MinMax:
     def stored(self) -> dict: return quantize_minmax(to_mlx(self.w), self.fmt)
 
 # %% ../nbs/06b_grid.ipynb #67daeb74
-def _nearest(xp, g, s, b, n): # g (…, group), s and b (…, 1), n the largest code
+def _nearest(xp, g, s, b, n, **out): # g (…, group), s and b (…, 1), n the largest code; where to put the codes
     "The nearest codes on a given grid: whole numbers from 0 to n"
-    return xp.clip(xp.round((g-b)/s), 0, n)
+    steps = xp.divide(xp.subtract(g, b, **out), s, **out)
+    return xp.clip(xp.round(steps, **out), 0, n, **out)
 
 # %% ../nbs/06b_grid.ipynb #49afa565
 def _total(x): return x.sum(-1, keepdims=True)
 
-def _descend(xp, g, a, n, s, b, cast, steps=5): # g (rows, group), a (rows or 1, group)
+def _descend(xp, g, a, n, s, b, cast, room=({}, {}), steps=5): # g (rows, group), a (rows or 1, group)
     "Fit codes to the grid and the grid to the codes, `steps` times; returns scale and bias (rows, 1) as stored"
+    here, there = room
     A = _total(a)
-    Ag = _total(a*g)
+    least = 1e-6*A
+    Ag = _total(xp.multiply(a, g, **here))
     for _ in range(steps):
-        q = _nearest(xp, g, s, b, n)
-        aq = a*q
+        q = _nearest(xp, g, s, b, n, **here)
+        aq = xp.multiply(a, q, **there)
         Aq = _total(aq)
-        Aqq = _total(aq*q)
-        Aqg = _total(aq*g)
+        Aqq = _total(xp.multiply(aq, q, **here))
+        Aqg = _total(xp.multiply(aq, g, **there))
         spread = A*Aqq-Aq*Aq
-        fitted = (A*Aqg-Aq*Ag)/xp.where(spread > 0, spread, 1)
-        s = xp.where((spread > 1e-6*A*Aqq) & (fitted > 1e-9), fitted, s)
+        fitted = (A*Aqg-Aq*Ag)/spread # which may be 0
+        s = xp.where((spread > least*Aqq) & (fitted > 1e-9), fitted, s)
         b = (Ag-s*Aq)/A
-    Aq = _total(a*_nearest(xp, g, s, b, n))
+    Aq = _total(xp.multiply(a, _nearest(xp, g, s, b, n, **here), **here))
     s = cast(s)
     return s, cast((Ag-s*Aq)/A)
 
 # %% ../nbs/06b_grid.ipynb #793d13f5
 _SHRINK = (1., .9, .8, .7) # parts of the range to start from
+
+def _room(xp, like) -> list: # of two
+    "Memory for the steps of a search, as keyword arguments; MLX takes care of its own"
+    return [dict(out=xp.empty_like(like)) if xp.__name__ == 'torch' else {} for _ in range(2)]
 
 def _fit_grid(xp, g, a, n, cast, descend=_descend): # g (rows, group), a (rows or 1, group), n the largest code
     "Scale and bias (rows, 1) of each group that minimise Σ a·(g − scale·code − bias)²"
@@ -85,10 +93,13 @@ def _fit_grid(xp, g, a, n, cast, descend=_descend): # g (rows, group), a (rows o
     high = getattr(xp, 'amax', xp.max)
     lo = low(g, axis=-1, keepdims=True)
     hi = high(g, axis=-1, keepdims=True)
-    best = None
+    room = _room(xp, g)
+    here, best = room[0], None
     for part in _SHRINK:
-        s, b = descend(xp, g, a, n, xp.clip((hi-lo)*part/n, 1e-7, None), lo*part, cast)
-        error = _total(a*(g-s*_nearest(xp, g, s, b, n)-b)**2)
+        s, b = descend(xp, g, a, n, xp.clip((hi-lo)*part/n, 1e-7, None), lo*part, cast, room)
+        met = xp.multiply(s, _nearest(xp, g, s, b, n, **here), **here)
+        missed = xp.subtract(xp.subtract(g, met, **here), b, **here)
+        error = _total(xp.multiply(a, missed**2, **here))
         if best is None: best = s, b, error
         else: best = [xp.where(error < best[2], new, old) for new, old in zip((s, b, error), best)]
         _settle(*best)
@@ -103,9 +114,27 @@ def _stack(parts):
 
 def _per_expert(stats, n): return stats if isinstance(stats, list) else [stats]*n
 
+def _cores(w) -> int:
+    "How many threads compute with an array `w` of PyTorch on a CPU; for any other 1"
+    xp = library(w)[0]
+    return xp.get_num_threads() if xp.__name__ == 'torch' and not _on_gpu(w) else 1
+
+def _at_once(w) -> int: # weights that we search together
+    return 2**23 if _on_gpu(w) else min(2**18, -(-prod(w.shape)//_cores(w)))
+
+def _on_each_core(f, parts: list, w) -> list: # of an array `w`
+    "`f` of each part, on a core for each if there are several"
+    many = _cores(w)
+    if min(many, len(parts)) < 2: return [f(p) for p in parts]
+    xp = library(w)[0]
+    try: # one thread inside each: the number holds for the thread that sets it
+        with ThreadPoolExecutor(many, initializer=xp.set_num_threads, initargs=(1,)) as pool:
+            return [*pool.map(f, parts)]
+    finally: xp.set_num_threads(many)
+
 def _stretches(w, stats) -> list: # of (rows, what they read), or of (experts, what each reads)
     "A matrix in stretches of rows, or a tensor of experts in stretches of a few experts"
-    if w.ndim < 3: return [(x, stats) for x in _in_parts(w)]
+    if w.ndim < 3: return [(x, stats) for x in _in_parts(w, _at_once(w))]
     each = _per_expert(stats, len(w))
     many = max(1, _at_once(w)//prod(w.shape[1:]))
     return [(w[k:k+many], each[k:k+many]) for k in range(0, len(w), many)]
@@ -120,7 +149,7 @@ def search(
     if fmt.mode != 'affine': return _MinMax(w, fmt)
     if w.ndim > 3: return _stack([search(x, fmt, s) for x, s in zip(w, _per_expert(stats, len(w)))])
     xp, f32, _ = library(w)
-    parts = [_searched(xp, f32, x, fmt, s) for x, s in _stretches(w, stats)]
+    parts = _on_each_core(lambda p: _searched(xp, f32, p[0], fmt, p[1]), _stretches(w, stats), w)
     return parts[0] if len(parts) == 1 else _Rounded(*(xp.concatenate([getattr(p, k) for p in parts])
                                                        for k in ('codes', 'scales', 'biases')), fmt)
 
@@ -141,11 +170,9 @@ def _recorded(dtype): # ▸ a function like `_descend`
     def cast(x): return x.astype(dtype).astype(mx.float32)
     @lru_cache(None)
     def steps(n): return mx.compile(lambda g, a, s, b: _descend(mx, g, a, n, s, b, cast))
-    return lambda xp, g, a, n, s, b, _: steps(n)(g, a, s, b)
+    return lambda xp, g, a, n, s, b, *_: steps(n)(g, a, s, b)
 
 # %% ../nbs/06b_grid.ipynb #2248d645
-def _at_once(w) -> int: return 2**(23 if _on_gpu(w) else 17) # weights that we search together
-
 def _find_grid(w, fmt: Format, stats=None): # w (…, out_dims, in_dims); a list of statistics for experts
     "Scales and biases (…, out_dims, groups) by search, in the type of `w`"
     xp, f32, cast = library(w)
@@ -154,7 +181,8 @@ def _find_grid(w, fmt: Format, stats=None): # w (…, out_dims, in_dims); a list
     each = [_weighted(xp, s, g.reshape(-1, *g.shape[-2:])[0]) for s in (stats if w.ndim > 2 else [stats])]
     a = xp.stack(each)[:, None] if w.ndim > 2 else each[0][None]
     how = cast, _recorded(w.dtype) if _on_gpu(w) and hasattr(xp, 'eval') else _descend
-    parts = [_fit_grid(xp, g[..., k:k+rows, :, :], a, 2**fmt.bits-1, *how) for k in range(0, w.shape[-2], rows)]
+    def part(k): return _fit_grid(xp, g[..., k:k+rows, :, :], a, 2**fmt.bits-1, *how)
+    parts = _on_each_core(part, range(0, w.shape[-2], rows), w)
     return [xp.concatenate(x, -3)[..., 0] for x in zip(*parts)]
 
 def _weighted(xp, stats, like): # (groups, group) ▸ the same

@@ -81,6 +81,7 @@ class _Passage:
     clean: list # the same in the full-precision model
     wanted: list = field(default_factory=list) # of each batch, what each unit is multiplied with there; None: no room
     before: list = field(default_factory=list) # the full-precision states that this was heard on
+    sharing: dict = field(default_factory=dict) # path ▸ the units of the block that read the same, itself among them
     behind: list = field(default_factory=list) # of each batch, the last unit's input, and what comes out
 
     def hear_clean(self, i: int | None, units: dict): # block, path ▸ Unit
@@ -89,6 +90,7 @@ class _Passage:
         for k, states in enumerate(self.clean):
             kept = _KeptInputs(units)
             ahead.append(self.chunks.one(k, i, states, kept))
+            self.sharing = kept.sharing()
             self.wanted.append(kept.inputs if kept.nbytes*len(self.clean) <= self.b.at_most(2**62, 8) else None)
         if i is not None: self.clean = ahead
 
@@ -121,7 +123,8 @@ def _is_added(p: _Passage, i: int | None, path: str, x, behind) -> bool: # block
 def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path ▸ Unit; ▸ {path: Inputs}, Gap or None
     "What the next units of a block are multiplied with, and what they lack"
     last, gap = i is not None and len(left) == 1, None
-    heard = _NextListener(left, last)
+    matrices = all(len(u.shape) == 2 for u in left.values()) # of which we know who reads the same
+    heard = _NextListener(left, last, p.sharing if matrices else {})
     done = {} if i is None else as_overrides(p.done)
     for k, states in enumerate(p.states):
         heard.last, heard.calls = (None, None), []
@@ -134,7 +137,9 @@ def _hear_next(p: _Passage, i: int | None, left: dict) -> tuple: # block, path �
         if gap.of_output: lacks = [(x, p.clean[k]-behind)]
         else: # a block may be met twice, or not again
             lacks = [(x, y-x) for x, y in zip(heard.calls, p.inputs(k, i, next(iter(heard.stats))))]
-        for x, lack in lacks: gap.add(x, lack, len(p.states)/2-k)
+        part = len(p.states)/2-k
+        known = stats.moments if part >= 1 else None # no token of the second half has been heard yet
+        for x, lack in lacks: gap.add(x, lack, part, known)
     return heard.stats, gap
 
 # %% ../nbs/06_rounding.ipynb #ebf29b49

@@ -99,8 +99,9 @@ class Listener:
 # %% ../nbs/06a_statistics.ipynb #7ef83e95
 class _NextListener(Listener):
     "Listens to the matrices that read the first input that still needs rounding, and ends the run after them"
-    def __init__(self, units, to_end=False): # to_end: run on, for what comes out
+    def __init__(self, units, to_end=False, sharing={}): # to_end: run on, for what comes out; see `_KeptInputs`
         super().__init__(units)
+        self.sharing = sharing
         self.first, self.open, self.to_end, self.calls = None, True, to_end, [] # of the first unit, what each gave it
     def __call__(self, path, x, experts=None):
         if path not in self.units: return
@@ -110,13 +111,23 @@ class _NextListener(Listener):
             if path == next(iter(self.stats), path): self.calls.append(x)
             super().__call__(path, x, experts)
         known = path not in self.stats or self.stats.keys() == self.units.keys()
-        if experts is None and known and not self.to_end: raise _Heard
+        if experts is None and (known or self.has_all()) and not self.to_end: raise _Heard
+
+    def has_all(self) -> bool:
+        "Whether no other unit reads the first input"
+        mine = self.sharing.get(next(iter(self.stats)))
+        return mine is not None and mine <= self.stats.keys()
 
 class _KeptInputs:
     "Keeps what each matrix is multiplied with in each call; outside the blocks it ends the run when it has all"
     def __init__(self, units): self.units, self.inputs = units, {}
     @property
     def nbytes(self): return sum({id(x): x.nbytes for calls in self.inputs.values() for x in calls}.values())
+
+    def sharing(self) -> dict: # path ▸ set of paths
+        "Of each unit that is called once, those that read the same states"
+        once = {path: id(calls[0]) for path, calls in self.inputs.items() if len(calls) == 1}
+        return {path: {other for other, x in once.items() if x == mine} for path, mine in once.items()}
 
     def __call__(self, path, x, experts=None):
         if path not in self.units or experts is not None: return

@@ -1,5 +1,6 @@
 "The kernels' own sources for CUDA and for Metal, compiled for a CPU and run thread for thread against the composed form"
 import ctypes
+import hashlib
 import re
 import shutil
 import subprocess
@@ -99,7 +100,19 @@ static float min(float a, float b) { return a < b ? a : b; }
 C_TYPES = {mx.float32: 'float', mx.float16: '_Float16', mx.uint32: 'uint32_t'}
 NP_TYPES = {mx.float32: np.float32, mx.float16: np.float16, mx.uint32: np.uint32}
 
-def on_threads(language, folder, made):
+OPTIONS = '-std=c++20 -O1 -w -fPIC -pthread'.split()
+
+@pytest.fixture(scope='module')
+def headers(tmp_path_factory):
+    "What stands above all kernels of a language, which takes the compiler longer to read than a kernel; beside it lies what was compiled"
+    if not shutil.which('g++'): pytest.skip('needs g++')
+    files = {language: tmp_path_factory.mktemp('kernels')/'above.h' for language in (CUDA, METAL)}
+    for language, file in files.items():
+        file.write_text(CPU+language)
+        subprocess.run(['g++', *OPTIONS, '-x', 'c++-header', str(file), '-o', f'{file}.gch'], check=True)
+    return files
+
+def on_threads(language, above, made):
     "`mx.fast.cuda_kernel` or `mx.fast.metal_kernel`, with g++ and threads"
     def make(name, input_names, output_names, source, header):
         ins, outs = input_names, output_names
@@ -113,9 +126,8 @@ def on_threads(language, folder, made):
             params = ', '.join([*(f'const {C_TYPES[a.dtype]}* {n}' for n, a in zip(ins, inputs)),
                                 *(f'{C_TYPES[d]}* {n}' for n, d in zip(outs, output_dtypes))])
             using = ''.join(f'using {n} = {C_TYPES[d]};' for n, d in template)
-            so = folder/f'{name}.so'
-            if not so.exists():
-                code = f"""{CPU}{language}{header}
+            code = f"""#include "{above}"
+{header}
 static void kernel({params}) {{ {using}
 {source}
 }}
@@ -123,9 +135,10 @@ static void kernel({params}) {{ {using}
 extern "C" void run(int x_, int y_, int n_, {params}) {{
     launch(x_, y_, n_, [=] {{ kernel({", ".join([*ins, *outs])}); }});
 }}"""
-                (folder/'k.cpp').write_text(code)
-                options = '-std=c++20 -O1 -w -shared -fPIC -pthread'.split()
-                subprocess.run(['g++', *options, str(folder/'k.cpp'), '-o', str(so)], check=True)
+            so = above.with_name(f'{hashlib.sha256(code.encode()).hexdigest()}.so') # the same source in another test is the same kernel
+            if not so.exists():
+                so.with_suffix('.cpp').write_text(code)
+                subprocess.run(['g++', *OPTIONS, '-shared', str(so.with_suffix('.cpp')), '-o', str(so)], check=True)
             assert not grid[0] % threadgroup[0]
             ctypes.CDLL(str(so)).run(grid[0]//threadgroup[0], grid[1], threadgroup[0], *(a.ctypes.data_as(ctypes.c_void_p) for a in given+out))
             return [mx.array(a) for a in out]
@@ -133,12 +146,11 @@ extern "C" void run(int x_, int y_, int n_, {params}) {{
     return make
 
 @pytest.fixture(params=['cuda', 'metal'])
-def on_cpu(request, tmp_path, monkeypatch):
+def on_cpu(request, headers, monkeypatch):
     "The names of the kernels that were run"
-    if not shutil.which('g++'): pytest.skip('needs g++')
     made, language = [], dict(cuda=CUDA, metal=METAL)[request.param]
     monkeypatch.setattr(tk, '_CUDA_HERE', language is CUDA)
-    monkeypatch.setattr(mx.fast, f'{request.param}_kernel', on_threads(language, tmp_path, made))
+    monkeypatch.setattr(mx.fast, f'{request.param}_kernel', on_threads(language, headers[language], made))
     monkeypatch.setattr(mx, 'default_device', lambda: mx.gpu)
     monkeypatch.setattr(mx, 'compile', lambda f: f)
     made_once = tk._kernel, tk._kernels, tk._encoder, tk._appender, tk._attention, tk._unpacker

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/74_progress.ipynb #71ab4818
+import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Event, Thread
@@ -20,12 +21,17 @@ def _quiet(on: bool = True):
     try: yield
     finally: _QUIET.reset(before)
 
+def _hears(): return sys.stderr is not None and not _QUIET.get() # whether anybody does
+def _pace(terminal: float, log: float) -> float: return terminal if sys.stderr.isatty() else log # seconds
+
 def _bar(what: str = '', show: bool = True, of=None, after: float = 0.): # ▸ tqdm over `of`; without it, for shares
     "A bar for a long step: how much is done, how long it took, how long it will take; shown `after` some seconds"
     from tqdm.auto import tqdm # takes longer than most of what needs no bar
     total = 1 if of is None else len(of)
-    return tqdm(of, total=total, desc=what and f'{what} ', leave=False, disable=not show or _QUIET.get(), smoothing=0,
-                delay=after, bar_format='{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go')
+    show = show and _hears()
+    return tqdm(of, total=total, desc=what and f'{what} ', leave=False, disable=not show, smoothing=0, delay=after,
+                mininterval=_pace(.1, 1) if show else 1,
+                bar_format='{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go')
 
 # %% ../nbs/74_progress.ipynb #2d6c71b6
 @contextmanager
@@ -36,10 +42,11 @@ def _waiting(what: str):
         from tqdm.auto import tqdm
         if over.wait(1): return
         with tqdm(desc=what, leave=False, bar_format='{desc} … {elapsed}') as line:
-            while not over.wait(1): line.refresh()
+            while not over.wait(_pace(1, 10)): line.refresh()
     thread = Thread(target=tell, daemon=True)
-    if not _QUIET.get(): thread.start()
-    try: yield
+    try: # around the start, too: an interruption leaves no thread that goes on telling
+        if _hears(): thread.start()
+        yield
     finally:
         over.set()
         if thread.ident: thread.join()

@@ -257,7 +257,7 @@ def told(e: BaseException) -> str:
     return f'an unexpected error ({type(e).__name__}{place}); OPTIQ_DEBUG=1 shows the whole traceback'
 
 # %% ../nbs/72_readers.ipynb #05a8a257
-_FULL = re.compile('out of ?memory|insufficient memory|not enough memory|allocate', re.I)
+_FULL = re.compile(r'out of ?memory|insufficient memory|not enough memory|\ballocate\b', re.I)
 
 class OutOfMemory(ValueError):
     "Memory ran out, and less would not do; `names` are the arguments of the function that was called"
@@ -378,7 +378,7 @@ def _checked(f):
         except TypeError as e: raise TypeError(f'{f.__name__}() {_misnamed(f, str(e), options)}') from None
         _check_types(f, given)
         try:
-            with _quiet(given.get('progress') is False): return f(*args, **options)
+            with _quiet((given | options).get('progress') is False): return f(*args, **options)
         except Exception as e:
             if not is_full(e): raise
             raise as_out_of_memory(e, _signature(f).parameters) from e

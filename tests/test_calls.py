@@ -185,3 +185,16 @@ def test_a_wrong_object_is_refused_by_the_function_it_was_given_to():
                   lambda: overrides_of({}, quantize=5), lambda: fingerprint([1]), lambda: shape_of([1]), lambda: pose(None, pin=5)):
         with pytest.raises(ValueError) as e: wrong()
         assert '\n' not in str(e.value)
+
+def test_three_more_wrong_objects_are_named(tmp_path):
+    from optiq.evals.perplexity import evaluate
+    from optiq.kv.attention import codec_of
+    from optiq.material.tiny import tiny
+    from optiq.models import Checkpoint
+    from optiq.plan import uniform
+    from optiq.show.plots import plan_svg
+    c = Checkpoint(tiny('llama', tmp_path/'m'))
+    for wrong in (lambda: evaluate(c, np.ones((1, 8), int), {'a': 1}), lambda: codec_of(5)):
+        with pytest.raises(ValueError, match='should be a Format|should have overrides or a Backend'): wrong()
+    plan = uniform(c, 4)
+    assert plan_svg(plan, colours={'a': 1}) == plan_svg(plan)

@@ -80,3 +80,30 @@ def test_the_choice_of_a_method_says_that_it_times(model, monkeypatch, capsys):
     task = _Task(TorchBackend(model), TOKENS, [Format(4), Format(8)])
     task.choose(600.)
     assert 'timing the steps' in capsys.readouterr().err
+
+def test_a_wait_that_is_broken_off_leaves_no_thread(monkeypatch):
+    import threading
+    before = threading.active_count()
+    with pytest.raises(KeyError), _waiting('opening'): raise KeyError
+    def interrupted(self):
+        start(self)
+        raise KeyboardInterrupt
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, 'start', interrupted)
+    with pytest.raises(KeyboardInterrupt), _waiting('opening'): pass
+    assert threading.active_count() == before
+
+def test_without_stderr_nothing_is_said(monkeypatch):
+    monkeypatch.setattr('sys.stderr', None)
+    with _waiting('opening'): assert list(_bar('steps', of=[1, 2])) == [1, 2]
+
+def test_a_log_is_told_less_often_than_a_terminal(capsys):
+    for _ in _bar('steps', of=range(30)): time.sleep(.05)
+    assert capsys.readouterr().err.count('steps') <= 3
+
+def test_progress_is_silenced_through_options_that_are_passed_on(model, monkeypatch, capsys):
+    from optiq.kv import sweep
+    real = sweep.open_backend
+    monkeypatch.setattr(sweep, 'open_backend', lambda *a: list(_bar('opening', of=[1])) and real(*a))
+    sweep.kv_sweep(TorchBackend(model), TOKENS, [4], progress=False)
+    assert capsys.readouterr().err == ''

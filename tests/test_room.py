@@ -155,3 +155,12 @@ def test_the_cache_is_counted_in_one_way(models):
     c = models['llama']
     for context in (1, 300, 512): assert what_fits(c.folder, 8*2**30, context).rows[0]['cache'] == cache_bytes(c, context)
     with pytest.raises(ValueError, match='`context` is 0'): what_fits(c.folder, context=0)
+
+def test_an_error_that_only_speaks_of_what_is_allocated_is_no_lack_of_memory():
+    from optiq.readers import is_full
+    for words in ('Placeholder storage has not been allocated on MPS device!', 'its data is not allocated yet',
+                  'it was deallocated'):
+        assert not is_full(RuntimeError(words))
+    for words in ('[malloc] Unable to allocate 4096 bytes.', "DefaultCPUAllocator: can't allocate memory",
+                  'MPS backend out of memory (MPS allocated: 1 GB)'):
+        assert is_full(RuntimeError(words))

@@ -21,7 +21,7 @@ from ..backends.replay import Backend, available_memory
 from ..calibration import fingerprint, overlap, passages, positions, samples_of, token_batch, token_ids
 from ..calibration import shape_of, unscored
 from ..formats import AS_IS, for_unit, quantize_dequantize
-from ..readers import known, _checked
+from ..readers import known, shown, _checked
 from ..frontier import plus_minus
 from ..measure.kl import _inside, kl_rows, logit_slices
 from ..measure.journal import read_log
@@ -240,6 +240,9 @@ def evaluate(
     beside: list | tuple = (), # other texts with their own variants, to be scored in the same walk
 ) -> dict: # name ▸ Score, with 'reference' first
     "Score the model, and any number of variants of it, on the same tokens"
+    odd = [n for n, v in variants.items() if not isinstance(v, (Mapping, Backend))]
+    if odd: raise ValueError(
+        f'`variants` has {shown(variants[odd[0]])} for {shown(odd[0])}, and should have overrides or a Backend')
     b = open_backend(model)
     if not b.stacks:
         everyone = {n: (v, {}) if isinstance(v, Backend) else (b, v) for n, v in ({'reference': {}} | variants).items()}

@@ -12,6 +12,7 @@ import mlx.core as mx
 from fastcore.basics import patch
 
 from ..formats import AS_IS, FAMILIES, Format
+from ..readers import shown
 
 # %% ../../nbs/11ca_kv.attention.ipynb #ba1ceb0b
 def _summable(a):
@@ -75,6 +76,7 @@ class _Dense(Codec):
 @lru_cache
 def codec_of(fmt: Format) -> Codec:
     "The codec of a format: it stores keys or values and multiplies with them"
+    if not hasattr(fmt, 'mode'): raise ValueError(f'`fmt` is {shown(fmt)}, and should be a Format')
     if fmt == AS_IS: return _Dense(fmt)
     return FAMILIES[fmt.mode].codec(fmt) if fmt.mode in FAMILIES else Codec(fmt)
 

@@ -111,7 +111,7 @@ def plan_svg(
     "Heat map of a plan's formats, or of two plans"
     both = [plan, *([other] if other is not None else [])]
     g = _Grid(plan.units, width)
-    colours = colours or format_colours(f for p in both for f in p.values())
+    colours = format_colours(f for p in both for f in p.values()) | (colours or {})
     used = [f for f in colours if any(f in p.values() for p in both)]
     drawn = [mark for p in plan for mark in _cell(p, both, colours, *g.cell(p))]
     drawn += _labels(g)+_svg_legend(used, colours, g.left, g.bottom+18)

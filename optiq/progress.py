@@ -22,7 +22,7 @@ def _quiet(on: bool = True):
     finally: _QUIET.reset(before)
 
 def _hears(): return sys.stderr is not None and not _QUIET.get() # whether anybody does
-def _pace(terminal: float, log: float) -> float: return terminal if sys.stderr.isatty() else log # seconds
+def _pace(terminal, log): return terminal if sys.stderr.isatty() else log # seconds, or the line
 
 def _bar(what: str = '', show: bool = True, of=None, after: float = 0.): # ▸ tqdm over `of`; without it, for shares
     "A bar for a long step: how much is done, how long it took, how long it will take; shown `after` some seconds"
@@ -30,7 +30,7 @@ def _bar(what: str = '', show: bool = True, of=None, after: float = 0.): # ▸ t
     total = 1 if of is None else len(of)
     show = show and _hears()
     return tqdm(of, total=total, desc=what and f'{what} ', leave=False, disable=not show, smoothing=0, delay=after,
-                mininterval=_pace(.1, 1) if show else 1,
+                mininterval=_pace(.1, 1) if show else 1, position=_pace(None, 0) if show else 0,
                 bar_format='{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go')
 
 # %% ../nbs/74_progress.ipynb #2d6c71b6
@@ -41,7 +41,7 @@ def _waiting(what: str):
     def tell():
         from tqdm.auto import tqdm
         if over.wait(1): return
-        with tqdm(desc=what, leave=False, bar_format='{desc} … {elapsed}') as line:
+        with tqdm(desc=what, leave=False, bar_format='{desc} … {elapsed}', position=_pace(None, 0)) as line:
             while not over.wait(_pace(1, 10)): line.refresh()
     thread = Thread(target=tell, daemon=True)
     try: # around the start, too: an interruption leaves no thread that goes on telling

@@ -31,6 +31,13 @@ def test_an_estimate_runs_short_texts_alone(model, monkeypatch, shape):
     assert max(ran) <= 2**14 and long['bytes'] == short['bytes']*shape[1]//512 or long['passes'] != short['passes']
     assert long['seconds'] > 5*short['seconds']
 
+def test_no_estimate_runs_a_text_longer_than_the_sweep(model, monkeypatch):
+    "A model may know no position beyond"
+    real, seen = TorchBackend.embed, []
+    monkeypatch.setattr(TorchBackend, 'embed', lambda self, batch, *a: (seen.append(batch.shape[1]), real(self, batch, *a))[1])
+    estimate(TorchBackend(model), [4], (1, 600))
+    assert max(seen) == 512
+
 def test_a_length_is_the_sum_of_what_grows_with_it_and_with_its_square():
     def seconds(n, a, c): return a*n+c*n*n
     for a, c in ((1, 0), (0, 1), (2., 1e-3)):

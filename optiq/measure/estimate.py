@@ -186,7 +186,9 @@ def _timing_of(b, B: int, T: int, probes: int) -> _Timing:
     "The `_Timing` of a pass with `B` sequences of `T` tokens, from a short text if they are long or many"
     short = min(T, _SHORT)
     few = max(1, min(B, _TOKENS//short))
-    t, seconds, longer = _timing(b, _ids(b, few, short), probes), {}, short//2
+    t = _timing(b, _ids(b, few, short), probes)
+    seconds = {}
+    longer = short//2
     while T > short and (len(seconds) < 2 or seconds[longer//2] < .05 and longer <= T):
         states = b.embed(_ids(b, 1, longer))
         seconds[longer] = _time(lambda: b.ready(b.run_block(0, states)))

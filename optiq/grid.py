@@ -83,17 +83,13 @@ def _descend(xp, g, a, n, s, b, cast, room=({}, {}), steps=5): # g (rows, group)
 # %% ../nbs/06b_grid.ipynb #793d13f5
 _SHRINK = (1., .9, .8, .7) # parts of the range to start from
 
-def _room(xp, like) -> list: # of two
-    "Memory for the steps of a search, as keyword arguments; MLX takes care of its own"
-    return [dict(out=xp.empty_like(like)) if xp.__name__ == 'torch' else {} for _ in range(2)]
-
 def _fit_grid(xp, g, a, n, cast, descend=_descend): # g (rows, group), a (rows or 1, group), n the largest code
     "Scale and bias (rows, 1) of each group that minimise Σ a·(g − scale·code − bias)²"
     low = getattr(xp, 'amin', xp.min) # MLX has short names only
     high = getattr(xp, 'amax', xp.max)
     lo = low(g, axis=-1, keepdims=True)
     hi = high(g, axis=-1, keepdims=True)
-    room = _room(xp, g)
+    room = [dict(out=xp.empty_like(g)) if xp.__name__ == 'torch' else {} for _ in range(2)] # MLX sees to its own
     here, best = room[0], None
     for part in _SHRINK:
         s, b = descend(xp, g, a, n, xp.clip((hi-lo)*part/n, 1e-7, None), lo*part, cast, room)

@@ -35,9 +35,9 @@ def test_a_step_of_the_slider_is_quick():
     Source.units = units
     x = Explorer(made_up(Source), value=4.5)
     def step(v):
-        start = time.perf_counter()
+        start = time.process_time() # other programs may have the core meanwhile
         x.drag(v).html()
-        return time.perf_counter()-start
+        return time.process_time()-start
     assert len(units) == 302 and np.median([step(v) for v in np.linspace(3.1, 7.9, 25)]) < .2
 
 @pytest.mark.parametrize('by', ['nominal bits', 'MB', 'tokens per second'])

@@ -178,7 +178,7 @@ def _find_grid(w, fmt: Format, stats=None): # w (…, out_dims, in_dims); a list
     a = xp.stack(each)[:, None] if w.ndim > 2 else each[0][None]
     how = cast, _recorded(w.dtype) if _on_gpu(w) and hasattr(xp, 'eval') else _descend
     def part(k): return _fit_grid(xp, g[..., k:k+rows, :, :], a, 2**fmt.bits-1, *how)
-    parts = _on_each_core(part, range(0, w.shape[-2], rows), w)
+    parts = _on_each_core(part, [*range(0, w.shape[-2], rows)], w)
     return [xp.concatenate(x, -3)[..., 0] for x in zip(*parts)]
 
 def _weighted(xp, stats, like): # (groups, group) ▸ the same

@@ -297,7 +297,7 @@ def vlm(
     model: 'str | Path | None' = None, # a folder or a Hub id; the witness by default
     fast: bool | None = None, # small sizes; by default if OPTIQ_FAST is set
     out: 'str | Path | None' = None, # folder for the model at the bytes of uniform 4 bits; it is not written without it
-    text: str = 'diagrams', # pictures to calibrate and, its other side, to score on; see `samples`
+    text: 'str | Path' = 'diagrams', # pictures to calibrate and, its other side, to score on; see `samples`
     questions: str = 'diagrams', # see `optiq.evals.ai2d.questions_of`
 ) -> Demo:
     "KL and right answers about diagrams of a model that sees, in plans of the same bytes, and the bits of each part"
@@ -336,7 +336,7 @@ def _small_asr() -> Path: # folder
 def audio(
     model: 'str | Path | None' = None, # a folder or a Hub id; `small_asr` by default
     fast: bool | None = None, # small sizes; by default if OPTIQ_FAST is set
-    text: str = 'bundled', # speech to calibrate and, its other side, to score on; see `clips`
+    text: 'str | Path' = 'bundled', # speech to calibrate and, its other side, to score on; see `clips`
 ) -> Demo:
     "KL and word error rate of a speech model, in plans of the same bytes, and the bits of each part"
     s = Sizes.of(fast)

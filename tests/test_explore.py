@@ -113,8 +113,8 @@ def test_in_jupyterlab(tmp_path, sweep):
     pytest.importorskip('jupyterlab')
     pytest.importorskip('websocket')
     sweep.save(tmp_path/'sweep.json')
-    code = ('from optiq.measure.log import tqdm\nfrom optiq.measure.sweep import Sweep\nfrom optiq.show.explore import explore\n'
-            'print(*(c.__name__ for c in tqdm.__mro__))\nexplore(Sweep.load("sweep.json"), value=4.5)')
+    code = ('from optiq.progress import _bar\nfrom optiq.measure.sweep import Sweep\nfrom optiq.show.explore import explore\n'
+            'print(*(c.__name__ for c in type(_bar(show=False)).__mro__))\nexplore(Sweep.load("sweep.json"), value=4.5)')
     cell = dict(cell_type='code', id='a', metadata={}, source=code, outputs=[], execution_count=None)
     spec = dict(kernelspec=dict(display_name='Python 3', language='python', name='python3'))
     (tmp_path/'x.ipynb').write_text(json.dumps(dict(cells=[cell], metadata=spec, nbformat=4, nbformat_minor=5)))

@@ -308,7 +308,7 @@ def vlm(
     plans, best = _plans_at_bytes(c, sweep), 'optiq, bytes of 4'
     variants = _rounded(b, {n: p for n, p in plans.items() if n != 'as it is'})
     if out is not None:
-        saved = convert(c, plans[best], out, sweep, True, calibration=text)
+        saved = convert(c, plans[best], out, sweep, True, calibration=str(text))
         variants[best] = overrides_of_saved(saved)
     about = dict(model=c.name, text=str(text), calibration=f'{s.n//2} pictures',
                  evaluation=f'{2*s.n_evaluation} other pictures', questions=f'{len(asked)} of {questions}', **machine())
@@ -348,7 +348,7 @@ def audio(
     best = allocate(sweep, max_bytes=four.nbytes)
     plans = {'as it is': make_plan(c, c.formats), 'uniform 4': four, 'optiq, bytes of 4': best}
     name = c.name if model else 'a small Qwen3-ASR of random weights: its figures say nothing about quality'
-    about = dict(model=name, text=text, calibration=f'{len(learned)} clips', evaluation=f'{len(heard)} other clips',
+    about = dict(model=name, text=str(text), calibration=f'{len(learned)} clips', evaluation=f'{len(heard)} other clips',
                  **machine())
     report = Report(_heard_rows(b, heard, plans, 224 if model else 8), about)
     figures = dict(sensitivity=partial(sweep.plot, fmt='3g64'), quality=report.plot)

@@ -348,7 +348,8 @@ def audio(
     best = allocate(sweep, max_bytes=four.nbytes)
     plans = {'as it is': make_plan(c, c.formats), 'uniform 4': four, 'optiq, bytes of 4': best}
     name = c.name if model else 'a small Qwen3-ASR of random weights: its figures say nothing about quality'
-    about = dict(model=name, text=str(text), calibration=f'{len(learned)} clips', evaluation=f'{len(heard)} other clips',
+    about = dict(model=name, text=str(text), calibration=f'{len(learned)} clips',
+                 evaluation=f'{len(heard)} other clips',
                  **machine())
     report = Report(_heard_rows(b, heard, plans, 224 if model else 8), about)
     figures = dict(sensitivity=partial(sweep.plot, fmt='3g64'), quality=report.plot)

@@ -138,7 +138,7 @@ def main(args):
     w = Watch()
     w.part = Path(f'{args.o}.part'), size, dict(shape=args.shape, layers=args.layers)
     for owner, name, stage in ((pipeline, '_find_sweep', 'sweep'), (pipeline, '_choose', 'verify'), (pipeline, 'round_to_files', 'round'), (c, '_write', 'pack'),
-                               (c, 'check_saved', 'check'), (pipeline, '_scores', 'score'), (pipeline, '_expected', 'estimate'), (pipeline._Task, 'choose', 'estimate'), (pipeline, '_rounding_seconds', 'estimate'),
+                               (c, 'check_saved', 'check'), (pipeline, '_scores', 'score'), (pipeline, '_expected', 'estimate'), (pipeline._Task, 'choose', 'estimate'), (pipeline, '_time_rounding', 'estimate'),
                                (job, 'open_backend', 'open'), (pipeline, 'as_saved', 'score')):
         w.watched(owner, name, stage)
     start, before, announce, expected = time.perf_counter(), w.memory(), pipeline._announce_road, {}

@@ -34,6 +34,7 @@ from .readers import check_other, known, _quoted
 from .report import machine, Report
 from .request import _Batches, Cache, _candidates_for, Caps, _is_capped, _load_sweep, _rounding_for, Texts
 from .request import Weights
+from .rounding import _RoundingTime
 from .sensitivity import _statistics_for, kl_sweep, _sweep_seconds, _walks
 from .statistics import _Learned
 from .wishes import _pinned
@@ -256,8 +257,8 @@ def _conditions(job: _Job) -> dict: # of `allocate`
 # %% ../nbs/08b_job.ipynb #9f95ecd4
 _PLANS = 12 # that verification measures, the model itself among them
 
-def _expected(b, t: _Batches, job: _Job, once: float, method: str | None) -> dict: # step ▸ seconds
-    "Expected seconds of each step of a conversion that rounds a plan in `once` seconds, measured here and now"
+def _expected(b, t: _Batches, job: _Job, took: _RoundingTime, method: str | None) -> dict: # step ▸ seconds
+    "Expected seconds of each step of a conversion whose rounding takes this time, measured here and now"
     w, formats = job.weights, [f for f in job.formats if f != AS_IS]
     cost = estimate(b, formats, t.tokens)
     n, T = shape_of(t.tokens)
@@ -265,12 +266,14 @@ def _expected(b, t: _Batches, job: _Job, once: float, method: str | None) -> dic
     read, digested = _seconds_of_reading(b)
     walks = _walks(b, formats, (n, T))
     found = {} if w.sweep is not None else dict(
-        sweep=max(_sweep_seconds(walks, n, cost['seconds'], len(formats)*once)[method], (1+walks)*read)+digested)
+        sweep=max(_sweep_seconds(walks, n, cost['seconds'], took.seconds(len(formats)))[method],
+                  (1+walks)*read)+digested)
     each, rows = cost['minmax'], 2 if w.compare is False else 6 # the model, what is saved, and the baselines
-    plans = 3*once or _PLANS*each # what learns is kept for all plans: they are much alike, and baselines add formats
+    many = min(3, len(formats)+(w.compare is not False)) # plans are much alike; baselines add formats
+    plans = took.seconds(many) or _PLANS*each # what learns is kept for all plans
     if w.verify is not False: found['verify'] = max(_PLANS*n*cost['forward']+plans, read)
     kept = bool(read) and job.rounding == 'search' and w.verify is not False # codes of a streamed model
-    return found | dict(round=(0 if kept else once)+3*each+read/2, # written, and opened and compared again
+    return found | dict(round=(0 if kept else took.seconds())+3*each+read/2, # written, and opened and compared again
                         score=rows*(n_scored*cost['forward']*T_scored/T+each)+read/2) # what is saved is smaller
 
 # %% ../nbs/08b_job.ipynb #93432a60

@@ -41,7 +41,7 @@ from .request import _Batches, Cache, _candidates_for, Caps, caps_for, _check_we
 from .request import _check_states_memory
 from .request import _load_sweep, _narrowed, _rounding_for, subject, Texts, _texts_of, Weights, _WIDE
 from .polish import dwq
-from .rounding import as_overrides, round_model, round_to_files, _rounding_seconds
+from .rounding import as_overrides, round_model, round_to_files, _time_rounding
 from .score import same_words, text_tokens
 from .sensitivity import sweep_quantizer, _Task
 
@@ -116,13 +116,13 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     likely = _feasible(c, job.measured, **(options := _conditions(job)))
     _check_output(c, out, likely, rounding)
     b, t = job.open(job.more)
-    method, targets, once = w.method, [likely.nominal_bpw], _rounding_seconds(b, t.learned, likely, rounding)
+    method, targets, took = w.method, [likely.nominal_bpw], _time_rounding(b, t.learned, likely, rounding)
     if method is None and w.sweep is None:
         log = out and journal_of(out)
         tried = [f for f in job.measured if f != AS_IS]
         task = _Task(b, t.tokens, tried, targets, None, log, job.states_memory)
-        method = task.choose(w.time_budget, rounding != 'minmax' and (lambda: len(tried)*once))
-    _announce_road(expected := _expected(b, t, job, once, method))
+        method = task.choose(w.time_budget, rounding != 'minmax' and (lambda: took.seconds(len(tried))))
+    _announce_road(expected := _expected(b, t, job, took, method))
     announced = time.perf_counter()
     found = _find_sweep(b, t, job.measured, w.sweep, out, rounding, method=method, targets=targets,
                         max_memory=job.states_memory)

@@ -27,7 +27,7 @@ from .calibration import fingerprint, shape_of
 from .formats import AS_IS, divides, quantize_dequantize
 from .aim import aimed, Gap
 from .gptq import gptq, _gptq_all
-from .grid import _MinMax, search
+from .grid import _MinMax, _at_once, search
 from .progress import _waiting
 from .readers import is_full
 from .statistics import _batches, Chunks, Inputs, Statistics, _KeptInputs, _Learned, _NextListener
@@ -326,45 +326,51 @@ def _seconds_of_one(b, tokens, units: list, plan, method) -> tuple: # units of t
         stats.i, stats.states = 0, start # states that passed the block would not be heard there again
         stats.advance()
         return b.numpy(stats.held[units[0].path].importance())
-    def a_weight(u, h, few=2**22):
-        n = max(1, few//prod(u.shape[1:])) if len(u.shape) > 2 else u.shape[0] # a few experts of many
-        w = b.unit_weight(u.path)[:n]
-        h = h[:n] if isinstance(h, list) else h
-        def round_it(): return b.numpy(library(w)[1](QUANTIZERS[method](w, plan[u.path], h).dequantize()))
-        return _faster(round_it)/prod(w.shape)
+    def a_weight(u, h):
+        w = b.unit_weight(u.path)
+        n = max(1, max(2**22, _at_once(w))//prod(u.shape[1:])) if len(u.shape) > 2 else u.shape[0]
+        w, h = w[:n], h[:n] if isinstance(h, list) else h # of experts as many as we search together
+        return _faster(lambda: b.ready(QUANTIZERS[method](w, plan[u.path], h).dequantize()))/prod(w.shape)
     return 0. if kept else _faster(listen), [a_weight(u, h) for u, h in zip(units, heard)]
 
 # %% ../nbs/06_rounding.ipynb #ddb7a778
-def _rounding_seconds(
+@dataclass(frozen=True)
+class _RoundingTime:
+    "Seconds that rounding takes: to hear what each weight is multiplied with, and to round all in one format"
+    hearing: float = 0.
+    rounding: float = 0.
+    def seconds(self, formats: int = 1) -> float: return self.hearing+formats*self.rounding
+
+def _time_rounding(
     b: Backend,
     tokens: 'np.ndarray | list', # (n, T) calibration tokens
     plan: Mapping, # unit path ▸ Format
     method: str, # 'minmax', 'search' or 'gptq'
-) -> float:
+) -> _RoundingTime:
     "About how long rounding a plan will take, from a measurement here and now"
     todo = [u for u in b.checkpoint.units if not u.keeps(plan[u.path])]
     def largest(stacked): return [*sorted((u for u in todo if u.block == 0 and (len(u.shape) > 2) == stacked),
                                           key=lambda u: u.params)][-1:]
-    if method == 'minmax' or not largest(False): return 0.
+    if method == 'minmax' or not largest(False): return _RoundingTime()
     kept = isinstance(tokens, _Learned)
     firsts = largest(False)+largest(True)
     learned = tokens if method == 'gptq' or kept else _enough(tokens)
-    part = learned if kept else learned[:-(-len(learned)//8)]
+    part = learned if kept or not b.holds else learned[:-(-len(learned)//8)] # who streams reads the block as well
     with _waiting('timing the rounding'): walk, each = _seconds_of_one(b, part, firsts, plan, method)
     passes = (5 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
-    return passes*walk+sum(u.params*each[-1 if len(u.shape) > 2 else 0] for u in todo)
+    return _RoundingTime(passes*walk, sum(u.params*each[-1 if len(u.shape) > 2 else 0] for u in todo))
 
 # %% ../nbs/06_rounding.ipynb #fad06c03
 @patch
 def seconds(self: RoundTrips) -> float:
     "About how long it takes to round all weights in all formats, from a measurement here and now"
-    plans = ({u.path: f if u.takes(f) else AS_IS for u in self.b.checkpoint.units} for f in self.formats)
-    return sum(_rounding_seconds(self.b, self.learned, plan, self.method) for plan in plans)
+    plan = {u.path: next(filter(u.takes, self.formats), AS_IS) for u in self.b.checkpoint.units}
+    return _time_rounding(self.b, self.learned, plan, self.method).seconds(len(self.formats))
 
 # %% ../nbs/06_rounding.ipynb #ddd42764
 def _announce_rounding(b, tokens, plan, method):
     "Print to stderr what we round and about how long it takes"
-    s = _rounding_seconds(b, tokens, plan, method)
+    s = _time_rounding(b, tokens, plan, method).seconds()
     took = f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min'
     shape = ' × '.join(map(str, shape_of(tokens)))
     print(f'{method}: {len(plan)} units on {shape} tokens, about {took}', file=sys.stderr)

@@ -145,20 +145,20 @@ def _timing(b, batch, probes):
     "The `_Timing` of a pass with this batch of tokens and this many probes"
     states = b.embed(batch)
     u = _largest(b, 0)
-    many = _stack(b, [states]*8)[0]
+    many, wide = (_stack(b, [states]*n)[0] for n in (8, min(probes, _FEW) if b.on_gpu else 8))
     change = perturb((u, Format(4, WORD))) if u else {}
     def block(x, change={}): return _time(lambda: b.ready(b.run_block(0, x, change)))
-    k = len(many)//len(batch)
+    k, of = (len(x)//len(batch) for x in (many, wide))
     head = _time(lambda: kl_of_streams(b, states, [({}, [many])]))
     near = Near(b)
     with near.kept(): b.ready(b.run_block(0, states))
     with near.beside():
         alone = block(states)
         changed = block(states, change)
-        stacked = block(many)
+        stacked = block(wide)
     weight = max(0, changed-alone)/u.params if u else 0
     width = b.checkpoint.units[0].shape[-1]*_answers_kept(states)
-    return _Timing(stacked/k, alone, head/(k+1), weight, 8*batch.size*(probes+1)*width)
+    return _Timing(stacked/of, alone, head/(k+1), weight, 8*batch.size*(probes+1)*width)
 
 def _ids(b, B, T): return np.arange(B*T).reshape(B, T) % b.checkpoint.units[0].shape[0]
 

@@ -7,8 +7,9 @@ __all__ = ['needle']
 
 # %% ../../nbs/37_evals.needle.ipynb #7f62c02d
 from collections.abc import Callable
-from pathlib import Path
 import random
+from numbers import Real
+from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from ..backends.replay import Backend
 from ..calibration import encode, prompt_ids
 from .gsm8k import label_of
 from ..folder import _of_text
-from ..readers import known, _checked
+from ..readers import known, shown, _checked
 from ..material.mixture import recall_one
 from ..measure.log import _bar
 from ..plan import mean_se
@@ -104,7 +105,7 @@ def _through_cache(b, prompt, answer, cache, step=2048):
 @_checked
 def needle(
     model: 'str | Path | Checkpoint | Backend', # the model, or its name
-    lengths: tuple = (128, 256, 512, 1024), # tokens
+    lengths: 'tuple[int, ...]' = (128, 256, 512, 1024), # tokens
     depths: tuple = (0., .25, .5, .75, 1.),
     trials: int = 40, # of each length and depth
     keys: int | None = None, # codes in a text
@@ -117,6 +118,8 @@ def needle(
     "Hit rate and answer margin of a model over a grid of depths and lengths, with 95 % intervals"
     if min(trials, len(lengths), len(depths)) < 1: raise ValueError(
         'the grid is empty: give lengths, depths and at least one trial')
+    odd = [d for d in depths if not (isinstance(d, Real) and 0 <= d <= 1)]
+    if odd: raise ValueError(f'`depths` holds {shown(odd[0])}, and should be numbers from 0 to 1')
     b = open_backend(model, 'mlx' if make_cache else 'auto')
     c, t = b.checkpoint, b.checkpoint.tokenizer
     _check_long(c, max(lengths))

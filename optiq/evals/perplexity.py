@@ -237,9 +237,10 @@ def evaluate(
     variants: dict = {}, # name ▸ overrides (see `overrides_of`), or another Backend
     batch: int | None = None, # sequences at a time; about 4,096 tokens by default
     tick: Callable = lambda share: None, # called after each step with its share of the work
-    beside: list | tuple = (), # other texts with their own variants, to be scored in the same walk
+    beside: 'list[_Text] | tuple[_Text, ...]' = (), # other texts with their own variants, to score in the same walk
 ) -> dict: # name ▸ Score, with 'reference' first
     "Score the model, and any number of variants of it, on the same tokens"
+    shape_of(tokens) # or raise
     odd = [n for n, v in variants.items() if not isinstance(v, (Mapping, Backend))]
     if odd: raise ValueError(
         f'`variants` has {shown(variants[odd[0]])} for {shown(odd[0])}, and should have overrides or a Backend')

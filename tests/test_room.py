@@ -69,11 +69,11 @@ STAGES = dict(
 def test_every_stage_goes_on_with_smaller_batches(models, tmp_path, stage):
     "As if you had given such batches"
     full, by_hand = (Small(models['llama']) for _ in range(2))
-    by_hand.fits = 2
+    by_hand.fits = 2*TOKENS.shape[1]
     want = STAGES[stage](by_hand, tmp_path/'by hand')
     full.most = 2
     got = STAGES[stage](full, tmp_path/'full')
-    assert full.fits <= 2
+    assert full.fits <= 2*TOKENS.shape[1]
     if isinstance(want, dict): assert want.keys() == got.keys() and all((got[k] == want[k]).all() for k in want)
     elif stage in ('gradient', 'screened'): np.testing.assert_allclose(got, want, rtol=.05) # other labels are drawn
     else: np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-9)
@@ -91,7 +91,7 @@ def test_a_late_failure_rounds_nothing_twice(models, monkeypatch):
         return real(self, i, states, overrides)
     monkeypatch.setattr(Small, 'run_block', later)
     found = [path for path, _ in round_model(b, TOKENS, plan, 'gptq')]
-    assert len(found) == len({*found}) == len({p.rpartition('.')[0] for p in want}) and b.fits == 3
+    assert len(found) == len({*found}) == len({p.rpartition('.')[0] for p in want}) and b.fits == 3*TOKENS.shape[1]
 
 def test_experts_are_counted_once(models):
     b, c = Small(models['qwen3_moe']), models['qwen3_moe']
@@ -116,6 +116,23 @@ def test_scores_that_are_known_are_kept_when_batches_are_cut(models):
     want = evaluate(Small(models['llama']), TOKENS, variants)
     for name, s in text.scores().items(): np.testing.assert_allclose(s.tokens, want[name].tokens, rtol=1e-3, atol=1e-6)
     assert sum(ticks) == pytest.approx(1) and len(text.batches) > 1
+
+def test_short_texts_go_in_large_batches_after_long_ones_did_not(models, monkeypatch):
+    "What fits is counted in tokens, also where texts of both lengths walk together"
+    from optiq.evals.perplexity import _Text
+    b, seen, real = Small(models['llama']), [], Small.check
+    want = scores(b)
+    b.most = 2
+    np.testing.assert_allclose(scores(b), want, rtol=1e-4, atol=1e-9)
+    assert b.fits == 2*TOKENS.shape[1]
+    b.most = 99
+    monkeypatch.setattr(Small, 'check', lambda self, x: (seen.append(tuple(x.shape[:2])), real(self, x))[1])
+    scores(b, TOKENS[:, :4])
+    assert {n for n, T in seen} == {6}
+    seen.clear()
+    beside = _Text(b, TOKENS[:, :8])
+    evaluate(b, TOKENS, beside=[beside])
+    assert {n*T for n, T in seen} == {2*16, 4*8, 2*8} and len(beside.scores()['reference'].nll) == 6
 
 def test_the_error_names_the_argument_of_what_was_called():
     @_checked

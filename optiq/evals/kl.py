@@ -46,13 +46,13 @@ def _logits_of(
     for k in _bar(f'{n} sequences', of=range(0, n, batch)):
         stop = min(n, k+batch)
         while k < stop:
-            rows = slice(k, k+b.at_once(stop-k))
+            rows = slice(k, k+b.at_once(stop-k, T))
             try:
                 for at, z in _slices_of(b, tokens[rows], overrides): yield rows, at, z
                 k = rows.stop
             except Exception as e: # of the model: what our caller does with the logits is not seen here
                 if not is_full(e): raise
-                b.less(rows.stop-k)
+                b.less(rows.stop-k, T)
 
 def _slices_of(b: Backend, ids: np.ndarray, overrides: dict): # ▸ slice of positions, (B, t, V) logits
     "Walk through the blocks with one batch"

@@ -194,11 +194,11 @@ def _walk_together(group: list, tick): # of batches; called with the share of th
         if i is not None: tick(1/blocks)
     for x in group: x.score()
 
-def _few_at_once(batches: list, n: int) -> list: # of lists of batches
-    "Batches in groups of at most `n` sequences"
+def _few_at_once(batches: list, room: int) -> list: # of lists of batches
+    "Batches in groups of at most `room` tokens"
     groups = [[]]
     for x in batches:
-        if sum(len(y.ids) for y in (*groups[-1], x)) > n: groups.append([])
+        if sum(y.ids.size for y in (*groups[-1], x)) > room: groups.append([])
         groups[-1].append(x)
     return [g for g in groups if g]
 
@@ -207,9 +207,9 @@ def run(self: _Text, tick=lambda share: None, beside: list | tuple = ()): # besi
     "Score every variant that has no score yet"
     texts = [self, *beside]
     every = [x for t in texts for x in t.batches]
-    def walked(group, n): # n: sequences at once
-        parts, told = {id(x): x.cut(n) for x in group}, []
-        groups = _few_at_once([p for x in group for p in parts[id(x)]], n)
+    def walked(group, T, n): # n sequences of T tokens at once, or as many tokens of other texts
+        parts, told = {id(x): x.cut(max(1, n*T//x.ids.shape[1])) for x in group}, []
+        groups = _few_at_once([p for x in group for p in parts[id(x)]], n*T)
         def share(part):
             told.append(part/len(groups)*len(group)/len(every))
             tick(told[-1])
@@ -221,7 +221,8 @@ def run(self: _Text, tick=lambda share: None, beside: list | tuple = ()): # besi
         return parts
     now = {}
     for group in _together(self.b, every):
-        now |= self.b.halved(sum(len(x.ids) for x in group), partial(walked, group))
+        T = max(x.ids.shape[1] for x in group)
+        now |= self.b.halved(-(-sum(x.ids.size for x in group)//T), T, partial(walked, group, T))
     for t in texts: t.batches = [p for x in t.batches for p in now[id(x)]]
 
 @patch

@@ -106,7 +106,7 @@ def _measure_halved(
             kl, fit = _few_probes(b, batch[k:k+n], todo, *args, many=fit, **options)
             found.append(kl)
         return np.concatenate(found, 1), fit
-    return b.halved(len(batch), work)
+    return b.halved(*shape_of(batch), work)
 
 # %% ../../nbs/04b_measure.estimate.ipynb #c0dbd0ab
 def _block_passes(todo: list | tuple, n_blocks: int) -> int:

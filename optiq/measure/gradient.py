@@ -39,7 +39,7 @@ def _second_order(
             more = b.gradients(batch[k:k+n], seed+1000*k, skip)
             for path in g: g[path] = g[path]+more[path]
         return g
-    g = b.halved(len(batch), work)
+    g = b.halved(*batch.shape, work)
     tick(.25)
     def step(u, f):
         w = b.unit_weight(u.path)

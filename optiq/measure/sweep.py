@@ -148,7 +148,7 @@ def _tokens_per_expert(
             for i in range(b.n_blocks):
                 with b.listening(_counting(counts), i): states = b.run_block(i, states)
         return _by_block(b, counts)
-    return b.halved(-(-len(tokens)//parts), work)
+    return b.halved(-(-len(tokens)//parts), shape_of(tokens)[1], work)
 
 # %% ../../nbs/04c_measure.sweep.ipynb #18cff4ff
 def _counts_of(b: Backend) -> dict: # path ▸ (experts,) zeros

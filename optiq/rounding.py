@@ -212,6 +212,7 @@ def round_model(
                 done |= {path for path, _ in new}
                 yield from new
                 tick(len(new))
+            return
         except Exception as e:
             if not is_full(e) or method != 'gptq': raise
             b.less(len(_batches(b, tokens)[0]) if b.stacks else 1, shape_of(tokens)[1])

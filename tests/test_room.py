@@ -93,6 +93,13 @@ def test_a_late_failure_rounds_nothing_twice(models, monkeypatch):
     found = [path for path, _ in round_model(b, TOKENS, plan, 'gptq')]
     assert len(found) == len({*found}) == len({p.rpartition('.')[0] for p in want}) and b.fits == 3*TOKENS.shape[1]
 
+def test_what_is_never_reached_is_left_out(models, monkeypatch):
+    "A walk that ends has ended, whatever it did not meet"
+    import optiq.rounding as r
+    b = Small(models['llama'])
+    monkeypatch.setattr(r, '_one_after_another', lambda *a: [[('model.embed_tokens', None)]])
+    assert [*round_model(b, TOKENS, uniform(b.checkpoint, '4g32'), 'gptq')] == [('model.embed_tokens', None)]
+
 def test_experts_are_counted_once(models):
     b, c = Small(models['qwen3_moe']), models['qwen3_moe']
     want = _tokens_per_expert(Small(c), TOKENS)

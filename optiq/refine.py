@@ -6,12 +6,11 @@
 __all__ = ['Verified', 'verdict', 'verified', 'measured']
 
 # %% ../nbs/05c_refine.ipynb #42f9f533
-from collections.abc import Mapping
-from collections.abc import Callable
-from pathlib import Path
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +24,7 @@ from .formats import AS_IS, parse_format, quantize_dequantize
 from .knapsack import Question, pose
 from .frontier import Frontier, plus_minus
 from .measure.estimate import _measure_halved, passes_of, plan_passes
-from .measure.log import _bar
+from .progress import _bar
 from .plan import Plan, baseline_plans, mean_se, smoothed
 from .readers import known, _helpful, _checked
 from .solver import Problem, undominated

@@ -19,7 +19,7 @@ from .evals.gguf import gguf_weights
 from .evals.perplexity import check_calibration, Score, _scores
 from .files import own_file
 from .formats import parse_format
-from .measure.log import _bar
+from .progress import _bar
 from .models import Checkpoint
 from .readers import _check_counts, known, _checked
 from .report import Report, joined, machine, mean_figure, own_size, share_figure, test

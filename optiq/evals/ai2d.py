@@ -18,7 +18,7 @@ from .gsm8k import Answers, first_answer
 from ..families.vision import load_processor, read_image, read_samples, sample
 from ..files import claiming
 from ..material.diagrams import diagrams, prompt
-from ..measure.log import _bar
+from ..progress import _bar
 from ..models import Checkpoint
 from ..report import Report, joined, machine, own_size, share_figure
 from ..readers import ANYTHING, LIST, PROSE, check, one_of, _checked

@@ -6,9 +6,9 @@
 __all__ = ['first_answer', 'questions', 'Answers', 'gsm8k', 'label_of', 'questions_fingerprint', 'score_responses']
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #5607de6f
-from collections.abc import Callable
 import os
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from zlib import crc32
@@ -18,7 +18,7 @@ from ..backends.replay import Backend
 from .tasks import answers, compose
 from ..files import append, as_path, claiming, own_file, settle
 from ..material.problems import PROMPT, word_problems
-from ..measure.log import _bar
+from ..progress import _bar
 from ..models import Checkpoint
 from ..readers import check_other, OBJECT, PROSE, check, check_kind, dumps, read_records, records_in, shown, _checked
 from ..report import Report, machine, own_size, share_figure

@@ -19,7 +19,7 @@ from ..calibration import fingerprint, shape_of, unscored
 from .perplexity import Score, _nll
 from ..files import whole_folder
 from ..measure.kl import _inside, kl_rows, logit_slices
-from ..measure.log import _bar
+from ..progress import _bar
 from ..models import Checkpoint
 from ..readers import is_full, maybe, read_ours, told, whole, write_json, _checked
 

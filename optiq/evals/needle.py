@@ -6,8 +6,8 @@
 __all__ = ['needle']
 
 # %% ../../nbs/37_evals.needle.ipynb #7f62c02d
-from collections.abc import Callable
 import random
+from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .gsm8k import label_of
 from ..folder import _of_text
 from ..readers import known, shown, _checked
 from ..material.mixture import recall_one
-from ..measure.log import _bar
+from ..progress import _bar
 from ..plan import mean_se
 from ..report import Report, joined, machine, mean_figure, own_size, share_figure
 from ..models import Checkpoint

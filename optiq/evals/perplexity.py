@@ -6,11 +6,10 @@
 __all__ = ['evaluation_tokens', 'check_calibration', 'check_overlap', 'Score', 'evaluate', 'overrides_of']
 
 # %% ../../nbs/31_evals.perplexity.ipynb #cb53e965
-from collections.abc import Callable
-from pathlib import Path
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
@@ -25,7 +24,7 @@ from ..readers import known, shown, _checked
 from ..frontier import plus_minus
 from ..measure.kl import _inside, kl_rows, logit_slices
 from ..measure.journal import read_log
-from ..measure.log import _bar
+from ..progress import _bar
 from ..models import Checkpoint
 
 # %% ../../nbs/31_evals.perplexity.ipynb #ea90def3

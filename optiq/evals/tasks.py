@@ -7,9 +7,9 @@ __all__ = ['compose', 'answers', 'score_rows', 'task_rows']
 
 # %% ../../nbs/33_evals.tasks.ipynb #0a57288f
 from collections.abc import Callable
-from pathlib import Path
-from itertools import islice
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch

@@ -15,7 +15,7 @@ from .gsm8k import Answers, questions_fingerprint
 from ..families.audio import load_speech, transcribe
 from ..files import claiming
 from ..material.speech import clips
-from ..measure.log import _bar
+from ..progress import _bar
 from ..models import Checkpoint
 from ..report import Report, _figure, machine, own_size
 from ..readers import _checked

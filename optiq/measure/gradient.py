@@ -7,6 +7,7 @@ __all__ = ['gradient_sweep', 'agreement', 'screened_sweep']
 
 # %% ../../nbs/04d_measure.gradient.ipynb #e2a4b24b
 from pathlib import Path
+
 import numpy as np
 
 from ..backends.open import open_backend

@@ -6,9 +6,9 @@
 __all__ = ['Sweep', 'warn_of_idle', 'fingerprint_of', 'to_sweep', 'texts_for', 'about_texts', 'rounding_of', 'learned_again']
 
 # %% ../../nbs/04c_measure.sweep.ipynb #b51c0f32
-from collections.abc import Mapping
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -171,7 +171,8 @@ def test_a_size_takes_the_same_forms_everywhere(monkeypatch, tmp_path, words):
         return said[said.index('caps Caps'):].split('(given')[0]
     assert cap('9MB') == cap('9') == cap('9.0 MiB') == cap('9216kb') and f'={9*2**20},' in cap('9')
     assert f'={2**19},' in cap('.5') and f'={2**20*1000},' in cap('1e3') and f'={2**30},' in cap('1GB')
-    assert 'is not a size, such as 16GB or a number of MB' in CliRunner().invoke(cli.main, [*words, '9XB']).output
+    for none in ('9XB', '0', '1e-7', '1e99'):
+        assert f'{none} is not a size, such as 16GB or a number of MB' in CliRunner().invoke(cli.main, [*words, none]).output
 
 def test_the_cache_is_counted_in_one_way(models):
     from optiq.fit import what_fits

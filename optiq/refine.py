@@ -109,7 +109,7 @@ def _around(
 def _solve_again(
     q: Question,
     plan: Plan, # the incumbent
-    values: dict, # of `around`; the other units keep their format
+    values: dict, # of `_around`; the other units keep their format
 ) -> tuple: # Plan, its forecast KL
     "The best plan in which only the units measured again may change, and its forecast KL"
     p, (table, _) = q.problem, smoothed(SimpleNamespace(header={}, units=[], values=values))

@@ -42,7 +42,7 @@ def _errors(r: dict) -> int: return r['substitutions']+r['insertions']+r['deleti
 
 # %% ../../nbs/36_evals.wer.ipynb #b2f71fa2
 def _wer_figure(
-    found: list, # of dicts as `word_errors` makes them, one for each file
+    found: list, # of dicts as `_word_errors` makes them, one for each file
     on: str = '', # fingerprint of the files
     draws: int = 10000, # of the bootstrap
 ) -> dict: # columns of a row

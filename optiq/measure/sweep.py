@@ -169,7 +169,7 @@ def _counting(counts, before: int = 1): # path ▸ (experts,) counts, which it a
 
 # %% ../../nbs/04c_measure.sweep.ipynb #999fe430
 def warn_of_idle(
-    counts: dict, # what `tokens_per_expert` gives
+    counts: dict, # what `_tokens_per_expert` gives
 ):
     "Warn if an expert saw no token"
     idle = [(i, e) for i, c in counts.items() for e, n in enumerate(c) if not n]

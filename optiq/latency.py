@@ -219,7 +219,8 @@ def predict_speeds(
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
     fmts, speeds = parse_formats(formats), {}
     if not fmts: raise ValueError('no formats to predict; give some, for example 4 and 8')
-    with _waiting('measuring this machine'): lat = latency(c, chip, context, fmts, folder)
+    what = 'laying out the model' if chip else 'measuring this machine'
+    with _waiting(what): lat = latency(c, chip, context, fmts, folder)
     plans = _plans_to_time(c, fmts)
     if calibrate_first:
         with _waiting('measuring one plan'): lat, speeds = _calibrate_plan(lat, c, plans, folder, **options)

@@ -148,7 +148,8 @@ def test_the_error_names_the_argument_of_what_was_called():
     @_checked
     def outer(states_memory: float = 1.): return middle()
     for f, name in ((inner, 'max_memory'), (middle, 'max_memory'), (outer, 'states_memory')):
-        with pytest.raises(OutOfMemory, match=rf'memory runs out.*or a smaller `{name}`'): f()
+        with pytest.raises(OutOfMemory, match=rf'memory runs out.*or a smaller `{name}`') as e: f()
+        assert e.value.__cause__ is not e.value # or whoever walks along the causes never ends
 
 @pytest.mark.parametrize('words', [['sweep', 'demo', '-o', 'x.jsonl', '--n-calibration', '2', '--seq-len', '16', '--rounding', 'minmax'],
                                    ['eval', 'demo', '--task', 'perplexity', '--n-evaluation', '2', '--seq-len', '16']])

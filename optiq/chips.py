@@ -367,7 +367,8 @@ def load_chip(file: Path) -> tuple[Chip, list]: # chip, calibration points
     "A chip and its calibration points from a file of `save_chip`; raises ValueError for another file"
     try: d = read_ours(file, 'chip', dict(chip=_CHIP, points=[OBJECT]), '`optiq latency`')
     except ValueError as e: raise ValueError(f'{e}; remove it, and optiq measures the chip again') from None
-    return Chip(**{k: v for k, v in d['chip'].items() if k in Chip.__dataclass_fields__}), d['points']
+    points = d['points'] if 'beside' in d['chip'] else [] # those of before were learned with other prices
+    return Chip(**{k: v for k, v in d['chip'].items() if k in Chip.__dataclass_fields__}), points
 
 # %% ../nbs/20a_chips.ipynb #1d74ae92
 def this_machine(

@@ -158,7 +158,6 @@ class Chunks:
     def __init__(self, b: Backend, tokens, whole: bool = True):
         self.b, self.tokens, self.calls = b, _batches(b, tokens, whole), []
         self.size = len(self.tokens[0]) if b.stacks else 1 # sequences of a batch
-        self.T = shape_of(tokens)[1]
 
     def embed(self, overrides={}):
         "States of each batch before the first block, with `overrides` of weights"
@@ -202,7 +201,7 @@ class Statistics(Mapping):
     def restart(self):
         "Go back to the states before the first block"
         self.i, self.held, self.states = 0, {}, []
-        self.b.halved(self.chunks.size, self.chunks.T, self.go_on)
+        self.b.halved(self.chunks.size, shape_of(self.tokens)[1], self.go_on)
 
     def go_on(self, size: int):
         "Have states before the next block, in batches of at most `size` sequences"
@@ -223,7 +222,7 @@ class Statistics(Mapping):
             self.go_on(size)
             listener = self.listener(self.i)
             with self.unperturbed(): return self.chunks.run(self.i, self.states, listener), listener.stats
-        self.states, self.held = self.b.halved(self.chunks.size, self.chunks.T, work)
+        self.states, self.held = self.b.halved(self.chunks.size, shape_of(self.tokens)[1], work)
         self.i += 1
 
     def __getitem__(self, path):
@@ -252,7 +251,7 @@ def finish(self: Statistics) -> dict: # path ▸ Inputs
             for i in range(self.i, self.b.n_blocks): states = self.chunks.run(i, states)
             self.chunks.run(None, states, listener)
         return listener.stats
-    found = self.b.halved(self.chunks.size, self.chunks.T, work)
+    found = self.b.halved(self.chunks.size, shape_of(self.tokens)[1], work)
     self.restart()
     return found
 

@@ -24,6 +24,10 @@ def _quiet(on: bool = True):
 def _hears(): return sys.stderr is not None and not _QUIET.get() # whether anybody does
 def _pace(terminal, log): return terminal if sys.stderr.isatty() else log # seconds, or the line
 
+def _many(n: int, what: str) -> str: # what: the name of one
+    "So many of them, in words"
+    return f'{n} {what}' if n == 1 else f'{n} {what}s'
+
 def _bar(what: str = '', show: bool = True, of=None, after: float = 0.): # ▸ tqdm over `of`; without it, for shares
     "A bar for a long step: how much is done, how long it took, how long it will take; shown `after` some seconds"
     from tqdm.auto import tqdm # takes longer than most of what needs no bar

@@ -11,7 +11,7 @@ from optiq.formats import Format
 from optiq.material.tiny import tiny
 from optiq.measure.estimate import _grown_by, estimate
 from optiq.models import Checkpoint
-from optiq.progress import _bar, _quiet, _waiting
+from optiq.progress import _bar, _many, _quiet, _waiting
 from optiq.sensitivity import _Task
 
 @pytest.fixture(scope='module')
@@ -115,3 +115,5 @@ def test_progress_is_silenced_through_options_that_are_passed_on(model, monkeypa
     monkeypatch.setattr(sweep, 'open_backend', lambda *a: list(_bar('opening', of=[1])) and real(*a))
     sweep.kv_sweep(TorchBackend(model), TOKENS, [4], progress=False)
     assert capsys.readouterr().err == ''
+
+def test_one_thing_is_no_plural(): assert [_many(n, 'plan') for n in (0, 1, 2)] == ['0 plans', '1 plan', '2 plans']

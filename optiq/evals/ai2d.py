@@ -18,7 +18,7 @@ from .gsm8k import Answers, first_answer
 from ..families.vision import load_processor, read_image, read_samples, sample
 from ..files import claiming
 from ..material.diagrams import diagrams, prompt
-from ..progress import _bar
+from ..progress import _bar, _many
 from ..models import Checkpoint
 from ..report import Report, joined, machine, own_size, share_figure
 from ..readers import ANYTHING, LIST, PROSE, check, one_of, _checked
@@ -195,7 +195,7 @@ def ai2d(
     settings = dict(model=c.fingerprint, free=free, new_tokens=new_tokens, blank=blank, name=name or c.name)
     done = Answers(out, settings, rows)
     p = load_processor(c)
-    for r in _bar(f'{len(rows)} questions', of=rows[len(done):]):
+    for r in _bar(_many(len(rows), 'question'), of=rows[len(done):]):
         if blank: r = r | dict(image=_white(read_image(r['image'])))
         done.add([_asked(b, p, r, free, new_tokens, overrides)])
     return _report(done, figure, own_size(c, name, size), settings)

@@ -19,7 +19,7 @@ from ..calibration import fingerprint, shape_of, unscored
 from .perplexity import Score, _nll
 from ..files import whole_folder
 from ..measure.kl import _inside, kl_rows, logit_slices
-from ..progress import _bar
+from ..progress import _bar, _many
 from ..models import Checkpoint
 from ..readers import is_full, maybe, read_ours, told, whole, write_json, _checked
 
@@ -43,7 +43,7 @@ def _logits_of(
     "Walk through the blocks with one batch after another, and yield its logits in slices that fit in memory"
     n, T = tokens.shape
     batch = batch or max(1, 4096//T)
-    for k in _bar(f'{n} sequences', of=range(0, n, batch)):
+    for k in _bar(_many(n, 'sequence'), of=range(0, n, batch)):
         stop = min(n, k+batch)
         while k < stop:
             rows = slice(k, k+b.at_once(stop-k, T))

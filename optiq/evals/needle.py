@@ -20,7 +20,7 @@ from .gsm8k import label_of
 from ..folder import _of_text
 from ..readers import known, shown, _checked
 from ..material.mixture import recall_one
-from ..progress import _bar
+from ..progress import _bar, _many
 from ..plan import mean_se
 from ..report import Report, joined, machine, mean_figure, own_size, share_figure
 from ..models import Checkpoint
@@ -124,7 +124,7 @@ def needle(
     c, t = b.checkpoint, b.checkpoint.tokenizer
     _check_long(c, max(lengths))
     rows = _needle_trials(t, lengths, depths, trials, keys, seed)
-    with _bar(f'{len(rows)} trials') as bar:
+    with _bar(_many(len(rows), 'trial')) as bar:
         m = _margins(b, _pairs_of(t, rows), overrides, make_cache, tick=bar.update)
     on = f'{list(lengths)} × {list(depths)} × {trials}, keys {keys}, seed {seed}, {t.vocab_size} words'
     figures = share_figure('needle', m > 0, on), mean_figure('margin', m, on), dict(grid=_grid_of(rows, m))

@@ -24,7 +24,7 @@ from ..readers import known, shown, _checked
 from ..frontier import plus_minus
 from ..measure.kl import _inside, kl_rows, logit_slices
 from ..measure.journal import read_log
-from ..progress import _bar
+from ..progress import _bar, _many
 from ..models import Checkpoint
 
 # %% ../../nbs/31_evals.perplexity.ipynb #ea90def3
@@ -255,8 +255,7 @@ def evaluate(
 # %% ../../nbs/31_evals.perplexity.ipynb #5444e2be
 def _scores(model, tokens, variants: dict = {}, begun: _Text | None = None) -> dict: # as `evaluate`
     "`evaluate` with a progress bar; a text that has been scored in part already stands for its tokens"
-    many = f'{1+len(variants)} models' if variants else '1 model'
-    with _bar(f'scoring {many}') as bar:
+    with _bar(f'scoring {_many(1+len(variants), "model")}') as bar:
         if begun is None: return evaluate(model, tokens, variants, tick=bar.update)
         begun.add(variants)
         begun.run(bar.update)

@@ -15,7 +15,7 @@ from .gsm8k import Answers, questions_fingerprint
 from ..families.audio import load_speech, transcribe
 from ..files import claiming
 from ..material.speech import clips
-from ..progress import _bar
+from ..progress import _bar, _many
 from ..models import Checkpoint
 from ..report import Report, _figure, machine, own_size
 from ..readers import _checked
@@ -88,7 +88,7 @@ def write_down(
     "Let a model transcribe all clips, and count the errors"
     rows = [dict(question=f'{c.name} {c.key}', answer=c.text) for c in heard]
     done = Answers(out, settings, rows)
-    for clip, row in _bar(f'{len(rows)} clips', of=[*zip(heard, rows)][len(done):]):
+    for clip, row in _bar(_many(len(rows), 'clip'), of=[*zip(heard, rows)][len(done):]):
         text = listen(clip)
         done.add([row | dict(response=text) | _word_errors(clip.text, text)])
     return done

@@ -19,7 +19,7 @@ from .kl import probes
 from .sweep import Sweep, fingerprint_of
 from .log import SweepLog, _Share
 from ..units import Unit
-from ..progress import _bar
+from ..progress import _bar, _many
 from ..readers import _checked
 from ..models import Checkpoint
 
@@ -147,7 +147,7 @@ def _measured(b, tokens, todo, quantize):
     "(path, format) ▸ KL of each sequence, four of them at a time"
     starts = range(0, len(tokens), 4)
     runs = len(starts)*_block_passes(todo, b.n_blocks)
-    with _bar(f'{len(todo)} measurements') as bar:
+    with _bar(_many(len(todo), 'measurement')) as bar:
         tick = _Share(bar, runs, len(starts)*len(todo))
         kl = np.concatenate([_measure_halved(b, tokens[k:k+4], todo, quantize, tick)[0] for k in starts], 1)
     return {(u.path, f): v for (u, f), v in zip(todo, kl)}

@@ -333,9 +333,12 @@ def positions(sample: dict) -> np.ndarray:
 
 # %% ../nbs/02_calibration.ipynb #447ae168
 def shape_of(tokens) -> tuple: # (n, T)
-    "How many sequences or samples `tokens` holds, and how many positions of the longest we score"
-    if not isinstance(tokens, list): return tokens.shape
-    return len(tokens), max((len(positions(s)) for s in tokens), default=0)
+    "How many sequences or samples `tokens` holds, and how many positions of the longest we score; raises ValueError"
+    samples = isinstance(tokens, list)
+    shape = (len(tokens), max(map(len, map(positions, tokens)), default=0)) if samples else getattr(tokens, 'shape', ())
+    if len(shape) == 2 and all(shape): return shape
+    what = f'has the shape {tuple(shape)}' if samples or hasattr(tokens, 'shape') else f'is {shown(tokens)}'
+    raise ValueError(f'`tokens` {what}, and should be a table of token ids, a row for each sequence, or samples')
 
 # %% ../nbs/02_calibration.ipynb #e77fcbcf
 def fingerprint(
@@ -384,5 +387,5 @@ def overlap(
 ) -> float:
     "Which part of the smaller of two token sets, 0 to 1, also stands in the other, in blocks of 32 tokens"
     common = len(set(hashes) & set(block_hashes(tokens, 1)))
-    blocks = len(tokens) if isinstance(tokens, list) else tokens.size//_BLOCK
+    blocks = len(tokens) if isinstance(tokens, list) else np.size(tokens)//_BLOCK
     return min(1., common/max(1, min(len(hashes), blocks)))

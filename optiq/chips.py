@@ -45,7 +45,7 @@ def _per_step(
     many: int,
     first: Callable | None = None, # gives arrays that keep the device busy while the chain is sent off
     runs: int = 7,
-) -> dict: # seconds per step; raw: of both lengths and all runs, see `run_once`
+) -> dict: # seconds per step; raw: of both lengths and all runs, see `_run_once`
     "Seconds per step of a chain, from the difference of two lengths that take turns"
     for n in (few, many): _run_once(chain, n, first)
     pairs = [[_run_once(chain, n, first) for n in (few, many)] for _ in range(runs)]
@@ -123,7 +123,7 @@ def _product_chain(
 def _measure_product(
     fmt: Format,
     shape: tuple, # (rows, width)
-    first: Callable | None = None, # see `per_step`
+    first: Callable | None = None, # see `_per_step`
     runs: int = 7,
     serial: bool = True,
 ) -> dict: # seconds, raw times …
@@ -178,7 +178,7 @@ def _line_through(depths: tuple, seconds: list) -> tuple: # of a layer, of a tok
 
 # %% ../nbs/20a_chips.ipynb #3dd334b9
 def _measure_overheads(
-    first: Callable | None = None, # see `per_step`
+    first: Callable | None = None, # see `_per_step`
     depths: tuple = (2, 5),
     runs: int = 7,
 ) -> dict: # Chip fields in µs, and raw times
@@ -286,7 +286,7 @@ def _attention_chain(n: int) -> Callable: # number of steps ▸ array
 
 # %% ../nbs/20a_chips.ipynb #179f40a7
 def _measure_attention(
-    first: Callable | None = None, # see `per_step`
+    first: Callable | None = None, # see `_per_step`
     runs: int = 7,
 ) -> dict: # seconds_per_byte, and raw times
     "Seconds per byte of keys and values that decoding reads"
@@ -367,7 +367,8 @@ def load_chip(file: Path) -> tuple[Chip, list]: # chip, calibration points
     "A chip and its calibration points from a file of `save_chip`; raises ValueError for another file"
     try: d = read_ours(file, 'chip', dict(chip=_CHIP, points=[OBJECT]), '`optiq latency`')
     except ValueError as e: raise ValueError(f'{e}; remove it, and optiq measures the chip again') from None
-    return Chip(**{k: v for k, v in d['chip'].items() if k in Chip.__dataclass_fields__}), d['points']
+    points = d['points'] if 'beside' in d['chip'] else [] # those of before were learned with other prices
+    return Chip(**{k: v for k, v in d['chip'].items() if k in Chip.__dataclass_fields__}), points
 
 # %% ../nbs/20a_chips.ipynb #1d74ae92
 def this_machine(

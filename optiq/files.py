@@ -75,7 +75,7 @@ def _save_text(path: Path, text: str):
     finally: part.unlink(missing_ok=True)
 
 def _check_part(path: Path, begins: str = ''):
-    "Raise FileExistsError for what lies where `save_text` writes first, unless a killed run left it there"
+    "Raise FileExistsError for what lies where `_save_text` writes first, unless a killed run left it there"
     part = _part_of(path)
     if not os.path.lexists(part): return
     if part.is_symlink() or not part.is_file() or not _ours(part, begins): raise FileExistsError(

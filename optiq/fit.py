@@ -240,7 +240,7 @@ def what_fits(
         c = _Outline(model)
         c.context = context
         with c.naming('run'): cache = cache_bytes(c, context)
-    name = 'the sweep'
+    name = None if sweep is None else 'the sweep'
     if isinstance(sweep, (str, Path)):
         name = sweep
         sweep = Sweep.load(sweep)

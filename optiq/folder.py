@@ -86,7 +86,7 @@ def check_untrusted(
     trust_remote_code: bool = False, # run code that comes with it
 ):
     "Check a folder before a loader opens it: raises ValueError for links out of it, and for code unless you trust it"
-    if not (folder/'config.json').is_file(): return # no checkpoint, as `weight_files` will say
+    if not (folder/'config.json').is_file(): return # no checkpoint, as `_weight_files` will say
     _check_links(folder)
     for p in () if trust_remote_code else _paths(folder):
         for entry, code in _code_of(p) if p.suffix == '.json' and p.is_file() else (): raise ValueError(

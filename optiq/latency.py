@@ -24,7 +24,7 @@ from .frontier import Frontier
 from .labels import _label, _legend, Axes
 from .models import Checkpoint
 from .plan import make_plan, uniform
-from .progress import _bar, _waiting
+from .progress import _bar, _many, _waiting
 from .readers import OBJECT, _helpful, _html_table, read_ours, write_json, _checked
 from .report import fit, machine
 from .roofline import Chip, Latency, Reads, chip_named, reads_of
@@ -219,13 +219,15 @@ def predict_speeds(
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
     fmts, speeds = parse_formats(formats), {}
     if not fmts: raise ValueError('no formats to predict; give some, for example 4 and 8')
-    with _waiting('measuring this machine'): lat = latency(c, chip, context, fmts, folder)
+    what = 'laying out the model' if chip else 'measuring this machine'
+    with _waiting(what): lat = latency(c, chip, context, fmts, folder)
     plans = _plans_to_time(c, fmts)
     if calibrate_first:
         with _waiting('measuring one plan'): lat, speeds = _calibrate_plan(lat, c, plans, folder, **options)
     options = dict(context=max(1, context))|options
     todo = [n for n in plans if n not in speeds] if measure else []
-    for n in _bar(f'measuring {len(todo)} plans', bool(todo), todo): speeds[n] = measure_plan(c, plans[n], **options)
+    bar = _bar(f'measuring {_many(len(todo), "plan")}', bool(todo), todo)
+    for n in bar: speeds[n] = measure_plan(c, plans[n], **options)
     return compare_speeds(lat, plans, speeds, dict(model=c.name, **machine()))
 
 # %% ../nbs/20b_latency.ipynb #7bc7e855

@@ -279,14 +279,14 @@ class ModelFolder:
         "Sixteen hex digits that stand for every byte of config.json and of the weights"
         h = hashlib.sha256((self.folder/'config.json').read_bytes())
         as_type = f' as {self.dtype}' if self.dtype else ''
-        whole = sum(f.stat().st_size for f in self.files)
+        size = sum(f.stat().st_size for f in self.files)
         with _bar(f'reading {self.name}', after=1) as bar:
             for file in self.files:
                 table = sorted(read_header(file).items(), key=lambda x: x[1]['data_offsets'])
                 h.update(_digest(file, 0, table[0][1]['data_offsets'][0] if table else file.stat().st_size))
                 for name, t in table:
                     h.update(_tensor_digest(file, name, t['data_offsets']))
-                    bar.update((t['data_offsets'][1]-t['data_offsets'][0])/whole)
+                    bar.update((t['data_offsets'][1]-t['data_offsets'][0])/size)
         return h.hexdigest()[:16]+as_type
 
     @cached_property

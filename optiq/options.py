@@ -86,7 +86,7 @@ class _Size(click.ParamType):
         if not isinstance(value, str) or value == self.word: return value
         found = re.fullmatch(r'((?:[0-9]+\.?|[0-9]*\.[0-9]+)(?:e[+-]?[0-9]+)?)\s*([KMGT]i?B)?', value.strip(), re.I)
         size = float(found[1])*self._UNITS[(found[2] or self.unit).upper().replace('I', '')] if found else 0
-        if 0 < size < 2**60: return int(size)
+        if 1 <= size < 2**60: return int(size)
         more = f', or {self.word}' if self.word else ''
         self.fail(f'{value} is not a size, such as 16GB or a number of {self.unit}{more}', param, ctx)
 

@@ -380,8 +380,9 @@ def _checked(f):
         try:
             with _quiet((given | options).get('progress') is False): return f(*args, **options)
         except Exception as e:
-            if not is_full(e): raise
-            raise as_out_of_memory(e, _signature(f).parameters) from e
+            full = as_out_of_memory(e, _signature(f).parameters) if is_full(e) else e
+            if full is e: raise
+            raise full from e
     return call
 
 def _misnamed(f, said: str, options) -> str:

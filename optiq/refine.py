@@ -6,12 +6,11 @@
 __all__ = ['Verified', 'verdict', 'verified', 'measured']
 
 # %% ../nbs/05c_refine.ipynb #42f9f533
-from collections.abc import Mapping
-from collections.abc import Callable
-from pathlib import Path
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +24,7 @@ from .formats import AS_IS, parse_format, quantize_dequantize
 from .knapsack import Question, pose
 from .frontier import Frontier, plus_minus
 from .measure.estimate import _measure_halved, passes_of, plan_passes
-from .measure.log import _bar
+from .progress import _bar, _many
 from .plan import Plan, baseline_plans, mean_se, smoothed
 from .readers import known, _helpful, _checked
 from .solver import Problem, undominated
@@ -100,7 +99,7 @@ def _around(
     todo = [(u, f) for u in plan.units if u.path in paths for f in formats[u.path]]
     values, base, many = {}, overrides_of(plan, quantize), None
     passes = passes_of(todo, len(tokens), *plan_passes(b, todo, shape_of(tokens)))
-    for p in _bar(f'measuring {len(paths)} units again', of=passes):
+    for p in _bar(f'measuring {_many(len(paths), "unit")} again', of=passes):
         found, many = _measure_halved(b, tokens[p.start:p.stop], list(p.todo), quantize, base=base, many=many)
         for (u, f), kl in zip(p.todo, found):
             values.setdefault((u.path, f), []).append(kl)
@@ -110,7 +109,7 @@ def _around(
 def _solve_again(
     q: Question,
     plan: Plan, # the incumbent
-    values: dict, # of `around`; the other units keep their format
+    values: dict, # of `_around`; the other units keep their format
 ) -> tuple: # Plan, its forecast KL
     "The best plan in which only the units measured again may change, and its forecast KL"
     p, (table, _) = q.problem, smoothed(SimpleNamespace(header={}, units=[], values=values))
@@ -282,6 +281,6 @@ def measured(
     b = open_backend(model)
     todo = [*frontier.rivals.values(), *frontier.baselines, *_spread_over(frontier, each)]
     for p in todo: _check_same('the frontier', p, b.checkpoint.units, b.checkpoint.name)
-    with _bar(f'measuring {len(todo)} plans') as bar:
+    with _bar(f'measuring {_many(len(todo), "plan")}') as bar:
         frontier.scores |= _joint_kl(b, tokens, {p.name: p for p in todo}, quantize, bar.update)
     return frontier

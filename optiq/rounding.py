@@ -212,9 +212,10 @@ def round_model(
                 done |= {path for path, _ in new}
                 yield from new
                 tick(len(new))
+            return
         except Exception as e:
             if not is_full(e) or method != 'gptq': raise
-            b.less(len(_batches(b, tokens)[0]) if b.stacks else 1)
+            b.less(len(_batches(b, tokens)[0]) if b.stacks else 1, shape_of(tokens)[1])
 
 # %% ../nbs/06_rounding.ipynb #db76049f
 class _Held:

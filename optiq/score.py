@@ -19,7 +19,7 @@ from .evals.gguf import gguf_weights
 from .evals.perplexity import check_calibration, Score, _scores
 from .files import own_file
 from .formats import parse_format
-from .measure.log import _bar
+from .progress import _bar, _many
 from .models import Checkpoint
 from .readers import _check_counts, known, _checked
 from .report import Report, joined, machine, mean_figure, own_size, share_figure, test
@@ -238,7 +238,7 @@ def recall(model, n=200, seed=42) -> Report:
     c = _checkpoint_of(model)
     rows = task_rows(n, seed=seed)['recall']
     if not rows: raise ValueError(f'recall has four lengths: give 4 or more as `n`, not {n}')
-    with _bar(f'{len(rows)} texts') as bar: texts = answers(c, rows, tick=bar.update)
+    with _bar(_many(len(rows), 'text')) as bar: texts = answers(c, rows, tick=bar.update)
     right = [correct(r, text) for r, text in zip(rows, texts)]
     return Report([own_size(c) | share_figure('recall', right, f'recall {n} {seed}')], machine())
 

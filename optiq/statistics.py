@@ -139,7 +139,8 @@ def _batches(b: Backend, tokens, whole: bool = True) -> list: # whole: second mo
     "Calibration tokens, or samples, in parts that fit"
     many = 2**15 if b.on_gpu else 2**11
     if b.on_gpu or whole: many = min(many, b.at_most(2**29, 80)//2**14)
-    size = b.at_once(max(1, many//shape_of(tokens)[1]))
+    T = shape_of(tokens)[1]
+    size = b.at_once(max(1, many//T), T)
     return [tokens[k:k+size] for k in range(0, len(tokens), size)] if b.stacks else samples_of(tokens)
 
 # %% ../nbs/06a_statistics.ipynb #49ff3589
@@ -200,7 +201,7 @@ class Statistics(Mapping):
     def restart(self):
         "Go back to the states before the first block"
         self.i, self.held, self.states = 0, {}, []
-        self.b.halved(self.chunks.size, self.go_on)
+        self.b.halved(self.chunks.size, shape_of(self.tokens)[1], self.go_on)
 
     def go_on(self, size: int):
         "Have states before the next block, in batches of at most `size` sequences"
@@ -221,7 +222,7 @@ class Statistics(Mapping):
             self.go_on(size)
             listener = self.listener(self.i)
             with self.unperturbed(): return self.chunks.run(self.i, self.states, listener), listener.stats
-        self.states, self.held = self.b.halved(self.chunks.size, work)
+        self.states, self.held = self.b.halved(self.chunks.size, shape_of(self.tokens)[1], work)
         self.i += 1
 
     def __getitem__(self, path):
@@ -250,7 +251,7 @@ def finish(self: Statistics) -> dict: # path ▸ Inputs
             for i in range(self.i, self.b.n_blocks): states = self.chunks.run(i, states)
             self.chunks.run(None, states, listener)
         return listener.stats
-    found = self.b.halved(self.chunks.size, work)
+    found = self.b.halved(self.chunks.size, shape_of(self.tokens)[1], work)
     self.restart()
     return found
 

@@ -1,4 +1,5 @@
 "Models whose pass calls blocks twice, not at all, or in another order than they are numbered"
+from functools import partial
 from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
@@ -198,3 +199,29 @@ def test_three_more_wrong_objects_are_named(tmp_path):
         with pytest.raises(ValueError, match='should be a Format|should have overrides or a Backend'): wrong()
     plan = uniform(c, 4)
     assert plan_svg(plan, colours={'a': 1}) == plan_svg(plan)
+
+def test_texts_and_rows_that_are_none_are_refused(tmp_path):
+    "Arguments of a right type that hold nothing, or something else"
+    from optiq.evals.ai2d import ai2d
+    from optiq.evals.gsm8k import gsm8k
+    from optiq.evals.kl import reference, score_against
+    from optiq.evals.needle import needle
+    from optiq.evals.perplexity import evaluate
+    from optiq.evals.tasks import answers
+    from optiq.measure.estimate import estimate
+    from optiq.measure.gradient import screened_sweep
+    from optiq.material.tiny import tiny
+    from optiq.models import Checkpoint
+    c = Checkpoint(tiny('llama', tmp_path/'m'))
+    one, no_text = np.ones((1, 8), int), ((), [], np.ones(8, int), np.ones((0, 8), int), np.ones((2, 0), int))
+    stored = reference(c, one, 4, tmp_path/'stored')
+    tokens = [partial(f, t) for t in no_text for f in (partial(evaluate, c), partial(reference, c), partial(score_against, stored, c))]
+    tokens += [partial(estimate, c, [4], t) for t in (*no_text, (0, 8), ('a', 8), (8,))]
+    wrong = dict(tokens=[*tokens, partial(screened_sweep, c, (), [4], [4.5])], beside=[partial(evaluate, c, one, beside=[1])],
+                 rows=[partial(answers, c, [{}]), partial(answers, c, [dict(prompt=1, answer='')]), partial(gsm8k, c, [{}])],
+                 questions=[partial(ai2d, c, questions=q) for q in ([1], [{}], [], (1,))],
+                 lengths=[partial(needle, c, lengths=x) for x in ([object()], ['a'], [64.5])], depths=[partial(needle, c, [64], ['x'])])
+    for name, calls in wrong.items():
+        for call in calls:
+            with pytest.raises(ValueError, match=f'^`{name}`') as e: call()
+            assert '\n' not in str(e.value)

@@ -46,13 +46,15 @@ def test_plans_fill_what_is_left(bare, monkeypatch):
     three, four = (module.uniform(o, b).nbytes for b in (3, 4))
     row, = what_fits(bare, rest+(three+four)//2, 256, formats=[3, 4, 8]).rows
     assert row['plan'] == 'mixed' and 3 < row['nominal_bpw'] < 4 and row['size'] <= row['weights'] and row['uniform'] == '3g64'
-    assert row['kl'] is None and 'not known' in repr(what_fits(bare, rest+four, 256))
+    without = repr(what_fits(bare, rest+(three+four)//2, 256, formats=[3, 4, 8]))
+    assert row['kl'] is None and 'not known, since no sweep of this model was given' in without and 'predicts' not in without
     none = what_fits(bare, rest+three//4, 256)
     assert none.rows[0]['plan'] is None and 'nothing fits' in repr(none) and '<table' in none._repr_html_()
     sweep = make_sweep(o.units, [parse_format(b) for b in (3, 4)], lambda u, f: [4.**-f.bits]*2)
     sweep.header |= dict(params=o.params, other_bytes=o.other_bytes)
-    known, = what_fits(bare, rest+(three+four)//2, 256, sweep=sweep).rows
-    assert known['kl'] > 0 and known['kl_se'] is not None
+    found = what_fits(bare, rest+(three+four)//2, 256, sweep=sweep)
+    known, = found.rows
+    assert known['kl'] > 0 and known['kl_se'] is not None and 'KL is what the sweep predicts' in repr(found)
 
 def test_machines_and_this_one(bare):
     found = what_fits(bare, context=256)

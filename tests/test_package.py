@@ -1,5 +1,5 @@
 "What the package promises before any work: light imports and a quick command line"
-import importlib, json, pkgutil, re, resource, subprocess, sys
+import ast, importlib, json, pkgutil, re, resource, subprocess, sys
 from pathlib import Path
 import pytest
 import yaml
@@ -71,6 +71,20 @@ def test_a_title_has_a_cell_of_its_own():
     for p in sorted((Path(__file__).parents[1]/'nbs').rglob('*.ipynb')):
         first = ''.join(json.loads(p.read_text(encoding='utf-8'))['cells'][0]['source'])
         assert re.fullmatch(r'# [^\n]+\n\n> [^\n]+', first), p.name
+
+def prints(source):
+    "Whether a cell prints as it runs, and its page shows that"
+    if re.search(r'^#\|\s*(export|hide|eval: *false)|^[%!]', source, re.M): return False
+    run = (node for s in ast.parse(source).body if not isinstance(s, (ast.FunctionDef, ast.ClassDef)) for node in ast.walk(s))
+    return any(isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'print' for node in run)
+
+def test_every_cell_that_prints_shows_what():
+    "A new cell that nobody ran would promise an output that the page lacks"
+    cells = [(p.name, c) for p in sorted((Path(__file__).parents[1]/'nbs').rglob('*.ipynb'))
+             for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code' and prints(''.join(c['source']))]
+    assert len(cells) > 100
+    missing = [f'{name}, cell {c["id"]}' for name, c in cells if not c['outputs']]
+    assert not missing, f'no output in {missing}; run tools/fill.py'
 
 def test_every_figure_has_a_description():
     found = list(figure_cells())

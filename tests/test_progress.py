@@ -11,7 +11,7 @@ from optiq.formats import Format
 from optiq.material.tiny import tiny
 from optiq.measure.estimate import _grown_by, estimate
 from optiq.models import Checkpoint
-from optiq.progress import _bar, _quiet, _waiting
+from optiq.progress import _bar, _many, _quiet, _waiting
 from optiq.sensitivity import _Task
 
 @pytest.fixture(scope='module')
@@ -28,7 +28,8 @@ def test_an_estimate_runs_short_texts_alone(model, monkeypatch, shape):
         return real(self, i, states, overrides)
     monkeypatch.setattr(TorchBackend, 'run_block', spy)
     long, short = (estimate(b, [4], s) for s in (shape, (shape[0], 512)))
-    assert max(ran) <= 2**14 and long['bytes'] == short['bytes']*shape[1]//512 or long['passes'] != short['passes']
+    assert max(ran) <= 2**14
+    assert long['bytes'] == short['bytes']*shape[1]//512 or long['passes'] != short['passes']
     assert long['seconds'] > 5*short['seconds']
 
 def test_no_estimate_runs_a_text_longer_than_the_sweep(model, monkeypatch):
@@ -106,7 +107,7 @@ def test_without_stderr_nothing_is_said(monkeypatch):
 
 def test_a_log_is_told_less_often_than_a_terminal(capsys):
     for _ in _bar('steps', of=range(30)): time.sleep(.05)
-    assert capsys.readouterr().err.count('steps') <= 3
+    assert 1 <= capsys.readouterr().err.count('steps') <= 3
 
 def test_progress_is_silenced_through_options_that_are_passed_on(model, monkeypatch, capsys):
     from optiq.kv import sweep
@@ -114,3 +115,5 @@ def test_progress_is_silenced_through_options_that_are_passed_on(model, monkeypa
     monkeypatch.setattr(sweep, 'open_backend', lambda *a: list(_bar('opening', of=[1])) and real(*a))
     sweep.kv_sweep(TorchBackend(model), TOKENS, [4], progress=False)
     assert capsys.readouterr().err == ''
+
+def test_one_thing_is_no_plural(): assert [_many(n, 'plan') for n in (0, 1, 2)] == ['0 plans', '1 plan', '2 plans']

@@ -112,6 +112,22 @@ def test_second_look_never_hurts():
         assert loss(again) <= loss(codes)*(1+1e-5) and again.min() >= 0 and again.max() <= 2**bits-1
         assert (again == again.round()).all()
 
+@pytest.mark.parametrize('shape', [(96, 64), (5, 8, 64), (1, 96, 64)])
+def test_each_core_searches_a_part_of_its_own(shape, monkeypatch):
+    "Matrices, experts, and rows of a single expert: the codes of one thread, and as many threads afterwards as before"
+    from optiq import grid
+    w, before, inside, real = torch.randn(shape, generator=torch.manual_seed(0)), torch.get_num_threads(), [], grid._fit_grid
+    monkeypatch.setattr(grid, '_fit_grid', lambda *a: (inside.append(torch.get_num_threads()), real(*a))[1])
+    try:
+        torch.set_num_threads(1)
+        want = search(w, Format(4, 32))
+        assert {*inside} == {1} and len(inside) == 1
+        torch.set_num_threads(3)
+        got = search(w, Format(4, 32))
+        assert torch.get_num_threads() == 3 and {*inside} == {1} and len(inside) > 3
+    finally: torch.set_num_threads(before)
+    assert all(torch.equal(getattr(got, k), getattr(want, k)) for k in ('codes', 'scales', 'biases'))
+
 def test_without_correlation_gptq_is_nearest():
     w, stats = weight(), Inputs(torch.eye(128)*1000, 1000)
     a, b = gptq(w, Format(3, 64), stats), search(w, Format(3, 64), stats)

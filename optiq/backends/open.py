@@ -6,10 +6,10 @@
 __all__ = ['APART', 'apart', 'open_backend']
 
 # %% ../../nbs/03f_backends.open.ipynb #6787f6bc
-from pathlib import Path
 import sys
 import time
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 

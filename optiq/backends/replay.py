@@ -40,7 +40,7 @@ class Backend:
     on_gpu = False # whether it computes on a GPU
     takes_caches = False # whether its model runs with caches of mlx-lm
     memory = None # cap in bytes on all that a streamed model takes; None: what is free
-    fits = None # sequences that memory held at once, after it ran out
+    fits = None # tokens that memory held at once, after it ran out
     digesting = False # whether we digest each block that we stream, for a fingerprint that is needed later
     statistics = None # cache unit ▸ preconditioner, while rotated formats have one
     cached = {} # path ▸ keys or values of a layer, as units; `optiq.kv.layout` fills it in
@@ -406,22 +406,22 @@ def array(self: Backend, a: np.ndarray):
 
 # %% ../../nbs/03_backends.replay.ipynb #1bfc3a04
 @patch
-def at_once(self: Backend, n: int) -> int:
-    "`n` sequences, or as many as fitted when memory ran out"
-    return n if self.fits is None else min(n, self.fits)
+def at_once(self: Backend, n: int, T: int) -> int:
+    "`n` sequences of `T` tokens, or as many as fitted when memory ran out"
+    return n if self.fits is None else max(1, min(n, self.fits//T))
 
 @patch
-def less(self: Backend, n: int):
-    "From now on half of `n` sequences at once; raises OutOfMemory if `n` is one"
+def less(self: Backend, n: int, T: int):
+    "From now on half of `n` sequences of `T` tokens at once; raises OutOfMemory if `n` is one"
     if n <= 1: raise OutOfMemory(f'{self.checkpoint.name}: memory runs out with one sequence at a time')
-    self.fits = self.at_once(-(-n//2))
+    self.fits = self.at_once(-(-n//2), T)*T
 
 @patch
-def halved(self: Backend, n: int, work): # ▸ what `work` gives
-    "`work(n)`, which runs at most `n` sequences at once; again with half as many after each lack of memory"
+def halved(self: Backend, n: int, T: int, work): # ▸ what `work` gives
+    "`work(n)`, which runs at most `n` sequences of `T` tokens at once; with half as many after each lack of memory"
     while True:
-        n = self.at_once(n)
+        n = self.at_once(n, T)
         try: return work(n)
         except Exception as e:
             if not is_full(e): raise
-            self.less(n)
+            self.less(n, T)

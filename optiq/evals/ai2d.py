@@ -18,10 +18,10 @@ from .gsm8k import Answers, first_answer
 from ..families.vision import load_processor, read_image, read_samples, sample
 from ..files import claiming
 from ..material.diagrams import diagrams, prompt
-from ..measure.log import _bar
+from ..progress import _bar, _many
 from ..models import Checkpoint
 from ..report import Report, joined, machine, own_size, share_figure
-from ..readers import _checked
+from ..readers import ANYTHING, LIST, PROSE, check, one_of, _checked
 from ..backends.replay import Backend
 
 # %% ../../nbs/35_evals.ai2d.ipynb #37dc6259
@@ -177,7 +177,7 @@ def _judged(row: dict, response: str | None, logprobs) -> dict:
 def ai2d(
     model: 'str | Path | Checkpoint | Backend', # the model, or its name
     n: int | None = None, # questions; None takes all
-    questions: 'str | Path | list | None' = None, # a source, see `questions_of`, or its rows; AI2D by default
+    questions: 'str | Path | list[dict] | None' = None, # a source, see `questions_of`, or its rows; AI2D by default
     free: bool = True, # also score what the model writes
     out: 'str | Path | None' = None, # .jsonl file of answers to write, and to resume from
     new_tokens: int = 32, # at most
@@ -187,14 +187,15 @@ def ai2d(
     size = None, # Plan that the overrides stand for
 ) -> Report: # one row; about['responses'] holds the answers
     "Accuracy on questions about diagrams, by likelihood and by what the model writes"
-    rows = questions if isinstance(questions, list) else questions_of(questions or 'ai2d', n)
+    rows = [*questions] if isinstance(questions, (list, tuple)) else questions_of(questions or 'ai2d', n)
+    check(rows, [dict(question=PROSE, options=LIST, answer=one_of(*_LETTERS), image=ANYTHING), ...], '`questions`')
     b = open_backend(Checkpoint(model) if isinstance(model, (str, Path)) else model)
     c, figure = b.checkpoint, 'diagrams' if questions == 'diagrams' or 'kind' in rows[0] else 'ai2d'
     if c.model_type != 'vlm': raise ValueError(f'{c.name} cannot see: ai2d needs a vision-language model')
     settings = dict(model=c.fingerprint, free=free, new_tokens=new_tokens, blank=blank, name=name or c.name)
     done = Answers(out, settings, rows)
     p = load_processor(c)
-    for r in _bar(f'{len(rows)} questions', of=rows[len(done):]):
+    for r in _bar(_many(len(rows), 'question'), of=rows[len(done):]):
         if blank: r = r | dict(image=_white(read_image(r['image'])))
         done.add([_asked(b, p, r, free, new_tokens, overrides)])
     return _report(done, figure, own_size(c, name, size), settings)

@@ -6,9 +6,9 @@
 __all__ = ['first_answer', 'questions', 'Answers', 'gsm8k', 'label_of', 'questions_fingerprint', 'score_responses']
 
 # %% ../../nbs/34_evals.gsm8k.ipynb #5607de6f
-from collections.abc import Callable
 import os
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from zlib import crc32
@@ -18,7 +18,7 @@ from ..backends.replay import Backend
 from .tasks import answers, compose
 from ..files import append, as_path, claiming, own_file, settle
 from ..material.problems import PROMPT, word_problems
-from ..measure.log import _bar
+from ..progress import _bar, _many
 from ..models import Checkpoint
 from ..readers import check_other, OBJECT, PROSE, check, check_kind, dumps, read_records, records_in, shown, _checked
 from ..report import Report, machine, own_size, share_figure
@@ -224,7 +224,7 @@ def gsm8k(
 ) -> Report: # one row; about['responses'] holds the answers
     "The accuracy of a model on word problems, with Wilson's 95 % interval"
     rows = questions() if rows is None else rows
-    if not rows: raise ValueError('no questions to ask; give some')
+    check([*rows], [dict(question=PROSE, answer=PROSE), ...], '`rows`')
     b = open_backend(model, 'mlx' if make_cache else 'auto')
     how = dict(model=b.checkpoint.fingerprint, shots=shots, new_tokens=new_tokens, cache=label_of(make_cache))
     done = Answers(out, settings := how | dict(name=name or b.checkpoint.name), rows)
@@ -233,7 +233,7 @@ def gsm8k(
         if figure == 'word_problems' and not make_cache: texts = answers(b, part, overrides, new_tokens)
         else: texts = compose(b, [r['prompt'] for r in part], new_tokens, _STOP, make_cache, overrides)
         return [_judged(r | dict(response=text)) for r, text in zip(part, texts)]
-    with _bar(f'{len(rows)} questions') as bar:
+    with _bar(_many(len(rows), 'question')) as bar:
         for k in range(0, len(rows), batch): # the same batches after an interruption, since padding moves numbers
             part = rows[k:k+batch]
             if len(done) < k+len(part): done.add(ask(part)[len(done)-k:])

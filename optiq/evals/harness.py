@@ -7,6 +7,7 @@ __all__ = ['harness']
 
 # %% ../../nbs/39_evals.harness.ipynb #adb57be8
 from pathlib import Path
+
 from ..models import Checkpoint
 from ..report import Report, machine, mean_figure, own_size, share_figure
 from ..readers import _checked

@@ -15,11 +15,11 @@ import numpy as np
 from ..arrays import put, take, top
 from ..backends.open import _within, open_backend
 from ..backends.replay import Backend
-from ..calibration import fingerprint, unscored
+from ..calibration import fingerprint, shape_of, unscored
 from .perplexity import Score, _nll
 from ..files import whole_folder
 from ..measure.kl import _inside, kl_rows, logit_slices
-from ..measure.log import _bar
+from ..progress import _bar, _many
 from ..models import Checkpoint
 from ..readers import is_full, maybe, read_ours, told, whole, write_json, _checked
 
@@ -36,23 +36,23 @@ def _merged(
 # %% ../../nbs/32_evals.kl.ipynb #598b2bc9
 def _logits_of(
     b: Backend,
-    tokens: 'np.ndarray | list', # (n, T)
+    tokens: np.ndarray, # (n, T)
     overrides: dict = {}, # of a plan
     batch: int | None = None, # sequences at a time; about 4,096 tokens by default
 ): # ▸ (slice of sequences, slice of positions, (B, t, V) logits)
     "Walk through the blocks with one batch after another, and yield its logits in slices that fit in memory"
     n, T = tokens.shape
     batch = batch or max(1, 4096//T)
-    for k in _bar(f'{n} sequences', of=range(0, n, batch)):
+    for k in _bar(_many(n, 'sequence'), of=range(0, n, batch)):
         stop = min(n, k+batch)
         while k < stop:
-            rows = slice(k, k+b.at_once(stop-k))
+            rows = slice(k, k+b.at_once(stop-k, T))
             try:
                 for at, z in _slices_of(b, tokens[rows], overrides): yield rows, at, z
                 k = rows.stop
             except Exception as e: # of the model: what our caller does with the logits is not seen here
                 if not is_full(e): raise
-                b.less(rows.stop-k)
+                b.less(rows.stop-k, T)
 
 def _slices_of(b: Backend, ids: np.ndarray, overrides: dict): # ▸ slice of positions, (B, t, V) logits
     "Walk through the blocks with one batch"
@@ -93,13 +93,14 @@ class _Reference:
 @_checked
 def reference(
     model: 'str | Path | Checkpoint | Backend', # of which only the name is needed if it was computed before
-    tokens: 'np.ndarray | list', # (n, T)
+    tokens: np.ndarray, # (n, T)
     top_k: int | None = 256, # words kept for each token; None keeps all
     cache: 'str | Path | None' = None, # folder of references; `OPTIQ_CACHE` or ~/.cache/optiq by default
     backend: str = 'auto', # to compute them with: 'auto', 'torch', 'mlx' or 'stream'
     max_memory: float | None = None, # bytes for that, with `backend` stream
 ) -> _Reference:
     "The stored predictions of a model for these tokens; computes and stores them if there are none"
+    shape_of(tokens) # or raise
     c = model.checkpoint if isinstance(model, Backend) else model
     if not isinstance(c, Checkpoint): c = Checkpoint(c)
     if top_k is not None and not 0 < top_k < c.vocabulary-1: raise ValueError(
@@ -154,12 +155,12 @@ def _check_foreign(stored: _Reference, c: Checkpoint, tokens: np.ndarray):
 def score_against(
     stored: _Reference,
     model: 'str | Path | Checkpoint | Backend', # the model, or its name
-    tokens: 'np.ndarray | list', # (n, T), those of the reference
+    tokens: np.ndarray, # (n, T), those of the reference
     overrides: dict = {}, # of a plan
 ) -> Score:
     "Perplexity, KL and agreement of a model with a stored reference"
+    out = np.zeros((3, *shape_of(tokens)))
     b = open_backend(model)
-    out = np.zeros((3, *tokens.shape))
     _check_foreign(stored, b.checkpoint, tokens)
     for rows, at, z in _logits_of(b, tokens, overrides):
         z_p, ids = (None if a is None else b.array(a[rows, at]) for a in (stored.logits, stored.ids))

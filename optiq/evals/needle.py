@@ -6,9 +6,10 @@
 __all__ = ['needle']
 
 # %% ../../nbs/37_evals.needle.ipynb #7f62c02d
-from collections.abc import Callable
-from pathlib import Path
 import random
+from collections.abc import Callable
+from numbers import Real
+from pathlib import Path
 
 import numpy as np
 
@@ -17,9 +18,9 @@ from ..backends.replay import Backend
 from ..calibration import encode, prompt_ids
 from .gsm8k import label_of
 from ..folder import _of_text
-from ..readers import known, _checked
+from ..readers import known, shown, _checked
 from ..material.mixture import recall_one
-from ..measure.log import _bar
+from ..progress import _bar, _many
 from ..plan import mean_se
 from ..report import Report, joined, machine, mean_figure, own_size, share_figure
 from ..models import Checkpoint
@@ -104,7 +105,7 @@ def _through_cache(b, prompt, answer, cache, step=2048):
 @_checked
 def needle(
     model: 'str | Path | Checkpoint | Backend', # the model, or its name
-    lengths: tuple = (128, 256, 512, 1024), # tokens
+    lengths: 'tuple[int, ...]' = (128, 256, 512, 1024), # tokens
     depths: tuple = (0., .25, .5, .75, 1.),
     trials: int = 40, # of each length and depth
     keys: int | None = None, # codes in a text
@@ -117,11 +118,13 @@ def needle(
     "Hit rate and answer margin of a model over a grid of depths and lengths, with 95 % intervals"
     if min(trials, len(lengths), len(depths)) < 1: raise ValueError(
         'the grid is empty: give lengths, depths and at least one trial')
+    odd = [d for d in depths if not (isinstance(d, Real) and 0 <= d <= 1)]
+    if odd: raise ValueError(f'`depths` holds {shown(odd[0])}, and should be numbers from 0 to 1')
     b = open_backend(model, 'mlx' if make_cache else 'auto')
     c, t = b.checkpoint, b.checkpoint.tokenizer
     _check_long(c, max(lengths))
     rows = _needle_trials(t, lengths, depths, trials, keys, seed)
-    with _bar(f'{len(rows)} trials') as bar:
+    with _bar(_many(len(rows), 'trial')) as bar:
         m = _margins(b, _pairs_of(t, rows), overrides, make_cache, tick=bar.update)
     on = f'{list(lengths)} × {list(depths)} × {trials}, keys {keys}, seed {seed}, {t.vocab_size} words'
     figures = share_figure('needle', m > 0, on), mean_figure('margin', m, on), dict(grid=_grid_of(rows, m))

@@ -6,11 +6,10 @@
 __all__ = ['evaluation_tokens', 'check_calibration', 'check_overlap', 'Score', 'evaluate', 'overrides_of']
 
 # %% ../../nbs/31_evals.perplexity.ipynb #cb53e965
-from collections.abc import Callable
-from pathlib import Path
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
@@ -25,7 +24,7 @@ from ..readers import known, shown, _checked
 from ..frontier import plus_minus
 from ..measure.kl import _inside, kl_rows, logit_slices
 from ..measure.journal import read_log
-from ..measure.log import _bar
+from ..progress import _bar, _many
 from ..models import Checkpoint
 
 # %% ../../nbs/31_evals.perplexity.ipynb #ea90def3
@@ -194,11 +193,11 @@ def _walk_together(group: list, tick): # of batches; called with the share of th
         if i is not None: tick(1/blocks)
     for x in group: x.score()
 
-def _few_at_once(batches: list, n: int) -> list: # of lists of batches
-    "Batches in groups of at most `n` sequences"
+def _few_at_once(batches: list, room: int) -> list: # of lists of batches
+    "Batches in groups of at most `room` tokens"
     groups = [[]]
     for x in batches:
-        if sum(len(y.ids) for y in (*groups[-1], x)) > n: groups.append([])
+        if sum(y.ids.size for y in (*groups[-1], x)) > room: groups.append([])
         groups[-1].append(x)
     return [g for g in groups if g]
 
@@ -207,9 +206,9 @@ def run(self: _Text, tick=lambda share: None, beside: list | tuple = ()): # besi
     "Score every variant that has no score yet"
     texts = [self, *beside]
     every = [x for t in texts for x in t.batches]
-    def walked(group, n): # n: sequences at once
-        parts, told = {id(x): x.cut(n) for x in group}, []
-        groups = _few_at_once([p for x in group for p in parts[id(x)]], n)
+    def walked(group, T, n): # n sequences of T tokens at once, or as many tokens of other texts
+        parts, told = {id(x): x.cut(max(1, n*T//x.ids.shape[1])) for x in group}, []
+        groups = _few_at_once([p for x in group for p in parts[id(x)]], n*T)
         def share(part):
             told.append(part/len(groups)*len(group)/len(every))
             tick(told[-1])
@@ -221,7 +220,8 @@ def run(self: _Text, tick=lambda share: None, beside: list | tuple = ()): # besi
         return parts
     now = {}
     for group in _together(self.b, every):
-        now |= self.b.halved(sum(len(x.ids) for x in group), partial(walked, group))
+        T = max(x.ids.shape[1] for x in group)
+        now |= self.b.halved(-(-sum(x.ids.size for x in group)//T), T, partial(walked, group, T))
     for t in texts: t.batches = [p for x in t.batches for p in now[id(x)]]
 
 @patch
@@ -237,9 +237,10 @@ def evaluate(
     variants: dict = {}, # name ▸ overrides (see `overrides_of`), or another Backend
     batch: int | None = None, # sequences at a time; about 4,096 tokens by default
     tick: Callable = lambda share: None, # called after each step with its share of the work
-    beside: list | tuple = (), # other texts with their own variants, to be scored in the same walk
+    beside: 'list[_Text] | tuple[_Text, ...]' = (), # other texts with their own variants, to score in the same walk
 ) -> dict: # name ▸ Score, with 'reference' first
     "Score the model, and any number of variants of it, on the same tokens"
+    shape_of(tokens) # or raise
     odd = [n for n, v in variants.items() if not isinstance(v, (Mapping, Backend))]
     if odd: raise ValueError(
         f'`variants` has {shown(variants[odd[0]])} for {shown(odd[0])}, and should have overrides or a Backend')
@@ -254,8 +255,7 @@ def evaluate(
 # %% ../../nbs/31_evals.perplexity.ipynb #5444e2be
 def _scores(model, tokens, variants: dict = {}, begun: _Text | None = None) -> dict: # as `evaluate`
     "`evaluate` with a progress bar; a text that has been scored in part already stands for its tokens"
-    many = f'{1+len(variants)} models' if variants else '1 model'
-    with _bar(f'scoring {many}') as bar:
+    with _bar(f'scoring {_many(1+len(variants), "model")}') as bar:
         if begun is None: return evaluate(model, tokens, variants, tick=bar.update)
         begun.add(variants)
         begun.run(bar.update)

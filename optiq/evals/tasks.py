@@ -7,9 +7,9 @@ __all__ = ['compose', 'answers', 'score_rows', 'task_rows']
 
 # %% ../../nbs/33_evals.tasks.ipynb #0a57288f
 from collections.abc import Callable
-from pathlib import Path
-from itertools import islice
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
@@ -21,7 +21,7 @@ from ..backends.torch import TorchBackend
 from ..calibration import encode, prompt_ids
 from ..material.mixture import lists, recall
 from ..material.problems import correct, word_problems
-from ..readers import _checked
+from ..readers import PROSE, check, _checked
 from ..models import Checkpoint
 
 # %% ../../nbs/33_evals.tasks.ipynb #903884f7
@@ -135,6 +135,7 @@ def answers(
     tick: Callable = lambda share: None, # called with the share of rows that a step answered
 ) -> list[str]:
     "What the model writes after each prompt"
+    check([*rows], [dict(prompt=PROSE, answer=PROSE)], '`rows`')
     b, out = open_backend(model), {}
     t, end = b.checkpoint.tokenizer, b.checkpoint.tokenizer.eos_token_id
     pairs = [(prompt_ids(t, r['prompt']), encode(t, ' '+r['answer'])+[end]) for r in rows]

@@ -6,9 +6,9 @@
 __all__ = ['throughput']
 
 # %% ../../nbs/38_evals.throughput.ipynb #0e26e9dd
+import time
 from collections.abc import Callable
 from pathlib import Path
-import time
 
 import numpy as np
 

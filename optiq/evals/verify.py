@@ -6,12 +6,12 @@
 __all__ = ['verify']
 
 # %% ../../nbs/45_evals.verify.ipynb #129ca139
-from pathlib import Path
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from html import escape
+from itertools import islice
 from math import isfinite
+from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch

@@ -15,7 +15,7 @@ from .gsm8k import Answers, questions_fingerprint
 from ..families.audio import load_speech, transcribe
 from ..files import claiming
 from ..material.speech import clips
-from ..measure.log import _bar
+from ..progress import _bar, _many
 from ..models import Checkpoint
 from ..report import Report, _figure, machine, own_size
 from ..readers import _checked
@@ -42,7 +42,7 @@ def _errors(r: dict) -> int: return r['substitutions']+r['insertions']+r['deleti
 
 # %% ../../nbs/36_evals.wer.ipynb #b2f71fa2
 def _wer_figure(
-    found: list, # of dicts as `word_errors` makes them, one for each file
+    found: list, # of dicts as `_word_errors` makes them, one for each file
     on: str = '', # fingerprint of the files
     draws: int = 10000, # of the bootstrap
 ) -> dict: # columns of a row
@@ -88,7 +88,7 @@ def write_down(
     "Let a model transcribe all clips, and count the errors"
     rows = [dict(question=f'{c.name} {c.key}', answer=c.text) for c in heard]
     done = Answers(out, settings, rows)
-    for clip, row in _bar(f'{len(rows)} clips', of=[*zip(heard, rows)][len(done):]):
+    for clip, row in _bar(_many(len(rows), 'clip'), of=[*zip(heard, rows)][len(done):]):
         text = listen(clip)
         done.add([row | dict(response=text) | _word_errors(clip.text, text)])
     return done

@@ -6,11 +6,11 @@
 __all__ = ['KVLayer', 'language', 'own_caches', 'kv_layers', 'KVLayout', 'kv_layout', 'leaf_caches', 'bytes_after', 'cache_bytes']
 
 # %% ../../nbs/11_kv.layout.ipynb #09a79d76
-from functools import lru_cache
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from math import ceil
 from pathlib import Path
 from threading import Lock

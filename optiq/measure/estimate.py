@@ -6,9 +6,10 @@
 __all__ = ['Pass', 'plan_passes', 'passes_of', 'cost', 'estimate']
 
 # %% ../../nbs/04b_measure.estimate.ipynb #e9925d40
-from pathlib import Path
 import time
 from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -105,7 +106,7 @@ def _measure_halved(
             kl, fit = _few_probes(b, batch[k:k+n], todo, *args, many=fit, **options)
             found.append(kl)
         return np.concatenate(found, 1), fit
-    return b.halved(len(batch), work)
+    return b.halved(*shape_of(batch), work)
 
 # %% ../../nbs/04b_measure.estimate.ipynb #c0dbd0ab
 def _block_passes(todo: list | tuple, n_blocks: int) -> int:
@@ -252,8 +253,10 @@ def estimate(
     max_memory: float | None = None, # bytes
 ) -> dict: # seconds, bytes of states, probes, passes, seconds of one sequence and of all weights
     "Expected time and memory of a sweep, from a second of measurements on this machine; see `cost` for the fields"
-    b = open_backend(model)
     shape, sample = (tokens, None) if isinstance(tokens, tuple) else (shape_of(tokens), samples_of(tokens)[0])
+    if len(shape) != 2 or not all(isinstance(k, Integral) and k > 0 for k in shape): raise ValueError(
+        f'`tokens` is {shape}, and should be sequences and tokens of each, such as (8, 128)')
+    b = open_backend(model)
     todo = probes(b.checkpoint.units, parse_formats(formats))
     return cost(b, passes_of(todo, shape[0], *plan_passes(b, todo, shape, max_memory)), shape[1], sample)
 

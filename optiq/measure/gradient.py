@@ -7,6 +7,7 @@ __all__ = ['gradient_sweep', 'agreement', 'screened_sweep']
 
 # %% ../../nbs/04d_measure.gradient.ipynb #e2a4b24b
 from pathlib import Path
+
 import numpy as np
 
 from ..backends.open import open_backend
@@ -18,7 +19,7 @@ from .kl import probes
 from .sweep import Sweep, fingerprint_of
 from .log import SweepLog, _Share
 from ..units import Unit
-from ..progress import _bar
+from ..progress import _bar, _many
 from ..readers import _checked
 from ..models import Checkpoint
 
@@ -39,7 +40,7 @@ def _second_order(
             more = b.gradients(batch[k:k+n], seed+1000*k, skip)
             for path in g: g[path] = g[path]+more[path]
         return g
-    g = b.halved(len(batch), work)
+    g = b.halved(*batch.shape, work)
     tick(.25)
     def step(u, f):
         w = b.unit_weight(u.path)
@@ -146,7 +147,7 @@ def _measured(b, tokens, todo, quantize):
     "(path, format) ▸ KL of each sequence, four of them at a time"
     starts = range(0, len(tokens), 4)
     runs = len(starts)*_block_passes(todo, b.n_blocks)
-    with _bar(f'{len(todo)} measurements') as bar:
+    with _bar(_many(len(todo), 'measurement')) as bar:
         tick = _Share(bar, runs, len(starts)*len(todo))
         kl = np.concatenate([_measure_halved(b, tokens[k:k+4], todo, quantize, tick)[0] for k in starts], 1)
     return {(u.path, f): v for (u, f), v in zip(todo, kl)}

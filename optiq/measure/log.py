@@ -181,7 +181,7 @@ def begin(self: SweepLog):
     "Write the file of a streamed model's sweep, whose fingerprint is known now"
     self.header['fingerprint'], self.late, self.b.digesting = self.stamp(), False, False
     if self.experts:
-        whole = self.b.at_once(self.shape[0]) == self.shape[0] # else the pass went in parts: the last is counted
+        whole = self.b.at_once(*self.shape) == self.shape[0] # else only its last part was counted
         self.header['experts'] = _by_block(self.b, self.experts) if whole else self.count()
         warn_of_idle(self.header['experts'])
     if self.out is None: return

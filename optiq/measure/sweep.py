@@ -6,9 +6,9 @@
 __all__ = ['Sweep', 'warn_of_idle', 'fingerprint_of', 'to_sweep', 'texts_for', 'about_texts', 'rounding_of', 'learned_again']
 
 # %% ../../nbs/04c_measure.sweep.ipynb #b51c0f32
-from collections.abc import Mapping
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -148,7 +148,7 @@ def _tokens_per_expert(
             for i in range(b.n_blocks):
                 with b.listening(_counting(counts), i): states = b.run_block(i, states)
         return _by_block(b, counts)
-    return b.halved(-(-len(tokens)//parts), work)
+    return b.halved(-(-len(tokens)//parts), shape_of(tokens)[1], work)
 
 # %% ../../nbs/04c_measure.sweep.ipynb #18cff4ff
 def _counts_of(b: Backend) -> dict: # path ▸ (experts,) zeros
@@ -169,7 +169,7 @@ def _counting(counts, before: int = 1): # path ▸ (experts,) counts, which it a
 
 # %% ../../nbs/04c_measure.sweep.ipynb #999fe430
 def warn_of_idle(
-    counts: dict, # what `tokens_per_expert` gives
+    counts: dict, # what `_tokens_per_expert` gives
 ):
     "Warn if an expert saw no token"
     idle = [(i, e) for i, c in counts.items() for e, n in enumerate(c) if not n]

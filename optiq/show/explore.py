@@ -138,7 +138,7 @@ class Explorer:
         sweep, # Sweep
         lat: Latency | None = None, # of the same model, for tokens per second
         formats = None, # candidates that are switched on; all of the sweep by default
-        by: str = 'nominal bits', # the kind of cap, see `targets_of`
+        by: str = 'nominal bits', # the kind of cap, see `_targets_of`
         value: float | None = None, # of the cap; the middle by default
     ):
         self.sweep, self.lat, self.targets = sweep, lat, _targets_of(lat)

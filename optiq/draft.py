@@ -120,6 +120,7 @@ def _keep_draft(
     fmt: Format, # of its matrices
 ) -> dict: # file, format, bytes, parts of the original that it is; {} if there is none to keep
     "Write the draft head of a model beside its converted form, where mlx-vlm can open it; else print why"
+    if getattr(source, 'knows_all', False): return {} # and mlx-vlm, which takes seconds, need not be imported
     reader = _reader_of(source.folder)
     left = getattr(source, 'left_out', {})
     if reader is None: return {}

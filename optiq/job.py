@@ -266,12 +266,12 @@ def _expected(b, t: _Batches, job: _Job, took: _RoundingTime, method: str | None
     read, digested = _seconds_of_reading(b)
     walks = _walks(b, formats, (n, T))
     found = {} if w.sweep is not None else dict(
-        sweep=max(_sweep_seconds(walks, n, cost['seconds'], took.seconds(len(formats)))[method],
-                  (1+walks)*read)+digested)
+        sweep=_sweep_seconds(walks, n, cost['seconds'], took.seconds(len(formats)))[method]+(1+walks)*read+digested)
     each, rows = cost['minmax'], 2 if w.compare is False else 6 # the model, what is saved, and the baselines
     many = min(3, len(formats)+(w.compare is not False)) # plans are much alike; baselines add formats
-    plans = took.seconds(many) or _PLANS*each # what learns is kept for all plans
-    if w.verify is not False: found['verify'] = max(_PLANS*n*cost['forward']+plans, read)
+    files = took.byte and took.byte*many*np.mean([uniform(b.checkpoint, f).nbytes for f in formats]) # with codes
+    plans = took.seconds(many)+files or _PLANS*each # what learns is kept for all plans
+    if w.verify is not False: found['verify'] = _PLANS*n*cost['forward']+plans+read
     kept = bool(read) and job.rounding == 'search' and w.verify is not False # codes of a streamed model
     return found | dict(round=(0 if kept else took.seconds())+3*each+read/2, # written, and opened and compared again
                         score=rows*(n_scored*cost['forward']*T_scored/T+each)+read/2) # what is saved is smaller

@@ -342,12 +342,16 @@ def _part_name(name: str, n_blocks: int) -> str:
     number = path[depth+1] if path[depth] == 'layers' and len(path) > depth+1 else ''
     return '.'.join(path[:depth+2] if number.isdigit() and int(number) >= n_blocks else path[:depth+1])
 
-def _left_out(model, arrays: dict, n_blocks: int) -> list: # arrays: name ▸ lazy array, of all files
-    "The names of the tensors that a loader does not use"
+def _unknown(model, arrays: dict) -> list: # arrays: name ▸ lazy array, of all files
+    "The names of tensors that no parameter is called by: a loader renames them, or does not use them"
     from mlx.utils import tree_flatten
-    there, groups = {k for k, _ in tree_flatten(model.parameters())}, {}
-    for k in arrays:
-        if k in there or re.search(_NO_WEIGHTS, k): continue
+    there = {k for k, _ in tree_flatten(model.parameters())}
+    return [k for k in arrays if k not in there and not re.search(_NO_WEIGHTS, k)]
+
+def _left_out(model, arrays: dict, n_blocks: int) -> list: # likewise
+    "The names of the tensors that a loader does not use"
+    groups = {}
+    for k in _unknown(model, arrays):
         groups.setdefault((_part_name(k, n_blocks), re.sub(r'\d+', '*', k)), []).append(k)
     def result(gone=()):
         fresh = type(model)(getattr(model, 'args', None) or model.config) # sanitize may change the model, too
@@ -372,13 +376,21 @@ class Checkpoint(ModelFolder, _Listing):
         ModelFolder.__init__(self, name, trust_remote_code, model_type, dtype)
         _Listing.__init__(self, self.load(), self.model_type)
 
+    def _arrays(self) -> dict: # name ▸ lazy array, of all files
+        import mlx.core as mx
+        beside = sorted(self.folder.glob('mtp*.safetensors')) # where some makers keep a head that drafts
+        files = [*self.files, *beside] if self.model_type != 'audio' else ()
+        return {k: w for f in files for k, w in mx.load(str(f)).items()}
+
+    @cached_property
+    def knows_all(self) -> bool:
+        "Whether each tensor in the files is a parameter of the model, under the same name"
+        return not _unknown(self.load(), self._arrays())
+
     @cached_property
     def left_out(self) -> dict: # part ▸ parameters
         "Parts in the files that mlx-lm leaves out, such as a head that drafts tokens: part ▸ number of parameters"
-        import mlx.core as mx
-        arrays, found = {}, {}
-        beside = sorted(self.folder.glob('mtp*.safetensors')) # where some makers keep a head that drafts
-        for f in [*self.files, *beside] if self.model_type != 'audio' else (): arrays |= mx.load(str(f))
+        arrays, found = self._arrays(), {}
         for k in _left_out(self.load(), arrays, self.n_blocks):
             part = _part_name(k, self.n_blocks)
             found[part] = found.get(part, 0)+arrays[k].size

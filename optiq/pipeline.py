@@ -116,7 +116,8 @@ def _choose_weights(job: _Job) -> dict: # report, plan, sweep, verified, figures
     likely = _feasible(c, job.measured, **(options := _conditions(job)))
     _check_output(c, out, likely, rounding)
     b, t = job.open(job.more)
-    method, targets, took = w.method, [likely.nominal_bpw], _time_rounding(b, t.learned, likely, rounding)
+    with _codes_kept(b, out, rounding, 0) as keep: took = _time_rounding(b, t.learned, likely, rounding, keep)
+    method, targets = w.method, [likely.nominal_bpw]
     if method is None and w.sweep is None:
         log = out and journal_of(out)
         tried = [f for f in job.measured if f != AS_IS]

@@ -315,24 +315,31 @@ def _faster(f):
     return min(t[1]-t[0], t[2]-t[1])
 
 # %% ../nbs/06_rounding.ipynb #ec829501
-def _seconds_of_one(b, tokens, units: list, plan, method) -> tuple: # units of the first block, a matrix first
-    "Seconds of a walk through the first block, and for each of these units those in which one weight is rounded"
+def _seconds_of_one(b, tokens, units: list, plan, method, keep) -> tuple: # units of the first block, a matrix first
+    "Seconds of a walk through the first block; those of a weight of each unit; and of a byte in the folder `keep`"
     kept = isinstance(tokens, _Learned)
     stats = tokens if kept else Statistics(b, tokens, method == 'gptq')
     heard = [stats[u.path] for u in units] # this also wakes the libraries up
-    if heard[0] is None: return 0., [0.]*len(units)
+    if heard[0] is None: return 0., [0.]*len(units), 0.
     if not kept: stats.restart()
     start = None if kept else stats.states
     def listen():
         stats.i, stats.states = 0, start # states that passed the block would not be heard there again
         stats.advance()
         return b.numpy(stats.held[units[0].path].importance())
-    def a_weight(u, h):
+    def some(u, h): # of experts as many as we search together
         w = b.unit_weight(u.path)
         n = max(1, max(2**22, _at_once(w))//prod(u.shape[1:])) if len(u.shape) > 2 else u.shape[0]
-        w, h = w[:n], h[:n] if isinstance(h, list) else h # of experts as many as we search together
-        return _faster(lambda: b.ready(QUANTIZERS[method](w, plan[u.path], h).dequantize()))/prod(w.shape)
-    return 0. if kept else _faster(listen), [a_weight(u, h) for u, h in zip(units, heard)]
+        return w[:n], plan[u.path], h[:n] if isinstance(h, list) else h
+    def a_weight(w, fmt, h):
+        def round_it(): return b.numpy(library(w)[1](QUANTIZERS[method](w, fmt, h).dequantize().reshape(-1)[:1]))
+        return _faster(round_it)/prod(w.shape)
+    byte = _seconds_of_keeping(QUANTIZERS[method](*some(units[-1], heard[-1])), keep) if keep else 0.
+    return 0. if kept else _faster(listen), [a_weight(*some(u, h)) for u, h in zip(units, heard)], byte
+
+def _seconds_of_keeping(r, folder: Path) -> float: # a byte of what is rounded
+    file = folder/'timed.safetensors'
+    return _faster(lambda: _Kept(file, r))/file.stat().st_size
 
 # %% ../nbs/06_rounding.ipynb #ddb7a778
 @dataclass(frozen=True)
@@ -340,6 +347,7 @@ class _RoundingTime:
     "Seconds that rounding takes: to hear what each weight is multiplied with, and to round all in one format"
     hearing: float = 0.
     rounding: float = 0.
+    byte: float = 0. # to keep one byte of what is rounded in a file
     def seconds(self, formats: int = 1) -> float: return self.hearing+formats*self.rounding
 
 def _time_rounding(
@@ -347,6 +355,7 @@ def _time_rounding(
     tokens: 'np.ndarray | list', # (n, T) calibration tokens
     plan: Mapping, # unit path ▸ Format
     method: str, # 'minmax', 'search' or 'gptq'
+    keep: 'Path | None' = None, # folder where what is rounded will be kept
 ) -> _RoundingTime:
     "About how long rounding a plan will take, from a measurement here and now"
     todo = [u for u in b.checkpoint.units if not u.keeps(plan[u.path])]
@@ -357,9 +366,10 @@ def _time_rounding(
     firsts = largest(False)+largest(True)
     learned = tokens if method == 'gptq' or kept else _enough(tokens)
     part = learned if kept or not b.holds else learned[:-(-len(learned)//8)] # who streams reads the block as well
-    with _waiting('timing the rounding'): walk, each = _seconds_of_one(b, part, firsts, plan, method)
+    with _waiting('timing the rounding'): found = _seconds_of_one(b, part, firsts, plan, method, keep)
     passes = (5 if method == 'gptq' else 1)*b.n_blocks*len(learned)/len(part)
-    return _RoundingTime(passes*walk, sum(u.params*each[-1 if len(u.shape) > 2 else 0] for u in todo))
+    walk, each, byte = found
+    return _RoundingTime(passes*walk, sum(u.params*each[-1 if len(u.shape) > 2 else 0] for u in todo), byte)
 
 # %% ../nbs/06_rounding.ipynb #fad06c03
 @patch

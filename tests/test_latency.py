@@ -1,5 +1,6 @@
 "Latency: what a token reads, what is learned from one point, and what a speed costs; no test depends on how fast this machine is"
 import json
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from optiq.models import Checkpoint
 from optiq.units import Unit
 from optiq.measure.sweep import Sweep
 from optiq.material.configs import hub_config
+from optiq.material.tiny import tiny
 
 @pytest.fixture(scope='module')
 def demo(): return Checkpoint('demo')
@@ -273,3 +275,15 @@ def test_calibration_is_kept_and_replaced(instant, demo, tmp_path, monkeypatch):
 def test_decoding_is_timed_for_real(demo):
     s = measure_plan(demo, uniform(demo, 4), context=2, tokens=2, runs=2, warmup=1)
     assert len(s.runs) == 2 and (s.runs > 0).all() and s.context == 4
+
+@pytest.mark.parametrize('family', ['qwen3', 'gemma3', 'qwen3_5', 'qwen2_vl'])
+def test_each_run_goes_on_from_one_prompt(family, tmp_path, monkeypatch):
+    "What is read before the clock starts is read once, and a run leaves it as it was"
+    model, fed = Checkpoint(tiny(family, tmp_path/'m', dtype='float32')).load(), []
+    whole = L.language(model)
+    monkeypatch.setattr(type(whole), '__call__', lambda self, ids, *a, run=type(whole).__call__, **k: fed.append(ids.shape[1]) or run(self, ids, *a, **k))
+    cache, ids = L._having_read(model, 40), L._prompt(model, 3)[None]
+    assert fed == [39]
+    before, after = (L._speaker(model)(ids, cache=deepcopy(cache)) for _ in range(2))
+    assert (before == after).all() and L.measure_decode(model, 40, 4, 2, 1).runs.shape == (2,)
+    assert fed[3:] == [39]+[1]*(len(fed)-4)

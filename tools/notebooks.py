@@ -21,7 +21,7 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import test_nb
 
-from blas import fast_blas
+from blas import fast_blas, fast_products
 from remember import remember_grids, remember_probes, remember_scores
 
 LONG = ('46_score', '08_pipeline', '20b_latency', 'index', '33_evals.tasks', '06_rounding', '05c_refine', 'llm', '07_convert',
@@ -48,7 +48,9 @@ def prepare(root: Path, fast: bool, folder: Path):
     "What a worker does before its first notebook"
     gc.disable() # while everything is imported; what was imported is no garbage
     os.environ.setdefault('MLX_DISABLE_COMPILE', '1') # on a CPU every compiled function costs seconds of a C++ compiler
-    if fast: fast_blas()
+    if fast:
+        fast_blas()
+        fast_products()
     from optiq import calibration # before any module that takes the function from it
     calibration.token_batch = partial(shorter, calibration.token_batch)
     remember_grids()

@@ -69,3 +69,10 @@ def fast_products(weights=400): # how many unpacked weights are kept
         return matmul(up(x), dense.swapaxes(-1, -2) if transpose else dense).astype(x.dtype)
     mx.quantized_matmul, mx.matmul, mx.array.__matmul__, mx.addmm = packed_product, product, product, sum_and_product
     mx.fast.scaled_dot_product_attention = attention
+
+def keep_memory():
+    "Freed memory stays with the process on Linux, so that the next tensor need not ask for it, page by page"
+    if sys.platform != 'linux': return
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    for option, size in ((-3, 2**25), (-1, 2**30), (-2, 2**26)): # from where on apart, kept at the end, asked for at once
+        if mallopt: mallopt(option, size)

@@ -26,7 +26,7 @@ from remember import remember_answers, remember_grids, remember_probes, remember
 
 LONG = ('46_score', '08_pipeline', '20b_latency', 'index', '33_evals.tasks', '06_rounding', '05c_refine', 'llm', '07_convert',
         '04d_measure.gradient', '04_sensitivity', '11f_kv.sweep', '11d_kv.rotated', '37_evals.needle', '62a_show.demos', '34_evals.gsm8k', 'vlm')
-WHOLE = '02_calibration', '06_rounding', '30_report', '45_evals.verify' # their assertions need all of the text
+WHOLE = '02_calibration', '06_rounding', '06c_gptq', '30_report', '45_evals.verify' # they assert, or call, what needs all of the text
 PLAIN = '11c_kv.cache', '11ca_kv.attention' # for them MLX has its own BLAS: the last digits of products matter
 
 def shorter(make, texts, tokenizer, n=8, seq_len=128, *args, **options):
@@ -39,8 +39,13 @@ class Sequences: whole = False
 def checked(draw, canvas, *args, **options):
     "`print_figure` of matplotlib, after a look at what covers a text in the figure"
     from covered import covered
-    Figures.faults += covered(canvas.figure)
-    return draw(canvas, *args, **options | dict(dpi=canvas.figure.dpi, bbox_inches=None)) # nobody looks at its pixels
+    fig = canvas.figure
+    Figures.faults += covered(fig)
+    engine = fig.get_layout_engine()
+    fig.set_layout_engine('none') # all stays where it was, and nobody looks at the pixels
+    try: return draw(canvas, *args, **options | dict(dpi=fig.dpi, bbox_inches=None))
+    finally:
+        if engine is not None: fig.set_layout_engine(engine)
 
 class Figures: faults: list = []
 
@@ -60,6 +65,7 @@ def prepare(root: Path, fast: bool, folder: Path):
     remember_answers(folder)
     from matplotlib.backend_bases import FigureCanvasBase
     draw = FigureCanvasBase.print_figure
+    FigureCanvasBase.draw_idle = lambda *args, **options: None # it is drawn when it is shown
     FigureCanvasBase.print_figure = lambda canvas, *args, **options: checked(draw, canvas, *args, **options)
     import mlx_lm, torch, transformers # noqa: F401
     gc.freeze()

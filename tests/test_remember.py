@@ -69,6 +69,8 @@ def test_products_in_float32_are_those_of_mlx(monkeypatch):
     for place, name in ((mx, 'quantized_matmul'), (mx, 'matmul'), (mx, 'addmm'), (mx.array, '__matmul__'),
                         (mx.fast, 'scaled_dot_product_attention')): monkeypatch.setattr(place, name, getattr(place, name))
     real, attend = mx.quantized_matmul, mx.fast.scaled_dot_product_attention
+    unpacked, unpack = [], mx.dequantize
+    monkeypatch.setattr(mx, 'dequantize', lambda w, *args, **options: unpacked.append(w) or unpack(w, *args, **options))
     fast_products()
     r = np.random.default_rng(0)
     def normal(*shape): return mx.array(r.standard_normal(shape, np.float32))
@@ -85,6 +87,7 @@ def test_products_in_float32_are_those_of_mlx(monkeypatch):
                 step[0] = step[0]*2 # in place
                 np.testing.assert_allclose(mx.quantized_matmul(a, packed, step, bias, **how), real(a, packed, step, bias, **how),
                                            rtol=1e-4, atol=1e-4)
+    assert sum(p.ndim == 2 for p in unpacked) == 6*3 # once in both directions, and again after each change
     for want, got in ((x@w.T, lambda t: t(x)@t(w.T)), (mx.addmm(w[:3, :32], x, w.T), lambda t: mx.addmm(t(w[:3, :32]), t(x), t(w.T))),
                       (attend(q, q, q, scale=.2, mask='causal'),
                        lambda t: mx.fast.scaled_dot_product_attention(t(q), t(q), t(q), scale=.2, mask='causal'))):

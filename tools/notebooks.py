@@ -5,8 +5,8 @@
 Two workers take them from a list in which the long ones come first, so that neither waits for the other at the end.
 A notebook shows the figures of its full text. What it asserts holds for any text, so here sequences have half the
 length or a quarter, except where an assertion is a comparison with an error bar, and a sequence that stands alone. What a sweep
-measures is measured once for all of them, and so are the grids of `search` and the scores of baselines. A figure in which
-something covers a text fails (`tools/covered.py`).
+measures is measured once for all of them, and so are the grids of `search` and the scores of baselines, and what a
+model wrote after a prompt. A figure in which something covers a text fails (`tools/covered.py`).
 """
 import gc
 import os
@@ -24,8 +24,9 @@ from nbdev.test import test_nb
 from blas import fast_blas, fast_products, keep_memory
 from remember import remember_answers, remember_grids, remember_probes, remember_scores
 
-LONG = ('46_score', '08_pipeline', '20b_latency', 'index', '33_evals.tasks', '06_rounding', '05c_refine', 'llm', '07_convert',
-        '04d_measure.gradient', '04_sensitivity', '11f_kv.sweep', '11d_kv.rotated', '37_evals.needle', '62a_show.demos', '34_evals.gsm8k', 'vlm')
+LONG = ('33_evals.tasks', '06_rounding', '34_evals.gsm8k', '08_pipeline', 'index', '05c_refine', '46_score', '37_evals.needle', 'llm',
+        '04_sensitivity', '11d_kv.rotated', '45_evals.verify', '20b_latency', '04d_measure.gradient', '04a_measure.kl', 'vlm', '11f_kv.sweep',
+        '62a_show.demos', '09_serve', 'audio', '07_convert', '32a_evals.gguf', '30_report', '89b_commands.make')
 WHOLE = '02_calibration', '06_rounding', '06c_gptq', '30_report', '45_evals.verify' # they assert, or call, what needs all of the text
 PLAIN = '11c_kv.cache', '11ca_kv.attention' # for them MLX has its own BLAS: the last digits of products matter
 
@@ -57,6 +58,8 @@ def prepare(root: Path, fast: bool, folder: Path):
     if fast:
         fast_blas()
         fast_products()
+        children = [str(root/'tools'/'children'), *os.environ.get('PYTHONPATH', '').split(os.pathsep)]
+        os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, children)) # the same in processes that a notebook starts
     from optiq import calibration # before any module that takes the function from it
     calibration.token_batch = partial(shorter, calibration.token_batch)
     remember_grids()

@@ -30,7 +30,7 @@ def adds_in_one_order(sgemm) -> bool:
     return (product(a) == np.concatenate([product(row[None]) for row in a])).all()
 
 def fast_products(weights=400): # how many unpacked weights are kept
-    """MLX on a Linux CPU with float32 in products that it computes 20 to 400 times as slowly itself
+    """MLX on a Linux CPU with float32 in products that it computes 3 to 400 times as slowly itself
 
     These are the products of bfloat16 or float16, and those with a packed weight. Their sums are then float32, as on a
     GPU, and only the result is rounded; MLX's own loops on a CPU round each partial sum. A packed weight is unpacked by

@@ -74,3 +74,27 @@ def remember_probes(folder: Path): # where processes leave it for each other
             mine = file.with_suffix(f'.{os.getpid()}')
             if len(known) > before: mine.write_text(json.dumps([[*k, kl] for k, kl in known.items()])), mine.replace(file)
     sensitivity._complete = completed
+
+def remember_answers(folder: Path): # where processes leave them for each other
+    "`write` of PyTorch, with what the same weights wrote after the same prompt; a greedy text goes on as it began"
+    from optiq.backends.torch import TorchBackend
+    from optiq.evals import tasks # noqa: F401, which adds it
+    write = TorchBackend.write
+    folder.mkdir(exist_ok=True)
+    def written(self, prompts, new_tokens, end, stop=(), make_cache=None):
+        if stop or make_cache or not self.swapping <= self.checkpoint.unit.keys():
+            return write(self, prompts, new_tokens, end, stop, make_cache)
+        numbers = (x.detach().contiguous().flatten().view(self.xp.uint8).numpy() for x in self.model.state_dict().values())
+        said = json.dumps([self.checkpoint.config, str(self.dtype), end], sort_keys=True, default=str)
+        file = folder/f'answers-{digest(said.encode(), *numbers)}'
+        known = json.loads(file.read_text()) if file.exists() else {}
+        names = [digest(json.dumps(list(map(int, p))).encode()) for p in prompts]
+        def has(name): # it ended, or went on for as long
+            return name in known and (len(known[name][0]) < known[name][1] or known[name][1] >= new_tokens)
+        lack = {n: p for n, p in zip(names, prompts) if not has(n)}
+        if lack:
+            known |= {n: (out, new_tokens) for n, out in zip(lack, write(self, [*lack.values()], new_tokens, end))}
+            mine = file.with_suffix(f'.{os.getpid()}')
+            mine.write_text(json.dumps(known)), mine.replace(file)
+        return [known[n][0][:new_tokens] for n in names]
+    TorchBackend.write = written

@@ -121,18 +121,19 @@ def draw(self: Demo, folder: Path):
 # %% ../../nbs/62_show.demo.ipynb #e3896457
 @dataclass(frozen=True)
 class Sizes:
-    "How much a demo measures: sequences, their tokens, and word problems"
+    "How much a demo measures: sequences, their tokens, word problems, and texts to recall from"
     n: int = 8 # calibration sequences
     seq_len: int = 128 # tokens in each
     n_evaluation: int = 8 # evaluation sequences
     eval_len: int = 128 # tokens in each
     problems: int = 40 # word problems to solve
+    lengths: tuple = 128, 256, 512, 1024 # tokens of the texts to recall from
 
     @classmethod
     def of(cls, fast: bool | None = None):
         "Small ones if `fast`, by default if OPTIQ_FAST is set; else the full ones"
         if fast is None: fast = bool(os.environ.get('OPTIQ_FAST'))
-        return cls(2, 64, 2, 64, 4) if fast else cls()
+        return cls(2, 64, 2, 64, 4, (128, 256)) if fast else cls()
 
 # %% ../../nbs/62_show.demo.ipynb #fdf56164
 @dataclass

@@ -54,12 +54,12 @@ def profiles(sweep: Sweep) -> dict: # name ▸ Plan
             'optiq 3.5 (3,4)': allocate(sweep, target_bpw=3.5, formats=[3, 4])} | flat
 
 # %% ../../nbs/62a_show.demos.ipynb #b4d4b319
-def _solved(g: Ground, variants: dict, n: int, questions: str = 'gsm8k') -> dict: # name ▸ share, by metric
+def _solved(g: Ground, variants: dict, s: Sizes, questions: str = 'gsm8k') -> dict: # name ▸ share, by metric
     "Word problems, and recall, that each variant solves"
     if g.about['model'] == 'demo':
-        rows, tasks = task_rows(n), ('word_problems', 'recall')
+        rows, tasks = task_rows(s.problems, s.lengths), ('word_problems', 'recall')
         return {name: {t: score_rows(g.b, rows[t], o) for t in tasks} for name, o in variants.items()}
-    asked = find_questions(questions, n)
+    asked = find_questions(questions, s.problems)
     return {name: gsm8k(g.b, asked, overrides=o).rows[0] for name, o in variants.items()}
 
 # %% ../../nbs/62a_show.demos.ipynb #87211e63
@@ -98,7 +98,7 @@ def llm(
     plans = profiles(sweep)
     variants = {'as it is': {}} | {n: overrides_of(p) for n, p in plans.items()}
     if out is not None: variants |= saved(g, {n: plans[n] for n in list(plans)[:2]}, sweep, out)
-    report = _with_answers(_scored_rows(g, plans), _solved(g, variants, s.problems, questions))
+    report = _with_answers(_scored_rows(g, plans), _solved(g, variants, s, questions))
     figures = dict(sensitivity=partial(sweep.plot, fmt='4g64'), quality=report.plot)
     return Demo('llm', [report], figures, g.about, dict(sweep=sweep, plans=plans))
 

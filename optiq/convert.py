@@ -171,11 +171,18 @@ def overrides_of_saved(saved: 'str | Path | Checkpoint') -> dict: # for `evaluat
 
 class _OneBlock:
     "A saved model with the weights of one block in memory"
-    def __init__(self, saved: Checkpoint): self.saved, self.model, self.at = saved, None, None
+    def __init__(self, saved: Checkpoint): self.saved, self.model, self.at, self.now = saved, None, None, {}
 
     def weight(self, unit):
-        if self.model is None or unit.block != self.at: self.model, self.at = self.saved.load(plain=True), unit.block
-        return _module(self.model, unit.path).weight
+        if unit.block != self.at: self.at, self.now = unit.block, {}
+        if unit.path not in self.now: self.now[unit.path] = self.taken(unit.path)
+        return self.now[unit.path]
+
+    def taken(self, path):
+        "A weight out of the model, which reads it only then; the model is opened again for one that is gone"
+        if self.model is None or 'weight' not in _module(self.model, path): self.model = self.saved.load(plain=True)
+        return _module(self.model, path).pop('weight')
+
 
 # %% ../nbs/07_convert.ipynb #d7c10002
 def as_saved(

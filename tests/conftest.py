@@ -15,9 +15,10 @@ def shared():
     if not folder.is_dir(): pytest.skip('needs the shared folder: set OPTIQ_SHARED')
     return folder
 
-LONG = ('test_commands', 'test_families', 'test_sensitivity', 'test_rounding', 'test_vlm', 'test_eval_models', 'test_saved_is_measured',
-        'test_options', 'test_turbo_cache', 'test_turbo_kernels', 'test_audio', 'test_convert', 'test_parts', 'test_kv_sweep', 'test_refine',
-        'test_resume', 'test_trust', 'test_serve', 'test_evals', 'test_latency', 'test_pipeline') # in seconds
+LONG = ('test_commands', 'test_families', 'test_refine', 'test_sensitivity', 'test_vlm', 'test_turbo_kernels',
+        'test_eval_models', 'test_streaming', 'test_rounding', 'test_labels', 'test_serve', 'test_explore',
+        'test_parts', 'test_files', 'test_progress', 'test_backend', 'test_knapsack', 'test_saved_is_measured',
+        'test_guard', 'test_room', 'test_trust', 'test_turboquant', 'test_kv_cache', 'test_solver', 'test_evals') # in seconds
 
 gc.disable() # while everything is imported
 

@@ -58,7 +58,7 @@ def test_a_shortcut_shows_how_far_it_is(model, capsys):
 def test_a_digest_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
     import optiq.models as models
     monkeypatch.setattr(models, '_tensor_digest', lambda *a: time.sleep(.15) or b'')
-    c = Checkpoint(tiny('llama', tmp_path/'m'))
+    c = Checkpoint(tiny('llama', tmp_path/'m', shape=dict(num_hidden_layers=1))) # 2 s of waiting, and a bar shows itself after 1
     c.fingerprint
     assert f'reading {c.name}' in capsys.readouterr().err
     del c.fingerprint
@@ -69,7 +69,7 @@ def test_a_text_that_takes_long_shows_how_far_it_is(model, monkeypatch, capsys):
     from optiq import calibration
     real = calibration._ids_of
     monkeypatch.setattr(calibration, '_ids_of', lambda *a: time.sleep(.1) or real(*a))
-    token_batch(passages('bundled'), model.tokenizer, 200, 64)
+    token_batch(passages('bundled'), model.tokenizer, 100, 64)
     assert 'tokens of the text' in capsys.readouterr().err
 
 def test_what_nobody_can_look_into_is_named(capsys):

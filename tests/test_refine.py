@@ -54,9 +54,8 @@ def test_around_agrees_with_whole_plans(b, tokens, sweep):
     paths = {u.path for u in plan.units[:1]+plan.units[20:22]}
     values = _around(b, tokens, plan, paths, {p: sweep.formats for p in paths})
     assert len(values) == 3*4 and all(v.shape == (3,) for v in values.values())
-    for (path, f), v in values.items():
-        whole = replace(plan, formats=plan.formats | {path: f})
-        np.testing.assert_allclose(v, _joint_kl(b, tokens, {'x': whole})['x'], rtol=1e-3)
+    whole = _joint_kl(b, tokens, {(path, f): replace(plan, formats=plan.formats | {path: f}) for path, f in values})
+    for key, v in values.items(): np.testing.assert_allclose(v, whole[key], rtol=1e-3)
 
 def test_equal_plans_are_measured_once(b, tokens, sweep, monkeypatch):
     import optiq.refine as module

@@ -245,11 +245,12 @@ def slow_sweep(model, out, ready):
     ready.set()
     kl_sweep(b, tokens_for(b.checkpoint, 3, 16), [3, 4], out=out, progress=False, rounding='minmax')
 
-def test_killed_at_any_moment(models, tmp_path):
+def test_killed_at_any_moment(tmp_path):
     "Three here, twenty in `make bench`: kill -9, go on, same file"
+    model = tiny('llama', tmp_path/'m', shape=dict(num_hidden_layers=2))
     def run(out):
         ready = apart.forked.Event()
-        p = apart.forked.Process(target=slow_sweep, args=(str(models['llama'].folder), str(out), ready))
+        p = apart.forked.Process(target=slow_sweep, args=(str(model), str(out), ready))
         p.start()
         assert ready.wait(100)
         return p

@@ -53,9 +53,9 @@ def test_streaming_takes_the_way_that_the_blocks_allow(models, name):
     assert type(b) is (StreamingBackend if name in CHAINS else StreamedModel) and whole.chain == (name in CHAINS)
     assert np.allclose(replayed(b), replayed(whole), atol=1e-4)
 
-def test_what_gptq_keeps_of_a_block_counts_under_a_cap(models, monkeypatch):
+def test_what_gptq_keeps_of_a_block_counts_under_a_cap(tmp_path, monkeypatch):
     "Inputs of the full-precision model are kept if they fill an eighth of the cap at most; else the block runs again for them"
-    c, cap = models('llama'), 2**25
+    c, cap = Checkpoint(tiny('llama', tmp_path/'m', shape=dict(num_hidden_layers=2), dtype='float32')), 2**25
     tokens, plan = np.random.default_rng(0).integers(11, 500, (32, 64)).astype(np.int32), uniform(c, '4g32')
     def rounded():
         b = open_backend(c, 'stream')

@@ -224,6 +224,7 @@ def gsm8k(
 ) -> Report: # one row; about['responses'] holds the answers
     "The accuracy of a model on word problems, with Wilson's 95 % interval"
     rows = questions() if rows is None else rows
+    if not rows: raise ValueError('no questions to ask; give some')
     check([*rows], [dict(question=PROSE, answer=PROSE), ...], '`rows`')
     b = open_backend(model, 'mlx' if make_cache else 'auto')
     how = dict(model=b.checkpoint.fingerprint, shots=shots, new_tokens=new_tokens, cache=label_of(make_cache))

@@ -240,7 +240,9 @@ class _Speaker:
         out = self.part(ids, cache=cache, **options)
         return getattr(out, 'logits', out)
 
-def _speaker(model): return model if (part := language(model)) is model else _Speaker(part)
+def _speaker(model):
+    part = language(model)
+    return model if part is model else _Speaker(part)
 
 def _prompt(model, n: int): # ▸ (n,) token ids
     import mlx.core as mx
@@ -251,7 +253,8 @@ def _having_read(model, context: int): # ▸ the model's cache
     "Read a prompt of random tokens, but for the last one: that takes as long as it takes, and nobody times it"
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
-    cache, ids = make_prompt_cache(_speaker(model)), _prompt(model, max(1, context)-1)
+    cache = make_prompt_cache(_speaker(model))
+    ids = _prompt(model, max(1, context)-1)
     for k in range(0, len(ids), 512):
         _speaker(model)(ids[None, k:k+512], cache=cache)
         mx.eval([c.state for c in cache])

@@ -291,7 +291,7 @@ def test_decoding_is_timed_without_what_warms_up(monkeypatch):
     for module in (chips, speed): monkeypatch.setattr(module, 'time', clock)
     monkeypatch.setattr(chips, 'find_units', lambda model: [Some(kind='embed', shape=(9, 4))])
     monkeypatch.setattr(generate, 'generate_step', clock.tokens(9, 5, 5, .5, .5, .5, .5))
-    assert chips._decode_once(None, 4, 4, 3) == 2
+    assert chips._decode_once(Some(), 4, 4, 3) == 2
     monkeypatch.setattr(generate, 'generate_step', clock.tokens(4, .5, .5, .5, .5))
     run = speed._one_run(None, [1]*8, 5)
     assert run['prompt_tps'] == 2 and run['decode_tps'] == 2

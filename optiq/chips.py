@@ -273,7 +273,13 @@ def _decode_once(model, context: int, tokens: int, warmup: int, cache=None) -> f
 # %% ../nbs/20a_chips.ipynb #c7b18a9c
 def hollow(model, plan):
     "A model with the architecture of the checkpoint `model` and the formats of `plan`, with random weights"
-    return _stand_in(skeleton(model.config, model.units[-1].dtype), plan)
+    found = skeleton(model.config, model.units[-1].dtype)
+    parts = dict(found.named_modules())
+    for u in find_units(found):
+        part = parts[u.path.rpartition('.')[0]]
+        if u.kind == 'lm_head' and u.path not in plan: # Gemma 3 has one until no weights for it are found
+            part.tie_word_embeddings = part.pop('lm_head') is not None
+    return _stand_in(found, plan)
 
 # %% ../nbs/20a_chips.ipynb #9d1c169e
 def measure_plan(

@@ -375,8 +375,12 @@ def _time_rounding(
 @patch
 def seconds(self: RoundTrips) -> float:
     "About how long it takes to round all weights in all formats, from a measurement here and now"
-    plan = {u.path: next(filter(u.takes, self.formats), AS_IS) for u in self.b.checkpoint.units}
-    return _time_rounding(self.b, self.learned, plan, self.method).seconds(len(self.formats))
+    groups = [[f for f in self.formats if (f.mode == 'affine') == learns] for learns in (True, False)]
+    def took(fmts): # all of which take as long: modes that are not affine are rounded by min-max
+        plan = {u.path: next(filter(u.takes, fmts), AS_IS) for u in self.b.checkpoint.units}
+        return _time_rounding(self.b, self.learned, plan, self.method)
+    found = [(took(fmts), len(fmts)) for fmts in groups if fmts]
+    return max((t.hearing for t, _ in found), default=0.)+sum(n*t.rounding for t, n in found)
 
 # %% ../nbs/06_rounding.ipynb #ddd42764
 def _announce_rounding(b, tokens, plan, method):

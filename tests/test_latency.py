@@ -290,3 +290,11 @@ def test_each_run_goes_on_from_one_prompt(family, tmp_path, monkeypatch):
     before, after = (L._speaker(model)(ids, cache=deepcopy(cache)) for _ in range(2))
     assert (before == after).all() and L.measure_decode(model, 40, 4, 2, 1).runs.shape == (2,)
     assert fed[3:] == [39]+[1]*(len(fed)-4)
+
+@pytest.mark.parametrize('family', ['gemma3', 'qwen3_moe'])
+def test_random_weights_are_those_of_the_model(family, tmp_path):
+    "Also where the class of an empty model has a head, and that of an opened one has none"
+    c = Checkpoint(tiny(family, tmp_path/'m'))
+    model = L.hollow(c, uniform(c, 4))
+    assert [u.path for u in L.find_units(model)] == [u.path for u in c.units]
+    assert model(mx.zeros((1, 2), mx.int32)).shape == (1, 2, c.vocabulary)

@@ -126,3 +126,20 @@ def test_draft_heads_of_other_families(tmp_path, monkeypatch, family, form, file
     assert not plan.gone and plan.solver['draft']['file'] == file and (saved.folder/file).exists() and f'`{file}` at 8g64' in card
     head, kind = load_drafter(str((saved.folder/file).parent))
     assert kind == 'mtp' and {8} == {m.bits for m in head.modules() if hasattr(m, 'bits')}
+
+def test_a_draft_head_beside_the_model_is_kept_under_any_file_name(tmp_path, monkeypatch):
+    "mlx-vlm finds it there, and all that stands in the model's own files has a place in the model"
+    from pathlib import Path
+    monkeypatch.syspath_prepend(Path(__file__).parents[1]/'bench')
+    import families
+    config, told = families.config_of('special', 'GLM 5 with a draft head', families.read_table())
+    families.write_checkpoint(tmp_path/'m', config, told, 'mlx', False)
+    whole = mx.load(str(file := tmp_path/'m'/'model.safetensors'))
+    mx.eval(whole)
+    drafts = {k: v for k, v in whole.items() if k.startswith('model.layers.2.')}
+    mx.save_safetensors(str(file), {k: v for k, v in whole.items() if k not in drafts}, {'format': 'mlx'})
+    assert Checkpoint(tmp_path/'m', model_type='llm').knows_all
+    mx.save_safetensors(str(file.with_name('head.safetensors')), drafts, {'format': 'mlx'})
+    c = Checkpoint(tmp_path/'m', model_type='llm')
+    saved = convert(c, uniform(c, '8g32'), tmp_path/'out')
+    assert Plan.load(saved.folder/'optiq'/'plan.json').solver['draft']['file'] == 'draft/model.safetensors'

@@ -128,6 +128,16 @@ def test_each_core_searches_a_part_of_its_own(shape, monkeypatch):
     finally: torch.set_num_threads(before)
     assert all(torch.equal(getattr(got, k), getattr(want, k)) for k in ('codes', 'scales', 'biases'))
 
+def test_the_time_of_all_formats_does_not_depend_on_their_order(models, monkeypatch):
+    "Inputs are heard once; a search takes longer than min-max, by which other modes are rounded"
+    import optiq.rounding as r
+    monkeypatch.setattr(r, '_time_rounding', lambda b, t, plan, m: r._RoundingTime(
+        .5, 10. if any(f.mode == 'affine' and f != AS_IS for f in plan.values()) else 1.))
+    b, fmts = TorchBackend(models['llama']), [Format(4, 32), Format(4, 32, 'mxfp4'), Format(8, 32)]
+    for order in (fmts, fmts[::-1], [fmts[1], fmts[0], fmts[2]]):
+        assert RoundTrips(b, tokens_for(models['llama']), order, 'search').seconds() == .5+2*10+1
+    assert RoundTrips(b, tokens_for(models['llama']), fmts[1:2], 'search').seconds() == .5+1
+
 def test_without_correlation_gptq_is_nearest():
     w, stats = weight(), Inputs(torch.eye(128)*1000, 1000)
     a, b = gptq(w, Format(3, 64), stats), search(w, Format(3, 64), stats)

@@ -44,8 +44,10 @@ def latency(
     formats = (), # to predict, besides those of the model itself
     folder: 'Path | None' = None, # of measurements, instead of the user's cache folder
 ) -> Latency:
-    "A Latency that predicts the decode speed of a model's plans; raises ValueError for an unknown chip"
+    "A Latency that predicts the decode speed of a model's plans; raises ValueError for an unknown chip, or Whisper"
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
+    if not hasattr(c.load(), 'layers'):
+        raise ValueError(f'{c.name} has no single list of blocks that each token reads; give a model that writes text')
     reads = reads_of(c.load(), c.config)
     if chip is not None: return Latency(chip if isinstance(chip, Chip) else chip_named(chip), reads, context)
     wanted = dict.fromkeys([*parse_formats(formats), *(f for p, f in c.formats.items() if reads.active[p][0])])

@@ -298,3 +298,6 @@ def test_random_weights_are_those_of_the_model(family, tmp_path):
     model = L.hollow(c, uniform(c, 4))
     assert [u.path for u in L.find_units(model)] == [u.path for u in c.units]
     assert model(mx.zeros((1, 2), mx.int32)).shape == (1, 2, c.vocabulary)
+
+def test_a_model_without_a_list_of_blocks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='no single list of blocks'): latency(str(tiny('whisper', tmp_path/'m')), 'M4')

@@ -384,7 +384,7 @@ class Checkpoint(ModelFolder, _Listing):
 
     @cached_property
     def knows_all(self) -> bool:
-        "Whether each tensor in the files is a parameter of the model, under the same name, and no file lies beside them"
+        "Whether each tensor in the files is a parameter of the model, by the same name, and no file lies beside them"
         beside = {*self.folder.glob('*.safetensors')}-{*self.files} # mlx-vlm finds a draft head in any of them
         return not beside and not _unknown(self.load(), self._arrays())
 

@@ -244,6 +244,7 @@ def _speaker(model):
     part = language(model)
     return model if part is model else _Speaker(part)
 
+# %% ../nbs/20a_chips.ipynb #7c1d3cb3
 def _prompt(model, n: int): # ▸ (n,) token ids
     import mlx.core as mx
     vocabulary = max(u.shape[0] for u in find_units(model) if u.kind in ('embed', 'lm_head'))
@@ -260,6 +261,7 @@ def _having_read(model, context: int): # ▸ the model's cache
         mx.eval([c.state for c in cache])
     return cache
 
+# %% ../nbs/20a_chips.ipynb #ec1d732f
 def _decode_once(model, context: int, tokens: int, warmup: int, cache=None) -> float: # cache: of all but the last token
     "Tokens per second of one run"
     from mlx_lm.generate import generate_step

@@ -334,12 +334,12 @@ def _seconds_of_one(b, tokens, units: list, plan, method, keep) -> tuple: # unit
     def a_weight(w, fmt, h):
         def round_it(): return b.numpy(library(w)[1](QUANTIZERS[method](w, fmt, h).dequantize().reshape(-1)[:1]))
         return _faster(round_it)/prod(w.shape)
-    byte = _seconds_of_keeping(QUANTIZERS[method](*some(units[-1], heard[-1])), keep) if keep else 0.
+    byte = 0.
+    if keep:
+        file = keep/'timed.safetensors'
+        r = QUANTIZERS[method](*some(units[-1], heard[-1]))
+        byte = _faster(lambda: _Kept(file, r))/file.stat().st_size
     return 0. if kept else _faster(listen), [a_weight(*some(u, h)) for u, h in zip(units, heard)], byte
-
-def _seconds_of_keeping(r, folder: Path) -> float: # a byte of what is rounded
-    file = folder/'timed.safetensors'
-    return _faster(lambda: _Kept(file, r))/file.stat().st_size
 
 # %% ../nbs/06_rounding.ipynb #ddb7a778
 @dataclass(frozen=True)
@@ -350,6 +350,7 @@ class _RoundingTime:
     byte: float = 0. # to keep one byte of what is rounded in a file
     def seconds(self, formats: int = 1) -> float: return self.hearing+formats*self.rounding
 
+# %% ../nbs/06_rounding.ipynb #f0a3f0cf
 def _time_rounding(
     b: Backend,
     tokens: 'np.ndarray | list', # (n, T) calibration tokens

@@ -251,7 +251,7 @@ def _prompt(model, n: int): # ▸ (n,) token ids
     return mx.random.randint(0, vocabulary, (n,))
 
 def _having_read(model, context: int): # ▸ the model's cache
-    "Read a prompt of random tokens, but for the last one: that takes as long as it takes, and nobody times it"
+    "Read a prompt of random tokens, but for the last one"
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
     cache = make_prompt_cache(_speaker(model))
@@ -274,13 +274,15 @@ def _decode_once(model, context: int, tokens: int, warmup: int, cache=None) -> f
 
 # %% ../nbs/20a_chips.ipynb #c7b18a9c
 def hollow(model, plan):
-    "A model with the architecture of the checkpoint `model` and the formats of `plan`, with random weights"
-    found = skeleton(model.config, model.units[-1].dtype)
+    "The checkpoint `model` in the formats of `plan`, with random weights; raises ValueError if none can be laid out"
+    try: found = skeleton(model.config, model.units[-1].dtype)
+    except ValueError as e: raise ValueError(f'{model.name} cannot be timed, only predicted: {e}') from None
     parts = dict(found.named_modules())
     for u in find_units(found):
         part = parts[u.path.rpartition('.')[0]]
         if u.kind == 'lm_head' and u.path not in plan: # Gemma 3 has one until no weights for it are found
-            part.tie_word_embeddings = part.pop('lm_head') is not None
+            part.pop('lm_head')
+            part.tie_word_embeddings = True
     return _stand_in(found, plan)
 
 # %% ../nbs/20a_chips.ipynb #9d1c169e

@@ -46,9 +46,10 @@ def latency(
 ) -> Latency:
     "A Latency that predicts the decode speed of a model's plans; raises ValueError for an unknown chip, or Whisper"
     c = model if isinstance(model, Checkpoint) else Checkpoint(model)
-    if not hasattr(c.load(), 'layers'):
+    opened = c.load()
+    if not hasattr(opened, 'layers'):
         raise ValueError(f'{c.name} has no single list of blocks that each token reads; give a model that writes text')
-    reads = reads_of(c.load(), c.config)
+    reads = reads_of(opened, c.config)
     if chip is not None: return Latency(chip if isinstance(chip, Chip) else chip_named(chip), reads, context)
     wanted = dict.fromkeys([*parse_formats(formats), *(f for p, f in c.formats.items() if reads.active[p][0])])
     chip, points = this_machine(reads.shapes(), list(wanted), folder, reads.shapes(beside=True))

@@ -21,7 +21,7 @@ from optiq.roofline import _interpolate, reads_of, skeleton
 from optiq.models import Checkpoint
 from optiq.units import Unit
 from optiq.measure.sweep import Sweep
-from optiq.material.configs import hub_config
+from optiq.material.configs import _CONFIGS, hub_config
 from optiq.material.tiny import tiny
 
 @pytest.fixture(scope='module')
@@ -301,3 +301,11 @@ def test_random_weights_are_those_of_the_model(family, tmp_path):
 
 def test_a_model_without_a_list_of_blocks_is_refused(tmp_path):
     with pytest.raises(ValueError, match='no single list of blocks'): latency(str(tiny('whisper', tmp_path/'m')), 'M4')
+
+@pytest.mark.parametrize('family', _CONFIGS)
+def test_each_family_is_timed_or_refused_in_one_line(family, tmp_path):
+    c = Checkpoint(tiny(family, tmp_path/'m'))
+    def timed(): return measure_plan(c, uniform(c, 4), context=2, tokens=2, runs=1, warmup=1)
+    if family not in ('qwen3_asr', 'whisper'): assert (timed().runs > 0).all()
+    else:
+        with pytest.raises(ValueError, match='m cannot be timed, only predicted: .*not supported'): timed()
